@@ -1,0 +1,75 @@
+# `make demo` and `make test` do all their own set-up: they find a Python, make a virtual
+# environment, install what they need (once; a stamp file remembers) and run.
+
+SHELL := /bin/bash
+VENV := .venv
+NEWEST := .venv-newest
+BIN := $(VENV)/bin
+PIP_FLAGS := --quiet --disable-pip-version-check
+# Two workers suit a laptop: XLA runs its own threads in each. A file stays on one worker, so
+# what it compiled is not compiled twice.
+PYTEST_ARGS ?= -n 2 --dist loadfile
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-newest test-long docs-test lint format types bench clean
+
+help:  ## this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 14
+
+demo: $(VENV)/.stamp-demo  ## train two models and time the compiled step (3 minutes)
+	$(BIN)/python examples/demo.py
+
+test: $(VENV)/.stamp-test  ## all tests, the code in README, docs and docstrings included
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-long: $(VENV)/.stamp-test  ## the full-length versions of the examples
+	$(BIN)/python -m pytest -m long
+
+docs-test: $(VENV)/.stamp-test  ## only the code in README, docs and docstrings
+	$(BIN)/python -m pytest tests/test_docs.py statefulnn
+
+test-newest:  ## the core tests on the newest JAX, in a second environment (Python 3.12 or newer)
+	@if .ci/find-python newest >/dev/null 2>&1; then \
+	  $(MAKE) --no-print-directory $(NEWEST)/.stamp-test && \
+	  $(NEWEST)/bin/python -c 'import jax, sys; print("Python", sys.version.split()[0], "JAX", jax.__version__)' && \
+	  $(NEWEST)/bin/python -m pytest $(PYTEST_ARGS) tests/laws tests/core tests/transforms; \
+	else \
+	  echo "test-newest skipped: the newest JAX needs Python 3.12 or newer, and none was found"; \
+	fi
+
+lint: $(VENV)/.stamp-test  ## ruff: lint and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(VENV)/.stamp-test  ## ruff: mend what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+types: $(VENV)/.stamp-test  ## pyright on the package
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+bench: $(VENV)/.stamp-bench  ## what a call costs beside raw JAX, Flax NNX and Equinox
+	mkdir -p out
+	$(BIN)/python benchmarks/dispatch.py --json out/dispatch.json
+
+clean:  ## remove the environments and caches
+	rm -rf $(VENV) $(NEWEST) out build dist .pytest_cache .ruff_cache .hypothesis
+
+# On Python 3.11 the oldest supported JAX is installed, so that `make test` guards it.
+$(BIN)/python: .ci/find-python
+	$$(.ci/find-python oldest) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.stamp-demo $(VENV)/.stamp-test $(VENV)/.stamp-bench: $(VENV)/.stamp-%: \
+		$(BIN)/python pyproject.toml requirements/oldest.txt
+	@echo "installing into $(VENV) ($*)"
+	@extras=$$(case $* in demo) echo examples;; test) echo dev,examples;; bench) echo bench;; esac); \
+	constraint=$$($(BIN)/python -c 'import sys; sys.version_info[:2] == (3, 11) and print("-c requirements/oldest.txt")'); \
+	$(BIN)/pip install $(PIP_FLAGS) $$constraint -e ".[$$extras]"
+	@touch $@
+
+$(NEWEST)/.stamp-test: pyproject.toml
+	$$(.ci/find-python newest) -m venv $(NEWEST)
+	@echo "installing into $(NEWEST)"
+	@$(NEWEST)/bin/pip install $(PIP_FLAGS) --upgrade -e ".[dev,examples]"
+	@touch $@

@@ -1,0 +1,72 @@
+"""Every error and warning the package raises, in one place.
+
+Each class derives from the builtin that fits, so that code written for ``torch.nn`` keeps catching
+what it caught. Each message has three parts: what was done, why it cannot work, and the code that
+does work; `explain` puts them together.
+"""
+
+from __future__ import annotations
+
+
+def explain(what: str, why: str, instead: str) -> str:
+    """Join the three parts of a message: what was done, why it cannot work, what does work."""
+    return f"{what}\n  Why: {why}\n  Instead: {instead}"
+
+
+class StatefulnnError(Exception):
+    """Base of all errors of this package."""
+
+
+class StateWriteError(StatefulnnError, RuntimeError):
+    """A write that nobody would keep: into a read-only clone, or in a pure call."""
+
+
+class TraceLeakError(StatefulnnError, RuntimeError):
+    """A traced value that would outlive its trace, or a write that would happen at trace time only."""
+
+
+class StructureChangeError(StatefulnnError, RuntimeError):
+    """A module whose structure or static attributes changed inside a traced call."""
+
+
+class RegistrationError(StatefulnnError, TypeError):
+    """A value that cannot be registered where it was put, or would not be found there."""
+
+
+class UninitializedModuleError(StatefulnnError, AttributeError):
+    """A module used before ``super().__init__()`` ran."""
+
+
+class MissingRngError(StatefulnnError, RuntimeError):
+    """A random draw that has no generator it may advance."""
+
+
+class UnknownNameError(StatefulnnError, KeyError):
+    """A name, or a filter, that matches nothing in the module."""
+
+    def __str__(self) -> str:  # KeyError shows the repr of its argument, newlines and all
+        return str(self.args[0]) if self.args else ""
+
+
+class ShapeError(StatefulnnError, RuntimeError, ValueError):
+    """Arrays whose shapes do not fit."""
+
+
+class DtypeError(StatefulnnError, RuntimeError, TypeError):
+    """Arrays whose dtypes do not fit."""
+
+
+class StateDictError(StatefulnnError, RuntimeError):
+    """A state dict that does not fit the module."""
+
+
+class UnusedModuleError(StatefulnnError, RuntimeError):
+    """A gradient with respect to a module that the loss never read."""
+
+
+class StaleCaptureWarning(UserWarning):
+    """A parameter or buffer was changed after compiled code had taken its value as a constant."""
+
+
+class RetraceWarning(UserWarning):
+    """One static attribute keeps causing compilations."""

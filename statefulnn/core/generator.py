@@ -1,0 +1,307 @@
+"""Random numbers: a generator is a box with a counter, and every draw advances it.
+
+Eager code draws from `default_generator`, as torch does. Inside ``nn.jit`` and the other transforms of
+this package the generator is part of the state that is passed in and written back, so masks change
+from call to call without a retrace. Pure functions take a key (`rng_scope`).
+
+A draw is legal only if every trace between it and the owner of the generator is an autodiff trace:
+under a plain ``jax.vmap`` all lanes would get one mask, under a plain ``jax.jit`` or ``lax.scan`` the
+same mask would come at every call.
+
+Source of the generator: threefry2x32 in counter mode (Salmon et al. 2011), as ``jax.random``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from statefulnn.core import compat
+from statefulnn.core.box import Box, Scope, value_changed
+from statefulnn.core.compat import EAGER, current_trace
+from statefulnn.core.errors import MissingRngError, explain
+
+_WAYS_OUT = (
+    "nn.jit, nn.vmap, nn.scan and nn.remat carry the generator as state; or pass a key: "
+    "functional_call(..., rng=key), fn(params, x, rng=key), with nn.rng_scope(key)"
+)
+
+
+def _state_from_seed(seed: int) -> np.ndarray:
+    seed = int(seed) & 0xFFFFFFFFFFFFFFFF
+    return np.array([seed >> 32, seed & 0xFFFFFFFF, 0, 0], np.uint32)
+
+
+def _state_from_key(key: Any) -> Any:
+    """Return the state of a fresh stream for a key, typed or raw, of any implementation."""
+    if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        key = jax.random.key_data(key)
+    words = key.reshape(-1).astype(jnp.uint32)
+    # Implementations differ in the number of words: fold them to the two that threefry takes.
+    words = jnp.concatenate([words, jnp.zeros((-words.size) % 2, jnp.uint32)]).reshape(-1, 2)
+    folded = words[0]
+    for pair in words[1:]:
+        folded = folded ^ pair
+    return jnp.concatenate([folded, jnp.zeros(2, jnp.uint32)])
+
+
+@jax.jit
+def advance(state: Any) -> tuple[Any, Any]:
+    """Return the next key of a generator state, uint32[4], and the state after it."""
+    key = jax.random.wrap_key_data(state[:2], impl="threefry2x32")
+    key = jax.random.fold_in(jax.random.fold_in(key, state[2]), state[3])
+    low = state[3] + np.uint32(1)
+    high = state[2] + (low == 0).astype(jnp.uint32)
+    return key, jnp.stack([state[0], state[1], high, low])
+
+
+class Generator(Box):
+    """A stream of random keys with a state that a transform can carry.
+
+    Args:
+        seed: an integer, or a JAX random key; None takes a seed from the operating system.
+
+    Source: ``torch.Generator``.
+
+    Example:
+        >>> import jax, statefulnn as nn
+        >>> generator = nn.Generator(0)
+        >>> first, second = generator.next_key(), generator.next_key()
+        >>> bool(jax.random.key_data(first)[0] == jax.random.key_data(second)[0])
+        False
+    """
+
+    __slots__ = ("_seed",)
+
+    def __init__(self, seed: Any = None) -> None:
+        super().__init__(None)
+        self._seed: int | None = None
+        if hasattr(seed, "dtype") and getattr(seed, "ndim", 0) + _is_typed(seed) >= 1:
+            self._scope = None if current_trace() is EAGER else Scope()
+            self._value = _state_from_key(seed)
+        else:
+            self.manual_seed(secrets.randbits(63) if seed is None else seed)
+
+    def _set_static_part(self, like: Any) -> None:
+        self._seed = None
+
+    @property
+    def state(self) -> Any:
+        """The state as an array, uint32[4]: two words of key, two of counter."""
+        return self._value
+
+    @property
+    def value(self) -> Any:
+        """The state, as `get_state` gives it."""
+        return self.state
+
+    @value.setter
+    def value(self, new: Any) -> None:
+        self.write(new)
+
+    def manual_seed(self, seed: int) -> Generator:
+        """Start the stream that belongs to an integer, and return the generator."""
+        if current_trace() is not EAGER or self._scope is not None:
+            self.write(_state_from_seed(seed))
+        else:
+            self._value = _state_from_seed(seed)  # numpy: importing must not start a device
+            value_changed()
+        self._seed = int(seed)
+        return self
+
+    def seed(self) -> int:
+        """Start a stream from a seed of the operating system, and return that seed."""
+        self.manual_seed(secrets.randbits(63))
+        return self.initial_seed()
+
+    def initial_seed(self) -> int:
+        """Return the seed the stream was started with."""
+        if self._seed is None:
+            words = np.asarray(self.state[:2])
+            return (int(words[0]) << 32) | int(words[1])
+        return self._seed
+
+    def get_state(self) -> Any:
+        """Return the state, uint32[4]."""
+        return jnp.asarray(self.state)
+
+    def set_state(self, state: Any) -> Generator:
+        """Continue from a state that `get_state` gave, and return the generator."""
+        self.write(state)
+        self._seed = None
+        return self
+
+    def next_key(self) -> Any:
+        """Return a fresh random key and advance the stream.
+
+        Raises:
+            MissingRngError: where the advance would be lost or every lane would get the same key.
+        """
+        key, state = advance(self.drawable_state())
+        self.advanced(state)
+        return key
+
+    def drawable_state(self) -> Any:
+        """Return the state if a draw is legal here; a kernel that draws itself calls `advanced` after."""
+        if current_trace() is not EAGER or self._scope is not None:
+            _check_draw(self)
+        return self.state
+
+    def advanced(self, state: Any) -> None:
+        """Put in the state after a draw."""
+        self._value = state
+        value_changed()
+
+    def __deepcopy__(self, memo: dict) -> Generator:
+        return _generator_with(self.state, self._seed)
+
+    def __reduce__(self) -> Any:
+        return _generator_with, (self.state, self._seed)
+
+    def __repr__(self) -> str:
+        return f"Generator(state={self._value})"
+
+
+def _is_typed(key: Any) -> int:
+    return int(jnp.issubdtype(key.dtype, jax.dtypes.prng_key))
+
+
+def _generator_with(state: Any, seed: int | None) -> Generator:
+    generator = Generator(0)
+    generator._value, generator._seed = state, seed
+    return generator
+
+
+def _check_draw(generator: Generator) -> None:
+    scope = generator._scope
+    owner = EAGER if scope is None else scope.trace
+    for trace in compat.chain(current_trace()):
+        if trace is owner:
+            if scope is not None and not scope.writable:
+                break
+            return
+        if compat.kind(trace) != "autodiff":
+            break
+    else:
+        trace = None
+    why = {
+        "batch": "every lane would get the same numbers",
+        "staged": "the numbers would be drawn once, while tracing, and come back at every call",
+    }.get("" if trace is None else compat.kind(trace), "nobody would keep the advanced generator")
+    raise MissingRngError(
+        explain("drew random numbers inside a plain JAX transformation", why, _WAYS_OUT)
+    )
+
+
+# --------------------------------------------------------------------------------------------------
+# The generator in force
+
+default_generator = Generator(secrets.randbits(63))
+
+
+class Forbidden:
+    """Stands where a generator would: a draw raises with these three parts of a message."""
+
+    def __init__(self, what: str, why: str, instead: str) -> None:
+        self.parts = (what, why, instead)
+
+
+NO_KEY = Forbidden(
+    "drew random numbers in a pure call that was given no key",
+    "a pure function gives the same result for the same arguments, so it has no generator of its own",
+    "pass one: functional_call(..., rng=key), fn(params, x, rng=key); or call module.eval() first if "
+    "nothing should be random",
+)
+
+
+class _Streams(threading.local):
+    current: Generator | Forbidden = default_generator
+
+
+_streams = _Streams()
+
+
+def current_generator() -> Generator | None:
+    """Return the generator that layers draw from here, None where drawing is forbidden."""
+    current = _streams.current
+    return current if isinstance(current, Generator) else None
+
+
+@contextlib.contextmanager
+def use_generator(generator: Generator | Forbidden | None) -> Iterator[None]:
+    """Make layers draw from a generator; None forbids drawing, as in a pure call without a key."""
+    before = _streams.current
+    _streams.current = NO_KEY if generator is None else generator
+    try:
+        yield
+    finally:
+        _streams.current = before
+
+
+def rng_scope(key: Any) -> contextlib.AbstractContextManager[Any]:
+    """Make everything inside draw from a stream that starts at a key.
+
+    Args:
+        key: a JAX random key, or an integer seed.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, statefulnn as nn
+        >>> drop = nn.Dropout(0.5)
+        >>> def two_calls(key):
+        ...     with nn.rng_scope(key):
+        ...         return drop(jnp.ones(100)), drop(jnp.ones(100))
+        >>> a, b = two_calls(jax.random.key(0))
+        >>> bool((a == b).all()), bool((a == two_calls(jax.random.key(0))[0]).all())
+        (False, True)
+    """
+    return use_generator(Generator(key))
+
+
+def drawing_generator(generator: Generator | None = None) -> Generator:
+    """Return the generator to draw from, or raise if there is none."""
+    if generator is None:
+        current = _streams.current
+        if isinstance(current, Forbidden):
+            raise MissingRngError(explain(*current.parts))
+        return current
+    return generator
+
+
+def next_key(generator: Generator | None = None) -> Any:
+    """Return a fresh key from a generator, or from the one in force."""
+    return drawing_generator(generator).next_key()
+
+
+def manual_seed(seed: int) -> Generator:
+    """Seed the default generator, and return it.
+
+    Example:
+        >>> import statefulnn as nn
+        >>> a = (nn.manual_seed(0), nn.Linear(2, 2).weight)[1]
+        >>> b = (nn.manual_seed(0), nn.Linear(2, 2).weight)[1]
+        >>> bool((a == b).all())
+        True
+    """
+    return default_generator.manual_seed(seed)
+
+
+def initial_seed() -> int:
+    """Return the seed of the default generator."""
+    return default_generator.initial_seed()
+
+
+def get_rng_state() -> Any:
+    """Return the state of the default generator, uint32[4]."""
+    return default_generator.get_state()
+
+
+def set_rng_state(state: Any) -> None:
+    """Continue the default generator from a state that `get_rng_state` gave."""
+    default_generator.set_state(state)

@@ -1,0 +1,1153 @@
+"""Module: the base class of every model.
+
+A module registers what is assigned to it: a Parameter, a Buffer, another Module. Everything else is a
+static attribute. The dicts `_parameters`, `_buffers` and `_modules` hold boxes and children under
+torch's names; reading a buffer gives its array.
+
+Source: ``torch.nn.Module``, whose methods these are, with the same meanings.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from statefulnn.core import state_dict as _state_dict
+from statefulnn.core.box import (
+    Box,
+    Buffer,
+    Cell,
+    ModuleBase,
+    Parameter,
+    check_write,
+    dotted_name,
+    real_dict,
+    set_cell,
+    set_home,
+    set_plan,
+    set_shell,
+    unwrap,
+)
+from statefulnn.core.compat import EAGER, Tracer, current_trace, tracer_in
+from statefulnn.core.errors import (
+    RegistrationError,
+    StateWriteError,
+    TraceLeakError,
+    UninitializedModuleError,
+    explain,
+)
+from statefulnn.core.freeze import Freezer, hidden_member
+from statefulnn.core.graph import (
+    COPIED,
+    GLOBAL_CELL,
+    GLOBAL_HOOKS,
+    HookDict,
+    Registry,
+    flatten_module,
+    flatten_module_with_keys,
+    materialise,
+    unflatten_module,
+)
+from statefulnn.core.hooks import RemovableHandle, active, add_hook, call_with_hooks
+
+_SLOTS = {"_cell": set_cell, "_home": set_home, "_plan": set_plan, "_shell": set_shell}
+_REGISTRIES = ("_parameters", "_buffers", "_modules")
+_CONTAINERS = (list, tuple, dict, set, frozenset)
+
+
+class Ref:
+    """Marks a module or parameter that is referred to, not owned, when it is assigned to an attribute.
+
+    The attribute reads as the object itself. Compiled calls see it (shared boxes stay shared), but
+    ``parameters()``, ``state_dict()`` and ``children()`` leave it to its owner.
+
+    Args:
+        target: a Module or Parameter.
+
+    Example:
+        >>> import statefulnn as nn
+        >>> class Probe(nn.Module):
+        ...     def __init__(self, model):
+        ...         super().__init__()
+        ...         self.model = nn.Ref(model)
+        >>> probe = Probe(nn.Linear(2, 2))
+        >>> probe.model, list(probe.parameters())
+        (Linear(in_features=2, out_features=2, bias=True), [])
+    """
+
+    __slots__ = ("target",)
+
+    def __init__(self, target: Any) -> None:
+        if not isinstance(target, (Module, Box)):
+            raise RegistrationError(
+                explain(
+                    f"made nn.Ref of an object of type {type(target).__name__}",
+                    "only modules and parameters are referred to",
+                    "assign other objects as they are; put several modules into nn.ModuleList first",
+                )
+            )
+        self.target = target
+
+
+class Module(ModuleBase):
+    """Base class of all models and layers: subclass it, and assign what belongs to it in ``__init__``.
+
+    Attributes:
+        training: whether the module is in training mode; set by `train` and `eval`.
+
+    Source: ``torch.nn.Module``.
+
+    Example:
+        >>> import jax.numpy as jnp, statefulnn as nn
+        >>> class Net(nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.fc = nn.Linear(3, 4)
+        ...     def forward(self, x):
+        ...         return self.fc(x)
+        >>> net = Net()
+        >>> net(jnp.ones((2, 3))).shape
+        (2, 4)
+        >>> [name for name, _ in net.named_parameters()]
+        ['fc.weight', 'fc.bias']
+    """
+
+    __slots__ = ()
+
+    _version: int = 1
+    _hooked: bool = False
+    # Names of Python-side caches: no part of the compiled code's identity, never copied to clones.
+    _python_cache: tuple[str, ...] = ()
+    # torch names the non-persistent buffers in a set of the module; here each Buffer knows it.
+    call_super_init: bool = False
+    training: bool
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        _register(cls)
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        self = object.__new__(cls)
+        set_shell(self, None)
+        set_plan(self, None)
+        set_home(self, None)
+        set_cell(self, Cell())
+        return self
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        if not self.call_super_init and (args or kwargs):
+            given = next(iter(kwargs)) if kwargs else None
+            raise TypeError(
+                f"{type(self).__name__}.__init__() got an unexpected keyword argument '{given}'"
+                if kwargs
+                else f"{type(self).__name__}.__init__() takes 1 positional argument but "
+                f"{len(args) + 1} were given"
+            )
+        cell = self._cell
+        attributes = real_dict(self)
+        attributes["training"] = True
+        attributes["_parameters"] = Registry(cell)
+        attributes["_buffers"] = Registry(cell)
+        attributes["_modules"] = Registry(cell)
+        if current_trace() is not EAGER and cell.scope is None:
+            cell.scope = _birth_scope()
+        if self.call_super_init:
+            super().__init__(*args, **kwargs)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Compute the output; every subclass defines it."""
+        raise NotImplementedError(
+            f'Module [{type(self).__name__}] is missing the required "forward" function'
+        )
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            scope = self._cell.scope
+            if scope is None and not (self._hooked or GLOBAL_CELL.stamp or active.captures):
+                return self.forward(*args, **kwargs)
+            out = call_with_hooks(self, args, kwargs)
+            if scope is not None and not scope.writable:
+                _check_statics(self, scope)
+            return out
+        except Exception as error:
+            _locate(error, self)
+            raise
+
+    # ----------------------------------------------------------------------------------------------
+    # Attributes
+
+    def __getattr__(self, name: str) -> Any:
+        if self._shell is not None:
+            materialise(self)
+            return getattr(self, name)
+        attributes = real_dict(self)
+        parameters = attributes.get("_parameters")
+        if parameters is not None:
+            if name in parameters:
+                return parameters[name]
+            buffers = attributes["_buffers"]
+            if name in buffers:
+                box = buffers[name]
+                return None if box is None else box.value
+            children = attributes["_modules"]
+            if name in children:
+                return children[name]
+        elif name in _REGISTRIES or name == "training":
+            raise _uninitialized(self, f"read {name!r}")
+        raise AttributeError(f"'{type(self).__name__}' object has no attribute '{name}'")
+
+    @property
+    def __dict__(self) -> dict[str, Any]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        if self._shell is not None:
+            materialise(self)
+        return real_dict(self)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _SLOTS:
+            _SLOTS[name](self, value)
+            return
+        attributes = self.__dict__
+        parameters = attributes.get("_parameters")
+        if isinstance(value, (Box, Module, Ref)):
+            if isinstance(value, (Parameter, Buffer, Module)):
+                if parameters is None:
+                    raise _uninitialized(self, f"assigned {name!r}")
+                self._register(name, value)
+                return
+            if parameters is None:
+                raise _uninitialized(self, f"assigned {name!r}")
+            target = value.target if isinstance(value, Ref) else value
+            if attributes.get(name) is target:
+                return
+            self._check_static_write(name, None)
+            for registry in _REGISTRIES:
+                if name in attributes[registry]:
+                    del attributes[registry][name]
+            attributes[name] = target
+            self._cell.touch()
+            return
+        if parameters is None:
+            self._check_static_write(name, value)
+            object.__setattr__(self, name, value)
+            return
+        if name in parameters:
+            if value is not None:
+                raise _array_over_parameter(self, name, value)
+            self._set_member("_parameters", name, None)
+        elif name in attributes["_buffers"]:
+            if value is None:
+                self._set_member("_buffers", name, None)
+            else:
+                self._write_buffer(name, value)
+        elif name in attributes["_modules"]:
+            if value is not None:
+                raise RegistrationError(
+                    explain(
+                        f"cannot assign a {type(value).__name__} as child module {name!r} of "
+                        f"{type(self).__name__} (torch.nn.Module or None expected)",
+                        "the module registered there would be lost",
+                        f"assign a Module or None, or delete it first: del module.{name}",
+                    )
+                )
+            self._set_member("_modules", name, None)
+        else:
+            self._set_static(name, value)
+
+    def _set_static(self, name: str, value: Any) -> None:
+        attributes = real_dict(self)
+        if name in attributes:
+            old = attributes[name]
+            if old is value and not isinstance(value, _CONTAINERS):
+                return
+            if type(old) is type(value) and isinstance(value, (bool, int, str)) and old == value:
+                return
+        self._check_static_write(name, value)
+        object.__setattr__(self, name, value)
+        self._cell.touch()
+
+    def _check_static_write(self, name: str, value: Any) -> None:
+        if name in type(self)._python_cache:
+            return
+        if tracer_in(value):
+            raise TraceLeakError(
+                explain(
+                    f"assigned a traced value to the attribute {self._label(name)!r}",
+                    "a plain attribute is static: the value would outlive the function being traced",
+                    f"register it in __init__: self.register_buffer({name!r}, array, "
+                    "persistent=False); or collect outputs of submodules with nn.capture",
+                )
+            )
+        if isinstance(value, _CONTAINERS):
+            hidden = _find_hidden(value)
+            if hidden is not None:
+                raise hidden_member(f"the {type(value).__name__} {self._label(name)!r}", hidden)
+        scope = self._cell.scope
+        if scope is not None or current_trace() is not EAGER:
+            check_write(scope, None, lambda: f"the attribute {self._label(name)!r}")
+
+    def _label(self, name: str) -> str:
+        """Return the dotted name of an attribute, for messages."""
+        home = self._home
+        if isinstance(home, int):
+            scope = self._cell.scope
+            if scope is not None and scope.moduledef is not None:
+                path = scope.moduledef.paths[home]
+                if path is not None:
+                    return ".".join((*path[1:], name)) if path[1:] else f"{type(self).__name__}.{name}"
+        full = dotted_name(weakref.ref(self), name)
+        return full if "." in full else f"{type(self).__name__}.{name}"
+
+    def _register(self, name: str, value: Any) -> None:
+        attributes = real_dict(self)
+        if isinstance(value, Parameter):
+            registry = "_parameters"
+        elif isinstance(value, Module):
+            registry = "_modules"
+        else:
+            registry = "_buffers"
+        if attributes[registry].get(name) is value:
+            return
+        if registry != "_parameters" and attributes["_parameters"].get(name) is not None:
+            if isinstance(value, Buffer):
+                raise _array_over_parameter(self, name, value)
+        self._check_static_write(name, None)
+        if name in attributes:
+            del attributes[name]
+        for other in _REGISTRIES:
+            if other != registry and name in attributes[other]:
+                del attributes[other][name]
+        if isinstance(value, Box):
+            self._adopt(value, name)
+        elif value._home is None or (isinstance(value._home, tuple) and value._home[0]() is None):
+            set_home(value, (weakref.ref(self), name))
+        attributes[registry][name] = value
+
+    def _adopt(self, box: Box, name: str) -> None:
+        if box._home is None or (isinstance(box._home, tuple) and box._home[0]() is None):
+            box._home = (weakref.ref(self), name)
+        scope = self._cell.scope
+        if box._scope is None and scope is not None:
+            if isinstance(box._value, Tracer):  # made inside the trace that made the module
+                box._scope = scope
+
+    def _set_member(self, registry: str, name: str, value: Any) -> None:
+        members = real_dict(self)[registry]
+        if members.get(name, self) is value:
+            return
+        self._check_static_write(name, None)
+        members[name] = value
+
+    def _write_buffer(self, name: str, value: Any) -> None:
+        box = real_dict(self)["_buffers"][name]
+        if not _is_array(value):
+            raise RegistrationError(
+                explain(
+                    f"cannot assign a {type(value).__name__} as buffer {self._label(name)!r} "
+                    "(an array, Buffer or None expected)",
+                    "a buffer holds an array",
+                    "assign jnp.asarray(value)",
+                )
+            )
+        if box is not None:
+            box.write(value)
+            return
+        self._check_static_write(name, None)
+        box = Buffer(unwrap(value), persistent=name not in self._non_persistent_buffers_set)
+        self._adopt(box, name)
+        real_dict(self)["_buffers"][name] = box
+
+    def __delattr__(self, name: str) -> None:
+        attributes = self.__dict__
+        for registry in _REGISTRIES:
+            if name in attributes.get(registry, ()):
+                self._check_static_write(name, None)
+                del attributes[registry][name]
+                return
+        if name in attributes:
+            self._check_static_write(name, None)
+        object.__delattr__(self, name)
+        self._cell.touch()
+
+    def __dir__(self) -> list[str]:
+        names = {*object.__dir__(self)}
+        for registry in _REGISTRIES:
+            names.update(self.__dict__.get(registry, ()))
+        return sorted(n for n in names if not (n and n[0].isdigit()))
+
+    @property
+    def _non_persistent_buffers_set(self) -> set[str]:
+        names = {n for n, b in self._buffers.items() if b is not None and not b.persistent}
+        return names | set(real_dict(self).get("_empty_non_persistent", ()))
+
+    # ----------------------------------------------------------------------------------------------
+    # Registration by name
+
+    def _check_new_name(self, name: Any, noun: str, registry: str) -> None:
+        if "_parameters" not in self.__dict__:
+            raise _uninitialized(self, f"registered the {noun} {name!r}")
+        if not isinstance(name, str):
+            raise RegistrationError(f"{noun} name should be a string. Got {type(name).__name__}")
+        if "." in name:
+            raise KeyError(f'{noun} name can\'t contain ".", got: {name}')
+        if name == "":
+            raise KeyError(f'{noun} name can\'t be empty string ""')
+        if hasattr(self, name) and name not in self.__dict__[registry]:
+            raise KeyError(f"attribute '{name}' already exists")
+
+    def register_parameter(self, name: str, param: Parameter | None) -> None:
+        """Add a parameter under a name; None reserves the name.
+
+        Args:
+            name: no dots, not empty.
+            param: a Parameter or None.
+
+        Raises:
+            KeyError: if the name is taken by something else, empty or dotted.
+            RegistrationError: if the name is no string or `param` no Parameter.
+        """
+        self._check_new_name(name, "parameter", "_parameters")
+        if param is None:
+            self._set_member("_parameters", name, None)
+        elif isinstance(param, Parameter):
+            self._register(name, param)
+        else:
+            raise RegistrationError(
+                explain(
+                    f"cannot assign '{type(param).__name__}' object to parameter '{name}'",
+                    "nn.Parameter or None required",
+                    f"register_parameter({name!r}, nn.Parameter(array))",
+                )
+            )
+
+    def register_buffer(self, name: str, tensor: Any, persistent: bool = True) -> None:
+        """Add an array that is state but not trained, such as a running mean.
+
+        Args:
+            name: no dots, not empty.
+            tensor: an array, or None.
+            persistent: whether it is part of ``state_dict``.
+
+        Raises:
+            KeyError: if the name is taken by something else, empty or dotted.
+            RegistrationError: if the name is no string or `tensor` no array.
+        """
+        self._check_new_name(name, "buffer", "_buffers")
+        if tensor is None:
+            self._set_member("_buffers", name, None)
+            self._remember_persistence(name, persistent)
+            return
+        if not _is_array(tensor) or isinstance(tensor, Parameter):
+            raise RegistrationError(
+                explain(
+                    f"cannot assign '{type(tensor).__name__}' object to buffer '{name}'",
+                    "a jax.Array, numpy array or None required",
+                    f"register_buffer({name!r}, jnp.asarray(value))",
+                )
+            )
+        self._remember_persistence(name, True)
+        if isinstance(tensor, Buffer):
+            box = tensor
+            box.persistent = box.persistent and persistent
+        else:
+            box = Buffer(tensor, persistent=persistent)
+        self._check_static_write(name, None)
+        self._adopt(box, name)
+        real_dict(self)["_buffers"][name] = box
+
+    def _remember_persistence(self, name: str, persistent: bool) -> None:
+        # A buffer that is None has no box to remember it.
+        attributes = real_dict(self)
+        empty = set(attributes.get("_empty_non_persistent", ()))
+        changed = empty - {name} if persistent else empty | {name}
+        if changed != empty:
+            attributes["_empty_non_persistent"] = frozenset(changed)
+            self._cell.touch()
+
+    def add_module(self, name: str, module: Module | None) -> None:
+        """Add a child module under a name; None reserves the name.
+
+        Raises:
+            KeyError: if the name is taken by something else, empty or dotted.
+            RegistrationError: if the name is no string or `module` no Module.
+        """
+        if module is not None and not isinstance(module, Module):
+            raise RegistrationError(
+                explain(
+                    f"{type(module).__name__} is not a Module subclass"
+                    if not isinstance(module, type)
+                    else f"added the class {module.__name__} as a module",
+                    f"only modules can be children, and {name!r} would not be found in it",
+                    "pass an instance of nn.Module; a plain function becomes one with nn.Lambda(fn)",
+                )
+            )
+        self._check_new_name(name, "module", "_modules")
+        if module is None:
+            self._set_member("_modules", name, None)
+        else:
+            self._register(name, module)
+
+    def register_module(self, name: str, module: Module | None) -> None:
+        """Add a child module under a name; the same as `add_module`."""
+        self.add_module(name, module)
+
+    # ----------------------------------------------------------------------------------------------
+    # Look-up by dotted name
+
+    def get_submodule(self, target: str) -> Module:
+        """Return the module at a dotted path; "" is this module.
+
+        Raises:
+            AttributeError: if there is none, or something else is there.
+        """
+        module = self
+        for part in target.split(".") if target else ():
+            if not hasattr(module, part):
+                raise AttributeError(f"{type(module).__name__} has no attribute `{part}`")
+            module = getattr(module, part)
+            if not isinstance(module, Module):
+                raise AttributeError(f"`{part}` is not an nn.Module")
+        return module
+
+    def set_submodule(self, target: str, module: Module, strict: bool = False) -> None:
+        """Put a module at a dotted path.
+
+        Args:
+            target: the path; its parent must exist.
+            module: the module to put there.
+            strict: whether something must be there already.
+
+        Raises:
+            ValueError: for an empty path, or if `module` is no Module.
+            AttributeError: if the parent, or with ``strict`` the target itself, does not exist.
+        """
+        if target == "":
+            raise ValueError("Cannot set the submodule without a target name!")
+        if not isinstance(module, Module):
+            raise ValueError(f'"module" is not an nn.Module, found type {type(module)}')
+        *path, name = target.split(".")
+        parent = self.get_submodule(".".join(path))
+        if strict and not hasattr(parent, name):
+            raise AttributeError(f"{type(parent).__name__} has no attribute `{name}`")
+        if hasattr(parent, name) and not isinstance(getattr(parent, name), Module):
+            raise AttributeError(f"`{name}` is not an nn.Module")
+        setattr(parent, name, module)
+
+    def get_parameter(self, target: str) -> Parameter:
+        """Return the parameter at a dotted path.
+
+        Raises:
+            AttributeError: if there is none, or something else is there.
+        """
+        path, _, name = target.rpartition(".")
+        module = self.get_submodule(path)
+        if not hasattr(module, name):
+            raise AttributeError(f"{type(module).__name__} has no attribute `{name}`")
+        param = getattr(module, name)
+        if not isinstance(param, Parameter):
+            raise AttributeError(f"`{name}` is not an nn.Parameter")
+        return param
+
+    def get_buffer(self, target: str) -> Any:
+        """Return the array of the buffer at a dotted path.
+
+        Raises:
+            AttributeError: if there is none, or something else is there.
+        """
+        path, _, name = target.rpartition(".")
+        module = self.get_submodule(path)
+        if not hasattr(module, name):
+            raise AttributeError(f"{type(module).__name__} has no attribute `{name}`")
+        if name not in module._buffers:
+            raise AttributeError(f"`{name}` is not a buffer")
+        return getattr(module, name)
+
+    # ----------------------------------------------------------------------------------------------
+    # Iteration
+
+    def _named_members(
+        self,
+        members: Callable[[Module], Any],
+        prefix: str = "",
+        recurse: bool = True,
+        remove_duplicate: bool = True,
+    ) -> Iterator[tuple[str, Any]]:
+        seen: set[int] = set()
+        modules = (
+            self.named_modules(prefix=prefix, remove_duplicate=remove_duplicate)
+            if recurse
+            else [(prefix, self)]
+        )
+        for path, module in modules:
+            for name, box in members(module):
+                if box is None or id(box) in seen:
+                    continue
+                if remove_duplicate:
+                    seen.add(id(box))
+                yield f"{path}.{name}" if path else name, box
+
+    def named_parameters(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, Parameter]]:
+        """Yield (dotted name, Parameter): the module's own first, then its children's."""
+        return self._named_members(
+            lambda m: list(m._parameters.items()), prefix, recurse, remove_duplicate
+        )
+
+    def parameters(self, recurse: bool = True) -> Iterator[Parameter]:
+        """Yield the parameters, each once."""
+        for _, param in self.named_parameters(recurse=recurse):
+            yield param
+
+    def named_buffers(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, Any]]:
+        """Yield (dotted name, array) of every buffer."""
+        boxes = self._named_members(
+            lambda m: list(m._buffers.items()), prefix, recurse, remove_duplicate
+        )
+        for name, box in boxes:
+            yield name, box.value
+
+    def buffers(self, recurse: bool = True) -> Iterator[Any]:
+        """Yield the arrays of the buffers, each once."""
+        for _, array in self.named_buffers(recurse=recurse):
+            yield array
+
+    def named_children(self) -> Iterator[tuple[str, Module]]:
+        """Yield (name, module) of the direct children, each once."""
+        seen: set[int] = set()
+        for name, module in list(self._modules.items()):
+            if module is not None and id(module) not in seen:
+                seen.add(id(module))
+                yield name, module
+
+    def children(self) -> Iterator[Module]:
+        """Yield the direct children, each once."""
+        for _, module in self.named_children():
+            yield module
+
+    def named_modules(
+        self, memo: set | None = None, prefix: str = "", remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, Module]]:
+        """Yield (dotted name, module) of this module and everything below."""
+        memo = set() if memo is None else memo
+        if self in memo:
+            return
+        memo.add(self)
+        yield prefix, self
+        for name, module in list(self._modules.items()):
+            if module is not None:
+                path = f"{prefix}.{name}" if prefix else name
+                yield from module.named_modules(memo, path, remove_duplicate)
+        if not remove_duplicate:
+            memo.discard(self)  # what remains is the path to here, so that a cycle still ends
+
+    def modules(self, remove_duplicate: bool = True) -> Iterator[Module]:
+        """Yield this module and everything below, each once unless `remove_duplicate` is False."""
+        for _, module in self.named_modules(remove_duplicate=remove_duplicate):
+            yield module
+
+    # ----------------------------------------------------------------------------------------------
+    # Mode, gradients
+
+    def train(self, mode: bool = True) -> Self:
+        """Set training mode here and below, and return the module.
+
+        Raises:
+            ValueError: unless `mode` is a bool.
+        """
+        if not isinstance(mode, bool):
+            raise ValueError("training mode is expected to be boolean")
+        self.training = mode
+        for module in self.children():
+            if module is not self:
+                module.train(mode)
+        return self
+
+    def eval(self) -> Self:
+        """Set evaluation mode here and below, and return the module."""
+        return self.train(False)
+
+    def requires_grad_(self, requires_grad: bool = True) -> Self:
+        """Train or freeze every parameter, and return the module."""
+        for param in self.parameters():
+            param.requires_grad_(requires_grad)
+        return self
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Reset the ``grad`` of every parameter, to None or to zeros."""
+        for param in self.parameters():
+            if param.grad is not None:
+                param.grad = None if set_to_none else jnp.zeros_like(param.grad)
+
+    def apply(self, fn: Callable[[Module], Any]) -> Self:
+        """Call a function on every module, children first, and return the module."""
+        for module in self.children():
+            module.apply(fn)
+        fn(self)
+        return self
+
+    # ----------------------------------------------------------------------------------------------
+    # Conversion
+
+    def _apply(self, fn: Callable[[Any], Any], recurse: bool = True) -> Self:
+        boxes = [box for _, box in self._named_members(_all_boxes, recurse=recurse)]
+        converted = [fn(box.value) for box in boxes]  # all or nothing
+        for box, value in zip(boxes, converted, strict=True):
+            if value is not box._value:
+                Box.write(box, value)
+        return self
+
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """Move or cast parameters and buffers, and return the module.
+
+        Args:
+            args: a dtype, a device (``jax.Device``, ``jax.sharding.Sharding`` or a platform name such
+                as ``"cpu"``), both, or an array to take both from. A dtype casts floating and complex
+                arrays only.
+        """
+        device, dtype = kwargs.pop("device", None), kwargs.pop("dtype", None)
+        kwargs.pop("non_blocking", None), kwargs.pop("copy", None)
+        kwargs.pop("memory_format", None)
+        if kwargs:
+            raise TypeError(f"to() got unexpected keyword arguments {sorted(kwargs)}")
+        for arg in args:
+            if isinstance(arg, bool) or arg is None:
+                continue
+            if isinstance(arg, (jax.Array, np.ndarray, Box)):
+                value = unwrap(arg)
+                dtype, device = value.dtype, getattr(value, "sharding", None)
+            elif isinstance(arg, (jax.Device, jax.sharding.Sharding)) or (
+                isinstance(arg, str) and arg.split(":")[0] in ("cpu", "gpu", "cuda", "tpu")
+            ):
+                device = arg
+            else:
+                dtype = arg
+        if dtype is not None:
+            dtype = np.dtype(dtype) if not hasattr(dtype, "dtype") else np.dtype(dtype.dtype)
+            if not jnp.issubdtype(dtype, jnp.inexact):
+                raise TypeError(
+                    "nn.Module.to only accepts floating point or complex dtypes, but got desired "
+                    f"dtype={dtype}"
+                )
+        place = resolve_device(device)
+
+        def convert(value: Any) -> Any:
+            if dtype is not None and jnp.issubdtype(value.dtype, jnp.inexact):
+                value = value.astype(_supported(dtype))
+            return value if place is None else jax.device_put(value, place)
+
+        return self._apply(convert)
+
+    def type(self, dst_type: Any) -> Self:
+        """Cast parameters and buffers of every dtype, and return the module."""
+        return self._apply(lambda v: v.astype(_supported(np.dtype(dst_type))))
+
+    def float(self) -> Self:
+        """Cast floating arrays to float32."""
+        return self._cast_floating(jnp.float32)
+
+    def double(self) -> Self:
+        """Cast floating arrays to float64.
+
+        Raises:
+            DtypeError: unless 64-bit types are enabled, ``jax.config.update("jax_enable_x64", True)``.
+        """
+        return self._cast_floating(jnp.float64)
+
+    def half(self) -> Self:
+        """Cast floating arrays to float16."""
+        return self._cast_floating(jnp.float16)
+
+    def bfloat16(self) -> Self:
+        """Cast floating arrays to bfloat16."""
+        return self._cast_floating(jnp.bfloat16)
+
+    def _cast_floating(self, dtype: Any) -> Self:
+        dtype = _supported(np.dtype(dtype))
+        return self._apply(
+            lambda v: v.astype(dtype) if jnp.issubdtype(v.dtype, jnp.floating) else v
+        )
+
+    def cpu(self) -> Self:
+        """Move parameters and buffers to the CPU."""
+        return self.to("cpu")
+
+    def cuda(self, device: int | None = None) -> Self:
+        """Move parameters and buffers to a GPU."""
+        return self.to(f"cuda:{device or 0}")
+
+    # ----------------------------------------------------------------------------------------------
+    # State
+
+    def state_dict(
+        self, *, destination: Any = None, prefix: str = "", keep_vars: bool = False
+    ) -> OrderedDict[str, Any]:
+        """Return parameters and persistent buffers by dotted name, in torch's order and layout.
+
+        Args:
+            destination: a dict to fill.
+            prefix: put before each name.
+            keep_vars: give the boxes instead of the arrays.
+
+        Returns:
+            an ordered dict with an attribute ``_metadata`` (the version of each module). The arrays
+            are immutable, so the dict is a snapshot.
+        """
+        return _state_dict.state_dict(self, destination, prefix, keep_vars)
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> _state_dict.IncompatibleKeys:
+        """Copy arrays by name into parameters and buffers; all or nothing.
+
+        Args:
+            state_dict: JAX or numpy arrays by dotted name.
+            strict: whether missing and unexpected names are an error.
+            assign: take the given dtypes instead of casting to the present ones.
+
+        Returns:
+            a named tuple ``missing_keys, unexpected_keys``.
+
+        Raises:
+            StateDictError: for names (with `strict`), shapes or dtypes that do not fit; the module is
+                as it was before.
+        """
+        return _state_dict.load_state_dict(self, state_dict, strict, assign)
+
+    def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
+        _state_dict.save_own(self, destination, prefix, keep_vars)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict,
+        prefix: str,
+        local_metadata: dict,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        _state_dict.load_own(
+            self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
+    def get_extra_state(self) -> Any:
+        """Return what else belongs into ``state_dict``; override it together with `set_extra_state`."""
+        raise RuntimeError(
+            "Reached a code path in Module.get_extra_state() that should never be called."
+        )
+
+    def set_extra_state(self, state: Any) -> None:
+        """Take what `get_extra_state` gave."""
+        raise RuntimeError(
+            "Reached a code path in Module.set_extra_state() that should never be called."
+        )
+
+    # ----------------------------------------------------------------------------------------------
+    # Hooks
+
+    def _hooks(self, name: str) -> HookDict:
+        attributes = self.__dict__
+        if name not in attributes:
+            if "_parameters" not in attributes:
+                raise _uninitialized(self, "registered a hook")
+            attributes[name] = HookDict(self._cell)
+        return attributes[name]
+
+    def _add_call_hook(self, name: str, hook: tuple, prepend: bool) -> RemovableHandle:
+        self._check_static_write(name, None)
+        handle = add_hook(self._hooks(name), hook, prepend)
+        real_dict(self)["_hooked"] = True
+        return handle
+
+    def register_forward_pre_hook(
+        self, hook: Callable, *, prepend: bool = False, with_kwargs: bool = False
+    ) -> RemovableHandle:
+        """Call ``hook(module, args)`` before forward; what it returns replaces the arguments."""
+        return self._add_call_hook("_forward_pre_hooks", (hook, with_kwargs, False), prepend)
+
+    def register_forward_hook(
+        self,
+        hook: Callable,
+        *,
+        prepend: bool = False,
+        with_kwargs: bool = False,
+        always_call: bool = False,
+    ) -> RemovableHandle:
+        """Call ``hook(module, args, output)`` after forward; what it returns replaces the output."""
+        return self._add_call_hook("_forward_hooks", (hook, with_kwargs, always_call), prepend)
+
+    def register_full_backward_pre_hook(
+        self, hook: Callable, prepend: bool = False
+    ) -> RemovableHandle:
+        """Call ``hook(module, grad_output)`` in the backward pass, before the module's gradient."""
+        return self._add_call_hook("_backward_pre_hooks", (hook, False, False), prepend)
+
+    def register_full_backward_hook(
+        self, hook: Callable, prepend: bool = False
+    ) -> RemovableHandle:
+        """Call ``hook(module, grad_input, grad_output)`` after the module's gradient was computed."""
+        return self._add_call_hook("_backward_hooks", (hook, False, False), prepend)
+
+    def register_state_dict_pre_hook(self, hook: Callable) -> RemovableHandle:
+        """Call ``hook(module, prefix, keep_vars)`` before ``state_dict`` collects."""
+        return add_hook(self._hooks("_state_dict_pre_hooks"), (hook, True, False))
+
+    def register_state_dict_post_hook(self, hook: Callable) -> RemovableHandle:
+        """Call ``hook(module, state_dict, prefix, local_metadata)`` after; it must return None."""
+        return add_hook(self._hooks("_state_dict_hooks"), (hook, True, False))
+
+    def _register_state_dict_hook(self, hook: Callable) -> RemovableHandle:
+        return add_hook(self._hooks("_state_dict_hooks"), (hook, False, False))
+
+    def register_load_state_dict_pre_hook(self, hook: Callable) -> RemovableHandle:
+        """Call ``hook(module, state_dict, prefix, ...)`` before the module's own part is loaded."""
+        return add_hook(self._hooks("_load_state_dict_pre_hooks"), (hook, True, False))
+
+    def _register_load_state_dict_pre_hook(
+        self, hook: Callable, with_module: bool = False
+    ) -> RemovableHandle:
+        return add_hook(self._hooks("_load_state_dict_pre_hooks"), (hook, with_module, False))
+
+    def register_load_state_dict_post_hook(self, hook: Callable) -> RemovableHandle:
+        """Call ``hook(module, incompatible_keys)`` after; it may edit the two lists."""
+        return add_hook(self._hooks("_load_state_dict_post_hooks"), (hook, True, False))
+
+    # ----------------------------------------------------------------------------------------------
+    # Text, copies, files
+
+    def _get_name(self) -> str:
+        return type(self).__name__
+
+    def extra_repr(self) -> str:
+        """Return what stands in the parentheses of repr."""
+        return ""
+
+    def __repr__(self) -> str:
+        extra = self.extra_repr()
+        extra_lines = extra.split("\n") if extra else []
+        child_lines = []
+        for name, module in self._modules.items():
+            child_lines.append(f"({name}): " + _indented(repr(module)))
+        lines = extra_lines + child_lines
+        if not lines:
+            return f"{self._get_name()}()"
+        if len(extra_lines) == 1 and not child_lines:
+            return f"{self._get_name()}({extra_lines[0]})"
+        return f"{self._get_name()}(\n  " + "\n  ".join(lines) + "\n)"
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = dict(self.__dict__)
+        for name, value in state.items():
+            if isinstance(value, Registry) and not isinstance(value, HookDict):
+                state[name] = dict(value)
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        cell = self._cell
+        attributes = real_dict(self)
+        attributes.clear()
+        for name, value in state.items():
+            if name in _REGISTRIES:
+                value = Registry(cell, value)
+            elif isinstance(value, _PickledHooks):
+                value = HookDict(cell, value)
+            attributes[name] = value
+        for name in ("_parameters", "_buffers"):
+            for key, box in attributes.get(name, {}).items():
+                if box is not None:
+                    box._home = (weakref.ref(self), key)
+        for key, module in attributes.get("_modules", {}).items():
+            if module is not None:
+                set_home(module, (weakref.ref(self), key))
+        cell.touch()
+
+    def compile(self, **kwargs: Any) -> Any:
+        """Return this module as a compiled function: the same as ``nn.jit(module)``."""
+        from statefulnn.transforms.jit import jit  # the layer above: only this method reaches up
+
+        return jit(self, **kwargs)
+
+
+class _PickledHooks(dict):
+    """What hooks are between `__getstate__` and `__setstate__`."""
+
+
+def _reduce_hooks(self: HookDict) -> Any:
+    return _PickledHooks, (dict(self),)
+
+
+def _deepcopy_hooks(self: HookDict, memo: dict) -> Any:
+    import copy
+
+    return _PickledHooks({k: copy.deepcopy(v, memo) for k, v in self.items()})
+
+
+HookDict.__reduce__ = _reduce_hooks  # pyright: ignore[reportAttributeAccessIssue]
+HookDict.__deepcopy__ = _deepcopy_hooks  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _register(cls: type) -> None:
+    jax.tree_util.register_pytree_with_keys(
+        cls, flatten_module_with_keys, unflatten_module, flatten_module
+    )
+
+
+_register(Module)
+
+
+def _birth_scope() -> Any:
+    # A module made inside a trace lives in that trace, and may be written there.
+    from statefulnn.core.box import Scope
+
+    return Scope()
+
+
+def _all_boxes(module: Module) -> list[tuple[str, Any]]:
+    return [*module._parameters.items(), *module._buffers.items()]
+
+
+def _is_array(value: Any) -> bool:
+    return isinstance(value, (jax.Array, np.ndarray, np.generic, Buffer, Parameter)) or hasattr(
+        value, "__jax_array__"
+    )
+
+
+def _find_hidden(value: Any, depth: int = 0) -> Any:
+    if isinstance(value, (Module, Box)):
+        return value
+    if depth < 8 and isinstance(value, _CONTAINERS):
+        items = [*value.keys(), *value.values()] if isinstance(value, dict) else value
+        for item in items:
+            found = _find_hidden(item, depth + 1)
+            if found is not None:
+                return found
+    return None
+
+
+def _uninitialized(module: Module, what: str) -> UninitializedModuleError:
+    name = type(module).__name__
+    return UninitializedModuleError(
+        explain(
+            f"{what} of {name} before Module.__init__() call",
+            "nothing can be registered before the base class has made the registries",
+            f"call super().__init__() first in {name}.__init__",
+        )
+    )
+
+
+def _array_over_parameter(module: Module, name: str, value: Any) -> RegistrationError:
+    label = module._label(name)
+    return RegistrationError(
+        explain(
+            f"cannot assign a {type(value).__name__} as parameter {label!r} "
+            "(nn.Parameter or None expected)",
+            "the parameter would become a plain array and never be trained again",
+            f"module.{name}.value = array to change its value, or "
+            f"module.{name} = nn.Parameter(array) to replace it",
+        )
+    )
+
+
+def _check_statics(module: Module, scope: Any) -> None:
+    """Raise if forward changed a list, dict ... of a clone that nobody will look at again."""
+    if scope.moduledef is None or not isinstance(module._home, int):
+        return
+    d = scope.moduledef.nodes[module._home]
+    if type(module) is not d.cls:
+        return
+    keys = dict(d.statics)
+    for name, _, copy in d.values:
+        if copy == COPIED and name in module.__dict__:
+            freezer = Freezer(lambda name=name: repr(module._label(name)), lambda m: m._home)
+            if freezer.freeze(module.__dict__[name]) != keys[name]:
+                why, instead = scope.lost
+                raise StateWriteError(
+                    explain(f"changed {module._label(name)!r} in place", why, instead)
+                )
+
+
+def _locate(error: Exception, module: Module) -> None:
+    """Note on an exception which module raised it, as a dotted path that grows on the way up."""
+    where = getattr(error, "_statefulnn_where", None)
+    if where is None:
+        text, path = f"raised in {type(module).__name__}", ""
+    else:
+        if where[0] == id(module):
+            return
+        child = next((n for n, m in module._modules.items() if id(m) == where[0]), None)
+        if child is None:
+            return
+        path = f"{child}.{where[1]}" if where[1] else child
+        text = f"raised in {path!r} of {type(module).__name__} ({where[2]})"
+    inner = type(module).__name__ if where is None else where[2]
+    try:
+        notes = getattr(error, "__notes__", None)
+        if where is not None and notes and where[3] in notes:
+            notes[notes.index(where[3])] = text
+        else:
+            error.add_note(text)
+        error._statefulnn_where = (id(module), path, inner, text)  # pyright: ignore
+    except Exception:  # an exception class may refuse attributes; the note is a courtesy
+        return
+
+
+def _indented(text: str) -> str:
+    first, *rest = text.split("\n")
+    return "\n".join([first, *("  " + line for line in rest)])
+
+
+def resolve_device(device: Any) -> Any:
+    """Return a Device or Sharding for a device, a sharding, a platform name ("cuda:1"), or None."""
+    if device is None or not isinstance(device, str):
+        return device
+    platform, _, index = device.partition(":")
+    return jax.devices("cuda" if platform == "cuda" else platform)[int(index or 0)]
+
+
+def _supported(dtype: np.dtype) -> np.dtype:
+    if dtype.itemsize == 8 * (1 + (dtype.kind == "c")) and dtype.kind in "fc":
+        if not jax.config.jax_enable_x64:  # pyright: ignore[reportAttributeAccessIssue]
+            from statefulnn.core.errors import DtypeError
+
+            raise DtypeError(
+                explain(
+                    f"asked for {dtype}",
+                    "64-bit types are off in JAX, which would silently give 32 bits",
+                    'jax.config.update("jax_enable_x64", True) at the start of the program',
+                )
+            )
+    return dtype
+
+
+def _global(name: str, hook: tuple, prepend: bool = False) -> RemovableHandle:
+    return add_hook(GLOBAL_HOOKS[name], hook, prepend)
+
+
+def register_module_forward_pre_hook(hook: Callable) -> RemovableHandle:
+    """Call ``hook(module, args)`` before every module's forward, before the module's own hooks."""
+    return _global("_forward_pre_hooks", (hook, False, False))
+
+
+def register_module_forward_hook(
+    hook: Callable, *, with_kwargs: bool = False, always_call: bool = False
+) -> RemovableHandle:
+    """Call ``hook(module, args, output)`` after every module's forward."""
+    return _global("_forward_hooks", (hook, with_kwargs, always_call))
+
+
+def register_module_full_backward_pre_hook(hook: Callable) -> RemovableHandle:
+    """Call ``hook(module, grad_output)`` before every module's gradient."""
+    return _global("_backward_pre_hooks", (hook, False, False))
+
+
+def register_module_full_backward_hook(hook: Callable) -> RemovableHandle:
+    """Call ``hook(module, grad_input, grad_output)`` after every module's gradient."""
+    return _global("_backward_hooks", (hook, False, False))

@@ -1,0 +1,384 @@
+"""An optax transformation as a module: its slots are buffers, its step writes the parameters.
+
+Because the slots are ordinary buffers, ``nn.jit`` carries them as state, ``state_dict`` saves them by
+name, and a raw JAX transformation sees them as leaves. Needs the extra ``optim``.
+"""
+
+from __future__ import annotations
+
+import collections
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from statefulnn.core.box import Buffer, Parameter
+from statefulnn.core.compat import EAGER, Tracer, current_trace
+from statefulnn.core.errors import (
+    DtypeError,
+    ShapeError,
+    StructureChangeError,
+    UnknownNameError,
+    explain,
+)
+from statefulnn.core.module import Module, Ref
+
+# Static attributes compare by identity unless they are known types: equal treedefs are made one object,
+# so that two equal optimizers share compiled code.
+_treedefs: dict[Any, Any] = {}
+
+
+class Optimizer(Module):
+    """Trains the parameters of a module with any optax transformation.
+
+    Only parameters with ``requires_grad=True`` take part: a frozen one gets no slot, no update and no
+    weight decay. A tied parameter gets one slot. The slots are buffers named after optax's fields and
+    the parameters, ``mu.fc1.weight``, ``count``; the module itself is referred to and not owned, so
+    ``state_dict()`` holds the slots and not the weights.
+
+    Outside a transformation the whole step is one compiled call.
+
+    Args:
+        module: the module to train.
+        tx: an optax transformation, such as ``optax.adamw(1e-3)``.
+
+    Attributes:
+        module: the module to train.
+        tx: the transformation.
+
+    Raises:
+        TypeError: if `tx` is no optax transformation, or `module` no module.
+        UnknownNameError: if no parameter of the module is trainable.
+        ImportError: if optax is not installed.
+
+    Limitations: optax's transformations are closures, which Python cannot pickle; save
+    ``state_dict()`` instead of the object.
+
+    Example:
+        >>> import jax.numpy as jnp, optax, statefulnn as nn
+        >>> model = nn.Linear(3, 1)
+        >>> opt = nn.Optimizer(model, optax.adam(1e-2))
+        >>> sorted(opt.state_dict())
+        ['count', 'mu.bias', 'mu.weight', 'nu.bias', 'nu.weight']
+        >>> @nn.jit
+        ... def train_step(model, opt, x, y):
+        ...     loss, grads = nn.value_and_grad(lambda m: ((m(x) - y) ** 2).mean())(model)
+        ...     opt.step(grads)
+        ...     return loss
+        >>> x, y = jnp.ones((8, 3)), jnp.ones((8, 1))
+        >>> losses = [float(train_step(model, opt, x, y)) for _ in range(20)]
+        >>> losses[-1] < losses[0]
+        True
+    """
+
+    # The compiled eager step is rebuilt when it is missing; clones and copies go without.
+    _python_cache = ("_compiled",)
+
+    def __init__(self, module: Module, tx: Any) -> None:
+        super().__init__()
+        optax = _import_optax()
+        if not isinstance(module, Module):
+            raise TypeError(
+                explain(
+                    f"nn.Optimizer was given {type(module).__name__} as the module",
+                    "it trains the parameters of an nn.Module",
+                    "nn.Optimizer(model, optax.adam(1e-3))",
+                )
+            )
+        if not isinstance(tx, optax.GradientTransformation):
+            raise TypeError(
+                explain(
+                    f"nn.Optimizer was given {_described(tx)} as the transformation",
+                    "it needs an optax transformation: an object with init and update",
+                    "call the factory, nn.Optimizer(model, optax.adam(1e-3)); for optax.MultiSteps "
+                    "pass its .gradient_transformation()",
+                )
+            )
+        parameters = dict(_trainable(module))
+        if not parameters:
+            raise UnknownNameError(
+                explain(
+                    f"made an Optimizer of {type(module).__name__}",
+                    "none of its parameters is trainable, so a step would do nothing",
+                    "unfreeze what is to be trained, module.requires_grad_(True), and build the "
+                    "optimizer after that",
+                )
+            )
+        self.module = Ref(module)
+        self.tx = tx
+        self._names = tuple(parameters)
+
+        with jax.numpy_dtype_promotion("standard"):
+            state = tx.init({name: p.value for name, p in parameters.items()})
+        paths_and_leaves, treedef = jax.tree_util.tree_flatten_with_path(state)
+        self._treedef = _treedefs.setdefault(treedef, treedef)
+        # A slot is the path of a buffer, or None for a leaf that is no array and stays as it is.
+        slots: list[tuple[str, ...] | None] = []
+        constants = []
+        held = {id(p.value) for p in parameters.values()}
+        names = _slot_names([path for path, leaf in paths_and_leaves if _is_array(leaf)])
+        for _, leaf in paths_and_leaves:
+            if _is_array(leaf):
+                slot = next(names)
+                # Some transformations start from the parameters themselves; a donated array must
+                # not sit in two boxes.
+                array = jnp.array(leaf) if id(leaf) in held else jnp.asarray(leaf)
+                held.add(id(array))
+                _place(self, slot, Buffer(array))
+                slots.append(slot)
+            else:
+                slots.append(None)
+                constants.append(leaf)
+        self._slots = tuple(slots)
+        self._constants = tuple(constants)
+
+    @property
+    def state(self) -> Any:
+        """The state as optax knows it, for reading: ``optax.tree.get(opt.state, "count")``."""
+        constants = iter(self._constants)
+        leaves = [next(constants) if b is None else b.value for b in self._boxes()]
+        return jax.tree_util.tree_unflatten(self._treedef, leaves)
+
+    def step(self, grads: Mapping[str, Any], **extra: Any) -> None:
+        """Update the parameters and the slots in place.
+
+        Args:
+            grads: dotted name -> gradient, of the parameter's shape and dtype, for every trainable
+                parameter; what ``nn.grad`` and ``nn.value_and_grad`` return.
+            extra: what the transformation takes beside gradients, such as ``value=loss``.
+
+        Raises:
+            UnknownNameError: for missing or unknown names.
+            ShapeError, DtypeError: if a gradient does not fit its parameter.
+            StructureChangeError: if a parameter was added, removed, frozen or unfrozen since the
+                optimizer was built.
+
+        Example:
+            >>> import jax.numpy as jnp, optax, statefulnn as nn
+            >>> model = nn.Linear(1, 1, bias=False)
+            >>> before = float(model.weight[0, 0])
+            >>> nn.Optimizer(model, optax.sgd(0.5)).step({"weight": jnp.ones((1, 1))})
+            >>> round(before - float(model.weight[0, 0]), 4)
+            0.5
+        """
+        parameters = dict(_trainable(self.module))
+        self._check_structure(parameters)
+        grads = self._checked(grads, parameters)
+        values = {name: p.value for name, p in parameters.items()}
+        state = self.state
+
+        inputs = jax.tree_util.tree_leaves((grads, values, state, extra))
+        traced = current_trace() is not EAGER or any(isinstance(x, Tracer) for x in inputs)
+        if traced or not all(_is_array(x) for x in inputs):
+            values, state = _update(self.tx, grads, state, values, extra)
+        else:
+            values, state = self._compiled_update()(grads, state, values, extra)
+
+        leaves, treedef = jax.tree_util.tree_flatten(state)
+        if treedef != self._treedef:
+            raise StructureChangeError(
+                explain(
+                    "the transformation returned a state of another structure than it was given",
+                    f"the slots were made for\n  {self._treedef}\n  and not for\n  {treedef}",
+                    "a transformation must keep the structure of its state, as jax.lax.scan asks too",
+                )
+            )
+        for name, p in parameters.items():
+            p.value = values[name]
+        for box, new in zip(self._boxes(), leaves, strict=True):
+            if box is not None and new is not box.value:
+                box.value = new
+
+    def _compiled_update(self) -> Callable:
+        compiled = self.__dict__.get("_compiled")
+        if compiled is None:
+            compiled = self._compiled = jax.jit(functools.partial(_update, self.tx))
+        return compiled
+
+    def _boxes(self) -> list[Any]:
+        found = []
+        for path in self._slots:
+            if path is None:
+                found.append(None)
+                continue
+            node: Any = self
+            for part in path[:-1]:
+                node = node._modules[part]
+            found.append(node._buffers[path[-1]])
+        return found
+
+    def _check_structure(self, parameters: Mapping[str, Parameter]) -> None:
+        if tuple(parameters) == self._names:
+            return
+        gone = [n for n in self._names if n not in parameters]
+        new = [n for n in parameters if n not in self._names]
+        parts = []
+        if gone:
+            parts.append(f"no longer trainable: {_listed(gone)}")
+        if new:
+            parts.append(f"trainable since then: {_listed(new)}")
+        raise StructureChangeError(
+            explain(
+                "stepped an Optimizer whose module has other trainable parameters than when it was "
+                f"built ({'; '.join(parts) or 'their order changed'})",
+                "the slots belong to the parameters of that time",
+                "build the optimizer after freezing, unfreezing or adding parameters: "
+                "opt = nn.Optimizer(model, tx)",
+            )
+        )
+
+    def _checked(self, grads: Any, parameters: Mapping[str, Parameter]) -> dict[str, Any]:
+        if not isinstance(grads, Mapping):
+            raise TypeError(
+                explain(
+                    f"Optimizer.step was given {_described(grads)}",
+                    "gradients are matched to parameters by name",
+                    "pass the dict that nn.grad or nn.value_and_grad returns: opt.step(grads)",
+                )
+            )
+        unknown = [n for n in grads if n not in parameters]
+        missing = [n for n in parameters if n not in grads]
+        if unknown or missing:
+            parts = []
+            if unknown:
+                parts.append(f"unknown names {_listed(unknown)}")
+            if missing:
+                parts.append(f"no gradient for {_listed(missing)}")
+            raise UnknownNameError(
+                explain(
+                    f"Optimizer.step was given {' and '.join(parts)}",
+                    f"it needs one gradient for each trainable parameter: {_listed(self._names)}",
+                    "take the gradient with respect to the module the optimizer was built with: "
+                    "grads = nn.grad(loss)(opt.module)",
+                )
+            )
+        checked = {}
+        for name, p in parameters.items():
+            grad = grads[name]
+            if not _is_array(grad):
+                raise TypeError(
+                    explain(
+                        f"Optimizer.step was given {_described(grad)} as the gradient of {name!r}",
+                        "a gradient is an array of the parameter's shape",
+                        f'grads["{name}"] = jnp.zeros_like(param) leaves its direction alone',
+                    )
+                )
+            grad = checked[name] = grad if isinstance(grad, jax.Array) else jnp.asarray(grad)
+            if grad.shape != p.shape:
+                raise ShapeError(
+                    explain(
+                        f"Optimizer.step was given a gradient of shape {grad.shape} for {name!r} of "
+                        f"shape {p.shape}",
+                        "a broadcast update would train something else than was meant",
+                        f"reduce it to the parameter's shape first: grads[{name!r}].reshape("
+                        f"{p.shape}), .sum(0) or .mean(0)",
+                    )
+                )
+            if grad.dtype != p.dtype:
+                raise DtypeError(
+                    explain(
+                        f"Optimizer.step was given a gradient of dtype {grad.dtype} for {name!r} of "
+                        f"dtype {p.dtype}",
+                        "the slots have the parameter's dtype, and mixing would change it silently",
+                        f"cast it: grads[{name!r}].astype({str(p.dtype)!r})",
+                    )
+                )
+        return checked
+
+    def __repr__(self) -> str:
+        return f"Optimizer({type(self.module).__name__}, {len(self._names)} trainable parameters)"
+
+
+class _Slots(Module):
+    """A level of names between an optimizer and its buffers."""
+
+
+def _update(tx: Any, grads: Any, state: Any, values: Any, extra: Any) -> tuple[Any, Any]:
+    """Apply a transformation once: (new parameter values, new state)."""
+    # optax mixes integers, floats and float32 freely, and computes in the widest dtype at hand; a
+    # session with strict promotion keeps that for its own code. The sum goes back to the
+    # parameter's own dtype.
+    with jax.numpy_dtype_promotion("standard"):
+        updates, state = tx.update(grads, state, values, **extra)
+        values = {
+            name: (value + updates[name]).astype(value.dtype) for name, value in values.items()
+        }
+    return values, state
+
+
+def _trainable(module: Module) -> Iterator[tuple[str, Parameter]]:
+    return ((name, p) for name, p in module.named_parameters() if p.requires_grad)
+
+
+def _is_array(leaf: Any) -> bool:
+    # Python numbers count as arrays, as they do for jax.jit: a step counter must not be a constant.
+    return isinstance(leaf, (jax.Array, np.ndarray, np.generic, bool, int, float, complex))
+
+
+def _slot_names(paths: list[Any]) -> Iterator[tuple[str, ...]]:
+    """Turn optax's paths into dotted names, as short as they can be.
+
+    The positions in a chain are left out, ``mu.fc1.weight`` for ``[0].mu['fc1.weight']``, unless two
+    names would then be one, or one the beginning of another.
+    """
+    full = [tuple(part for key in path for part in _parts(key)) for path in paths]
+    short = [
+        tuple(
+            part
+            for key in path
+            if not isinstance(key, jax.tree_util.SequenceKey)
+            for part in _parts(key)
+        )
+        for path in paths
+    ]
+    uses = collections.Counter(short)
+    inner = {parts[:i] for parts in short for i in range(len(parts))}
+    for parts, long in zip(short, full, strict=True):
+        clear = uses[parts] == 1 and parts not in inner
+        yield (parts if clear else long) or ("slot",)
+
+
+def _parts(key: Any) -> list[str]:
+    for attribute in ("name", "key", "idx"):
+        if hasattr(key, attribute):
+            return str(getattr(key, attribute)).split(".")
+    return [str(key)]
+
+
+def _place(root: Module, path: tuple[str, ...], box: Buffer) -> None:
+    # Straight into the registries: parameters may be called like methods of Module.
+    node = root
+    for part in path[:-1]:
+        child = node._modules.get(part)
+        if child is None:
+            child = node._modules[part] = _Slots()
+        node = child
+    node._buffers[path[-1]] = box
+
+
+def _listed(names: Any, limit: int = 8) -> str:
+    names = list(names)
+    shown = ", ".join(repr(n) for n in names[:limit])
+    return shown + (f" and {len(names) - limit} more" if len(names) > limit else "")
+
+
+def _described(value: Any) -> str:
+    name = getattr(value, "__name__", None)
+    return f"the {type(value).__name__} {name}" if name else f"a {type(value).__name__}"
+
+
+def _import_optax() -> Any:
+    try:
+        import optax
+    except ImportError as error:
+        raise ImportError(
+            explain(
+                "made an nn.Optimizer",
+                "optax, which does the arithmetic, is not installed",
+                'pip install "statefulnn[optim]"',
+            )
+        ) from error
+    return optax

@@ -1,0 +1,1 @@
+"""Transforms: pure calls, compilation, gradients and batching of code that uses modules."""

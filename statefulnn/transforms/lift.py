@@ -1,0 +1,330 @@
+"""The one mechanism under the stateful transforms: split, a plain JAX transform, write-back.
+
+`Call` takes the arguments of a call apart: the boxes of every module in them (each box once, also when
+several modules share it), the generator in force, and the other leaves. `Call.run` is the pure function
+of these that JAX transforms: it builds clones, runs the user's function on them and returns, beside the
+output, the values of the boxes that were written. `Call.write_back` puts those into the caller's boxes.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+
+from statefulnn.core.box import Box, ModuleBase, Scope, check_write, real_dict, value_changed
+from statefulnn.core.compat import EAGER, Tracer, current_trace
+from statefulnn.core.errors import StructureChangeError, TraceLeakError, explain
+from statefulnn.core.generator import current_generator, use_generator
+from statefulnn.core.graph import (
+    ModuleDef,
+    Plan,
+    build_clones,
+    build_plan,
+    differences,
+    flatten_collecting,
+    plan_of,
+    unflatten_with,
+)
+
+
+class Written:
+    """The values a traced call wrote, and which leaves they belong to; a pytree.
+
+    Attributes:
+        indices: the leaf positions, static.
+        values: the arrays.
+        out: None if the output holds no module or box; else what `restore_output` needs, static.
+    """
+
+    __slots__ = ("indices", "out", "values")
+
+    def __init__(self, indices: tuple[int, ...], values: Any, out: Any = None) -> None:
+        self.indices = indices
+        self.values = values
+        self.out = out
+
+
+jax.tree_util.register_pytree_node(
+    Written,
+    lambda w: (w.values, (w.indices, w.out)),
+    lambda aux, values: Written(aux[0], values, aux[1]),
+)
+
+
+class Call:
+    """The arguments of one call, taken apart.
+
+    Attributes:
+        plan: of all modules and boxes in the arguments, and of the generator in force, as one.
+        roots: these modules and boxes.
+        dynamic: the other leaves.
+        treedef: how to put the arguments together again.
+    """
+
+    __slots__ = ("dynamic", "generator", "plan", "roots", "treedef")
+
+    def __init__(self, arguments: Any) -> None:
+        self.dynamic, self.treedef, self.roots = flatten_collecting(arguments)
+        self.generator = current_generator()
+        everything = self.roots if self.generator is None else [*self.roots, self.generator]
+        self.plan: Plan = build_plan(everything)
+        for box in self.plan.boxes:
+            if box._scope is not None:
+                box._scope.read = True
+
+    @property
+    def moduledef(self) -> ModuleDef:
+        return self.plan.moduledef
+
+    def positions_under(self, root: Any) -> list[int]:
+        """Return the leaf positions of the trainable parameters that a root owns, in its own order."""
+        own = {id(box): i for i, box in enumerate(self.plan.boxes)}
+        if isinstance(root, Box):
+            return [own[id(root)]]
+        plan = plan_of(root)
+        return [own[id(box)] for box in plan.boxes[: plan.moduledef.count("trainable")]]
+
+    def write_back(self, written: Written) -> None:
+        """Put what a transformed call wrote into the caller's boxes."""
+        write_back(self.plan.boxes, written)
+
+
+def run(
+    f: Callable,
+    moduledef: ModuleDef,
+    treedef: Any,
+    has_generator: bool,
+    leaves: Sequence[Any],
+    dynamic: Sequence[Any],
+    *,
+    on_scope: Callable[[Scope], None] | None = None,
+    returned: Sequence[int] = (),
+) -> tuple[Any, Written]:
+    """Run a function on clones, as a pure function of arrays.
+
+    Args:
+        f: the user's function.
+        moduledef: of all roots in the arguments, the generator last if there is one.
+        treedef: of the arguments ``(args, kwargs)``.
+        has_generator: whether the last root is the generator in force.
+        leaves: the arrays of the boxes, in leaf order.
+        dynamic: the other leaves of the arguments.
+        on_scope: is shown the scope of the clones after the call.
+        returned: leaf positions to return whether written or not.
+
+    Returns:
+        the output, and the values that were written.
+    """
+    scope = Scope(moduledef=moduledef)
+    roots, boxes, modules = build_clones(moduledef, leaves, scope)
+    generator = roots.pop() if has_generator else None
+    args, kwargs = unflatten_with(treedef, dynamic, roots)
+    with use_generator(generator):
+        out = f(*args, **kwargs)
+    check_structure(moduledef, modules, roots if generator is None else [*roots, generator])
+    if on_scope is not None:
+        on_scope(scope)
+    indices = tuple(
+        i
+        for i, (box, leaf) in enumerate(zip(boxes, leaves, strict=True))
+        if box._value is not leaf or i in returned
+    )
+    out, described = describe_output(out, modules, boxes)
+    return out, Written(indices, [boxes[i]._value for i in indices], described)
+
+
+def check_structure(moduledef: ModuleDef, modules: Sequence[Any], roots: Sequence[Any]) -> None:
+    """Raise if the clones are no longer what the ModuleDef says: the change would be lost."""
+    mutable = any(copy for d in moduledef.nodes for _, _, copy in d.values)
+    if not mutable and not any(m._cell.stamp for m in modules):
+        after = None
+        if all(
+            box._requires_grad == static
+            for m, d in zip(modules, moduledef.nodes, strict=True)
+            for (_, box), (_, i) in zip(
+                real_dict(m)["_parameters"].items(), d.members[0], strict=True
+            )
+            if box is not None
+            for static in (moduledef.boxes[i][1],)
+        ):
+            return
+    after = build_plan(roots).moduledef
+    if after is moduledef:
+        return
+    changes = differences(moduledef, after)
+    if changes:
+        listed = "\n".join(f"    {name}: {change}" for name, change in changes)
+        raise StructureChangeError(
+            explain(
+                f"a module changed inside a traced function:\n{listed}",
+                "only arrays come back from a traced function; this change would be lost, or happen "
+                "once and never again",
+                "make the change outside; keep arrays that change in buffers "
+                "(self.register_buffer(name, array, persistent=False)); collect outputs of "
+                "submodules with nn.capture",
+            )
+        )
+
+
+def write_back(boxes: Sequence[Box], written: Written) -> None:
+    """Put written values into boxes, with the checks that hold where the boxes live."""
+    if not written.indices:
+        return
+    if current_trace() is EAGER:
+        for i, value in zip(written.indices, written.values, strict=True):
+            box = boxes[i]
+            if box._captured is not None:
+                box._warn_stale()
+            box._value = value
+    else:
+        for i, value in zip(written.indices, written.values, strict=True):
+            check_write(boxes[i]._scope, value, boxes[i].label)
+        for i, value in zip(written.indices, written.values, strict=True):
+            if boxes[i]._captured is not None:
+                boxes[i]._warn_stale()
+            boxes[i]._value = value
+    value_changed()
+
+
+# --------------------------------------------------------------------------------------------------
+# Modules in the output
+
+
+class _Described:
+    """How the output of a traced call is put together where it holds modules or boxes; hashable."""
+
+    __slots__ = ("items", "treedef")
+
+    def __init__(self, treedef: Any, items: tuple) -> None:
+        self.treedef = treedef
+        self.items = items  # ("node" | "box", number in the ModuleDef) or ("new", ModuleDef, start, stop)
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            type(other) is _Described
+            and self.items == other.items
+            and self.treedef == other.treedef
+        )
+
+    def __hash__(self) -> int:
+        return hash(self.items)
+
+
+def describe_output(out: Any, modules: Sequence[Any], boxes: Sequence[Any]) -> tuple[Any, Any]:
+    """Replace modules and boxes in an output by what JAX can carry."""
+    leaves, treedef, found = flatten_collecting(out)
+    if not found:
+        return out, None
+    nodes = {id(m): i for i, m in enumerate(modules)}
+    positions = {id(b): i for i, b in enumerate(boxes)}
+    arrays, items = list(leaves), []
+    for obj in found:
+        if id(obj) in nodes:
+            items.append(("node", nodes[id(obj)]))
+        elif id(obj) in positions:
+            items.append(("box", positions[id(obj)]))
+        else:
+            plan = build_plan([obj])
+            if any(id(b) in positions for b in plan.boxes):
+                raise StructureChangeError(
+                    explain(
+                        f"returned a new {type(obj).__name__} that shares parameters with an argument",
+                        "outside, the shared parameter would become two",
+                        "return the arrays (parameter.value), or build the new module outside",
+                    )
+                )
+            items.append(("new", plan.moduledef, len(arrays), len(arrays) + len(plan.boxes)))
+            arrays.extend(plan.leaves())
+    return arrays, _Described(treedef, (len(leaves), *items))
+
+
+def restore_output(
+    arrays: Sequence[Any], described: Any, plan: Plan, roots: Sequence[Any]
+) -> Any:
+    """Undo `describe_output`: arguments come back as the caller's own objects."""
+    count, *items = described.items
+    found = []
+    for item in items:
+        if item[0] == "new":
+            _, moduledef, start, stop = item
+            found.append(jax.tree_util.tree_unflatten(_structure(moduledef), arrays[start:stop]))
+        elif item[0] == "box":
+            found.append(plan.boxes[item[1]])
+        else:
+            root, *names = plan.moduledef.paths[item[1]]
+            obj = roots[root]
+            for name in names:
+                obj = getattr(obj, name)
+            found.append(obj)
+    return unflatten_with(described.treedef, arrays[:count], found)
+
+
+def _structure(moduledef: ModuleDef) -> Any:
+    what, index = moduledef.roots[0]
+    if what == "box":
+        shape = moduledef.boxes[index]
+        template = shape[0].clone_of(shape[1], 0, None, 0)
+        return jax.tree_util.tree_structure(template)
+    return jax.tree_util.tree_structure(build_clones(moduledef, [0] * moduledef.num_leaves, None)[0][0])
+
+
+# --------------------------------------------------------------------------------------------------
+# Looking at the arguments of a call
+
+
+class Mark:
+    """Stands for a leaf, or for a module or box, in the template of a call's arguments."""
+
+    __slots__ = ("is_leaf", "number")
+
+    def __init__(self, is_leaf: bool, number: int) -> None:
+        self.is_leaf = is_leaf
+        self.number = number
+
+
+def template(treedef: Any) -> Any:
+    """Return ``(args, kwargs)`` with marks in the place of leaves, modules and boxes."""
+    leaves = [Mark(True, i) for i in range(treedef.num_leaves)]
+    roots = [Mark(False, i) for i in range(treedef.num_nodes)]
+    return unflatten_with(treedef, leaves, roots)
+
+
+def leaves_below(moduledef: ModuleDef, roots: Sequence[int]) -> list[int]:
+    """Return the leaf positions that can be reached from some of the roots."""
+    found: set[int] = set()
+    seen: set[int] = set()
+    todo: list[int] = []
+    for number in roots:
+        what, index = moduledef.roots[number]
+        if what == "box":
+            found.add(moduledef.order[index])
+        else:
+            todo.append(index)
+    while todo:
+        index = todo.pop()
+        if index in seen:
+            continue
+        seen.add(index)
+        parameters, buffers, children = moduledef.nodes[index].members
+        found |= {moduledef.order[b] for _, b in (*parameters, *buffers) if b is not None}
+        todo.extend(m for _, m in children if m is not None)
+        for _, what, i in moduledef.nodes[index].references:
+            if what == "box":
+                found.add(moduledef.order[i])
+            else:
+                todo.append(i)
+    return sorted(found)
+
+
+def forget_when_dead(cache: dict, key: Any, objects: Sequence[Any]) -> list[Any]:
+    """Return weak references to objects; the first one to die removes `key` from a cache."""
+
+    def forget(_: Any, pop: Any = cache.pop, key: Any = key) -> None:
+        pop(key, None)
+
+    return [weakref.ref(obj, forget) for obj in objects]
+
+

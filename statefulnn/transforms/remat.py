@@ -1,0 +1,50 @@
+"""nn.remat: recompute intermediate results in the backward pass instead of keeping them."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from statefulnn.transforms.lift import Call, restore_output, run
+
+
+def remat(fun: Callable | None = None, **options: Any) -> Any:
+    """Return a function that keeps only its inputs for the backward pass, as ``jax.checkpoint``.
+
+    What the function writes to the modules in its arguments is written back, and random draws are the
+    same when it is recomputed.
+
+    Args:
+        fun: a function of modules and arrays.
+        options: passed to ``jax.checkpoint`` (``policy``, ``prevent_cse``).
+
+    Example:
+        >>> import jax.numpy as jnp, statefulnn as nn
+        >>> model = nn.Linear(2, 2)
+        >>> def loss_fn(model, x):
+        ...     return nn.remat(lambda model, x: model(x))(model, x).sum()
+        >>> nn.grad(loss_fn)(model, jnp.ones((3, 2)))["bias"].tolist()
+        [3.0, 3.0]
+    """
+    if fun is None:
+        return functools.partial(remat, **options)
+
+    @functools.wraps(fun)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        call = Call((args, kwargs))
+
+        def pure(leaves: list, dynamic: list) -> Any:
+            return run(
+                fun, call.moduledef, call.treedef, call.generator is not None, leaves, dynamic
+            )
+
+        out, written = jax.checkpoint(pure, **options)(list(call.plan.leaves()), call.dynamic)
+        call.write_back(written)
+        if written.out is not None:
+            return restore_output(out, written.out, call.plan, call.roots)
+        return out
+
+    return wrapper

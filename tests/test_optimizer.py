@@ -1,0 +1,460 @@
+"""nn.Optimizer against optax on a plain dict of arrays, and against torch."""
+
+from __future__ import annotations
+
+import copy
+import gc
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import torch
+
+import statefulnn as nn
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc1 = nn.Linear(3, 4)
+        self.fc2 = nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.fc2(jnp.tanh(self.fc1(x)))
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(3, 3, bias=False)
+        self.b = nn.Linear(3, 3, bias=False)
+        self.b.weight = self.a.weight
+
+    def forward(self, x):
+        return self.b(jnp.tanh(self.a(x)))
+
+
+X = np.linspace(-1, 1, 15, dtype=np.float32).reshape(5, 3)
+Y = np.linspace(1, -1, 10, dtype=np.float32).reshape(5, 2)
+
+
+def loss_of(model):
+    return ((model(X) - Y) ** 2).mean()
+
+
+def values(model) -> dict[str, np.ndarray]:
+    return {name: np.array(p) for name, p in model.named_parameters()}
+
+
+def some_grads(model, seed: int = 0) -> dict[str, jax.Array]:
+    rng = np.random.default_rng(seed)
+    return {
+        name: jnp.asarray(rng.normal(size=p.shape).astype(np.float32))
+        for name, p in model.named_parameters()
+        if p.requires_grad
+    }
+
+
+def assert_close(a: dict, b: dict, **tolerance) -> None:
+    assert a.keys() == b.keys()
+    for name in a:
+        np.testing.assert_allclose(a[name], b[name], err_msg=name, **tolerance)
+
+
+TRANSFORMATIONS = {
+    "sgd": lambda: optax.sgd(0.1),
+    "momentum": lambda: optax.sgd(0.1, momentum=0.9, nesterov=True),
+    "adam": lambda: optax.adam(1e-2),
+    "adamw_schedule": lambda: optax.adamw(optax.cosine_decay_schedule(1e-2, 10)),
+    "clip": lambda: optax.chain(optax.clip_by_global_norm(0.1), optax.adam(1e-2)),
+    "inject": lambda: optax.inject_hyperparams(optax.adam)(learning_rate=1e-2),
+    "multi_steps": lambda: optax.MultiSteps(optax.adam(1e-2), 2).gradient_transformation(),
+    "multi_transform": lambda: optax.multi_transform(
+        {"w": optax.adam(1e-2), "b": optax.set_to_zero()},
+        lambda params: {name: "w" if name.endswith("weight") else "b" for name in params},
+    ),
+    "mask": lambda: optax.adamw(
+        1e-2, mask=lambda params: {name: p.ndim > 1 for name, p in params.items()}
+    ),
+    "lion": lambda: optax.lion(1e-2),
+    "adafactor": lambda: optax.adafactor(1e-2),
+    "noise": lambda: optax.chain(optax.add_noise(0.1, 0.5, jax.random.PRNGKey(0)), optax.sgd(0.1)),
+}
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "nn.jit"])
+@pytest.mark.parametrize("make", TRANSFORMATIONS.values(), ids=TRANSFORMATIONS.keys())
+def test_steps_are_those_of_optax_on_a_plain_dict(make, compiled):
+    model = Net()
+    params = {name: p.value for name, p in model.named_parameters()}
+    opt = nn.Optimizer(model, make())
+    step = nn.jit(lambda opt, grads: opt.step(grads)) if compiled else nn.Optimizer.step
+
+    with jax.numpy_dtype_promotion("standard"):
+        tx = make()
+        state = tx.init(params)
+        for i in range(3):
+            grads = some_grads(model, i)
+            step(opt, grads)
+            updates, state = jax.jit(tx.update)(grads, state, params)
+            params = optax.apply_updates(params, updates)
+    assert_close(values(model), params, rtol=2e-6, atol=1e-7)
+    ours, theirs = jax.tree.leaves(opt.state), jax.tree.leaves(state)
+    assert jax.tree.structure(opt.state) == jax.tree.structure(state)
+    for a, b in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-6, atol=1e-7)
+
+
+def test_training_follows_torch():
+    model = Net()
+    reference = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2))
+    names = dict(zip(["fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias"], reference.parameters(), strict=True))
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            names[name].copy_(torch.tensor(np.array(p)))
+    opt = nn.Optimizer(model, optax.adamw(1e-2, weight_decay=0.1))
+    torch_opt = torch.optim.AdamW(reference.parameters(), lr=1e-2, weight_decay=0.1)
+
+    @nn.jit
+    def train_step(model, opt):
+        loss, grads = nn.value_and_grad(loss_of)(model)
+        opt.step(grads)
+        return loss
+
+    for _ in range(20):
+        ours = train_step(model, opt)
+        torch_opt.zero_grad()
+        theirs = ((reference(torch.tensor(X)) - torch.tensor(Y)) ** 2).mean()
+        theirs.backward()
+        torch_opt.step()
+        np.testing.assert_allclose(ours, theirs.detach().numpy(), rtol=1e-4)
+    assert_close(values(model), {n: p.detach().numpy() for n, p in names.items()}, rtol=1e-4, atol=1e-5)
+    assert train_step.trace_count == 1
+
+
+def test_slots_are_buffers_named_after_optax_fields_and_parameters():
+    opt = nn.Optimizer(Net(), optax.adam(1e-3))
+    parameters = ["fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias"]
+    expected = {"count"} | {f"{slot}.{p}" for slot in ("mu", "nu") for p in parameters}
+    assert {name for name, _ in opt.named_buffers()} == expected
+    assert set(opt.state_dict()) == expected
+    assert opt.get_buffer("mu.fc1.weight").shape == (4, 3)
+
+
+def test_two_counters_keep_their_position_in_the_chain():
+    opt = nn.Optimizer(Net(), optax.adam(optax.linear_schedule(1e-3, 0.0, 10)))
+    counters = {name for name, _ in opt.named_buffers() if "count" in name}
+    assert counters == {"0.count", "1.count"}
+
+
+def test_the_module_is_referred_to_and_not_owned():
+    model = Net()
+    opt = nn.Optimizer(model, optax.adam(1e-3))
+    assert opt.module is model
+    assert list(opt.parameters()) == []
+    assert model not in set(opt.modules())
+
+
+def test_frozen_parameters_get_no_slot_no_update_and_no_decay():
+    model = Net()
+    model.fc1.requires_grad_(False)
+    before = values(model)
+    opt = nn.Optimizer(model, optax.adamw(1e-1, weight_decay=0.5))
+    assert not [name for name, _ in opt.named_buffers() if "fc1" in name]
+
+    @nn.jit
+    def train_step(model, opt):
+        opt.step(nn.grad(loss_of)(model))
+
+    for _ in range(3):
+        train_step(model, opt)
+    after = values(model)
+    for name in before:
+        same = np.array_equal(before[name], after[name])
+        assert same == name.startswith("fc1"), name
+
+
+def test_a_tied_parameter_has_one_slot_and_moves_once():
+    model = Tied()
+    opt = nn.Optimizer(model, optax.sgd(0.5, momentum=0.9))
+    assert [name for name, _ in opt.named_buffers()] == ["trace.a.weight"]
+    before = np.array(model.a.weight)
+    grads = nn.grad(lambda m: m(X).sum())(model)
+    assert list(grads) == ["a.weight"]
+    opt.step(grads)
+    np.testing.assert_allclose(model.a.weight, before - 0.5 * np.array(grads["a.weight"]), rtol=1e-6)
+    assert model.b.weight is model.a.weight
+
+
+def test_the_box_stays_the_same_box():
+    model = Net()
+    weight = model.fc1.weight
+    nn.Optimizer(model, optax.sgd(0.1)).step(some_grads(model))
+    assert model.fc1.weight is weight
+
+
+@pytest.mark.parametrize("change", [True, False], ids=["unfrozen", "frozen"])
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "nn.jit"])
+def test_freezing_after_construction_is_an_error(change, compiled):
+    model = Net()
+    model.fc1.bias.requires_grad_(not change)
+    opt = nn.Optimizer(model, optax.adam(1e-3))
+    step = nn.jit(lambda opt, grads: opt.step(grads)) if compiled else nn.Optimizer.step
+    step(opt, some_grads(model))
+    model.fc1.bias.requires_grad_(change)
+    before = values(model)
+    with pytest.raises(nn.StructureChangeError, match=r"'fc1\.bias'") as info:
+        step(opt, some_grads(model))
+    assert ("trainable since then" if change else "no longer trainable") in str(info.value)
+    assert "nn.Optimizer(model, tx)" in str(info.value)
+    assert_close(values(model), before)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "error", "words"),
+    [
+        (lambda g: g.pop("fc1.bias"), nn.UnknownNameError, ["no gradient for 'fc1.bias'", "nn.grad"]),
+        (lambda g: g.update(fc3=0.0), nn.UnknownNameError, ["unknown names 'fc3'", "fc1.weight"]),
+        (
+            lambda g: g.update({"fc1.bias": jnp.zeros((1, 4))}),
+            nn.ShapeError,
+            ["(1, 4)", "'fc1.bias'", "(4,)"],
+        ),
+        (
+            lambda g: g.update({"fc1.bias": jnp.zeros(4, jnp.float16)}),
+            nn.DtypeError,
+            ["float16", "float32", "astype"],
+        ),
+        (lambda g: g.update({"fc1.bias": None}), TypeError, ["NoneType", "'fc1.bias'", "zeros_like"]),
+    ],
+    ids=["missing", "unknown", "shape", "dtype", "none"],
+)
+def test_gradients_that_do_not_fit_are_refused_and_change_nothing(spoil, error, words):
+    model = Net()
+    opt = nn.Optimizer(model, optax.adam(1e-3))
+    grads = some_grads(model)
+    spoil(grads)
+    before, slots = values(model), {n: np.array(b) for n, b in opt.named_buffers()}
+    with pytest.raises(error) as info:
+        opt.step(grads)
+    for word in words:
+        assert word in str(info.value)
+    assert_close(values(model), before)
+    assert_close({n: np.array(b) for n, b in opt.named_buffers()}, slots)
+
+
+def test_gradients_that_are_no_mapping_are_refused():
+    opt = nn.Optimizer(Net(), optax.adam(1e-3))
+    with pytest.raises(TypeError, match="matched to parameters by name"):
+        opt.step([jnp.zeros(3)])  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("wrong", [optax.adam, 1e-3, optax.MultiSteps(optax.sgd(0.1), 2), None])
+def test_what_is_no_transformation_is_refused(wrong):
+    with pytest.raises(TypeError, match=r"(?s)optax transformation.*optax\.adam\(1e-3\)"):
+        nn.Optimizer(Net(), wrong)
+
+
+def test_what_is_no_module_is_refused():
+    with pytest.raises(TypeError, match=r"nn\.Optimizer\(model, "):
+        nn.Optimizer({"w": jnp.ones(3)}, optax.adam(1e-3))  # pyright: ignore[reportArgumentType]
+
+
+def test_a_module_with_nothing_to_train_is_refused():
+    with pytest.raises(nn.UnknownNameError, match=r"requires_grad_\(True\)"):
+        nn.Optimizer(Net().requires_grad_(False), optax.adam(1e-3))
+
+
+def test_state_dict_round_trip_continues_the_run():
+    model = Net()
+    opt = nn.Optimizer(model, optax.adam(1e-1))
+    opt.step(some_grads(model, 0))
+    weights, slots = model.state_dict(), opt.state_dict()
+    opt.step(some_grads(model, 1))
+    expected = values(model)
+
+    resumed = Net()
+    resumed.load_state_dict(weights)
+    resumed_opt = nn.Optimizer(resumed, optax.adam(1e-1))
+    resumed_opt.load_state_dict(slots)
+    resumed_opt.step(some_grads(model, 1))
+    assert_close(values(resumed), expected)
+
+
+def test_a_state_dict_is_a_snapshot():
+    model = Net()
+    opt = nn.Optimizer(model, optax.adam(1e-1))
+    slots = opt.state_dict()
+    opt.step(some_grads(model))
+    assert int(slots["count"]) == 0
+
+
+def test_state_dict_of_another_transformation_is_refused():
+    slots = nn.Optimizer(Net(), optax.sgd(0.1, momentum=0.9)).state_dict()
+    with pytest.raises(nn.StateDictError, match=r"mu\.fc1\.weight"):
+        nn.Optimizer(Net(), optax.adam(0.1)).load_state_dict(slots)
+
+
+def test_leaves_that_are_no_arrays_survive():
+    class Marked(dict):
+        pass
+
+    jax.tree_util.register_pytree_node(
+        Marked, lambda d: (tuple(d.values()), tuple(d)), lambda keys, v: Marked(zip(keys, v, strict=True))
+    )
+
+    def init(params):
+        return Marked(label="kept", count=0, slot=params)
+
+    def update(grads, state, params=None):
+        assert state["label"] == "kept"
+        return grads, Marked(state, count=state["count"] + 1, slot=grads)
+
+    model = Net()
+    opt = nn.Optimizer(model, optax.GradientTransformation(init, update))
+    step = nn.jit(lambda opt, grads: opt.step(grads))
+    for i in range(2):
+        step(opt, some_grads(model, i))
+    opt.step(some_grads(model, 2))
+    assert opt.state["label"] == "kept"
+    assert int(opt.state["count"]) == 3
+    assert step.trace_count == 1
+
+
+def test_slots_that_start_as_the_parameters_are_copies():
+    # optax.lookahead and schedule-free methods begin with the parameters themselves.
+    def init(params):
+        return params
+
+    def update(grads, state, params=None):
+        return grads, state
+
+    model = Net()
+    opt = nn.Optimizer(model, optax.GradientTransformation(init, update))
+    arrays = [p.value for p in model.parameters()] + list(opt.buffers())
+    assert len({a.unsafe_buffer_pointer() for a in arrays}) == len(arrays)
+
+
+def test_injected_hyperparameters_are_buffers_that_can_be_set():
+    model = Net()
+    opt = nn.Optimizer(model, optax.inject_hyperparams(optax.sgd)(learning_rate=0.5))
+    step = nn.jit(lambda opt, grads: opt.step(grads))
+    for rate in (0.5, 0.25):
+        opt.hyperparams.learning_rate = jnp.asarray(rate)
+        before, grads = values(model), some_grads(model)
+        step(opt, grads)
+        expected = {n: v - rate * np.array(grads[n]) for n, v in before.items()}
+        assert_close(values(model), expected, rtol=1e-6, atol=1e-7)
+    assert step.trace_count == 1
+
+
+def test_extra_arguments_reach_the_transformation():
+    plateau = optax.contrib.reduce_on_plateau(factor=0.1, patience=1, cooldown=0)
+    model = Net()
+    opt = nn.Optimizer(model, optax.chain(optax.sgd(1.0), plateau))
+    zeros = {name: jnp.zeros_like(g) for name, g in some_grads(model).items()}
+    for _ in range(5):
+        opt.step(zeros, value=jnp.asarray(1.0))
+    assert float(optax.tree.get(opt.state, "scale")) < 1.0
+
+
+def test_equal_optimizers_share_compiled_code():
+    step = nn.jit(lambda model, opt: opt.step(nn.grad(loss_of)(model)))
+    for _ in range(3):
+        model = Net()
+        step(model, nn.Optimizer(model, optax.adam(1e-3)))
+    assert step.trace_count == 1
+    model = Net()
+    step(model, nn.Optimizer(model, optax.adam(1e-2)))  # the rate is part of the code
+    assert step.trace_count == 2
+
+
+def test_an_eager_step_traces_the_transformation_once():
+    traced = []
+
+    def update(grads, state, params=None):
+        traced.append(1)
+        return jax.tree.map(lambda g: -g, grads), state
+
+    model = Net()
+    opt = nn.Optimizer(model, optax.GradientTransformation(lambda params: (), update))
+    for i in range(3):
+        opt.step(some_grads(model, i))
+    assert len(traced) == 1
+
+
+def test_the_optimizer_alone_may_be_the_argument():
+    model = Net()
+    opt = nn.Optimizer(model, optax.sgd(0.1))
+    twin = copy.deepcopy(model)
+    nn.jit(lambda opt: opt.step(nn.grad(loss_of)(opt.module)))(opt)
+    nn.Optimizer(twin, optax.sgd(0.1)).step(nn.grad(loss_of)(twin))
+    assert_close(values(model), values(twin), rtol=1e-6)
+
+
+def test_a_deep_copied_pair_trains_on_its_own():
+    model = Net()
+    opt = nn.Optimizer(model, optax.adam(1e-1))
+    opt.step(some_grads(model))  # with a compiled step in place
+    twin, twin_opt = copy.deepcopy((model, opt))
+    assert twin_opt.module is twin
+    before = values(model)
+    twin_opt.step(some_grads(model))
+    assert_close(values(model), before)
+    assert not np.array_equal(before["fc1.weight"], values(twin)["fc1.weight"])
+    assert int(opt.get_buffer("count")) == 1
+    assert int(twin_opt.get_buffer("count")) == 2
+
+
+def test_an_optimizer_dies_by_reference_count():
+    gc.collect()
+    gc.disable()
+    try:
+        model = Net()
+        opt = nn.Optimizer(model, optax.adam(1e-3))
+        step = nn.jit(lambda model, opt: opt.step(nn.grad(loss_of)(model)))
+        step(model, opt)
+        opt.step(some_grads(model))
+        before = len(jax.live_arrays())
+        slots = len(list(opt.buffers()))
+        del opt
+        assert len(jax.live_arrays()) <= before - slots
+    finally:
+        gc.enable()
+
+
+def test_names_of_the_module_may_be_those_of_methods():
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.step_ = nn.Linear(2, 2)
+            self.register_parameter("state_", nn.Parameter(jnp.ones(2)))
+
+        def forward(self, x):
+            return self.step_(x) * self.state_.value
+
+    def init(params):
+        return {"step": jnp.zeros(()), "module": params}
+
+    def update(grads, state, params=None):
+        return grads, {"step": state["step"] + 1, "module": state["module"]}
+
+    model = Odd()
+    opt = nn.Optimizer(model, optax.GradientTransformation(init, update))
+    opt.step({n: jnp.zeros(p.shape) for n, p in model.named_parameters()})
+    assert opt.module is model
+    assert float(opt.state["step"]) == 1.0
+    assert "module.state_" in opt.state_dict()
+
+
+def test_bfloat16_parameters_stay_bfloat16():
+    model = Net().bfloat16()
+    opt = nn.Optimizer(model, optax.adamw(1e-2))
+    opt.step({name: jnp.ones_like(p.value) for name, p in model.named_parameters()})
+    assert {p.dtype for p in model.parameters()} == {jnp.dtype(jnp.bfloat16)}
+
+
+def test_repr_is_one_line():
+    assert repr(nn.Optimizer(Net(), optax.adam(1e-3))) == "Optimizer(Net, 4 trainable parameters)"

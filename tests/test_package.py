@@ -1,0 +1,176 @@
+"""The package as a whole: what it imports, what it ships, that it states what it needs."""
+
+from __future__ import annotations
+
+import ast
+import importlib.metadata
+import inspect
+import re
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import statefulnn as nn
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "statefulnn"
+SOURCES = sorted(PACKAGE.rglob("*.py"))
+
+# What each part may import of the package; a part may always import from itself.
+ALLOWED = {
+    "core": set(),
+    "transforms": {"core"},
+    "functional": set(),
+    "init": {"core"},
+    "modules": {"core", "functional", "init"},
+    "optimizer": {"core"},
+}
+
+
+def imports_of(source: Path) -> list[tuple[int, str]]:
+    """Return (line, absolute module name) of every import in a file, also those inside functions."""
+    found = []
+    for node in ast.walk(ast.parse(source.read_text())):
+        if isinstance(node, ast.Import):
+            found += [(node.lineno, alias.name) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{source}:{node.lineno}: imports are absolute"
+            found += [(node.lineno, f"{node.module}.{alias.name}") for alias in node.names]
+    return found
+
+
+def relative(source: Path) -> str:
+    return str(source.relative_to(ROOT))
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=relative)
+def test_imports_point_downwards(source):
+    part = source.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    if part == "__init__":
+        return
+    assert part in ALLOWED, f"{part} is new: say in ALLOWED what it may import"
+    for line, name in imports_of(source):
+        if name.startswith("statefulnn."):
+            target = name.split(".")[1]
+            assert target in ALLOWED[part] | {part}, f"{relative(source)}:{line} imports {name}"
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=relative)
+def test_no_private_jax_and_no_torch_is_imported(source):
+    for line, name in imports_of(source):
+        where = f"{relative(source)}:{line} imports {name}"
+        assert name.split(".")[0] != "torch", where
+        assert not name.startswith(("jax._src", "jax.interpreters", "jaxlib")), where
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=relative)
+def test_no_private_jax_attribute_is_read(source):
+    # `jax.foo._bar` is an attribute chain that starts at the name jax.
+    for node in ast.walk(ast.parse(source.read_text())):
+        if isinstance(node, ast.Attribute) and node.attr.startswith("_"):
+            base = node.value
+            while isinstance(base, ast.Attribute):
+                base = base.value
+            private_of_jax = isinstance(base, ast.Name) and base.id in ("jax", "jnp", "lax")
+            assert not private_of_jax, f"{relative(source)}:{node.lineno}: {ast.unparse(node)}"
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=relative)
+def test_only_the_compat_file_asks_jax_about_traces(source):
+    if source == PACKAGE / "core" / "compat.py":
+        return
+    text = source.read_text()
+    for name in ("find_top_trace", "get_opaque_trace_state", "parent_trace"):
+        assert name not in text, f"{relative(source)} uses {name}"
+
+
+def run_python(code: str) -> str:
+    """Run code in a fresh interpreter and return what it printed."""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_importing_loads_no_optional_dependency_and_starts_no_device():
+    loaded = run_python(
+        "import sys, jax\n"
+        "before = set(sys.modules)\n"
+        "import statefulnn\n"
+        "print(*sorted({m.split('.')[0] for m in set(sys.modules) - before}))\n"
+        "from jax.extend import backend\n"
+        "import jax._src.xla_bridge as bridge\n"
+        "print('devices started:', bridge.backends_are_initialized())\n"
+    )
+    names, devices = loaded.splitlines()
+    optional = {"torch", "optax", "flax", "equinox", "sklearn", "matplotlib", "tqdm", "scipy"}
+    assert "statefulnn" in names.split()
+    assert not optional & set(names.split())
+    assert devices == "devices started: False"
+
+
+def test_optimizer_without_optax_names_the_extra():
+    message = run_python(
+        "import sys\n"
+        "sys.modules['optax'] = None  # as if it were not installed\n"
+        "import statefulnn as nn\n"
+        "try:\n"
+        "    nn.Optimizer(nn.Linear(1, 1), object())\n"
+        "except ImportError as error:\n"
+        "    print(error)\n"
+    )
+    assert 'pip install "statefulnn[optim]"' in message
+
+
+def test_every_public_name_exists_and_is_documented():
+    assert len(nn.__all__) == len(set(nn.__all__))
+    undocumented = []
+    for name in nn.__all__:
+        value = getattr(nn, name)
+        if (inspect.isclass(value) or inspect.isfunction(value)) and not value.__dict__.get(
+            "__doc__", value.__doc__
+        ):
+            undocumented.append(name)
+    assert undocumented == []
+
+
+def test_runtime_dependencies_are_jax_jaxlib_and_numpy():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    names = {re.split(r"[<>=!~ ]", d)[0] for d in project["dependencies"]}
+    assert names == {"jax", "jaxlib", "numpy"}
+    third_party = {
+        name.split(".")[0]
+        for source in SOURCES
+        for _, name in imports_of(source)
+        if name.split(".")[0] not in sys.stdlib_module_names
+    }
+    assert third_party <= {"jax", "jaxlib", "numpy", "optax", "statefulnn"}
+
+
+def test_version_is_the_one_of_the_distribution_and_the_changelog():
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert importlib.metadata.version("statefulnn") == version
+    assert nn.__version__ == version
+    assert f"## {version}" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_wheel_holds_the_package_its_type_marker_and_the_licence(tmp_path):
+    hatchling = pytest.importorskip("hatchling", reason="the build backend is a dev dependency")
+    assert hatchling
+    subprocess.run(
+        [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+        timeout=120,
+    )
+    (wheel,) = tmp_path.glob("statefulnn-*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    shipped = {n for n in names if n.startswith("statefulnn/")}
+    assert shipped == {relative(s) for s in SOURCES} | {"statefulnn/py.typed"}
+    assert any(n.endswith("licenses/LICENSE") for n in names)
