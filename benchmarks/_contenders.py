@@ -234,6 +234,7 @@ def statefulnn_forward(n: int) -> list[Case]:
 def statefulnn_step(n: int) -> list[Case]:
     """`nn.jit` with Adam written as a Module and with `nn.Optimizer`; plain `jax.jit` with optax."""
     import optax
+
     import statefulnn as nn
 
     x, y = batch()

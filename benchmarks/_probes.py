@@ -378,6 +378,13 @@ def asynchrony(*, size: int, length: int, rounds: int) -> list[dict[str, Any]]:
     return rows
 
 
+def asynchrony_afresh(*, size: int, length: int, rounds: int) -> list[dict[str, Any]]:
+    """As `asynchrony`, in a process with JAX's default settings."""
+    arguments = f"size={size}, length={length}, rounds={rounds}"
+    code = f"import json, _probes; print(json.dumps(_probes.asynchrony({arguments})))"
+    return json.loads(_fresh_process(code))
+
+
 # ------------------------------------------------------------------------------------- invalidation
 
 
@@ -388,9 +395,8 @@ def invalidation(modules: int, *, rounds: int) -> list[dict[str, Any]]:
         modules: how many modules the model has, about.
         rounds: how many times each is measured.
     """
-    import statefulnn as nn
-
     import _contenders as contenders
+    import statefulnn as nn
 
     model = contenders._statefulnn_net(2 * modules)
     other = nn.Linear(2, 2)

@@ -42,6 +42,7 @@ from statefulnn.core.module import (
 from statefulnn.core.module import (
     register_module_full_backward_pre_hook as register_module_full_backward_pre_hook,
 )
+from statefulnn.transforms.audit import audit as audit
 from statefulnn.transforms.capture import capture as capture
 from statefulnn.transforms.functional_call import functional_call as functional_call
 from statefulnn.transforms.functional_call import functionalize as functionalize

@@ -7,8 +7,7 @@ name, and a raw JAX transformation sees them as leaves. Needs the extra ``optim`
 from __future__ import annotations
 
 import collections
-import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -25,6 +24,7 @@ from statefulnn.core.errors import (
     explain,
 )
 from statefulnn.core.module import Module, Ref
+from statefulnn.transforms.jit import jit
 
 # Static attributes compare by identity unless they are known types: equal treedefs are made one object,
 # so that two equal optimizers share compiled code.
@@ -73,9 +73,6 @@ class Optimizer(Module):
         >>> losses[-1] < losses[0]
         True
     """
-
-    # The compiled eager step is rebuilt when it is missing; clones and copies go without.
-    _python_cache = ("_compiled",)
 
     def __init__(self, module: Module, tx: Any) -> None:
         super().__init__()
@@ -164,18 +161,25 @@ class Optimizer(Module):
             >>> round(before - float(model.weight[0, 0]), 4)
             0.5
         """
+        inputs = jax.tree_util.tree_leaves((grads, extra))
+        eager = current_trace() is EAGER and not any(isinstance(x, Tracer) for x in inputs)
+        if eager and all(_is_array(x) for x in inputs):
+            _compiled_step(self, grads, extra)
+        else:
+            self._step(grads, extra)
+
+    def _step(self, grads: Any, extra: Mapping[str, Any]) -> None:
         parameters = dict(_trainable(self.module))
         self._check_structure(parameters)
         grads = self._checked(grads, parameters)
         values = {name: p.value for name, p in parameters.items()}
-        state = self.state
 
-        inputs = jax.tree_util.tree_leaves((grads, values, state, extra))
-        traced = current_trace() is not EAGER or any(isinstance(x, Tracer) for x in inputs)
-        if traced or not all(_is_array(x) for x in inputs):
-            values, state = _update(self.tx, grads, state, values, extra)
-        else:
-            values, state = self._compiled_update()(grads, state, values, extra)
+        # optax mixes integers, floats and float32 freely, and computes in the widest dtype at hand; a
+        # session with strict promotion keeps that for its own code. The sum goes back to the
+        # parameter's own dtype.
+        with jax.numpy_dtype_promotion("standard"):
+            updates, state = self.tx.update(grads, self.state, values, **extra)
+            values = {name: (v + updates[name]).astype(v.dtype) for name, v in values.items()}
 
         leaves, treedef = jax.tree_util.tree_flatten(state)
         if treedef != self._treedef:
@@ -191,12 +195,6 @@ class Optimizer(Module):
         for box, new in zip(self._boxes(), leaves, strict=True):
             if box is not None and new is not box.value:
                 box.value = new
-
-    def _compiled_update(self) -> Callable:
-        compiled = self.__dict__.get("_compiled")
-        if compiled is None:
-            compiled = self._compiled = jax.jit(functools.partial(_update, self.tx))
-        return compiled
 
     def _boxes(self) -> list[Any]:
         found = []
@@ -296,17 +294,9 @@ class _Slots(Module):
     """A level of names between an optimizer and its buffers."""
 
 
-def _update(tx: Any, grads: Any, state: Any, values: Any, extra: Any) -> tuple[Any, Any]:
-    """Apply a transformation once: (new parameter values, new state)."""
-    # optax mixes integers, floats and float32 freely, and computes in the widest dtype at hand; a
-    # session with strict promotion keeps that for its own code. The sum goes back to the
-    # parameter's own dtype.
-    with jax.numpy_dtype_promotion("standard"):
-        updates, state = tx.update(grads, state, values, **extra)
-        values = {
-            name: (value + updates[name]).astype(value.dtype) for name, value in values.items()
-        }
-    return values, state
+@jit
+def _compiled_step(opt: Optimizer, grads: Any, extra: Mapping[str, Any]) -> None:
+    opt._step(grads, extra)
 
 
 def _trainable(module: Module) -> Iterator[tuple[str, Parameter]]:

@@ -41,23 +41,39 @@ from statefulnn.core.errors import (
 # Clocks. One counter stamps structural and static changes, another counts changes of values.
 
 _tick = itertools.count(1).__next__
+_value_tick = itertools.count(1).__next__
 
 
 class Clock:
-    """The two global counters and the leaf lists to drop at the next change of a value."""
+    """The two global counters, and what hangs on them.
 
-    structure: int = 0
-    values: int = 0
-    gathered: list[Any] = []  # plans whose list of leaves is cached
+    Attributes:
+        structure: the stamp of the last structural or static change.
+        values: the stamp of the last change of a value.
+        gathered: weak references to the plans whose list of leaves is cached; the next change of a
+            value drops the lists.
+        captured: how many boxes were taken as constants by traced code and not written since.
+    """
+
+    __slots__ = ("captured", "gathered", "structure", "values")
+
+    def __init__(self) -> None:
+        self.structure = 0
+        self.values = 0
+        self.gathered: list[Any] = []
+        self.captured = 0
+
+
+clock = Clock()
 
 
 def value_changed() -> None:
     """Drop every cached list of leaves; call after a box took another value."""
-    Clock.values = _tick()
-    if Clock.gathered:
-        plans, Clock.gathered = Clock.gathered, []
-        for ref in plans:
-            plan = ref()
+    clock.values = _value_tick()
+    if clock.gathered:
+        plans, clock.gathered = clock.gathered, []
+        for reference in plans:
+            plan = reference()
             if plan is not None:
                 plan.cached_leaves = None
 
@@ -73,7 +89,7 @@ class Cell:
 
     def touch(self) -> None:
         """Record a change that has just been made to the structure or to a static attribute."""
-        self.stamp = Clock.structure = _tick()
+        self.stamp = clock.structure = _tick()
 
 
 class Scope:
@@ -267,9 +283,11 @@ class Box:
         elif self._captured is None and not isinstance(self._value, Tracer):
             if any(compat.kind(t) == "staged" for t in compat.chain(current_trace())):
                 self._captured = _caller()
+                clock.captured += 1
 
     def _warn_stale(self) -> None:
         where, self._captured = self._captured, None
+        clock.captured -= 1
         warnings.warn(
             explain(
                 f"wrote to {self.label()}",
@@ -376,6 +394,7 @@ class Buffer(Box):
         ...     def __init__(self):
         ...         super().__init__()
         ...         self.calls = nn.Buffer(jnp.zeros((), jnp.int32))
+        ...
         ...     def forward(self, x):
         ...         self.calls = self.calls + 1
         ...         return x
@@ -465,7 +484,7 @@ class Parameter(Box):
             if requires_grad:
                 _require_inexact(self._value)
             self._requires_grad = bool(requires_grad)
-            Clock.structure = _tick()
+            clock.structure = _tick()
         return self
 
     def write(self, new: Any) -> None:
@@ -482,7 +501,9 @@ class Parameter(Box):
                 )
             )
         if new.dtype != old.dtype:
-            if getattr(new, "weak_type", False) and not jnp.issubdtype(new.dtype, jnp.complexfloating):
+            if getattr(new, "weak_type", False) and not jnp.issubdtype(
+                new.dtype, jnp.complexfloating
+            ):
                 new = new.astype(old.dtype)
             else:
                 raise DtypeError(

@@ -177,9 +177,9 @@ class Freezer:
         # What a function closes over is shared with the outside, so containers count by identity;
         # a module or parameter there would be invisible to everything that walks the tree.
         kind = type(content)
-        if kind in _ATOMS or kind in (float, complex, types.FunctionType, functools.partial, tuple):
+        if kind in _ATOMS or kind in (float, complex, types.FunctionType, functools.partial):
             return self.freeze(content)
-        if kind is types.MethodType:
+        if kind is types.MethodType or isinstance(content, tuple):  # named tuples of functions too
             return self.freeze(content)
         if isinstance(content, (Box, ModuleBase)):
             return self._captured_member(content)

@@ -225,24 +225,24 @@ class _Streams(threading.local):
     current: Generator | Forbidden = default_generator
 
 
-_streams = _Streams()
+streams = _Streams()
 
 
 def current_generator() -> Generator | None:
     """Return the generator that layers draw from here, None where drawing is forbidden."""
-    current = _streams.current
+    current = streams.current
     return current if isinstance(current, Generator) else None
 
 
 @contextlib.contextmanager
 def use_generator(generator: Generator | Forbidden | None) -> Iterator[None]:
     """Make layers draw from a generator; None forbids drawing, as in a pure call without a key."""
-    before = _streams.current
-    _streams.current = NO_KEY if generator is None else generator
+    before = streams.current
+    streams.current = NO_KEY if generator is None else generator
     try:
         yield
     finally:
-        _streams.current = before
+        streams.current = before
 
 
 def rng_scope(key: Any) -> contextlib.AbstractContextManager[Any]:
@@ -267,7 +267,7 @@ def rng_scope(key: Any) -> contextlib.AbstractContextManager[Any]:
 def drawing_generator(generator: Generator | None = None) -> Generator:
     """Return the generator to draw from, or raise if there is none."""
     if generator is None:
-        current = _streams.current
+        current = streams.current
         if isinstance(current, Forbidden):
             raise MissingRngError(explain(*current.parts))
         return current

@@ -26,17 +26,17 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 
 from statefulnn.core.box import (
+    LOST_IN_RAW_TRANSFORM,
     Box,
     Buffer,
     Cell,
-    Clock,
-    LOST_IN_RAW_TRANSFORM,
     ModuleBase,
     Parameter,
     Scope,
-    real_dict,
+    clock,
     set_cell,
     set_home,
     set_plan,
@@ -98,7 +98,17 @@ class ModuleDef:
         order: the leaf position of each box.
     """
 
-    __slots__ = ("__weakref__", "_hash", "_names", "_paths", "boxes", "key", "nodes", "order", "roots")
+    __slots__ = (
+        "__weakref__",
+        "_hash",
+        "_names",
+        "_paths",
+        "boxes",
+        "key",
+        "nodes",
+        "order",
+        "roots",
+    )
 
     def __init__(self, nodes: tuple, roots: tuple, boxes: tuple, order: tuple, key: Any) -> None:
         self.nodes = nodes
@@ -119,7 +129,9 @@ class ModuleDef:
         return type(other) is ModuleDef and self._hash == other._hash and self.key == other.key
 
     def __reduce__(self) -> Any:
-        raise TypeError("a ModuleDef refers to live classes and functions: pickle the module instead")
+        raise TypeError(
+            "a ModuleDef refers to live classes and functions: pickle the module instead"
+        )
 
     def __repr__(self) -> str:
         names = ", ".join(self.nodes[i].cls.__name__ for k, i in self.roots if k == "node")
@@ -254,9 +266,11 @@ class Plan:
         "closures",
         "flags",
         "fresh",
+        "generators",
         "moduledef",
         "node_ids",
         "parameters",
+        "reference",
         "stamps",
         "watched",
     )
@@ -264,6 +278,8 @@ class Plan:
     moduledef: ModuleDef
     boxes: list[Box]  # in leaf order
     parameters: list[Parameter]
+    reference: Any  # a weak reference to the plan itself
+    generators: list[Generator]
     flags: list[bool]  # requires_grad of the parameters
     cells: list[Cell]
     stamps: list[int]
@@ -277,8 +293,8 @@ class Plan:
 
     def valid(self) -> bool:
         """Say whether nothing structural or static has changed since the plan was made."""
-        if self.checked_at != Clock.structure:
-            now = Clock.structure
+        if self.checked_at != clock.structure:
+            now = clock.structure
             if [c.stamp for c in self.cells] != self.stamps:
                 return False
             if [p._requires_grad for p in self.parameters] != self.flags:
@@ -301,13 +317,20 @@ class Plan:
         """Return the arrays in leaf order; the list is shared, do not change it."""
         leaves = self.cached_leaves
         if leaves is None:
-            before = Clock.values
+            before = clock.values
+            for b in self.generators:
+                if type(b._value) is np.ndarray:  # seeded on the host: put it on the device once
+                    b._value = jax.numpy.asarray(b._value)
             leaves = [b._value for b in self.boxes]
-            self.cached_leaves = leaves
-            Clock.gathered.append(weakref.ref(self))
-            if Clock.values != before:  # another thread wrote meanwhile
-                self.cached_leaves = None
+            self.keep(leaves, before)
         return leaves
+
+    def keep(self, leaves: list[Any], as_of: int) -> None:
+        """Cache the list of leaves, which is right if no value has changed since a stamp."""
+        self.cached_leaves = leaves
+        clock.gathered.append(self.reference)
+        if clock.values != as_of:  # another thread wrote meanwhile
+            self.cached_leaves = None
 
 
 class _Builder:
@@ -375,9 +398,11 @@ class _Builder:
                 _interned[key] = moduledef
 
         plan = Plan()
+        plan.reference = weakref.ref(plan)
         plan.moduledef = moduledef
         plan.boxes = [self.boxes[number] for number in by_rank]
         plan.parameters = [b for b in plan.boxes if isinstance(b, Parameter)]
+        plan.generators = [b for b in plan.boxes if isinstance(b, Generator)]
         plan.flags = [p._requires_grad for p in plan.parameters]
         plan.cells, plan.stamps = cells, stamps
         plan.watched, plan.closures = watched, closures
@@ -399,9 +424,7 @@ class _Builder:
                 (k, None if b is None else box(b, (index, k)))
                 for k, b in attributes["_buffers"].items()
             ),
-            tuple(
-                (k, None if m is None else number(m)) for k, m in attributes["_modules"].items()
-            ),
+            tuple((k, None if m is None else number(m)) for k, m in attributes["_modules"].items()),
         )
         rest, references = [], []
         hidden = type(module)._python_cache
@@ -599,7 +622,9 @@ def fill(module: Any, d: NodeDef, modules: list[Any], boxes: list[Any]) -> None:
     attributes["_parameters"] = Registry(
         cell, [(k, None if i is None else boxes[i]) for k, i in parameters]
     )
-    attributes["_buffers"] = Registry(cell, [(k, None if i is None else boxes[i]) for k, i in buffers])
+    attributes["_buffers"] = Registry(
+        cell, [(k, None if i is None else boxes[i]) for k, i in buffers]
+    )
     attributes["_modules"] = Registry(
         cell, [(k, None if i is None else modules[i]) for k, i in children]
     )
@@ -623,19 +648,10 @@ def _rebind(value: Any, modules: list[Any]) -> Any:
 # The pytree registration
 
 
-class Token:
-    """Stands for a collected module or box in a treedef."""
+class Token(int):
+    """Stands for a collected module or box in a treedef: its number."""
 
-    __slots__ = ("index",)
-
-    def __init__(self, index: int) -> None:
-        self.index = index
-
-    def __eq__(self, other: object) -> bool:
-        return type(other) is Token and other.index == self.index
-
-    def __hash__(self) -> int:
-        return self.index
+    __slots__ = ()
 
 
 _tokens = [Token(i) for i in range(64)]
@@ -700,7 +716,7 @@ def flatten_module_with_keys(module: Any) -> tuple[Any, Any]:
 
 def unflatten_module(aux: Any, leaves: Any) -> Any:
     if type(aux) is Token:
-        return _collecting.table[aux.index]
+        return _collecting.table[aux]
     root = aux.nodes[aux.roots[0][1]]
     module = object.__new__(root.cls)
     set_shell(module, (aux, leaves, raw_scope(aux)))
@@ -740,7 +756,7 @@ def flatten_box(box: Box) -> tuple[tuple, Any]:
 
 def unflatten_box(aux: Any, children: Any) -> Any:
     if type(aux) is Token:
-        return _collecting.table[aux.index]
+        return _collecting.table[aux]
     cls, static = aux
     scope = None
     trace = current_trace()
@@ -909,7 +925,9 @@ def differences(before: ModuleDef, after: ModuleDef) -> list[tuple[str, str]]:
                 elif registry == 2 and a[name] is not None:
                     continue
                 elif a[name] is not None and before.boxes[a[name]] != after.boxes[b[name]]:
-                    found.append((_dotted(path, name, before), "requires_grad or persistence changed"))
+                    found.append(
+                        (_dotted(path, name, before), "requires_grad or persistence changed")
+                    )
         a, b = dict(old.statics), dict(new.statics)
         for name in sorted(a.keys() | b.keys()):
             if a.get(name) != b.get(name):
@@ -956,6 +974,3 @@ def count_changes(before: Plan, after: Plan) -> None:
                 RetraceWarning,
                 stacklevel=user_stack_level(),
             )
-
-
-

@@ -167,9 +167,7 @@ class _Static:
 jax.tree_util.register_pytree_node(_Static, lambda s: ((), s.value), lambda v, _: _Static(v))
 
 
-def _tapped(
-    module: Any, args: tuple, kwargs: dict, forward: Any, before: list, after: list
-) -> Any:
+def _tapped(module: Any, args: tuple, kwargs: dict, forward: Any, before: list, after: list) -> Any:
     if compat.is_forward_mode(current_trace()):
         raise TypeError(
             explain(
@@ -192,9 +190,7 @@ def _tapped(
 
     enter = _input_tap(module, after, slots, len(args), where)
     tapped, slot_values = enter([jnp.asarray(args[i]) for i in where], anchors)
-    args = tuple(
-        tapped[where.index(i)] if i in where else x for i, x in enumerate(args)
-    )
+    args = tuple(tapped[where.index(i)] if i in where else x for i, x in enumerate(args))
     out = forward(*args)
     outs = _outputs(out)
     if outs is None or [(o.shape, o.dtype) for o in outs] != [(s.shape, s.dtype) for s in shapes]:
@@ -206,7 +202,9 @@ def _tapped(
             )
         )
     inexact = [i for i, o in enumerate(outs) if jnp.issubdtype(o.dtype, jnp.inexact)]
-    passed = _output_tap(module, before, len(outs), inexact)([outs[i] for i in inexact], slot_values)
+    passed = _output_tap(module, before, len(outs), inexact)(
+        [outs[i] for i in inexact], slot_values
+    )
     outs = [passed[inexact.index(i)] if i in inexact else o for i, o in enumerate(outs)]
     if isinstance(out, (tuple, list)):
         return type(out)(*outs) if hasattr(out, "_fields") else type(out)(outs)

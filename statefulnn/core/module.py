@@ -109,6 +109,7 @@ class Module(ModuleBase):
         ...     def __init__(self):
         ...         super().__init__()
         ...         self.fc = nn.Linear(3, 4)
+        ...
         ...     def forward(self, x):
         ...         return self.fc(x)
         >>> net = Net()
@@ -299,7 +300,9 @@ class Module(ModuleBase):
             if scope is not None and scope.moduledef is not None:
                 path = scope.moduledef.paths[home]
                 if path is not None:
-                    return ".".join((*path[1:], name)) if path[1:] else f"{type(self).__name__}.{name}"
+                    return (
+                        ".".join((*path[1:], name)) if path[1:] else f"{type(self).__name__}.{name}"
+                    )
         full = dotted_name(weakref.ref(self), name)
         return full if "." in full else f"{type(self).__name__}.{name}"
 
@@ -835,7 +838,14 @@ class Module(ModuleBase):
         error_msgs: list[str],
     ) -> None:
         _state_dict.load_own(
-            self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+            self,
+            state_dict,
+            prefix,
+            local_metadata,
+            strict,
+            missing_keys,
+            unexpected_keys,
+            error_msgs,
         )
 
     def get_extra_state(self) -> Any:
@@ -890,9 +900,7 @@ class Module(ModuleBase):
         """Call ``hook(module, grad_output)`` in the backward pass, before the module's gradient."""
         return self._add_call_hook("_backward_pre_hooks", (hook, False, False), prepend)
 
-    def register_full_backward_hook(
-        self, hook: Callable, prepend: bool = False
-    ) -> RemovableHandle:
+    def register_full_backward_hook(self, hook: Callable, prepend: bool = False) -> RemovableHandle:
         """Call ``hook(module, grad_input, grad_output)`` after the module's gradient was computed."""
         return self._add_call_hook("_backward_hooks", (hook, False, False), prepend)
 

@@ -14,7 +14,9 @@ from statefulnn.core.hooks import active
 from statefulnn.core.module import Module
 
 
-def capture(module: Module, names: Iterable[str] | str | None = None, method: str = "forward") -> Callable:
+def capture(
+    module: Module, names: Iterable[str] | str | None = None, method: str = "forward"
+) -> Callable:
     """Return a function that calls a module and also returns what its submodules put out.
 
     Args:
@@ -83,8 +85,10 @@ def capture(module: Module, names: Iterable[str] | str | None = None, method: st
 
         before, active.captures = active.captures, (*active.captures, listener)
         try:
-            out = module(*args, **kwargs) if method == "forward" else getattr(module, method)(
-                *args, **kwargs
+            out = (
+                module(*args, **kwargs)
+                if method == "forward"
+                else getattr(module, method)(*args, **kwargs)
             )
         finally:
             active.captures = before

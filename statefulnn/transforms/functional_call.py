@@ -302,9 +302,7 @@ def functionalize(module: Module, *, mutable: bool = False, method: str = "forwa
         positions = positions_of(moduledef, given, f"the function of {type_name}")
         for (name, value), i in zip(given.items(), positions, strict=True):
             leaves[i] = _checked(name, value, own[i], f"the function of {type_name}")
-        return _pure_call(
-            moduledef, leaves, moduledef.names, args, kwargs, rng, method, writable
-        )
+        return _pure_call(moduledef, leaves, moduledef.names, args, kwargs, rng, method, writable)
 
     type_name = type(module).__name__
     if mutable:
@@ -431,5 +429,3 @@ def statefulize(
         ['scale']
     """
     return Statefulized(fn, params, state)
-
-

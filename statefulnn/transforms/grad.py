@@ -167,9 +167,7 @@ class _Target:
 def _by_name(module: Any, call: Call, of_leaf: dict[int, Any]) -> dict[str, Any]:
     position = {id(box): i for i, box in enumerate(call.plan.boxes)}
     return {
-        name: of_leaf[position[id(p)]]
-        for name, p in module.named_parameters()
-        if p.requires_grad
+        name: of_leaf[position[id(p)]] for name, p in module.named_parameters() if p.requires_grad
     }
 
 

@@ -12,13 +12,13 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 
 from statefulnn.core.box import ModuleBase
 from statefulnn.core.freeze import Freezer
-from statefulnn.core.generator import current_generator
+from statefulnn.core.generator import current_generator, streams
 from statefulnn.core.graph import Plan, build_plan, count_changes, flatten_collecting
 from statefulnn.transforms.lift import (
-    Written,
     forget_when_dead,
     leaves_below,
     restore_output,
@@ -28,19 +28,20 @@ from statefulnn.transforms.lift import (
 )
 
 
-# Compares with any treedef, unlike None.
-_NO_TREEDEF = jax.tree_util.tree_structure(0)
+class _Known:
+    """What is remembered of one combination of modules in the arguments."""
+
+    __slots__ = ("compiled", "plan", "references", "targets")
+
+    def __init__(self, plan: Plan, compiled: Any) -> None:
+        self.plan = plan
+        self.compiled = compiled
+        self.references: list[Any] = []
+        self.targets: dict[int, list[Any]] = {}  # for each kind of result, the boxes it writes
 
 
-class _Entry:
-    """What is remembered of one combination of module arguments."""
-
-    __slots__ = ("__weakref__", "compiled", "plan", "references", "treedef")
-
-    plan: Plan
-    references: list[Any]
-    treedef: Any  # of the last call, with `compiled`, what it uses
-    compiled: Any
+# Types of leaves that are met as arguments; JAX does not name the class of its concrete arrays.
+_leaf_types: set[type] = {np.ndarray, int, float}
 
 
 class JitFunction:
@@ -49,6 +50,7 @@ class JitFunction:
     def __init__(
         self,
         function: Callable,
+        owner: Any,
         static_argnums: Sequence[int],
         static_argnames: Sequence[str],
         donate: Sequence[int],
@@ -56,55 +58,100 @@ class JitFunction:
     ) -> None:
         functools.update_wrapper(self, function, updated=())
         self._function = function
+        self._owner = owner  # the module whose call or method this is
         self._static_argnums = frozenset(static_argnums)
         self._static_argnames = frozenset(static_argnames)
         self._donate = frozenset(donate)
         self._options = options
-        self._entries: dict[Any, _Entry] = {}
+        # By modules: the plan, and the compiled code for each structure of the arguments.
+        self._known: dict[Any, _Known] = {}
+        # By modules and positions, for calls with modules and arrays by position only.
+        self._usual: dict[Any, _Known] = {}
         self._compiled: dict[Any, Any] = {}
-        self._traces = [0]
+        # What each trace found out: which leaves it writes, and the modules in its output.
+        self._results: list[tuple[tuple[int, ...], Any]] = []
 
     @property
     def trace_count(self) -> int:
         """How often the Python function has been traced."""
-        return self._traces[0]
+        return len(self._results)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        # The usual call, modules and arrays by position, is recognised by the identity of the modules
+        # alone; anything else is taken apart by `_look_up`.
+        if self._owner is not None:
+            args = (self._owner, *args)
+        key: Any = [id(streams.current)]
+        roots, dynamic = [], []
+        for arg in args:
+            if isinstance(arg, ModuleBase):
+                key.append(id(arg))
+                roots.append(arg)
+            elif type(arg) in _leaf_types:
+                key.append(0)
+                dynamic.append(arg)
+            else:
+                key = None
+                break
+        known = None
+        if key is not None and not kwargs:
+            key = tuple(key)
+            known = self._usual.get(key)
+        if known is not None and known.plan.valid():
+            compiled = known.compiled
+        else:
+            known, compiled, roots, dynamic = self._look_up(args, kwargs, key)
+        plan = known.plan
+        leaves = plan.cached_leaves
+        if leaves is None:
+            leaves = plan.leaves()
+        out, written = compiled(leaves, dynamic)
+        if written is None:
+            return out
+        number, values = written.popitem()
+        targets = known.targets.get(number)
+        indices, described = self._results[number]
+        if targets is None:
+            targets = known.targets[number] = [plan.boxes[i] for i in indices]
+        if targets:
+            stamp = write_back(targets, values)
+            if stamp is not None and indices[-1] == len(indices) - 1:
+                # The first leaves were written, usually all but the generator: no need to gather.
+                plan.keep([*values, *leaves[len(indices) :]], stamp)
+        if described is not None:
+            return restore_output(out, described, plan, roots)
+        return out
+
+    def _look_up(
+        self, args: tuple, kwargs: dict, usual_key: Any = None
+    ) -> tuple[_Known, Any, list, list]:
+        """Return what a call needs: what is known, compiled code, modules and other leaves."""
         statics = None
         if self._static_argnums or self._static_argnames:
             args, kwargs, statics = self._without_statics(args, kwargs)
         dynamic, treedef, roots = flatten_collecting((args, kwargs))
         generator = current_generator()
-        if generator is not None:
-            roots.append(generator)
-        key = tuple(map(id, roots))
-        entry = self._entries.get(key)
-        if entry is None or not entry.plan.valid():
-            entry = self._new_entry(key, roots, entry)
-        if entry.treedef == treedef and statics is None:
-            compiled = entry.compiled
-        else:
-            compiled = self._compiled_for(entry, treedef, generator is not None, statics, roots)
-        plan = entry.plan
-        leaves = plan.cached_leaves
-        if leaves is None:
-            leaves = plan.leaves()
-        out, written = compiled(leaves, dynamic)
-        if written.indices:
-            write_back(plan.boxes, written)
-        if written.out is not None:
-            return restore_output(out, written.out, plan, roots)
-        return out
-
-    def _new_entry(self, key: Any, roots: list[Any], stale: _Entry | None) -> _Entry:
-        entry = _Entry()
-        entry.plan = build_plan(roots)
-        if stale is not None:
-            count_changes(stale.plan, entry.plan)
-        entry.treedef, entry.compiled = _NO_TREEDEF, None
-        entry.references = forget_when_dead(self._entries, key, roots)
-        self._entries[key] = entry
-        return entry
+        everything = roots if generator is None else [*roots, generator]
+        key = tuple(map(id, everything))
+        known = self._known.get(key)
+        if known is None or not known.plan.valid():
+            stale, known = known, _Known(build_plan(everything), {})
+            if stale is not None:
+                count_changes(stale.plan, known.plan)
+            known.references = forget_when_dead(self._known, key, everything)
+            self._known[key] = known
+        plan = known.plan
+        compiled = known.compiled.get(treedef) if statics is None else None
+        if compiled is None:
+            compiled = self._compiled_for(plan, treedef, generator is not None, statics)
+            if statics is None:
+                known.compiled[treedef] = compiled
+        if statics is None and not kwargs:
+            _leaf_types.update(type(a) for a in args if isinstance(a, jax.Array))
+            if usual_key is not None:
+                usual = self._usual[usual_key] = _Known(plan, compiled)
+                usual.references = forget_when_dead(self._usual, usual_key, everything)
+        return known, compiled, roots, dynamic
 
     def _without_statics(self, args: tuple, kwargs: dict) -> tuple[tuple, dict, tuple]:
         numbers = {n % len(args) if args else n for n in self._static_argnums}
@@ -114,35 +161,30 @@ class JitFunction:
         kwargs = {k: v for k, v in kwargs.items() if k not in self._static_argnames}
         return args, kwargs, (static_args, static_kwargs)
 
-    def _compiled_for(
-        self, entry: _Entry, treedef: Any, has_generator: bool, statics: Any, roots: list[Any]
-    ) -> Any:
-        moduledef = entry.plan.moduledef
+    def _compiled_for(self, plan: Plan, treedef: Any, has_generator: bool, statics: Any) -> Any:
         frozen = None
         if statics is not None:
             freezer = Freezer(lambda: "a static argument")
             frozen = tuple(
                 (where, freezer.freeze(value)) for group in statics for where, value in group
             )
-        key = (moduledef, treedef, has_generator, frozen)
+        key = (plan.moduledef, treedef, has_generator, frozen)
         compiled = self._compiled.get(key)
         if compiled is None:
-            compiled = self._compile(entry.plan, treedef, has_generator, statics)
-            self._compiled[key] = compiled
-        if statics is None:
-            entry.treedef, entry.compiled = treedef, compiled
+            compiled = self._compiled[key] = self._compile(plan, treedef, has_generator, statics)
         return compiled
 
     def _compile(self, plan: Plan, treedef: Any, has_generator: bool, statics: Any) -> Any:
-        moduledef, traces = plan.moduledef, self._traces
+        moduledef, results = plan.moduledef, self._results
         function = self._function
         if statics is not None:
             function = _with_statics(function, *statics)
         donated_leaves = self._donated_leaves(plan, treedef)
 
-        def traced(leaves: Any, dynamic: Any) -> tuple[Any, Written]:
-            traces[0] += 1
-            return run(
+        def traced(leaves: Any, dynamic: Any) -> tuple[Any, Any]:
+            number = len(results)
+            results.append(((), None))
+            out, written = run(
                 function,
                 moduledef,
                 treedef,
@@ -151,6 +193,11 @@ class JitFunction:
                 dynamic,
                 returned=donated_leaves,
             )
+            if not written.indices and written.out is None:
+                return out, None
+            # The key of a dict is static: it tells the caller which trace this result is of.
+            results[number] = (written.indices, written.out)
+            return out, {number: written.values}
 
         traced.__name__ = traced.__qualname__ = getattr(self._function, "__name__", "forward")
         if not self._donate:
@@ -164,7 +211,10 @@ class JitFunction:
     def _donated_marks(self, treedef: Any) -> list[Any]:
         args, _ = template(treedef)
         return [
-            mark for i in self._donate if i < len(args) for mark in jax.tree_util.tree_leaves(args[i])
+            mark
+            for i in self._donate
+            if i < len(args)
+            for mark in jax.tree_util.tree_leaves(args[i])
         ]
 
     def _compile_donating(
@@ -199,20 +249,15 @@ class JitFunction:
 
     def lower(self, *args: Any, **kwargs: Any) -> Any:
         """Return the lowered computation for these arguments, as ``jax.jit(f).lower`` does."""
-        statics = None
-        if self._static_argnums or self._static_argnames:
-            args, kwargs, statics = self._without_statics(args, kwargs)
-        dynamic, treedef, roots = flatten_collecting((args, kwargs))
-        generator = current_generator()
-        if generator is not None:
-            roots.append(generator)
-        entry = self._new_entry(tuple(map(id, roots)), roots, None)
-        compiled = self._compiled_for(entry, treedef, generator is not None, statics, roots)
-        return compiled.lower(entry.plan.leaves(), dynamic)
+        if self._owner is not None:
+            args = (self._owner, *args)
+        known, compiled, _, dynamic = self._look_up(args, kwargs)
+        return compiled.lower(known.plan.leaves(), dynamic)
 
     def clear_cache(self) -> None:
         """Forget all compiled code."""
-        self._entries.clear()
+        self._known.clear()
+        self._usual.clear()
         self._compiled.clear()
 
     def __get__(self, instance: Any, owner: type | None = None) -> Any:
@@ -220,7 +265,7 @@ class JitFunction:
         return self if instance is None else functools.partial(self, instance)
 
     def __repr__(self) -> str:
-        return f"nn.jit({self._function!r})"
+        return f"nn.jit({self._function if self._owner is None else self._owner!r})"
 
 
 def _with_statics(function: Callable, static_args: tuple, static_kwargs: tuple) -> Callable:
@@ -287,51 +332,16 @@ def jit(
     donated = (donate,) if isinstance(donate, int) else tuple(donate)
     owner = fun if isinstance(fun, ModuleBase) else getattr(fun, "__self__", None)
     if isinstance(owner, ModuleBase):
-        # The module itself is an argument too: shift the positions past it.
-        function = _call_module if fun is owner else fun.__func__
-        return BoundJit(
-            JitFunction(
-                function,
-                [n + 1 if n >= 0 else n for n in numbers],
-                names,
-                [n + 1 for n in donated],
-                options,
-            ),
-            owner,
-        )
+        # The module is the first argument: shift the positions past it.
+        fun = _call_module if fun is owner else fun.__func__
+        numbers = tuple(n + 1 if n >= 0 else n for n in numbers)
+        donated = tuple(n + 1 for n in donated)
+    else:
+        owner = None
     if not callable(fun):
         raise TypeError(f"nn.jit takes a function or a Module, got {type(fun).__name__}")
-    return JitFunction(fun, numbers, names, donated, options)
+    return JitFunction(fun, owner, numbers, names, donated, options)
 
 
 def _call_module(module: Any, *args: Any, **kwargs: Any) -> Any:
     return module(*args, **kwargs)
-
-
-class BoundJit:
-    """A compiled module or method: a `JitFunction` with its first argument."""
-
-    def __init__(self, function: JitFunction, module: Any) -> None:
-        self._function = function
-        self.module = module
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._function(self.module, *args, **kwargs)
-
-    @property
-    def trace_count(self) -> int:
-        """How often the Python function has been traced."""
-        return self._function.trace_count
-
-    def lower(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the lowered computation for these arguments, as ``jax.jit(f).lower`` does."""
-        return self._function.lower(self.module, *args, **kwargs)
-
-    def clear_cache(self) -> None:
-        """Forget all compiled code."""
-        self._function.clear_cache()
-
-    def __repr__(self) -> str:
-        return f"nn.jit({self.module!r})"
-
-

@@ -14,9 +14,9 @@ from typing import Any
 
 import jax
 
-from statefulnn.core.box import Box, ModuleBase, Scope, check_write, real_dict, value_changed
-from statefulnn.core.compat import EAGER, Tracer, current_trace
-from statefulnn.core.errors import StructureChangeError, TraceLeakError, explain
+from statefulnn.core.box import Box, Scope, check_write, clock, real_dict, value_changed
+from statefulnn.core.compat import EAGER, current_trace
+from statefulnn.core.errors import StructureChangeError, explain
 from statefulnn.core.generator import current_generator, use_generator
 from statefulnn.core.graph import (
     ModuleDef,
@@ -89,7 +89,9 @@ class Call:
 
     def write_back(self, written: Written) -> None:
         """Put what a transformed call wrote into the caller's boxes."""
-        write_back(self.plan.boxes, written)
+        boxes = self.plan.boxes
+        if written.indices:
+            write_back([boxes[i] for i in written.indices], written.values)
 
 
 def run(
@@ -169,24 +171,24 @@ def check_structure(moduledef: ModuleDef, modules: Sequence[Any], roots: Sequenc
         )
 
 
-def write_back(boxes: Sequence[Box], written: Written) -> None:
-    """Put written values into boxes, with the checks that hold where the boxes live."""
-    if not written.indices:
-        return
-    if current_trace() is EAGER:
-        for i, value in zip(written.indices, written.values, strict=True):
-            box = boxes[i]
+def write_back(boxes: Sequence[Box], values: Sequence[Any]) -> int | None:
+    """Put values into boxes, with the checks that hold where the boxes live.
+
+    Returns:
+        the stamp of the change, or None if another thread wrote at the same time.
+    """
+    before = clock.values
+    if current_trace() is not EAGER:
+        for box, value in zip(boxes, values, strict=True):
+            check_write(box._scope, value, box.label)
+    if clock.captured:
+        for box in boxes:
             if box._captured is not None:
                 box._warn_stale()
-            box._value = value
-    else:
-        for i, value in zip(written.indices, written.values, strict=True):
-            check_write(boxes[i]._scope, value, boxes[i].label)
-        for i, value in zip(written.indices, written.values, strict=True):
-            if boxes[i]._captured is not None:
-                boxes[i]._warn_stale()
-            boxes[i]._value = value
+    for box, value in zip(boxes, values, strict=True):
+        box._value = value
     value_changed()
+    return clock.values if clock.values == before + 1 else None
 
 
 # --------------------------------------------------------------------------------------------------
@@ -200,7 +202,9 @@ class _Described:
 
     def __init__(self, treedef: Any, items: tuple) -> None:
         self.treedef = treedef
-        self.items = items  # ("node" | "box", number in the ModuleDef) or ("new", ModuleDef, start, stop)
+        self.items = (
+            items  # ("node" | "box", number in the ModuleDef) or ("new", ModuleDef, start, stop)
+        )
 
     def __eq__(self, other: object) -> bool:
         return (
@@ -241,9 +245,7 @@ def describe_output(out: Any, modules: Sequence[Any], boxes: Sequence[Any]) -> t
     return arrays, _Described(treedef, (len(leaves), *items))
 
 
-def restore_output(
-    arrays: Sequence[Any], described: Any, plan: Plan, roots: Sequence[Any]
-) -> Any:
+def restore_output(arrays: Sequence[Any], described: Any, plan: Plan, roots: Sequence[Any]) -> Any:
     """Undo `describe_output`: arguments come back as the caller's own objects."""
     count, *items = described.items
     found = []
@@ -268,7 +270,9 @@ def _structure(moduledef: ModuleDef) -> Any:
         shape = moduledef.boxes[index]
         template = shape[0].clone_of(shape[1], 0, None, 0)
         return jax.tree_util.tree_structure(template)
-    return jax.tree_util.tree_structure(build_clones(moduledef, [0] * moduledef.num_leaves, None)[0][0])
+    return jax.tree_util.tree_structure(
+        build_clones(moduledef, [0] * moduledef.num_leaves, None)[0][0]
+    )
 
 
 # --------------------------------------------------------------------------------------------------
@@ -326,5 +330,3 @@ def forget_when_dead(cache: dict, key: Any, objects: Sequence[Any]) -> list[Any]
         pop(key, None)
 
     return [weakref.ref(obj, forget) for obj in objects]
-
-

@@ -150,7 +150,10 @@ def _axes(call: Call, in_axes: Any, args: tuple, kwargs: dict) -> tuple[list, li
     axes = tuple(in_axes) if isinstance(in_axes, (tuple, list)) else (in_axes,) * len(args)
     none_too = {"is_leaf": lambda x: x is None}
     marks, chosen = [], []
-    for axis, shape in [*zip(axes, shape_args, strict=True), *((0, v) for v in shape_kwargs.values())]:
+    for axis, shape in [
+        *zip(axes, shape_args, strict=True),
+        *((0, v) for v in shape_kwargs.values()),
+    ]:
         marks += jax.tree_util.tree_leaves(shape)
         chosen += jax.tree_util.tree_leaves(jax.tree.broadcast(axis, shape, **none_too), **none_too)
     moduledef = call.moduledef

@@ -1,0 +1,191 @@
+"""What every function checks before it computes: arrays, dtypes, ranks, dimensions.
+
+The checks run in Python, on shapes and dtypes only, so they cost nothing in compiled code and hold
+there just as well.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from statefulnn.core.box import Box
+from statefulnn.core.errors import DtypeError, ShapeError, explain
+
+LOW_PRECISION = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
+
+
+def array(x: Any, name: str, function: str) -> Any:
+    """Return the JAX array in `x`: itself, what a box holds, or a converted number or numpy array."""
+    if isinstance(x, jax.Array):
+        return x
+    if isinstance(x, Box):
+        return x.value
+    if isinstance(x, (np.ndarray, np.generic, int, float, complex)):
+        return jnp.asarray(x)
+    if hasattr(x, "__jax_array__"):
+        return x.__jax_array__()
+    raise DtypeError(
+        explain(
+            f"{function} was given {name}={type(x).__name__}",
+            "it computes with arrays",
+            f"pass an array: {name}=jnp.asarray(...)",
+        )
+    )
+
+
+def is_float(dtype: Any) -> bool:
+    """Say whether a dtype is a real floating one."""
+    return jnp.issubdtype(dtype, jnp.floating)
+
+
+def require_float(x: Any, name: str, function: str) -> None:
+    """Raise unless an array is of a floating or complex dtype."""
+    if not jnp.issubdtype(x.dtype, jnp.inexact):
+        raise DtypeError(
+            explain(
+                f"{function} was given {name} of dtype {x.dtype}",
+                "it is defined for floating dtypes only",
+                f"cast it first: {name}.astype(jnp.float32)",
+            )
+        )
+
+
+def require_same_dtype(function: str, **arrays: Any) -> None:
+    """Raise unless all arrays that are not None have one floating dtype."""
+    (first, x), *others = ((name, x) for name, x in arrays.items() if x is not None)
+    require_float(x, first, function)
+    for name, other in others:
+        if other.dtype != x.dtype:
+            _mixed(function, first, x, name, other)
+
+
+def require_same_or_wider(function: str, **arrays: Any) -> None:
+    """As `require_same_dtype`, but a low-precision first array may meet float32 parameters."""
+    (first, x), *others = ((name, x) for name, x in arrays.items() if x is not None)
+    require_float(x, first, function)
+    for name, other in others:
+        if other.dtype != x.dtype and not (
+            x.dtype in LOW_PRECISION and other.dtype == np.dtype(np.float32)
+        ):
+            _mixed(function, first, x, name, other)
+
+
+def _mixed(function: str, first: str, x: Any, name: str, other: Any) -> None:
+    raise DtypeError(
+        explain(
+            f"{function} was given {first} of dtype {x.dtype} and {name} of dtype {other.dtype}",
+            "mixed dtypes are not promoted: a model would silently compute in another precision",
+            f"cast one of them: {first}.astype({name}.dtype), or the module with "
+            f"module.to({x.dtype})",
+        )
+    )
+
+
+def require_rank(x: Any, ranks: Sequence[int], name: str, function: str, layout: str) -> None:
+    """Raise unless an array has one of the ranks; `layout` says what the axes mean."""
+    if x.ndim not in ranks:
+        raise ShapeError(
+            explain(
+                f"{function} was given {name} of shape {tuple(x.shape)}",
+                f"it has {x.ndim} dimensions, and {layout} is needed",
+                f"reshape it, or add the missing axis: {name}[None]",
+            )
+        )
+
+
+def shape_error(what: str, why: str, instead: str) -> ShapeError:
+    """Build a ShapeError from the three parts of its message."""
+    return ShapeError(explain(what, why, instead))
+
+
+def dimension(dim: int, ndim: int, function: str) -> int:
+    """Return a dimension as a number from 0, or raise IndexError if there is none such."""
+    dim = operator.index(dim)
+    bound = max(ndim, 1)
+    if not -bound <= dim < bound:
+        raise IndexError(
+            explain(
+                f"{function} was given dim={dim} for an array of {ndim} dimensions",
+                f"dimensions go from {-bound} to {bound - 1}",
+                f"use a dim in that range, such as dim={-1}",
+            )
+        )
+    return dim % bound
+
+
+def numbers(value: Any, count: int, name: str, function: str) -> tuple[int, ...]:
+    """Return `count` integers from one integer or a sequence of one or `count` of them."""
+    try:
+        given = tuple(operator.index(v) for v in value)
+    except TypeError:
+        given = (_index(value, name, function),)
+    if len(given) == 1:
+        given *= count
+    if len(given) != count:
+        raise ShapeError(
+            explain(
+                f"{function} was given {name}={value!r}",
+                f"one number, or one for each of {count} spatial dimensions, is needed",
+                f"{name}={given[:1] * count if given else (1,) * count}",
+            )
+        )
+    return given
+
+
+def _index(value: Any, name: str, function: str) -> int:
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise DtypeError(
+            explain(
+                f"{function} was given {name}={value!r}",
+                "an integer, or a tuple of integers, is needed",
+                f"{name}=3",
+            )
+        ) from None
+
+
+def reduction_of(reduction: str, size_average: Any, reduce: Any, function: str) -> str:
+    """Return "mean", "sum" or "none", also from torch's two older arguments."""
+    if size_average is not None or reduce is not None:
+        if reduce is False:
+            return "none"
+        return "sum" if size_average is False else "mean"
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(
+            explain(
+                f"{function} was given reduction={reduction!r}",
+                'a loss is reduced by "mean" or "sum", or by "none" to keep one value an element',
+                f'{function}(input, target, reduction="mean")',
+            )
+        )
+    return reduction
+
+
+def reduced(loss: Any, reduction: str) -> Any:
+    """Reduce an array of losses."""
+    if reduction == "mean":
+        # Written out: jnp.mean divides integers and low precision by its own rules.
+        return jnp.sum(loss) / jnp.asarray(loss.size, loss.dtype)
+    return jnp.sum(loss) if reduction == "sum" else loss
+
+
+def widened(x: Any) -> Any:
+    """Return float16 and bfloat16 arrays as float32, and others as they are."""
+    return x.astype(jnp.float32) if x.dtype in LOW_PRECISION else x
+
+
+def concrete_on_cpu(x: Any) -> np.ndarray | None:
+    """Return an array's values if looking at them costs no transfer, and None otherwise."""
+    if isinstance(x, jax.core.Tracer):
+        return None
+    if isinstance(x, jax.Array):
+        if not x.is_fully_addressable or any(d.platform != "cpu" for d in x.devices()):
+            return None
+    return np.asarray(x)

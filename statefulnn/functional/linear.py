@@ -1,0 +1,138 @@
+"""Linear and bilinear maps."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+from jax import lax
+
+from statefulnn.functional._checks import array, require_rank, require_same_dtype, shape_error
+
+
+@jax.jit
+def _linear(input: Any, weight: Any, bias: Any) -> Any:
+    contracted = (((input.ndim - 1,), (weight.ndim - 1,)), ((), ()))
+    out = lax.dot_general(input, weight, contracted)
+    return out if bias is None else out + bias.reshape((1,) * (out.ndim - bias.ndim) + bias.shape)
+
+
+def linear(input: Any, weight: Any, bias: Any = None) -> Any:
+    """Apply ``y = x Aᵀ + b`` to the last axis.
+
+    Args:
+        input: ``(*, in_features)``.
+        weight: ``(out_features, in_features)``, or ``(in_features,)`` for one output without an axis.
+        bias: ``(out_features,)`` or None.
+
+    Returns:
+        ``(*, out_features)``, or ``(*)`` for a weight with one axis.
+
+    Raises:
+        ShapeError: if the shapes do not fit.
+        DtypeError: if the dtypes differ.
+
+    Source: ``torch.nn.functional.linear``.
+
+    Example:
+        >>> import jax.numpy as jnp, statefulnn.functional as F
+        >>> F.linear(jnp.ones((2, 3)), jnp.ones((4, 3)), jnp.zeros(4)).shape
+        (2, 4)
+    """
+    x = array(input, "input", "F.linear")
+    w = array(weight, "weight", "F.linear")
+    b = None if bias is None else array(bias, "bias", "F.linear")
+    shape, dtype = w.shape, x.dtype
+    if x.shape[-1:] != shape[-1:] or not 1 <= len(shape) <= 2 or (b is not None and b.shape != shape[:-1]):
+        _refuse_linear(x, w, b)
+    if w.dtype != dtype or (b is not None and b.dtype != dtype) or dtype.kind not in "fcV":
+        require_same_dtype("F.linear", input=x, weight=w, bias=b)
+    return _linear(x, w, b)
+
+
+def _refuse_linear(x: Any, w: Any, b: Any) -> None:
+    given = f"F.linear was given input of shape {x.shape} and weight of shape {w.shape}"
+    if w.ndim not in (1, 2):
+        raise shape_error(
+            given,
+            "the weight is (out_features, in_features)",
+            "reshape the weight to two dimensions",
+        )
+    if x.shape[-1:] != w.shape[-1:]:
+        features = x.shape[-1] if x.ndim else 0
+        raise shape_error(
+            given,
+            f"the last axis of the input has {features} features and the weight expects {w.shape[-1]}",
+            f"nn.Linear({features}, {w.shape[0] if w.ndim == 2 else 1}), or an input whose last axis "
+            f"is {w.shape[-1]}",
+        )
+    out = w.shape[:-1]
+    if b.ndim == 0 or (b.ndim == 1 and b.shape[0] == 1):
+        fix = f"broadcast it: jnp.broadcast_to(bias, {out})"
+    else:
+        fix = f"a bias of shape {out}"
+    raise shape_error(
+        f"{given}, and bias of shape {b.shape}", f"one bias for each of {out} outputs is needed", fix
+    )
+
+
+@jax.jit
+def _bilinear(input1: Any, input2: Any, weight: Any, bias: Any) -> Any:
+    batch = input1.shape[:-1]
+    left = input1.reshape(-1, input1.shape[-1])  # (N, I)
+    right = input2.reshape(-1, input2.shape[-1])  # (N, J)
+    # One matrix product over J, then a batched one over I: (N, J) x (O, I, J) -> (N, O, I) -> (N, O).
+    inner = lax.dot_general(right, weight, (((1,), (2,)), ((), ())))
+    out = lax.dot_general(inner, left, (((2,), (1,)), ((0,), (0,))))
+    if bias is not None:
+        out = out + bias[None]
+    return out.reshape(*batch, weight.shape[0])
+
+
+def bilinear(input1: Any, input2: Any, weight: Any, bias: Any = None) -> Any:
+    """Apply ``y_o = x1ᵀ A_o x2 + b_o`` to the last axes.
+
+    Args:
+        input1: ``(*, in1_features)``.
+        input2: ``(*, in2_features)``, with the same leading axes.
+        weight: ``(out_features, in1_features, in2_features)``.
+        bias: ``(out_features,)`` or None.
+
+    Returns:
+        ``(*, out_features)``.
+
+    Raises:
+        ShapeError: if the shapes do not fit.
+        DtypeError: if the dtypes differ.
+
+    Source: ``torch.nn.functional.bilinear``.
+
+    Example:
+        >>> import jax.numpy as jnp, statefulnn.functional as F
+        >>> F.bilinear(jnp.ones((5, 2)), jnp.ones((5, 3)), jnp.ones((4, 2, 3))).shape
+        (5, 4)
+    """
+    x1 = array(input1, "input1", "F.bilinear")
+    x2 = array(input2, "input2", "F.bilinear")
+    w = array(weight, "weight", "F.bilinear")
+    b = None if bias is None else array(bias, "bias", "F.bilinear")
+    require_rank(w, (3,), "weight", "F.bilinear", "(out_features, in1_features, in2_features)")
+    given = f"F.bilinear was given inputs of shapes {x1.shape} and {x2.shape}"
+    if x1.ndim == 0 or x1.shape[:-1] != x2.shape[:-1]:
+        raise shape_error(
+            given, "all axes but the last are batch axes and must agree", "jnp.broadcast_to one of them"
+        )
+    if (x1.shape[-1], x2.shape[-1]) != w.shape[1:]:
+        raise shape_error(
+            f"{given}, and weight of shape {w.shape}",
+            f"the weight expects {w.shape[1]} and {w.shape[2]} features",
+            f"nn.Bilinear({x1.shape[-1]}, {x2.shape[-1]}, {w.shape[0]})",
+        )
+    if b is not None and b.shape != w.shape[:1]:
+        raise shape_error(
+            f"F.bilinear was given bias of shape {b.shape} and weight of shape {w.shape}",
+            f"one bias for each of {w.shape[0]} outputs is needed",
+            f"a bias of shape {w.shape[:1]}",
+        )
+    require_same_dtype("F.bilinear", input1=x1, input2=x2, weight=w, bias=b)
+    return _bilinear(x1, x2, w, b)
