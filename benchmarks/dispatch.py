@@ -30,11 +30,10 @@ HERE = Path(__file__).resolve().parent
 # The package beside this folder is measured, also where it is not installed.
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
-import jax  # noqa: E402
-import numpy as np  # noqa: E402
-
 import _contenders  # noqa: E402
 import _probes  # noqa: E402
+import jax  # noqa: E402
+import numpy as np  # noqa: E402
 from _harness import Timing, measure, table  # noqa: E402
 
 OURS_FORWARD = ["nn.jit(model)(x)", "nn.jit(f)(model, x)"]
@@ -225,7 +224,7 @@ def part_invalidation(report: Report, quick: bool) -> None:
     report.section(
         f"nn.jit(model)(x) with {modules} modules, after a change",
         _rows_table(rows),
-        "Microseconds of the one call after it.",
+        "8 tensors; microseconds of the one call after the change.",
     )
 
 
@@ -272,7 +271,7 @@ def part_eager(report: Report, quick: bool) -> None:
 
 def part_trace(report: Report, quick: bool) -> None:
     """Trace time."""
-    results = _probes.trace_time(50 if quick else 500, rounds=2 if quick else 5)
+    results = _probes.trace_time(50 if quick else 500, rounds=2 if quick else 7)
     report.numbers["trace"] = results
     for name, rows in results.items():
         report.section(

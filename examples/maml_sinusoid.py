@@ -125,16 +125,20 @@ def draw(params: dict, file: Path, tasks: int = 4, points: int = 5) -> None:
     """Save a picture of a few tasks before adaptation, and after 1 and 10 steps."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(4 * tasks, 3), layout="constrained")
-    axes = figure.subplots(1, tasks, sharey=True)
-    for axis, x, y in zip(axes, *sample_tasks(jax.random.key(4), tasks, 300), strict=True):
-        order = jnp.argsort(x[:, 0])  # random points, in the order of a curve
-        axis.plot(x[order], y[order], "k", lw=1, label="task")
-        axis.plot(x[:points], y[:points], "k^", label=f"{points} points given")
+    def one_task(x, y):
         path = adaptation(params, x[:points], y[:points], INNER_LR)
-        for steps, style in {0: ":", 1: "--", 10: "-"}.items():
-            axis.plot(x[order], fn(path[steps], x[order]), style, label=f"gradient steps: {steps}")
-    axes[0].legend(fontsize=7)
+        return {steps: fn(path[steps], x) for steps in (0, 1, 10)}
+
+    x, y = sample_tasks(jax.random.key(4), tasks, 300)
+    curves = jax.jit(jax.vmap(one_task))(x, y)
+    figure = Figure(figsize=(4 * tasks, 3), layout="constrained")
+    for i, axis in enumerate(figure.subplots(1, tasks, sharey=True)):
+        order = jnp.argsort(x[i, :, 0])  # random points, in the order of a curve
+        axis.plot(x[i, order], y[i, order], "k", lw=1, label="task")
+        axis.plot(x[i, :points], y[i, :points], "k^", label=f"{points} points given")
+        for (steps, curve), style in zip(curves.items(), (":", "--", "-"), strict=True):
+            axis.plot(x[i, order], curve[i, order], style, label=f"gradient steps: {steps}")
+    figure.axes[0].legend(fontsize=7)
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=120)
 

@@ -1,8 +1,8 @@
 """statefulnn: torch.nn's object model on JAX."""
 
 from statefulnn.core import errors as errors
-from statefulnn.core.box import Buffer as Buffer
-from statefulnn.core.box import Parameter as Parameter
+from statefulnn.core.box import Buffer
+from statefulnn.core.box import Parameter
 from statefulnn.core.errors import DtypeError as DtypeError
 from statefulnn.core.errors import MissingRngError as MissingRngError
 from statefulnn.core.errors import RegistrationError as RegistrationError
@@ -24,10 +24,10 @@ from statefulnn.core.generator import initial_seed as initial_seed
 from statefulnn.core.generator import manual_seed as manual_seed
 from statefulnn.core.generator import rng_scope as rng_scope
 from statefulnn.core.generator import set_rng_state as set_rng_state
-from statefulnn.core.graph import ModuleDef as ModuleDef
-from statefulnn.core.graph import merge as merge
-from statefulnn.core.graph import mutable as mutable
-from statefulnn.core.graph import split as split
+from statefulnn.core.moduledef import ModuleDef
+from statefulnn.core.graph import merge
+from statefulnn.core.graph import mutable
+from statefulnn.core.graph import split
 from statefulnn.core.module import Module as Module
 from statefulnn.core.module import Ref as Ref
 from statefulnn.core.module import (

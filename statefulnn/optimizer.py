@@ -74,6 +74,8 @@ class Optimizer(Module):
         True
     """
 
+    module: Any
+
     def __init__(self, module: Module, tx: Any) -> None:
         super().__init__()
         optax = _import_optax()

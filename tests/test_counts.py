@@ -138,9 +138,19 @@ def test_writing_values_does_not_retrace(x):
     compiled(x)
     model.layers[0].weight.data = jnp.ones((4, 4))
     compiled(x)
-    model.calls = jnp.full((), 7.0)
+    model.calls = jnp.full((), 7.0, jnp.float32)
     compiled(x)
     model.load_state_dict(Block().state_dict())
+    compiled(x)
+    assert compiled.trace_count == 1
+
+
+def test_writing_a_weakly_typed_value_does_not_retrace(x):
+    # jnp.full((), 7.0) is weakly typed, and JAX traces anew for that.
+    model = Block()
+    compiled = nn.jit(model)
+    compiled(x)
+    model.calls = jnp.full((), 7.0)
     compiled(x)
     assert compiled.trace_count == 1
 
@@ -456,7 +466,6 @@ class Part(nn.Module):
         super().__init__()
         for i in range(count):
             setattr(self, f"p{i}", nn.Parameter(jnp.ones(())))
-        self.register_buffer("total", jnp.zeros(()))
 
     def forward(self, x: jax.Array) -> jax.Array:
         for p in self.parameters():
@@ -473,8 +482,6 @@ class Whole(nn.Module):
         super().__init__()
         self.parts = nn.ModuleList([Part(self.TENSORS // modules) for _ in range(modules)])
         self.writes = writes
-        for part in self.parts:
-            del part.total
         for i in range(30):
             self.register_buffer(f"buffer{i}", jnp.zeros(()))
 
@@ -552,8 +559,8 @@ def test_a_changed_static_attribute_is_walked_once():
     call()
     usual = python_calls(call)
     model.parts[0].eval()
-    after_a_change = python_calls(call)
-    assert after_a_change > usual
+    assert python_calls(call) > usual + 100
+    assert python_calls(call) < usual + 20
     assert python_calls(call) == usual
 
 

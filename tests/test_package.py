@@ -23,7 +23,7 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 ALLOWED = {
     "core": set(),
     "transforms": {"core"},
-    "functional": set(),
+    "functional": {"core"},  # its errors, and arrays out of boxes
     "init": {"core"},
     "modules": {"core", "functional", "init"},
     "optimizer": {"core", "transforms"},
@@ -129,7 +129,11 @@ def test_optimizer_without_optax_names_the_extra():
 
 
 def test_every_public_name_is_documented():
-    public = {name: value for name, value in vars(nn).items() if not name.startswith("_")}
+    public = {
+        name: value
+        for name, value in vars(nn).items()
+        if not name.startswith("_") and getattr(value, "__module__", "").startswith("statefulnn")
+    }
     assert {"Module", "Parameter", "jit", "functionalize", "Optimizer", "Linear"} <= public.keys()
     undocumented = [
         name

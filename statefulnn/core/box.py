@@ -4,21 +4,14 @@ Terms
   Box         one array with an identity. Two attributes that hold the same box are tied.
   Parameter   a box that may be trained. Reading the attribute gives the box.
   Buffer      a box that is not trained. Reading the attribute gives the plain array.
-  Scope       who owns a set of boxes and modules: the trace they were built in, and whether anybody
-              will keep what is written to them. The user's own objects have no scope.
-  Cell        the version stamp of one module. Caches compare stamps instead of walking the modules.
-
-Writes to a box go through `check_write`, which is where laws 4 and 5 live: nothing is written that
-would be lost, and no traced value is written where it would outlive its trace.
 """
 
 from __future__ import annotations
 
 import functools
-import itertools
+import operator
 import sys
 import warnings
-import weakref
 from typing import Any
 
 import jax
@@ -32,193 +25,9 @@ from statefulnn.core.errors import (
     RegistrationError,
     ShapeError,
     StaleCaptureWarning,
-    StateWriteError,
-    TraceLeakError,
     explain,
 )
-
-# --------------------------------------------------------------------------------------------------
-# Clocks. One counter stamps structural and static changes, another counts changes of values.
-
-_tick = itertools.count(1).__next__
-_value_tick = itertools.count(1).__next__
-
-
-class Clock:
-    """The two global counters, and what hangs on them.
-
-    Attributes:
-        structure: the stamp of the last structural or static change.
-        values: the stamp of the last change of a value.
-        gathered: weak references to the plans whose list of leaves is cached; the next change of a
-            value drops the lists.
-        captured: how many boxes were taken as constants by traced code and not written since.
-    """
-
-    __slots__ = ("captured", "gathered", "structure", "values")
-
-    def __init__(self) -> None:
-        self.structure = 0
-        self.values = 0
-        self.gathered: list[Any] = []
-        self.captured = 0
-
-
-clock = Clock()
-
-
-def value_changed() -> None:
-    """Drop every cached list of leaves; call after a box took another value."""
-    clock.values = _value_tick()
-    if clock.gathered:
-        plans, clock.gathered = clock.gathered, []
-        for reference in plans:
-            plan = reference()
-            if plan is not None:
-                plan.cached_leaves = None
-
-
-class Cell:
-    """The stamp of one module, and the scope that owns the module (None: the user)."""
-
-    __slots__ = ("scope", "stamp")
-
-    def __init__(self, scope: Scope | None = None) -> None:
-        self.stamp = 0
-        self.scope = scope
-
-    def touch(self) -> None:
-        """Record a change that has just been made to the structure or to a static attribute."""
-        self.stamp = clock.structure = _tick()
-
-
-class Scope:
-    """The owner of clones: the trace they live in, and what may be written to them.
-
-    Args:
-        writable: whether somebody will collect what is written.
-        lost: for read-only scopes, the reason and the remedy, as the two last parts of a message.
-        moduledef: the static half of the clones; it knows their names.
-    """
-
-    __slots__ = ("__weakref__", "_trace", "lost", "moduledef", "read", "stop_gradients", "writable")
-
-    def __init__(
-        self,
-        writable: bool = True,
-        lost: tuple[str, str] | None = None,
-        moduledef: Any = None,
-    ) -> None:
-        self._trace = weakref.ref(current_trace())
-        self.writable = writable
-        self.lost = lost
-        self.moduledef = moduledef
-        self.read = False  # whether any parameter of the scope was read
-        self.stop_gradients = False
-
-    @property
-    def trace(self) -> Any:
-        """The trace the scope was opened in, or None once it has ended."""
-        return self._trace()
-
-    def name_of(self, position: int) -> str | None:
-        """Return the dotted name of the box at a leaf position."""
-        return None if self.moduledef is None else self.moduledef.leaf_names[position]
-
-
-class ModuleBase:
-    """The slots of a Module, apart from its attributes; `core.module.Module` is the class to use."""
-
-    __slots__ = ("__dict__", "__weakref__", "_cell", "_home", "_plan", "_shell")
-
-    _cell: Cell
-    _home: Any  # a node number, or (weak reference to the parent, name); for messages only
-    _plan: Any
-    _shell: Any
-
-
-# Module intercepts assignment, so the slots are written through their descriptors.
-set_cell = ModuleBase.__dict__["_cell"].__set__
-set_home = ModuleBase.__dict__["_home"].__set__
-set_plan = ModuleBase.__dict__["_plan"].__set__
-set_shell = ModuleBase.__dict__["_shell"].__set__
-real_dict = ModuleBase.__dict__["__dict__"].__get__
-
-
-# What a clone that JAX built, and not this package, answers to a write.
-LOST_IN_RAW_TRANSFORM = (
-    "this module was rebuilt by a plain JAX transformation (jax.jit, jax.grad, jax.vmap, "
-    "jax.tree.map ...), which never looks at it again, so the write would be lost",
-    "use nn.jit, nn.value_and_grad or nn.vmap, which write back; or a pure call, "
-    "functionalize(module, mutable=True); or return the updated module: "
-    "module = nn.mutable(module) first, write, and return it. "
-    "Call train() and eval() outside the transformation",
-)
-
-
-def check_write(scope: Scope | None, value: Any, subject: Any) -> None:
-    """Raise unless a box or module of `scope` may take `value` at this point of the program.
-
-    Args:
-        scope: the owner, None for the user's own objects.
-        value: what is about to be written; None for a structural or static change.
-        subject: what is written to, for the message: a name, or a function that gives it.
-    """
-    trace = current_trace()
-    if scope is None:
-        if trace is EAGER and not isinstance(value, Tracer):
-            return
-        owner = EAGER
-    else:
-        if not scope.writable:
-            why, instead = scope.lost or LOST_IN_RAW_TRANSFORM
-            raise StateWriteError(explain(f"wrote to {_name(subject)}", why, instead))
-        owner = scope.trace
-
-    between = []
-    for around in compat.chain(trace):
-        if around is owner:
-            break
-        between.append(around)
-    else:
-        raise TraceLeakError(
-            explain(
-                f"wrote to {_name(subject)}",
-                "it belongs to a traced call that has ended, or to one that is not around this line",
-                "return values from the traced function instead of keeping its modules",
-            )
-        )
-    if any(compat.kind(t) == "staged" for t in between):
-        raise TraceLeakError(
-            explain(
-                f"wrote to {_name(subject)} inside a function that JAX traces "
-                "(jax.jit, lax.scan, lax.cond, jax.checkpoint ...)",
-                "the module is not an argument of that function: the write would happen once, while "
-                "tracing, and leave a dead tracer or a stale value behind",
-                "pass the module as an argument to nn.jit (nn.scan, nn.remat), which writes back; "
-                "or return the new value and write it outside",
-            )
-        )
-    if isinstance(value, Tracer):
-        home = compat.trace_of(value)
-        if home in between or home not in compat.chain(owner):
-            raise TraceLeakError(
-                explain(
-                    f"wrote a traced value to {_name(subject)}",
-                    "the module lives outside the transformation that made the value, so the value "
-                    "would outlive its trace",
-                    "pass the module as an argument to nn.value_and_grad, nn.vmap or nn.jit, which "
-                    "write back; or return the value (has_aux=True) and write it outside",
-                )
-            )
-
-
-def _name(subject: Any) -> str:
-    return subject() if callable(subject) else str(subject)
-
-
-# --------------------------------------------------------------------------------------------------
-# Boxes
+from statefulnn.core.scope import Scope, check_write, clock, name_of, real_dict, tick, value_changed
 
 
 class Box:
@@ -344,14 +153,14 @@ def as_array(value: Any, subject: Any = "a box") -> Any:
     if isinstance(value, (list, tuple)):
         raise RegistrationError(
             explain(
-                f"wrote a {type(value).__name__} to {_name(subject)}",
+                f"wrote a {type(value).__name__} to {name_of(subject)}",
                 "only arrays can be held",
                 "convert it first: jnp.asarray(value)",
             )
         )
     raise RegistrationError(
         explain(
-            f"wrote an object of type {type(value).__name__} to {_name(subject)}",
+            f"wrote an object of type {type(value).__name__} to {name_of(subject)}",
             "only arrays can be held",
             "pass a jax.Array or a numpy array",
         )
@@ -384,7 +193,8 @@ class Buffer(Box):
 
     Args:
         data: the array.
-        persistent: whether it is part of ``state_dict``.
+        persistent: whether it is to be part of ``state_dict``; a module that it is assigned to takes
+            note of it.
 
     Source: ``torch.nn.Buffer``.
 
@@ -410,11 +220,8 @@ class Buffer(Box):
         super().__init__(as_array(data, "nn.Buffer"))
         self.persistent = persistent
 
-    def static_part(self) -> Any:
-        return self.persistent
-
     def _set_static_part(self, like: Any) -> None:
-        self.persistent = like
+        self.persistent = True
 
     def __deepcopy__(self, memo: dict) -> Buffer:
         return Buffer(self._value, persistent=self.persistent)
@@ -484,7 +291,7 @@ class Parameter(Box):
             if requires_grad:
                 _require_inexact(self._value)
             self._requires_grad = bool(requires_grad)
-            clock.structure = _tick()
+            clock.structure = tick()
         return self
 
     def write(self, new: Any) -> None:
@@ -611,7 +418,6 @@ def _require_inexact(value: Any) -> None:
 def _add_operators() -> None:
     # Arithmetic, comparison and matrix operators act on the array and give arrays; the in-place
     # forms write the box, which stays the same box.
-    import operator
 
     def binary(op):
         return lambda self, other: op(self.value, unwrap(other))

@@ -20,9 +20,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from statefulnn.core.box import Box, ModuleBase
+from statefulnn.core.box import Box
 from statefulnn.core.compat import Tracer
 from statefulnn.core.errors import RegistrationError, TraceLeakError, explain
+from statefulnn.core.scope import ModuleBase
 
 
 class Identity:

@@ -24,9 +24,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from statefulnn.core import compat
-from statefulnn.core.box import Box, Scope, value_changed
+from statefulnn.core.box import Box
 from statefulnn.core.compat import EAGER, current_trace
 from statefulnn.core.errors import MissingRngError, explain
+from statefulnn.core.scope import Scope, value_changed
 
 _WAYS_OUT = (
     "nn.jit, nn.vmap, nn.scan and nn.remat carry the generator as state; or pass a key: "

@@ -28,7 +28,9 @@ from statefulnn.core.box import user_stack_level
 from statefulnn.core.compat import EAGER, current_trace
 from statefulnn.core.errors import ShapeError, explain
 from statefulnn.core.generator import Generator, current_generator, use_generator
-from statefulnn.core.graph import GLOBAL_HOOKS, HookDict, build_clones, own_scope, plan_of
+from statefulnn.core.graph import build_clones, own_scope
+from statefulnn.core.plan import plan_of
+from statefulnn.core.registry import GLOBAL_HOOKS, HookDict
 
 _number = itertools.count().__next__
 

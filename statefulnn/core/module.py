@@ -19,21 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from statefulnn.core import state_dict as _state_dict
-from statefulnn.core.box import (
-    Box,
-    Buffer,
-    Cell,
-    ModuleBase,
-    Parameter,
-    check_write,
-    dotted_name,
-    real_dict,
-    set_cell,
-    set_home,
-    set_plan,
-    set_shell,
-    unwrap,
-)
+from statefulnn.core.box import Box, Buffer, Parameter, dotted_name, unwrap
 from statefulnn.core.compat import EAGER, Tracer, current_trace, tracer_in
 from statefulnn.core.errors import (
     RegistrationError,
@@ -43,18 +29,25 @@ from statefulnn.core.errors import (
     explain,
 )
 from statefulnn.core.freeze import Freezer, hidden_member
-from statefulnn.core.graph import (
-    COPIED,
-    GLOBAL_CELL,
-    GLOBAL_HOOKS,
-    HookDict,
-    Registry,
+from statefulnn.core.graph import materialise
+from statefulnn.core.hooks import RemovableHandle, active, add_hook, call_with_hooks
+from statefulnn.core.moduledef import COPIED
+from statefulnn.core.pytree import (
     flatten_module,
     flatten_module_with_keys,
-    materialise,
     unflatten_module,
 )
-from statefulnn.core.hooks import RemovableHandle, active, add_hook, call_with_hooks
+from statefulnn.core.registry import GLOBAL_CELL, GLOBAL_HOOKS, HookDict, Registry
+from statefulnn.core.scope import (
+    Cell,
+    ModuleBase,
+    check_write,
+    real_dict,
+    set_cell,
+    set_home,
+    set_plan,
+    set_shell,
+)
 
 _SLOTS = {"_cell": set_cell, "_home": set_home, "_plan": set_plan, "_shell": set_shell}
 _REGISTRIES = ("_parameters", "_buffers", "_modules")
@@ -125,7 +118,8 @@ class Module(ModuleBase):
     _hooked: bool = False
     # Names of Python-side caches: no part of the compiled code's identity, never copied to clones.
     _python_cache: tuple[str, ...] = ()
-    # torch names the non-persistent buffers in a set of the module; here each Buffer knows it.
+    # The names of buffers that stay out of state_dict; never changed in place.
+    _non_persistent_buffers_set: frozenset[str] = frozenset()
     call_super_init: bool = False
     training: bool
 
@@ -325,6 +319,8 @@ class Module(ModuleBase):
         for other in _REGISTRIES:
             if other != registry and name in attributes[other]:
                 del attributes[other][name]
+        if isinstance(value, Buffer):
+            self._remember_persistence(name, value.persistent)
         if isinstance(value, Box):
             self._adopt(value, name)
         elif value._home is None or (isinstance(value._home, tuple) and value._home[0]() is None):
@@ -361,7 +357,7 @@ class Module(ModuleBase):
             box.write(value)
             return
         self._check_static_write(name, None)
-        box = Buffer(unwrap(value), persistent=name not in self._non_persistent_buffers_set)
+        box = Buffer(unwrap(value))
         self._adopt(box, name)
         real_dict(self)["_buffers"][name] = box
 
@@ -371,6 +367,7 @@ class Module(ModuleBase):
             if name in attributes.get(registry, ()):
                 self._check_static_write(name, None)
                 del attributes[registry][name]
+                self._remember_persistence(name, True)
                 return
         if name in attributes:
             self._check_static_write(name, None)
@@ -382,11 +379,6 @@ class Module(ModuleBase):
         for registry in _REGISTRIES:
             names.update(self.__dict__.get(registry, ()))
         return sorted(n for n in names if not (n and n[0].isdigit()))
-
-    @property
-    def _non_persistent_buffers_set(self) -> set[str]:
-        names = {n for n, b in self._buffers.items() if b is not None and not b.persistent}
-        return names | set(real_dict(self).get("_empty_non_persistent", ()))
 
     # ----------------------------------------------------------------------------------------------
     # Registration by name
@@ -443,9 +435,7 @@ class Module(ModuleBase):
         self._check_new_name(name, "buffer", "_buffers")
         if tensor is None:
             self._set_member("_buffers", name, None)
-            self._remember_persistence(name, persistent)
-            return
-        if not _is_array(tensor) or isinstance(tensor, Parameter):
+        elif not _is_array(tensor) or isinstance(tensor, Parameter):
             raise RegistrationError(
                 explain(
                     f"cannot assign '{type(tensor).__name__}' object to buffer '{name}'",
@@ -453,23 +443,15 @@ class Module(ModuleBase):
                     f"register_buffer({name!r}, jnp.asarray(value))",
                 )
             )
-        self._remember_persistence(name, True)
-        if isinstance(tensor, Buffer):
-            box = tensor
-            box.persistent = box.persistent and persistent
         else:
-            box = Buffer(tensor, persistent=persistent)
-        self._check_static_write(name, None)
-        self._adopt(box, name)
-        real_dict(self)["_buffers"][name] = box
+            self._register(name, tensor if isinstance(tensor, Buffer) else Buffer(tensor))
+        self._remember_persistence(name, persistent)
 
     def _remember_persistence(self, name: str, persistent: bool) -> None:
-        # A buffer that is None has no box to remember it.
-        attributes = real_dict(self)
-        empty = set(attributes.get("_empty_non_persistent", ()))
-        changed = empty - {name} if persistent else empty | {name}
-        if changed != empty:
-            attributes["_empty_non_persistent"] = frozenset(changed)
+        hidden = self._non_persistent_buffers_set
+        changed = hidden - {name} if persistent else hidden | {name}
+        if changed != hidden:
+            real_dict(self)["_non_persistent_buffers_set"] = changed
             self._cell.touch()
 
     def add_module(self, name: str, module: Module | None) -> None:

@@ -69,7 +69,7 @@ def save_own(module: Any, destination: dict, prefix: str, keep_vars: bool) -> No
         if box is not None:
             destination[prefix + name] = box if keep_vars else box.value
     for name, box in module._buffers.items():
-        if box is not None and box.persistent:
+        if box is not None and name not in module._non_persistent_buffers_set:
             destination[prefix + name] = box if keep_vars else box.value
     if _overrides(module, "get_extra_state"):
         destination[prefix + EXTRA_STATE] = module.get_extra_state()
@@ -158,7 +158,7 @@ def load_own(
     own = {
         name: box
         for name, box in itertools.chain(module._parameters.items(), module._buffers.items())
-        if box is not None and getattr(box, "persistent", True)
+        if box is not None and name not in module._non_persistent_buffers_set
     }
     for name, box in own.items():
         key = prefix + name

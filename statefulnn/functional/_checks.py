@@ -57,9 +57,8 @@ def require_float(x: Any, name: str, function: str) -> None:
 
 
 def require_same_dtype(function: str, **arrays: Any) -> None:
-    """Raise unless all arrays that are not None have one floating dtype."""
+    """Raise unless all arrays that are not None have one dtype."""
     (first, x), *others = ((name, x) for name, x in arrays.items() if x is not None)
-    require_float(x, first, function)
     for name, other in others:
         if other.dtype != x.dtype:
             _mixed(function, first, x, name, other)

@@ -43,9 +43,10 @@ def linear(input: Any, weight: Any, bias: Any = None) -> Any:
     w = array(weight, "weight", "F.linear")
     b = None if bias is None else array(bias, "bias", "F.linear")
     shape, dtype = w.shape, x.dtype
-    if x.shape[-1:] != shape[-1:] or not 1 <= len(shape) <= 2 or (b is not None and b.shape != shape[:-1]):
+    fits = x.shape[-1:] == shape[-1:] and 1 <= len(shape) <= 2
+    if not fits or (b is not None and b.shape != shape[:-1]):
         _refuse_linear(x, w, b)
-    if w.dtype != dtype or (b is not None and b.dtype != dtype) or dtype.kind not in "fcV":
+    if w.dtype != dtype or (b is not None and b.dtype != dtype):
         require_same_dtype("F.linear", input=x, weight=w, bias=b)
     return _linear(x, w, b)
 

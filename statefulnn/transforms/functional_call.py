@@ -13,18 +13,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from statefulnn.core.box import Box, Buffer, Parameter, Scope
+from statefulnn.core.box import Box, Buffer, Parameter
 from statefulnn.core.errors import DtypeError, ShapeError, UnknownNameError, explain
 from statefulnn.core.generator import Generator, use_generator
-from statefulnn.core.graph import (
-    ModuleDef,
-    build_clones,
-    build_plan,
-    plan_of,
-    positions_of,
-    require_module,
-)
+from statefulnn.core.graph import build_clones, require_module
 from statefulnn.core.module import Module
+from statefulnn.core.moduledef import ModuleDef, positions_of
+from statefulnn.core.plan import build_plan, plan_of
+from statefulnn.core.scope import Scope
 from statefulnn.core.state_dict import _dtype_kind as dtype_kind
 from statefulnn.transforms.lift import check_structure
 

@@ -14,10 +14,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from statefulnn.core.box import ModuleBase
 from statefulnn.core.freeze import Freezer
 from statefulnn.core.generator import current_generator, streams
-from statefulnn.core.graph import Plan, build_plan, count_changes, flatten_collecting
+from statefulnn.core.plan import Plan, build_plan, count_changes
+from statefulnn.core.pytree import flatten_collecting
+from statefulnn.core.scope import ModuleBase
 from statefulnn.transforms.lift import (
     forget_when_dead,
     leaves_below,

@@ -14,20 +14,15 @@ from typing import Any
 
 import jax
 
-from statefulnn.core.box import Box, Scope, check_write, clock, real_dict, value_changed
+from statefulnn.core.box import Box
 from statefulnn.core.compat import EAGER, current_trace
 from statefulnn.core.errors import StructureChangeError, explain
 from statefulnn.core.generator import current_generator, use_generator
-from statefulnn.core.graph import (
-    ModuleDef,
-    Plan,
-    build_clones,
-    build_plan,
-    differences,
-    flatten_collecting,
-    plan_of,
-    unflatten_with,
-)
+from statefulnn.core.graph import build_clones
+from statefulnn.core.moduledef import ModuleDef, differences
+from statefulnn.core.plan import Plan, build_plan, plan_of
+from statefulnn.core.pytree import flatten_collecting, unflatten_with
+from statefulnn.core.scope import Scope, check_write, clock, real_dict, value_changed
 
 
 class Written:

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 from statefulnn.core.errors import StructureChangeError, explain
-from statefulnn.core.graph import flatten_collecting, unflatten_with
+from statefulnn.core.pytree import flatten_collecting, unflatten_with
 from statefulnn.transforms.lift import Call, Written, run
 
 

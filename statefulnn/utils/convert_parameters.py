@@ -1,0 +1,67 @@
+"""All parameters as one vector, and back.
+
+Source: ``torch.nn.utils.convert_parameters``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import jax.numpy as jnp
+
+from statefulnn.core.box import Parameter, unwrap
+from statefulnn.core.errors import ShapeError, explain
+
+
+def parameters_to_vector(parameters: Iterable[Any]) -> Any:
+    """Return parameters flattened into one array.
+
+    Args:
+        parameters: parameters or arrays, of one dtype.
+
+    Returns:
+        an array ``(total number of elements,)``, in the order given.
+
+    Example:
+        >>> import statefulnn as nn
+        >>> nn.parameters_to_vector(nn.Linear(2, 3).parameters()).shape
+        (9,)
+    """
+    return jnp.concatenate([jnp.ravel(unwrap(p)) for p in parameters])
+
+
+def vector_to_parameters(vec: Any, parameters: Iterable[Parameter]) -> None:
+    """Write one vector into parameters, in their order.
+
+    Args:
+        vec: an array ``(total number of elements,)``.
+        parameters: the parameters to write.
+
+    Raises:
+        ShapeError: if the vector has another length than the parameters have elements; none of them
+            is changed.
+
+    Example:
+        >>> import jax.numpy as jnp, statefulnn as nn
+        >>> layer = nn.Linear(2, 1)
+        >>> nn.vector_to_parameters(jnp.arange(3.0), layer.parameters())
+        >>> layer.weight.tolist(), layer.bias.tolist()
+        ([[0.0, 1.0]], [2.0])
+    """
+    parameters = list(parameters)
+    vec = unwrap(vec)
+    sizes = [math.prod(p.shape) for p in parameters]
+    if vec.shape != (sum(sizes),):
+        raise ShapeError(
+            explain(
+                f"vector_to_parameters was given an array of shape {vec.shape}",
+                f"the parameters have {sum(sizes)} elements",
+                f"pass an array of shape ({sum(sizes)},), as parameters_to_vector gives it",
+            )
+        )
+    start = 0
+    for p, size in zip(parameters, sizes, strict=True):
+        p.value = vec[start : start + size].reshape(p.shape).astype(p.dtype)
+        start += size
