@@ -399,6 +399,9 @@ class Parameter(Box):
     def __reduce__(self) -> Any:
         return Parameter, (self._value, self._requires_grad)
 
+    def __round__(self, ndigits: int = 0) -> Any:
+        return jnp.round(self.value, ndigits)
+
     def __repr__(self) -> str:
         text = f"Parameter containing:\n{self._value!r}"
         return text if self._requires_grad else f"{text}, requires_grad=False"
@@ -446,7 +449,6 @@ def _add_operators() -> None:
         setattr(Parameter, f"__{name}__", binary(function))
         setattr(Parameter, f"__r{name}__", reflected(function))
     Parameter.__hash__ = object.__hash__
-    Parameter.__round__ = lambda self, ndigits=0: jnp.round(self.value, ndigits)
 
 
 _add_operators()

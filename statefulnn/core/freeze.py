@@ -18,6 +18,7 @@ import types
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from statefulnn.core.box import Box
@@ -235,7 +236,7 @@ _HANDLERS: dict[type, Any] = {
 def _freeze_jax_array(value: jax.Array) -> Any:
     # By value, so that a rebuilt equal model shares compiled code; such arrays become constants.
     data = value
-    if jax.dtypes.issubdtype(value.dtype, jax.dtypes.extended):
+    if jnp.issubdtype(value.dtype, jax.dtypes.extended):
         data = jax.random.key_data(value)
     host = np.asarray(data)
     return (jax.Array, str(value.dtype), value.weak_type, host.shape, host.tobytes())

@@ -325,9 +325,10 @@ def _output_tap(module: Any, hooks: list, num_outs: int, where: list[int]) -> An
 
 
 def _dense(cotangent: Any) -> Any:
-    if isinstance(cotangent, jax.custom_derivatives.SymbolicZero):
-        return jnp.zeros(cotangent.shape, cotangent.dtype)
-    return cotangent
+    if not isinstance(cotangent, jax.custom_derivatives.SymbolicZero):
+        return cotangent
+    zero: Any = cotangent
+    return jnp.zeros(zero.shape, zero.dtype)
 
 
 def _replaced(result: Any, old: tuple, what: str, name: str) -> tuple:

@@ -698,8 +698,8 @@ class Module(ModuleBase):
                 arrays only.
         """
         device, dtype = kwargs.pop("device", None), kwargs.pop("dtype", None)
-        kwargs.pop("non_blocking", None), kwargs.pop("copy", None)
-        kwargs.pop("memory_format", None)
+        for ignored in ("non_blocking", "copy", "memory_format"):
+            kwargs.pop(ignored, None)
         if kwargs:
             raise TypeError(f"to() got unexpected keyword arguments {sorted(kwargs)}")
         for arg in args:
@@ -715,7 +715,7 @@ class Module(ModuleBase):
             else:
                 dtype = arg
         if dtype is not None:
-            dtype = np.dtype(dtype) if not hasattr(dtype, "dtype") else np.dtype(dtype.dtype)
+            dtype = np.dtype(dtype)
             if not jnp.issubdtype(dtype, jnp.inexact):
                 raise TypeError(
                     "nn.Module.to only accepts floating point or complex dtypes, but got desired "

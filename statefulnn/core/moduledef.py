@@ -67,7 +67,6 @@ class ModuleDef:
         "__weakref__",
         "_hash",
         "_names",
-        "_paths",
         "boxes",
         "key",
         "nodes",
@@ -82,8 +81,7 @@ class ModuleDef:
         self.order = order
         self.key = key
         self._hash = hash(key)
-        self._names: Any = None
-        self._paths: Any = None
+        self._names: Any = None  # names are made when somebody asks for one
 
     def __hash__(self) -> int:
         return self._hash
@@ -124,27 +122,26 @@ class ModuleDef:
         return sum(r == rank for r in self._ranks)
 
     @property
-    def paths(self) -> list[tuple[str, ...] | None]:
+    def paths(self) -> list[tuple | None]:
         """For each node, the names that lead to it from its root, the root's number first."""
-        if self._paths is None:
-            self._name_everything()
-        return self._paths
+        return self._described()[2]
 
     @property
     def names(self) -> dict[str, int]:
         """Every dotted name of every box under the first root (ties have several): its leaf position."""
-        if self._names is None:
-            self._name_everything()
-        return self._names[0]
+        return self._described()[0]
 
     @property
     def leaf_names(self) -> list[str]:
         """For each leaf, its first name; a leaf that is only referred to is named by the reference."""
-        if self._names is None:
-            self._name_everything()
-        return self._names[1]
+        return self._described()[1]
 
-    def _name_everything(self) -> None:
+    def _described(self) -> tuple[dict[str, int], list[str], list[tuple | None]]:
+        if self._names is None:
+            self._names = self._name_everything()
+        return self._names
+
+    def _name_everything(self) -> tuple[dict[str, int], list[str], list[tuple | None]]:
         names: dict[str, int] = {}
         first: list[str | None] = [None] * len(self.boxes)
         paths: list[tuple | None] = [None] * len(self.nodes)
@@ -196,8 +193,7 @@ class ModuleDef:
         for number, (what, index) in enumerate(self.roots):
             if what == "node":
                 refer(index, f"[{number}]." if several else "", (number,), set())
-        self._paths = paths
-        self._names = (names, [n if n is not None else "?" for n in first])
+        return names, [n if n is not None else "?" for n in first], paths
 
 
 def positions_of(moduledef: ModuleDef, names: Any, function: str) -> list[int]:

@@ -194,4 +194,4 @@ def check_write(scope: Scope | None, value: Any, subject: Any) -> None:
 
 
 def name_of(subject: Any) -> str:
-    return subject() if callable(subject) else str(subject)
+    return str(subject() if callable(subject) else subject)

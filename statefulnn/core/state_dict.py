@@ -199,7 +199,7 @@ def _put(box: Box, key: str, value: Any, assign: bool) -> str | None:
         )
     have = box._value
     if tuple(value.shape) == (1,) and have.shape == ():
-        value = value[0]  # torch before 0.4 had no scalars
+        value = value.reshape(())  # torch before 0.4 had no scalars
     if tuple(value.shape) != tuple(have.shape):
         return (
             f"size mismatch for {key}: copying a param with shape {tuple(value.shape)} from "

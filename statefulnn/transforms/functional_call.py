@@ -18,7 +18,7 @@ from statefulnn.core.errors import DtypeError, ShapeError, UnknownNameError, exp
 from statefulnn.core.generator import Generator, use_generator
 from statefulnn.core.graph import build_clones, require_module
 from statefulnn.core.module import Module
-from statefulnn.core.moduledef import ModuleDef, positions_of
+from statefulnn.core.moduledef import ModuleDef, differences, positions_of
 from statefulnn.core.plan import build_plan, plan_of
 from statefulnn.core.scope import Scope
 from statefulnn.core.state_dict import _dtype_kind as dtype_kind
@@ -355,8 +355,6 @@ def stack_module_state(models: Sequence[Module]) -> tuple[dict[str, Any], dict[s
     first = plans[0].moduledef
     for number, plan in enumerate(plans):
         if plan.moduledef is not first:
-            from statefulnn.core.graph import differences
-
             listed = "; ".join(f"{n}: {c}" for n, c in differences(first, plan.moduledef)[:5])
             raise ValueError(
                 explain(

@@ -331,10 +331,10 @@ def jit(
     numbers = (static_argnums,) if isinstance(static_argnums, int) else tuple(static_argnums)
     names = (static_argnames,) if isinstance(static_argnames, str) else tuple(static_argnames)
     donated = (donate,) if isinstance(donate, int) else tuple(donate)
-    owner = fun if isinstance(fun, ModuleBase) else getattr(fun, "__self__", None)
+    owner: Any = fun if isinstance(fun, ModuleBase) else getattr(fun, "__self__", None)
     if isinstance(owner, ModuleBase):
         # The module is the first argument: shift the positions past it.
-        fun = _call_module if fun is owner else fun.__func__
+        fun = _call_module if fun is owner else getattr(fun, "__func__", fun)
         numbers = tuple(n + 1 if n >= 0 else n for n in numbers)
         donated = tuple(n + 1 for n in donated)
     else:

@@ -9,7 +9,7 @@ output, the values of the boxes that were written. `Call.write_back` puts those 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import jax
@@ -98,7 +98,7 @@ def run(
     dynamic: Sequence[Any],
     *,
     on_scope: Callable[[Scope], None] | None = None,
-    returned: Sequence[int] = (),
+    returned: Collection[int] = (),
 ) -> tuple[Any, Written]:
     """Run a function on clones, as a pure function of arrays.
 
@@ -135,25 +135,19 @@ def run(
 
 def check_structure(moduledef: ModuleDef, modules: Sequence[Any], roots: Sequence[Any]) -> None:
     """Raise if the clones are no longer what the ModuleDef says: the change would be lost."""
-    mutable = any(copy for d in moduledef.nodes for _, _, copy in d.values)
-    if not mutable and not any(m._cell.stamp for m in modules):
-        after = None
-        if all(
-            box._requires_grad == static
-            for m, d in zip(modules, moduledef.nodes, strict=True)
-            for (_, box), (_, i) in zip(
-                real_dict(m)["_parameters"].items(), d.members[0], strict=True
-            )
-            if box is not None
-            for static in (moduledef.boxes[i][1],)
-        ):
-            return
+    unchanged = not any(m._cell.stamp for m in modules) and all(
+        not copy for d in moduledef.nodes for _, _, copy in d.values
+    )
+    if unchanged and not parameters_changed(moduledef, modules):
+        return
     after = build_plan(roots).moduledef
     if after is moduledef:
         return
     changes = differences(moduledef, after)
     if changes:
-        listed = "\n".join(f"    {name}: {change}" for name, change in changes)
+        listed = "\n".join(f"    {name}: {change}" for name, change in changes[:8])
+        if len(changes) > 8:
+            listed += f"\n    ... and {len(changes) - 8} more"
         raise StructureChangeError(
             explain(
                 f"a module changed inside a traced function:\n{listed}",
@@ -164,6 +158,16 @@ def check_structure(moduledef: ModuleDef, modules: Sequence[Any], roots: Sequenc
                 "submodules with nn.capture",
             )
         )
+
+
+def parameters_changed(moduledef: ModuleDef, modules: Sequence[Any]) -> bool:
+    """Say whether a parameter of the clones was frozen or unfrozen."""
+    for module, d in zip(modules, moduledef.nodes, strict=True):
+        held = real_dict(module)["_parameters"]
+        for name, number in d.members[0]:
+            if number is not None and held[name]._requires_grad != moduledef.boxes[number][1]:
+                return True
+    return False
 
 
 def write_back(boxes: Sequence[Box], values: Sequence[Any]) -> int | None:
