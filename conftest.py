@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import statefulnn as nn
+import statefulnn.functional as F
 
 # Mixing dtypes by accident is an error in the package's own code.
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -30,4 +31,4 @@ def key() -> jax.Array:
 @pytest.fixture(autouse=True)
 def _names_in_docstrings(doctest_namespace: dict) -> None:
     # The imports every example would start with.
-    doctest_namespace.update(nn=nn, F=getattr(nn, "functional", None), jax=jax, jnp=jnp, np=np)
+    doctest_namespace.update(nn=nn, F=F, jax=jax, jnp=jnp, np=np)

@@ -8,6 +8,7 @@ Medians of interleaved rounds. What wins is written into statefulnn/functional/_
 from __future__ import annotations
 
 import argparse
+import functools
 import statistics
 import time
 
@@ -52,17 +53,7 @@ def channels_last(x, w, stride, pads, dilation, groups):
 
 
 def as_matmul(x, w, stride, pads, dilation, groups):
-    """A 1x1 convolution as a matrix product."""
-    batch, channels, *spatial = x.shape
-    out = jnp.einsum("oc,ncs->nos", w.reshape(w.shape[:2]), x.reshape(batch, channels, -1))
-    return out.reshape(batch, w.shape[0], *spatial)
-
-
-def group_by_group(x, w, stride, pads, dilation, groups):
-    """One convolution a group."""
-    xs, ws = jnp.split(x, groups, axis=1), jnp.split(w, groups, axis=0)
-    outs = [lowering.general(a, b, stride, pads, dilation, 1) for a, b in zip(xs, ws, strict=True)]
-    return jnp.concatenate(outs, axis=1)
+    return lowering.pointwise(x, w, stride, pads)
 
 
 def patches_in_groups(x, w, stride, pads, dilation, groups):
@@ -96,13 +87,21 @@ def ways(x_shape, w_shape, groups):
     if all(k == 1 for k in w_shape[2:]):
         chosen["matmul"] = as_matmul
     if 1 < groups < x_shape[1]:
-        chosen["by group"] = group_by_group
+        chosen["by group"] = lowering.group_by_group
         if len(x_shape) == 4:
             chosen["patches"] = patches_in_groups
     if groups == x_shape[1]:
         chosen["shifted"] = shifted
     chosen["chosen"] = lowering.convolve
     return chosen
+
+
+def with_rest(f, rest, x, w):
+    return f(x, w, *rest)
+
+
+def squared_sum(f):
+    return lambda x, w: jnp.sum(f(x, w) ** 2)
 
 
 def measure(functions, args, rounds):
@@ -133,10 +132,9 @@ def main() -> None:
         forward, both = {}, {}
         expected = None
         for way, f in ways(x_shape, w_shape, groups).items():
-            forward[way] = jax.jit(lambda x, w, f=f: f(x, w, *rest))
-            both[way] = jax.jit(
-                jax.value_and_grad(lambda x, w, f=f: jnp.sum(f(x, w, *rest) ** 2), argnums=(0, 1))
-            )
+            call = functools.partial(with_rest, f, rest)
+            forward[way] = jax.jit(call)
+            both[way] = jax.jit(jax.value_and_grad(squared_sum(call), argnums=(0, 1)))
             out = forward[way](x, w)
             expected = out if expected is None else expected
             assert jnp.allclose(out, expected, rtol=1e-3, atol=1e-3), (name, way)

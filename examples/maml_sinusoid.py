@@ -14,6 +14,7 @@ weights (std 0.01), 10 points to learn from and 10 to judge on, 25 tasks a meta-
 from __future__ import annotations
 
 import argparse
+import functools
 from pathlib import Path
 
 import jax
@@ -102,43 +103,45 @@ def train(loss, steps: int, seed: int, label: str) -> dict:
     return carry[0]
 
 
-def adaptation(params: dict, x: jax.Array, y: jax.Array, lr: float) -> list[dict]:
-    """Return the parameters before, and after each of ten gradient steps on one task."""
-    path = [params]
-    for _ in range(max(SHOWN)):
-        path.append(inner_step(path[-1], x, y, lr))
-    return path
+def adaptation(params: dict, x: jax.Array, y: jax.Array, lr: float) -> dict:
+    """Return the parameters after 0 to 10 gradient steps on one task, stacked along a first axis."""
+
+    def step(params, _):
+        return inner_step(params, x, y, lr), params
+
+    return jax.lax.scan(step, params, length=max(SHOWN) + 1)[1]
 
 
-def evaluate(params: dict, lr: float, tasks: int = 600, points: int = 5) -> np.ndarray:
+@functools.partial(jax.jit, static_argnames=("tasks", "points"))
+def evaluate(params: dict, lr: float, tasks: int = 600, points: int = 5) -> jax.Array:
     """Return the MSE on 100 other points of each task, (tasks, 11): after 0 to 10 gradient steps."""
 
     def one_task(x, y):
         path = adaptation(params, x[:points], y[:points], lr)
-        return jnp.stack([mse(p, x[points:], y[points:]) for p in path])
+        return jax.vmap(mse, in_axes=(0, None, None))(path, x[points:], y[points:])
 
-    x, y = sample_tasks(jax.random.key(2017), tasks, points + 100)
-    return np.asarray(jax.jit(jax.vmap(one_task))(x, y))
+    return jax.vmap(one_task)(*sample_tasks(jax.random.key(2017), tasks, points + 100))
 
 
 def draw(params: dict, file: Path, tasks: int = 4, points: int = 5) -> None:
     """Save a picture of a few tasks before adaptation, and after 1 and 10 steps."""
     from matplotlib.figure import Figure
 
-    def one_task(x, y):
+    @jax.jit
+    def curves(x, y):  # (300, 1) -> (11, 300, 1)
         path = adaptation(params, x[:points], y[:points], INNER_LR)
-        return {steps: fn(path[steps], x) for steps in (0, 1, 10)}
+        return jax.vmap(fn, in_axes=(0, None))(path, x)
 
-    x, y = sample_tasks(jax.random.key(4), tasks, 300)
-    curves = jax.jit(jax.vmap(one_task))(x, y)
     figure = Figure(figsize=(4 * tasks, 3), layout="constrained")
-    for i, axis in enumerate(figure.subplots(1, tasks, sharey=True)):
-        order = jnp.argsort(x[i, :, 0])  # random points, in the order of a curve
-        axis.plot(x[i, order], y[i, order], "k", lw=1, label="task")
-        axis.plot(x[i, :points], y[i, :points], "k^", label=f"{points} points given")
-        for (steps, curve), style in zip(curves.items(), (":", "--", "-"), strict=True):
-            axis.plot(x[i, order], curve[i, order], style, label=f"gradient steps: {steps}")
-    figure.axes[0].legend(fontsize=7)
+    axes = figure.subplots(1, tasks, sharey=True)
+    for axis, x, y in zip(axes, *sample_tasks(jax.random.key(4), tasks, 300), strict=True):
+        order = np.argsort(x[:, 0])  # random points, in the order of a curve
+        axis.plot(x[order], y[order], "k", lw=1, label="task")
+        axis.plot(x[:points], y[:points], "k^", label=f"{points} points given")
+        path = curves(x, y)
+        for steps, style in {0: ":", 1: "--", 10: "-"}.items():
+            axis.plot(x[order], path[steps, order], style, label=f"gradient steps: {steps}")
+    axes[0].legend(fontsize=7)
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=120)
 
@@ -154,7 +157,10 @@ def main(argv: list[str] | None = None) -> dict[str, np.ndarray]:
     adapted = train(maml_loss, args.steps, args.seed, "MAML")
     pretrained = train(pretrain_loss, args.steps // 4, args.seed, "pretrained")
     # The baseline takes the step size of the paper's text, ten times as large: better for it.
-    errors = {"MAML": evaluate(adapted, INNER_LR), "pretrained": evaluate(pretrained, 0.01)}
+    errors = {
+        "MAML": np.asarray(evaluate(adapted, INNER_LR)),
+        "pretrained": np.asarray(evaluate(pretrained, 0.01)),
+    }
 
     print(
         "MSE on 600 new tasks, 5 points given\n" + f"{'gradient steps':24}{'1':>8}{'5':>8}{'10':>8}"

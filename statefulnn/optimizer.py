@@ -74,6 +74,9 @@ class Optimizer(Module):
         True
     """
 
+    # optax's transformations are closures over settings that stay as they are.
+    _unwatched = ("tx",)
+
     module: Any
 
     def __init__(self, module: Module, tx: Any) -> None:

@@ -82,6 +82,8 @@ class Box:
             check_write(self._scope, new, self.label)
         if self._captured is not None:
             self._warn_stale()
+        if new.weak_type:  # the compiled code would be another one
+            new = jax.lax.convert_element_type(new, new.dtype)
         self._value = new
         value_changed()
 
@@ -233,6 +235,10 @@ class Buffer(Box):
         return f"Buffer containing:\n{self._value!r}"
 
 
+# What a traced function may ask without making the value a constant of the compiled code.
+_METADATA = frozenset({"aval", "dtype", "itemsize", "nbytes", "ndim", "shape", "sharding", "size"})
+
+
 class Parameter(Box):
     """An array that training changes: a mutable box with an identity.
 
@@ -308,9 +314,7 @@ class Parameter(Box):
                 )
             )
         if new.dtype != old.dtype:
-            if getattr(new, "weak_type", False) and not jnp.issubdtype(
-                new.dtype, jnp.complexfloating
-            ):
+            if new.weak_type and not jnp.issubdtype(new.dtype, jnp.complexfloating):
                 new = new.astype(old.dtype)
             else:
                 raise DtypeError(
@@ -356,7 +360,7 @@ class Parameter(Box):
         # Shape, dtype, T, at, astype, reshape, mean ... are the array's own.
         if name.startswith("__"):
             raise AttributeError(name)
-        return getattr(self.value, name)
+        return getattr(self._value if name in _METADATA else self.value, name)
 
     def __dir__(self) -> list[str]:
         return sorted({*super().__dir__(), *dir(self._value)})

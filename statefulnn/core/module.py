@@ -118,6 +118,8 @@ class Module(ModuleBase):
     _hooked: bool = False
     # Names of Python-side caches: no part of the compiled code's identity, never copied to clones.
     _python_cache: tuple[str, ...] = ()
+    # Static attributes that nobody changes in place: compared once, and not again at each call.
+    _unwatched: tuple[str, ...] = ()
     # The names of buffers that stay out of state_dict; never changed in place.
     _non_persistent_buffers_set: frozenset[str] = frozenset()
     call_super_init: bool = False

@@ -7,6 +7,7 @@ frozen again and compared. It never refers to a module, so a model dies by refer
 
 from __future__ import annotations
 
+import operator
 import threading
 import types
 import warnings
@@ -36,6 +37,8 @@ _OUTSIDE_FORWARD = frozenset(
         "_load_state_dict_post_hooks",
     }
 )
+
+_content = operator.attrgetter("cell_contents")
 
 RETRACE_LIMIT = 8  # changes of one attribute before a warning
 
@@ -74,7 +77,7 @@ class Plan:
     cells: list[Cell]
     stamps: list[int]
     watched: list[tuple[Any, Any, type]]  # (value that can change in place, its key, its freezer)
-    closures: list[tuple[Any, Any]]
+    closures: Any  # None, or the cells of closures and what was in them
     node_ids: dict[int, int]
     checked_at: int
     cached_leaves: list[Any] | None
@@ -95,9 +98,9 @@ class Plan:
                 if freezer(node_of=self._node_of).freeze(value) != key:
                     return False
         if self.closures:
-            for cell, content in self.closures:
-                if cell.cell_contents is not content:
-                    return False
+            cells, contents = self.closures
+            if not all(map(operator.is_, map(_content, cells), contents)):
+                return False
         return True
 
     def _node_of(self, module: Any) -> int | None:
@@ -114,6 +117,11 @@ class Plan:
             leaves = [b._value for b in self.boxes]
             self.keep(leaves, before)
         return leaves
+
+    def note_read(self) -> None:
+        """Take note that traced code reads the boxes, as reading each of them would."""
+        for box in self.boxes:
+            box._read_in_trace()
 
     def keep(self, leaves: list[Any], as_of: int) -> None:
         """Cache the list of leaves, which is right if no value has changed since a stamp."""
@@ -195,7 +203,8 @@ class _Builder:
         plan.generators = [b for b in plan.boxes if isinstance(b, Generator)]
         plan.flags = [p._requires_grad for p in plan.parameters]
         plan.cells, plan.stamps = cells, stamps
-        plan.watched, plan.closures = watched, closures
+        plan.watched = watched
+        plan.closures = tuple(zip(*closures, strict=True)) if closures else None
         plan.node_ids = self.node_ids if watched else {}
         plan.checked_at = -1  # the first call compares the stamps once more
         plan.cached_leaves = None
@@ -233,6 +242,7 @@ class _Builder:
     def _statics(self, module: Any, d: NodeDef, rest: list, watched: list, closures: list) -> None:
         statics, values, shadowing = [], [], []
         cls = type(module)
+        unwatched = cls._unwatched
         for name, value in sorted(rest):
             hook = isinstance(value, HookDict)
             make = HookFreezer if hook else Freezer
@@ -245,9 +255,10 @@ class _Builder:
                 key = freezer.freeze(value)
                 copy = COPIED if freezer.mutable or freezer.rebinds else SHARED
                 stored = value
-                if freezer.mutable:
+                if freezer.mutable and name not in unwatched:
                     watched.append((value, key, make))
-            closures.extend(freezer.closures)
+            if name not in unwatched:
+                closures.extend(freezer.closures)
             if copy:
                 stored = copied(stored, self._unbind)
             statics.append((name, key))

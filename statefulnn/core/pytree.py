@@ -74,9 +74,8 @@ def flatten_module(module: Any) -> tuple[Any, Any]:
     plan = module._plan
     if plan is None or not plan.valid():
         plan = plan_of(module)
-    scope = module._cell.scope
-    if scope is not None:
-        scope.read = True
+    if current_trace() is not EAGER:
+        plan.note_read()
     return plan.cached_leaves or plan.leaves(), plan.moduledef
 
 

@@ -183,7 +183,8 @@ def _multi_head(
     length, batch, embed = query.shape
     head = embed // num_heads
     biases = [None] * 3 if weights["in_bias"] is None else jnp.split(weights["in_bias"], 3)
-    projections = weights["in"] if weights["separate"] else jnp.split(weights["in"][0], 3)
+    packed = len(weights["in"]) == 1
+    projections = jnp.split(weights["in"][0], 3) if packed else weights["in"]
     q = linear(query, projections[0], biases[0])
 
     def heads(x: Any) -> Any:  # (S, N, E) -> (N, H, S, D)
@@ -403,7 +404,6 @@ def multi_head_attention_forward(
             )
     weights = {
         "in": projections,
-        "separate": None,
         "in_bias": taken(in_proj_bias, "in_proj_bias"),
         "bias_k": taken(bias_k, "bias_k"),
         "bias_v": taken(bias_v, "bias_v"),
@@ -412,13 +412,12 @@ def multi_head_attention_forward(
         "out": array(out_proj_weight, "out_proj_weight", function),
         "out_bias": taken(out_proj_bias, "out_proj_bias"),
     }
-    weights["separate"] = () if use_separate_proj_weight else None
-    floats = {n: w for n, w in weights.items() if n not in ("in", "separate")}
+    floats = {n: w for n, w in weights.items() if n != "in"}
     require_same_dtype(
         function, query=q, key=k, value=v, **dict(zip(names, projections, strict=True)), **floats
     )
     if (bias_k is None) != (bias_v is None) or (
-        bias_k is not None and not static_k is static_v is None
+        bias_k is not None and (static_k is not None or static_v is not None)
     ):
         raise shape_error(
             f"{function} was given bias_k and bias_v, static_k and static_v that do not go together",

@@ -73,7 +73,9 @@ def _refuse_linear(x: Any, w: Any, b: Any) -> None:
     else:
         fix = f"a bias of shape {out}"
     raise shape_error(
-        f"{given}, and bias of shape {b.shape}", f"one bias for each of {out} outputs is needed", fix
+        f"{given}, and bias of shape {b.shape}",
+        f"one bias for each of {out} outputs is needed",
+        fix,
     )
 
 
@@ -121,7 +123,9 @@ def bilinear(input1: Any, input2: Any, weight: Any, bias: Any = None) -> Any:
     given = f"F.bilinear was given inputs of shapes {x1.shape} and {x2.shape}"
     if x1.ndim == 0 or x1.shape[:-1] != x2.shape[:-1]:
         raise shape_error(
-            given, "all axes but the last are batch axes and must agree", "jnp.broadcast_to one of them"
+            given,
+            "all axes but the last are batch axes and must agree",
+            "jnp.broadcast_to one of them",
         )
     if (x1.shape[-1], x2.shape[-1]) != w.shape[1:]:
         raise shape_error(

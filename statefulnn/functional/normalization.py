@@ -95,7 +95,9 @@ def _checked(
     x = array(input, "input", function)
     names = ("running_mean", "running_var", "weight", "bias")
     given = (running_mean, running_var, weight, bias)
-    arrays = [None if v is None else array(v, n, function) for n, v in zip(names, given, strict=True)]
+    arrays = [
+        None if v is None else array(v, n, function) for n, v in zip(names, given, strict=True)
+    ]
     if x.ndim < 2:
         raise shape_error(
             f"{function} was given input of shape {x.shape}",

@@ -82,7 +82,13 @@ class _Windows:
         """Return the input with its border, wide enough for the last window."""
         config = [(0, 0, 0)] * (x.ndim - 2)
         for size, out, k, s, p, d in zip(
-            self.sizes, self.outs, self.kernel, self.stride, self.padding, self.dilation, strict=True
+            self.sizes,
+            self.outs,
+            self.kernel,
+            self.stride,
+            self.padding,
+            self.dilation,
+            strict=True,
         ):
             config.append((p, max((out - 1) * s + d * (k - 1) + 1 - size - p, 0), 0))
         return lax.pad(x, jnp.asarray(value, x.dtype), config)
@@ -94,7 +100,9 @@ class _Windows:
     def shifted(self, x: Any, shift: tuple[int, int]) -> Any:
         """Return one element of every window of a padded input, ``(*, outH, outW)``."""
         starts = [i * d for i, d in zip(shift, self.dilation, strict=True)]
-        stops = [a + (n - 1) * s + 1 for a, n, s in zip(starts, self.outs, self.stride, strict=True)]
+        stops = [
+            a + (n - 1) * s + 1 for a, n, s in zip(starts, self.outs, self.stride, strict=True)
+        ]
         lead = x.ndim - 2
         return lax.slice(
             x, (0,) * lead + tuple(starts), (*x.shape[:lead], *stops), (1,) * lead + self.stride

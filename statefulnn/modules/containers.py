@@ -36,7 +36,9 @@ class Lambda(Module):
         if not callable(fn) or isinstance(fn, type):
             raise RegistrationError(
                 explain(
-                    f"made nn.Lambda of {fn!r}", "it calls a function", "pass a function: nn.Lambda(fn)"
+                    f"made nn.Lambda of {fn!r}",
+                    "it calls a function",
+                    "pass a function: nn.Lambda(fn)",
                 )
             )
         self.fn = fn

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from statefulnn.core.box import Box, Buffer, Parameter
+from statefulnn.core.compat import EAGER, current_trace
 from statefulnn.core.errors import DtypeError, ShapeError, UnknownNameError, explain
 from statefulnn.core.generator import Generator, use_generator
 from statefulnn.core.graph import build_clones, require_module
@@ -186,6 +187,11 @@ def functional_call(
     moduledef = plan.moduledef
     positions = positions_of(moduledef, given, "functional_call")
     leaves = list(plan.leaves())
+    if current_trace() is not EAGER:
+        given_positions = set(positions)
+        for i, box in enumerate(plan.boxes):
+            if i not in given_positions:
+                box._read_in_trace()
     filled: dict[int, str] = {}
     for (name, value), i in zip(given.items(), positions, strict=True):
         checked = _checked(name, value, plan.boxes[i]._value, "functional_call")
@@ -270,6 +276,8 @@ def functionalize(module: Module, *, mutable: bool = False, method: str = "forwa
         )
     plan = plan_of(module)
     moduledef, own = plan.moduledef, list(plan.leaves())
+    if current_trace() is not EAGER:
+        plan.note_read()
     params = _by_name(moduledef, own, ("trainable",))
     state = _by_name(moduledef, own, ("buffer", "frozen"))
     writable = frozenset({"buffer", "frozen"}) if mutable else frozenset()

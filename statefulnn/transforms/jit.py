@@ -8,19 +8,20 @@ part of the key of the compiled code, and looked at again only after something h
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
+from statefulnn.core.compat import EAGER, current_trace
 from statefulnn.core.freeze import Freezer
 from statefulnn.core.generator import current_generator, streams
 from statefulnn.core.plan import Plan, build_plan, count_changes
 from statefulnn.core.pytree import flatten_collecting
 from statefulnn.core.scope import ModuleBase
 from statefulnn.transforms.lift import (
-    forget_when_dead,
     leaves_below,
     restore_output,
     run,
@@ -41,8 +42,43 @@ class _Known:
         self.targets: dict[int, list[Any]] = {}  # for each kind of result, the boxes it writes
 
 
-# Types of leaves that are met as arguments; JAX does not name the class of its concrete arrays.
-_leaf_types: set[type] = {np.ndarray, int, float}
+class _Recent:
+    """A recent call with modules and arrays by position, to recognise the next one like it.
+
+    Attributes:
+        count: how many arguments it had; -1 once a module of it has died.
+        wants: for each argument the identity of the module, or the type of the array.
+        generator: the generator in force.
+    """
+
+    __slots__ = ("__weakref__", "compiled", "count", "generator", "known", "references", "wants")
+
+    def __init__(self, wants: tuple, generator: Any, known: Any, compiled: Any) -> None:
+        self.count = len(wants)
+        self.wants = wants
+        self.generator = generator
+        self.known = known
+        self.compiled = compiled
+        self.references: list[Any] = []
+
+    def forget(self) -> None:
+        """Match no call any more, and let go of the boxes."""
+        self.count, self.known = -1, None
+
+
+def _when_dead(objects: list[Any], owner: Any, forget: Callable[[Any], Any]) -> list[Any]:
+    """Return weak references to objects; when one of them dies, `owner` forgets.
+
+    The owner is referred to weakly as well: a cycle would keep arrays until the garbage collector runs.
+    """
+    reference = weakref.ref(owner)
+
+    def callback(_: Any) -> None:
+        alive = reference()
+        if alive is not None:
+            forget(alive)
+
+    return [weakref.ref(obj, callback) for obj in objects]
 
 
 class JitFunction:
@@ -66,8 +102,7 @@ class JitFunction:
         self._options = options
         # By modules: the plan, and the compiled code for each structure of the arguments.
         self._known: dict[Any, _Known] = {}
-        # By modules and positions, for calls with modules and arrays by position only.
-        self._usual: dict[Any, _Known] = {}
+        self._recent: list[_Recent] = []
         self._compiled: dict[Any, Any] = {}
         # What each trace found out: which leaves it writes, and the modules in its output.
         self._results: list[tuple[tuple[int, ...], Any]] = []
@@ -78,30 +113,29 @@ class JitFunction:
         return len(self._results)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        # The usual call, modules and arrays by position, is recognised by the identity of the modules
-        # alone; anything else is taken apart by `_look_up`.
+        # The usual call, modules and arrays by position, is recognised argument by argument; anything
+        # else is taken apart by `_look_up`.
         if self._owner is not None:
             args = (self._owner, *args)
-        key: Any = [id(streams.current)]
-        roots, dynamic = [], []
-        for arg in args:
-            if isinstance(arg, ModuleBase):
-                key.append(id(arg))
-                roots.append(arg)
-            elif type(arg) in _leaf_types:
-                key.append(0)
-                dynamic.append(arg)
-            else:
-                key = None
-                break
-        known = None
-        if key is not None and not kwargs:
-            key = tuple(key)
-            known = self._usual.get(key)
-        if known is not None and known.plan.valid():
-            compiled = known.compiled
-        else:
-            known, compiled, roots, dynamic = self._look_up(args, kwargs, key)
+        known = compiled = dynamic = None
+        if not kwargs:
+            count, generator = len(args), streams.current
+            for recent in self._recent:
+                if recent.count == count and recent.generator is generator:
+                    dynamic = []
+                    for arg, want in zip(args, recent.wants):  # noqa: B905 (of one length)
+                        if type(arg) is want:
+                            dynamic.append(arg)
+                        elif id(arg) != want:
+                            break
+                    else:
+                        if recent.known.plan.valid():
+                            known, compiled = recent.known, recent.compiled
+                        break
+        if known is None:
+            known, compiled, dynamic = self._look_up(args, kwargs)
+        if current_trace() is not EAGER:
+            known.plan.note_read()
         plan = known.plan
         leaves = plan.cached_leaves
         if leaves is None:
@@ -120,13 +154,12 @@ class JitFunction:
                 # The first leaves were written, usually all but the generator: no need to gather.
                 plan.keep([*values, *leaves[len(indices) :]], stamp)
         if described is not None:
+            roots = flatten_collecting((args, kwargs))[2]
             return restore_output(out, described, plan, roots)
         return out
 
-    def _look_up(
-        self, args: tuple, kwargs: dict, usual_key: Any = None
-    ) -> tuple[_Known, Any, list, list]:
-        """Return what a call needs: what is known, compiled code, modules and other leaves."""
+    def _look_up(self, args: tuple, kwargs: dict) -> tuple[_Known, Any, list]:
+        """Return what a call needs: what is known of its modules, compiled code, the other leaves."""
         statics = None
         if self._static_argnums or self._static_argnames:
             args, kwargs, statics = self._without_statics(args, kwargs)
@@ -139,7 +172,9 @@ class JitFunction:
             stale, known = known, _Known(build_plan(everything), {})
             if stale is not None:
                 count_changes(stale.plan, known.plan)
-            known.references = forget_when_dead(self._known, key, everything)
+            known.references = _when_dead(
+                everything, self, lambda owner: owner._known.pop(key, None)
+            )
             self._known[key] = known
         plan = known.plan
         compiled = known.compiled.get(treedef) if statics is None else None
@@ -147,12 +182,18 @@ class JitFunction:
             compiled = self._compiled_for(plan, treedef, generator is not None, statics)
             if statics is None:
                 known.compiled[treedef] = compiled
-        if statics is None and not kwargs:
-            _leaf_types.update(type(a) for a in args if isinstance(a, jax.Array))
-            if usual_key is not None:
-                usual = self._usual[usual_key] = _Known(plan, compiled)
-                usual.references = forget_when_dead(self._usual, usual_key, everything)
-        return known, compiled, roots, dynamic
+        if statics is None and not kwargs and len(roots) + len(dynamic) == len(args):
+            self._remember(args, roots, known, compiled)
+        return known, compiled, dynamic
+
+    def _remember(self, args: tuple, roots: list, known: _Known, compiled: Any) -> None:
+        if not all(isinstance(a, (ModuleBase, jax.Array, np.ndarray, int, float)) for a in args):
+            return
+        wants = tuple(id(a) if isinstance(a, ModuleBase) else type(a) for a in args)
+        recent = _Recent(wants, streams.current, known, compiled)
+        recent.references = _when_dead(roots, recent, _Recent.forget)
+        others = [r for r in self._recent if r.count >= 0 and r.wants != wants]
+        self._recent = [recent, *others[:3]]
 
     def _without_statics(self, args: tuple, kwargs: dict) -> tuple[tuple, dict, tuple]:
         numbers = {n % len(args) if args else n for n in self._static_argnums}
@@ -252,13 +293,13 @@ class JitFunction:
         """Return the lowered computation for these arguments, as ``jax.jit(f).lower`` does."""
         if self._owner is not None:
             args = (self._owner, *args)
-        known, compiled, _, dynamic = self._look_up(args, kwargs)
+        known, compiled, dynamic = self._look_up(args, kwargs)
         return compiled.lower(known.plan.leaves(), dynamic)
 
     def clear_cache(self) -> None:
         """Forget all compiled code."""
         self._known.clear()
-        self._usual.clear()
+        self._recent = []
         self._compiled.clear()
 
     def __get__(self, instance: Any, owner: type | None = None) -> Any:

@@ -8,7 +8,6 @@ output, the values of the boxes that were written. `Call.write_back` puts those 
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
@@ -66,9 +65,8 @@ class Call:
         self.generator = current_generator()
         everything = self.roots if self.generator is None else [*self.roots, self.generator]
         self.plan: Plan = build_plan(everything)
-        for box in self.plan.boxes:
-            if box._scope is not None:
-                box._scope.read = True
+        if current_trace() is not EAGER:
+            self.plan.note_read()
 
     @property
     def moduledef(self) -> ModuleDef:
@@ -184,7 +182,7 @@ def write_back(boxes: Sequence[Box], values: Sequence[Any]) -> int | None:
         for box in boxes:
             if box._captured is not None:
                 box._warn_stale()
-    for box, value in zip(boxes, values, strict=True):
+    for box, value in zip(boxes, values):  # noqa: B905 (of one length)
         box._value = value
     value_changed()
     return clock.values if clock.values == before + 1 else None
@@ -320,12 +318,3 @@ def leaves_below(moduledef: ModuleDef, roots: Sequence[int]) -> list[int]:
             else:
                 todo.append(i)
     return sorted(found)
-
-
-def forget_when_dead(cache: dict, key: Any, objects: Sequence[Any]) -> list[Any]:
-    """Return weak references to objects; the first one to die removes `key` from a cache."""
-
-    def forget(_: Any, pop: Any = cache.pop, key: Any = key) -> None:
-        pop(key, None)
-
-    return [weakref.ref(obj, forget) for obj in objects]

@@ -59,7 +59,6 @@ RAW = {
     "vjp": lambda f, m: jax.vjp(lambda m: (f(m), m.norm.scale.value)[1], m),
     "eval_shape": lambda f, m: jax.eval_shape(lambda m: (f(m), X)[1], m),
     "make_jaxpr": lambda f, m: jax.make_jaxpr(lambda m: (f(m), X)[1])(m),
-    "custom_vjp": lambda f, m: jax.custom_jvp(lambda m: (f(m), X)[1])(m),
     "jit of vmap": lambda f, m: jax.jit(
         lambda m: jax.vmap(lambda x: (f(m), x)[1])(jnp.ones(2))
     )(m),

@@ -28,7 +28,7 @@ X = jnp.ones(2)
 
 STAGED = {
     "jax.jit": lambda f: jax.jit(f)(X),
-    "nn.jit": lambda f: nn.jit(f)(X),
+    "nn.jit": lambda f: nn.jit(lambda x: f(x))(X),
     "jax.checkpoint": lambda f: jax.checkpoint(f)(X),
     "checkpoint under grad": lambda f: jax.grad(jax.checkpoint(lambda x: f(x).sum()))(X),
     "lax.scan": lambda f: jax.lax.scan(lambda c, x: (f(c), None), X, None, length=2),

@@ -37,7 +37,6 @@ HIDING = {
     "nested list": lambda v: [[1], [2, [v]]],
     "dict of lists": lambda v: {"a": [1, v]},
     "tuple of dicts": lambda v: ({"a": v},),
-    "deque": lambda v: collections.deque([v]),
     "OrderedDict": lambda v: collections.OrderedDict(a=v),
     "defaultdict": lambda v: collections.defaultdict(list, a=[v]),
     "namedtuple": lambda v: collections.namedtuple("Pair", "a b")(v, 1),

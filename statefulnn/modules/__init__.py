@@ -1,0 +1,32 @@
+"""Layers and containers, one file a topic, under torch's names."""
+
+from statefulnn.modules.activation import GELU as GELU
+from statefulnn.modules.activation import MultiheadAttention as MultiheadAttention
+from statefulnn.modules.activation import ReLU as ReLU
+from statefulnn.modules.activation import Sigmoid as Sigmoid
+from statefulnn.modules.activation import SiLU as SiLU
+from statefulnn.modules.activation import Softmax as Softmax
+from statefulnn.modules.activation import Tanh as Tanh
+from statefulnn.modules.batchnorm import BatchNorm1d as BatchNorm1d
+from statefulnn.modules.batchnorm import BatchNorm2d as BatchNorm2d
+from statefulnn.modules.containers import Lambda as Lambda
+from statefulnn.modules.containers import ModuleDict as ModuleDict
+from statefulnn.modules.containers import ModuleList as ModuleList
+from statefulnn.modules.containers import ParameterDict as ParameterDict
+from statefulnn.modules.containers import ParameterList as ParameterList
+from statefulnn.modules.containers import Sequential as Sequential
+from statefulnn.modules.conv import Conv1d as Conv1d
+from statefulnn.modules.conv import Conv2d as Conv2d
+from statefulnn.modules.dropout import Dropout as Dropout
+from statefulnn.modules.flatten import Flatten as Flatten
+from statefulnn.modules.linear import Bilinear as Bilinear
+from statefulnn.modules.linear import Identity as Identity
+from statefulnn.modules.linear import Linear as Linear
+from statefulnn.modules.loss import CrossEntropyLoss as CrossEntropyLoss
+from statefulnn.modules.loss import MSELoss as MSELoss
+from statefulnn.modules.normalization import LayerNorm as LayerNorm
+from statefulnn.modules.normalization import RMSNorm as RMSNorm
+from statefulnn.modules.pooling import AdaptiveAvgPool2d as AdaptiveAvgPool2d
+from statefulnn.modules.pooling import AvgPool2d as AvgPool2d
+from statefulnn.modules.pooling import MaxPool2d as MaxPool2d
+from statefulnn.modules.sparse import Embedding as Embedding

@@ -1,0 +1,160 @@
+"""Linear layers."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from statefulnn import functional as F
+from statefulnn import init
+from statefulnn.core.errors import explain
+from statefulnn.core.module import Module
+from statefulnn.modules._empty import parameter
+
+
+class Identity(Module):
+    """Return the input as it is; all arguments are ignored.
+
+    Shape:
+        - input: any; output: the same.
+
+    Example:
+        >>> import jax.numpy as jnp, statefulnn as nn
+        >>> nn.Identity(54, unused=0.1)(jnp.ones(2)).tolist()
+        [1.0, 1.0]
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__()
+
+    def forward(self, input: Any) -> Any:
+        return input
+
+
+class Linear(Module):
+    """Apply ``y = x Aᵀ + b`` to the last axis.
+
+    Args:
+        in_features: the size of each input.
+        out_features: the size of each output.
+        bias: whether there is a b.
+        device: where the parameters are put.
+        dtype: their dtype.
+
+    Shape:
+        - input: ``(*, in_features)``; output: ``(*, out_features)``.
+
+    Attributes:
+        weight: ``(out_features, in_features)``, from U(±1/√in_features).
+        bias: ``(out_features,)``, likewise, or None.
+
+    Example:
+        >>> import jax.numpy as jnp, statefulnn as nn
+        >>> nn.Linear(20, 30)(jnp.ones((128, 20))).shape
+        (128, 30)
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = out_features
+        self.weight = parameter((out_features, in_features), device, dtype)
+        if bias:
+            self.bias = parameter(out_features, device, dtype)
+        else:
+            self.register_parameter("bias", None)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw new initial values."""
+        if self.weight.size:
+            # With a = √5 this is U(±1/√fan_in), whose gain is 1/√3: torch's choice, kept for parity.
+            init.kaiming_uniform_(self.weight, a=math.sqrt(5))
+        if self.bias is not None:
+            bound = 1 / math.sqrt(self.in_features) if self.in_features > 0 else 0.0
+            init.uniform_(self.bias, -bound, bound)
+
+    def forward(self, input: Any) -> Any:
+        return F.linear(input, self.weight, self.bias)
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}"
+        )
+
+
+class Bilinear(Module):
+    """Apply ``y_o = x1ᵀ A_o x2 + b_o`` to the last axes.
+
+    Args:
+        in1_features: the size of each first input.
+        in2_features: the size of each second input.
+        out_features: the size of each output.
+        bias: whether there is a b.
+        device: where the parameters are put.
+        dtype: their dtype.
+
+    Shape:
+        - input1: ``(*, in1_features)``; input2: ``(*, in2_features)``; output: ``(*, out_features)``.
+
+    Attributes:
+        weight: ``(out_features, in1_features, in2_features)``, from U(±1/√in1_features).
+        bias: ``(out_features,)``, likewise, or None.
+
+    Example:
+        >>> import jax.numpy as jnp, statefulnn as nn
+        >>> nn.Bilinear(20, 30, 40)(jnp.ones((128, 20)), jnp.ones((128, 30))).shape
+        (128, 40)
+    """
+
+    def __init__(
+        self,
+        in1_features: int,
+        in2_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        if in1_features <= 0:
+            raise ValueError(
+                explain(
+                    f"made nn.Bilinear with in1_features={in1_features}",
+                    "in1_features must be > 0: the initial values are divided by its root",
+                    "nn.Bilinear(20, 30, 40)",
+                )
+            )
+        self.in1_features = in1_features
+        self.in2_features = in2_features
+        self.out_features = out_features
+        self.weight = parameter((out_features, in1_features, in2_features), device, dtype)
+        if bias:
+            self.bias = parameter(out_features, device, dtype)
+        else:
+            self.register_parameter("bias", None)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw new initial values."""
+        bound = 1 / math.sqrt(self.in1_features)
+        init.uniform_(self.weight, -bound, bound)
+        if self.bias is not None:
+            init.uniform_(self.bias, -bound, bound)
+
+    def forward(self, input1: Any, input2: Any) -> Any:
+        return F.bilinear(input1, input2, self.weight, self.bias)
+
+    def extra_repr(self) -> str:
+        return (
+            f"in1_features={self.in1_features}, in2_features={self.in2_features}, "
+            f"out_features={self.out_features}, bias={self.bias is not None}"
+        )
