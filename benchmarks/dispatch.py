@@ -190,7 +190,7 @@ def _ratio_of(rows: list[dict[str, Any]], label: str) -> float | None:
 def part_dispatch(report: Report, quick: bool) -> None:
     """The cost of a compiled call."""
     sizes = [8, 64] if quick else [8, 64, 128, 256, 1024]
-    seconds = 1.0 if quick else 8.0
+    seconds = 1.0 if quick else 6.0
     forward = run_dispatch(report, "forward", sizes, seconds)
     _dispatch_targets(report, "forward", forward, OURS_FORWARD)
     for n, timings in forward.items():

@@ -29,7 +29,6 @@ from statefulnn.core.generator import (
     rng_scope,
     set_rng_state,
 )
-from statefulnn.core.moduledef import ModuleDef
 from statefulnn.core.graph import merge, mutable, split
 from statefulnn.core.module import (
     Module,
@@ -39,6 +38,8 @@ from statefulnn.core.module import (
     register_module_full_backward_hook,
     register_module_full_backward_pre_hook,
 )
+from statefulnn.core.moduledef import ModuleDef
+from statefulnn.modules import *  # noqa: F403
 from statefulnn.modules.containers import (
     Lambda,
     ModuleDict,
@@ -47,7 +48,6 @@ from statefulnn.modules.containers import (
     ParameterList,
     Sequential,
 )
-from statefulnn.modules import *  # noqa: F403
 from statefulnn.optimizer import Optimizer
 from statefulnn.transforms.audit import audit
 from statefulnn.transforms.capture import capture

@@ -10,41 +10,46 @@ from __future__ import annotations
 
 import functools
 import operator
-import sys
-import warnings
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from statefulnn.core import compat
 from statefulnn.core.compat import EAGER, Tracer, current_trace
 from statefulnn.core.errors import (
     DtypeError,
     RegistrationError,
     ShapeError,
-    StaleCaptureWarning,
     explain,
 )
-from statefulnn.core.scope import Scope, check_write, clock, name_of, real_dict, tick, value_changed
+from statefulnn.core.scope import (
+    Capture,
+    Scope,
+    check_write,
+    clock,
+    name_of,
+    real_dict,
+    tick,
+    value_changed,
+)
 
 
 class Box:
     """A mutable cell around one array, with an identity."""
 
-    __slots__ = ("__weakref__", "_captured", "_home", "_scope", "_value")
+    __slots__ = ("__weakref__", "_home", "_scope", "_value", "captured")
 
     _value: Any
     _scope: Scope | None
     _home: Any  # a leaf position in the scope, or (weak reference to the module, attribute name)
-    _captured: str | None  # where traced code took the value as a constant
+    captured: Capture | None  # that traced code took the value as a constant
 
     def __init__(self, value: Any) -> None:
-        self._value = value
+        self._value = _strong(value)
         self._scope = None
         self._home = None
-        self._captured = None
+        self.captured = None
 
     @classmethod
     def clone_of(cls, like: Any, value: Any, scope: Scope | None, position: int) -> Any:
@@ -53,7 +58,7 @@ class Box:
         box._value = value
         box._scope = scope
         box._home = position
-        box._captured = None
+        box.captured = None
         box._set_static_part(like)
         return box
 
@@ -80,34 +85,16 @@ class Box:
         new = as_array(new, self.label)
         if current_trace() is not EAGER or self._scope is not None or isinstance(new, Tracer):
             check_write(self._scope, new, self.label)
-        if self._captured is not None:
-            self._warn_stale()
-        if new.weak_type:  # the compiled code would be another one
-            new = jax.lax.convert_element_type(new, new.dtype)
-        self._value = new
+        if self.captured is not None:
+            self.captured.warn_of_value(self)
+        self._value = _strong(new)
         value_changed()
 
     def _read_in_trace(self) -> None:
-        scope = self._scope
-        if scope is not None:
-            scope.read = True
-        elif self._captured is None and not isinstance(self._value, Tracer):
-            if any(compat.kind(t) == "staged" for t in compat.chain(current_trace())):
-                self._captured = _caller()
-                clock.captured += 1
-
-    def _warn_stale(self) -> None:
-        where, self._captured = self._captured, None
-        clock.captured -= 1
-        warnings.warn(
-            explain(
-                f"wrote to {self.label()}",
-                f"compiled code took its old value as a constant at {where}, and will go on using it",
-                "pass the module to the compiled function as an argument",
-            ),
-            StaleCaptureWarning,
-            stacklevel=user_stack_level(),
-        )
+        if self._scope is not None:
+            self._scope.read = True
+        elif self.captured is None and not isinstance(self._value, Tracer):
+            Capture.note(self)
 
     def label(self) -> str:
         """Return the dotted name under which the box was registered, for messages."""
@@ -135,6 +122,13 @@ def dotted_name(module_ref: Any, name: str) -> str:
         parts.append(home[1])
         module = parent
     return ".".join(reversed(parts))
+
+
+def _strong(value: Any) -> Any:
+    """Return an array that is not weakly typed: compiled code for a weak one is another one."""
+    if getattr(value, "weak_type", False):
+        return jax.lax.convert_element_type(value, value.dtype)
+    return value
 
 
 def unwrap(x: Any) -> Any:
@@ -167,27 +161,6 @@ def as_array(value: Any, subject: Any = "a box") -> Any:
             "pass a jax.Array or a numpy array",
         )
     )
-
-
-def _caller() -> str:
-    """Return file:line of the nearest frame outside this package and JAX."""
-    frame = sys._getframe(1)
-    while frame is not None:
-        name = frame.f_globals.get("__name__", "")
-        if not name.startswith(("statefulnn.", "jax.", "jax._src")):
-            return f"{frame.f_code.co_filename}:{frame.f_lineno}"
-        frame = frame.f_back
-    return "an unknown place"
-
-
-def user_stack_level() -> int:
-    """Return the `stacklevel` that points a warning at the user's line."""
-    frame, level = sys._getframe(1), 1
-    while frame is not None:
-        if not frame.f_globals.get("__name__", "").startswith(("statefulnn.", "jax.", "jax._src")):
-            return level
-        frame, level = frame.f_back, level + 1
-    return 2
 
 
 class Buffer(Box):

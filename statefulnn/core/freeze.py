@@ -147,6 +147,9 @@ class Freezer:
             self.mutable = True
         return (set, isinstance(value, frozenset), frozenset(map(self.freeze, value)))
 
+    def _slice(self, value: slice) -> Any:
+        return (slice, *map(self.freeze, (value.start, value.stop, value.step)))
+
     def _ndarray(self, value: np.ndarray) -> Any:
         self.mutable = True
         if value.dtype.hasobject:
@@ -185,6 +188,9 @@ class Freezer:
             return self.freeze(content)
         if isinstance(content, (Box, ModuleBase)):
             return self._captured_member(content)
+        hidden = find_hidden(content)
+        if hidden is not None:
+            return self._captured_member(hidden) and Identity(content)
         if isinstance(content, Tracer):
             return Identity(content)
         if isinstance(content, jax.Array):
@@ -226,6 +232,7 @@ _HANDLERS: dict[type, Any] = {
     dict: Freezer._dict,
     set: Freezer._set,
     frozenset: Freezer._set,
+    slice: Freezer._slice,
     np.ndarray: Freezer._ndarray,
     types.FunctionType: Freezer._function,
     types.MethodType: Freezer._method,
@@ -240,6 +247,19 @@ def _freeze_jax_array(value: jax.Array) -> Any:
         data = jax.random.key_data(value)
     host = np.asarray(data)
     return (jax.Array, str(value.dtype), value.weak_type, host.shape, host.tobytes())
+
+
+def find_hidden(value: Any, depth: int = 0) -> Any:
+    """Return a module or box that sits inside plain containers, None if there is none."""
+    if isinstance(value, (ModuleBase, Box)):
+        return value
+    if depth < 8 and isinstance(value, (list, tuple, dict, set, frozenset)):
+        items = [*value.keys(), *value.values()] if isinstance(value, dict) else value
+        for item in items:
+            found = find_hidden(item, depth + 1)
+            if found is not None:
+                return found
+    return None
 
 
 def hidden_member(where: str, value: Any) -> RegistrationError:

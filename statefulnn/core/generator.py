@@ -42,6 +42,12 @@ def _state_from_seed(seed: int) -> np.ndarray:
 
 def _state_from_key(key: Any) -> Any:
     """Return the state of a fresh stream for a key, typed or raw, of any implementation."""
+    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key) and (
+        key.dtype != jnp.uint32 or key.ndim != 1
+    ):
+        raise _no_key(f"an array of dtype {key.dtype} and shape {key.shape}")
+    if key.ndim != 0 and jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        raise _no_key(f"an array of {key.shape} keys")
     if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         key = jax.random.key_data(key)
     words = key.reshape(-1).astype(jnp.uint32)
@@ -51,6 +57,16 @@ def _state_from_key(key: Any) -> Any:
     for pair in words[1:]:
         folded = folded ^ pair
     return jnp.concatenate([folded, jnp.zeros(2, jnp.uint32)])
+
+
+def _no_key(given: str) -> TypeError:
+    return TypeError(
+        explain(
+            f"took {given} as a random key or seed",
+            "a stream starts at one key or one integer",
+            "jax.random.key(0), or an integer; for a key per lane call it under jax.vmap",
+        )
+    )
 
 
 @jax.jit
@@ -84,14 +100,19 @@ class Generator(Box):
     def __init__(self, seed: Any = None) -> None:
         super().__init__(None)
         self._seed: int | None = None
-        if hasattr(seed, "dtype") and getattr(seed, "ndim", 0) + _is_typed(seed) >= 1:
+        if hasattr(seed, "dtype") and not (np.ndim(seed) == 0 and _is_integer(seed)):
             self._scope = None if current_trace() is EAGER else Scope()
             self._value = _state_from_key(seed)
         else:
+            if seed is not None and not _is_integer(seed):
+                raise _no_key(repr(seed))
             self.manual_seed(secrets.randbits(63) if seed is None else seed)
 
     def _set_static_part(self, like: Any) -> None:
         self._seed = None
+
+    def _read_in_trace(self) -> None:
+        pass  # a state that nobody draws from is harmless as a constant, and draws are checked
 
     @property
     def state(self) -> Any:
@@ -170,8 +191,12 @@ class Generator(Box):
         return f"Generator(state={self._value})"
 
 
-def _is_typed(key: Any) -> int:
-    return int(jnp.issubdtype(key.dtype, jax.dtypes.prng_key))
+def _is_integer(seed: Any) -> bool:
+    if isinstance(seed, bool):
+        return False
+    return isinstance(seed, int) or (
+        hasattr(seed, "dtype") and jnp.issubdtype(seed.dtype, jnp.integer)
+    )
 
 
 def _generator_with(state: Any, seed: int | None) -> Generator:

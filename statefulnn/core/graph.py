@@ -33,6 +33,7 @@ def build_clones(
     moduledef: ModuleDef,
     leaves: Sequence[Any],
     scope: Scope | None,
+    parameter_scope: Scope | None = None,
     buffer_scope: Scope | None = None,
     into: Any = None,
 ) -> tuple[list[Any], list[Box], list[Any]]:
@@ -42,14 +43,14 @@ def build_clones(
         moduledef: the static half.
         leaves: one array per leaf, in leaf order.
         scope: the owner of the clones.
-        buffer_scope: another owner for buffers and generators.
+        parameter_scope, buffer_scope: other owners of the parameters, and of buffers and generators.
         into: a bare module to use as the first root.
 
     Returns:
         the roots, the boxes in leaf order, all modules in node order.
     """
-    if buffer_scope is None:
-        buffer_scope = scope
+    parameter_scope = scope if parameter_scope is None else parameter_scope
+    buffer_scope = scope if buffer_scope is None else buffer_scope
     numbered: list[Any] = [None] * len(leaves)
     boxes: list[Any] = [None] * len(leaves)
     stop = scope is not None and scope.stop_gradients
@@ -59,7 +60,7 @@ def build_clones(
         group = rank(cls, static)
         if stop and group and isinstance(value, jax.Array):
             value = _stopped(value)
-        box = cls.clone_of(static, value, scope if group < 2 else buffer_scope, position)
+        box = cls.clone_of(static, value, parameter_scope if group < 2 else buffer_scope, position)
         numbered[number] = boxes[position] = box
 
     modules = []

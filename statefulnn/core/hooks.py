@@ -24,13 +24,13 @@ import jax
 import jax.numpy as jnp
 
 from statefulnn.core import compat
-from statefulnn.core.box import user_stack_level
 from statefulnn.core.compat import EAGER, current_trace
 from statefulnn.core.errors import ShapeError, explain
 from statefulnn.core.generator import Generator, current_generator, use_generator
 from statefulnn.core.graph import build_clones, own_scope
 from statefulnn.core.plan import plan_of
 from statefulnn.core.registry import GLOBAL_HOOKS, HookDict
+from statefulnn.core.scope import user_stack_level
 
 _number = itertools.count().__next__
 

@@ -28,7 +28,7 @@ from statefulnn.core.errors import (
     UninitializedModuleError,
     explain,
 )
-from statefulnn.core.freeze import Freezer, hidden_member
+from statefulnn.core.freeze import Freezer, find_hidden, hidden_member
 from statefulnn.core.graph import materialise
 from statefulnn.core.hooks import RemovableHandle, active, add_hook, call_with_hooks
 from statefulnn.core.moduledef import COPIED
@@ -39,9 +39,12 @@ from statefulnn.core.pytree import (
 )
 from statefulnn.core.registry import GLOBAL_CELL, GLOBAL_HOOKS, HookDict, Registry
 from statefulnn.core.scope import (
+    Capture,
     Cell,
     ModuleBase,
+    Scope,
     check_write,
+    clock,
     real_dict,
     set_cell,
     set_home,
@@ -134,7 +137,6 @@ class Module(ModuleBase):
         set_shell(self, None)
         set_plan(self, None)
         set_home(self, None)
-        set_cell(self, Cell())
         return self
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -146,14 +148,13 @@ class Module(ModuleBase):
                 else f"{type(self).__name__}.__init__() takes 1 positional argument but "
                 f"{len(args) + 1} were given"
             )
-        cell = self._cell
+        cell = Cell(_birth_scope())
+        set_cell(self, cell)
         attributes = real_dict(self)
         attributes["training"] = True
         attributes["_parameters"] = Registry(cell)
         attributes["_buffers"] = Registry(cell)
         attributes["_modules"] = Registry(cell)
-        if current_trace() is not EAGER and cell.scope is None:
-            cell.scope = _birth_scope()
         if self.call_super_init:
             super().__init__(*args, **kwargs)
 
@@ -165,14 +166,20 @@ class Module(ModuleBase):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         try:
-            scope = self._cell.scope
-            if scope is None and not (self._hooked or GLOBAL_CELL.stamp or active.captures):
-                return self.forward(*args, **kwargs)
+            cell = self._cell
+            scope = cell.scope
+            if scope is None:
+                if current_trace() is not EAGER and cell.captured is None:
+                    Capture.note(cell)
+                if not (self._hooked or GLOBAL_CELL.stamp or active.captures):
+                    return self.forward(*args, **kwargs)
             out = call_with_hooks(self, args, kwargs)
             if scope is not None and not scope.writable:
                 _check_statics(self, scope)
             return out
         except Exception as error:
+            if clock.captured:
+                Capture.trace_failed()
             _locate(error, self)
             raise
 
@@ -195,7 +202,7 @@ class Module(ModuleBase):
             children = attributes["_modules"]
             if name in children:
                 return children[name]
-        elif name in _REGISTRIES or name == "training":
+        elif name in _REGISTRIES or name in ("training", "_cell"):
             raise _uninitialized(self, f"read {name!r}")
         raise AttributeError(f"'{type(self).__name__}' object has no attribute '{name}'")
 
@@ -229,8 +236,10 @@ class Module(ModuleBase):
             attributes[name] = target
             self._cell.touch()
             return
-        if parameters is None:
-            self._check_static_write(name, value)
+        if parameters is None:  # before super().__init__(), where plain attributes are fine
+            if name in _REGISTRIES or name == "training":
+                raise _uninitialized(self, f"assigned {name!r}")
+            _check_static_value(self, name, value)
             object.__setattr__(self, name, value)
             return
         if name in parameters:
@@ -266,24 +275,12 @@ class Module(ModuleBase):
                 return
         self._check_static_write(name, value)
         object.__setattr__(self, name, value)
-        self._cell.touch()
+        self._cell.touch(lambda: repr(self._label(name)))
 
     def _check_static_write(self, name: str, value: Any) -> None:
         if name in type(self)._python_cache:
             return
-        if tracer_in(value):
-            raise TraceLeakError(
-                explain(
-                    f"assigned a traced value to the attribute {self._label(name)!r}",
-                    "a plain attribute is static: the value would outlive the function being traced",
-                    f"register it in __init__: self.register_buffer({name!r}, array, "
-                    "persistent=False); or collect outputs of submodules with nn.capture",
-                )
-            )
-        if isinstance(value, _CONTAINERS):
-            hidden = _find_hidden(value)
-            if hidden is not None:
-                raise hidden_member(f"the {type(value).__name__} {self._label(name)!r}", hidden)
+        _check_static_value(self, name, value)
         scope = self._cell.scope
         if scope is not None or current_trace() is not EAGER:
             check_write(scope, None, lambda: f"the attribute {self._label(name)!r}")
@@ -943,7 +940,8 @@ class Module(ModuleBase):
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        cell = self._cell
+        cell = Cell(_birth_scope())
+        set_cell(self, cell)
         attributes = real_dict(self)
         attributes.clear()
         for name, value in state.items():
@@ -997,9 +995,7 @@ _register(Module)
 
 def _birth_scope() -> Any:
     # A module made inside a trace lives in that trace, and may be written there.
-    from statefulnn.core.box import Scope
-
-    return Scope()
+    return None if current_trace() is EAGER else Scope()
 
 
 def _all_boxes(module: Module) -> list[tuple[str, Any]]:
@@ -1012,16 +1008,21 @@ def _is_array(value: Any) -> bool:
     )
 
 
-def _find_hidden(value: Any, depth: int = 0) -> Any:
-    if isinstance(value, (Module, Box)):
-        return value
-    if depth < 8 and isinstance(value, _CONTAINERS):
-        items = [*value.keys(), *value.values()] if isinstance(value, dict) else value
-        for item in items:
-            found = _find_hidden(item, depth + 1)
-            if found is not None:
-                return found
-    return None
+def _check_static_value(module: Module, name: str, value: Any) -> None:
+    """Raise if a plain attribute would hide a traced value, a module or a parameter."""
+    if tracer_in(value):
+        raise TraceLeakError(
+            explain(
+                f"assigned a traced value to the attribute {module._label(name)!r}",
+                "a plain attribute is static: the value would outlive the function being traced",
+                f"register it in __init__: self.register_buffer({name!r}, array, "
+                "persistent=False); or collect outputs of submodules with nn.capture",
+            )
+        )
+    if isinstance(value, _CONTAINERS):
+        hidden = find_hidden(value)
+        if hidden is not None:
+            raise hidden_member(f"the {type(value).__name__} {module._label(name)!r}", hidden)
 
 
 def _uninitialized(module: Module, what: str) -> UninitializedModuleError:

@@ -7,6 +7,7 @@ frozen again and compared. It never refers to a module, so a model dies by refer
 
 from __future__ import annotations
 
+import functools
 import operator
 import threading
 import types
@@ -18,13 +19,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from statefulnn.core.box import Box, Parameter, user_stack_level
+from statefulnn.core.box import Box, Parameter
 from statefulnn.core.errors import RetraceWarning, explain
 from statefulnn.core.freeze import BoundMethod, Freezer, HookFreezer, copied
 from statefulnn.core.generator import Generator
 from statefulnn.core.moduledef import COPIED, HOOKS, SHARED, ModuleDef, NodeDef, differences, rank
 from statefulnn.core.registry import GLOBAL_CELL, GLOBAL_HOOKS, HookDict
-from statefulnn.core.scope import Cell, ModuleBase, clock, set_plan
+from statefulnn.core.scope import Cell, ModuleBase, clock, set_plan, user_stack_level
 
 # Attributes that live in a module's __dict__ but are not static attributes.
 _STRUCTURE = frozenset({"_parameters", "_buffers", "_modules"})
@@ -76,7 +77,7 @@ class Plan:
     flags: list[bool]  # requires_grad of the parameters
     cells: list[Cell]
     stamps: list[int]
-    watched: list[tuple[Any, Any, type]]  # (value that can change in place, its key, its freezer)
+    watched: list[tuple[Any, Any, Any]]  # (value that can change in place, its key, its name)
     closures: Any  # None, or the cells of closures and what was in them
     node_ids: dict[int, int]
     checked_at: int
@@ -94,8 +95,8 @@ class Plan:
                 return False
             self.checked_at = now
         if self.watched:
-            for value, key, freezer in self.watched:
-                if freezer(node_of=self._node_of).freeze(value) != key:
+            for value, key, where in self.watched:
+                if Freezer(where, self._node_of).freeze(value) != key:
                     return False
         if self.closures:
             cells, contents = self.closures
@@ -246,7 +247,8 @@ class _Builder:
         for name, value in sorted(rest):
             hook = isinstance(value, HookDict)
             make = HookFreezer if hook else Freezer
-            freezer = make(lambda name=name: f"'{cls.__name__}.{name}'", self.node_ids_get)
+            where = functools.partial("'{}.{}'".format, cls.__name__, name)
+            freezer = make(where, self.node_ids_get)
             if hook:
                 # Handles number the hooks: two equal models have other numbers.
                 key = tuple(freezer.freeze(h) for h in value.values())
@@ -256,7 +258,7 @@ class _Builder:
                 copy = COPIED if freezer.mutable or freezer.rebinds else SHARED
                 stored = value
                 if freezer.mutable and name not in unwatched:
-                    watched.append((value, key, make))
+                    watched.append((value, key, where))
             if name not in unwatched:
                 closures.extend(freezer.closures)
             if copy:

@@ -13,12 +13,14 @@ and no traced value is written where it would outlive its trace.
 from __future__ import annotations
 
 import itertools
+import sys
+import warnings
 import weakref
 from typing import Any
 
 from statefulnn.core import compat
 from statefulnn.core.compat import EAGER, Tracer, current_trace
-from statefulnn.core.errors import StateWriteError, TraceLeakError, explain
+from statefulnn.core.errors import StaleCaptureWarning, StateWriteError, TraceLeakError, explain
 
 tick = itertools.count(1).__next__
 value_tick = itertools.count(1).__next__
@@ -61,15 +63,116 @@ def value_changed() -> None:
 class Cell:
     """The stamp of one module, and the scope that owns the module (None: the user)."""
 
-    __slots__ = ("scope", "stamp")
+    __slots__ = ("__weakref__", "captured", "scope", "stamp")
 
     def __init__(self, scope: Scope | None = None) -> None:
         self.stamp = 0
         self.scope = scope
+        self.captured: Capture | None = None
 
-    def touch(self) -> None:
+    def touch(self, subject: Any = "a module") -> None:
         """Record a change that has just been made to the structure or to a static attribute."""
         self.stamp = clock.structure = tick()
+        if self.captured is not None:
+            self.captured.warn_of_structure(subject)
+
+
+class Capture:
+    """That traced code took a box or module of the user's in as a constant: where, and in which trace.
+
+    Law 6: that is legal, but the compiled code goes on with what it saw, so a later change warns once.
+    """
+
+    __slots__ = ("things", "warned", "where")
+
+    _of_trace: weakref.WeakKeyDictionary[Any, Capture] = weakref.WeakKeyDictionary()
+
+    def __init__(self) -> None:
+        self.where = caller()
+        self.things: list[Any] = []
+        self.warned = False
+
+    @classmethod
+    def note(cls, thing: Any) -> None:
+        """Take note of a box or cell that is read where a staged trace may make it a constant."""
+        staged = next(
+            (t for t in compat.chain(current_trace()) if compat.kind(t) == "staged"), None
+        )
+        if staged is None:
+            return
+        capture = cls._of_trace.get(staged)
+        if capture is None:
+            capture = cls._of_trace[staged] = cls()
+        thing.captured = capture
+        capture.things.append(weakref.ref(thing))
+        clock.captured += 1
+
+    @classmethod
+    def forget(cls, thing: Any) -> None:
+        """The thing has changed, and that was said."""
+        thing.captured = None
+        clock.captured -= 1
+
+    @classmethod
+    def trace_failed(cls) -> None:
+        """Forget what the current trace has captured: nothing will be compiled of it."""
+        for trace in compat.chain(current_trace()):
+            capture = cls._of_trace.pop(trace, None)
+            for reference in () if capture is None else capture.things:
+                thing = reference()
+                if thing is not None and thing.captured is capture:
+                    cls.forget(thing)
+
+    def warn_of_value(self, box: Any) -> None:
+        """Warn that a captured box was written."""
+        Capture.forget(box)
+        warnings.warn(
+            explain(
+                f"wrote to {box.label()}",
+                f"compiled code took its old value as a constant at {self.where}, and will go on "
+                "using it",
+                "pass the module to the compiled function as an argument",
+            ),
+            StaleCaptureWarning,
+            stacklevel=user_stack_level(),
+        )
+
+    def warn_of_structure(self, subject: Any) -> None:
+        """Warn that a captured module was changed; once for all modules of one compiled function."""
+        if not self.warned:
+            self.warned = True
+            warnings.warn(
+                explain(
+                    f"changed {name_of(subject)}",
+                    f"compiled code took the module in as it was at {self.where}, and will go on "
+                    "using that",
+                    "pass the module to the compiled function as an argument",
+                ),
+                StaleCaptureWarning,
+                stacklevel=user_stack_level(),
+            )
+
+
+def _frames() -> Any:
+    frame, level = sys._getframe(1), 1
+    while frame is not None:
+        if not frame.f_globals.get("__name__", "").startswith(("statefulnn.", "jax.", "jax._src")):
+            yield frame, level - 1
+        frame, level = frame.f_back, level + 1
+
+
+def caller() -> str:
+    """Return file:line of the nearest frame outside this package and JAX."""
+    for frame, _ in _frames():
+        return f"{frame.f_code.co_filename}:{frame.f_lineno}"
+    return "an unknown place"
+
+
+def user_stack_level() -> int:
+    """Return the `stacklevel` that points a warning of the calling function at the user's line."""
+    for _, level in _frames():
+        return level
+    return 2
 
 
 class Scope:

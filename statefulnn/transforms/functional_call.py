@@ -50,7 +50,8 @@ def _pure_call(
     parameters = Scope(False, _PARAMETER if writable else _PURE, moduledef)
     buffers = Scope(bool(writable), _PURE, moduledef)
     absent = {i for i, v in enumerate(leaves) if v is None}
-    roots, boxes, modules = build_clones(moduledef, leaves, parameters, buffers)
+    scope = Scope(moduledef=moduledef)
+    roots, boxes, modules = build_clones(moduledef, leaves, scope, parameters, buffers)
     for i, box in enumerate(boxes):
         if isinstance(box, Generator):
             box._scope = Scope(moduledef=moduledef)
@@ -71,7 +72,7 @@ def _pure_call(
     with use_generator(generator):
         out = function(*args, **kwargs)
     if not absent:
-        check_structure(moduledef, modules, roots)
+        check_structure(moduledef, modules, roots, boxes)
     return out, [box._value for box in boxes]
 
 

@@ -54,6 +54,8 @@ def value_and_grad(
         # Positions to differentiate: among the leaves of modules, and among the other leaves.
         in_modules = sorted({p for t in targets for p in t.leaf_positions(call)})
         in_arrays = sorted({p for t in targets for p in t.array_positions(call)})
+        if not in_modules and not in_arrays:
+            raise _nothing_to_differentiate(fun, args, numbers)
         scopes: list[Any] = []
 
         def loss_of(chosen: tuple[list, list]) -> tuple[Any, Any]:
@@ -209,6 +211,19 @@ def _scalar(loss: Any, fun: Callable) -> Any:
             )
         )
     return loss
+
+
+def _nothing_to_differentiate(
+    fun: Callable, args: tuple, numbers: tuple[int, ...]
+) -> UnusedModuleError:
+    return UnusedModuleError(
+        explain(
+            f"differentiated {_name(fun)} with respect to {type(args[numbers[0]]).__name__}",
+            "it has no trainable parameters and holds no arrays, so the gradient is empty",
+            "unfreeze what is to be trained, module.requires_grad_(True), or choose another argument "
+            "with argnums",
+        )
+    )
 
 
 def _never_read(fun: Callable, args: tuple, numbers: tuple[int, ...]) -> UnusedModuleError:

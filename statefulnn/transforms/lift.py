@@ -119,7 +119,7 @@ def run(
     args, kwargs = unflatten_with(treedef, dynamic, roots)
     with use_generator(generator):
         out = f(*args, **kwargs)
-    check_structure(moduledef, modules, roots if generator is None else [*roots, generator])
+    check_structure(moduledef, modules, roots if generator is None else [*roots, generator], boxes)
     if on_scope is not None:
         on_scope(scope)
     indices = tuple(
@@ -131,17 +131,24 @@ def run(
     return out, Written(indices, [boxes[i]._value for i in indices], described)
 
 
-def check_structure(moduledef: ModuleDef, modules: Sequence[Any], roots: Sequence[Any]) -> None:
+def check_structure(
+    moduledef: ModuleDef, modules: Sequence[Any], roots: Sequence[Any], boxes: Sequence[Box]
+) -> None:
     """Raise if the clones are no longer what the ModuleDef says: the change would be lost."""
     unchanged = not any(m._cell.stamp for m in modules) and all(
         not copy for d in moduledef.nodes for _, _, copy in d.values
     )
     if unchanged and not parameters_changed(moduledef, modules):
         return
-    after = build_plan(roots).moduledef
-    if after is moduledef:
-        return
-    changes = differences(moduledef, after)
+    plan = build_plan(roots)
+    if plan.moduledef is moduledef:
+        changes = [
+            (moduledef.leaf_names[i], f"replaced by another {type(box).__name__}")
+            for i, box in enumerate(plan.boxes)
+            if box is not boxes[i]
+        ]
+    else:
+        changes = differences(moduledef, plan.moduledef)
     if changes:
         listed = "\n".join(f"    {name}: {change}" for name, change in changes[:8])
         if len(changes) > 8:
@@ -180,8 +187,8 @@ def write_back(boxes: Sequence[Box], values: Sequence[Any]) -> int | None:
             check_write(box._scope, value, box.label)
     if clock.captured:
         for box in boxes:
-            if box._captured is not None:
-                box._warn_stale()
+            if box.captured is not None:
+                box.captured.warn_of_value(box)
     for box, value in zip(boxes, values):  # noqa: B905 (of one length)
         box._value = value
     value_changed()

@@ -253,28 +253,43 @@ def test_assigning_a_list_over_a_buffer_is_a_type_error(agree):
     agree(scenario, raises=TypeError)
 
 
-def test_a_module_replaces_a_parameter_and_a_parameter_replaces_a_module(agree):
+def test_a_module_assigned_over_a_parameter_is_a_type_error(agree):
     def scenario(lib):
         m = lib.nn.Module()
         m.x = lib.nn.Parameter(lib.ones(1))
         m.x = lib.nn.Linear(1, 1)
-        first = list(m._parameters), list(m._modules)
-        m.x = lib.nn.Parameter(lib.ones(1))
-        return first, list(m._parameters), list(m._modules)
 
-    agree(scenario)
+    agree(scenario, raises=TypeError)
 
 
-def test_a_plain_attribute_gives_way_to_a_parameter_a_buffer_and_a_module(agree):
+def test_a_parameter_replaces_a_module(agree):
     def scenario(lib):
         m = lib.nn.Module()
-        m.p = m.m = m.b = 1
-        m.p = lib.nn.Parameter(lib.ones(1))
-        m.m = lib.nn.Linear(1, 1)
-        m.b = lib.nn.Buffer(lib.ones(1))
-        return [n in m.__dict__ for n in "pmb"], m.p, m.m, m.b
+        m.x = lib.nn.Linear(1, 1)
+        m.x = lib.nn.Parameter(lib.ones(1))
+        return list(m._parameters), list(m._modules)
 
     agree(scenario)
+
+
+def test_a_plain_attribute_gives_way_to_a_parameter_and_a_module(agree):
+    def scenario(lib):
+        m = lib.nn.Module()
+        m.p = m.m = 1
+        m.p = lib.nn.Parameter(lib.ones(1))
+        m.m = lib.nn.Linear(1, 1)
+        return [n in m.__dict__ for n in "pm"], m.p, m.m
+
+    agree(scenario)
+
+
+def test_a_plain_attribute_does_not_give_way_to_a_buffer(agree):
+    def scenario(lib):
+        m = lib.nn.Module()
+        m.b = 1
+        m.b = lib.nn.Buffer(lib.ones(1))
+
+    agree(scenario, raises=KeyError)
 
 
 def test_a_buffer_assigned_in_a_subclass_whose_register_buffer_lacks_persistent(agree):

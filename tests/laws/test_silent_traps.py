@@ -241,13 +241,13 @@ def test_trap_09_a_changed_list_dict_or_config_is_seen(jit, kind):
 
 
 def test_trap_10_modules_appended_to_a_plain_list_raise():
-    m = nn.Module()
+    m = Affine()
     m.layers = []
     m.layers.append(Affine())
     with pytest.raises(nn.RegistrationError, match="layers"):
-        nn.split(m)
-    with pytest.raises(nn.RegistrationError, match="layers"):
         nn.Optimizer(m, optax.sgd(0.1))
+    with pytest.raises(nn.RegistrationError, match="layers"):
+        nn.split(m)
 
 
 @pytest.mark.parametrize(
