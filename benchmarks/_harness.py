@@ -1,9 +1,9 @@
 """Timing of things that take microseconds on a machine that does other work as well.
 
 Terms: a *case* is one thing to call; a *round* times every case once, in a shuffled order, by a
-*burst* of calls each; the first case is the *baseline*. Ratios and differences are taken inside a
-round, where all cases saw the same machine, and then the median over the rounds is reported: a slow
-second of the machine slows numerator and denominator alike.
+*burst* of calls each (a very slow one only in some rounds); the first case is the *baseline*. Ratios
+and differences are taken inside a round, where all cases saw the same machine, and then the median
+over the rounds is reported: a slow second of the machine slows numerator and denominator alike.
 """
 
 from __future__ import annotations
@@ -124,11 +124,9 @@ def _burst(case: Case, calls: int) -> tuple[float, float]:
     return (returned - start) / calls / 1e3, (done - start) / calls / 1e3
 
 
-def _burst_length(case: Case, burst_us: float) -> int:
-    for _ in range(2):
-        _burst(case, 1)
-    _, once = _burst(case, 1)
-    return max(1, min(LONGEST_BURST, int(burst_us / max(once, 1e-3))))
+def _once(case: Case) -> float:
+    """Microseconds of one call, roughly."""
+    return min(_burst(case, 1)[1] for _ in range(3))
 
 
 def quantile(values: Sequence[float], q: float) -> float:
@@ -146,7 +144,7 @@ def measure(
     seconds: float,
     description: str,
     burst_us: float = 3000.0,
-    fewest: int = 7,
+    fewest: int = 9,
     most: int = 1500,
 ) -> list[Timing]:
     """Times the cases in interleaved rounds; the first case is the baseline.
@@ -162,7 +160,11 @@ def measure(
     Returns:
         One `Timing` a case, in the same order.
     """
-    bursts = [_burst_length(case, burst_us) for case in cases]
+    once = [_once(case) for case in cases]
+    bursts = [max(1, min(LONGEST_BURST, int(burst_us / max(us, 1e-3)))) for us in once]
+    # A case that is many times slower than the baseline takes part in some rounds only: the others
+    # would wait for it, and a large ratio needs no fine measurement.
+    every = [max(1, min(8, int(us / (10 * once[0])))) for us in once]
     returned: list[list[float]] = [[] for _ in cases]
     done: list[list[float]] = [[] for _ in cases]
     order = list(range(len(cases)))
@@ -172,9 +174,11 @@ def measure(
     gc.collect()
     gc.disable()
     try:
-        for _ in _rounds(seconds, fewest, most, description):
+        for number in _rounds(seconds, fewest, most, description):
             shuffle(order)
             for i in order:
+                if number % every[i]:
+                    continue
                 a, b = _burst(cases[i], bursts[i])
                 returned[i].append(a)
                 done[i].append(b)
@@ -184,17 +188,17 @@ def measure(
         gc.collect()
     timings = []
     for i, case in enumerate(cases):
-        ratios = [a / b for a, b in zip(returned[i], returned[0], strict=True)]
+        pairs = list(zip(returned[i], returned[0][:: every[i]], strict=True))
+        pairs_done = zip(done[i], done[0][:: every[i]], strict=True)
+        ratios = [a / b for a, b in pairs]
         timings.append(
             Timing(
                 label=case.label,
                 returned=statistics.median(returned[i]),
                 done=statistics.median(done[i]),
                 ratio=statistics.median(ratios),
-                difference=statistics.median(
-                    a - b for a, b in zip(returned[i], returned[0], strict=True)
-                ),
-                ratio_done=statistics.median(a / b for a, b in zip(done[i], done[0], strict=True)),
+                difference=statistics.median(a - b for a, b in pairs),
+                ratio_done=statistics.median(a / b for a, b in pairs_done),
                 spread=(quantile(ratios, 0.25), quantile(ratios, 0.75)),
                 rounds=len(ratios),
                 burst=bursts[i],

@@ -314,6 +314,24 @@ PARTS: dict[str, Callable[[Report, bool], None]] = {
 }
 
 
+def _write_markdown(path: Path, report: Report) -> None:
+    """Writes the tables to a file; in one that has the two marks, only between these."""
+    facts = report.numbers["machine"]
+    packages = ", ".join(f"{name} {version}" for name, version in facts["packages"].items())
+    where = (
+        f"{facts['platform']} ({facts['device']}), {facts['cores']} cores, Python {facts['python']}"
+    )
+    intro = [f"{where}; {packages}.", *(f"{line}." for line in report.left_out)]
+    body = "\n\n".join([*intro, *report.text])
+    begin, end = "<!-- table: begin -->", "<!-- table: end -->"
+    page = path.read_text() if path.exists() else ""
+    if begin in page and end in page:
+        before, after = page.split(begin)[0], page.split(end)[1]
+        path.write_text(f"{before}{begin}\n{body}\n{end}{after}")
+    else:
+        path.write_text(f"# Dispatch\n\n{body}\n")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the benchmark; the exit status is 1 if a target was missed and `--strict` was given."""
     parser = argparse.ArgumentParser(
@@ -356,13 +374,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.json:
         options.json.write_text(json.dumps(report.numbers, indent=1) + "\n")
     if options.markdown:
-        facts = report.numbers["machine"]
-        intro = (
-            f"# Dispatch\n\nJAX {facts['packages']['jax']}, {facts['platform']} ({facts['device']}), "
-            f"{facts['cores']} cores, Python {facts['python']}. "
-            + " ".join(f"{line}." for line in report.left_out)
-        )
-        options.markdown.write_text("\n\n".join([intro.rstrip(), *report.text]) + "\n")
+        _write_markdown(options.markdown, report)
     return int(bool(missed and options.strict))
 
 

@@ -24,6 +24,7 @@ from statefulnn.core.errors import (
     explain,
 )
 from statefulnn.core.module import Module, Ref
+from statefulnn.core.plan import plan_of
 from statefulnn.transforms.jit import jit
 
 # Static attributes compare by identity unless they are known types: equal treedefs are made one object,
@@ -99,6 +100,7 @@ class Optimizer(Module):
                     "pass its .gradient_transformation()",
                 )
             )
+        plan_of(module)  # a module hidden in a list would not be trained: raises here
         parameters = dict(_trainable(module))
         if not parameters:
             raise UnknownNameError(

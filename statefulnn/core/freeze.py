@@ -10,6 +10,7 @@ be frozen again before each compiled call.
 
 from __future__ import annotations
 
+import collections
 import copy
 import dataclasses
 import enum
@@ -44,6 +45,9 @@ class Identity:
     def __repr__(self) -> str:
         return repr(self.obj)
 
+
+# What plain containers are: a member in one of them would not be found.
+CONTAINERS = (list, tuple, dict, set, frozenset, collections.deque)
 
 _ATOMS = frozenset(
     {str, bytes, bool, int, type(None), type(...), type(NotImplemented), range, type}
@@ -147,6 +151,16 @@ class Freezer:
             self.mutable = True
         return (set, isinstance(value, frozenset), frozenset(map(self.freeze, value)))
 
+    def _deque(self, value: collections.deque) -> Any:
+        self.mutable = True
+        return self._nested(
+            value, lambda: (collections.deque, value.maxlen, *map(self.freeze, value))
+        )
+
+    def _bytearray(self, value: bytearray) -> Any:
+        self.mutable = True
+        return (bytearray, bytes(value))
+
     def _slice(self, value: slice) -> Any:
         return (slice, *map(self.freeze, (value.start, value.stop, value.step)))
 
@@ -233,6 +247,8 @@ _HANDLERS: dict[type, Any] = {
     set: Freezer._set,
     frozenset: Freezer._set,
     slice: Freezer._slice,
+    bytearray: Freezer._bytearray,
+    collections.deque: Freezer._deque,
     np.ndarray: Freezer._ndarray,
     types.FunctionType: Freezer._function,
     types.MethodType: Freezer._method,
@@ -253,7 +269,7 @@ def find_hidden(value: Any, depth: int = 0) -> Any:
     """Return a module or box that sits inside plain containers, None if there is none."""
     if isinstance(value, (ModuleBase, Box)):
         return value
-    if depth < 8 and isinstance(value, (list, tuple, dict, set, frozenset)):
+    if depth < 8 and isinstance(value, CONTAINERS):
         items = [*value.keys(), *value.values()] if isinstance(value, dict) else value
         for item in items:
             found = find_hidden(item, depth + 1)
@@ -298,8 +314,10 @@ def copied(value: Any, leaf: Any) -> Any:
         return kind(copied(v, leaf) for v in value)
     if kind is dict:
         return {k: copied(v, leaf) for k, v in value.items()}
-    if kind is np.ndarray:
+    if kind is np.ndarray or kind is bytearray:
         return value.copy()
+    if kind is collections.deque:
+        return collections.deque((copied(v, leaf) for v in value), value.maxlen)
     if isinstance(value, (list, dict, set)):
         new = copy.copy(value)
         if isinstance(new, list):

@@ -28,7 +28,7 @@ from statefulnn.core.errors import (
     UninitializedModuleError,
     explain,
 )
-from statefulnn.core.freeze import Freezer, find_hidden, hidden_member
+from statefulnn.core.freeze import CONTAINERS, Freezer, find_hidden, hidden_member
 from statefulnn.core.graph import materialise
 from statefulnn.core.hooks import RemovableHandle, active, add_hook, call_with_hooks
 from statefulnn.core.moduledef import COPIED
@@ -54,7 +54,6 @@ from statefulnn.core.scope import (
 
 _SLOTS = {"_cell": set_cell, "_home": set_home, "_plan": set_plan, "_shell": set_shell}
 _REGISTRIES = ("_parameters", "_buffers", "_modules")
-_CONTAINERS = (list, tuple, dict, set, frozenset)
 
 
 class Ref:
@@ -204,7 +203,13 @@ class Module(ModuleBase):
                 return children[name]
         elif name in _REGISTRIES or name in ("training", "_cell"):
             raise _uninitialized(self, f"read {name!r}")
-        raise AttributeError(f"'{type(self).__name__}' object has no attribute '{name}'")
+        message = f"'{type(self).__name__}' object has no attribute '{name}'"
+        if name in type(self)._python_cache:
+            message += (
+                ": it is declared in _python_cache, so clones inside transformed code start without "
+                f"it; use getattr(self, {name!r}, None)"
+            )
+        raise AttributeError(message)
 
     @property
     def __dict__(self) -> dict[str, Any]:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -269,7 +274,7 @@ class Module(ModuleBase):
         attributes = real_dict(self)
         if name in attributes:
             old = attributes[name]
-            if old is value and not isinstance(value, _CONTAINERS):
+            if old is value and not isinstance(value, CONTAINERS):
                 return
             if type(old) is type(value) and isinstance(value, (bool, int, str)) and old == value:
                 return
@@ -309,9 +314,8 @@ class Module(ModuleBase):
             registry = "_buffers"
         if attributes[registry].get(name) is value:
             return
-        if registry != "_parameters" and attributes["_parameters"].get(name) is not None:
-            if isinstance(value, Buffer):
-                raise _array_over_parameter(self, name, value)
+        if registry != "_parameters" and name in attributes["_parameters"]:
+            raise _array_over_parameter(self, name, value)
         self._check_static_write(name, None)
         if name in attributes:
             del attributes[name]
@@ -1019,7 +1023,7 @@ def _check_static_value(module: Module, name: str, value: Any) -> None:
                 "persistent=False); or collect outputs of submodules with nn.capture",
             )
         )
-    if isinstance(value, _CONTAINERS):
+    if isinstance(value, CONTAINERS):
         hidden = find_hidden(value)
         if hidden is not None:
             raise hidden_member(f"the {type(value).__name__} {module._label(name)!r}", hidden)

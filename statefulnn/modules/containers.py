@@ -581,7 +581,10 @@ class ParameterDict(Module):
 
     def update(self, parameters: Any) -> None:
         """Add or replace values by name."""
-        for key, value in _pairs(self, parameters, "parameter"):
+        pairs = _pairs(self, parameters, "parameter")
+        if isinstance(parameters, Mapping) and not isinstance(parameters, OrderedDict):
+            pairs.sort(key=lambda pair: pair[0])  # torch's order of plain dicts
+        for key, value in pairs:
             self[key] = value
 
     def __or__(self, other: ParameterDict) -> ParameterDict:

@@ -283,15 +283,6 @@ def test_a_plain_attribute_gives_way_to_a_parameter_and_a_module(agree):
     agree(scenario)
 
 
-def test_a_plain_attribute_does_not_give_way_to_a_buffer(agree):
-    def scenario(lib):
-        m = lib.nn.Module()
-        m.b = 1
-        m.b = lib.nn.Buffer(lib.ones(1))
-
-    agree(scenario, raises=KeyError)
-
-
 def test_a_buffer_assigned_in_a_subclass_whose_register_buffer_lacks_persistent(agree):
     def scenario(lib):
         class Old(lib.nn.Module):

@@ -432,7 +432,7 @@ def test_two_names_of_one_parameter_with_different_values_are_not_silent():
 def test_consume_prefix_strips_the_prefix(agree):
     def scenario(lib):
         if lib.nn is nn:
-            strip = nn.consume_prefix_in_state_dict_if_present
+            strip = nn.modules.utils.consume_prefix_in_state_dict_if_present
         else:
             strip = torch.nn.modules.utils.consume_prefix_in_state_dict_if_present
         state = lib.nn.Sequential(OrderedDict(module=lib.nn.Linear(1, 1))).state_dict()
