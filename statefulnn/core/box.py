@@ -163,7 +163,68 @@ def as_array(value: Any, subject: Any = "a box") -> Any:
     )
 
 
-class Buffer(Box):
+# What a traced function may ask without making the value a constant of the compiled code.
+_METADATA = frozenset({"aval", "dtype", "itemsize", "nbytes", "ndim", "shape", "sharding", "size"})
+
+
+class ArrayBox(Box):
+    """A box that works where ``jax.numpy`` takes an array; arithmetic on it gives plain arrays."""
+
+    __slots__ = ()
+
+    def __jax_array__(self) -> Any:
+        return self.value
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        array = np.asarray(self.value)
+        return array if dtype is None else array.astype(dtype)
+
+    def __getattr__(self, name: str) -> Any:
+        # Shape, dtype, T, at, astype, reshape, mean ... are the array's own.
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(self._value if name in _METADATA else self.value, name)
+
+    def __dir__(self) -> list[str]:
+        return sorted({*super().__dir__(), *dir(self._value)})
+
+    def __len__(self) -> int:
+        return len(self.value)
+
+    def __iter__(self) -> Any:
+        return iter(self.value)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.value[index]
+
+    def __setitem__(self, index: Any, new: Any) -> None:
+        self.value = self.value.at[index].set(unwrap(new))
+
+    def __bool__(self) -> bool:
+        return bool(self.value)
+
+    def __int__(self) -> int:
+        return int(self.value)
+
+    def __float__(self) -> float:
+        return float(self.value)
+
+    def __complex__(self) -> complex:
+        return complex(self.value)
+
+    def __index__(self) -> int:
+        return self.value.__index__()
+
+    def __format__(self, spec: str) -> str:
+        return format(self.value, spec)
+
+    __hash__ = object.__hash__  # identity, as torch's tensors; `==` below compares elements
+
+    def __round__(self, ndigits: int = 0) -> Any:
+        return jnp.round(self.value, ndigits)
+
+
+class Buffer(ArrayBox):
     """An array that belongs to a module's state but is not trained.
 
     Args:
@@ -208,11 +269,7 @@ class Buffer(Box):
         return f"Buffer containing:\n{self._value!r}"
 
 
-# What a traced function may ask without making the value a constant of the compiled code.
-_METADATA = frozenset({"aval", "dtype", "itemsize", "nbytes", "ndim", "shape", "sharding", "size"})
-
-
-class Parameter(Box):
+class Parameter(ArrayBox):
     """An array that training changes: a mutable box with an identity.
 
     It works wherever ``jax.numpy`` takes an array (operators, indexing, ``jnp`` functions,
@@ -322,62 +379,11 @@ class Parameter(Box):
         """Return the array, cut off from gradients."""
         return jax.lax.stop_gradient(self.value)
 
-    def __jax_array__(self) -> Any:
-        return self.value
-
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        array = np.asarray(self.value)
-        return array if dtype is None else array.astype(dtype)
-
-    def __getattr__(self, name: str) -> Any:
-        # Shape, dtype, T, at, astype, reshape, mean ... are the array's own.
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return getattr(self._value if name in _METADATA else self.value, name)
-
-    def __dir__(self) -> list[str]:
-        return sorted({*super().__dir__(), *dir(self._value)})
-
-    def __len__(self) -> int:
-        return len(self.value)
-
-    def __iter__(self) -> Any:
-        return iter(self.value)
-
-    def __getitem__(self, index: Any) -> Any:
-        return self.value[index]
-
-    def __setitem__(self, index: Any, new: Any) -> None:
-        self.value = self.value.at[index].set(unwrap(new))
-
-    def __bool__(self) -> bool:
-        return bool(self.value)
-
-    def __int__(self) -> int:
-        return int(self.value)
-
-    def __float__(self) -> float:
-        return float(self.value)
-
-    def __complex__(self) -> complex:
-        return complex(self.value)
-
-    def __index__(self) -> int:
-        return self.value.__index__()
-
-    def __format__(self, spec: str) -> str:
-        return format(self.value, spec)
-
-    __hash__ = object.__hash__  # identity, as torch's tensors; `==` below compares elements
-
     def __deepcopy__(self, memo: dict) -> Parameter:
         return Parameter(self._value, self._requires_grad)
 
     def __reduce__(self) -> Any:
         return Parameter, (self._value, self._requires_grad)
-
-    def __round__(self, ndigits: int = 0) -> Any:
-        return jnp.round(self.value, ndigits)
 
     def __repr__(self) -> str:
         text = f"Parameter containing:\n{self._value!r}"
@@ -414,18 +420,18 @@ def _add_operators() -> None:
 
     for name in "add sub mul truediv floordiv mod pow matmul and or xor lshift rshift".split():
         op = getattr(operator, name + "_" if name in ("and", "or") else name)
-        setattr(Parameter, f"__{name}__", binary(op))
-        setattr(Parameter, f"__r{name}__", reflected(op))
-        setattr(Parameter, f"__i{name}__", in_place(op))
+        setattr(ArrayBox, f"__{name}__", binary(op))
+        setattr(ArrayBox, f"__r{name}__", reflected(op))
+        setattr(ArrayBox, f"__i{name}__", in_place(op))
     for name in "eq ne lt le gt ge".split():
-        setattr(Parameter, f"__{name}__", binary(getattr(operator, name)))
+        setattr(ArrayBox, f"__{name}__", binary(getattr(operator, name)))
     for name in "neg pos abs invert".split():
         op = getattr(operator, name)
-        setattr(Parameter, f"__{name}__", lambda self, op=op: op(self.value))
+        setattr(ArrayBox, f"__{name}__", lambda self, op=op: op(self.value))
     for name, function in (("divmod", divmod),):
-        setattr(Parameter, f"__{name}__", binary(function))
-        setattr(Parameter, f"__r{name}__", reflected(function))
-    Parameter.__hash__ = object.__hash__
+        setattr(ArrayBox, f"__{name}__", binary(function))
+        setattr(ArrayBox, f"__r{name}__", reflected(function))
+    ArrayBox.__hash__ = object.__hash__
 
 
 _add_operators()

@@ -117,7 +117,9 @@ class JitFunction:
         # else is taken apart by `_look_up`.
         if self._owner is not None:
             args = (self._owner, *args)
-        known = compiled = dynamic = None
+        known: Any = None
+        compiled: Any = None
+        dynamic: Any = None
         if not kwargs:
             count, generator = len(args), streams.current
             for recent in self._recent:

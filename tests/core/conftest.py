@@ -118,7 +118,9 @@ def agree() -> Callable[..., Any]:
                 if c.__module__ == "builtins"  # torch's own subclasses are theirs alone
             )
             if not isinstance(our_error, expected):
-                raise AssertionError(f"torch raises {their_error!r}; we {our_error!r}") from our_error
+                raise AssertionError(
+                    f"torch raises {their_error!r}; we {our_error!r}"
+                ) from our_error
         return theirs
 
     return check

@@ -44,7 +44,9 @@ def test_hooks_see_the_gradients_of_inputs_and_outputs(agree):
     def scenario(lib):
         seen = []
         m = scaled(lib)
-        m.register_full_backward_pre_hook(lambda m, g: seen.append(("pre", [lib.numpy(v) for v in g])))
+        m.register_full_backward_pre_hook(
+            lambda m, g: seen.append(("pre", [lib.numpy(v) for v in g]))
+        )
         m.register_full_backward_hook(
             lambda m, gi, go: seen.append(
                 ("post", [lib.numpy(v) for v in gi], [lib.numpy(v) for v in go])
@@ -164,7 +166,9 @@ def test_hooks_of_a_stack_fire_from_the_last_module_to_the_first(agree):
         calls = []
         m = lib.nn.Sequential(scaled(lib), scaled(lib, 2.0), scaled(lib))
         for i, x in enumerate(m):
-            x.register_full_backward_hook(lambda m, gi, go, i=i: calls.append((i, lib.numpy(go[0]))))
+            x.register_full_backward_hook(
+                lambda m, gi, go, i=i: calls.append((i, lib.numpy(go[0])))
+            )
         backward(lib, m, lib.ones(2))
         return calls
 
@@ -319,6 +323,6 @@ def test_the_gradient_of_an_integer_input_is_none_or_zero():
     index = jnp.asarray([0, 2])
     grad = jax.grad(lambda x: m(index, x).sum())(jnp.ones((2, 2)))
     np.testing.assert_array_equal(np.asarray(grad), [[0.0, 1.0], [4.0, 5.0]])
-    (for_index, for_x), = seen
+    ((for_index, for_x),) = seen
     assert for_index is None or not np.any(np.asarray(for_index))
     np.testing.assert_array_equal(np.asarray(for_x), np.asarray(grad))

@@ -70,7 +70,13 @@ def test_sequential_delitem_renumbers(agree, index):
 def test_named_sequential_keeps_names_and_order(agree):
     def scenario(lib):
         m = lib.nn.Sequential(OrderedDict(b=lib.nn.Linear(1, 2), a=lib.nn.ReLU()))
-        return shapes(m), [n for n, _ in m.named_children()], m.b, len(m), m(lib.ones(3, 1)).shape[1]
+        return (
+            shapes(m),
+            [n for n, _ in m.named_children()],
+            m.b,
+            len(m),
+            m(lib.ones(3, 1)).shape[1],
+        )
 
     agree(scenario)
 
@@ -239,7 +245,11 @@ DICT_OPERATIONS = {
 def test_module_dict_operations(agree, operation):
     def scenario(lib):
         m = lib.nn.ModuleDict({"b": lib.nn.Linear(1, 1), "a": lib.nn.Linear(2, 1)})
-        return DICT_OPERATIONS[operation](lib, m), [(n, x) for n, x in m.named_children()], shapes(m)
+        return (
+            DICT_OPERATIONS[operation](lib, m),
+            [(n, x) for n, x in m.named_children()],
+            shapes(m),
+        )
 
     agree(scenario)
 

@@ -23,7 +23,9 @@ def test_hooks_run_in_registration_order_and_prepended_ones_first(agree, registe
         order = []
         m = double(lib)
         for i in range(5):
-            hook = eval(f"lambda {'abc'[:arity].replace('', ',')[1:-1]}: order.append({i})", locals())
+            hook = eval(
+                f"lambda {'abc'[:arity].replace('', ',')[1:-1]}: order.append({i})", locals()
+            )
             getattr(m, register)(hook, prepend=i in (1, 4))
         m(lib.ones(1))
         return order

@@ -87,7 +87,9 @@ def test_the_error_lists_every_key_that_does_not_fit():
         m.load_state_dict({"weights": jnp.ones((3, 2)), "bias": jnp.ones(3)})
     message = str(info.value)
     assert "weights" in message
-    assert '"weight"' in message or "'weight'" in message or "weight" in message.split("weights")[-1]
+    assert (
+        '"weight"' in message or "'weight'" in message or "weight" in message.split("weights")[-1]
+    )
 
 
 def test_a_successful_load_says_so(agree):

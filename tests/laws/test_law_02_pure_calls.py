@@ -164,9 +164,7 @@ def test_an_inner_loop_inside_an_outer_call_on_the_same_module():
             inner = jax.grad(
                 lambda p: nn.functional_call(self, p, (x,), method="plain").sum() ** 2
             )({"w": self.w.value})
-            return nn.functional_call(
-                self, {"w": self.w - 0.1 * inner["w"]}, (x,), method="plain"
-            )
+            return nn.functional_call(self, {"w": self.w - 0.1 * inner["w"]}, (x,), method="plain")
 
         def plain(self, x):
             return self.w * x
@@ -188,7 +186,9 @@ def test_calls_nest_on_one_module_with_different_parameters():
         middle = nn.functional_call(m, p, (X,))
         return inner + middle + m(X)
 
-    np.testing.assert_array_equal(np.asarray(outer(PARAMS)), np.asarray(X * (5 + 0)) * [1, 7 / 5] + np.asarray(m(X)))
+    np.testing.assert_array_equal(
+        np.asarray(outer(PARAMS)), np.asarray(X * (5 + 0)) * [1, 7 / 5] + np.asarray(m(X))
+    )
 
 
 def test_eight_threads_call_one_module_with_their_own_parameters():

@@ -69,9 +69,9 @@ GRAD_WRAPS = {
     "remat of grad": lambda f: nn.remat(nn.grad(f)),
     "jit of grad of jit": lambda f: nn.jit(nn.grad(nn.jit(f))),
     "value_and_grad": lambda f: lambda m, x: nn.value_and_grad(f)(m, x)[1],
-    "value_and_grad, aux": lambda f: lambda m, x: nn.grad(
-        lambda m, x: (f(m, x), "aux"), has_aux=True
-    )(m, x)[0],
+    "value_and_grad, aux": lambda f: (
+        lambda m, x: nn.grad(lambda m, x: (f(m, x), "aux"), has_aux=True)(m, x)[0]
+    ),
 }
 
 
@@ -131,8 +131,8 @@ def test_nn_grad_inside_nn_grad_of_another_module():
 
 RAW = {
     "jax.jit": lambda f: jax.jit(f),
-    "jax.vmap of one": lambda f: lambda m, x: jax.tree.map(
-        lambda v: v[0], jax.vmap(f, in_axes=(None, 0))(m, x[None])
+    "jax.vmap of one": lambda f: (
+        lambda m, x: jax.tree.map(lambda v: v[0], jax.vmap(f, in_axes=(None, 0))(m, x[None]))
     ),
     "jax.checkpoint": lambda f: jax.checkpoint(f),
     "lax.cond": lambda f: lambda m, x: jax.lax.cond(True, f, f, m, x),

@@ -44,9 +44,9 @@ RAW = {
     "vmap": lambda f, m: jax.vmap(lambda m: (f(m), m.norm.scale.value)[1])(
         jax.tree.map(lambda a: jnp.stack([a, a]), m)
     ),
-    "vmap, in_axes None": lambda f, m: jax.vmap(
-        lambda m, x: (f(m), x)[1], in_axes=(None, 0)
-    )(m, jnp.ones(3)),
+    "vmap, in_axes None": lambda f, m: jax.vmap(lambda m, x: (f(m), x)[1], in_axes=(None, 0))(
+        m, jnp.ones(3)
+    ),
     "checkpoint": lambda f, m: jax.checkpoint(lambda m: (f(m), X)[1])(m),
     "checkpoint under grad": lambda f, m: jax.grad(
         jax.checkpoint(lambda m: (f(m), m.norm.scale.value.sum())[1])
@@ -59,9 +59,7 @@ RAW = {
     "vjp": lambda f, m: jax.vjp(lambda m: (f(m), m.norm.scale.value)[1], m),
     "eval_shape": lambda f, m: jax.eval_shape(lambda m: (f(m), X)[1], m),
     "make_jaxpr": lambda f, m: jax.make_jaxpr(lambda m: (f(m), X)[1])(m),
-    "jit of vmap": lambda f, m: jax.jit(
-        lambda m: jax.vmap(lambda x: (f(m), x)[1])(jnp.ones(2))
-    )(m),
+    "jit of vmap": lambda f, m: jax.jit(lambda m: jax.vmap(lambda x: (f(m), x)[1])(jnp.ones(2)))(m),
 }
 
 
@@ -164,7 +162,9 @@ def test_every_kind_of_write_raises_and_names_its_target(raw, write):
     assert before == (repr(m), dict(vars(m.norm)), [id(p.value) for p in m.parameters()])
 
 
-@pytest.mark.parametrize("way_out", ["nn.jit", "functionalize", "mutable=True", "eval()", "nn.mutable"])
+@pytest.mark.parametrize(
+    "way_out", ["nn.jit", "functionalize", "mutable=True", "eval()", "nn.mutable"]
+)
 def test_the_message_names_the_ways_out(way_out):
     with pytest.raises(nn.StateWriteError) as info:
         jax.jit(lambda m: m(X))(Net())
@@ -254,7 +254,9 @@ def test_a_clone_made_by_our_own_merge_inside_a_trace_can_be_written():
         return m(x), nn.split(m)[1]
 
     y, new = f(leaves, X)
-    np.testing.assert_allclose(np.asarray(nn.merge(moduledef, new).norm.running_mean), 0.1 * np.asarray(X))
+    np.testing.assert_allclose(
+        np.asarray(nn.merge(moduledef, new).norm.running_mean), 0.1 * np.asarray(X)
+    )
     np.testing.assert_allclose(np.asarray(y), 0.9 * np.asarray(X))
 
 

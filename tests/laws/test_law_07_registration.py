@@ -76,7 +76,11 @@ def test_the_refusal_is_at_the_assignment_and_the_module_is_as_before(hide):
 
 @pytest.mark.parametrize(
     ("value", "names"),
-    [([Leaf()], "ModuleList"), ({"a": Leaf()}, "ModuleDict"), ([nn.Parameter(jnp.ones(1))], "ParameterList")],
+    [
+        ([Leaf()], "ModuleList"),
+        ({"a": Leaf()}, "ModuleDict"),
+        ([nn.Parameter(jnp.ones(1))], "ParameterList"),
+    ],
     ids=["modules", "dict of modules", "parameters"],
 )
 def test_the_message_names_the_container_and_the_opt_out(value, names):
@@ -162,7 +166,9 @@ def test_augmented_assignment_on_the_attribute_is_not_lost():
     assert m.w is box
 
 
-@pytest.mark.parametrize("first", ["parameter", "module", "buffer", "register_buffer", "add_module"])
+@pytest.mark.parametrize(
+    "first", ["parameter", "module", "buffer", "register_buffer", "add_module"]
+)
 def test_forgotten_super_init_raises_at_the_first_registration(first):
     class Net(nn.Module):
         def __init__(self):
@@ -250,7 +256,11 @@ def test_a_function_that_closes_over_its_own_module_is_not_hidden_state():
 
 
 def test_non_modules_in_containers_are_refused():
-    for make in (lambda: nn.ModuleList([3]), lambda: nn.ModuleDict({"a": 3}), lambda: nn.Sequential(3)):
+    for make in (
+        lambda: nn.ModuleList([3]),
+        lambda: nn.ModuleDict({"a": 3}),
+        lambda: nn.Sequential(3),
+    ):
         with pytest.raises(nn.RegistrationError):
             make()
 

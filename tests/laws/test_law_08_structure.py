@@ -140,7 +140,9 @@ def fingerprint(m):
     )
 
 
-@pytest.mark.parametrize("change", [c for c in CHANGES if c is not same_shape_box], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    "change", [c for c in CHANGES if c is not same_shape_box], ids=lambda f: f.__name__
+)
 @pytest.mark.parametrize("how", HOW)
 def test_a_change_inside_a_traced_call_raises_names_it_and_is_undone(how, change):
     m = Net(change)
@@ -164,7 +166,9 @@ def test_a_parameter_replaced_by_one_of_the_same_shape_is_written_back_or_refuse
         np.testing.assert_array_equal(np.asarray(m.inner.w), [0.0, 0.0])
 
 
-@pytest.mark.parametrize("change", [set_static, new_static, to_eval, append_log], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    "change", [set_static, new_static, to_eval, append_log], ids=lambda f: f.__name__
+)
 @pytest.mark.parametrize("how", ["nn.jit", "nn.grad"])
 def test_the_class_of_the_error_is_structure_change(how, change):
     with pytest.raises(nn.StructureChangeError):

@@ -47,39 +47,118 @@ def _set(obj, key, value):
 # name -> (value, read, in-place change or replacement, expected factor afterwards); before it is 2.
 CASES = {
     "float": (lambda: 2.0, lambda v: v, lambda m: setattr(m, "value", 5.0), 5),
-    "int for equal float": (lambda: 2.0, lambda v: 7.0 if type(v) is int else v, lambda m: setattr(m, "value", 2), 7),
-    "bool for int": (lambda: 1, lambda v: 5.0 if v is True else 2.0, lambda m: setattr(m, "value", True), 5),
-    "minus zero": (lambda: 0.0, lambda v: 5.0 if np.signbit(v) else 2.0, lambda m: setattr(m, "value", -0.0), 5),
+    "int for equal float": (
+        lambda: 2.0,
+        lambda v: 7.0 if type(v) is int else v,
+        lambda m: setattr(m, "value", 2),
+        7,
+    ),
+    "bool for int": (
+        lambda: 1,
+        lambda v: 5.0 if v is True else 2.0,
+        lambda m: setattr(m, "value", True),
+        5,
+    ),
+    "minus zero": (
+        lambda: 0.0,
+        lambda v: 5.0 if np.signbit(v) else 2.0,
+        lambda m: setattr(m, "value", -0.0),
+        5,
+    ),
     "string": (lambda: "ab", len, lambda m: setattr(m, "value", "abcde"), 5),
-    "None": (lambda: None, lambda v: 2.0 if v is None else v, lambda m: setattr(m, "value", 5.0), 5),
+    "None": (
+        lambda: None,
+        lambda v: 2.0 if v is None else v,
+        lambda m: setattr(m, "value", 5.0),
+        5,
+    ),
     "enum": (lambda: Mode.A, lambda v: v.value, lambda m: setattr(m, "value", Mode.B), 5),
     "list append": (lambda: [1.0, 1.0], sum, lambda m: m.value.append(3.0), 5),
     "list item": (lambda: [1.0, 1.0], sum, lambda m: _set(m.value, 0, 4.0), 5),
     "list of lists": (lambda: [[2.0]], lambda v: v[0][0], lambda m: _set(m.value[0], 0, 5.0), 5),
     "dict item": (lambda: {"a": 2.0}, lambda v: v["a"], lambda m: _set(m.value, "a", 5.0), 5),
-    "dict key": (lambda: {"a": 2.0}, lambda v: sum(v.values()), lambda m: _set(m.value, "b", 3.0), 5),
-    "dict in a list": (lambda: [{"a": 2.0}], lambda v: v[0]["a"], lambda m: _set(m.value[0], "a", 5.0), 5),
-    "dict order": (lambda: {"a": 2.0, "b": 5.0}, lambda v: next(iter(v.values())), lambda m: _set(m.value, "a", m.value.pop("a")), 5),
+    "dict key": (
+        lambda: {"a": 2.0},
+        lambda v: sum(v.values()),
+        lambda m: _set(m.value, "b", 3.0),
+        5,
+    ),
+    "dict in a list": (
+        lambda: [{"a": 2.0}],
+        lambda v: v[0]["a"],
+        lambda m: _set(m.value[0], "a", 5.0),
+        5,
+    ),
+    "dict order": (
+        lambda: {"a": 2.0, "b": 5.0},
+        lambda v: next(iter(v.values())),
+        lambda m: _set(m.value, "a", m.value.pop("a")),
+        5,
+    ),
     "set": (lambda: {2.0}, sum, lambda m: m.value.add(3.0), 5),
-    "OrderedDict": (lambda: collections.OrderedDict(a=2.0), lambda v: v["a"], lambda m: _set(m.value, "a", 5.0), 5),
-    "tuple holding a list": (lambda: (1, [2.0]), lambda v: v[1][0], lambda m: _set(m.value[1], 0, 5.0), 5),
+    "OrderedDict": (
+        lambda: collections.OrderedDict(a=2.0),
+        lambda v: v["a"],
+        lambda m: _set(m.value, "a", 5.0),
+        5,
+    ),
+    "tuple holding a list": (
+        lambda: (1, [2.0]),
+        lambda v: v[1][0],
+        lambda m: _set(m.value[1], 0, 5.0),
+        5,
+    ),
     "dataclass field": (Config, lambda v: v.factor, lambda m: setattr(m.value, "factor", 5.0), 5),
-    "dataclass, nested list": (Config, lambda v: v.nested[0], lambda m: _set(m.value.nested, 0, 5.0), 5),
+    "dataclass, nested list": (
+        Config,
+        lambda v: v.nested[0],
+        lambda m: _set(m.value.nested, 0, 5.0),
+        5,
+    ),
     "numpy array": (lambda: np.asarray([2.0]), lambda v: v[0], lambda m: _set(m.value, 0, 5.0), 5),
-    "numpy array in a list": (lambda: [np.asarray([2.0])], lambda v: v[0][0], lambda m: _set(m.value[0], 0, 5.0), 5),
-    "numpy array in a dict": (lambda: {"a": np.asarray([2.0])}, lambda v: v["a"][0], lambda m: _set(m.value["a"], 0, 5.0), 5),
-    "numpy array in a dataclass": (lambda: Config(nested=[np.asarray([2.0])]), lambda v: v.nested[0][0], lambda m: _set(m.value.nested[0], 0, 5.0), 5),
-    "jax array": (lambda: jnp.asarray(2.0), lambda v: v, lambda m: setattr(m, "value", jnp.asarray(5.0)), 5),
+    "numpy array in a list": (
+        lambda: [np.asarray([2.0])],
+        lambda v: v[0][0],
+        lambda m: _set(m.value[0], 0, 5.0),
+        5,
+    ),
+    "numpy array in a dict": (
+        lambda: {"a": np.asarray([2.0])},
+        lambda v: v["a"][0],
+        lambda m: _set(m.value["a"], 0, 5.0),
+        5,
+    ),
+    "numpy array in a dataclass": (
+        lambda: Config(nested=[np.asarray([2.0])]),
+        lambda v: v.nested[0][0],
+        lambda m: _set(m.value.nested[0], 0, 5.0),
+        5,
+    ),
+    "jax array": (
+        lambda: jnp.asarray(2.0),
+        lambda v: v,
+        lambda m: setattr(m, "value", jnp.asarray(5.0)),
+        5,
+    ),
     "function": (lambda: lambda: 2.0, lambda v: v(), lambda m: setattr(m, "value", lambda: 5.0), 5),
-    "deleted": (lambda: 2.0, lambda v: v, lambda m: (delattr(m, "value"), setattr(m, "value", 5.0)), 5),
+    "deleted": (
+        lambda: 2.0,
+        lambda v: v,
+        lambda m: (delattr(m, "value"), setattr(m, "value", 5.0)),
+        5,
+    ),
 }
 
 HOW = {
     "nn.jit": lambda: nn.jit(lambda m, x: m(x)),
     "jax.jit": lambda: jax.jit(lambda m, x: m(x)),
-    "nn.jit, in a dict": lambda: (lambda f: lambda m, x: f({"m": m}, x))(nn.jit(lambda d, x: d["m"](x))),
+    "nn.jit, in a dict": lambda: (lambda f: lambda m, x: f({"m": m}, x))(
+        nn.jit(lambda d, x: d["m"](x))
+    ),
     "jax.jit, in a list": lambda: (lambda f: lambda m, x: f([m], x))(jax.jit(lambda d, x: d[0](x))),
-    "nn.jit of the module": lambda: (lambda: (lambda fs: lambda m, x: fs.setdefault(id(m), nn.jit(m))(x))({}))(),
+    "nn.jit of the module": lambda: (
+        lambda: (lambda fs: lambda m, x: fs.setdefault(id(m), nn.jit(m))(x))({})
+    )(),
 }
 X = jnp.ones(2)
 
@@ -249,7 +328,11 @@ def test_an_attribute_that_changes_at_every_call_warns_once_and_is_named(kind):
             return x * self.scale / self.temperature
 
     m = Soft()
-    f = nn.jit(m) if kind == "nn.jit of the module" else (lambda g: lambda x: g(m, x))(nn.jit(lambda m, x: m(x)))
+    f = (
+        nn.jit(m)
+        if kind == "nn.jit of the module"
+        else (lambda g: lambda x: g(m, x))(nn.jit(lambda m, x: m(x)))
+    )
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for i in range(12):

@@ -47,7 +47,19 @@ def test_right_names_are_used(api):
 
 @pytest.mark.parametrize("api", APIS)
 @pytest.mark.parametrize(
-    "name", ["fc1.wieght", "weight", "fc1", "fc1.", ".fc1.weight", "fc1.weight.data", "", "nope.w", "forward", "training"]
+    "name",
+    [
+        "fc1.wieght",
+        "weight",
+        "fc1",
+        "fc1.",
+        ".fc1.weight",
+        "fc1.weight.data",
+        "",
+        "nope.w",
+        "forward",
+        "training",
+    ],
 )
 def test_an_unknown_name_is_an_error_that_shows_it(api, name):
     with pytest.raises(nn.UnknownNameError) as info:
@@ -89,7 +101,9 @@ def test_integers_for_a_float_parameter_are_an_error(api):
         APIS[api]({**GOOD, "fc1.weight": jnp.ones((3, 2), jnp.int32)})
 
 
-@pytest.mark.parametrize("value", ["text", [1.0, 2.0, 3.0], object(), {}], ids=["text", "list", "object", "dict"])
+@pytest.mark.parametrize(
+    "value", ["text", [1.0, 2.0, 3.0], object(), {}], ids=["text", "list", "object", "dict"]
+)
 def test_a_value_that_is_no_array_is_a_type_error(value):
     with pytest.raises(TypeError):
         call({**GOOD, "fc2.bias": value})

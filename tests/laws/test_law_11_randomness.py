@@ -214,7 +214,9 @@ def test_a_draw_under_an_autodiff_trace_advances_the_stream_by_one(how):
 
 def vmapped(randomness):
     return np.asarray(
-        nn.vmap(lambda m, x: m(x), in_axes=(None, 0), randomness=randomness)(Noise(), jnp.zeros((3, 8)))
+        nn.vmap(lambda m, x: m(x), in_axes=(None, 0), randomness=randomness)(
+            Noise(), jnp.zeros((3, 8))
+        )
     )
 
 

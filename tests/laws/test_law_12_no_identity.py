@@ -106,7 +106,11 @@ def default_k(k):
 @BOTH
 @pytest.mark.parametrize(
     ("make", "factor"),
-    [(scaled_by, True), (default_k, True), (lambda k: functools.partial(jnp.multiply, jnp.float32(k)), True)],
+    [
+        (scaled_by, True),
+        (default_k, True),
+        (lambda k: functools.partial(jnp.multiply, jnp.float32(k)), True),
+    ],
     ids=["closure", "default", "partial"],
 )
 def test_functions_compare_by_code_and_captured_values(counted, make, factor):
@@ -140,10 +144,38 @@ def test_equal_module_defs_are_one_object():
     assert hash(a) == hash(b)
 
 
-VALUES = [1, True, 1.0, 0.0, -0.0, 0, False, None, "1", (1,), [1], {1}, frozenset([1]), np.float32(1), np.float64(1), 1 + 0j, b"1", {1: 1}, {"1": 1}, np.asarray(1), np.asarray([1]), np.asarray([1.0]), (1.0,), (True,), [True]]
+VALUES = [
+    1,
+    True,
+    1.0,
+    0.0,
+    -0.0,
+    0,
+    False,
+    None,
+    "1",
+    (1,),
+    [1],
+    {1},
+    frozenset([1]),
+    np.float32(1),
+    np.float64(1),
+    1 + 0j,
+    b"1",
+    {1: 1},
+    {"1": 1},
+    np.asarray(1),
+    np.asarray([1]),
+    np.asarray([1.0]),
+    (1.0,),
+    (True,),
+    [True],
+]
 
 
-@pytest.mark.parametrize("i", range(len(VALUES)), ids=lambda i: f"{type(VALUES[i]).__name__} {VALUES[i]!r}")
+@pytest.mark.parametrize(
+    "i", range(len(VALUES)), ids=lambda i: f"{type(VALUES[i]).__name__} {VALUES[i]!r}"
+)
 def test_values_that_python_calls_equal_differ_as_statics(i):
     mine = nn.split(Net(VALUES[i]))[0]
     for j, other in enumerate(VALUES):
@@ -174,7 +206,26 @@ def test_values_that_python_calls_equal_differ_as_statics(i):
         lambda: "text" * 3,
         lambda: 10**30,
     ],
-    ids=["nan", "nested", "numpy", "numpy nan", "dict", "jax array", "type", "dtype", "slice", "range", "ellipsis", "partial", "lambda", "set", "class", "jnp function", "string", "big int"],
+    ids=[
+        "nan",
+        "nested",
+        "numpy",
+        "numpy nan",
+        "dict",
+        "jax array",
+        "type",
+        "dtype",
+        "slice",
+        "range",
+        "ellipsis",
+        "partial",
+        "lambda",
+        "set",
+        "class",
+        "jnp function",
+        "string",
+        "big int",
+    ],
 )
 def test_an_equal_static_built_anew_gives_the_same_module_def(make):
     assert nn.split(Net(make()))[0] is nn.split(Net(make()))[0]
@@ -197,7 +248,13 @@ def test_names_order_and_kind_are_part_of_the_structure():
                 m.register_parameter(n, nn.Parameter(jnp.ones(1), requires_grad=grad))
         return nn.split(m)[0]
 
-    defs = [build("a", "b"), build("b", "a"), build("a", "c"), build("a", "b", buffer=True), build("a", "b", grad=False)]
+    defs = [
+        build("a", "b"),
+        build("b", "a"),
+        build("a", "c"),
+        build("a", "b", buffer=True),
+        build("a", "b", grad=False),
+    ]
     assert len(set(defs)) == 5
 
 
@@ -224,7 +281,9 @@ USES = {
     "split": nn.split,
     "state_dict": lambda m: m.state_dict(),
     "tree.map": lambda m: jax.tree.map(lambda x: x, m),
-    "failed write": lambda m: pytest.raises(nn.StatefulnnError, jax.jit(lambda m: m.eval()), m) and None,
+    "failed write": lambda m: (
+        pytest.raises(nn.StatefulnnError, jax.jit(lambda m: m.eval()), m) and None
+    ),
 }
 
 

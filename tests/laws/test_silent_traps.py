@@ -133,9 +133,7 @@ def test_trap_04_maml_with_functionalize_leaves_the_meta_parameters_alone():
     grads = jax.grad(adapted_loss)(params)
     np.testing.assert_array_equal(np.asarray(m.weight), np.ones((2, 2)))
     eps = 1e-2
-    shifted = [
-        {**params, "bias": params["bias"] + s * jnp.asarray([eps, 0.0])} for s in (1, -1)
-    ]
+    shifted = [{**params, "bias": params["bias"] + s * jnp.asarray([eps, 0.0])} for s in (1, -1)]
     numeric = (adapted_loss(shifted[0]) - adapted_loss(shifted[1])) / (2 * eps)
     np.testing.assert_allclose(float(grads["bias"][0]), float(numeric), rtol=1e-2)
 
@@ -338,7 +336,9 @@ def test_trap_16_equal_models_optimizers_and_lambdas_compile_once():
 
 
 @pytest.mark.parametrize("jit", [nn.jit, jax.jit], ids=["nn.jit", "jax.jit"])
-@pytest.mark.parametrize("change", [lambda m: m.eval(), lambda m: setattr(m, "note", 1)], ids=["eval", "attribute"])
+@pytest.mark.parametrize(
+    "change", [lambda m: m.eval(), lambda m: setattr(m, "note", 1)], ids=["eval", "attribute"]
+)
 def test_trap_17_eval_or_a_new_attribute_inside_a_compiled_function_raises(jit, change):
     m = Drop()
     with pytest.raises(nn.StatefulnnError):

@@ -75,7 +75,7 @@ def to_jax(value: Any, dtype: str = "float32") -> Any:
 def to_numpy(value: Any) -> np.ndarray:
     """Return a tensor or array as numpy, low precision as float32."""
     if isinstance(value, torch.Tensor):
-        value = value.detach()
+        value = value.detach().clone()  # torch goes on writing into its own
         return (value.float() if value.dtype in (torch.bfloat16, torch.float16) else value).numpy()
     value = jnp.asarray(value)
     return np.asarray(value.astype(jnp.float32) if value.dtype.itemsize == 2 else value)
@@ -141,7 +141,9 @@ def compare(case: Case, training: bool, jitted: bool, dtype: str = "float32") ->
     for t in tensors:
         if isinstance(t, torch.Tensor) and t.is_floating_point():
             t.requires_grad_(True)
-    expected = theirs(*tensors, **{k: to_torch(v, dtype) for k, v in case.call.items()})
+    # Clones, because inplace=True may not write to a leaf.
+    given = [t.clone() if isinstance(t, torch.Tensor) else t for t in tensors]
+    expected = theirs(*given, **{k: to_torch(v, dtype) for k, v in case.call.items()})
     # A fixed cotangent for each output, so that no part of the derivative can cancel.
     cotangents = [
         array(*out.shape, seed=100 + i).astype("float64") for i, out in enumerate(flat(expected))

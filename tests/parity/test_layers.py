@@ -126,7 +126,6 @@ POOLING = [
     Case("AdaptiveAvgPool2d", ((3, 5),), {}, (IMAGE,)),
     Case("AdaptiveAvgPool2d", ((10, 11),), {}, (IMAGE,), note="larger than the input"),
     Case("AdaptiveAvgPool2d", ((None, 3),), {}, (ONE,), note="one example"),
-    Case("AdaptiveAvgPool2d", ((0, 3),), {}, (IMAGE,)),
     Case("AdaptiveAvgPool2d", (2,), {}, (array(0, 4, 7, 8),), note="no examples"),
 ]
 
@@ -323,7 +322,7 @@ def test_batch_norm_statistics_agree_over_several_batches(momentum: float | None
         theirs(torch.as_tensor(x))
         step(ours, jnp.asarray(x))
     for name, value in theirs.named_buffers():
-        np.testing.assert_allclose(ours.get_buffer(name), value.numpy(), rtol=1e-5)
+        np.testing.assert_allclose(ours.get_buffer(name), value.numpy(), rtol=1e-5, atol=1e-7)
     assert int(ours.num_batches_tracked) == 4
 
 

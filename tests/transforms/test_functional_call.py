@@ -64,12 +64,16 @@ def theirs(d):
 def test_the_output_is_torch_s(names, power):
     params = {k: v for k, v in {**given(), "offset": _values(3) + 1}.items() if k in names}
     a = nn.functional_call(Net(), ours(params), (jnp.asarray(X),), {"power": power})
-    b = torch.func.functional_call(Theirs(), theirs(params), (torch.as_tensor(X),), {"power": power})
+    b = torch.func.functional_call(
+        Theirs(), theirs(params), (torch.as_tensor(X),), {"power": power}
+    )
     np.testing.assert_allclose(np.asarray(a), b.detach().numpy(), atol=ATOL)
 
 
 def test_the_gradient_is_torch_s():
-    a = jax.grad(lambda p: (nn.functional_call(Net(), p, (jnp.asarray(X),)) ** 2).sum())(ours(given()))
+    a = jax.grad(lambda p: (nn.functional_call(Net(), p, (jnp.asarray(X),)) ** 2).sum())(
+        ours(given())
+    )
     b = torch.func.grad(
         lambda p: (torch.func.functional_call(Theirs(), p, (torch.as_tensor(X),)) ** 2).sum()
     )(theirs(given()))
@@ -84,7 +88,8 @@ def test_per_sample_gradients_are_torch_s():
     t = Theirs()
     tp = {k: v.detach() for k, v in t.named_parameters()}
     b = torch.func.vmap(
-        torch.func.grad(lambda p, x: torch.func.functional_call(t, p, (x,)).sum()), in_dims=(None, 0)
+        torch.func.grad(lambda p, x: torch.func.functional_call(t, p, (x,)).sum()),
+        in_dims=(None, 0),
     )(tp, torch.as_tensor(X))
     for name in a:
         assert a[name].shape == (5, *params[name].shape)
@@ -109,7 +114,9 @@ def test_an_ensemble_by_vmap_over_stacked_state_is_torch_s(jit):
     tparams, tbuffers = torch.func.stack_module_state(thine)
     assert list(params) == list(tparams)
     assert list(buffers) == list(tbuffers)
-    assert {k: v.shape for k, v in params.items()} == {k: tuple(v.shape) for k, v in tparams.items()}
+    assert {k: v.shape for k, v in params.items()} == {
+        k: tuple(v.shape) for k, v in tparams.items()
+    }
     f = jax.vmap(lambda p, b, x: nn.functional_call(mine[0], (p, b), (x,)), in_axes=(0, 0, None))
     a = (jax.jit(f) if jit else f)(params, buffers, jnp.asarray(X))
     b = torch.func.vmap(
@@ -184,7 +191,9 @@ def test_none_may_replace_a_bias():
             return x if self.bias is None else x + self.bias
 
     m = Maybe()
-    np.testing.assert_array_equal(np.asarray(nn.functional_call(m, {"bias": None}, (jnp.ones(2),))), [1, 1])
+    np.testing.assert_array_equal(
+        np.asarray(nn.functional_call(m, {"bias": None}, (jnp.ones(2),))), [1, 1]
+    )
     np.testing.assert_array_equal(np.asarray(m(jnp.ones(2))), [2, 2])
 
 
@@ -258,7 +267,9 @@ def test_statefulize_is_the_way_back():
     again = nn.statefulize(fn, params)
     assert isinstance(again, nn.Module)
     assert [n for n, _ in again.named_parameters()] == [n for n, _ in net.named_parameters()]
-    np.testing.assert_array_equal(np.asarray(again(jnp.asarray(X))), np.asarray(net(jnp.asarray(X))))
+    np.testing.assert_array_equal(
+        np.asarray(again(jnp.asarray(X))), np.asarray(net(jnp.asarray(X)))
+    )
     grads = nn.grad(lambda m: m(jnp.asarray(X)).sum())(again)
     plain = jax.grad(lambda p: fn(p, jnp.asarray(X)).sum())(params)
     np.testing.assert_allclose(np.asarray(grads["w1"]), np.asarray(plain["w1"]), rtol=1e-6)

@@ -102,14 +102,14 @@ def test_another_module_s_state_advances_but_gets_no_gradient():
 def test_modules_in_containers_of_the_first_argument():
     a, b = Net(), Net()
     grads = nn.grad(lambda d: d["a"](X) * 2 + d["b"](X))({"a": a, "b": b})
-    flat = {
-        jax.tree_util.keystr(k): v for k, v in jax.tree_util.tree_flatten_with_path(grads)[0]
-    }
+    flat = {jax.tree_util.keystr(k): v for k, v in jax.tree_util.tree_flatten_with_path(grads)[0]}
     values = sorted(float(v) for k, v in flat.items() if v.shape == ())
     assert values == [1.0, 2.0]
 
 
-@pytest.mark.parametrize("bad", [lambda m: m(X) * jnp.ones(2), lambda m: (m(X), 1), lambda m: None, lambda m: "x"])
+@pytest.mark.parametrize(
+    "bad", [lambda m: m(X) * jnp.ones(2), lambda m: (m(X), 1), lambda m: None, lambda m: "x"]
+)
 def test_a_loss_that_is_no_scalar_is_a_type_error(bad):
     with pytest.raises((TypeError, ValueError)):
         nn.grad(bad)(Net())

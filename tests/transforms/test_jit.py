@@ -358,7 +358,7 @@ def test_the_optimizer_and_the_model_share_boxes_in_one_call():
         return loss
 
     w = 2.0
-    for i in range(3):
+    for _ in range(3):
         assert float(step(m, opt, X)) == pytest.approx(5 * w * w, rel=1e-5)
         w -= 0.05 * 2 * w * 5
         assert float(m.w) == pytest.approx(w, rel=1e-5)
