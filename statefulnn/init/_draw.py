@@ -30,13 +30,19 @@ def _bucket(size: int) -> int:
     return bucket
 
 
+def _opaque(a: Any, b: Any, dtype: Any) -> tuple[Any, Any]:
+    # Where the two numbers are constants XLA would rearrange the arithmetic around them, and round
+    # differently from code in which they are arguments.
+    return jax.lax.optimization_barrier((jnp.asarray(a, dtype), jnp.asarray(b, dtype)))
+
+
 def _uniform(key: Any, low: Any, high: Any, shape: Sequence[int], dtype: Any) -> Any:
-    low, high = jnp.asarray(low, dtype), jnp.asarray(high, dtype)
+    low, high = _opaque(low, high, dtype)
     return jax.random.uniform(key, tuple(shape), dtype, low, high)
 
 
 def _normal(key: Any, mean: Any, std: Any, shape: Sequence[int], dtype: Any) -> Any:
-    mean, std = jnp.asarray(mean, dtype), jnp.asarray(std, dtype)
+    mean, std = _opaque(mean, std, dtype)
     return jax.random.normal(key, tuple(shape), dtype) * std + mean
 
 

@@ -57,7 +57,7 @@ class _Recent:
         self.count = len(wants)
         self.wants = wants
         self.generator = generator
-        self.known = known
+        self.known: Any = known
         self.compiled = compiled
         self.references: list[Any] = []
 

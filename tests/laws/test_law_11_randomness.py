@@ -28,9 +28,10 @@ class OwnNoise(nn.Module):
     def __init__(self, seed=0):
         super().__init__()
         self.generator = nn.Generator(seed)
+        self.shift = nn.Parameter(jnp.zeros(()))
 
     def forward(self, x):
-        return x + jax.random.uniform(self.generator.next_key(), x.shape)
+        return x + self.shift + jax.random.uniform(self.generator.next_key(), x.shape)
 
 
 X = jnp.zeros(16)
