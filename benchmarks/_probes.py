@@ -261,6 +261,8 @@ def eager(kind: str, *, seconds: float) -> list[Timing]:
     if "torch" not in missing:
         import torch
 
+        # The layer is too small to share out, and waiting threads would meet other programs.
+        torch.set_num_threads(1)
         torch_layer = getattr(torch.nn, kind)(*[features] * (2 if kind == "Linear" else 1))
         torch_x = torch.from_numpy(values)
 

@@ -271,7 +271,7 @@ def part_eager(report: Report, quick: bool) -> None:
 
 def part_trace(report: Report, quick: bool) -> None:
     """Trace time."""
-    results = _probes.trace_time(50 if quick else 500, rounds=2 if quick else 7)
+    results = _probes.trace_time(50 if quick else 500, rounds=6 if quick else 7)
     report.numbers["trace"] = results
     for name, rows in results.items():
         report.section(
@@ -351,6 +351,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     report = Report()
     report.numbers["machine"] = machine()
     print(f"machine: {json.dumps(report.numbers['machine'])}")
+    load, cores = report.numbers["machine"]["load"], report.numbers["machine"]["cores"]
+    if load and cores and load[0] > 0.5 * cores:
+        print(f"the machine is busy (load {load[0]} on {cores} cores): expect noise")
     for name in ("statefulnn", "flax.nnx", "equinox", "torch", "optax"):
         for package, error in _probes.uninstalled([name]).items():
             report.left_out.append(f"{package} is left out: {error}")

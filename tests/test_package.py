@@ -26,7 +26,7 @@ ALLOWED = {
     "functional": {"core"},
     "init": {"core"},
     "modules": {"core", "functional", "init"},
-    "utils": {"core"},
+    "utils": {"core", "modules"},  # torch has the same helper under both names
     "optimizer": {"core", "transforms"},
 }
 # Imports upwards that are there for a reason, inside a function.

@@ -136,13 +136,22 @@ def unwrap(x: Any) -> Any:
     return x.value if isinstance(x, Box) else x
 
 
+def from_numpy(values: Any, device: Any = None) -> Any:
+    """Return a copy of a numpy array on a device, without compiling anything for its shape."""
+    if current_trace() is not EAGER:
+        return jnp.asarray(values)
+    return jax.device_put(np.array(values), device)
+
+
 def as_array(value: Any, subject: Any = "a box") -> Any:
     """Return `value` as a JAX array, or raise if it is none."""
     if isinstance(value, jax.Array):
         return value
     if isinstance(value, Box):
         return value.value
-    if isinstance(value, (np.ndarray, np.generic, bool, int, float, complex)):
+    if isinstance(value, (np.ndarray, np.generic)):
+        return from_numpy(value)
+    if isinstance(value, (bool, int, float, complex)):
         return jnp.asarray(value)
     if hasattr(value, "__jax_array__"):
         return value.__jax_array__()

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from statefulnn.core.box import Box, Parameter
+from statefulnn.core.box import Box, Parameter, as_array
 from statefulnn.core.errors import StateDictError, explain
 
 EXTRA_STATE = "_extra_state"
@@ -210,7 +210,9 @@ def _put(box: Box, key: str, value: Any, assign: bool) -> str | None:
             f"dtype mismatch for {key}: copying an array of dtype {value.dtype} from checkpoint, the "
             f"dtype in current model is {have.dtype}."
         )
-    new = jnp.asarray(value) if assign else jnp.asarray(value, have.dtype)
+    if not assign:
+        value = value.astype(have.dtype)
+    new = as_array(value)
     if not assign:
         sharding = getattr(have, "sharding", None)
         if sharding is not None and getattr(have, "committed", False):

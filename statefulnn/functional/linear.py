@@ -39,15 +39,22 @@ def linear(input: Any, weight: Any, bias: Any = None) -> Any:
         >>> F.linear(jnp.ones((2, 3)), jnp.ones((4, 3)), jnp.zeros(4)).shape
         (2, 4)
     """
-    x = array(input, "input", "F.linear")
-    w = array(weight, "weight", "F.linear")
-    b = None if bias is None else array(bias, "bias", "F.linear")
+    # Written for speed: these lines run at every eager call.
+    x = input if isinstance(input, jax.Array) else array(input, "input", "F.linear")
+    w = weight if isinstance(weight, jax.Array) else array(weight, "weight", "F.linear")
     shape, dtype = w.shape, x.dtype
-    fits = x.shape[-1:] == shape[-1:] and 1 <= len(shape) <= 2
-    if not fits or (b is not None and b.shape != shape[:-1]):
-        _refuse_linear(x, w, b)
-    if w.dtype != dtype or (b is not None and b.dtype != dtype):
-        require_same_dtype("F.linear", input=x, weight=w, bias=b)
+    if not (1 <= len(shape) <= 2 and x.shape[-1:] == shape[-1:]):
+        _refuse_linear(x, w, None)
+    if bias is None:
+        b = None
+    else:
+        b = bias if isinstance(bias, jax.Array) else array(bias, "bias", "F.linear")
+        if b.shape != shape[:-1]:
+            _refuse_linear(x, w, b)
+        if b.dtype != dtype:
+            require_same_dtype("F.linear", input=x, weight=w, bias=b)
+    if w.dtype != dtype:
+        require_same_dtype("F.linear", input=x, weight=w)
     return _linear(x, w, b)
 
 

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from statefulnn.core.compat import EAGER, current_trace
+from statefulnn.core.compat import EAGER, Tracer, current_trace
 
 _SMALLEST = 1 << 12
 
@@ -59,7 +59,7 @@ def _drawn(draw: Callable, key: Any, a: float, b: float, shape: Sequence[int], d
     # Half-precision values are rounded float32 draws: the generators' own would be coarser.
     wide = jnp.float64 if dtype == jnp.float64 else jnp.float32
     size = math.prod(shape)
-    if current_trace() is EAGER and not isinstance(key, jax.core.Tracer):
+    if current_trace() is EAGER and not isinstance(key, Tracer):
         flat = np.asarray(_flat(draw, key, a, b, _bucket(size), wide))
         return flat[:size].reshape(shape).astype(dtype)
     return _shaped(draw, key, a, b, tuple(shape), wide).astype(dtype)

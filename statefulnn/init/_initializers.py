@@ -6,11 +6,11 @@ import math
 import warnings
 from typing import Any, Literal
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
-from statefulnn.core.box import Box
+from statefulnn.core.box import Box, from_numpy
+from statefulnn.core.compat import Tracer
 from statefulnn.core.errors import RegistrationError, ShapeError, explain
 from statefulnn.core.generator import Generator, next_key
 from statefulnn.init import _draw
@@ -43,11 +43,8 @@ def _write(box: Any, values: Any) -> Any:
     """Put values into a box, on the device where it is."""
     old = box.value
     if isinstance(values, np.ndarray):
-        if getattr(old, "committed", False) and not isinstance(old, jax.core.Tracer):
-            values = jax.device_put(values.copy(), old.sharding)
-        else:
-            # A copy: sharing memory would keep the whole draw alive that `values` is a part of.
-            values = jnp.array(values, old.dtype)
+        placed = getattr(old, "committed", False) and not isinstance(old, Tracer)
+        values = from_numpy(values.astype(old.dtype), old.sharding if placed else None)
     box.value = values
     return box
 
@@ -164,7 +161,9 @@ def normal_(
                 "init.normal_(tensor, std=0.02)",
             )
         )
-    return _write(box, _draw.normal(next_key(generator), mean, std, box.value.shape, box.value.dtype))
+    return _write(
+        box, _draw.normal(next_key(generator), mean, std, box.value.shape, box.value.dtype)
+    )
 
 
 def trunc_normal_(

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
-from statefulnn.core.box import Parameter
+from statefulnn.core.box import Parameter, from_numpy
 from statefulnn.core.module import _supported, resolve_device
 
 
@@ -24,8 +23,7 @@ def filled(shape: int | Sequence[int], value: float, device: Any = None, dtype: 
     """
     dtype = _supported(jnp.dtype(jnp.result_type(float) if dtype is None else dtype))
     values = np.full(shape, value, dtype)  # numpy: JAX would compile a fill for each shape
-    device = resolve_device(device)
-    return jnp.asarray(values) if device is None else jax.device_put(values, device)
+    return from_numpy(values, resolve_device(device))
 
 
 def parameter(shape: int | Sequence[int], device: Any = None, dtype: Any = None) -> Parameter:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from statefulnn import functional as F
 from statefulnn import init
+from statefulnn.core.box import from_numpy
 from statefulnn.core.errors import ShapeError, explain
 from statefulnn.core.module import Module, resolve_device
 from statefulnn.modules._empty import filled, parameter
@@ -133,8 +133,7 @@ class _BatchNorm(Module):
 
 def _zero_count(device: Any = None) -> Any:
     count = np.zeros((), jax.dtypes.canonicalize_dtype(np.int64))
-    device = resolve_device(device)
-    return jnp.asarray(count) if device is None else jax.device_put(count, device)
+    return from_numpy(count, resolve_device(device))
 
 
 class BatchNorm1d(_BatchNorm):

@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 
 import statefulnn as nn
 
@@ -226,6 +225,8 @@ def test_threads_that_trace_at_once_do_not_mix():
 
 
 def test_the_gradient_reaches_the_given_arrays_as_in_torch_func():
+    torch = pytest.importorskip("torch")
+
     class Theirs(torch.nn.Module):
         def __init__(self):
             super().__init__()

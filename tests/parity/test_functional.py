@@ -397,15 +397,15 @@ def test_eager_linear_costs_at_most_twice_the_bare_compiled_function() -> None:
 
     def seconds(call: Callable) -> float:
         start = time.perf_counter()
-        for _ in range(300):
+        for _ in range(100):
             call()
         return time.perf_counter() - start
 
     calls = (lambda: bare(x, w, b), lambda: F.linear(x, w, b), lambda: layer(x))
     for call in calls:
         call()
-    best = [min(seconds(call) for _ in range(15)) for call in calls]
-    # Best of interleaved rounds; the margin above 2 is for busy machines, and the benchmark prints
-    # the number itself.
-    assert best[1] < 2.5 * best[0]
+    rounds = [[seconds(call) for call in calls] for _ in range(40)]
+    best = [min(column) for column in zip(*rounds, strict=True)]
+    # Best of interleaved rounds, with a margin for busy machines; the benchmark prints the numbers.
+    assert best[1] < 2 * best[0]
     assert best[2] < 3 * best[0]
