@@ -32,6 +32,7 @@ from statefulnn.core.freeze import CONTAINERS, Freezer, find_hidden, hidden_memb
 from statefulnn.core.graph import materialise
 from statefulnn.core.hooks import RemovableHandle, active, add_hook, call_with_hooks
 from statefulnn.core.moduledef import COPIED
+from statefulnn.core.placement import resolve_device, supported
 from statefulnn.core.pytree import (
     flatten_module,
     flatten_module_with_keys,
@@ -728,14 +729,14 @@ class Module(ModuleBase):
 
         def convert(value: Any) -> Any:
             if dtype is not None and jnp.issubdtype(value.dtype, jnp.inexact):
-                value = value.astype(_supported(dtype))
+                value = value.astype(supported(dtype))
             return value if place is None else jax.device_put(value, place)
 
         return self._apply(convert)
 
     def type(self, dst_type: Any) -> Self:
         """Cast parameters and buffers of every dtype, and return the module."""
-        return self._apply(lambda v: v.astype(_supported(np.dtype(dst_type))))
+        return self._apply(lambda v: v.astype(supported(np.dtype(dst_type))))
 
     def float(self) -> Self:
         """Cast floating arrays to float32."""
@@ -758,7 +759,7 @@ class Module(ModuleBase):
         return self._cast_floating(jnp.bfloat16)
 
     def _cast_floating(self, dtype: Any) -> Self:
-        dtype = _supported(np.dtype(dtype))
+        dtype = supported(np.dtype(dtype))
         return self._apply(
             lambda v: v.astype(dtype) if jnp.issubdtype(v.dtype, jnp.floating) else v
         )
@@ -1099,29 +1100,6 @@ def _locate(error: Exception, module: Module) -> None:
 def _indented(text: str) -> str:
     first, *rest = text.split("\n")
     return "\n".join([first, *("  " + line for line in rest)])
-
-
-def resolve_device(device: Any) -> Any:
-    """Return a Device or Sharding for a device, a sharding, a platform name ("cuda:1"), or None."""
-    if device is None or not isinstance(device, str):
-        return device
-    platform, _, index = device.partition(":")
-    return jax.devices("cuda" if platform == "cuda" else platform)[int(index or 0)]
-
-
-def _supported(dtype: np.dtype) -> np.dtype:
-    if dtype.itemsize == 8 * (1 + (dtype.kind == "c")) and dtype.kind in "fc":
-        if not jax.config.jax_enable_x64:  # pyright: ignore[reportAttributeAccessIssue]
-            from statefulnn.core.errors import DtypeError
-
-            raise DtypeError(
-                explain(
-                    f"asked for {dtype}",
-                    "64-bit types are off in JAX, which would silently give 32 bits",
-                    'jax.config.update("jax_enable_x64", True) at the start of the program',
-                )
-            )
-    return dtype
 
 
 def _global(name: str, hook: tuple, prepend: bool = False) -> RemovableHandle:

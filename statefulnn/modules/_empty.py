@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from statefulnn.core.box import Parameter, from_numpy
-from statefulnn.core.module import _supported, resolve_device
+from statefulnn.core.placement import resolve_device, supported
 
 
 def filled(shape: int | Sequence[int], value: float, device: Any = None, dtype: Any = None) -> Any:
@@ -21,7 +21,7 @@ def filled(shape: int | Sequence[int], value: float, device: Any = None, dtype: 
         device: a device, a sharding or a platform's name; None leaves the choice to JAX.
         dtype: its dtype; None for JAX's default float (float64 where 64 bits are enabled).
     """
-    dtype = _supported(jnp.dtype(jnp.result_type(float) if dtype is None else dtype))
+    dtype = supported(jnp.dtype(jnp.result_type(float) if dtype is None else dtype))
     values = np.full(shape, value, dtype)  # numpy: JAX would compile a fill for each shape
     return from_numpy(values, resolve_device(device))
 

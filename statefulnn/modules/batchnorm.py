@@ -11,7 +11,8 @@ from statefulnn import functional as F
 from statefulnn import init
 from statefulnn.core.box import from_numpy
 from statefulnn.core.errors import ShapeError, explain
-from statefulnn.core.module import Module, resolve_device
+from statefulnn.core.module import Module
+from statefulnn.core.placement import resolve_device
 from statefulnn.modules._empty import filled, parameter
 
 
