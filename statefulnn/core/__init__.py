@@ -1,4 +1,5 @@
 """The object model: boxes, modules, split and merge. It knows nothing of layers or transforms.
 
-Read in this order: box (the terms), module, freeze, graph, generator, hooks, state_dict.
+Read in this order: scope (who owns what), box, freeze, registry, moduledef, plan, graph, pytree,
+generator; then torch's surface: module, hooks, state_dict, placement.
 """

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from statefulnn.core.box import Box
+from statefulnn.core.compat import Tracer
 from statefulnn.core.errors import DtypeError, ShapeError, explain
 
 LOW_PRECISION = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
@@ -182,7 +183,7 @@ def widened(x: Any) -> Any:
 
 def concrete_on_cpu(x: Any) -> np.ndarray | None:
     """Return an array's values if looking at them costs no transfer, and None otherwise."""
-    if isinstance(x, jax.core.Tracer):
+    if isinstance(x, Tracer):
         return None
     if isinstance(x, jax.Array):
         if not x.is_fully_addressable or any(d.platform != "cpu" for d in x.devices()):

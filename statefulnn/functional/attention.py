@@ -197,22 +197,18 @@ def _multi_head(
         width = [(0, 0)] * (mask.ndim - 1) + [(0, by)]
         return jnp.pad(mask, width)
 
-    if weights["static_k"] is None:
-        k = linear(key, projections[1], biases[1])
-    else:
-        k = None
-    if weights["static_v"] is None:
-        v = linear(value, projections[2], biases[2])
-    else:
-        v = None
+    static_k: Any = weights["static_k"]
+    static_v: Any = weights["static_v"]
+    k: Any = linear(key, projections[1], biases[1]) if static_k is None else None
+    v: Any = linear(value, projections[2], biases[2]) if static_v is None else None
     if weights["bias_k"] is not None:
         k = jnp.concatenate([k, extra(weights["bias_k"])])
         v = jnp.concatenate([v, extra(weights["bias_v"])])
         attn_mask = None if attn_mask is None else lengthened(attn_mask, 1)
         padding_mask = None if padding_mask is None else lengthened(padding_mask, 1)
     q = heads(q)
-    k = heads(k) if k is not None else weights["static_k"].reshape(batch, num_heads, -1, head)
-    v = heads(v) if v is not None else weights["static_v"].reshape(batch, num_heads, -1, head)
+    k = heads(k) if k is not None else static_k.reshape(batch, num_heads, -1, head)
+    v = heads(v) if v is not None else static_v.reshape(batch, num_heads, -1, head)
     if add_zero_attn:
         nothing = jnp.zeros((batch, num_heads, 1, head), k.dtype)
         k, v = jnp.concatenate([k, nothing], 2), jnp.concatenate([v, nothing], 2)

@@ -70,6 +70,7 @@ def _batch_norm_train(
         # The batch is normalised with the biased variance; the running one is unbiased.
         unbiased = biased * (count / max(count - 1, 1))
         if momentum is None:  # the average over all batches so far
+            assert tracked is not None
             factor = 1 / tracked.astype(wide.dtype)
         else:
             factor = jnp.asarray(momentum, wide.dtype)
@@ -91,7 +92,7 @@ def _checked(
     running_var: Any,
     weight: Any,
     bias: Any,
-) -> tuple[Any, Any, Any, Any, Any]:
+) -> tuple[Any, ...]:
     x = array(input, "input", function)
     names = ("running_mean", "running_var", "weight", "bias")
     given = (running_mean, running_var, weight, bias)

@@ -93,11 +93,11 @@ class _Windows:
             config.append((p, max((out - 1) * s + d * (k - 1) + 1 - size - p, 0), 0))
         return lax.pad(x, jnp.asarray(value, x.dtype), config)
 
-    def shifts(self) -> Iterator[tuple[int, int]]:
+    def shifts(self) -> Iterator[tuple[int, ...]]:
         """Yield the elements of a window, row by row."""
         return itertools.product(*(range(k) for k in self.kernel))
 
-    def shifted(self, x: Any, shift: tuple[int, int]) -> Any:
+    def shifted(self, x: Any, shift: tuple[int, ...]) -> Any:
         """Return one element of every window of a padded input, ``(*, outH, outW)``."""
         starts = [i * d for i, d in zip(shift, self.dilation, strict=True)]
         stops = [
@@ -129,7 +129,8 @@ def _max_pool(x: Any, static: tuple, with_indices: bool) -> Any:
         return _max_by_gathering(padded, windows, rows, columns, inside, with_indices)
     # A running maximum over shifted views: ties go to the first element, in value and derivative,
     # and all derivatives exist to every order. NaN wins over everything.
-    best = index = None
+    best: Any = None
+    index: Any = None
     started = np.zeros(windows.outs, bool)
     for shift in windows.shifts():
         i, j = shift
@@ -405,7 +406,9 @@ def adaptive_avg_pool2d(input: Any, output_size: int | None | Sequence[int | Non
     function = "F.adaptive_avg_pool2d"
     x = _image(input, function)
     require_float(x, "input", function)
-    given = output_size if isinstance(output_size, (tuple, list)) else (output_size, output_size)
+    given: Any = output_size
+    if not isinstance(output_size, (tuple, list)):
+        given = (output_size, output_size)
     if len(given) != 2 or any(n is not None and n < 0 for n in given):
         raise shape_error(
             f"{function} was given output_size={output_size!r}",
