@@ -26,6 +26,7 @@ from statefulnn.core.errors import (
 from statefulnn.core.scope import (
     Capture,
     Scope,
+    birth_scope,
     check_write,
     clock,
     name_of,
@@ -47,7 +48,7 @@ class Box:
 
     def __init__(self, value: Any) -> None:
         self._value = _strong(value)
-        self._scope = None
+        self._scope = birth_scope()
         self._home = None
         self.captured = None
 

@@ -20,7 +20,7 @@ import numpy as np
 
 from statefulnn.core import state_dict as _state_dict
 from statefulnn.core.box import Box, Buffer, Parameter, dotted_name, unwrap
-from statefulnn.core.compat import EAGER, Tracer, current_trace, tracer_in
+from statefulnn.core.compat import EAGER, current_trace, tracer_in
 from statefulnn.core.errors import (
     RegistrationError,
     StateWriteError,
@@ -43,7 +43,7 @@ from statefulnn.core.scope import (
     Capture,
     Cell,
     ModuleBase,
-    Scope,
+    birth_scope,
     check_write,
     clock,
     real_dict,
@@ -130,6 +130,9 @@ class Module(ModuleBase):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        for name, value in vars(cls).items():
+            if isinstance(value, (Box, Module)):
+                raise hidden_member(f"the class attribute '{cls.__name__}.{name}'", value)
         _register(cls)
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
@@ -148,7 +151,7 @@ class Module(ModuleBase):
                 else f"{type(self).__name__}.__init__() takes 1 positional argument but "
                 f"{len(args) + 1} were given"
             )
-        cell = Cell(_birth_scope())
+        cell = Cell(birth_scope())
         set_cell(self, cell)
         attributes = real_dict(self)
         attributes["training"] = True
@@ -334,10 +337,11 @@ class Module(ModuleBase):
     def _adopt(self, box: Box, name: str) -> None:
         if box._home is None or (isinstance(box._home, tuple) and box._home[0]() is None):
             box._home = (weakref.ref(self), name)
-        scope = self._cell.scope
-        if box._scope is None and scope is not None:
-            if isinstance(box._value, Tracer):  # made inside the trace that made the module
-                box._scope = scope
+        scope = box._scope
+        if scope is not None and scope.birth:
+            # Built in a trace and given to a module: from here on it is the module's.
+            check_write(self._cell.scope, box._value, lambda: repr(self._label(name)))
+            box._scope = self._cell.scope
 
     def _set_member(self, registry: str, name: str, value: Any) -> None:
         members = real_dict(self)[registry]
@@ -945,7 +949,7 @@ class Module(ModuleBase):
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        cell = Cell(_birth_scope())
+        cell = Cell(birth_scope())
         set_cell(self, cell)
         attributes = real_dict(self)
         attributes.clear()
@@ -996,11 +1000,6 @@ def _register(cls: type) -> None:
 
 
 _register(Module)
-
-
-def _birth_scope() -> Any:
-    # A module made inside a trace lives in that trace, and may be written there.
-    return None if current_trace() is EAGER else Scope()
 
 
 def _all_boxes(module: Module) -> list[tuple[str, Any]]:

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from statefulnn.core.scope import Cell
+from statefulnn.core.box import Box
+from statefulnn.core.compat import EAGER, current_trace
+from statefulnn.core.errors import RegistrationError, explain
+from statefulnn.core.scope import Cell, ModuleBase, check_write
 
 
 class Registry(dict):
@@ -16,6 +19,37 @@ class Registry(dict):
     def __init__(self, cell: Cell, items: Any = ()) -> None:
         super().__init__(items)
         self.cell = cell
+
+    def __setitem__(self, name: Any, member: Any) -> None:
+        # Module checks what it registers; this is for code that writes here by hand, as torch's does.
+        if member is not None and not isinstance(member, (Box, ModuleBase)):
+            raise RegistrationError(
+                explain(
+                    f"put an object of type {type(member).__name__} under {name!r} into a module's "
+                    "registry",
+                    "parameters and buffers are held in boxes there",
+                    f"setattr(module, {name!r}, value), or wrap it: nn.Parameter(value), "
+                    "nn.Buffer(value)",
+                )
+            )
+        if current_trace() is not EAGER:
+            value = member._value if isinstance(member, Box) else None
+            check_write(self.cell.scope, value, repr(name))
+        super().__setitem__(name, member)
+        self.cell.touch()
+
+    def update(self, *args: Any, **kwargs: Any) -> None:
+        for name, member in dict(*args, **kwargs).items():
+            self[name] = member
+
+    def setdefault(self, name: Any, default: Any = None) -> Any:
+        if name not in self:
+            self[name] = default
+        return self[name]
+
+    def __ior__(self, other: Any) -> Any:
+        self.update(other)
+        return self
 
     def __reduce__(self) -> Any:
         return dict, (dict(self),)
@@ -40,7 +74,7 @@ def _stamping(name: str) -> Callable:
     return method
 
 
-for _name in "__setitem__ __delitem__ pop popitem clear update setdefault __ior__".split():
+for _name in "__delitem__ pop popitem clear".split():
     setattr(Registry, _name, _stamping(_name))
 
 
@@ -48,6 +82,8 @@ class HookDict(Registry):
     """The hooks of one kind, by number: (function, with_kwargs, always_call)."""
 
     __slots__ = ()
+
+    __setitem__ = _stamping("__setitem__")
 
 
 # Hooks that fire for every module. They are part of each ModuleDef: compiled code contains them.

@@ -182,17 +182,30 @@ class Scope:
         writable: whether somebody will collect what is written.
         lost: for read-only scopes, the reason and the remedy, as the two last parts of a message.
         moduledef: the static half of the clones; it knows their names.
+        birth: whether this is the trace that user code built a box or module in. Should they outlive
+            it, they are the user's.
     """
 
-    __slots__ = ("__weakref__", "_trace", "lost", "moduledef", "read", "stop_gradients", "writable")
+    __slots__ = (
+        "__weakref__",
+        "_trace",
+        "birth",
+        "lost",
+        "moduledef",
+        "read",
+        "stop_gradients",
+        "writable",
+    )
 
     def __init__(
         self,
         writable: bool = True,
         lost: tuple[str, str] | None = None,
         moduledef: Any = None,
+        birth: bool = False,
     ) -> None:
         self._trace = weakref.ref(current_trace())
+        self.birth = birth
         self.writable = writable
         self.lost = lost
         self.moduledef = moduledef
@@ -228,6 +241,11 @@ set_shell = ModuleBase.__dict__["_shell"].__set__
 real_dict = ModuleBase.__dict__["__dict__"].__get__
 
 
+def birth_scope() -> Scope | None:
+    """Return the owner of what is built here: the current trace, or the user outside every trace."""
+    return None if current_trace() is EAGER else Scope(birth=True)
+
+
 # What a clone that JAX built, and not this package, answers to a write.
 LOST_IN_RAW_TRANSFORM = (
     "this module was rebuilt by a plain JAX transformation (jax.jit, jax.grad, jax.vmap, "
@@ -257,6 +275,8 @@ def check_write(scope: Scope | None, value: Any, subject: Any) -> None:
             why, instead = scope.lost or LOST_IN_RAW_TRANSFORM
             raise StateWriteError(explain(f"wrote to {name_of(subject)}", why, instead))
         owner = scope.trace
+        if owner is None and scope.birth:
+            owner = EAGER
 
     between = []
     for around in compat.chain(trace):

@@ -190,25 +190,24 @@ def _multi_head(
     def heads(x: Any) -> Any:  # (S, N, E) -> (N, H, S, D)
         return jnp.transpose(x.reshape(x.shape[0], batch, num_heads, head), (1, 2, 0, 3))
 
-    def extra(x: Any) -> Any:  # (1, 1, E) -> (1, N, E)
-        return jnp.broadcast_to(x, (1, batch, embed))
+    def source(x: Any, static: Any, i: int, added: Any) -> Any:
+        if static is not None:
+            return static.reshape(batch, num_heads, -1, head)
+        projected = linear(x, projections[i], biases[i])
+        if added is not None:
+            projected = jnp.concatenate([projected, jnp.broadcast_to(added, (1, batch, embed))])
+        return heads(projected)
 
     def lengthened(mask: Any, by: int) -> Any:
         width = [(0, 0)] * (mask.ndim - 1) + [(0, by)]
         return jnp.pad(mask, width)
 
-    static_k: Any = weights["static_k"]
-    static_v: Any = weights["static_v"]
-    k: Any = linear(key, projections[1], biases[1]) if static_k is None else None
-    v: Any = linear(value, projections[2], biases[2]) if static_v is None else None
+    q = heads(q)
+    k = source(key, weights["static_k"], 1, weights["bias_k"])
+    v = source(value, weights["static_v"], 2, weights["bias_v"])
     if weights["bias_k"] is not None:
-        k = jnp.concatenate([k, extra(weights["bias_k"])])
-        v = jnp.concatenate([v, extra(weights["bias_v"])])
         attn_mask = None if attn_mask is None else lengthened(attn_mask, 1)
         padding_mask = None if padding_mask is None else lengthened(padding_mask, 1)
-    q = heads(q)
-    k = heads(k) if k is not None else static_k.reshape(batch, num_heads, -1, head)
-    v = heads(v) if v is not None else static_v.reshape(batch, num_heads, -1, head)
     if add_zero_attn:
         nothing = jnp.zeros((batch, num_heads, 1, head), k.dtype)
         k, v = jnp.concatenate([k, nothing], 2), jnp.concatenate([v, nothing], 2)

@@ -87,7 +87,7 @@ def value_and_grad(
         of_array = dict(zip(in_arrays, by_array, strict=True))
         grads = [t.gradient(call, of_leaf, of_array) for t in targets]
         if has_aux and written.out is not None:
-            aux = restore_output(aux, written.out, call.plan, call.roots)
+            aux = _pair(restore_output(aux, written.out, call.plan, call.roots), fun)[1]
         value = (loss, aux) if has_aux else loss
         return value, tuple(grads) if several else grads[0]
 
@@ -178,16 +178,21 @@ def _loss_and_aux(out: Any, written: Any, has_aux: bool, fun: Callable) -> tuple
         if written.out is not None:
             # The pair was taken apart because aux holds modules; its first leaf is the loss.
             return _scalar(out[0], fun), out
-        if not isinstance(out, tuple) or len(out) != 2:
-            raise TypeError(
-                explain(
-                    f"{_name(fun)} returned {type(out).__name__} with has_aux=True",
-                    "the loss and the auxiliary output are needed",
-                    "return a pair: return loss, aux",
-                )
-            )
+        _pair(out, fun)
         return _scalar(out[0], fun), out[1]
     return _scalar(out, fun), None
+
+
+def _pair(out: Any, fun: Callable) -> tuple:
+    if not isinstance(out, tuple) or len(out) != 2:
+        raise TypeError(
+            explain(
+                f"{_name(fun)} returned {type(out).__name__} with has_aux=True",
+                "the loss and the auxiliary output are needed",
+                "return a pair: return loss, aux",
+            )
+        )
+    return out
 
 
 def _scalar(loss: Any, fun: Callable) -> Any:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from statefulnn.core.compat import EAGER, current_trace
@@ -26,6 +27,7 @@ from statefulnn.transforms.lift import (
     restore_output,
     run,
     template,
+    unbound,
     write_back,
 )
 
@@ -268,6 +270,8 @@ class JitFunction:
 
         def select(leaves: Any, dynamic: Any) -> tuple[list, list]:
             gone = [leaves[i] for i in sorted(donated)] + [dynamic[i] for i in given]
+            if len({id(v) for v in gone}) < len(gone):
+                gone = _distinct(gone)
             kept = [v for i, v in enumerate(leaves) if i not in donated]
             kept += [v for i, v in enumerate(dynamic) if i not in given]
             return gone, kept
@@ -310,6 +314,16 @@ class JitFunction:
 
     def __repr__(self) -> str:
         return f"nn.jit({self._function if self._owner is None else self._owner!r})"
+
+
+def _distinct(arrays: list[Any]) -> list[Any]:
+    """Copy an array that several boxes hold: XLA takes a buffer once."""
+    seen: set[int] = set()
+    result = []
+    for array in arrays:
+        result.append(jnp.array(array) if id(array) in seen else array)
+        seen.add(id(array))
+    return result
 
 
 def _with_statics(function: Callable, static_args: tuple, static_kwargs: tuple) -> Callable:
@@ -374,18 +388,11 @@ def jit(
     numbers = (static_argnums,) if isinstance(static_argnums, int) else tuple(static_argnums)
     names = (static_argnames,) if isinstance(static_argnames, str) else tuple(static_argnames)
     donated = (donate,) if isinstance(donate, int) else tuple(donate)
-    owner: Any = fun if isinstance(fun, ModuleBase) else getattr(fun, "__self__", None)
-    if isinstance(owner, ModuleBase):
+    function, owner = unbound(fun)
+    if owner is not None:
         # The module is the first argument: shift the positions past it.
-        fun = _call_module if fun is owner else getattr(fun, "__func__", fun)
         numbers = tuple(n + 1 if n >= 0 else n for n in numbers)
         donated = tuple(n + 1 for n in donated)
-    else:
-        owner = None
     if not callable(fun):
         raise TypeError(f"nn.jit takes a function or a Module, got {type(fun).__name__}")
-    return JitFunction(fun, owner, numbers, names, donated, options)
-
-
-def _call_module(module: Any, *args: Any, **kwargs: Any) -> Any:
-    return module(*args, **kwargs)
+    return JitFunction(function, owner, numbers, names, donated, options)

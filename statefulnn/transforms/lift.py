@@ -21,7 +21,7 @@ from statefulnn.core.graph import build_clones
 from statefulnn.core.moduledef import ModuleDef, differences
 from statefulnn.core.plan import Plan, build_plan, plan_of
 from statefulnn.core.pytree import flatten_collecting, unflatten_with
-from statefulnn.core.scope import Scope, check_write, clock, real_dict, value_changed
+from statefulnn.core.scope import ModuleBase, Scope, check_write, clock, real_dict, value_changed
 
 
 class Written:
@@ -277,6 +277,19 @@ def _structure(moduledef: ModuleDef) -> Any:
     return jax.tree_util.tree_structure(
         build_clones(moduledef, [0] * moduledef.num_leaves, None)[0][0]
     )
+
+
+def unbound(fun: Any) -> tuple[Any, Any]:
+    """Return a function, and the module that is its first argument if `fun` is a module or its method."""
+    owner: Any = fun if isinstance(fun, ModuleBase) else getattr(fun, "__self__", None)
+    if not isinstance(owner, ModuleBase):
+        return fun, None
+    return (call_module if fun is owner else getattr(fun, "__func__", fun)), owner
+
+
+def call_module(module: Any, *args: Any, **kwargs: Any) -> Any:
+    """Call a module, as a function of it."""
+    return module(*args, **kwargs)
 
 
 # --------------------------------------------------------------------------------------------------

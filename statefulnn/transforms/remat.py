@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from statefulnn.transforms.lift import Call, restore_output, run
+from statefulnn.transforms.lift import Call, restore_output, run, unbound
 
 
 def remat(fun: Callable | None = None, **options: Any) -> Any:
@@ -18,7 +18,7 @@ def remat(fun: Callable | None = None, **options: Any) -> Any:
     same when it is recomputed.
 
     Args:
-        fun: a function of modules and arrays.
+        fun: a function of modules and arrays, a Module or a method of one.
         options: passed to ``jax.checkpoint`` (``policy``, ``prevent_cse``).
 
     Example:
@@ -32,13 +32,17 @@ def remat(fun: Callable | None = None, **options: Any) -> Any:
     if fun is None:
         return functools.partial(remat, **options)
 
-    @functools.wraps(fun)
+    function, owner = unbound(fun)
+
+    @functools.wraps(function)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
+        if owner is not None:
+            args = (owner, *args)
         call = Call((args, kwargs))
 
         def pure(leaves: list, dynamic: list) -> Any:
             return run(
-                fun, call.moduledef, call.treedef, call.generator is not None, leaves, dynamic
+                function, call.moduledef, call.treedef, call.generator is not None, leaves, dynamic
             )
 
         out, written = jax.checkpoint(pure, **options)(list(call.plan.leaves()), call.dynamic)

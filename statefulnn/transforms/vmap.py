@@ -12,7 +12,15 @@ import jax.numpy as jnp
 from statefulnn.core.compat import current_trace, trace_of
 from statefulnn.core.errors import MissingRngError, ShapeError, StateWriteError, explain
 from statefulnn.core.generator import Forbidden, advance, use_generator
-from statefulnn.transforms.lift import Call, Written, leaves_below, restore_output, run, template
+from statefulnn.transforms.lift import (
+    Call,
+    Written,
+    leaves_below,
+    restore_output,
+    run,
+    template,
+    unbound,
+)
 
 _RANDOMNESS = ("different", "same", "error")
 _FORBIDDEN = Forbidden(
@@ -37,7 +45,7 @@ def vmap(
     axis is None is shared by all lanes; what a lane writes to it must be the same in all lanes.
 
     Args:
-        fun: the function of one lane.
+        fun: the function of one lane; for a Module or a method of one, all lanes share the module.
         in_axes: the axis to map of each argument, None for none; an integer or a tuple with one entry
             per positional argument. Keyword arguments are mapped over axis 0.
         out_axes: the axis of each output.
@@ -71,11 +79,18 @@ def vmap(
     if randomness not in _RANDOMNESS:
         raise ValueError(f"randomness must be one of {_RANDOMNESS}, got {randomness!r}")
 
-    @functools.wraps(fun)
+    one_lane, owner = unbound(fun)
+
+    @functools.wraps(one_lane)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
+        axes_given = in_axes
+        if owner is not None:  # the module whose call or method this is: all lanes share it
+            several = isinstance(in_axes, (tuple, list))
+            axes_given = (None, *(in_axes if several else (in_axes,) * len(args)))
+            args = (owner, *args)
         call = Call((args, kwargs))
         moduledef, leaves = call.moduledef, list(call.plan.leaves())
-        leaf_axes, dynamic_axes = _axes(call, in_axes, args, kwargs)
+        leaf_axes, dynamic_axes = _axes(call, axes_given, args, kwargs)
         size = _lanes(call, leaf_axes, dynamic_axes, axis_size)
         shared = {
             i: leaf
@@ -97,7 +112,7 @@ def vmap(
             common = [v for v, d in zip(written.values, differs, strict=True) if not d]
             return out, by_lane, common
 
-        function = _without_randomness(fun) if randomness == "error" else fun
+        function = _without_randomness(one_lane) if randomness == "error" else one_lane
         out, by_lane, common = jax.vmap(
             lane,
             in_axes=(leaf_axes, dynamic_axes),

@@ -8,7 +8,6 @@ containers. Both libraries must return the same, or raise errors of the same bui
 from __future__ import annotations
 
 import warnings
-from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import ModuleType
@@ -72,9 +71,7 @@ def plain(x: Any) -> Any:
     if _is_module(x):
         return ("module", type(x).__name__)
     if isinstance(x, Mapping):
-        ordered = isinstance(x, OrderedDict)
-        items = [(plain(k), plain(v)) for k, v in x.items()]
-        return ("mapping", items) if ordered else ("mapping", items)
+        return ("mapping", [(plain(k), plain(v)) for k, v in x.items()])
     if isinstance(x, (set, frozenset)):
         return ("set", sorted(map(repr, map(plain, x))))
     if isinstance(x, (list, tuple)):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -223,7 +225,7 @@ def test_the_hook_fires_when_no_input_is_differentiated(jit):
 
 def hooked_gradient(wrap):
     """d/dx of sum(tap(x * w)) with a hook that triples the input gradient: 3 * w."""
-    m = scaled(type("L", (), {"nn": nn, "ones": staticmethod(lambda n: jnp.ones(1))}))
+    m = scaled(SimpleNamespace(nn=nn, ones=lambda n: jnp.ones(1)))
     m.register_full_backward_hook(lambda m, gi, go: (3 * gi[0],))
     f = wrap(lambda x: jnp.sum(m(x)))
     return jax.grad(f)(jnp.arange(2.0))

@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import pickle
 from collections import OrderedDict
+from types import SimpleNamespace
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -374,15 +376,7 @@ CONTAINERS = {
 
 @pytest.mark.parametrize("container", CONTAINERS)
 def test_deepcopy_and_pickle_are_independent_copies(container):
-    class Ours:
-        pass
-
-    lib = Ours()
-    lib.nn = nn
-    lib.ones = lambda *shape: np.ones(shape, np.float32) * 1.0
-    import jax.numpy as jnp
-
-    lib.ones = lambda *shape: jnp.ones(shape)
+    lib = SimpleNamespace(nn=nn, ones=lambda *shape: jnp.ones(shape))
     m = CONTAINERS[container](lib)
     for again in (copy.deepcopy(m), pickle.loads(pickle.dumps(m))):
         assert list(again.state_dict()) == list(m.state_dict())

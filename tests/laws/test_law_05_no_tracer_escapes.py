@@ -298,3 +298,39 @@ def test_manual_seed_inside_a_staged_trace_raises():
     with pytest.raises(nn.StatefulnnError):
         f(X)
     np.testing.assert_array_equal(np.asarray(nn.default_generator.get_state()), before)
+
+
+BUILT_INSIDE = {
+    "jax.grad": lambda f: jax.grad(lambda x: f(x).sum())(X),
+    "jax.vmap": lambda f: jax.vmap(f)(X),
+    "jax.jvp": lambda f: jax.jvp(f, (X,), (X,)),
+    "jax.jit": lambda f: jax.jit(f)(X),
+    "lax.scan": lambda f: jax.lax.scan(lambda c, x: (c, f(x)), 0.0, X),
+    "nn.vmap": lambda f: nn.vmap(f)(X),
+    "nn.jit": lambda f: nn.jit(f)(X),
+    "vmap of grad": lambda f: jax.vmap(jax.grad(lambda x: f(x).sum()))(X),
+}
+
+
+@pytest.mark.parametrize("how", BUILT_INSIDE)
+def test_a_module_built_inside_a_trace_may_be_written_there(how):
+    seen = []
+
+    def f(x):
+        m = Net()
+        m.w.value = jnp.ones(()) * x.sum()
+        m(x)
+        seen.append(m.last.shape)
+        return m.w * x
+
+    BUILT_INSIDE[how](f)
+    assert seen
+
+
+def test_a_module_built_inside_a_gradient_passes_the_gradient_through_its_parameter():
+    def f(w):
+        m = Net()
+        m.w.value = w * 3
+        return m(jnp.asarray(2.0))
+
+    assert float(jax.grad(f)(1.0)) == 6.0

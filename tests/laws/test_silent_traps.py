@@ -1,6 +1,7 @@
 """Traps that are silent in the libraries users come from: here each works as meant, or raises.
 
-The numbers are those of the list of traps in docs/design.md.
+Each was seen to give neither an error nor a warning in Flax NNX, Equinox, Keras, torchax, torch.func
+or torch.nn; they are numbered in the order in which they were collected.
 """
 
 from __future__ import annotations
