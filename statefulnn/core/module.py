@@ -171,14 +171,15 @@ class Module(ModuleBase):
         try:
             cell = self._cell
             scope = cell.scope
-            if scope is None:
-                if current_trace() is not EAGER and cell.captured is None:
-                    Capture.note(cell)
+            eager = current_trace() is EAGER
+            if scope is None and eager:
                 if not (self._hooked or GLOBAL_CELL.stamp or active.captures):
                     return self.forward(*args, **kwargs)
+            elif scope is None and cell.captured is None:
+                Capture.note(cell)
             out = call_with_hooks(self, args, kwargs)
-            if scope is not None and not scope.writable:
-                _check_statics(self, scope)
+            if not eager:
+                _check_kept(self, scope)
             return out
         except Exception as error:
             if clock.captured:
@@ -190,21 +191,21 @@ class Module(ModuleBase):
     # Attributes
 
     def __getattr__(self, name: str) -> Any:
-        if self._shell is not None:
+        attributes = real_dict(self)
+        registry = attributes.get("_parameters")
+        if registry is not None:
+            if name in registry:
+                return registry[name]
+            registry = attributes["_modules"]
+            if name in registry:
+                return registry[name]
+            registry = attributes["_buffers"]
+            if name in registry:
+                box = registry[name]
+                return None if box is None else box.value
+        elif self._shell is not None:
             materialise(self)
             return getattr(self, name)
-        attributes = real_dict(self)
-        parameters = attributes.get("_parameters")
-        if parameters is not None:
-            if name in parameters:
-                return parameters[name]
-            buffers = attributes["_buffers"]
-            if name in buffers:
-                box = buffers[name]
-                return None if box is None else box.value
-            children = attributes["_modules"]
-            if name in children:
-                return children[name]
         elif name in _REGISTRIES or name in ("training", "_cell"):
             raise _uninitialized(self, f"read {name!r}")
         message = f"'{type(self).__name__}' object has no attribute '{name}'"
@@ -1053,9 +1054,17 @@ def _array_over_parameter(module: Module, name: str, value: Any) -> Registration
     )
 
 
-def _check_statics(module: Module, scope: Any) -> None:
-    """Raise if forward changed a list, dict ... of a clone that nobody will look at again."""
-    if scope.moduledef is None or not isinstance(module._home, int):
+def _check_kept(module: Module, scope: Any) -> None:
+    """Raise if forward left something in an attribute that would be lost, or outlive its trace."""
+    attributes = real_dict(module)
+    if scope is None:
+        # Assignments are checked where they are made; functools.cached_property writes past them.
+        for name, value in list(attributes.items()):
+            if tracer_in(value):
+                del attributes[name]
+                _check_static_value(module, name, value)
+        return
+    if scope.writable or scope.moduledef is None or not isinstance(module._home, int):
         return
     d = scope.moduledef.nodes[module._home]
     if type(module) is not d.cls:

@@ -23,10 +23,10 @@ LOW_PRECISION = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
 
 def array(x: Any, name: str, function: str) -> Any:
     """Return the JAX array in `x`: itself, what a box holds, or a converted number or numpy array."""
+    if isinstance(x, Box):  # the cheaper question: that for jax.Array runs Python
+        return x.value
     if isinstance(x, jax.Array):
         return x
-    if isinstance(x, Box):
-        return x.value
     if isinstance(x, (np.ndarray, np.generic, int, float, complex)):
         return jnp.asarray(x)
     if hasattr(x, "__jax_array__"):

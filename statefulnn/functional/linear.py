@@ -12,6 +12,13 @@ from statefulnn.functional._checks import array, require_rank, require_same_dtyp
 
 @jax.jit
 def _linear(input: Any, weight: Any, bias: Any) -> Any:
+    # Checked here, where the code runs once for each combination of shapes and dtypes: an eager call
+    # like an earlier one pays nothing for it.
+    shape = weight.shape
+    fits = 1 <= len(shape) <= 2 and input.shape[-1:] == shape[-1:]
+    if not fits or (bias is not None and bias.shape != shape[:-1]):
+        _refuse_linear(input, weight, bias)
+    require_same_dtype("F.linear", input=input, weight=weight, bias=bias)
     contracted = (((input.ndim - 1,), (weight.ndim - 1,)), ((), ()))
     out = lax.dot_general(input, weight, contracted)
     return out if bias is None else out + bias.reshape((1,) * (out.ndim - bias.ndim) + bias.shape)
@@ -39,22 +46,9 @@ def linear(input: Any, weight: Any, bias: Any = None) -> Any:
         >>> F.linear(jnp.ones((2, 3)), jnp.ones((4, 3)), jnp.zeros(4)).shape
         (2, 4)
     """
-    # Written for speed: these lines run at every eager call.
     x = input if isinstance(input, jax.Array) else array(input, "input", "F.linear")
-    w = weight if isinstance(weight, jax.Array) else array(weight, "weight", "F.linear")
-    shape, dtype = w.shape, x.dtype
-    if not (1 <= len(shape) <= 2 and x.shape[-1:] == shape[-1:]):
-        _refuse_linear(x, w, None)
-    if bias is None:
-        b = None
-    else:
-        b = bias if isinstance(bias, jax.Array) else array(bias, "bias", "F.linear")
-        if b.shape != shape[:-1]:
-            _refuse_linear(x, w, b)
-        if b.dtype != dtype:
-            require_same_dtype("F.linear", input=x, weight=w, bias=b)
-    if w.dtype != dtype:
-        require_same_dtype("F.linear", input=x, weight=w)
+    w = array(weight, "weight", "F.linear")
+    b = None if bias is None else array(bias, "bias", "F.linear")
     return _linear(x, w, b)
 
 

@@ -53,8 +53,8 @@ TRACED = {
     "jax.hessian": lambda f: jax.hessian(lambda x: f(x).sum())(X),
     "jax.eval_shape": lambda f: jax.eval_shape(f, X),
     "nn.jit": lambda f: nn.jit(lambda x: f(x))(X),
-    "nn.remat": lambda f: nn.remat(f)(X),
-    "nn.vmap": lambda f: nn.vmap(f)(X),
+    "nn.remat": lambda f: nn.remat(lambda x: f(x))(X),
+    "nn.vmap": lambda f: nn.vmap(lambda x: f(x))(X),
     "nn.jit inside jax.jit": lambda f: jax.jit(lambda x: nn.jit(f)(x))(X),
     "jit inside nn.jit": lambda f: nn.jit(lambda x: jax.jit(f)(x))(X),
 }
@@ -306,7 +306,7 @@ BUILT_INSIDE = {
     "jax.jvp": lambda f: jax.jvp(f, (X,), (X,)),
     "jax.jit": lambda f: jax.jit(f)(X),
     "lax.scan": lambda f: jax.lax.scan(lambda c, x: (c, f(x)), 0.0, X),
-    "nn.vmap": lambda f: nn.vmap(f)(X),
+    "nn.vmap": lambda f: nn.vmap(lambda x: f(x))(X),
     "nn.jit": lambda f: nn.jit(f)(X),
     "vmap of grad": lambda f: jax.vmap(jax.grad(lambda x: f(x).sum()))(X),
 }
