@@ -301,7 +301,22 @@ def drawing_generator(generator: Generator | None = None) -> Generator:
 
 
 def next_key(generator: Generator | None = None) -> Any:
-    """Return a fresh key from a generator, or from the one in force."""
+    """Return a fresh random key from the generator in force: what a layer of your own draws with.
+
+    Args:
+        generator: draw from this one instead.
+
+    Raises:
+        MissingRngError: where no generator can be advanced.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, statefulnn as nn
+        >>> class Noise(nn.Module):
+        ...     def forward(self, x):
+        ...         return x + jax.random.normal(nn.next_key(), x.shape)
+        >>> nn.functional_call(Noise(), {}, jnp.zeros(3), rng=jax.random.key(0)).shape
+        (3,)
+    """
     return drawing_generator(generator).next_key()
 
 
