@@ -23,7 +23,7 @@ from statefulnn.core.errors import (
     UnknownNameError,
     explain,
 )
-from statefulnn.core.module import Module, Ref
+from statefulnn.core.module import Module, Ref, find_box, place_box
 from statefulnn.core.plan import plan_of
 from statefulnn.transforms.jit import jit
 
@@ -131,7 +131,7 @@ class Optimizer(Module):
                 # not sit in two boxes.
                 array = jnp.array(leaf) if id(leaf) in held else jnp.asarray(leaf)
                 held.add(id(array))
-                _place(self, slot, Buffer(array))
+                place_box(self, slot, Buffer(array))
                 slots.append(slot)
             else:
                 slots.append(None)
@@ -204,16 +204,7 @@ class Optimizer(Module):
                 box.value = new
 
     def _boxes(self) -> list[Any]:
-        found = []
-        for path in self._slots:
-            if path is None:
-                found.append(None)
-                continue
-            node: Any = self
-            for part in path[:-1]:
-                node = node._modules[part]
-            found.append(node._buffers[path[-1]])
-        return found
+        return [None if path is None else find_box(self, path) for path in self._slots]
 
     def _check_structure(self, parameters: Mapping[str, Parameter]) -> None:
         if tuple(parameters) == self._names:
@@ -297,10 +288,6 @@ class Optimizer(Module):
         return f"Optimizer({type(self.module).__name__}, {len(self._names)} trainable parameters)"
 
 
-class _Slots(Module):
-    """A level of names between an optimizer and its buffers."""
-
-
 @jit
 def _compiled_step(opt: Optimizer, grads: Any, extra: Mapping[str, Any]) -> None:
     opt._step(grads, extra)
@@ -343,17 +330,6 @@ def _parts(key: Any) -> list[str]:
         if hasattr(key, attribute):
             return str(getattr(key, attribute)).split(".")
     return [str(key)]
-
-
-def _place(root: Module, path: tuple[str, ...], box: Buffer) -> None:
-    # Straight into the registries: parameters may be called like methods of Module.
-    node = root
-    for part in path[:-1]:
-        child = node._modules.get(part)
-        if child is None:
-            child = node._modules[part] = _Slots()
-        node = child
-    node._buffers[path[-1]] = box
 
 
 def _listed(names: Any, limit: int = 8) -> str:

@@ -200,19 +200,15 @@ class Freezer:
             return self.freeze(content)
         if kind is types.MethodType or isinstance(content, tuple):  # named tuples of functions too
             return self.freeze(content)
-        if isinstance(content, (Box, ModuleBase)):
-            return self._captured_member(content)
         hidden = find_hidden(content)
         if hidden is not None:
-            return self._captured_member(hidden) and Identity(content)
-        if isinstance(content, Tracer):
-            return Identity(content)
-        if isinstance(content, jax.Array):
+            self._refuse_captured(hidden)
+        if isinstance(content, jax.Array) and not isinstance(content, Tracer):
             return _freeze_jax_array(content)
         return Identity(content)
 
-    def _captured_member(self, content: Any) -> Any:
-        raise hidden_member(f"the closure of the function {self.where()}", content)
+    def _refuse_captured(self, member: Any) -> None:
+        raise hidden_member(f"the closure of the function {self.where()}", member)
 
     def _partial(self, value: functools.partial) -> Any:
         return (
@@ -226,18 +222,18 @@ class Freezer:
         owner = value.__self__
         if isinstance(owner, ModuleBase):
             node = None if self.node_of is None else self.node_of(owner)
-            if node is None:
-                return self._captured_member(owner)
-            self.rebinds = True
-            return (types.MethodType, self.freeze(value.__func__), node)
+            if node is not None:
+                self.rebinds = True
+                return (types.MethodType, self.freeze(value.__func__), node)
+            self._refuse_captured(owner)
         return (types.MethodType, self.freeze(value.__func__), Identity(owner))
 
 
 class HookFreezer(Freezer):
     """Freezes hooks, which may close over modules: those compare by identity, as other objects do."""
 
-    def _captured_member(self, content: Any) -> Any:
-        return Identity(content)
+    def _refuse_captured(self, member: Any) -> None:
+        pass
 
 
 _HANDLERS: dict[type, Any] = {

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Self
 
 import jax
@@ -1001,6 +1001,29 @@ def _register(cls: type) -> None:
 
 
 _register(Module)
+
+
+def place_box(root: Module, path: Sequence[str], box: Box) -> None:
+    """Put a box under a path of names, through plain modules that are made as needed.
+
+    It goes straight into the registries, since the names may be those of methods.
+    """
+    for part in path[:-1]:
+        child = root._modules.get(part)
+        if child is None:
+            child = root._modules[part] = Module()
+        root = child
+    registry = root._parameters if isinstance(box, Parameter) else root._buffers
+    registry[path[-1]] = box
+    root._adopt(box, path[-1])
+
+
+def find_box(root: Module, path: Sequence[str]) -> Box:
+    """Return the box that `place_box` put under a path."""
+    for part in path[:-1]:
+        root = root._modules[part]
+    last = path[-1]
+    return root._parameters[last] if last in root._parameters else root._buffers[last]
 
 
 def _all_boxes(module: Module) -> list[tuple[str, Any]]:

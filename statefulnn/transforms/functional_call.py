@@ -18,7 +18,7 @@ from statefulnn.core.compat import EAGER, current_trace
 from statefulnn.core.errors import DtypeError, ShapeError, UnknownNameError, explain
 from statefulnn.core.generator import Generator, use_generator
 from statefulnn.core.graph import build_clones, require_module
-from statefulnn.core.module import Module
+from statefulnn.core.module import Module, find_box, place_box
 from statefulnn.core.moduledef import ModuleDef, differences, positions_of
 from statefulnn.core.plan import build_plan, plan_of
 from statefulnn.core.scope import Scope
@@ -389,29 +389,28 @@ class Statefulized(Module):
         self.param_names = tuple(params)
         self.state_names = tuple(state or ())
         for name, value in params.items():
-            _place(self, name, Parameter(value))
+            place_box(self, name.split("."), Parameter(value))
         for name, value in (state or {}).items():
-            _place(self, name, Buffer(value))
+            place_box(self, name.split("."), Buffer(value))
 
     def forward(self, *inputs: Any, **kwargs: Any) -> Any:
-        params = {n: self.get_parameter(n).value for n in self.param_names}
+        params = {n: find_box(self, n.split(".")).value for n in self.param_names}
         if not self.has_state:
             return self.fn(params, *inputs, **kwargs)
-        state = {n: self.get_buffer(n) for n in self.state_names}
-        out, new_state = self.fn(params, state, *inputs, **kwargs)
+        state = {n: find_box(self, n.split(".")) for n in self.state_names}
+        values = {n: box.value for n, box in state.items()}
+        out, new_state = self.fn(params, values, *inputs, **kwargs)
         for name, value in new_state.items():
-            path, _, last = name.rpartition(".")
-            setattr(self.get_submodule(path), last, value)
+            if name not in state:
+                raise UnknownNameError(
+                    explain(
+                        f"the function returned a new value of {name!r}",
+                        f"its state has the names {sorted(state)}",
+                        "return a dict with the names of the state it was given",
+                    )
+                )
+            state[name].value = value
         return out
-
-
-def _place(module: Module, name: str, box: Box) -> None:
-    *path, last = name.split(".")
-    for part in path:
-        if part not in module._modules:
-            module.add_module(part, Module())
-        module = module._modules[part]
-    setattr(module, last, box)
 
 
 def statefulize(
