@@ -14,7 +14,7 @@ Source of the generator: threefry2x32 in counter mode (Salmon et al. 2011), as `
 from __future__ import annotations
 
 import contextlib
-import secrets
+import os
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -33,6 +33,11 @@ _WAYS_OUT = (
     "nn.jit, nn.vmap, nn.scan and nn.remat carry the generator as state; or pass a key: "
     "functional_call(..., rng=key), fn(params, x, rng=key), with nn.rng_scope(key)"
 )
+
+
+def _entropy() -> int:
+    """Return a seed of the operating system's, 63 bits."""
+    return int.from_bytes(os.urandom(8), "little") >> 1
 
 
 def _state_from_seed(seed: int) -> np.ndarray:
@@ -106,7 +111,7 @@ class Generator(Box):
         else:
             if seed is not None and not _is_integer(seed):
                 raise _no_key(repr(seed))
-            self.manual_seed(secrets.randbits(63) if seed is None else seed)
+            self.manual_seed(_entropy() if seed is None else seed)
 
     def _set_static_part(self, like: Any) -> None:
         self._seed = None
@@ -140,7 +145,7 @@ class Generator(Box):
 
     def seed(self) -> int:
         """Start a stream from a seed of the operating system, and return that seed."""
-        self.manual_seed(secrets.randbits(63))
+        self.manual_seed(_entropy())
         return self.initial_seed()
 
     def initial_seed(self) -> int:
@@ -229,7 +234,7 @@ def _check_draw(generator: Generator) -> None:
 # --------------------------------------------------------------------------------------------------
 # The generator in force
 
-default_generator = Generator(secrets.randbits(63))
+default_generator = Generator(_entropy())
 
 
 class Forbidden:
