@@ -112,7 +112,8 @@ def test_a_model_and_optimizer_rebuilt_every_epoch_share_one_trace(x):
 
 
 def test_an_optax_optimizer_rebuilt_around_one_transformation_shares_one_trace(x):
-    optax = pytest.importorskip("optax")
+    import optax
+
     tx = optax.adam(1e-3)
     step = nn.jit(train_step)
     for _ in range(3):

@@ -156,7 +156,7 @@ class Capture:
 def _frames() -> Any:
     frame, level = sys._getframe(1), 1
     while frame is not None:
-        if not frame.f_globals.get("__name__", "").startswith(("statefulnn.", "jax.", "jax._src")):
+        if not frame.f_globals.get("__name__", "").startswith(("statefulnn.", "jax.")):
             yield frame, level - 1
         frame, level = frame.f_back, level + 1
 

@@ -71,6 +71,13 @@ def _require_module(value: Any, where: str) -> Module:
     return value
 
 
+def _renumber(container: Module, modules: list[Any]) -> None:
+    """Make these the children of a container, under consecutive numbers."""
+    container._check_static_write("_modules", None)
+    container._modules.clear()
+    container._modules.update({str(i): m for i, m in enumerate(modules)})
+
+
 class Sequential(Module):
     """Modules that are called one after the other, each with the output of the one before.
 
@@ -118,12 +125,7 @@ class Sequential(Module):
         for name in names[index] if isinstance(index, slice) else [self._name_at(index)]:
             delattr(self, name)
         # The names stay consecutive.
-        self._replace_all(list(self._modules.values()))
-
-    def _replace_all(self, modules: list[Module]) -> None:
-        self._check_static_write("_modules", None)
-        self._modules.clear()
-        self._modules.update({str(i): m for i, m in enumerate(modules)})
+        _renumber(self, list(self._modules.values()))
 
     def __len__(self) -> int:
         return len(self._modules)
@@ -182,7 +184,7 @@ class Sequential(Module):
             raise IndexError(f"Index out of range: {index}")
         modules = list(self)
         modules.insert(index + length if index < 0 else index, module)
-        self._replace_all(modules)
+        _renumber(self, modules)
         return self
 
     def pop(self, key: Any) -> Module:
@@ -217,11 +219,6 @@ class ModuleList(Module):
         if modules is not None:
             self.extend(modules)
 
-    def _replace_all(self, modules: list[Any]) -> None:
-        self._check_static_write("_modules", None)
-        self._modules.clear()
-        self._modules.update({str(i): m for i, m in enumerate(modules)})
-
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             return type(self)(list(self._modules.values())[index])
@@ -235,7 +232,7 @@ class ModuleList(Module):
         if not isinstance(index, slice):
             index = _index(self, index, len(self))
         del modules[index]
-        self._replace_all(modules)
+        _renumber(self, modules)
 
     def __len__(self) -> int:
         return len(self._modules)
@@ -256,7 +253,7 @@ class ModuleList(Module):
         """Put a module before a position."""
         modules = list(self)
         modules.insert(index, _require_module(module, "ModuleList"))
-        self._replace_all(modules)
+        _renumber(self, modules)
 
     def append(self, module: Module) -> Self:
         """Add a module at the end, and return the container."""

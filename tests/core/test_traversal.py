@@ -136,8 +136,6 @@ def test_to_takes_a_device():
 
 def test_double_without_x64_says_so_instead_of_giving_float32():
     m = nn.Linear(2, 2)
-    if jax.config.jax_enable_x64:
-        pytest.skip("x64 is on")
     with pytest.raises(Exception, match="x64"):
         m.double()
     assert m.weight.dtype == jnp.float32

@@ -347,7 +347,8 @@ def test_a_module_with_no_arrays_at_all():
 
 
 def test_the_optimizer_and_the_model_share_boxes_in_one_call():
-    optax = pytest.importorskip("optax")
+    import optax
+
     m = Net()
     opt = nn.Optimizer(m, optax.sgd(0.05))
 
@@ -367,7 +368,8 @@ def test_the_optimizer_and_the_model_share_boxes_in_one_call():
 
 
 def test_the_optimizer_alone_finds_its_module():
-    optax = pytest.importorskip("optax")
+    import optax
+
     m = Net()
     opt = nn.Optimizer(m, optax.sgd(0.1))
     nn.jit(lambda opt: opt.step({"w": jnp.asarray(1.0)}))(opt)
