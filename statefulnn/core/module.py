@@ -21,6 +21,7 @@ import numpy as np
 from statefulnn.core import state_dict as _state_dict
 from statefulnn.core.box import Box, Buffer, Parameter, dotted_name, unwrap
 from statefulnn.core.compat import EAGER, current_trace, tracer_in
+from statefulnn.core.construction import DEFAULT_VERSION, current_version
 from statefulnn.core.errors import (
     RegistrationError,
     StateWriteError,
@@ -126,6 +127,8 @@ class Module(ModuleBase):
     # The names of buffers that stay out of state_dict; never changed in place.
     _non_persistent_buffers_set: frozenset[str] = frozenset()
     call_super_init: bool = False
+    # By which version of the initial values the module draws its own; noted when it is built.
+    init_version: str = DEFAULT_VERSION
     training: bool
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -158,6 +161,9 @@ class Module(ModuleBase):
         attributes["_parameters"] = Registry(cell)
         attributes["_buffers"] = Registry(cell)
         attributes["_modules"] = Registry(cell)
+        version = current_version()
+        if version != DEFAULT_VERSION:
+            attributes["init_version"] = version
         if self.call_super_init:
             super().__init__(*args, **kwargs)
 

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from statefulnn.core.box import Box, Parameter, as_array
+from statefulnn.core.construction import DEFAULT_VERSION
 from statefulnn.core.errors import StateDictError, explain
 
 EXTRA_STATE = "_extra_state"
@@ -44,6 +45,8 @@ def state_dict(module: Any, destination: Any, prefix: str, keep_vars: bool) -> A
         destination = OrderedDict()
         destination._metadata = OrderedDict()  # pyright: ignore[reportAttributeAccessIssue]
     metadata: dict[str, Any] = {"version": module._version}
+    if module.init_version != DEFAULT_VERSION:
+        metadata["init_version"] = module.init_version
     if hasattr(destination, "_metadata"):
         destination._metadata[prefix[:-1]] = metadata
     for hook, _, _ in list(_hooks(module, "_state_dict_pre_hooks")):

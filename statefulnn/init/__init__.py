@@ -15,3 +15,7 @@ from statefulnn.init._initializers import uniform_ as uniform_
 from statefulnn.init._initializers import xavier_normal_ as xavier_normal_
 from statefulnn.init._initializers import xavier_uniform_ as xavier_uniform_
 from statefulnn.init._initializers import zeros_ as zeros_
+from statefulnn.init._versions import get_version as get_version
+from statefulnn.init._versions import rules as rules
+from statefulnn.init._versions import set_version as set_version
+from statefulnn.init._versions import version as version

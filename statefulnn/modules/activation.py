@@ -255,16 +255,10 @@ class MultiheadAttention(Module):
     def _reset_parameters(self) -> None:
         """Draw new initial values; `out_proj` keeps its weight, as in torch."""
         names = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
-        for name in names:
-            if self._parameters[name] is not None:
-                init.xavier_uniform_(self._parameters[name])
-        if self.in_proj_bias is not None:
-            init.zeros_(self.in_proj_bias)
-            init.zeros_(self.out_proj.bias)
-        if self.bias_k is not None:
-            init.xavier_normal_(self.bias_k)
-        if self.bias_v is not None:
-            init.xavier_normal_(self.bias_v)
+        in_proj = [self._parameters[n] for n in names if self._parameters[n] is not None]
+        init.rules(self).attention(
+            in_proj, self.in_proj_bias, self.out_proj, self.bias_k, self.bias_v
+        )
 
     def forward(
         self,

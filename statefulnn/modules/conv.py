@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -69,13 +68,7 @@ class _ConvNd(Module):
 
     def reset_parameters(self) -> None:
         """Draw new initial values."""
-        if self.weight.size:
-            # With a = √5 this is U(±1/√fan_in), whose gain is 1/√3: torch's choice, kept for parity.
-            init.kaiming_uniform_(self.weight, a=math.sqrt(5))
-        if self.bias is not None:
-            fan_in = math.prod(self.weight.shape[1:])
-            if fan_in:
-                init.uniform_(self.bias, -1 / math.sqrt(fan_in), 1 / math.sqrt(fan_in))
+        init.rules(self).conv(self.weight, self.bias)
 
     def forward(self, input: Any) -> Any:
         return conv_nd(

@@ -91,9 +91,7 @@ class Embedding(Module):
 
     def reset_parameters(self) -> None:
         """Draw new initial values; the padding row is 0."""
-        init.normal_(self.weight)
-        if self.padding_idx is not None:
-            self.weight.value = self.weight.value.at[self.padding_idx].set(0)
+        init.rules(self).embedding(self.weight, self.padding_idx)
 
     def forward(self, input: Any) -> Any:
         return F.embedding(

@@ -36,8 +36,10 @@ def integers(high: int, *shape: int, seed: int = 0) -> np.ndarray:
 class Case:
     """A layer, its constructor's arguments, and what it is called with.
 
-    Numpy arrays among `inputs` and `call` become arrays of the library. Floating `inputs` are
-    differentiated.
+    Numpy arrays among `inputs` and `call` become arrays of the library, also inside tuples. Floating
+    `inputs` are differentiated. The first case of a layer that is not empty is also compared in
+    float64, in low precision, in its second derivatives and under vmap, unless a reason is given why
+    that cannot be.
     """
 
     layer: str
@@ -47,6 +49,10 @@ class Case:
     call: dict[str, Any] = field(default_factory=dict)
     note: str = ""
     tolerance: float = 1.0  # a factor
+    modes: bool = False  # whether training and evaluation differ
+    no_low: str = ""  # why there is no comparison in bfloat16 and float16
+    no_second: str = ""  # why there are no second derivatives
+    no_vmap: str = ""  # why it is not compared under vmap
 
     def __str__(self) -> str:
         shown = [str(a) for a in self.args] + [
@@ -55,8 +61,36 @@ class Case:
         return f"{self.layer}({', '.join(shown)}){' ' + self.note if self.note else ''}"
 
 
+@dataclass(eq=False)
+class Call:
+    """A function of F and its arguments; numpy arrays become arrays of the library.
+
+    Values are compared in eager code, values and gradients of all floating `args` under `jax.jit`.
+    """
+
+    name: str
+    args: tuple = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    note: str = ""
+    tolerance: float = 1.0  # a factor
+    no_grad: str = ""  # why gradients are not compared
+    many: str = ""  # why it is more than one compiled call in eager code
+
+    def __str__(self) -> str:
+        shown = [_short(a) for a in self.args] + [
+            f"{k}={_short(v)}" for k, v in self.kwargs.items()
+        ]
+        return f"{self.name}({', '.join(shown)}){' ' + self.note if self.note else ''}"
+
+
+def _short(value: Any) -> str:
+    return "x".join(map(str, value.shape)) or "()" if isinstance(value, np.ndarray) else str(value)
+
+
 def to_torch(value: Any, dtype: str = "float32") -> Any:
     """Return numpy arrays as tensors, floating ones of the dtype."""
+    if isinstance(value, (tuple, list)):
+        return type(value)(to_torch(v, dtype) for v in value)
     if isinstance(value, np.ndarray):
         tensor = torch.as_tensor(value.copy())
         return tensor.to(getattr(torch, dtype)) if tensor.is_floating_point() else tensor
@@ -65,6 +99,8 @@ def to_torch(value: Any, dtype: str = "float32") -> Any:
 
 def to_jax(value: Any, dtype: str = "float32") -> Any:
     """Return numpy arrays as JAX arrays, floating ones of the dtype."""
+    if isinstance(value, (tuple, list)):
+        return type(value)(to_jax(v, dtype) for v in value)
     if isinstance(value, np.ndarray):
         if np.issubdtype(value.dtype, np.floating):
             return jnp.asarray(value, dtype)
@@ -215,3 +251,12 @@ def sixty_four_bits() -> Iterator[None]:
     """Enable 64-bit types inside."""
     with jax.enable_x64(True):
         yield
+
+
+def same_class(ours: Exception, theirs: Exception) -> None:
+    """Assert that our error is of the builtin class of torch's, and says why and what to do instead."""
+    classes = (AssertionError, IndexError, ValueError, TypeError, RuntimeError)
+    wanted = next((c for c in classes if isinstance(theirs, c)), Exception)
+    assert isinstance(ours, wanted), f"{type(ours).__name__} for {type(theirs).__name__}: {theirs}"
+    assert "Why: " in str(ours), ours
+    assert "Instead: " in str(ours), ours
