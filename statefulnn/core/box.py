@@ -9,6 +9,7 @@ Terms
 from __future__ import annotations
 
 import functools
+import math
 import operator
 from typing import Any
 
@@ -23,6 +24,7 @@ from statefulnn.core.errors import (
     ShapeError,
     explain,
 )
+from statefulnn.core.placement import elsewhere, is_meta, no_numbers, place_in_force, placed
 from statefulnn.core.scope import (
     Capture,
     Scope,
@@ -137,16 +139,31 @@ def unwrap(x: Any) -> Any:
     return x.value if isinstance(x, Box) else x
 
 
-def from_numpy(values: Any, device: Any = None) -> Any:
-    """Return a copy of a numpy array on a device, without compiling anything for its shape."""
+def host_array(shape: Any, dtype: Any, empty: Any = np.empty) -> np.ndarray:
+    """Return an uninitialised numpy array (with ``np.zeros``: of zeros) that JAX need not copy.
+
+    The CPU backend takes memory over as it is if it starts at a multiple of 64 bytes.
+    """
+    dtype = np.dtype(dtype)
+    nbytes = math.prod(shape) * dtype.itemsize
+    raw = empty(nbytes + 64, np.uint8)
+    start = -raw.ctypes.data % 64
+    return raw[start : start + nbytes].view(dtype).reshape(shape)
+
+
+def from_numpy(values: Any, device: Any = None, copy: bool = True) -> Any:
+    """Return a numpy array on a device, without compiling anything for its shape.
+
+    With ``copy=False`` the array may share memory with the numpy array, which nobody may write again.
+    """
     if current_trace() is not EAGER:
         return jnp.asarray(values)
-    return jax.device_put(np.array(values), device)
+    return jax.device_put(np.array(values) if copy else values, device)
 
 
 def as_array(value: Any, subject: Any = "a box") -> Any:
     """Return `value` as a JAX array, or raise if it is none."""
-    if isinstance(value, jax.Array):
+    if isinstance(value, (jax.Array, jax.ShapeDtypeStruct)):
         return value
     if isinstance(value, Box):
         return value.value
@@ -183,10 +200,13 @@ class ArrayBox(Box):
     __slots__ = ()
 
     def __jax_array__(self) -> Any:
-        return self.value
+        value = self.value
+        if is_meta(value):
+            raise no_numbers(self.label())
+        return value
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        array = np.asarray(self.value)
+        array = np.asarray(self.__jax_array__())
         return array if dtype is None else array.astype(dtype)
 
     def __getattr__(self, name: str) -> Any:
@@ -263,14 +283,15 @@ class Buffer(ArrayBox):
     __slots__ = ("persistent",)
 
     def __init__(self, data: Any, *, persistent: bool = True) -> None:
-        super().__init__(as_array(data, "nn.Buffer"))
+        super().__init__(placed(as_array(data, "nn.Buffer"), place_in_force()))
         self.persistent = persistent
 
     def _set_static_part(self, like: Any) -> None:
         self.persistent = True
 
     def __deepcopy__(self, memo: dict) -> Buffer:
-        return Buffer(self._value, persistent=self.persistent)
+        with elsewhere():
+            return Buffer(self._value, persistent=self.persistent)
 
     def __reduce__(self) -> Any:
         return functools.partial(Buffer, persistent=self.persistent), (self._value,)
@@ -310,7 +331,7 @@ class Parameter(ArrayBox):
         value = as_array(data, "nn.Parameter")
         if requires_grad:
             _require_inexact(value)
-        super().__init__(value)
+        super().__init__(placed(value, place_in_force()))
         self._requires_grad = bool(requires_grad)
         self.grad: Any = None
 
@@ -390,7 +411,8 @@ class Parameter(ArrayBox):
         return jax.lax.stop_gradient(self.value)
 
     def __deepcopy__(self, memo: dict) -> Parameter:
-        return Parameter(self._value, self._requires_grad)
+        with elsewhere():
+            return Parameter(self._value, self._requires_grad)
 
     def __reduce__(self) -> Any:
         return Parameter, (self._value, self._requires_grad)

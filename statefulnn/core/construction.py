@@ -1,7 +1,7 @@
 """What is in force while modules are built: where their arrays are put, by which rules they are drawn.
 
-Both are set for a block of code (`with nn.device(...)`, `with nn.init.version(...)`) or for good, and are
-per thread and task, as context variables are.
+Both are set for a block of code (`with nn.device(...)`, `with nn.init.version(...)`) and hold for one thread
+or task, as context variables do; the version also for good (`nn.init.set_version`).
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ from __future__ import annotations
 from contextvars import ContextVar
 from typing import Any
 
-# Where arrays are put if a layer is not told: what `placement.resolve_device` takes.
-device_in_force: ContextVar[Any] = ContextVar("device_in_force", default=None)
+# Where arrays are put if a layer is not told; the innermost block's is the last.
+devices_in_force: ContextVar[tuple[Any, ...]] = ContextVar("devices_in_force", default=())
 
 # The name of the initialisation version; every module notes it when it is built.
 DEFAULT_VERSION = "torch"

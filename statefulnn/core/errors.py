@@ -37,6 +37,10 @@ class UninitializedModuleError(StatefulnnError, AttributeError):
     """A module used before ``super().__init__()`` ran."""
 
 
+class UninitializedParameterError(StatefulnnError, RuntimeError, ValueError):
+    """A parameter used before it had a shape, or numbers."""
+
+
 class MissingRngError(StatefulnnError, RuntimeError):
     """A random draw that has no generator it may advance."""
 

@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from statefulnn.core import compat
+from statefulnn.core import compat, threefry
 from statefulnn.core.box import Box
 from statefulnn.core.compat import EAGER, current_trace
 from statefulnn.core.errors import MissingRngError, explain
@@ -174,6 +174,22 @@ class Generator(Box):
         key, state = advance(self.drawable_state())
         self.advanced(state)
         return key
+
+    def next_words(self) -> tuple[int, int]:
+        """Return the two words of a fresh key and advance the stream, without a compiled call.
+
+        It is the key that `next_key` would give. Only where `is_concrete`.
+        """
+        k0, k1, high, low = (int(w) for w in np.asarray(self.drawable_state()))
+        key = threefry.block(threefry.block((k0, k1), (0, high)), (0, low))
+        low = (low + 1) & 0xFFFFFFFF
+        high = (high + (low == 0)) & 0xFFFFFFFF
+        self.advanced(np.array([k0, k1, high, low], np.uint32))
+        return key
+
+    def is_concrete(self) -> bool:
+        """Say whether the state is known here, and not a traced value."""
+        return not isinstance(self._value, compat.Tracer)
 
     def drawable_state(self) -> Any:
         """Return the state if a draw is legal here; a kernel that draws itself calls `advanced` after."""

@@ -19,7 +19,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from statefulnn.core import state_dict as _state_dict
-from statefulnn.core.box import Box, Buffer, Parameter, dotted_name, unwrap
+from statefulnn.core.box import (
+    Box,
+    Buffer,
+    Parameter,
+    dotted_name,
+    from_numpy,
+    host_array,
+    unwrap,
+)
 from statefulnn.core.compat import EAGER, current_trace, tracer_in
 from statefulnn.core.construction import DEFAULT_VERSION, current_version
 from statefulnn.core.errors import (
@@ -33,7 +41,8 @@ from statefulnn.core.freeze import CONTAINERS, Freezer, find_hidden, hidden_memb
 from statefulnn.core.graph import materialise
 from statefulnn.core.hooks import RemovableHandle, active, add_hook, call_with_hooks
 from statefulnn.core.moduledef import COPIED
-from statefulnn.core.placement import resolve_device, supported
+from statefulnn.core.placement import META, cast, placed, resolve_device, supported
+from statefulnn.core.placement import device as device_type
 from statefulnn.core.pytree import (
     flatten_module,
     flatten_module_with_keys,
@@ -53,8 +62,10 @@ from statefulnn.core.scope import (
     set_plan,
     set_shell,
 )
+from statefulnn.core.uninitialized import is_lazy
 
 _SLOTS = {"_cell": set_cell, "_home": set_home, "_plan": set_plan, "_shell": set_shell}
+_PLATFORMS = ("cpu", "gpu", "cuda", "rocm", "tpu", META)
 _REGISTRIES = ("_parameters", "_buffers", "_modules")
 
 
@@ -698,7 +709,8 @@ class Module(ModuleBase):
 
     def _apply(self, fn: Callable[[Any], Any], recurse: bool = True) -> Self:
         boxes = [box for _, box in self._named_members(_all_boxes, recurse=recurse)]
-        converted = [fn(box.value) for box in boxes]  # all or nothing
+        # All or nothing. What has no shape yet is an empty array, whose dtype and place count.
+        converted = [fn(box._value if is_lazy(box) else box.value) for box in boxes]
         for box, value in zip(boxes, converted, strict=True):
             if value is not box._value:
                 Box.write(box, value)
@@ -723,8 +735,8 @@ class Module(ModuleBase):
             if isinstance(arg, (jax.Array, np.ndarray, Box)):
                 value = unwrap(arg)
                 dtype, device = value.dtype, getattr(value, "sharding", None)
-            elif isinstance(arg, (jax.Device, jax.sharding.Sharding)) or (
-                isinstance(arg, str) and arg.split(":")[0] in ("cpu", "gpu", "cuda", "tpu")
+            elif isinstance(arg, (jax.Device, jax.sharding.Sharding, device_type)) or (
+                isinstance(arg, str) and arg.split(":")[0] in _PLATFORMS
             ):
                 device = arg
             else:
@@ -740,14 +752,14 @@ class Module(ModuleBase):
 
         def convert(value: Any) -> Any:
             if dtype is not None and jnp.issubdtype(value.dtype, jnp.inexact):
-                value = value.astype(supported(dtype))
-            return value if place is None else jax.device_put(value, place)
+                value = cast(value, supported(dtype))
+            return placed(value, place)
 
         return self._apply(convert)
 
     def type(self, dst_type: Any) -> Self:
         """Cast parameters and buffers of every dtype, and return the module."""
-        return self._apply(lambda v: v.astype(supported(np.dtype(dst_type))))
+        return self._apply(lambda v: cast(v, supported(np.dtype(dst_type))))
 
     def float(self) -> Self:
         """Cast floating arrays to float32."""
@@ -771,9 +783,7 @@ class Module(ModuleBase):
 
     def _cast_floating(self, dtype: Any) -> Self:
         dtype = supported(np.dtype(dtype))
-        return self._apply(
-            lambda v: v.astype(dtype) if jnp.issubdtype(v.dtype, jnp.floating) else v
-        )
+        return self._apply(lambda v: cast(v, dtype) if jnp.issubdtype(v.dtype, jnp.floating) else v)
 
     def cpu(self) -> Self:
         """Move parameters and buffers to the CPU."""
@@ -782,6 +792,24 @@ class Module(ModuleBase):
     def cuda(self, device: int | None = None) -> Self:
         """Move parameters and buffers to a GPU."""
         return self.to(f"cuda:{device or 0}")
+
+    def to_empty(self, *, device: Any, recurse: bool = True) -> Self:
+        """Put zeros in place of every parameter and buffer, on a device, and return the module.
+
+        Args:
+            device: where to; a ``jax.sharding.Sharding`` too, or "meta".
+            recurse: whether the modules below are meant as well.
+        """
+        place = resolve_device(device)
+
+        def empty(value: Any) -> Any:
+            if place == META:
+                return placed(value, META)
+            if isinstance(place, jax.sharding.Sharding):
+                return jnp.zeros(value.shape, value.dtype, device=place)
+            return from_numpy(host_array(value.shape, value.dtype, np.zeros), place, copy=False)
+
+        return self._apply(empty, recurse)
 
     # ----------------------------------------------------------------------------------------------
     # State
@@ -1037,9 +1065,8 @@ def _all_boxes(module: Module) -> list[tuple[str, Any]]:
 
 
 def _is_array(value: Any) -> bool:
-    return isinstance(value, (jax.Array, np.ndarray, np.generic, Buffer, Parameter)) or hasattr(
-        value, "__jax_array__"
-    )
+    arrays = (jax.Array, np.ndarray, np.generic, jax.ShapeDtypeStruct, Buffer, Parameter)
+    return isinstance(value, arrays) or hasattr(value, "__jax_array__")
 
 
 def _check_static_value(module: Module, name: str, value: Any) -> None:

@@ -1,21 +1,176 @@
-"""Devices and dtypes by the names users give them."""
+"""Devices and dtypes by the names users give them.
+
+Terms
+  place        where arrays are put: a ``jax.Device``, a ``Sharding``, META, or None: JAX chooses
+  META         nowhere: a box holds the shape and dtype only, a ``jax.ShapeDtypeStruct``
+"""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import numpy as np
 
-from statefulnn.core.errors import DtypeError, explain
+from statefulnn.core.construction import devices_in_force
+from statefulnn.core.errors import DtypeError, UninitializedParameterError, explain
+
+META = "meta"
 
 
-def resolve_device(device: Any) -> Any:
-    """Return a Device or Sharding for a device, a sharding, a platform name ("cuda:1"), or None."""
-    if device is None or not isinstance(device, str):
-        return device
-    platform, _, index = device.partition(":")
-    return jax.devices("cuda" if platform == "cuda" else platform)[int(index or 0)]
+def is_meta(value: Any) -> bool:
+    """Say whether a box's value is a shape without numbers."""
+    return isinstance(value, jax.ShapeDtypeStruct)
+
+
+class device:
+    """A place for arrays; in a ``with`` block, where everything that is built there is put.
+
+    Args:
+        device: a ``jax.Device``, a ``jax.sharding.Sharding``, a platform's name ("cpu", "gpu", "cuda:1"),
+            or "meta" for shapes without numbers.
+        index: the number of the device of that platform.
+
+    Raises:
+        ValueError: if there is no such platform or device.
+
+    Source: ``torch.device``.
+
+    Example:
+        >>> import statefulnn as nn
+        >>> with nn.device("meta"):
+        ...     layer = nn.Linear(100_000, 100_000)
+        >>> layer.weight.value
+        ShapeDtypeStruct(shape=(100000, 100000), dtype=float32)
+        >>> nn.device("cpu").type
+        'cpu'
+    """
+
+    def __init__(self, device: Any, index: int | None = None) -> None:
+        if isinstance(device, str) and index is not None:
+            device = f"{device}:{index}"
+        self.place = resolve_device(device)
+
+    @property
+    def type(self) -> str:
+        """The platform's name, or "meta"."""
+        if self.place == META:
+            return META
+        one = self.place
+        if isinstance(one, jax.sharding.Sharding):
+            one = next(iter(one.device_set))
+        return one.platform
+
+    def __enter__(self) -> device:
+        devices_in_force.set((*devices_in_force.get(), self.place))
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        devices_in_force.set(devices_in_force.get()[:-1])
+
+    def __eq__(self, other: Any) -> bool:
+        return isinstance(other, device) and self.place == other.place
+
+    def __hash__(self) -> int:
+        return hash(self.place)
+
+    def __repr__(self) -> str:
+        return f"device({self.place!r})"
+
+
+def resolve_device(place: Any) -> Any:
+    """Return the place for anything that users name one by; None if they leave the choice."""
+    if place is None or isinstance(place, (jax.Device, jax.sharding.Sharding)):
+        return place
+    if isinstance(place, device):
+        return place.place
+    if isinstance(place, int):
+        place = f"gpu:{place}"
+    if not isinstance(place, str):
+        raise TypeError(
+            explain(
+                f"was given {place!r} as a device",
+                "arrays are put on a jax.Device or a jax.sharding.Sharding",
+                'device=jax.devices()[0], device="cpu", or device="meta" for shapes alone',
+            )
+        )
+    if place == META:
+        return META
+    platform, _, index = place.partition(":")
+    try:
+        return jax.devices(platform)[int(index or 0)]
+    except (RuntimeError, IndexError, ValueError) as error:
+        have = ", ".join(sorted({f"{d.platform}:{d.id}" for d in jax.devices()}))
+        raise ValueError(
+            explain(
+                f"was given {place!r} as a device",
+                f"JAX does not have it (it has {have}): {error}",
+                'a device that is there, or "meta"',
+            )
+        ) from None
+
+
+def place_in_force() -> Any:
+    """Return where arrays are put if nobody says otherwise."""
+    places = devices_in_force.get()
+    return places[-1] if places else None
+
+
+@contextlib.contextmanager
+def elsewhere(place: Any = None) -> Iterator[None]:
+    """Take another place, or None for JAX's choice, than what the blocks around say."""
+    before = devices_in_force.get()
+    if place is None and not before:
+        yield
+        return
+    devices_in_force.set((*before, place))
+    try:
+        yield
+    finally:
+        devices_in_force.set(before)
+
+
+def placed(value: Any, place: Any) -> Any:
+    """Return an array at a place, or only its shape and dtype there.
+
+    Raises:
+        NotImplementedError: if a shape without numbers is to be put on a device.
+    """
+    if place is None:
+        return value
+    if place == META:
+        return jax.ShapeDtypeStruct(value.shape, value.dtype)
+    if is_meta(value):
+        raise NotImplementedError(
+            explain(
+                "moved a parameter or buffer that is on the meta device",
+                "Cannot copy out of meta tensor; no data!",
+                "module.to_empty(device=...), or nn.materialize(module, device=...) which draws "
+                "initial values",
+            )
+        )
+    return jax.device_put(value, place)
+
+
+def cast(value: Any, dtype: Any) -> Any:
+    """Return an array, or a shape without numbers, in another dtype."""
+    if is_meta(value):
+        return jax.ShapeDtypeStruct(value.shape, dtype)
+    return value.astype(dtype)
+
+
+def no_numbers(label: str) -> UninitializedParameterError:
+    """Build the error for a computation with a shape that has no numbers."""
+    return UninitializedParameterError(
+        explain(
+            f"computed with {label}, which is on the meta device",
+            "it has a shape and a dtype and no numbers",
+            "nn.materialize(module) draws initial values, load_state_dict(...) loads them; "
+            "jax.eval_shape(...) computes shapes alone",
+        )
+    )
 
 
 def supported(dtype: np.dtype) -> np.dtype:

@@ -26,6 +26,7 @@ from statefulnn.core.generator import Generator
 from statefulnn.core.moduledef import COPIED, HOOKS, SHARED, ModuleDef, NodeDef, differences, rank
 from statefulnn.core.registry import GLOBAL_CELL, GLOBAL_HOOKS, HookDict
 from statefulnn.core.scope import Cell, ModuleBase, clock, set_plan, user_stack_level
+from statefulnn.core.uninitialized import is_lazy
 
 # Attributes that live in a module's __dict__ but are not static attributes.
 _STRUCTURE = frozenset({"_parameters", "_buffers", "_modules"})
@@ -154,6 +155,8 @@ class _Builder:
         number = self.box_ids.get(key)
         if number is None:
             number = self.box_ids[key] = len(self.boxes)
+            if is_lazy(box):
+                _ = box.value  # raises: it has no shape to compile for
             self.boxes.append(box)
         return number
 

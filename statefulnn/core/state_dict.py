@@ -18,6 +18,8 @@ import numpy as np
 from statefulnn.core.box import Box, Parameter, as_array
 from statefulnn.core.construction import DEFAULT_VERSION
 from statefulnn.core.errors import StateDictError, explain
+from statefulnn.core.placement import is_meta
+from statefulnn.core.uninitialized import is_lazy
 
 EXTRA_STATE = "_extra_state"
 
@@ -70,10 +72,10 @@ def save_own(module: Any, destination: dict, prefix: str, keep_vars: bool) -> No
     """Put the module's own parameters, persistent buffers and extra state into a dict."""
     for name, box in module._parameters.items():
         if box is not None:
-            destination[prefix + name] = box if keep_vars else box.value
+            destination[prefix + name] = box if keep_vars or is_lazy(box) else box.value
     for name, box in module._buffers.items():
         if box is not None and name not in module._non_persistent_buffers_set:
-            destination[prefix + name] = box if keep_vars else box.value
+            destination[prefix + name] = box if keep_vars or is_lazy(box) else box.value
     if _overrides(module, "get_extra_state"):
         destination[prefix + EXTRA_STATE] = module.get_extra_state()
 
@@ -87,7 +89,7 @@ def load_state_dict(module: Any, given: Any, strict: bool, assign: bool) -> Inco
     missing: list[str] = []
     unexpected: list[str] = []
     errors: list[str] = []
-    before = [(box, box._value) for box in _boxes(module)]
+    before = [(box, type(box), box._value) for box in _boxes(module)]
     try:
         _load(module, state, "", metadata, assign, strict, missing, unexpected, errors)
         if strict:
@@ -107,8 +109,9 @@ def load_state_dict(module: Any, given: Any, strict: bool, assign: bool) -> Inco
                 )
             )
     except BaseException:
-        for box, value in before:
+        for box, cls, value in before:
             if box._value is not value:
+                box.__class__ = cls
                 Box.write(box, value)
         raise
     return IncompatibleKeys(missing, unexpected)
@@ -193,13 +196,19 @@ def load_own(
 
 def _put(box: Box, key: str, value: Any, assign: bool) -> str | None:
     """Write one entry into its box; return what is wrong with it, None if nothing is."""
+    if is_lazy(value):
+        return None if is_lazy(box) else f'"{key}" has no shape in the checkpoint, and has one here'
     if isinstance(value, Box):
         value = value.value
-    if not isinstance(value, (jax.Array, np.ndarray, np.generic)):
+    if not isinstance(value, (jax.Array, np.ndarray, np.generic, jax.ShapeDtypeStruct)):
         return (
             f'While copying the parameter named "{key}", expected a jax or numpy array but received '
             f"{type(value)}"
         )
+    if is_meta(value) and not (assign or is_meta(box._value)):
+        return f'"{key}" is on the meta device in the checkpoint, which has no data to copy'
+    if is_lazy(box):
+        box.materialize(value.shape)
     have = box._value
     if tuple(value.shape) == (1,) and have.shape == ():
         value = value.reshape(())  # torch before 0.4 had no scalars
@@ -213,7 +222,7 @@ def _put(box: Box, key: str, value: Any, assign: bool) -> str | None:
             f"dtype mismatch for {key}: copying an array of dtype {value.dtype} from checkpoint, the "
             f"dtype in current model is {have.dtype}."
         )
-    if not assign:
+    if not assign and not is_meta(value):
         value = value.astype(have.dtype)
     new = as_array(value)
     if not assign:

@@ -9,10 +9,11 @@ from typing import Any, Literal
 import jax.numpy as jnp
 import numpy as np
 
-from statefulnn.core.box import Box, from_numpy
+from statefulnn.core.box import Box, from_numpy, host_array
 from statefulnn.core.compat import Tracer
 from statefulnn.core.errors import RegistrationError, ShapeError, explain
-from statefulnn.core.generator import Generator, next_key
+from statefulnn.core.generator import Generator
+from statefulnn.core.placement import is_meta
 from statefulnn.init import _draw
 
 _LINEAR = (
@@ -42,15 +43,24 @@ def _box(tensor: Any, function: str) -> Box:
 def _write(box: Any, values: Any) -> Any:
     """Put values into a box, on the device where it is."""
     old = box.value
+    if is_meta(old):
+        return box
     if isinstance(values, np.ndarray):
         placed = getattr(old, "committed", False) and not isinstance(old, Tracer)
-        values = from_numpy(values.astype(old.dtype), old.sharding if placed else None)
+        values = from_numpy(
+            values.astype(old.dtype, copy=False), old.sharding if placed else None, copy=False
+        )
     box.value = values
     return box
 
 
 def _filled(box: Any, value: float) -> Any:
-    return _write(box, np.full(box.value.shape, value, box.value.dtype))
+    if is_meta(box.value):
+        return box
+    values = host_array(box.value.shape, box.value.dtype, np.zeros)
+    if value:
+        values[...] = value
+    return _write(box, values)
 
 
 def calculate_gain(nonlinearity: str, param: Any = None) -> float:
@@ -127,7 +137,7 @@ def uniform_(
                 f"init.uniform_(tensor, {b}, {a})",
             )
         )
-    return _write(box, _draw.uniform(next_key(generator), a, b, box.value.shape, box.value.dtype))
+    return _write(box, _draw.uniform(generator, a, b, box.value))
 
 
 def normal_(
@@ -161,9 +171,9 @@ def normal_(
                 "init.normal_(tensor, std=0.02)",
             )
         )
-    return _write(
-        box, _draw.normal(next_key(generator), mean, std, box.value.shape, box.value.dtype)
-    )
+    if std == 0:
+        return _filled(box, mean)
+    return _write(box, _draw.normal(generator, mean, std, box.value))
 
 
 def trunc_normal_(
@@ -204,13 +214,7 @@ def trunc_normal_(
         )
     if std == 0:
         return _filled(box, min(max(mean, a), b))
-    low, high = (a - mean) / std, (b - mean) / std
-    # Cut in units of std, in float32 or wider; scaling last keeps the draw independent of std.
-    wide = jnp.float64 if box.value.dtype == jnp.float64 else jnp.float32
-    values = _draw.truncated_normal(next_key(generator), low, high, box.value.shape, wide)
-    xp: Any = np if isinstance(values, np.ndarray) else jnp
-    values = xp.clip(values * np.asarray(std, wide) + np.asarray(mean, wide), a, b)
-    return _write(box, values.astype(box.value.dtype))
+    return _write(box, _draw.normal(generator, mean, std, box.value, a, b))
 
 
 def constant_(tensor: Any, val: float) -> Any:
@@ -474,12 +478,12 @@ def orthogonal_(tensor: Any, gain: float = 1, generator: Generator | None = None
                 "a matrix; init.uniform_ or init.zeros_ for a bias",
             )
         )
-    if 0 in box.value.shape:
+    if 0 in box.value.shape or is_meta(box.value):
         return box
     rows, columns = box.value.shape[0], math.prod(box.value.shape[1:])
     wide = jnp.float64 if box.value.dtype == jnp.float64 else jnp.float32
     tall = (max(rows, columns), min(rows, columns))
-    draw = _draw.normal(next_key(generator), 0.0, 1.0, tall, wide)
+    draw = _draw.normal(generator, 0.0, 1.0, _draw.Like(tall, wide))
     # numpy in eager code, where compiling a factorisation for each shape would take longest.
     xp: Any = np if isinstance(draw, np.ndarray) else jnp
     q, r = xp.linalg.qr(draw)
@@ -510,10 +514,13 @@ def sparse_(
     """
     box = _box(tensor, "sparse_")
     _require_axes(box, (2,), "sparse_", "tensors with 2 dimensions only")
+    if is_meta(box.value):
+        return box
     zeros = math.ceil(sparsity * box.value.shape[0])
     wide = jnp.float64 if box.value.dtype == jnp.float64 else jnp.float32
-    values = _draw.normal(next_key(generator), 0.0, std, box.value.shape, wide)
-    order = _draw.uniform(next_key(generator), 0.0, 1.0, box.value.shape, jnp.float32)
+    shape = box.value.shape
+    values = _draw.normal(generator, 0.0, std, _draw.Like(shape, wide))
+    order = _draw.uniform(generator, 0.0, 1.0, _draw.Like(shape, jnp.float32))
     xp: Any = np if isinstance(values, np.ndarray) else jnp
     rank = xp.argsort(xp.argsort(order, 0), 0)  # a random permutation in each column
     values = xp.where(rank < zeros, np.zeros((), wide), values)

@@ -16,6 +16,7 @@ from typing import Any
 
 from statefulnn.core.construction import current_version, session, version_in_force
 from statefulnn.core.errors import explain
+from statefulnn.core.placement import is_meta
 from statefulnn.init import _initializers as draw
 
 
@@ -66,7 +67,7 @@ class Torch:
     def embedding(self, weight: Any, padding_idx: int | None = None) -> None:
         """Embedding, EmbeddingBag ``(V, D)``: N(0, 1); the padding row is 0."""
         draw.normal_(weight)
-        if padding_idx is not None:
+        if padding_idx is not None and not is_meta(weight.value):
             weight.value = weight.value.at[padding_idx].set(0)
 
     def attention(

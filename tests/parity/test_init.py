@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from jax.extend.random import threefry_2x32
 
 import statefulnn as nn
-from statefulnn.init import _draw
+from statefulnn.core import threefry
 
 # layer, arguments, parameter, and the distribution it starts from:
 # ("uniform", bound), ("normal", std) or ("constant", value).
@@ -126,6 +127,7 @@ def test_random_initialiser_has_torchs_moments(name: str, args: tuple, kwargs: d
     torch.manual_seed(0)
     shape = (200, 300)
     theirs = getattr(torch.nn.init, name)(torch.empty(shape), *args, **kwargs).numpy()
+    nn.manual_seed(0)
     box = nn.Parameter(jnp.zeros(shape))
     assert getattr(nn.init, name)(box, *args, **kwargs) is box
     ours = np.asarray(box)
@@ -133,9 +135,10 @@ def test_random_initialiser_has_torchs_moments(name: str, args: tuple, kwargs: d
     error = 5 * std / math.sqrt(theirs.size)
     assert abs(ours.mean() - theirs.mean()) < 1.5 * error
     assert abs(ours.std() / std - 1) < 0.03
-    # Quantiles tell distributions of equal moments apart.
+    # Quantiles tell distributions of equal moments apart. That of 60,000 normal draws at 0.02 has a
+    # standard error of 0.012 std, and two of them are compared.
     q = np.linspace(0.02, 0.98, 25)
-    assert np.abs(np.quantile(ours, q) - np.quantile(theirs, q)).max() < 0.03 * std
+    assert np.abs(np.quantile(ours, q) - np.quantile(theirs, q)).max() < 0.06 * std
 
 
 EXACT = [
@@ -238,36 +241,78 @@ def test_generator_decides_the_values() -> None:
     assert (drawn(1) != drawn(2)).any()
 
 
+def drawn_with(key, draw, shape, dtype="float32"):
+    """Draw a parameter's values from the stream of a key."""
+    box = nn.Parameter(jnp.zeros(shape, dtype))
+    with nn.rng_scope(key):
+        draw(box)
+    return box.value
+
+
+DRAWS = {
+    "uniform": lambda p: nn.init.uniform_(p),
+    "symmetric": lambda p: nn.init.uniform_(p, -0.3, 0.3),
+    "asymmetric": lambda p: nn.init.uniform_(p, -0.3, 0.7),
+    "normal": lambda p: nn.init.normal_(p, 0.1, 0.02),
+    "truncated": lambda p: nn.init.trunc_normal_(p),
+    "truncated, small": lambda p: nn.init.trunc_normal_(p, std=0.02),
+}
+
+
 @pytest.mark.parametrize("shape", [(3, 5), (4096,), (4097,), (70, 1000), (3, 0), ()])
-def test_flat_draws_start_like_longer_ones(shape: tuple[int, ...]) -> None:
-    # What lets a few compiled sizes serve every shape.
+@pytest.mark.parametrize("draw", DRAWS)
+def test_flat_draws_start_like_longer_ones(draw: str, shape: tuple[int, ...]) -> None:
+    # What lets a parameter be drawn in parts, each where it is.
     key = jax.random.key(3)
-    whole = jax.random.uniform(key, (1 << 17,))
-    size = math.prod(shape)
-    np.testing.assert_array_equal(jax.random.uniform(key, shape).ravel(), whole[:size])
-    np.testing.assert_array_equal(
-        _draw.uniform(key, 0.0, 1.0, shape, jnp.float32).ravel(), whole[:size]
-    )
+    whole = drawn_with(key, DRAWS[draw], (1 << 17,))
+    some = drawn_with(key, DRAWS[draw], shape)
+    np.testing.assert_array_equal(some.ravel(), whole[: math.prod(shape)])
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
-@pytest.mark.parametrize(
-    ("draw", "a", "b"),
-    [(_draw.uniform, -0.3, 0.7), (_draw.normal, 0.1, 0.02), (_draw.truncated_normal, -2.0, 2.0)],
-    ids=["uniform", "normal", "truncated"],
-)
-def test_values_are_the_same_in_compiled_code(draw, a, b, dtype) -> None:
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("shape", [(37, 11), (5, 7, 3, 2), (300, 701), (), (0, 3)])
+@pytest.mark.parametrize("draw", DRAWS)
+def test_values_are_the_same_in_compiled_code(draw: str, shape: tuple, dtype: str) -> None:
     key = jax.random.key(5)
-    eager = draw(key, a, b, (37, 11), dtype)
-    compiled = jax.jit(lambda key: draw(key, a, b, (37, 11), dtype))(key)
-    assert isinstance(eager, np.ndarray)
+    eager = drawn_with(key, DRAWS[draw], shape, dtype)
+    compiled = jax.jit(lambda key: drawn_with(key, DRAWS[draw], shape, dtype))(key)
     assert eager.dtype == compiled.dtype == dtype
-    if draw is _draw.truncated_normal:
-        np.testing.assert_allclose(
-            eager.astype(np.float32), np.asarray(compiled, np.float32), rtol=2e-6
-        )
-    else:
-        np.testing.assert_array_equal(eager, np.asarray(compiled))
+    np.testing.assert_array_equal(eager, compiled)
+
+
+@pytest.mark.parametrize("draw", ["symmetric", "uniform", "asymmetric", "normal"])
+def test_float64_values_are_the_same_in_compiled_code(draw: str) -> None:
+    with jax.enable_x64(True):
+        key = jax.random.key(5)
+        eager = drawn_with(key, DRAWS[draw], (31, 7), "float64")
+        compiled = jax.jit(lambda key: drawn_with(key, DRAWS[draw], (31, 7), "float64"))(key)
+        # One rounding or two where XLA fuses a product with a sum.
+        np.testing.assert_allclose(eager, compiled, rtol=1e-14, atol=1e-16)
+
+
+def test_draws_on_the_host_are_threefry_as_in_jax_random() -> None:
+    key = (123456789, 42)
+    pairs = [threefry.block(key, (0, i)) for i in range(40)]
+    ours = threefry.words(key, 79)
+    np.testing.assert_array_equal(ours, np.array(pairs, np.uint32).reshape(-1)[:79])
+    counters = jnp.stack([jnp.zeros(40, jnp.uint32), jnp.arange(40, dtype=jnp.uint32)])
+    theirs = threefry_2x32(jnp.array(key, jnp.uint32), counters.reshape(-1))
+    np.testing.assert_array_equal(np.array(pairs, np.uint32).T.reshape(-1), theirs)
+
+
+def test_draws_of_several_threads_are_those_of_one() -> None:
+    n = 1 << 18
+    whole = threefry.words((7, 8), n)
+    for at in (0, 1, 12_345, n - 1):
+        assert whole[at] == threefry.block((7, 8), (0, at // 2))[at % 2]
+
+
+def test_a_key_is_the_same_with_and_without_compiled_code() -> None:
+    one, other = nn.Generator(11), nn.Generator(11)
+    for _ in range(3):
+        words = jax.random.key_data(one.next_key())
+        assert tuple(int(w) for w in words) == other.next_words()
+    np.testing.assert_array_equal(one.get_state(), other.get_state())
 
 
 def test_construction_in_compiled_code_gives_the_eager_values() -> None:
@@ -286,21 +331,6 @@ def test_float64_draws_use_all_their_bits() -> None:
         value = np.asarray(nn.init.uniform_(nn.Parameter(jnp.zeros(1000))))
         assert value.dtype == np.float64
         assert (value != value.astype(np.float32)).mean() > 0.9
-
-
-def test_few_sizes_are_compiled_for_many_shapes() -> None:
-    nn.init.uniform_(nn.Parameter(jnp.zeros((2, 2))))
-    before = _draw._flat._cache_size()
-    for n in range(1, 60):
-        nn.init.uniform_(nn.Parameter(jnp.zeros((n, 3))))
-    assert _draw._flat._cache_size() == before
-
-
-def test_parameters_do_not_keep_the_whole_draw_alive() -> None:
-    box = nn.Parameter(jnp.zeros(3))
-    nn.init.uniform_(box)
-    nbytes = sum(x.nbytes for x in jax.live_arrays() if x.shape == (4096,))
-    assert nbytes == 0
 
 
 def test_device_of_a_parameter_is_kept() -> None:
