@@ -194,13 +194,14 @@ def load_own(
                     unexpected.append(key)
 
 
-def _put(box: Box, key: str, value: Any, assign: bool) -> str | None:
+def _put(box: Any, key: str, value: Any, assign: bool) -> str | None:
     """Write one entry into its box; return what is wrong with it, None if nothing is."""
     if is_lazy(value):
         return None if is_lazy(box) else f'"{key}" has no shape in the checkpoint, and has one here'
     if isinstance(value, Box):
         value = value.value
-    if not isinstance(value, (jax.Array, np.ndarray, np.generic, jax.ShapeDtypeStruct)):
+    arrays: Any = (jax.Array, np.ndarray, np.generic, jax.ShapeDtypeStruct)
+    if not isinstance(value, arrays):
         return (
             f'While copying the parameter named "{key}", expected a jax or numpy array but received '
             f"{type(value)}"

@@ -37,8 +37,9 @@ class Uninitialized:
             if place is None and getattr(like, "committed", False):
                 place = like.sharding
             value = from_numpy(host_array(tuple(shape), dtype, np.zeros), place, copy=False)
-        self.__class__ = Parameter if isinstance(self, Parameter) else Buffer
         Box.write(self, value)
+        becomes: Any = Parameter if isinstance(self, Parameter) else Buffer
+        self.__class__ = becomes
         clock.structure = tick()
 
     @property
@@ -170,7 +171,7 @@ def is_lazy(param: Any) -> bool:
     return isinstance(param, Uninitialized)
 
 
-def _refuse(box: Any) -> Any:
+def _refuse(box: Any, _: Any = None) -> Any:
     return box.value  # raises, with the name
 
 

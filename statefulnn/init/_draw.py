@@ -123,7 +123,7 @@ def _compiled(draw: Any, key: Any, numbers: Any, shape: Sequence[int], dtype: An
 
 @functools.partial(jax.jit, static_argnums=2)
 def _normal_of_words(words: Any, numbers: Any, dtype: Any) -> Any:
-    return _traced_normal(words, *numbers, dtype)
+    return _traced_normal(words, *numbers, dtype=dtype)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -480,8 +480,15 @@ def orthogonal_(tensor: Any, gain: float = 1, generator: Generator | None = None
         )
     if 0 in box.value.shape or is_meta(box.value):
         return box
-    rows, columns = box.value.shape[0], math.prod(box.value.shape[1:])
-    wide = jnp.float64 if box.value.dtype == jnp.float64 else jnp.float32
+    q = _orthogonal(generator, box.value.shape[0], math.prod(box.value.shape[1:]), box.value.dtype)
+    xp: Any = np if isinstance(q, np.ndarray) else jnp
+    q = xp.asarray(q * np.asarray(gain, q.dtype))
+    return _write(box, q.reshape(box.value.shape).astype(box.value.dtype))
+
+
+def _orthogonal(generator: Generator | None, rows: int, columns: int, dtype: Any) -> Any:
+    """Draw a matrix with orthonormal rows or columns, uniformly."""
+    wide = jnp.float64 if dtype == jnp.float64 else jnp.float32
     tall = (max(rows, columns), min(rows, columns))
     draw = _draw.normal(generator, 0.0, 1.0, _draw.Like(tall, wide))
     # numpy in eager code, where compiling a factorisation for each shape would take longest.
@@ -489,8 +496,34 @@ def orthogonal_(tensor: Any, gain: float = 1, generator: Generator | None = None
     q, r = xp.linalg.qr(draw)
     # With the signs of R's diagonal moved over, Q is uniform over all orthogonal matrices.
     q = q * xp.where(xp.diagonal(r) < 0, np.asarray(-1, wide), np.asarray(1, wide))
-    q = (q.T if rows < columns else q) * np.asarray(gain, wide)
-    return _write(box, q.reshape(box.value.shape).astype(box.value.dtype))
+    return q.T if rows < columns else q
+
+
+def orthogonal_by_block_(tensor: Any, blocks: int, generator: Generator | None = None) -> Any:
+    """Fill a matrix of several stacked blocks (the gates of a cell) with one orthogonal matrix each.
+
+    Args:
+        tensor: a Parameter ``(blocks · n, m)``.
+        blocks: how many.
+        generator: where to draw from; None for the generator in force.
+
+    Source: Saxe, McClelland and Ganguli 2013.
+
+    Example:
+        >>> import jax.numpy as jnp, statefulnn as nn
+        >>> w = nn.init.orthogonal_by_block_(nn.Parameter(jnp.zeros((6, 3))), 2)
+        >>> bool(jnp.allclose(w[:3] @ w[:3].T, jnp.eye(3), atol=1e-5))
+        True
+    """
+    box = _box(tensor, "orthogonal_by_block_")
+    if 0 in box.value.shape or is_meta(box.value):
+        return box
+    rows, columns = box.value.shape
+    parts = [
+        _orthogonal(generator, rows // blocks, columns, box.value.dtype) for _ in range(blocks)
+    ]
+    xp: Any = np if isinstance(parts[0], np.ndarray) else jnp
+    return _write(box, xp.concatenate(parts).astype(box.value.dtype))
 
 
 def sparse_(
