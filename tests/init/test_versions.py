@@ -1,4 +1,4 @@
-"""Versions of the initial values: which is in force, what a module remembers, and each rule by its variance."""
+"""Versions of the initial values: which is in force, what modules remember, each rule by its variance."""
 
 from __future__ import annotations
 
