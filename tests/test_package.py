@@ -23,11 +23,13 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 ALLOWED = {
     "core": set(),
     "transforms": {"core"},
+    "attention": {"core", "functional"},
     "functional": {"core"},
     "init": {"core"},
     "modules": {"core", "functional", "init"},
-    "utils": {"core", "modules"},  # torch has the same helper under both names
+    "utils": {"core", "functional", "init", "modules", "transforms"},
     "optimizer": {"core", "transforms"},
+    "parameter": {"core"},
 }
 # Imports upwards that are there for a reason, inside a function.
 EXCEPTIONS = {("statefulnn/core/module.py", "statefulnn.transforms.jit.jit")}  # Module.compile

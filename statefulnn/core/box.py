@@ -438,10 +438,10 @@ def _add_operators() -> None:
     # forms write the box, which stays the same box.
 
     def binary(op):
-        return lambda self, other: op(self.value, unwrap(other))
+        return lambda self, other: op(self.__jax_array__(), unwrap(other))
 
     def reflected(op):
-        return lambda self, other: op(unwrap(other), self.value)
+        return lambda self, other: op(unwrap(other), self.__jax_array__())
 
     def in_place(op):
         def method(self, other):

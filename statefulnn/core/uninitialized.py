@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from statefulnn.core.box import Box, Buffer, Parameter, from_numpy, host_array
+from statefulnn.core.compat import Tracer
 from statefulnn.core.errors import UninitializedParameterError, explain
 from statefulnn.core.placement import is_meta, place_in_force, placed, resolve_device, supported
 from statefulnn.core.scope import clock, tick
@@ -34,7 +35,7 @@ class Uninitialized:
         if (place is None and is_meta(like)) or place == "meta":
             value = jax.ShapeDtypeStruct(tuple(shape), dtype)
         else:
-            if place is None and getattr(like, "committed", False):
+            if place is None and not isinstance(like, Tracer) and getattr(like, "committed", False):
                 place = like.sharding
             value = from_numpy(host_array(tuple(shape), dtype, np.zeros), place, copy=False)
         Box.write(self, value)

@@ -1,5 +1,16 @@
 """Initial values of parameters, under the names of ``torch.nn.init``."""
 
+from statefulnn.init._deprecated import constant as constant
+from statefulnn.init._deprecated import dirac as dirac
+from statefulnn.init._deprecated import eye as eye
+from statefulnn.init._deprecated import kaiming_normal as kaiming_normal
+from statefulnn.init._deprecated import kaiming_uniform as kaiming_uniform
+from statefulnn.init._deprecated import normal as normal
+from statefulnn.init._deprecated import orthogonal as orthogonal
+from statefulnn.init._deprecated import sparse as sparse
+from statefulnn.init._deprecated import uniform as uniform
+from statefulnn.init._deprecated import xavier_normal as xavier_normal
+from statefulnn.init._deprecated import xavier_uniform as xavier_uniform
 from statefulnn.init._initializers import calculate_gain as calculate_gain
 from statefulnn.init._initializers import constant_ as constant_
 from statefulnn.init._initializers import dirac_ as dirac_

@@ -46,7 +46,7 @@ def _write(box: Any, values: Any) -> Any:
     if is_meta(old):
         return box
     if isinstance(values, np.ndarray):
-        placed = getattr(old, "committed", False) and not isinstance(old, Tracer)
+        placed = not isinstance(old, Tracer) and getattr(old, "committed", False)
         values = from_numpy(
             values.astype(old.dtype, copy=False), old.sharding if placed else None, copy=False
         )

@@ -19,6 +19,7 @@ import numpy as np
 from statefulnn.core.compat import EAGER, current_trace
 from statefulnn.core.freeze import Freezer
 from statefulnn.core.generator import current_generator, streams
+from statefulnn.core.placement import is_meta, no_numbers
 from statefulnn.core.plan import Plan, build_plan, count_changes
 from statefulnn.core.pytree import flatten_collecting
 from statefulnn.core.scope import ModuleBase
@@ -144,7 +145,13 @@ class JitFunction:
         leaves = plan.cached_leaves
         if leaves is None:
             leaves = plan.leaves()
-        out, written = compiled(leaves, dynamic)
+        try:
+            out, written = compiled(leaves, dynamic)
+        except TypeError:
+            for box, leaf in zip(plan.boxes, leaves, strict=True):
+                if is_meta(leaf):
+                    raise no_numbers(box.label()) from None
+            raise
         if written is None:
             return out
         number, values = written.popitem()

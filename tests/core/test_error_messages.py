@@ -179,6 +179,18 @@ CASES = {
         ["weight", "Forgot"],
         [r"super\(\)\.__init__\(\)"],
     ),
+    "lazy": (
+        nn.UninitializedParameterError,
+        lambda: nn.jit(nn.LazyLinear(3))(jnp.ones((1, 2))),
+        ["weight"],
+        [r"nn\.materialize"],
+    ),
+    "meta": (
+        nn.UninitializedParameterError,
+        lambda: nn.Linear(2, 3, device="meta")(jnp.ones((1, 2))),
+        ["weight", "meta"],
+        [r"nn\.materialize"],
+    ),
     "no key": (nn.MissingRngError, missing_rng, ["random|drew"], ["rng="]),
     "draw under raw vmap": (
         nn.MissingRngError,
@@ -267,6 +279,7 @@ BUILTIN = {
     nn.StructureChangeError: [RuntimeError],
     nn.RegistrationError: [TypeError],
     nn.UninitializedModuleError: [AttributeError],
+    nn.UninitializedParameterError: [RuntimeError, ValueError],
     nn.MissingRngError: [RuntimeError],
     nn.UnknownNameError: [KeyError],
     nn.ShapeError: [RuntimeError, ValueError],

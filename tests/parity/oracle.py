@@ -91,6 +91,8 @@ def to_torch(value: Any, dtype: str = "float32") -> Any:
     """Return numpy arrays as tensors, floating ones of the dtype."""
     if isinstance(value, (tuple, list)):
         return type(value)(to_torch(v, dtype) for v in value)
+    if isinstance(value, dict):
+        return {k: to_torch(v, dtype) for k, v in value.items()}
     if isinstance(value, np.ndarray):
         tensor = torch.as_tensor(value.copy())
         return tensor.to(getattr(torch, dtype)) if tensor.is_floating_point() else tensor
@@ -101,6 +103,8 @@ def to_jax(value: Any, dtype: str = "float32") -> Any:
     """Return numpy arrays as JAX arrays, floating ones of the dtype."""
     if isinstance(value, (tuple, list)):
         return type(value)(to_jax(v, dtype) for v in value)
+    if isinstance(value, dict):
+        return {k: to_jax(v, dtype) for k, v in value.items()}
     if isinstance(value, np.ndarray):
         if np.issubdtype(value.dtype, np.floating):
             return jnp.asarray(value, dtype)

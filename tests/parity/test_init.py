@@ -340,3 +340,14 @@ def test_device_of_a_parameter_is_kept() -> None:
     assert layer.weight.value.devices() == {device}
     layer.reset_parameters()
     assert layer.weight.value.committed
+
+
+@pytest.mark.parametrize("name", ["uniform", "normal", "eye", "xavier_uniform", "kaiming_normal"])
+def test_a_deprecated_name_warns_as_torchs_and_does_the_same(name: str) -> None:
+    theirs, ours = torch.zeros(4, 3), nn.Parameter(jnp.zeros((4, 3)))
+    with pytest.warns(FutureWarning) as wanted:
+        getattr(torch.nn.init, name)(theirs)
+    with pytest.warns(FutureWarning) as given:
+        assert getattr(nn.init, name)(ours) is ours
+    assert str(given[0].message) == str(wanted[0].message)
+    assert (np.asarray(ours) != 0).any()

@@ -1,0 +1,253 @@
+"""Models without numbers: shapes first, values later and where they belong."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from statefulnn.core.box import Box, from_numpy, host_array
+from statefulnn.core.compat import EAGER, current_trace
+from statefulnn.core.errors import TraceLeakError, UninitializedParameterError, explain
+from statefulnn.core.generator import rng_scope
+from statefulnn.core.module import Module
+from statefulnn.core.placement import META, elsewhere, is_meta, resolve_device
+from statefulnn.core.placement import device as device_type
+from statefulnn.modules.lazy import LazyModuleMixin
+
+
+def skip_init(module_cls: type, *args: Any, **kwargs: Any) -> Module:
+    """Build a module without drawing initial values: its parameters are zeros.
+
+    Args:
+        module_cls: a class of modules that takes `device`.
+        args: its arguments.
+        kwargs: its keyword arguments; `device` says where the parameters are put.
+
+    Raises:
+        RuntimeError: if `module_cls` is no class of modules or takes no `device`.
+
+    Source: ``torch.nn.utils.skip_init``.
+
+    Example:
+        >>> import statefulnn as nn
+        >>> float(abs(nn.utils.skip_init(nn.Linear, 100, 100).weight.value).max())
+        0.0
+    """
+    import inspect
+
+    if not (isinstance(module_cls, type) and issubclass(module_cls, Module)):
+        raise RuntimeError(
+            explain(
+                f"nn.utils.skip_init was given {module_cls!r}",
+                f"Expected a Module; got {module_cls}",
+                "nn.utils.skip_init(nn.Linear, 3, 4)",
+            )
+        )
+    if "device" not in inspect.signature(module_cls).parameters:
+        raise RuntimeError(
+            explain(
+                f"nn.utils.skip_init was given {module_cls.__name__}",
+                "Module must support a 'device' arg to skip initialization",
+                'with nn.device("meta"): ... and module.to_empty(device="cpu")',
+            )
+        )
+    final = kwargs.pop("device", None)
+    return module_cls(*args, device=META, **kwargs).to_empty(device=final)
+
+
+def materialize(
+    module: Module,
+    *inputs: Any,
+    device: Any = None,
+    **kwargs: Any,
+) -> Module:
+    """Give lazy parameters their shapes, and parameters on the meta device their initial values.
+
+    Shapes come from `inputs` by ``jax.eval_shape``: nothing is computed. Values are drawn where they are
+    to be, one parameter after the other: with a ``jax.sharding.Sharding`` each device draws its part,
+    and the model is never whole on the host. They are what the layers' ``reset_parameters`` draw, the
+    children's before their parent's.
+
+    Args:
+        module: the model; it is changed in place.
+        inputs: what it will be called with, arrays or ``jax.ShapeDtypeStruct``; not needed without
+            lazy layers.
+        device: where parameters on the meta device are put: a device, a ``jax.sharding.Sharding``, a
+            platform's name, or a function ``(name, struct)`` that returns one of these.
+        kwargs: keyword arguments it will be called with.
+
+    Returns:
+        The module.
+
+    Raises:
+        UninitializedParameterError: if a lazy layer is not reached by the call, or if a module with
+            parameters on the meta device has no ``reset_parameters``. Nothing is changed then.
+
+    Example:
+        >>> import jax.numpy as jnp, statefulnn as nn
+        >>> with nn.device("meta"):
+        ...     model = nn.Sequential(nn.LazyLinear(8), nn.ReLU(), nn.LazyLinear(2))
+        >>> nn.materialize(model, jnp.ones((1, 5)))
+        Sequential(
+          (0): Linear(in_features=5, out_features=8, bias=True)
+          (1): ReLU()
+          (2): Linear(in_features=8, out_features=2, bias=True)
+        )
+    """
+    if current_trace() is not EAGER:
+        raise TraceLeakError(
+            explain(
+                f"materialized {type(module).__name__} inside a JAX transformation",
+                "the module would keep traced values",
+                "call nn.materialize before, outside jax.jit",
+            )
+        )
+    boxes = {id(b): b for m in module.modules() for b in _own(m).values()}
+    before = [(box, type(box), box._value) for box in boxes.values()]
+    classes = [(m, type(m), dict(m.__dict__)) for m in module.modules()]
+    try:
+        _infer_shapes(module, inputs, kwargs)
+        _draw_values(module, device)
+    except BaseException:
+        for box, cls, value in before:
+            if box._value is not value:
+                box.__class__ = cls
+                Box.write(box, value)
+        for m, cls, attributes in classes:
+            if type(m) is not cls:
+                object.__setattr__(m, "__class__", cls)
+            for name, value in attributes.items():
+                if isinstance(value, (int, type(None))) and m.__dict__.get(name) != value:
+                    setattr(m, name, value)
+            m._cell.touch()
+        raise
+    return module
+
+
+def _own(module: Module) -> dict[str, Box]:
+    both = (*module._parameters.items(), *module._buffers.items())
+    return {name: box for name, box in both if box is not None}
+
+
+# --------------------------------------------------------------------------------------------------
+# Shapes
+
+
+def _infer_shapes(module: Module, inputs: tuple, kwargs: dict[str, Any]) -> None:
+    lazy = {n: m for n, m in module.named_modules() if isinstance(m, LazyModuleMixin)}
+    if not lazy:
+        return
+    seen: dict[str, tuple[tuple, dict]] = {}
+
+    def forward(inputs: tuple, kwargs: dict) -> None:
+        clone = copy.deepcopy(module)  # built in the trace, so it may be written there
+        for _, m in clone.named_modules():
+            for box in _own(m).values():
+                if is_meta(box._value):
+                    box._value = jnp.zeros(box._value.shape, box._value.dtype)
+        for name in lazy:
+            _note_inputs(clone.get_submodule(name), name, seen)
+        with rng_scope(jax.random.key(0)), elsewhere():
+            clone(*inputs, **kwargs)
+
+    jax.eval_shape(forward, inputs, kwargs)
+    for name in lazy:
+        if name not in seen:
+            raise UninitializedParameterError(
+                explain(
+                    f"nn.materialize did not reach the lazy layer {name!r}",
+                    "forward did not call it with these inputs, so its sizes are not known",
+                    "inputs that make forward call it, or an ordinary layer in its place",
+                )
+            )
+    for name, (args, keywords) in seen.items():
+        lazy[name]._infer_parameters(args, keywords)
+
+
+def _note_inputs(module: Any, name: str, seen: dict) -> None:
+    infer = module._infer_parameters
+
+    def noting(args: tuple, kwargs: dict) -> None:
+        seen.setdefault(name, jax.tree.map(_struct, (args, kwargs)))
+        infer(args, kwargs)
+
+    # An attribute of the instance hides the method, on this clone only.
+    object.__setattr__(module, "_infer_parameters", noting)
+
+
+def _struct(x: Any) -> Any:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype) if isinstance(x, jax.Array) else x
+
+
+# --------------------------------------------------------------------------------------------------
+# Values
+
+
+def _draw_values(module: Module, device: Any) -> None:
+    missing = {id(b) for m in module.modules() for b in _own(m).values() if is_meta(b._value)}
+    if not missing:
+        return
+    order: list[tuple[str, Module]] = []  # children first, as `apply` goes
+    seen: set[int] = set()
+
+    def visit(name: str, m: Module) -> bool:
+        seen.add(id(m))
+        below = [
+            visit(f"{name}.{k}" if name else k, child)
+            for k, child in m._modules.items()
+            if child is not None and id(child) not in seen
+        ]
+        needed = any(below) or any(id(b) in missing for b in _own(m).values())
+        if needed:
+            order.append((name, m))
+        return needed
+
+    visit("", module)
+    for name, m in order:
+        if _reset_of(m) is None and any(id(b) in missing for b in _own(m).values()):
+            raise UninitializedParameterError(
+                explain(
+                    f"nn.materialize met {name or type(m).__name__!r} with parameters on the meta device",
+                    f"{type(m).__name__} has no reset_parameters, so nobody says what their values are",
+                    "define reset_parameters(self) with nn.init functions; or module.to_empty("
+                    "device=...) and load_state_dict",
+                )
+            )
+    kept = [
+        (box, box._value) for _, m in order for box in _own(m).values() if id(box) not in missing
+    ]
+    for name, m in order:
+        for key, box in _own(m).items():
+            if is_meta(box._value):
+                _allocate(box, f"{name}.{key}" if name else key, device)
+        reset = _reset_of(m)
+        if reset is not None:
+            reset()
+    for box, value in kept:  # what had values keeps them
+        if box._value is not value:
+            Box.write(box, value)
+
+
+def _reset_of(module: Any) -> Callable | None:
+    for name in ("reset_parameters", "_reset_parameters"):
+        if callable(getattr(module, name, None)):
+            return getattr(module, name)
+    return None
+
+
+def _allocate(box: Box, name: str, device: Any) -> None:
+    struct = box._value
+    place = (
+        device(name, struct) if callable(device) and not isinstance(device, device_type) else device
+    )
+    place = resolve_device(place)
+    if isinstance(place, jax.sharding.Sharding):
+        value = jnp.zeros(struct.shape, struct.dtype, device=place)
+    else:
+        value = from_numpy(host_array(struct.shape, struct.dtype, np.zeros), place, copy=False)
+    Box.write(box, value)
