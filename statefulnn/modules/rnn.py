@@ -1,0 +1,720 @@
+"""Recurrent layers over sequences, and the cells that take one step."""
+
+from __future__ import annotations
+
+import numbers
+import warnings
+from typing import Any
+
+import numpy as np
+
+from statefulnn import init
+from statefulnn.core.box import Parameter, unwrap
+from statefulnn.core.errors import explain
+from statefulnn.core.generator import next_key
+from statefulnn.core.module import Module
+from statefulnn.functional._checks import array, require_rank
+from statefulnn.functional.packed import (
+    PackedSequence,
+    packed_data,
+    padded_data,
+    permuted,
+    places,
+)
+from statefulnn.functional.recurrent import KINDS, recurrent, recurrent_cell
+from statefulnn.modules._empty import parameter
+
+_ROLES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")
+
+
+def _kind(mode: str) -> str:
+    return mode.partition("_")[0].lower()
+
+
+class RNNBase(Module):
+    """Base of `RNN`, `LSTM` and `GRU`: their parameters and how sequences are run through them.
+
+    Args:
+        mode: "RNN_TANH", "RNN_RELU", "LSTM" or "GRU".
+        input_size: the features of an input.
+        hidden_size: the features of a state.
+        num_layers: how many layers are stacked, each fed with what the one below gives.
+        bias: whether there are biases.
+        batch_first: whether the batch is the first axis of input and output (not of states).
+        dropout: the probability that an element is dropped between two layers in training.
+        bidirectional: whether a second direction runs from the end to the start.
+        proj_size: the size to which an LSTM's hidden state is projected; 0 for no projection.
+        device: where the parameters are put.
+        dtype: their dtype.
+
+    Raises:
+        ValueError: for sizes or a dropout out of range.
+        TypeError: for sizes that are no integers, or flags that are no bools.
+
+    Source: ``torch.nn.RNNBase``.
+
+    Example:
+        >>> import statefulnn as nn
+        >>> [name for name, _ in nn.RNNBase("GRU", 3, 4).named_parameters()]
+        ['weight_ih_l0', 'weight_hh_l0', 'bias_ih_l0', 'bias_hh_l0']
+    """
+
+    def __init__(
+        self,
+        mode: str,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        proj_size: int = 0,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        _check_options(
+            type(self).__name__,
+            mode,
+            input_size,
+            hidden_size,
+            num_layers,
+            bias,
+            batch_first,
+            dropout,
+            proj_size,
+        )
+        self.mode = mode
+        self.input_size = input_size
+        self.hidden_size = hidden_size
+        self.num_layers = num_layers
+        self.bias = bias
+        self.batch_first = batch_first
+        self.dropout = float(dropout)
+        self.bidirectional = bidirectional
+        self.proj_size = proj_size
+
+        gates = KINDS[mode].gates * hidden_size
+        out = proj_size or hidden_size
+        directions = ("", "_reverse") if bidirectional else ("",)
+        names = []
+        for layer in range(num_layers):
+            features = out * len(directions) if layer else input_size
+            shapes = {"weight_ih": (gates, features), "weight_hh": (gates, out)}
+            if bias:
+                shapes |= {"bias_ih": (gates,), "bias_hh": (gates,)}
+            if proj_size:
+                shapes["weight_hr"] = (proj_size, hidden_size)
+            for direction in directions:
+                for role, shape in shapes.items():
+                    name = f"{role}_l{layer}{direction}"
+                    self.register_parameter(name, parameter(shape, device, dtype))
+                names.append(tuple(f"{role}_l{layer}{direction}" for role in shapes))
+        self._all_weights = tuple(names)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw new initial values."""
+        init.rules(self).recurrent(_kind(self.mode), self.hidden_size, _present(self))
+
+    @property
+    def all_weights(self) -> list[list[Parameter]]:
+        """The parameters, one list for each layer and direction."""
+        return [[getattr(self, name) for name in names] for names in self._all_weights]
+
+    @property
+    def _flat_weights_names(self) -> list[str]:
+        return [name for names in self._all_weights for name in names]
+
+    @property
+    def _flat_weights(self) -> list[Parameter]:
+        return [getattr(self, name) for name in self._flat_weights_names]
+
+    def flatten_parameters(self) -> None:
+        """Do nothing: there is no memory to arrange."""
+
+    def _layers(self) -> list[dict[str, Any]]:
+        layers = []
+        for names in self._all_weights:
+            layer = dict.fromkeys(_ROLES)
+            for name in names:
+                layer[name.partition("_l")[0]] = unwrap(getattr(self, name))
+            layers.append(layer)
+        return layers
+
+    def _run(self, input: Any, hx: Any) -> tuple[Any, Any]:
+        packed = isinstance(input, PackedSequence)
+        # Drawn even for a single layer only if there is something to drop.
+        drops = self.training and self.dropout > 0 and self.num_layers > 1
+        options = {
+            "bidirectional": self.bidirectional,
+            "dropout": self.dropout,
+            "rng": next_key() if drops else None,
+        }
+        if not packed:
+            return recurrent(
+                self.mode, input, hx, self._layers(), batch_first=self.batch_first, **options
+            )
+        data, sizes, indices, inverse = input
+        data = array(data, "input.data", type(self).__name__)
+        require_rank(data, (2,), "input.data", type(self).__name__, "(sum of lengths, features)")
+        out, state = recurrent(
+            self.mode,
+            padded_data(data, sizes),
+            permuted(_arrays(hx), indices),
+            self._layers(),
+            mask=places(sizes).mask,
+            **options,
+        )
+        out = PackedSequence(packed_data(out, sizes), sizes, indices, inverse)
+        return out, permuted(state, inverse)
+
+    def extra_repr(self) -> str:
+        parts = [f"{self.input_size}, {self.hidden_size}"]
+        for name, default in (
+            ("proj_size", 0),
+            ("num_layers", 1),
+            ("bias", True),
+            ("batch_first", False),
+            ("dropout", 0),
+            ("bidirectional", False),
+        ):
+            value = getattr(self, name)
+            if value != default:
+                parts.append(f"{name}={value}")
+        return ", ".join(parts)
+
+
+def _arrays(hx: Any) -> Any:
+    return tuple(map(unwrap, hx)) if isinstance(hx, (tuple, list)) else unwrap(hx)
+
+
+def _present(module: Module) -> dict[str, Parameter]:
+    return {name: p for name, p in module._parameters.items() if p is not None}
+
+
+def _check_options(
+    name: str,
+    mode: str,
+    input_size: Any,
+    hidden_size: Any,
+    num_layers: Any,
+    bias: Any,
+    batch_first: Any,
+    dropout: Any,
+    proj_size: Any,
+) -> None:
+    made = f"made nn.{name} with "
+    if mode not in KINDS:
+        raise ValueError(
+            explain(f"{made}mode={mode!r}", f"the modes are {', '.join(KINDS)}", 'mode="LSTM"')
+        )
+    if (
+        not isinstance(dropout, numbers.Number)
+        or isinstance(dropout, (bool, complex))
+        or not 0 <= dropout <= 1  # pyright: ignore[reportOperatorIssue]
+    ):
+        raise ValueError(
+            explain(
+                f"{made}dropout={dropout!r}",
+                "dropout is the probability that an element is dropped: a number in range [0, 1]",
+                "dropout=0.1",
+            )
+        )
+    for which, flag in (("bias", bias), ("batch_first", batch_first)):
+        if not isinstance(flag, bool):
+            raise TypeError(
+                explain(
+                    f"{made}{which}={flag!r}",
+                    f"{which} should be of type bool, got: {type(flag).__name__}",
+                    f"{which}=True, or {which}=False",
+                )
+            )
+    for which, size in (("input_size", input_size), ("hidden_size", hidden_size)):
+        if not isinstance(size, (int, np.integer)):
+            raise TypeError(
+                explain(
+                    f"{made}{which}={size!r}",
+                    f"{which} should be of type int, got: {type(size).__name__}",
+                    f"{which}=128",
+                )
+            )
+    for which, size in (
+        ("input_size", input_size),
+        ("hidden_size", hidden_size),
+        ("num_layers", num_layers),
+    ):
+        if size <= 0:
+            raise ValueError(
+                explain(f"{made}{which}={size}", f"{which} must be greater than zero", f"{which}=1")
+            )
+    if proj_size and mode != "LSTM":
+        raise ValueError(
+            explain(
+                f"{made}proj_size={proj_size}",
+                "proj_size argument is only supported for LSTM, not RNN or GRU",
+                f"nn.LSTM, or nn.Linear({hidden_size}, {proj_size}) after the layer",
+            )
+        )
+    if not 0 <= proj_size < hidden_size:
+        raise ValueError(
+            explain(
+                f"{made}proj_size={proj_size} and hidden_size={hidden_size}",
+                "proj_size has to be smaller than hidden_size, and 0 or more",
+                "proj_size=0 for no projection",
+            )
+        )
+    if dropout and num_layers == 1:
+        warnings.warn(
+            explain(
+                f"{made}dropout={dropout} and num_layers=1",
+                "dropout is applied between layers, after all but the last",
+                f"num_layers=2, or nn.Dropout({dropout}) after the layer",
+            ),
+            UserWarning,
+            stacklevel=4,
+        )
+
+
+def _mode_of(nonlinearity: str, name: str) -> str:
+    if nonlinearity not in ("tanh", "relu"):
+        raise ValueError(
+            explain(
+                f"made nn.{name} with nonlinearity={nonlinearity!r}",
+                "unknown nonlinearity",
+                "nonlinearity='tanh', or nonlinearity='relu'",
+            )
+        )
+    return f"RNN_{nonlinearity.upper()}"
+
+
+class RNN(RNNBase):
+    """Run sequences through Elman's network: ``h' = tanh(W_ih x + b_ih + W_hh h + b_hh)``.
+
+    Args:
+        input_size: F, the features of an input.
+        hidden_size: H, the features of a state.
+        num_layers: how many layers are stacked, each fed with what the one below gives.
+        nonlinearity: "tanh" or "relu".
+        bias: whether there are biases.
+        batch_first: whether the batch is the first axis of input and output (not of states).
+        dropout: the probability that an element is dropped between two layers in training.
+        bidirectional: whether a second direction runs from the end to the start; D is then 2, else 1.
+        device: where the parameters are put.
+        dtype: their dtype.
+        proj_size: for `LSTM` only; anything but 0 is refused.
+
+    Shape:
+        - input: ``(T, N, F)``, ``(N, T, F)`` with `batch_first`, ``(T, F)``, or a PackedSequence.
+        - hx: ``(D num_layers, N, H)``, ``(D num_layers, H)`` for an input without batch; zeros if left
+          out.
+        - outputs: the outputs of the last layer, as the input with ``D H`` features; and the last states,
+          as `hx`.
+
+    Attributes:
+        weight_ih_l0: ``(H, F)``, from U(±1/√H); in layers above ``(H, D H)``; ``_reverse`` is added to
+            the name for the second direction.
+        weight_hh_l0: ``(H, H)``, likewise.
+        bias_ih_l0: ``(H,)``, likewise, unless `bias` is False.
+        bias_hh_l0: ``(H,)``, likewise, unless `bias` is False.
+
+    Source: Elman 1990.
+
+    Example:
+        >>> import jax.numpy as jnp, statefulnn as nn
+        >>> out, last = nn.RNN(3, 4, num_layers=2)(jnp.ones((5, 2, 3)))
+        >>> out.shape, last.shape
+        ((5, 2, 4), (2, 2, 4))
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        nonlinearity: str = "tanh",
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        proj_size: int = 0,
+    ) -> None:
+        super().__init__(
+            _mode_of(nonlinearity, "RNN"),
+            input_size,
+            hidden_size,
+            num_layers,
+            bias,
+            batch_first,
+            dropout,
+            bidirectional,
+            proj_size,
+            device,
+            dtype,
+        )
+        self.nonlinearity = nonlinearity
+
+    def forward(self, input: Any, hx: Any = None) -> tuple[Any, Any]:
+        return self._run(input, hx)
+
+
+class LSTM(RNNBase):
+    """Run sequences through a network of long short-term memory.
+
+    ``i, f, o = σ(...)``, ``g = tanh(...)`` of ``W_ih x + b_ih + W_hh h + b_hh``, in the order i, f, g, o;
+    ``c' = f c + i g``; ``h' = o tanh(c')``, with a projection ``W_hr h'``.
+
+    Args:
+        input_size: F, the features of an input.
+        hidden_size: H, the features of a cell state.
+        num_layers: how many layers are stacked, each fed with what the one below gives.
+        bias: whether there are biases.
+        batch_first: whether the batch is the first axis of input and output (not of states).
+        dropout: the probability that an element is dropped between two layers in training.
+        bidirectional: whether a second direction runs from the end to the start; D is then 2, else 1.
+        proj_size: P, the size to which the hidden state is projected; 0 for no projection, then P is H.
+        device: where the parameters are put.
+        dtype: their dtype.
+
+    Shape:
+        - input: ``(T, N, F)``, ``(N, T, F)`` with `batch_first`, ``(T, F)``, or a PackedSequence.
+        - hx: the hidden state ``(D num_layers, N, P)`` and the cell state ``(D num_layers, N, H)``, both
+          without N for an input without batch; zeros if left out.
+        - outputs: the outputs of the last layer, as the input with ``D P`` features; and the last states,
+          as `hx`.
+
+    Attributes:
+        weight_ih_l0: ``(4 H, F)``, from U(±1/√H); in layers above ``(4 H, D P)``; ``_reverse`` is added
+            to the name for the second direction.
+        weight_hh_l0: ``(4 H, P)``, likewise.
+        bias_ih_l0: ``(4 H,)``, likewise, unless `bias` is False.
+        bias_hh_l0: ``(4 H,)``, likewise, unless `bias` is False.
+        weight_hr_l0: ``(P, H)``, likewise, if there is a projection.
+
+    Source: Hochreiter and Schmidhuber 1997; Gers et al. 2000; projections: Sak et al. 2014.
+
+    Example:
+        >>> import jax.numpy as jnp, statefulnn as nn
+        >>> out, (h, c) = nn.LSTM(3, 4, bidirectional=True, proj_size=2)(jnp.ones((5, 2, 3)))
+        >>> out.shape, h.shape, c.shape
+        ((5, 2, 4), (2, 2, 2), (2, 2, 4))
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        proj_size: int = 0,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__(
+            "LSTM",
+            input_size,
+            hidden_size,
+            num_layers,
+            bias,
+            batch_first,
+            dropout,
+            bidirectional,
+            proj_size,
+            device,
+            dtype,
+        )
+
+    def forward(self, input: Any, hx: Any = None) -> tuple[Any, Any]:
+        return self._run(input, hx)
+
+
+class GRU(RNNBase):
+    """Run sequences through a network of gated recurrent units.
+
+    ``r, z = σ(W_ih x + b_ih + W_hh h + b_hh)``, ``n = tanh(W_in x + b_in + r (W_hn h + b_hn))``,
+    ``h' = (1 - z) n + z h``; the order of the gates is r, z, n.
+
+    Args:
+        input_size: F, the features of an input.
+        hidden_size: H, the features of a state.
+        num_layers: how many layers are stacked, each fed with what the one below gives.
+        bias: whether there are biases.
+        batch_first: whether the batch is the first axis of input and output (not of states).
+        dropout: the probability that an element is dropped between two layers in training.
+        bidirectional: whether a second direction runs from the end to the start; D is then 2, else 1.
+        device: where the parameters are put.
+        dtype: their dtype.
+        proj_size: for `LSTM` only; anything but 0 is refused.
+
+    Shape:
+        - input: ``(T, N, F)``, ``(N, T, F)`` with `batch_first`, ``(T, F)``, or a PackedSequence.
+        - hx: ``(D num_layers, N, H)``, ``(D num_layers, H)`` for an input without batch; zeros if left
+          out.
+        - outputs: the outputs of the last layer, as the input with ``D H`` features; and the last states,
+          as `hx`.
+
+    Attributes:
+        weight_ih_l0: ``(3 H, F)``, from U(±1/√H); in layers above ``(3 H, D H)``; ``_reverse`` is added
+            to the name for the second direction.
+        weight_hh_l0: ``(3 H, H)``, likewise.
+        bias_ih_l0: ``(3 H,)``, likewise, unless `bias` is False.
+        bias_hh_l0: ``(3 H,)``, likewise, unless `bias` is False.
+
+    Source: Cho et al. 2014, in the variant that applies r after the product (as cuDNN).
+
+    Example:
+        >>> import jax.numpy as jnp, statefulnn as nn
+        >>> out, last = nn.GRU(3, 4, batch_first=True)(jnp.ones((2, 5, 3)))
+        >>> out.shape, last.shape
+        ((2, 5, 4), (1, 2, 4))
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        proj_size: int = 0,
+    ) -> None:
+        super().__init__(
+            "GRU",
+            input_size,
+            hidden_size,
+            num_layers,
+            bias,
+            batch_first,
+            dropout,
+            bidirectional,
+            proj_size,
+            device,
+            dtype,
+        )
+
+    def forward(self, input: Any, hx: Any = None) -> tuple[Any, Any]:
+        return self._run(input, hx)
+
+
+class RNNCellBase(Module):
+    """Base of `RNNCell`, `LSTMCell` and `GRUCell`: their parameters.
+
+    Args:
+        input_size: the features of an input.
+        hidden_size: the features of a state.
+        bias: whether there are biases.
+        num_chunks: the number of gates.
+        device: where the parameters are put.
+        dtype: their dtype.
+
+    Source: ``torch.nn.RNNCellBase``.
+
+    Example:
+        >>> import statefulnn as nn
+        >>> nn.RNNCellBase(3, 4, True, num_chunks=3).weight_ih.shape
+        (12, 3)
+    """
+
+    mode = "RNN_TANH"
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool,
+        num_chunks: int,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        self.input_size = input_size
+        self.hidden_size = hidden_size
+        self.bias = bias
+        gates = num_chunks * hidden_size
+        self.weight_ih = parameter((gates, input_size), device, dtype)
+        self.weight_hh = parameter((gates, hidden_size), device, dtype)
+        if bias:
+            self.bias_ih = parameter(gates, device, dtype)
+            self.bias_hh = parameter(gates, device, dtype)
+        else:
+            self.register_parameter("bias_ih", None)
+            self.register_parameter("bias_hh", None)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw new initial values."""
+        init.rules(self).recurrent(_kind(self.mode), self.hidden_size, _present(self))
+
+    def _step(self, mode: str, input: Any, hx: Any) -> Any:
+        return recurrent_cell(
+            mode, input, hx, self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh
+        )
+
+    def extra_repr(self) -> str:
+        text = f"{self.input_size}, {self.hidden_size}"
+        return text if self.bias is True else f"{text}, bias={self.bias}"
+
+
+class RNNCell(RNNCellBase):
+    """Take one step of Elman's network: ``h' = tanh(W_ih x + b_ih + W_hh h + b_hh)``.
+
+    Args:
+        input_size: F, the features of an input.
+        hidden_size: H, the features of a state.
+        bias: whether there are biases.
+        nonlinearity: "tanh" or "relu".
+        device: where the parameters are put.
+        dtype: their dtype.
+
+    Shape:
+        - input: ``(N, F)`` or ``(F,)``.
+        - hx: ``(N, H)`` or ``(H,)``; zeros if left out. Output: the same.
+
+    Attributes:
+        weight_ih: ``(H, F)``, from U(±1/√H).
+        weight_hh: ``(H, H)``, likewise.
+        bias_ih: ``(H,)``, likewise, or None.
+        bias_hh: ``(H,)``, likewise, or None.
+
+    Source: Elman 1990.
+
+    Example:
+        >>> import jax.numpy as jnp, statefulnn as nn
+        >>> nn.RNNCell(3, 4)(jnp.ones((2, 3))).shape
+        (2, 4)
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        nonlinearity: str = "tanh",
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__(input_size, hidden_size, bias, 1, device, dtype)
+        self.nonlinearity = nonlinearity
+
+    def forward(self, input: Any, hx: Any = None) -> Any:
+        if self.nonlinearity not in ("tanh", "relu"):
+            raise RuntimeError(
+                explain(
+                    f"called nn.RNNCell with nonlinearity={self.nonlinearity!r}",
+                    "unknown nonlinearity",
+                    "nonlinearity='tanh', or nonlinearity='relu'",
+                )
+            )
+        return self._step(f"RNN_{self.nonlinearity.upper()}", input, hx)
+
+    def extra_repr(self) -> str:
+        text = super().extra_repr()
+        return text if self.nonlinearity == "tanh" else f"{text}, nonlinearity={self.nonlinearity}"
+
+
+class LSTMCell(RNNCellBase):
+    """Take one step of long short-term memory.
+
+    ``i, f, o = σ(...)``, ``g = tanh(...)`` of ``W_ih x + b_ih + W_hh h + b_hh``, in the order i, f, g, o;
+    ``c' = f c + i g``; ``h' = o tanh(c')``.
+
+    Args:
+        input_size: F, the features of an input.
+        hidden_size: H, the features of a state.
+        bias: whether there are biases.
+        device: where the parameters are put.
+        dtype: their dtype.
+
+    Shape:
+        - input: ``(N, F)`` or ``(F,)``.
+        - hx: hidden state and cell state, both ``(N, H)`` or ``(H,)``; zeros if left out. Output: the
+          same.
+
+    Attributes:
+        weight_ih: ``(4 H, F)``, from U(±1/√H).
+        weight_hh: ``(4 H, H)``, likewise.
+        bias_ih: ``(4 H,)``, likewise, or None.
+        bias_hh: ``(4 H,)``, likewise, or None.
+
+    Source: Hochreiter and Schmidhuber 1997; Gers et al. 2000.
+
+    Example:
+        >>> import jax.numpy as jnp, statefulnn as nn
+        >>> h, c = nn.LSTMCell(3, 4)(jnp.ones((2, 3)))
+        >>> h.shape, c.shape
+        ((2, 4), (2, 4))
+    """
+
+    mode = "LSTM"
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__(input_size, hidden_size, bias, 4, device, dtype)
+
+    def forward(self, input: Any, hx: Any = None) -> tuple[Any, Any]:
+        return self._step("LSTM", input, hx)
+
+
+class GRUCell(RNNCellBase):
+    """Take one step of a gated recurrent unit.
+
+    ``r, z = σ(W_ih x + b_ih + W_hh h + b_hh)``, ``n = tanh(W_in x + b_in + r (W_hn h + b_hn))``,
+    ``h' = (1 - z) n + z h``; the order of the gates is r, z, n.
+
+    Args:
+        input_size: F, the features of an input.
+        hidden_size: H, the features of a state.
+        bias: whether there are biases.
+        device: where the parameters are put.
+        dtype: their dtype.
+
+    Shape:
+        - input: ``(N, F)`` or ``(F,)``.
+        - hx: ``(N, H)`` or ``(H,)``; zeros if left out. Output: the same.
+
+    Attributes:
+        weight_ih: ``(3 H, F)``, from U(±1/√H).
+        weight_hh: ``(3 H, H)``, likewise.
+        bias_ih: ``(3 H,)``, likewise, or None.
+        bias_hh: ``(3 H,)``, likewise, or None.
+
+    Source: Cho et al. 2014, in the variant that applies r after the product (as cuDNN).
+
+    Example:
+        >>> import jax.numpy as jnp, statefulnn as nn
+        >>> nn.GRUCell(3, 4)(jnp.ones(3), jnp.zeros(4)).shape
+        (4,)
+    """
+
+    mode = "GRU"
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__(input_size, hidden_size, bias, 3, device, dtype)
+
+    def forward(self, input: Any, hx: Any = None) -> Any:
+        return self._step("GRU", input, hx)
