@@ -14,23 +14,29 @@ from statefulnn.core.errors import DtypeError, StateWriteError, explain
 from statefulnn.functional._checks import array, concrete_on_cpu, require_rank
 
 
-@functools.partial(jax.jit, static_argnums=(2, 3))
-def _embedding(input: Any, weight: Any, padding_idx: int | None, by_frequency: bool) -> Any:
+def rows_of(input: Any, weight: Any, by_frequency: bool) -> Any:
+    """Return the rows of a table, NaN where there is none; their gradients by frequency or plain."""
     num_rows = weight.shape[0]
     # Rows that do not exist read as NaN rather than as the nearest row: a wrong index shows. Negative
     # numbers would count from the end, so they are moved out of the table first.
     index = jnp.where(input < 0, jnp.asarray(num_rows, input.dtype), input)
     fill = jnp.nan if jnp.issubdtype(weight.dtype, jnp.inexact) else 0
     out = jnp.take(weight, index, axis=0, mode="fill", fill_value=fill)
-    if padding_idx is not None:
-        is_padding = (input == padding_idx)[..., None]
-        out = jnp.where(is_padding, lax.stop_gradient(out), out)
     if by_frequency:
         ones = jnp.ones(input.shape, weight.dtype)
         counts = jnp.zeros(num_rows, weight.dtype).at[index].add(ones, mode="drop")
         share = jnp.take(counts, index, mode="fill", fill_value=1)[..., None]
         constant = lax.stop_gradient(out)
         out = constant + (out - constant) / share
+    return out
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _embedding(input: Any, weight: Any, padding_idx: int | None, by_frequency: bool) -> Any:
+    out = rows_of(input, weight, by_frequency)
+    if padding_idx is not None:
+        is_padding = (input == padding_idx)[..., None]
+        out = jnp.where(is_padding, lax.stop_gradient(out), out)
     return out
 
 
@@ -43,6 +49,22 @@ def _renormalised(input: Any, weight: Any, max_norm: float, norm_type: float) ->
     shrink = (norm > max_norm) & used[:, None]
     # The derivative with respect to the table is that of the shrunk one, as if it had been so before.
     return weight + jnp.where(shrink, table * scale - table, jnp.zeros((), table.dtype))
+
+
+def renormalise(
+    input: Any, table: Any, box: Any, max_norm: float, norm_type: float, function: str
+) -> Any:
+    """Shrink the used rows of a table that are too long, in its box, and return the table."""
+    if not isinstance(box, Box):
+        raise StateWriteError(
+            explain(
+                f"{function} was given max_norm and a plain array as weight",
+                "rows that are too long are shrunk in the table, and arrays are immutable",
+                f"pass the Parameter itself: {function}(input, module.weight, max_norm=1.0)",
+            )
+        )
+    box.value = table = _renormalised(input, table, float(max_norm), float(norm_type))
+    return table
 
 
 def embedding(
@@ -115,13 +137,5 @@ def embedding(
                 )
             )
     if max_norm is not None:
-        if not isinstance(weight, Box):
-            raise StateWriteError(
-                explain(
-                    "F.embedding was given max_norm and a plain array as weight",
-                    "rows that are too long are shrunk in the table, and arrays are immutable",
-                    "pass the Parameter itself: F.embedding(input, module.weight, max_norm=1.0)",
-                )
-            )
-        weight.value = w = _renormalised(x, w, float(max_norm), float(norm_type))
+        w = renormalise(x, w, weight, max_norm, norm_type, "F.embedding")
     return _embedding(x, w, padding_idx, scale_grad_by_freq)

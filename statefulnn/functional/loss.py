@@ -1,250 +1,109 @@
-"""Losses."""
+"""Losses of regression: distances between a prediction and a target, and likelihoods of counts and reals."""
 
 from __future__ import annotations
 
 import functools
-import warnings
+import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from statefulnn.core.errors import DtypeError, explain
+from statefulnn.core.errors import explain
 from statefulnn.functional._checks import (
     array,
     concrete_on_cpu,
     reduced,
     reduction_of,
-    require_float,
     shape_error,
-    widened,
 )
-
-# --------------------------------------------------------------------------------------------------
-# Cross entropy
+from statefulnn.functional._losses import absolute, require_shape, together, warn_of_broadcast
 
 
-def _log_probabilities(logits: Any, axis: int) -> Any:
-    shifted = logits - lax.stop_gradient(jnp.max(logits, axis, keepdims=True))
-    return shifted - jnp.log(jnp.sum(jnp.exp(shifted), axis, keepdims=True))
-
-
-def _class_weights(weight: Any, logits: Any, axis: int) -> Any:
-    shape = [1] * logits.ndim
-    shape[axis] = -1
-    return weight.astype(logits.dtype).reshape(shape)
-
-
-@functools.partial(jax.jit, static_argnums=(3, 4, 5))
-def _cross_entropy_indices(
-    logits: Any,
+@functools.partial(jax.jit, static_argnums=(0, 1, 5, 6))
+def _of_difference(
+    function: str,
+    loss_of: Callable[[Any], Any],
+    input: Any,
     target: Any,
     weight: Any,
-    ignore_index: int,
     reduction: str,
-    smoothing: float,
+    divide_by_weight: bool = True,
 ) -> Any:
-    dtype = logits.dtype
-    axis = 0 if logits.ndim == 1 else 1
-    logits = widened(logits)
-    log_probs = _log_probabilities(logits, axis)
-    ignored = target == ignore_index
-    classes = logits.shape[axis]
-    # A class that does not exist makes the loss NaN; a negative one must not count from the end.
-    label = jnp.where(ignored, 0, target.astype(jnp.int32))
-    label = jnp.where(label < 0, classes, label)
-    picked = jnp.take_along_axis(
-        log_probs, jnp.expand_dims(label, axis), axis, mode="fill", fill_value=jnp.nan
-    )
-    zero = jnp.zeros((), logits.dtype)
-    loss = -jnp.squeeze(picked, axis)
-    share = jnp.ones((), logits.dtype)
-    if weight is not None:
-        share = jnp.take(weight.astype(logits.dtype), label, mode="fill", fill_value=jnp.nan)
-    share = jnp.where(ignored, zero, share)
-    loss = jnp.where(ignored, zero, loss * share)
-    if smoothing:
-        weighted = log_probs if weight is None else log_probs * _class_weights(weight, logits, axis)
-        smooth = jnp.where(ignored, zero, -jnp.sum(weighted, axis) / classes)
-        loss = (1 - smoothing) * loss + smoothing * smooth
-    if reduction == "mean":
-        return (jnp.sum(loss) / jnp.sum(share)).astype(dtype)
-    return (jnp.sum(loss) if reduction == "sum" else loss).astype(dtype)
-
-
-@functools.partial(jax.jit, static_argnums=(3, 4))
-def _cross_entropy_probabilities(
-    logits: Any, target: Any, weight: Any, reduction: str, smoothing: float
-) -> Any:
-    axis = 0 if logits.ndim == 1 else 1
-    dtype = logits.dtype
-    logits = widened(logits)
-    log_probs = _log_probabilities(logits, axis)
-    target = target.astype(logits.dtype)
-    if smoothing:
-        target = target * (1 - smoothing) + smoothing / logits.shape[axis]
-    terms = log_probs * target
-    if weight is not None:
-        terms = terms * _class_weights(weight, logits, axis)
-    loss = -jnp.sum(terms, axis)
+    require_shape(weight, input.shape, "weight", "element of the input", function)
+    dtype, x, y, w = together(function, input=input, target=target, weight=weight)
+    loss = loss_of(x - y)
+    if w is not None:
+        loss = loss * w
+        if reduction == "mean" and divide_by_weight:
+            return (jnp.sum(loss) / jnp.sum(w)).astype(dtype)
     return reduced(loss, reduction).astype(dtype)
 
 
-def cross_entropy(
+def _square(difference: Any) -> Any:
+    return difference * difference
+
+
+@functools.lru_cache  # one function for each number: it is part of what is compiled
+def _smooth_l1_of(beta: float) -> Callable[[Any], Any]:
+    def loss_of(difference: Any) -> Any:
+        # Inside, near is the difference and the loss is difference² / 2 beta; outside it is ±beta and the
+        # loss goes on as a straight line, also in infinity.
+        near = jnp.where(jnp.abs(difference) < beta, difference, beta * jnp.sign(difference))
+        return near * (difference - 0.5 * near) / beta
+
+    return loss_of
+
+
+@functools.lru_cache
+def _huber_of(delta: float) -> Callable[[Any], Any]:
+    def loss_of(difference: Any) -> Any:
+        near = jnp.where(jnp.abs(difference) < delta, difference, delta * jnp.sign(difference))
+        return near * (difference - 0.5 * near)
+
+    return loss_of
+
+
+def l1_loss(
     input: Any,
     target: Any,
-    weight: Any = None,
     size_average: bool | None = None,
-    ignore_index: int = -100,
     reduce: bool | None = None,
     reduction: str = "mean",
-    label_smoothing: float = 0.0,
+    weight: Any = None,
 ) -> Any:
-    """Return the cross entropy between logits and classes or class probabilities.
+    """Return the absolute difference of two arrays, averaged, summed or elementwise.
 
     Args:
-        input: logits, ``(C,)``, ``(N, C)`` or ``(N, C, d1, ..., dK)``.
-        target: class numbers, ``()``, ``(N,)`` or ``(N, d1, ..., dK)``; or probabilities, floating and
-            of the input's shape.
-        weight: a factor for each class, ``(C,)``.
+        input: any shape, floating.
+        target: the same shape. Another shape is broadcast, with a warning, as in torch.
         size_average: deprecated, as in torch; use `reduction`.
-        ignore_index: a target that is left out, for class numbers.
         reduce: deprecated, as in torch; use `reduction`.
-        reduction: "mean" (for class numbers, weighted by `weight`), "sum" or "none".
-        label_smoothing: the share of the target that is spread evenly over all classes.
+        reduction: "mean" (divided by the sum of the weights, if given), "sum" or "none".
+        weight: a factor for each element, of the input's shape.
 
     Returns:
-        A scalar, or one loss for each target. The mean over no targets is NaN. Inside compiled code,
-        and on devices where looking would stall, a class that does not exist gives NaN.
+        A scalar, or the input's shape. The derivative where both are equal is 0.
 
     Raises:
-        IndexError: for a class that does not exist, where the values are at hand.
         ShapeError: if the shapes do not fit.
-        DtypeError: if the dtypes do not fit.
 
-    Source: ``torch.nn.functional.cross_entropy``; smoothing from Szegedy et al. 2016.
+    Source: ``torch.nn.functional.l1_loss``.
 
     Example:
         >>> import jax.numpy as jnp, statefulnn.functional as F
-        >>> logits = jnp.array([[2.0, 0.0], [0.0, 2.0]])
-        >>> round(float(F.cross_entropy(logits, jnp.array([0, 1]))), 4)
-        0.1269
+        >>> float(F.l1_loss(jnp.array([1.0, 4.0]), jnp.array([1.0, 1.0])))
+        1.5
     """
-    function = "F.cross_entropy"
+    function = "F.l1_loss"
     reduction = reduction_of(reduction, size_average, reduce, function)
     x = array(input, "input", function)
     y = array(target, "target", function)
     w = None if weight is None else array(weight, "weight", function)
-    require_float(x, "input", function)
-    if x.ndim == 0:
-        raise shape_error(
-            f"{function} was given input of shape ()",
-            "there is one logit for each class",
-            "logits of shape (C,), (N, C) or (N, C, d1, ..., dK)",
-        )
-    classes = x.shape[0 if x.ndim == 1 else 1]
-    if w is not None and w.shape != (classes,):
-        raise shape_error(
-            f"{function} was given input of shape {x.shape} and weight of shape {w.shape}",
-            f"there are {classes} classes, and each needs a weight",
-            f"a weight of shape ({classes},)",
-        )
-    if w is not None and w.dtype != x.dtype:
-        raise DtypeError(
-            explain(
-                f"{function} was given input of dtype {x.dtype} and weight of dtype {w.dtype}",
-                "mixed dtypes are not promoted",
-                "cast one of them: weight.astype(input.dtype)",
-            )
-        )
-    if not 0.0 <= label_smoothing <= 1.0:
-        raise RuntimeError(
-            explain(
-                f"{function} was given label_smoothing={label_smoothing}",
-                "label_smoothing must be between 0.0 and 1.0",
-                "label_smoothing=0.1",
-            )
-        )
-    if y.shape == x.shape:
-        if not jnp.issubdtype(y.dtype, jnp.floating):
-            raise DtypeError(
-                explain(
-                    f"{function} was given input and target of shape {x.shape}, the target of "
-                    f"dtype {y.dtype}",
-                    "a target of the input's shape holds class probabilities, which are floating",
-                    f"target.astype(input.dtype); or class numbers of shape {_target_shape(x)}",
-                )
-            )
-        if ignore_index >= 0:
-            raise RuntimeError(
-                explain(
-                    f"{function} was given class probabilities and ignore_index={ignore_index}",
-                    "a class can be ignored only where the target holds class numbers",
-                    "leave ignore_index out",
-                )
-            )
-        dtype = jnp.promote_types(x.dtype, y.dtype)
-        return _cross_entropy_probabilities(
-            x.astype(dtype), y, w, reduction, float(label_smoothing)
-        )
-    if y.shape != _target_shape(x):
-        raise shape_error(
-            f"{function} was given input of shape {x.shape} and target of shape {y.shape}",
-            f"class numbers for that input have shape {_target_shape(x)}, and probabilities "
-            f"{x.shape}",
-            "put the classes on axis 1 of the input, and drop other axes of the target",
-        )
-    if not jnp.issubdtype(y.dtype, jnp.integer):
-        raise DtypeError(
-            explain(
-                f"{function} was given input of shape {x.shape} and target of shape {y.shape} and "
-                f"dtype {y.dtype}",
-                "a target of that shape holds class numbers, which are integers",
-                f"target.astype(jnp.int32); or probabilities of shape {x.shape}",
-            )
-        )
-    _check_classes(y, classes, ignore_index)
-    return _cross_entropy_indices(x, y, w, ignore_index, reduction, float(label_smoothing))
-
-
-def _target_shape(x: Any) -> tuple[int, ...]:
-    return () if x.ndim == 1 else (x.shape[0], *x.shape[2:])
-
-
-def _check_classes(target: Any, classes: int, ignore_index: int) -> None:
-    values = concrete_on_cpu(target)
-    if values is None or not values.size:
-        return
-    if values.min() >= 0 and values.max() < classes:
-        return
-    wrong = values[((values < 0) | (values >= classes)) & (values != ignore_index)]
-    if wrong.size:
-        raise IndexError(
-            explain(
-                f"F.cross_entropy was given target {int(wrong.flat[0])}",
-                f"Target {int(wrong.flat[0])} is out of bounds: there are {classes} classes, "
-                "numbered from 0",
-                "one logit for each class; or ignore_index for targets to leave out",
-            )
-        )
-
-
-# --------------------------------------------------------------------------------------------------
-# Mean squared error
-
-
-@functools.partial(jax.jit, static_argnums=3)
-def _mse_loss(x: Any, y: Any, weight: Any, reduction: str) -> Any:
-    dtype = jnp.promote_types(x.dtype, y.dtype)
-    difference = widened(x.astype(dtype)) - widened(y.astype(dtype))
-    loss = difference * difference
-    if weight is not None:
-        weight = weight.astype(loss.dtype)
-        loss = loss * weight
-        if reduction == "mean":
-            return (jnp.sum(loss) / jnp.sum(weight)).astype(dtype)
-    return reduced(loss, reduction).astype(dtype)
+    warn_of_broadcast(x, y, function)
+    return _of_difference(function, absolute, x, y, w, reduction)
 
 
 def mse_loss(
@@ -265,6 +124,12 @@ def mse_loss(
         reduction: "mean" (divided by the sum of the weights, if given), "sum" or "none".
         weight: a factor for each element, of the input's shape.
 
+    Returns:
+        A scalar, or the input's shape.
+
+    Raises:
+        ShapeError: if the shapes do not fit.
+
     Source: ``torch.nn.functional.mse_loss``.
 
     Example:
@@ -277,28 +142,243 @@ def mse_loss(
     x = array(input, "input", function)
     y = array(target, "target", function)
     w = None if weight is None else array(weight, "weight", function)
-    if not jnp.issubdtype(jnp.promote_types(x.dtype, y.dtype), jnp.inexact):
-        require_float(x, "input", function)
-    if x.shape != y.shape:
-        try:
-            shape = jnp.broadcast_shapes(x.shape, y.shape)
-        except ValueError:
-            raise shape_error(
-                f"{function} was given input of shape {x.shape} and target of shape {y.shape}",
-                "they are subtracted element by element",
-                "reshape one of them to the shape of the other",
-            ) from None
-        warnings.warn(
-            f"{function} was given input of shape {x.shape} and target of shape {y.shape}, and "
-            f"broadcasts both to {shape}: every element meets several others, which is seldom meant; "
-            "reshape one of them to the shape of the other",
-            UserWarning,
-            stacklevel=2,
+    warn_of_broadcast(x, y, function)
+    return _of_difference(function, _square, x, y, w, reduction)
+
+
+def smooth_l1_loss(
+    input: Any,
+    target: Any,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    beta: float = 1.0,
+) -> Any:
+    """Return a loss that is quadratic for differences below `beta` and linear above.
+
+    With d the difference: ``d² / (2 beta)`` where ``|d| < beta``, else ``|d| - beta / 2``.
+
+    Args:
+        input: any shape, floating.
+        target: the same shape. Another shape is broadcast, with a warning, as in torch.
+        size_average: deprecated, as in torch; use `reduction`.
+        reduce: deprecated, as in torch; use `reduction`.
+        reduction: "mean", "sum" or "none".
+        beta: where the two meet, at least 0; 0 gives `l1_loss`.
+
+    Returns:
+        A scalar, or the input's shape.
+
+    Raises:
+        RuntimeError: if `beta` is negative.
+        ShapeError: if the shapes do not fit.
+
+    Source: Girshick 2015 (Fast R-CNN); ``torch.nn.functional.smooth_l1_loss``.
+
+    Example:
+        >>> import jax.numpy as jnp, statefulnn.functional as F
+        >>> F.smooth_l1_loss(jnp.array([0.5, 3.0]), jnp.zeros(2), reduction="none").tolist()
+        [0.125, 2.5]
+    """
+    function = "F.smooth_l1_loss"
+    reduction = reduction_of(reduction, size_average, reduce, function)
+    if beta < 0:
+        raise RuntimeError(
+            explain(
+                f"{function} was given beta={beta}",
+                "beta is a distance from 0, and cannot be negative",
+                "beta=1.0, or beta=0.0 for the absolute difference",
+            )
         )
-    if w is not None and w.shape != x.shape:
-        raise shape_error(
-            f"{function} was given input of shape {x.shape} and weight of shape {w.shape}",
-            "there is one weight for each element",
-            "jnp.broadcast_to(weight, input.shape)",
+    x = array(input, "input", function)
+    y = array(target, "target", function)
+    warn_of_broadcast(x, y, function)
+    loss_of = _smooth_l1_of(float(beta)) if beta else absolute
+    return _of_difference(function, loss_of, x, y, None, reduction)
+
+
+def huber_loss(
+    input: Any,
+    target: Any,
+    reduction: str = "mean",
+    delta: float = 1.0,
+    weight: Any = None,
+) -> Any:
+    """Return a loss that is quadratic for differences up to `delta` and linear above.
+
+    With d the difference: ``d² / 2`` where ``|d| < delta``, else ``delta (|d| - delta / 2)``.
+
+    Args:
+        input: any shape, floating.
+        target: the same shape. Another shape is broadcast, with a warning, as in torch.
+        reduction: "mean" (over the elements, also with weights), "sum" or "none".
+        delta: where the two meet, above 0.
+        weight: a factor for each element, of the input's shape.
+
+    Returns:
+        A scalar, or the input's shape.
+
+    Raises:
+        RuntimeError: if `delta` is not positive.
+        ShapeError: if the shapes do not fit.
+
+    Source: Huber 1964; ``torch.nn.functional.huber_loss``.
+
+    Example:
+        >>> import jax.numpy as jnp, statefulnn.functional as F
+        >>> F.huber_loss(jnp.array([1.0, 3.0]), jnp.zeros(2), reduction="none", delta=2.0).tolist()
+        [0.5, 4.0]
+    """
+    function = "F.huber_loss"
+    reduction = reduction_of(reduction, None, None, function)
+    if delta <= 0:
+        raise RuntimeError(
+            explain(
+                f"{function} was given delta={delta}",
+                "delta is the distance up to which the loss is quadratic, and must be positive",
+                "delta=1.0",
+            )
         )
-    return _mse_loss(x, y, w, reduction)
+    x = array(input, "input", function)
+    y = array(target, "target", function)
+    w = None if weight is None else array(weight, "weight", function)
+    warn_of_broadcast(x, y, function)
+    return _of_difference(function, _huber_of(float(delta)), x, y, w, reduction, False)
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3, 4, 5))
+def _poisson_nll(
+    input: Any, target: Any, log_input: bool, full: bool, eps: float, reduction: str
+) -> Any:
+    dtype, x, y = together("F.poisson_nll_loss", input=input, target=target)
+    loss = jnp.exp(x) - y * x if log_input else x - y * jnp.log(x + eps)
+    if full:
+        counts = jnp.where(y > 1, y, 2)  # a number whose logarithm has a derivative
+        stirling = counts * jnp.log(counts) - counts + 0.5 * jnp.log(2 * math.pi * counts)
+        loss = loss + jnp.where(y > 1, stirling, 0)
+    return reduced(loss, reduction).astype(dtype)
+
+
+def poisson_nll_loss(
+    input: Any,
+    target: Any,
+    log_input: bool = True,
+    full: bool = False,
+    size_average: bool | None = None,
+    eps: float = 1e-8,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+) -> Any:
+    """Return the negative log likelihood of counts under Poisson distributions.
+
+    ``exp(input) - target · input``, or for rates ``input - target · log(input + eps)``.
+
+    Args:
+        input: the logarithms of the rates, or the rates; any shape, floating.
+        target: counts, of a shape that broadcasts with it.
+        log_input: whether `input` holds logarithms.
+        full: whether Stirling's approximation of ``log(target!)`` is added, for targets above 1.
+        size_average: deprecated, as in torch; use `reduction`.
+        eps: keeps the logarithm of a rate of 0 finite.
+        reduce: deprecated, as in torch; use `reduction`.
+        reduction: "mean", "sum" or "none".
+
+    Returns:
+        A scalar, or the shape that both broadcast to.
+
+    Raises:
+        ShapeError: if the shapes do not broadcast.
+
+    Source: ``torch.nn.functional.poisson_nll_loss``.
+
+    Example:
+        >>> import jax.numpy as jnp, statefulnn.functional as F
+        >>> float(F.poisson_nll_loss(jnp.zeros(3), jnp.array([1.0, 2.0, 3.0])))
+        1.0
+    """
+    function = "F.poisson_nll_loss"
+    reduction = reduction_of(reduction, size_average, reduce, function)
+    x = array(input, "input", function)
+    y = array(target, "target", function)
+    return _poisson_nll(x, y, bool(log_input), bool(full), float(eps), reduction)
+
+
+@functools.partial(jax.jit, static_argnums=(3, 4, 5))
+def _gaussian_nll(input: Any, target: Any, var: Any, full: bool, eps: float, reduction: str) -> Any:
+    function = "F.gaussian_nll_loss"
+    dtype, x, y = together(function, input=input, target=target)
+    variance = _fitting_variance(input, var).astype(x.dtype)
+    # Clamped in value only: the derivative with respect to the variance is that of a larger one.
+    clamped = jnp.maximum(lax.stop_gradient(variance), eps)
+    variance = clamped + (variance - lax.stop_gradient(variance))
+    loss = 0.5 * (jnp.log(variance) + (x - y) ** 2 / variance)
+    if full:
+        loss = loss + 0.5 * math.log(2 * math.pi)
+    return reduced(loss, reduction).astype(dtype)
+
+
+def _fitting_variance(x: Any, var: Any) -> Any:
+    if var.shape == x.shape or var.shape == ():
+        return var
+    if var.shape == x.shape[:-1]:
+        return var[..., None]
+    differing = [v for n, v in zip(x.shape, var.shape, strict=False) if n != v]
+    if var.ndim == x.ndim and differing == [1]:
+        return var
+    raise shape_error(
+        f"F.gaussian_nll_loss was given input of shape {x.shape} and var of shape {var.shape}",
+        "there is one variance for each element, or one for all elements of one axis",
+        f"var of shape {x.shape}, {x.shape[:-1]} or {(*x.shape[:-1], 1)}",
+    )
+
+
+def gaussian_nll_loss(
+    input: Any,
+    target: Any,
+    var: Any,
+    full: bool = False,
+    eps: float = 1e-6,
+    reduction: str = "mean",
+) -> Any:
+    """Return the negative log likelihood of reals under normal distributions.
+
+    ``(log v + (input - target)² / v) / 2`` with ``v = max(var, eps)``.
+
+    Args:
+        input: means, any shape, floating.
+        target: of a shape that broadcasts with it.
+        var: variances: of the input's shape, or without its last axis, or with one axis of size 1, or
+            a number. The derivative passes the maximum as if it were not there.
+        full: whether ``log(2 π) / 2`` is added.
+        eps: the smallest variance.
+        reduction: "mean", "sum" or "none".
+
+    Returns:
+        A scalar, or the shape that input and target broadcast to.
+
+    Raises:
+        ValueError: if a variance is negative, where the values are at hand.
+        ShapeError: if the shapes do not fit.
+
+    Source: Nix and Weigend 1994; ``torch.nn.functional.gaussian_nll_loss``.
+
+    Example:
+        >>> import jax.numpy as jnp, statefulnn.functional as F
+        >>> float(F.gaussian_nll_loss(jnp.array([1.0, 3.0]), jnp.ones(2), jnp.ones(2)))
+        1.0
+    """
+    function = "F.gaussian_nll_loss"
+    reduction = reduction_of(reduction, None, None, function)
+    x = array(input, "input", function)
+    y = array(target, "target", function)
+    v = array(var, "var", function)
+    values = concrete_on_cpu(v)
+    if values is not None and (values < 0).any():
+        raise ValueError(
+            explain(
+                f"{function} was given var with a negative element",
+                "a variance is at least 0",
+                "var=F.softplus(raw), or jnp.exp(log_var)",
+            )
+        )
+    return _gaussian_nll(x, y, v, bool(full), float(eps), reduction)

@@ -25,11 +25,19 @@ from tests.parity.oracle import (
 )
 from tests.parity.table import LAYER_MISUSE, LAYERS, ONE_OF_EACH
 
+# What torch warns of, and we do.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:enable_nested_tensor is True"),  # by torch only
+    pytest.mark.filterwarnings("ignore:size_average and reduce args will be deprecated"),
+    pytest.mark.filterwarnings("ignore:reduction. 'mean' divides the total loss"),
+    pytest.mark.filterwarnings("ignore:`NLLLoss2d` has been deprecated"),
+]
 
-@pytest.mark.filterwarnings("ignore:size_average and reduce args will be deprecated")
+
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
 @pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
 @pytest.mark.filterwarnings("ignore:Support for mismatched key_padding_mask and attn_mask")
+@pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
 @pytest.mark.parametrize("jitted", [False, True], ids=["eager", "jit"])
 @pytest.mark.parametrize("case", LAYERS, ids=str)
 def test_layer_computes_what_torch_does(case: Case, jitted: bool) -> None:
@@ -68,7 +76,7 @@ def test_second_derivatives_agree_with_torch(case: Case) -> None:
     # A Hessian-vector product of the sum of cubes, so that linear layers count as well.
     theirs, ours = pair(case)
     given = to_torch(case.inputs)
-    call = to_torch(case.call)
+    call = {k: to_torch(v) for k, v in case.call.items()}
     wanted_of = [i for i, x in enumerate(given) if isinstance(x, torch.Tensor) and is_float(x)][:1]
     assert wanted_of, "no floating input: give a reason in no_second"
     (at,) = wanted_of
@@ -79,7 +87,7 @@ def test_second_derivatives_agree_with_torch(case: Case) -> None:
     (wanted,) = torch.autograd.grad((slope * torch.as_tensor(direction)).sum(), x)
 
     inputs = list(to_jax(case.inputs))
-    ours_call = to_jax(case.call)
+    ours_call = {k: to_jax(v) for k, v in case.call.items()}
     fn, params, state = nn.functionalize(ours, mutable=True)
 
     def loss_of(x):
@@ -95,7 +103,7 @@ def test_second_derivatives_agree_with_torch(case: Case) -> None:
 def test_vmap_over_examples_is_a_loop_over_examples(case: Case) -> None:
     _, ours = pair(case)
     fn, params, state = nn.functionalize(ours, mutable=True)
-    keywords = to_jax(case.call)
+    keywords = {k: to_jax(v) for k, v in case.call.items()}
     inputs = to_jax(case.inputs)
     second = jax.tree.map(lambda x: x * 0.5 if is_float(x) else x[::-1] if x.ndim else x, inputs)
     both = jax.tree.map(lambda a, b: jnp.stack([a, b]), inputs, second)

@@ -1,0 +1,285 @@
+"""Norms of vectors, distances between them, and the cosine of their angle."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from statefulnn.core.errors import DtypeError, explain
+from statefulnn.functional._checks import (
+    array,
+    dimension,
+    require_float,
+    require_rank,
+    shape_error,
+    widened,
+)
+from statefulnn.functional._losses import together
+
+
+def p_norm(x: Any, p: float, axes: tuple[int, ...], function: str) -> Any:
+    """Return the p-norm over axes, which stay with size 1; where it is 0, so is its derivative.
+
+    Args:
+        x: floating, not of low precision.
+        p: the degree: 0 counts, infinities give the largest and smallest magnitude.
+        axes: from 0.
+        function: whose name an error gives.
+    """
+    if (p < 0 or p == math.inf) and any(x.shape[a] == 0 for a in axes):
+        raise shape_error(
+            f"{function} was given p={p} and vectors of shape {x.shape}, empty along {axes}",
+            f"the {p}-norm of no numbers is not defined",
+            "a positive, finite p, or vectors with elements",
+        )
+    total = functools.partial(jnp.sum, axis=axes, keepdims=True)
+    if p == 2:
+        square = lax.real(x) ** 2 + lax.imag(x) ** 2 if jnp.iscomplexobj(x) else x * x
+        square = total(square)
+        apart = square != 0
+        return jnp.where(apart, jnp.sqrt(jnp.where(apart, square, 1)), 0)
+    nonzero = x != 0
+    if p == 0:
+        return total(nonzero.astype(lax.abs(x).dtype))
+    # The derivative of a complex magnitude is not a number at 0.
+    size = jnp.where(nonzero, lax.abs(jnp.where(nonzero, x, 1)), 0)
+    if p == 1:
+        return total(size)
+    if math.isinf(p):
+        return (jnp.max if p > 0 else jnp.min)(size, axis=axes, keepdims=True)
+    power = total(jnp.where(nonzero, jnp.where(nonzero, size, 1) ** p, 0.0**p if p > 0 else np.inf))
+    apart = (power != 0) & (power != np.inf)
+    root = jnp.where(apart, power, 1) ** (1 / p)
+    # What is left: all zeros for positive p, a zero for negative p, or an overflow.
+    return jnp.where(apart, root, jnp.where((power == 0) == (p > 0), 0, np.inf))
+
+
+def _degree(p: Any, function: str) -> float:
+    if p == "fro":  # torch's name of the Euclidean norm
+        return 2.0
+    try:
+        return float(p)
+    except (TypeError, ValueError):
+        raise DtypeError(
+            explain(
+                f"{function} was given p={p!r}",
+                "the degree of a norm is a number, known before the arrays are",
+                f"{function}(..., p=2.0)",
+            )
+        ) from None
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _cosine_similarity(x1: Any, x2: Any, dim: int, eps: float) -> Any:
+    dtype, x1, x2 = together("F.cosine_similarity", x1=x1, x2=x2)
+    x1, x2 = jnp.broadcast_arrays(x1, x2)
+    axis = dimension(dim, x1.ndim, "F.cosine_similarity")
+    axes = (axis,) if x1.ndim else ()
+
+    def scaled(x: Any) -> Any:
+        length = p_norm(x, 2, axes, "F.cosine_similarity")
+        # The smallest length bounds the value and not the derivative, as in torch.
+        return x / (length + lax.stop_gradient(jnp.where(length < eps, eps - length, 0)))
+
+    return jnp.sum(scaled(x1) * scaled(x2), axes).astype(dtype)
+
+
+def cosine_similarity(x1: Any, x2: Any, dim: int = 1, eps: float = 1e-8) -> Any:
+    """Return the cosine of the angle between vectors, ``x1 · x2 / (‖x1‖ ‖x2‖)``.
+
+    Args:
+        x1: ``(*, D, *)``, floating.
+        x2: a shape that broadcasts with it.
+        dim: the vectors' axis.
+        eps: the smallest length that is divided by.
+
+    Returns:
+        ``(*, *)``.
+
+    Raises:
+        ShapeError: if the shapes do not broadcast.
+        DtypeError: if neither is floating.
+        IndexError: if there is no such axis.
+
+    Source: ``torch.nn.functional.cosine_similarity``.
+
+    Example:
+        >>> import jax.numpy as jnp, statefulnn.functional as F
+        >>> F.cosine_similarity(jnp.eye(2), jnp.ones((2, 2))).round(3).tolist()
+        [0.707..., 0.707...]
+    """
+    a = array(x1, "x1", "F.cosine_similarity")
+    return _cosine_similarity(a, array(x2, "x2", "F.cosine_similarity"), dim, eps)
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3, 4))
+def _pairwise_distance(x1: Any, x2: Any, p: float, eps: float, keepdim: bool) -> Any:
+    dtype, x1, x2 = together("F.pairwise_distance", x1=x1, x2=x2)
+    difference = x1 - x2 + eps
+    axes = (difference.ndim - 1,) if difference.ndim else ()
+    out = p_norm(difference, p, axes, "F.pairwise_distance")
+    return (out if keepdim else out.reshape(out.shape[:-1])).astype(dtype)
+
+
+def pairwise_distance(
+    x1: Any, x2: Any, p: float = 2.0, eps: float = 1e-6, keepdim: bool = False
+) -> Any:
+    """Return the p-norm of ``x1 - x2 + eps`` over the last axis.
+
+    Args:
+        x1: ``(*, D)``, floating.
+        x2: a shape that broadcasts with it.
+        p: the degree of the norm; it may be infinite or negative.
+        eps: added to each difference, so that the norm has a derivative between equal vectors.
+        keepdim: whether the last axis stays, with size 1.
+
+    Returns:
+        ``(*)`` or ``(*, 1)``.
+
+    Raises:
+        ShapeError: if the shapes do not broadcast.
+        DtypeError: if neither is floating.
+
+    Source: ``torch.nn.functional.pairwise_distance``.
+
+    Example:
+        >>> import jax.numpy as jnp, statefulnn.functional as F
+        >>> F.pairwise_distance(jnp.zeros((2, 3)), jnp.ones((2, 3)), p=1).round(3).tolist()
+        [3.0..., 3.0...]
+    """
+    name = "F.pairwise_distance"
+    a, b = array(x1, "x1", name), array(x2, "x2", name)
+    return _pairwise_distance(a, b, _degree(p, name), eps, keepdim)
+
+
+@jax.custom_jvp
+def _largest(x: Any) -> Any:
+    return jnp.max(jnp.abs(x), -1)
+
+
+@_largest.defjvp
+def _largest_jvp(primals: Any, tangents: Any) -> tuple[Any, Any]:
+    # torch.pdist gives each of equal magnitudes the whole derivative.
+    (x,), (slope,) = primals, tangents
+    out = _largest(x)
+    at = lax.stop_gradient(jnp.where(jnp.abs(x) == out[..., None], jnp.sign(x), 0))
+    return out, jnp.sum(at * slope, -1)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _pdist(x: Any, p: float) -> Any:
+    function = "F.pdist"
+    require_rank(x, (2,), "input", function, "(N, D)")
+    require_float(x, "input", function)
+    if p < 0:
+        raise shape_error(
+            f"F.pdist was given p={p}", "only non-negative p values are supported", "p=2.0"
+        )
+    n, d = x.shape
+    if n < 2 or d == 0:
+        return jnp.zeros(n * (n - 1) // 2, x.dtype)
+    wide = widened(x)
+    # All pairs, then the upper half: XLA never stores the differences.
+    apart = wide[:, None] - wide[None]
+    table = _largest(apart) if p == math.inf else p_norm(apart, p, (2,), function)[..., 0]
+    first, second = np.triu_indices(n, 1)
+    flat = (first * n + second).astype(np.int32)
+    out = (
+        table.reshape(-1)
+        .at[flat]
+        .get(mode="promise_in_bounds", indices_are_sorted=True, unique_indices=True)
+    )
+    return out.astype(x.dtype)
+
+
+def pdist(input: Any, p: float = 2.0) -> Any:
+    """Return the distances between all pairs of rows.
+
+    Args:
+        input: ``(N, D)``, floating.
+        p: the distance is the p-norm of the difference; not negative.
+
+    Returns:
+        ``(N (N - 1) / 2,)``: of rows 0 and 1, 0 and 2, ..., 1 and 2, ...
+
+    Raises:
+        ShapeError: if the input is not a matrix, or `p` is negative.
+        DtypeError: if it is not floating.
+
+    Source: ``torch.nn.functional.pdist``. Time and memory are those of all N² pairs.
+
+    Example:
+        >>> import jax.numpy as jnp, statefulnn.functional as F
+        >>> F.pdist(jnp.array([[0.0], [1.0], [3.0]])).tolist()
+        [1.0, 3.0, 2.0]
+    """
+    return _pdist(array(input, "input", "F.pdist"), _degree(p, "F.pdist"))
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def _normalize(x: Any, p: float, dim: Any, eps: float) -> Any:
+    function = "F.normalize"
+    require_float(x, "input", function)
+    dims: Sequence[int] = dim if isinstance(dim, tuple) else (dim,)
+    dims = dims or range(x.ndim)  # none at all are all of them, as in torch
+    axes = tuple(dimension(d, x.ndim, function) for d in dims)
+    if len(set(axes)) != len(axes):
+        raise shape_error(
+            f"F.normalize was given dim={dim} for an input of shape {x.shape}",
+            "an axis appears multiple times in the list of dims",
+            f"dim={tuple(sorted(set(axes)))}",
+        )
+    wide = widened(x)
+    length = p_norm(wide, p, axes if x.ndim else (), function)
+    # A choice, not a maximum, whose derivative where both are equal would be a half.
+    return (wide / jnp.where(length < eps, eps, length).astype(wide.dtype)).astype(x.dtype)
+
+
+def normalize(
+    input: Any,
+    p: float = 2.0,
+    dim: int | Sequence[int] = 1,
+    eps: float = 1e-12,
+    out: None = None,
+) -> Any:
+    """Divide vectors by their p-norm.
+
+    Args:
+        input: any shape, floating or complex.
+        p: the degree of the norm.
+        dim: the vectors' axis, or several.
+        eps: the smallest norm that is divided by: a vector of zeros stays as it is.
+        out: for torch's sake; arrays cannot be written to.
+
+    Returns:
+        The input's shape.
+
+    Raises:
+        DtypeError: if the input is not floating, or `out` is given.
+        IndexError: if there is no such axis.
+
+    Source: ``torch.nn.functional.normalize``.
+
+    Example:
+        >>> import jax.numpy as jnp, statefulnn.functional as F
+        >>> F.normalize(jnp.array([[3.0, 4.0], [0.0, 0.0]])).round(3).tolist()
+        [[0.600..., 0.800...], [0.0, 0.0]]
+    """
+    if out is not None:
+        raise DtypeError(
+            explain(
+                "F.normalize was given out=",
+                "arrays are immutable: there is nothing to write the result to",
+                "out = F.normalize(input)",
+            )
+        )
+    x = array(input, "input", "F.normalize")
+    dims = tuple(dim) if isinstance(dim, (tuple, list)) else dim
+    return _normalize(x, _degree(p, "F.normalize"), dims, eps)
