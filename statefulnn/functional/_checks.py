@@ -7,6 +7,7 @@ there just as well.
 from __future__ import annotations
 
 import operator
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from statefulnn.core.box import Box
+from statefulnn.core.box import ArrayBox
 from statefulnn.core.compat import Tracer
 from statefulnn.core.errors import DtypeError, ShapeError, explain
 
@@ -23,8 +24,8 @@ LOW_PRECISION = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
 
 def array(x: Any, name: str, function: str) -> Any:
     """Return the JAX array in `x`: itself, what a box holds, or a converted number or numpy array."""
-    if isinstance(x, Box):  # the cheaper question: that for jax.Array runs Python
-        return x.value
+    if isinstance(x, ArrayBox):  # the cheaper question: that for jax.Array runs Python
+        return x.__jax_array__()
     if isinstance(x, jax.Array):
         return x
     if isinstance(x, (np.ndarray, np.generic, int, float, complex)):
@@ -52,6 +53,18 @@ def require_float(x: Any, name: str, function: str) -> None:
             explain(
                 f"{function} was given {name} of dtype {x.dtype}",
                 "it is defined for floating dtypes only",
+                f"cast it first: {name}.astype(jnp.float32)",
+            )
+        )
+
+
+def require_real_float(x: Any, name: str, function: str) -> None:
+    """Raise unless an array is of a real floating dtype."""
+    if not is_float(x.dtype):
+        raise DtypeError(
+            explain(
+                f"{function} was given {name} of dtype {x.dtype}",
+                "it is defined for real floating dtypes only",
                 f"cast it first: {name}.astype(jnp.float32)",
             )
         )
@@ -154,9 +167,14 @@ def _index(value: Any, name: str, function: str) -> int:
 def reduction_of(reduction: str, size_average: Any, reduce: Any, function: str) -> str:
     """Return "mean", "sum" or "none", also from torch's two older arguments."""
     if size_average is not None or reduce is not None:
-        if reduce is False:
-            return "none"
-        return "sum" if size_average is False else "mean"
+        legacy = "none" if reduce is False else "sum" if size_average is False else "mean"
+        warnings.warn(
+            "size_average and reduce args will be deprecated: write "
+            f"{function}(..., reduction={legacy!r})",
+            UserWarning,
+            stacklevel=3,
+        )
+        return legacy
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(
             explain(

@@ -1,44 +1,119 @@
-"""Non-linearities as layers, and multi-head attention."""
+"""Smooth non-linearities, their piecewise linear stand-ins, and gating, as layers."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-
 from statefulnn import functional as F
-from statefulnn import init
-from statefulnn.core.errors import explain
 from statefulnn.core.module import Module
-from statefulnn.modules._empty import parameter
-from statefulnn.modules.linear import Linear
 
 
-class ReLU(Module):
-    """Return ``max(x, 0)`` elementwise.
-
-    Args:
-        inplace: accepted for torch's sake; arrays are immutable.
+class Sigmoid(Module):
+    """Return ``1 / (1 + exp(-x))`` elementwise.
 
     Shape:
         - input: any; output: the same.
 
     Example:
         >>> import jax.numpy as jnp, statefulnn as nn
-        >>> nn.ReLU()(jnp.array([-1.0, 2.0])).tolist()
-        [0.0, 2.0]
+        >>> nn.Sigmoid()(jnp.array([0.0])).tolist()
+        [0.5]
     """
 
-    def __init__(self, inplace: bool = False) -> None:
-        super().__init__()
-        self.inplace = inplace
+    def forward(self, input: Any) -> Any:
+        return F.sigmoid(input)
+
+
+class LogSigmoid(Module):
+    """Return ``log(sigmoid(x))`` elementwise, computed without overflow.
+
+    Shape:
+        - input: any; output: the same.
+
+    Example:
+        >>> import jax.numpy as jnp, statefulnn as nn
+        >>> nn.LogSigmoid()(jnp.array([-1000.0, 0.0])).round(4).tolist()
+        [-1000.0, -0.693...]
+    """
 
     def forward(self, input: Any) -> Any:
-        return F.relu(input)
+        return F.logsigmoid(input)
+
+
+class Tanh(Module):
+    """Return the hyperbolic tangent elementwise.
+
+    Shape:
+        - input: any; output: the same.
+
+    Example:
+        >>> import jax.numpy as jnp, statefulnn as nn
+        >>> nn.Tanh()(jnp.array([0.0])).tolist()
+        [0.0]
+    """
+
+    def forward(self, input: Any) -> Any:
+        return F.tanh(input)
+
+
+class Tanhshrink(Module):
+    """Return ``x - tanh(x)`` elementwise.
+
+    Shape:
+        - input: any; output: the same.
+
+    Example:
+        >>> import jax.numpy as jnp, statefulnn as nn
+        >>> nn.Tanhshrink()(jnp.array([0.0, 100.0])).tolist()
+        [0.0, 99.0]
+    """
+
+    def forward(self, input: Any) -> Any:
+        return F.tanhshrink(input)
+
+
+class Softsign(Module):
+    """Return ``x / (1 + |x|)`` elementwise.
+
+    Shape:
+        - input: any; output: the same.
+
+    Example:
+        >>> import jax.numpy as jnp, statefulnn as nn
+        >>> nn.Softsign()(jnp.array([-3.0, 1.0])).tolist()
+        [-0.75, 0.5]
+    """
+
+    def forward(self, input: Any) -> Any:
+        return F.softsign(input)
+
+
+class Softplus(Module):
+    """Return ``log(1 + exp(beta · x)) / beta`` elementwise, a smooth relu.
+
+    Args:
+        beta: how sharp the bend is.
+        threshold: where ``beta · x`` is above it, x itself is returned.
+
+    Shape:
+        - input: any; output: the same.
+
+    Example:
+        >>> import jax.numpy as jnp, statefulnn as nn
+        >>> nn.Softplus()(jnp.array([0.0, 30.0])).round(4).tolist()
+        [0.693..., 30.0]
+    """
+
+    def __init__(self, beta: float = 1.0, threshold: float = 20.0) -> None:
+        super().__init__()
+        self.beta = beta
+        self.threshold = threshold
+
+    def forward(self, input: Any) -> Any:
+        return F.softplus(input, self.beta, self.threshold)
 
     def extra_repr(self) -> str:
-        return "inplace=True" if self.inplace else ""
+        return f"beta={self.beta}, threshold={self.threshold}"
 
 
 class GELU(Module):
@@ -78,6 +153,8 @@ class SiLU(Module):
     Shape:
         - input: any; output: the same.
 
+    Source: Hendrycks and Gimpel 2016; Elfwing, Uchibe and Doya 2017.
+
     Example:
         >>> import jax.numpy as jnp, statefulnn as nn
         >>> nn.SiLU()(jnp.array([0.0])).tolist()
@@ -95,215 +172,159 @@ class SiLU(Module):
         return "inplace=True" if self.inplace else ""
 
 
-class Tanh(Module):
-    """Return the hyperbolic tangent elementwise.
-
-    Shape:
-        - input: any; output: the same.
-
-    Example:
-        >>> import jax.numpy as jnp, statefulnn as nn
-        >>> nn.Tanh()(jnp.array([0.0])).tolist()
-        [0.0]
-    """
-
-    def forward(self, input: Any) -> Any:
-        return F.tanh(input)
-
-
-class Sigmoid(Module):
-    """Return ``1 / (1 + exp(-x))`` elementwise.
-
-    Shape:
-        - input: any; output: the same.
-
-    Example:
-        >>> import jax.numpy as jnp, statefulnn as nn
-        >>> nn.Sigmoid()(jnp.array([0.0])).tolist()
-        [0.5]
-    """
-
-    def forward(self, input: Any) -> Any:
-        return F.sigmoid(input)
-
-
-class Softmax(Module):
-    """Return ``exp(x) / sum(exp(x))`` along one axis.
+class Mish(Module):
+    """Return ``x · tanh(softplus(x))`` elementwise.
 
     Args:
-        dim: the axis that sums to one. Leaving it out is deprecated, as in torch.
+        inplace: accepted for torch's sake; arrays are immutable.
+
+    Shape:
+        - input: any; output: the same.
+
+    Source: Misra 2019.
+
+    Example:
+        >>> import jax.numpy as jnp, statefulnn as nn
+        >>> nn.Mish()(jnp.array([0.0, 1.0])).round(4).tolist()
+        [0.0, 0.865...]
+    """
+
+    def __init__(self, inplace: bool = False) -> None:
+        super().__init__()
+        self.inplace = inplace
+
+    def forward(self, input: Any) -> Any:
+        return F.mish(input)
+
+    def extra_repr(self) -> str:
+        return "inplace=True" if self.inplace else ""
+
+
+class Hardsigmoid(Module):
+    """Return ``relu6(x + 3) / 6`` elementwise.
+
+    Args:
+        inplace: accepted for torch's sake; arrays are immutable.
+
+    Shape:
+        - input: any; output: the same.
+
+    Source: Courbariaux, Bengio and David 2015.
+
+    Example:
+        >>> import jax.numpy as jnp, statefulnn as nn
+        >>> nn.Hardsigmoid()(jnp.array([-4.0, 0.0, 4.0])).tolist()
+        [0.0, 0.5, 1.0]
+    """
+
+    def __init__(self, inplace: bool = False) -> None:
+        super().__init__()
+        self.inplace = inplace
+
+    def forward(self, input: Any) -> Any:
+        return F.hardsigmoid(input)
+
+
+class Hardswish(Module):
+    """Return ``x · relu6(x + 3) / 6`` elementwise.
+
+    Args:
+        inplace: accepted for torch's sake; arrays are immutable.
+
+    Shape:
+        - input: any; output: the same.
+
+    Source: Howard et al. 2019.
+
+    Example:
+        >>> import jax.numpy as jnp, statefulnn as nn
+        >>> nn.Hardswish()(jnp.array([0.0, 4.0])).tolist()
+        [0.0, 4.0]
+    """
+
+    def __init__(self, inplace: bool = False) -> None:
+        super().__init__()
+        self.inplace = inplace
+
+    def forward(self, input: Any) -> Any:
+        return F.hardswish(input)
+
+
+class Hardshrink(Module):
+    """Return x where ``|x| > lambd``, and 0 elsewhere.
+
+    Args:
+        lambd: half the width of the band that becomes 0.
 
     Shape:
         - input: any; output: the same.
 
     Example:
         >>> import jax.numpy as jnp, statefulnn as nn
-        >>> nn.Softmax(dim=1)(jnp.zeros((1, 2))).tolist()
-        [[0.5, 0.5]]
+        >>> nn.Hardshrink()(jnp.array([-1.0, 0.5, 1.0])).tolist()
+        [-1.0, 0.0, 1.0]
     """
 
-    def __init__(self, dim: int | None = None) -> None:
+    def __init__(self, lambd: float = 0.5) -> None:
+        super().__init__()
+        self.lambd = lambd
+
+    def forward(self, input: Any) -> Any:
+        return F.hardshrink(input, self.lambd)
+
+    def extra_repr(self) -> str:
+        return f"{self.lambd}"
+
+
+class Softshrink(Module):
+    """Move x towards 0 by `lambd`, and no further than 0.
+
+    Args:
+        lambd: how far, not negative.
+
+    Shape:
+        - input: any; output: the same.
+
+    Example:
+        >>> import jax.numpy as jnp, statefulnn as nn
+        >>> nn.Softshrink()(jnp.array([-1.0, 0.5, 1.0])).tolist()
+        [-0.5, 0.0, 0.5]
+    """
+
+    def __init__(self, lambd: float = 0.5) -> None:
+        super().__init__()
+        self.lambd = lambd
+
+    def forward(self, input: Any) -> Any:
+        return F.softshrink(input, self.lambd)
+
+    def extra_repr(self) -> str:
+        return f"{self.lambd}"
+
+
+class GLU(Module):
+    """Return ``a σ(b)``, a and b the halves of the input along an axis.
+
+    Args:
+        dim: the axis, of an even size, that is halved.
+
+    Shape:
+        - input: ``(*, 2n, *)``; output: ``(*, n, *)``.
+
+    Source: Dauphin et al. 2016.
+
+    Example:
+        >>> import jax.numpy as jnp, statefulnn as nn
+        >>> nn.GLU()(jnp.ones((3, 8))).shape
+        (3, 4)
+    """
+
+    def __init__(self, dim: int = -1) -> None:
         super().__init__()
         self.dim = dim
 
     def forward(self, input: Any) -> Any:
-        return F.softmax(input, self.dim)
+        return F.glu(input, self.dim)
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}"
-
-
-class MultiheadAttention(Module):
-    """Attention with several heads, between projections of queries, keys and values.
-
-    Args:
-        embed_dim: E, the size of queries and outputs.
-        num_heads: the number of heads, which divides E.
-        dropout: the probability that an attention weight is dropped in training.
-        bias: whether the projections have biases.
-        add_bias_kv: whether a learned key and value are added to every sequence.
-        add_zero_attn: whether a key and a value of zeros are added to every sequence.
-        kdim: the size of keys; None for E.
-        vdim: the size of values; None for E.
-        batch_first: whether the batch is the first axis, ``(N, L, E)``, instead of the second.
-        device: where the parameters are put.
-        dtype: their dtype.
-
-    Shape:
-        - query: ``(L, N, E)``, ``(N, L, E)`` with `batch_first`, or ``(L, E)``.
-        - key, value: ``(S, N, kdim)`` and ``(S, N, vdim)``, arranged in the same way.
-        - key_padding_mask: ``(N, S)``: True leaves a position out; or numbers to add to the scores.
-        - attn_mask: ``(L, S)`` or ``(N num_heads, L, S)``: True leaves a pair out; or numbers to add.
-        - outputs: the query's shape; and ``(N, L, S)``, ``(N, num_heads, L, S)`` without
-          `average_attn_weights`, or None without `need_weights`.
-
-    Attributes:
-        in_proj_weight: ``(3 E, E)``, or None if `kdim` or `vdim` differ from E.
-        q_proj_weight: ``(E, E)``, or None; `k_proj_weight` and `v_proj_weight` likewise.
-        in_proj_bias: ``(3 E,)`` or None.
-        bias_k: ``(1, 1, E)`` or None; `bias_v` likewise.
-        out_proj: the last `Linear`.
-
-    Source: Vaswani et al. 2017.
-
-    Example:
-        >>> import jax.numpy as jnp, statefulnn as nn
-        >>> attention = nn.MultiheadAttention(8, 2, batch_first=True)
-        >>> x = jnp.ones((4, 5, 8))
-        >>> out, weights = attention(x, x, x)
-        >>> out.shape, weights.shape
-        ((4, 5, 8), (4, 5, 5))
-    """
-
-    def __init__(
-        self,
-        embed_dim: int,
-        num_heads: int,
-        dropout: float = 0.0,
-        bias: bool = True,
-        add_bias_kv: bool = False,
-        add_zero_attn: bool = False,
-        kdim: int | None = None,
-        vdim: int | None = None,
-        batch_first: bool = False,
-        device: Any = None,
-        dtype: Any = None,
-    ) -> None:
-        super().__init__()
-        if embed_dim <= 0 or num_heads <= 0:
-            raise ValueError(
-                explain(
-                    f"made nn.MultiheadAttention with embed_dim={embed_dim}, num_heads={num_heads}",
-                    "embed_dim and num_heads must be greater than 0",
-                    "nn.MultiheadAttention(8, 2)",
-                )
-            )
-        self.embed_dim = embed_dim
-        self.kdim = embed_dim if kdim is None else kdim
-        self.vdim = embed_dim if vdim is None else vdim
-        self._qkv_same_embed_dim = self.kdim == embed_dim and self.vdim == embed_dim
-        self.num_heads = num_heads
-        self.dropout = dropout
-        self.batch_first = batch_first
-        self.head_dim = embed_dim // num_heads
-        if self.head_dim * num_heads != embed_dim:
-            raise AssertionError(
-                explain(
-                    f"made nn.MultiheadAttention with embed_dim={embed_dim}, num_heads={num_heads}",
-                    "embed_dim must be divisible by num_heads",
-                    "a number of heads that divides embed_dim",
-                )
-            )
-
-        def weight(*shape: int) -> Any:
-            return parameter(shape, device, dtype)
-
-        packed = self._qkv_same_embed_dim
-        self.register_parameter(
-            "in_proj_weight", weight(3 * embed_dim, embed_dim) if packed else None
-        )
-        self.register_parameter("q_proj_weight", None if packed else weight(embed_dim, embed_dim))
-        self.register_parameter("k_proj_weight", None if packed else weight(embed_dim, self.kdim))
-        self.register_parameter("v_proj_weight", None if packed else weight(embed_dim, self.vdim))
-        self.register_parameter("in_proj_bias", weight(3 * embed_dim) if bias else None)
-        self.out_proj = Linear(embed_dim, embed_dim, bias=bias, device=device, dtype=dtype)
-        self.register_parameter("bias_k", weight(1, 1, embed_dim) if add_bias_kv else None)
-        self.register_parameter("bias_v", weight(1, 1, embed_dim) if add_bias_kv else None)
-        self.add_zero_attn = add_zero_attn
-        self._reset_parameters()
-
-    def _reset_parameters(self) -> None:
-        """Draw new initial values; `out_proj` keeps its weight, as in torch."""
-        names = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
-        in_proj = [self._parameters[n] for n in names if self._parameters[n] is not None]
-        init.rules(self).attention(
-            in_proj, self.in_proj_bias, self.out_proj, self.bias_k, self.bias_v
-        )
-
-    def forward(
-        self,
-        query: Any,
-        key: Any,
-        value: Any,
-        key_padding_mask: Any = None,
-        need_weights: bool = True,
-        attn_mask: Any = None,
-        average_attn_weights: bool = True,
-        is_causal: bool = False,
-    ) -> tuple[Any, Any]:
-        swapped = self.batch_first and jnp.ndim(query) == 3
-        if swapped:
-            # Equal inputs stay one array: XLA then sees one projection input, not three copies.
-            swap = {id(x): _swap(x) for x in (query, key, value)}
-            query, key, value = swap[id(query)], swap[id(key)], swap[id(value)]
-        out, weights = F.multi_head_attention_forward(
-            query,
-            key,
-            value,
-            self.embed_dim,
-            self.num_heads,
-            self.in_proj_weight,
-            self.in_proj_bias,
-            self.bias_k,
-            self.bias_v,
-            self.add_zero_attn,
-            self.dropout,
-            self.out_proj.weight,
-            self.out_proj.bias,
-            training=self.training,
-            key_padding_mask=key_padding_mask,
-            need_weights=need_weights,
-            attn_mask=attn_mask,
-            use_separate_proj_weight=not self._qkv_same_embed_dim,
-            q_proj_weight=self.q_proj_weight,
-            k_proj_weight=self.k_proj_weight,
-            v_proj_weight=self.v_proj_weight,
-            average_attn_weights=average_attn_weights,
-            is_causal=is_causal,
-        )
-        return (_swap(out) if swapped else out), weights
-
-
-@jax.jit
-def _swap(x: Any) -> Any:
-    return jnp.swapaxes(x, 0, 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import Any
 
 import jax
@@ -16,10 +17,11 @@ from statefulnn.core.placement import resolve_device
 from statefulnn.modules._empty import filled, parameter
 
 
-class _BatchNorm(Module):
+class _NormBase(Module):
     # State of version 1 has no num_batches_tracked.
     _version = 2
     ranks: tuple[int, ...]
+    layout: str
 
     def __init__(
         self,
@@ -70,38 +72,15 @@ class _BatchNorm(Module):
         if self.bias is not None:
             init.zeros_(self.bias)
 
-    def forward(self, input: Any) -> Any:
-        self._check_input_dim(input)
-        mean, var = self.running_mean, self.running_var
-        if not self.training or mean is None:
-            # Without running statistics the batch's own are used in evaluation, too.
-            return F.batch_norm(
-                input, mean, var, self.weight, self.bias, training=mean is None, eps=self.eps
-            )
-        out, self.running_mean, self.running_var, self.num_batches_tracked = (
-            F.batch_norm_with_stats(
-                input,
-                mean,
-                var,
-                self.weight,
-                self.bias,
-                self.momentum,
-                self.eps,
-                self.num_batches_tracked,
-            )
-        )
-        return out
-
     def _check_input_dim(self, input: Any) -> None:
         ndim = np.ndim(input)
         if ndim not in self.ranks:
             wanted = " or ".join(f"{n}D" for n in self.ranks)
-            layout = " or ".join("(N, C, H, W)"[: 3 * n - 1] + ")" for n in self.ranks)
             raise ShapeError(
                 explain(
                     f"{type(self).__name__} was given input of shape {tuple(np.shape(input))}",
-                    f"expected {wanted} input (got {ndim}D input): {layout}",
-                    f"reshape the input, or nn.BatchNorm{'1d' if ndim in (2, 3) else '2d'}",
+                    f"expected {wanted} input (got {ndim}D input): {self.layout}",
+                    "reshape the input, or take the layer of its number of spatial axes",
                 )
             )
 
@@ -137,11 +116,42 @@ def _zero_count(device: Any = None) -> Any:
     return from_numpy(count, resolve_device(device))
 
 
+class _BatchNorm(_NormBase):
+    def forward(self, input: Any) -> Any:
+        self._check_input_dim(input)
+        return self._normalised(input)
+
+    def _normalised(self, input: Any, axis_name: Hashable = None) -> Any:
+        mean, var = self.running_mean, self.running_var
+        if not self.training and mean is not None:
+            return F.batch_norm(input, mean, var, self.weight, self.bias, eps=self.eps)
+        if mean is None or not self.track_running_stats:
+            # Without running statistics the batch's own are used in evaluation, too.
+            return F.batch_norm_with_stats(
+                input, None, None, self.weight, self.bias, eps=self.eps, axis_name=axis_name
+            )[0]
+        out, self.running_mean, self.running_var, self.num_batches_tracked = (
+            F.batch_norm_with_stats(
+                input,
+                mean,
+                var,
+                self.weight,
+                self.bias,
+                self.momentum,
+                self.eps,
+                self.num_batches_tracked,
+                axis_name,
+            )
+        )
+        return out
+
+
 class BatchNorm1d(_BatchNorm):
     """Normalise each channel over the batch (and over the length, if there is one).
 
     In training mode by the batch's mean and biased variance, which also move the running statistics
-    (variance unbiased there); in evaluation mode by the running statistics.
+    (variance unbiased there); in evaluation mode by the running statistics. In compiled code over a
+    batch that is sharded across devices the statistics are those of the whole batch.
 
     Args:
         num_features: C.
@@ -173,13 +183,15 @@ class BatchNorm1d(_BatchNorm):
     """
 
     ranks = (2, 3)
+    layout = "(N, C) or (N, C, L)"
 
 
 class BatchNorm2d(_BatchNorm):
     """Normalise each channel over the batch and both spatial axes.
 
     In training mode by the batch's mean and biased variance, which also move the running statistics
-    (variance unbiased there); in evaluation mode by the running statistics.
+    (variance unbiased there); in evaluation mode by the running statistics. In compiled code over a
+    batch that is sharded across devices the statistics are those of the whole batch.
 
     Args:
         num_features: C.
@@ -210,3 +222,43 @@ class BatchNorm2d(_BatchNorm):
     """
 
     ranks = (4,)
+    layout = "(N, C, H, W)"
+
+
+class BatchNorm3d(_BatchNorm):
+    """Normalise each channel over the batch and all three spatial axes.
+
+    In training mode by the batch's mean and biased variance, which also move the running statistics
+    (variance unbiased there); in evaluation mode by the running statistics. In compiled code over a
+    batch that is sharded across devices the statistics are those of the whole batch.
+
+    Args:
+        num_features: C.
+        eps: added to the variance.
+        momentum: the share of a new batch in the running statistics; None for their plain average.
+        affine: whether the result is scaled and shifted.
+        track_running_stats: False keeps no statistics, and uses the batch's own in both modes.
+        device: where the parameters are put.
+        dtype: their dtype.
+        bias: whether there is a shift.
+
+    Shape:
+        - input: ``(N, C, D, H, W)``; output: the same.
+
+    Attributes:
+        weight: ``(C,)``, 1, or None.
+        bias: ``(C,)``, 0, or None.
+        running_mean: ``(C,)``, buffer.
+        running_var: ``(C,)``, buffer.
+        num_batches_tracked: integer, buffer; int32 unless 64-bit types are enabled.
+
+    Source: Ioffe and Szegedy 2015.
+
+    Example:
+        >>> import jax.numpy as jnp, statefulnn as nn
+        >>> nn.BatchNorm3d(3)(jnp.ones((20, 3, 2, 4, 4))).shape
+        (20, 3, 2, 4, 4)
+    """
+
+    ranks = (5,)
+    layout = "(N, C, D, H, W)"

@@ -1,0 +1,39 @@
+"""How a function draws: from a key it is given, or from the generator in force, in one compiled call."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from statefulnn.core.box import unwrap
+from statefulnn.core.generator import advance, drawing_generator
+
+
+def drawing(kernel: Callable[..., Any], static_argnums: tuple[int, ...] = ()) -> Callable[..., Any]:
+    """Return ``call(rng, *args)`` for a kernel that computes ``kernel(key, *args)``.
+
+    Without `rng` the key is made, and the generator advanced, inside the same compiled call.
+
+    Args:
+        kernel: a pure function of a random key and other arguments.
+        static_argnums: which of them are static; the key is number 0.
+    """
+    with_key = jax.jit(kernel, static_argnums=static_argnums)
+
+    @functools.partial(jax.jit, static_argnums=static_argnums)
+    def advancing(state: Any, *args: Any) -> tuple[Any, Any]:
+        key, state = advance(state)
+        return kernel(key, *args), state
+
+    def call(rng: Any, *args: Any) -> Any:
+        if rng is not None:
+            return with_key(unwrap(rng), *args)
+        generator = drawing_generator()
+        out, state = advancing(generator.drawable_state(), *args)
+        generator.advanced(state)
+        return out
+
+    return call
