@@ -174,7 +174,9 @@ class _LazyConv(LazyModuleMixin):
                 )
         self.in_channels = channels
         if self.has_uninitialized_params():
-            ends = (channels, self.out_channels) if self.transposed else (self.out_channels, channels)
+            ends = (
+                (channels, self.out_channels) if self.transposed else (self.out_channels, channels)
+            )
             self.weight.materialize((ends[0], ends[1] // self.groups, *self.kernel_size))
             if self.bias is not None:
                 self.bias.materialize((self.out_channels,))
@@ -195,7 +197,8 @@ class _LazyConvForward(_LazyConv):
         device: Any = None,
         dtype: Any = None,
     ) -> None:
-        super().__init__(  # bias comes later, when its size is known
+        # The bias comes later, when its size is known. The next class is the layer that it becomes.
+        super().__init__(  # pyright: ignore[reportCallIssue]
             0, 0, kernel_size, stride, padding, dilation, groups, False, padding_mode, device, dtype
         )
         self._make_lazy(out_channels, bias, device, dtype)
@@ -218,7 +221,7 @@ class _LazyConvTransposed(_LazyConv):
         device: Any = None,
         dtype: Any = None,
     ) -> None:
-        super().__init__(
+        super().__init__(  # pyright: ignore[reportCallIssue]
             0,
             0,
             kernel_size,
@@ -354,7 +357,9 @@ class _LazyNorm(LazyModuleMixin):
         bias: bool = True,
     ) -> None:
         # The sizes come later: no affine parameters now, and statistics of no channels.
-        super().__init__(0, eps, momentum, False, track_running_stats, device, dtype)
+        super().__init__(  # pyright: ignore[reportCallIssue]
+            0, eps, momentum, False, track_running_stats, device, dtype
+        )
         self.affine = affine
         if affine:
             self.weight = UninitializedParameter(device=device, dtype=dtype)
