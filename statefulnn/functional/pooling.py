@@ -1,236 +1,175 @@
-"""Maxima and averages over windows of two axes."""
+"""Maxima over windows of one, two or three axes."""
 
 from __future__ import annotations
 
 import functools
-import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax import lax
 
-from statefulnn.core.errors import explain
-from statefulnn.functional._checks import (
-    array,
-    numbers,
-    require_float,
-    shape_error,
-    widened,
-)
+from statefulnn.core.errors import DtypeError, explain
+from statefulnn.functional import _pool_lowering as lowering
+from statefulnn.functional._checks import array, numbers, shape_error
 
-# Above this many elements a window is gathered instead of being unrolled into one shift an element.
-MOST_SHIFTS = 64
+Size = int | Sequence[int]
 
 
-class _Windows:
-    """Where the windows of a pooling lie, along two axes.
-
-    Args:
-        sizes: ``(H, W)`` of the input.
-        kernel, stride, padding, dilation: two numbers each.
-        ceil_mode: whether a last window may hang over the padded border.
-        function: for messages.
-    """
-
-    def __init__(
-        self,
-        sizes: Sequence[int],
-        kernel: Sequence[int],
-        stride: Sequence[int],
-        padding: Sequence[int],
-        dilation: Sequence[int],
-        ceil_mode: bool,
-        function: str,
-    ) -> None:
-        given = f"{function} was given input of height and width {tuple(sizes)}"
-        for name, values in (("kernel_size", kernel), ("stride", stride), ("dilation", dilation)):
-            if any(v < 1 for v in values):
-                raise shape_error(
-                    f"{function} was given {name}={tuple(values)}",
-                    f"{name} must be greater than zero",
-                    f"{name}=1",
-                )
-        outs = []
-        for size, k, s, p, d in zip(sizes, kernel, stride, padding, dilation, strict=True):
-            extent = d * (k - 1) + 1
-            if not 0 <= p <= extent // 2:
-                raise shape_error(
-                    f"{function} was given padding={p}, kernel_size={k}, dilation={d}",
-                    "pad should be at most half of effective kernel size, and not negative: windows "
-                    "of nothing but padding have no value",
-                    f"padding={extent // 2} or less",
-                )
-            rest = size + 2 * p - extent
-            out = (rest + (s - 1 if ceil_mode else 0)) // s + 1
-            if ceil_mode and (out - 1) * s >= size + p:
-                out -= 1  # a window must start inside the input or its left border
-            if out < 1:
-                raise shape_error(
-                    f"{given}, kernel_size={tuple(kernel)}, padding={tuple(padding)}",
-                    "the window is larger than the input: the output size is too small",
-                    "a smaller kernel_size, or a larger input",
-                )
-            outs.append(out)
-        self.sizes, self.outs = tuple(sizes), tuple(outs)
-        self.kernel, self.stride = tuple(kernel), tuple(stride)
-        self.padding, self.dilation = tuple(padding), tuple(dilation)
-
-    def padded(self, x: Any, value: Any) -> Any:
-        """Return the input with its border, wide enough for the last window."""
-        config = [(0, 0, 0)] * (x.ndim - 2)
-        for size, out, k, s, p, d in zip(
-            self.sizes,
-            self.outs,
-            self.kernel,
-            self.stride,
-            self.padding,
-            self.dilation,
-            strict=True,
-        ):
-            config.append((p, max((out - 1) * s + d * (k - 1) + 1 - size - p, 0), 0))
-        return lax.pad(x, jnp.asarray(value, x.dtype), config)
-
-    def shifts(self) -> Iterator[tuple[int, ...]]:
-        """Yield the elements of a window, row by row."""
-        return itertools.product(*(range(k) for k in self.kernel))
-
-    def shifted(self, x: Any, shift: tuple[int, ...]) -> Any:
-        """Return one element of every window of a padded input, ``(*, outH, outW)``."""
-        starts = [i * d for i, d in zip(shift, self.dilation, strict=True)]
-        stops = [
-            a + (n - 1) * s + 1 for a, n, s in zip(starts, self.outs, self.stride, strict=True)
-        ]
-        lead = x.ndim - 2
-        return lax.slice(
-            x, (0,) * lead + tuple(starts), (*x.shape[:lead], *stops), (1,) * lead + self.stride
-        )
-
-    def positions(self, axis: int) -> np.ndarray:
-        """Return the coordinates of every window along an axis, ``(out, k)``, negative in the border."""
-        starts = np.arange(self.outs[axis]) * self.stride[axis] - self.padding[axis]
-        return starts[:, None] + np.arange(self.kernel[axis]) * self.dilation[axis]
-
-
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def _max_pool(x: Any, static: tuple, with_indices: bool) -> Any:
-    windows = _Windows(*static)
-    lowest = -jnp.inf if jnp.issubdtype(x.dtype, jnp.floating) else jnp.iinfo(x.dtype).min
-    rows, columns = windows.positions(0), windows.positions(1)
-    height, width = windows.sizes
-    padded = windows.padded(x, lowest)
-    inside = [
-        (rows >= 0) & (rows < height),  # (outH, kH)
-        (columns >= 0) & (columns < width),
-    ]
-    if rows.shape[1] * columns.shape[1] > MOST_SHIFTS:
-        return _max_by_gathering(padded, windows, rows, columns, inside, with_indices)
-    # A running maximum over shifted views: ties go to the first element, in value and derivative,
-    # and all derivatives exist to every order. NaN wins over everything.
-    best: Any = None
-    index: Any = None
-    started = np.zeros(windows.outs, bool)
-    for shift in windows.shifts():
-        i, j = shift
-        value = windows.shifted(padded, shift)
-        valid = inside[0][:, i, None] & inside[1][None, :, j]
-        here = np.where(valid, rows[:, i, None] * width + columns[None, :, j], 0)
-        here = jnp.asarray(here, _index_dtype())
-        if best is None:
-            best, index = value, jnp.broadcast_to(here, value.shape)
-        else:
-            better = (value > best) | (value != value)
-            first = valid & ~started
-            if first.any():
-                better = better | jnp.asarray(first)
-            best = jnp.where(better, value, best)
-            index = jnp.where(better, here, index)
-        started |= valid
-    return (best, index) if with_indices else best
-
-
-def _max_by_gathering(
-    padded: Any,
-    windows: _Windows,
-    rows: np.ndarray,
-    columns: np.ndarray,
-    inside: list[np.ndarray],
-    with_indices: bool,
-) -> Any:
-    lead = padded.shape[:-2]
-    by_row = padded[..., rows + windows.padding[0], :]  # (*, outH, kH, W)
-    patches = by_row[..., columns + windows.padding[1]]  # (*, outH, kH, outW, kW)
-    patches = jnp.moveaxis(patches, -3, -2)  # (*, outH, outW, kH, kW)
-    flat = patches.reshape(*lead, *windows.outs, -1)
-    valid = inside[0][:, None, :, None] & inside[1][None, :, None, :]
-    valid = valid.reshape(*windows.outs, -1)
-    # argmax would name a border element where the whole window is -inf: -inf elements rank by whether
-    # they are inside.
-    best = jnp.argmax(flat, -1, keepdims=True)
-    value = jnp.take_along_axis(flat, best, -1)
-    first_valid = jnp.asarray(valid.argmax(-1), best.dtype)[..., None]
-    lowest = -jnp.inf if jnp.issubdtype(flat.dtype, jnp.floating) else jnp.iinfo(flat.dtype).min
-    best = jnp.where(value == jnp.asarray(lowest, flat.dtype), first_valid, best)
-    value = jnp.take_along_axis(flat, best, -1)[..., 0]
-    if not with_indices:
-        return value
-    where = rows[:, None, :, None] * windows.sizes[1] + columns[None, :, None, :]
-    where = jnp.asarray(where.reshape(*windows.outs, -1), _index_dtype())
-    index = jnp.take_along_axis(jnp.broadcast_to(where, flat.shape), best, -1)[..., 0]
-    return value, index
-
-
-def _index_dtype() -> Any:
-    return jax.dtypes.canonicalize_dtype(np.int64)
-
-
-def _image(input: Any, function: str) -> Any:
+def spatial(input: Any, n: int, function: str) -> Any:
+    """Return an input of n spatial axes, ``(N, C, *)`` or ``(C, *)``, of which only N may be 0."""
     x = array(input, "input", function)
-    if x.ndim not in (3, 4) or 0 in x.shape[-3:]:
+    if x.ndim not in (n + 1, n + 2) or 0 in x.shape[x.ndim - n - 1 :]:
+        axes = ("L", "H, W", "D, H, W")[n - 1]
         raise shape_error(
             f"{function} was given input of shape {x.shape}",
-            "the input is (N, C, H, W) or (C, H, W), and only N may be 0",
+            f"the input is (N, C, {axes}) or (C, {axes}), and only N may be 0",
             "reshape to these axes: input[None] adds one in front",
         )
     return x
 
 
-def _pair(value: Any, name: str, function: str) -> tuple[int, ...]:
-    return numbers(value, 2, name, function)
+def require_kind(x: Any, function: str, *, integers: bool = True) -> None:
+    """Raise unless an array is real and floating, or of integers where these are allowed."""
+    kinds = (jnp.floating, jnp.integer) if integers else (jnp.floating,)
+    if not any(jnp.issubdtype(x.dtype, kind) for kind in kinds):
+        raise DtypeError(
+            explain(
+                f"{function} was given input of dtype {x.dtype}",
+                "it is defined for real numbers" + ("" if integers else " of floating dtypes"),
+                "cast it first: input.astype(jnp.float32)",
+            )
+        )
 
 
-def _static(
+def windows_of(
     x: Any,
+    n: int,
     kernel_size: Any,
     stride: Any,
     padding: Any,
     dilation: Any,
     ceil_mode: bool,
     function: str,
-) -> tuple:
-    kernel = _pair(kernel_size, "kernel_size", function)
-    if stride is None or stride == () or stride == []:
+) -> lowering.Windows:
+    """Return the windows over the last n axes, from arguments as the user gave them."""
+    kernel = numbers(kernel_size, n, "kernel_size", function)
+    if stride is None or (isinstance(stride, (tuple, list)) and not stride):
         stride = kernel
-    static = (
-        x.shape[-2:],
+    return lowering.windows(
+        x.shape[x.ndim - n :],
         kernel,
-        _pair(stride, "stride", function),
-        _pair(padding, "padding", function),
-        _pair(dilation, "dilation", function),
+        numbers(stride, n, "stride", function),
+        numbers(padding, n, "padding", function),
+        numbers(dilation, n, "dilation", function),
         bool(ceil_mode),
         function,
     )
-    return static
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _max_kernel(x: Any, w: lowering.Windows, with_indices: bool) -> Any:
+    return lowering.largest_with_index(x, w) if with_indices else lowering.largest(x, w)
+
+
+def _max_pool(
+    input: Any,
+    n: int,
+    kernel_size: Any,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    ceil_mode: bool,
+    with_indices: bool,
+    function: str,
+) -> Any:
+    x = spatial(input, n, function)
+    require_kind(x, function)
+    w = windows_of(x, n, kernel_size, stride, padding, dilation, ceil_mode, function)
+    return _max_kernel(x, w, bool(with_indices))
+
+
+def max_pool1d(
+    input: Any,
+    kernel_size: Size,
+    stride: Size | None = None,
+    padding: Size = 0,
+    dilation: Size = 1,
+    ceil_mode: bool = False,
+    return_indices: bool = False,
+) -> Any:
+    """Take the largest element of each window.
+
+    Args:
+        input: ``(N, C, L)`` or ``(C, L)``.
+        kernel_size: the size of the window.
+        stride: the step of the window; None for its size.
+        padding: -inf added on both sides, at most half the window.
+        dilation: the distance between the elements of a window.
+        ceil_mode: also take a last window that hangs over the border.
+        return_indices: also return where each maximum was, as positions in the flattened ``L``.
+
+    Returns:
+        ``(N, C, L')``, and the indices if asked for. The first of equal maxima is taken.
+
+    Raises:
+        ShapeError: if the window does not fit.
+
+    Source: ``torch.nn.functional.max_pool1d``.
+
+    Example:
+        >>> import jax.numpy as jnp, statefulnn.functional as F
+        >>> F.max_pool1d(jnp.arange(6.0).reshape(1, 6), 2).tolist()
+        [[1.0, 3.0, 5.0]]
+    """
+    return _max_pool(
+        input,
+        1,
+        kernel_size,
+        stride,
+        padding,
+        dilation,
+        ceil_mode,
+        return_indices,
+        "F.max_pool1d",
+    )
+
+
+def max_pool1d_with_indices(
+    input: Any,
+    kernel_size: Size,
+    stride: Size | None = None,
+    padding: Size = 0,
+    dilation: Size = 1,
+    ceil_mode: bool = False,
+    return_indices: bool = False,
+) -> tuple[Any, Any]:
+    """Return what `max_pool1d` returns with ``return_indices=True``.
+
+    Example:
+        >>> import jax.numpy as jnp, statefulnn.functional as F
+        >>> F.max_pool1d_with_indices(jnp.array([[1.0, 3.0, 2.0, 0.0]]), 2)[1].tolist()
+        [[1, 2]]
+    """
+    return _max_pool(
+        input,
+        1,
+        kernel_size,
+        stride,
+        padding,
+        dilation,
+        ceil_mode,
+        True,
+        "F.max_pool1d_with_indices",
+    )
 
 
 def max_pool2d(
     input: Any,
-    kernel_size: int | Sequence[int],
-    stride: int | Sequence[int] | None = None,
-    padding: int | Sequence[int] = 0,
-    dilation: int | Sequence[int] = 1,
+    kernel_size: Size,
+    stride: Size | None = None,
+    padding: Size = 0,
+    dilation: Size = 1,
     ceil_mode: bool = False,
     return_indices: bool = False,
 ) -> Any:
@@ -258,18 +197,25 @@ def max_pool2d(
         >>> F.max_pool2d(jnp.arange(16.0).reshape(1, 4, 4), 2).tolist()
         [[[5.0, 7.0], [13.0, 15.0]]]
     """
-    function = "F.max_pool2d"
-    x = _image(input, function)
-    static = _static(x, kernel_size, stride, padding, dilation, ceil_mode, function)
-    return _max_pool(x, static, bool(return_indices))
+    return _max_pool(
+        input,
+        2,
+        kernel_size,
+        stride,
+        padding,
+        dilation,
+        ceil_mode,
+        return_indices,
+        "F.max_pool2d",
+    )
 
 
 def max_pool2d_with_indices(
     input: Any,
-    kernel_size: int | Sequence[int],
-    stride: int | Sequence[int] | None = None,
-    padding: int | Sequence[int] = 0,
-    dilation: int | Sequence[int] = 1,
+    kernel_size: Size,
+    stride: Size | None = None,
+    padding: Size = 0,
+    dilation: Size = 1,
     ceil_mode: bool = False,
     return_indices: bool = False,
 ) -> tuple[Any, Any]:
@@ -280,142 +226,89 @@ def max_pool2d_with_indices(
         >>> F.max_pool2d_with_indices(jnp.arange(16.0).reshape(1, 4, 4), 2)[1].tolist()
         [[[5, 7], [13, 15]]]
     """
-    return max_pool2d(input, kernel_size, stride, padding, dilation, ceil_mode, True)
+    return _max_pool(
+        input,
+        2,
+        kernel_size,
+        stride,
+        padding,
+        dilation,
+        ceil_mode,
+        True,
+        "F.max_pool2d_with_indices",
+    )
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2, 3))
-def _avg_pool(x: Any, static: tuple, count_include_pad: bool, divisor: int | None) -> Any:
-    windows = _Windows(*static)
-    wide = windows.padded(widened(x), 0)
-    if len(list(windows.shifts())) > MOST_SHIFTS:
-        lead = (1,) * (x.ndim - 2)
-        zero = np.zeros((), wide.dtype)[()]
-        total = lax.reduce_window(
-            wide, zero, lax.add, lead + windows.kernel, lead + windows.stride, "VALID"
-        )
-    else:
-        total = functools.reduce(
-            lax.add, (windows.shifted(wide, shift) for shift in windows.shifts())
-        )
-    if divisor is not None:
-        count = np.asarray(divisor)
-    else:
-        by_axis = []
-        for axis, size in enumerate(windows.sizes):
-            start = np.arange(windows.outs[axis]) * windows.stride[axis] - windows.padding[axis]
-            end = np.minimum(start + windows.kernel[axis], size + windows.padding[axis])
-            if not count_include_pad:
-                start, end = np.maximum(start, 0), np.minimum(end, size)
-            by_axis.append(end - start)
-        count = by_axis[0][:, None] * by_axis[1]
-        if (count == count.flat[0]).all():
-            count = count.flat[0]
-    return (total / jnp.asarray(count, total.dtype)).astype(x.dtype)
-
-
-def avg_pool2d(
+def max_pool3d(
     input: Any,
-    kernel_size: int | Sequence[int],
-    stride: int | Sequence[int] | None = None,
-    padding: int | Sequence[int] = 0,
+    kernel_size: Size,
+    stride: Size | None = None,
+    padding: Size = 0,
+    dilation: Size = 1,
     ceil_mode: bool = False,
-    count_include_pad: bool = True,
-    divisor_override: int | None = None,
+    return_indices: bool = False,
 ) -> Any:
-    """Take the mean of each window.
+    """Take the largest element of each window.
 
     Args:
-        input: ``(N, C, H, W)`` or ``(C, H, W)``.
+        input: ``(N, C, D, H, W)`` or ``(C, D, H, W)``.
         kernel_size: the size of the window.
         stride: the step of the window; None for its size.
-        padding: zeros added on both sides, at most half the window.
+        padding: -inf added on both sides, at most half the window.
+        dilation: the distance between the elements of a window.
         ceil_mode: also take a last window that hangs over the border.
-        count_include_pad: whether the zeros of the padding count as elements.
-        divisor_override: divide by this instead of by the number of elements.
+        return_indices: also return where each maximum was, as positions in the flattened ``D x H x W``.
 
     Returns:
-        ``(N, C, H', W')``.
+        ``(N, C, D', H', W')``, and the indices if asked for. The first of equal maxima is taken.
 
     Raises:
         ShapeError: if the window does not fit.
 
-    Source: ``torch.nn.functional.avg_pool2d``.
+    Source: ``torch.nn.functional.max_pool3d``.
 
     Example:
         >>> import jax.numpy as jnp, statefulnn.functional as F
-        >>> F.avg_pool2d(jnp.arange(16.0).reshape(1, 4, 4), 2).tolist()
-        [[[2.5, 4.5], [10.5, 12.5]]]
+        >>> F.max_pool3d(jnp.arange(8.0).reshape(1, 2, 2, 2), 2).tolist()
+        [[[[7.0]]]]
     """
-    function = "F.avg_pool2d"
-    x = _image(input, function)
-    require_float(x, "input", function)
-    if divisor_override == 0:
-        raise RuntimeError(
-            explain(
-                f"{function} was given divisor_override=0",
-                "divisor must be not zero",
-                "divisor_override=None divides by the number of elements",
-            )
-        )
-    static = _static(x, kernel_size, stride, padding, 1, ceil_mode, function)
-    return _avg_pool(x, static, bool(count_include_pad), divisor_override)
-
-
-@functools.partial(jax.jit, static_argnums=1)
-def _adaptive_avg_pool(x: Any, outs: tuple[int, int]) -> Any:
-    out = widened(x)
-    for axis, count in zip((x.ndim - 2, x.ndim - 1), outs, strict=True):
-        size = x.shape[axis]
-        if count and size % count == 0:
-            shape = (*out.shape[:axis], count, size // count, *out.shape[axis + 1 :])
-            out = jnp.mean(out.reshape(shape), axis + 1)
-            continue
-        # Windows of unequal size: one matrix whose rows are the windows.
-        steps = np.arange(count)
-        starts, ends = steps * size // max(count, 1), -(-(steps + 1) * size // max(count, 1))
-        places = np.arange(size)
-        member = (places >= starts[:, None]) & (places < ends[:, None])  # (count, size)
-        matrix = jnp.asarray(member / np.maximum(ends - starts, 1)[:, None], out.dtype)
-        out = lax.dot_general(
-            out, matrix, (((axis,), (1,)), ((), ())), precision=lax.Precision.HIGHEST
-        )
-        out = jnp.moveaxis(out, -1, axis)
-    return out.astype(x.dtype)
-
-
-def adaptive_avg_pool2d(input: Any, output_size: int | None | Sequence[int | None]) -> Any:
-    """Take means over as many windows as asked for, which cover the input evenly.
-
-    Args:
-        input: ``(N, C, H, W)`` or ``(C, H, W)``.
-        output_size: ``H'`` and ``W'``, or one number for both; None keeps the input's size.
-
-    Returns:
-        ``(N, C, H', W')``; window i of n over a size S goes from ``i S // n`` to ``ceil((i+1) S / n)``.
-
-    Raises:
-        ShapeError: if a size does not fit.
-
-    Source: ``torch.nn.functional.adaptive_avg_pool2d``.
-
-    Example:
-        >>> import jax.numpy as jnp, statefulnn.functional as F
-        >>> F.adaptive_avg_pool2d(jnp.arange(16.0).reshape(1, 4, 4), 1).tolist()
-        [[[7.5]]]
-    """
-    function = "F.adaptive_avg_pool2d"
-    x = _image(input, function)
-    require_float(x, "input", function)
-    given: Any = output_size
-    if not isinstance(output_size, (tuple, list)):
-        given = (output_size, output_size)
-    if len(given) != 2 or any(n is not None and n < 0 for n in given):
-        raise shape_error(
-            f"{function} was given output_size={output_size!r}",
-            "a height and a width are needed, not negative, or None for the input's own",
-            "output_size=(1, 1)",
-        )
-    height, width = (
-        size if n is None else int(n) for n, size in zip(given, x.shape[-2:], strict=True)
+    return _max_pool(
+        input,
+        3,
+        kernel_size,
+        stride,
+        padding,
+        dilation,
+        ceil_mode,
+        return_indices,
+        "F.max_pool3d",
     )
-    return _adaptive_avg_pool(x, (height, width))
+
+
+def max_pool3d_with_indices(
+    input: Any,
+    kernel_size: Size,
+    stride: Size | None = None,
+    padding: Size = 0,
+    dilation: Size = 1,
+    ceil_mode: bool = False,
+    return_indices: bool = False,
+) -> tuple[Any, Any]:
+    """Return what `max_pool3d` returns with ``return_indices=True``.
+
+    Example:
+        >>> import jax.numpy as jnp, statefulnn.functional as F
+        >>> F.max_pool3d_with_indices(jnp.arange(8.0).reshape(1, 2, 2, 2), 2)[1].tolist()
+        [[[[7]]]]
+    """
+    return _max_pool(
+        input,
+        3,
+        kernel_size,
+        stride,
+        padding,
+        dilation,
+        ceil_mode,
+        True,
+        "F.max_pool3d_with_indices",
+    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from statefulnn.core.compat import EAGER, current_trace
 from statefulnn.core.errors import ShapeError, UninitializedParameterError, explain
@@ -38,6 +38,10 @@ class LazyModuleMixin:
     """
 
     cls_to_become: type | None = None
+
+    if TYPE_CHECKING:  # the next class in line is the layer
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None: ...
 
     def initialize_parameters(self, *args: Any, **kwargs: Any) -> None:
         """Give every parameter its shape and values; it is called with what forward is called with."""
@@ -198,7 +202,7 @@ class _LazyConvForward(_LazyConv):
         dtype: Any = None,
     ) -> None:
         # The bias comes later, when its size is known. The next class is the layer that it becomes.
-        super().__init__(  # pyright: ignore[reportCallIssue]
+        super().__init__(
             0, 0, kernel_size, stride, padding, dilation, groups, False, padding_mode, device, dtype
         )
         self._make_lazy(out_channels, bias, device, dtype)
@@ -221,7 +225,7 @@ class _LazyConvTransposed(_LazyConv):
         device: Any = None,
         dtype: Any = None,
     ) -> None:
-        super().__init__(  # pyright: ignore[reportCallIssue]
+        super().__init__(
             0,
             0,
             kernel_size,
@@ -357,9 +361,7 @@ class _LazyNorm(LazyModuleMixin):
         bias: bool = True,
     ) -> None:
         # The sizes come later: no affine parameters now, and statistics of no channels.
-        super().__init__(  # pyright: ignore[reportCallIssue]
-            0, eps, momentum, False, track_running_stats, device, dtype
-        )
+        super().__init__(0, eps, momentum, False, track_running_stats, device, dtype)
         self.affine = affine
         if affine:
             self.weight = UninitializedParameter(device=device, dtype=dtype)

@@ -55,8 +55,9 @@ class Case:
     no_vmap: str = ""  # why it is not compared under vmap
 
     def __str__(self) -> str:
-        shown = [str(a) for a in self.args] + [
-            f"{k}={'array' if isinstance(v, np.ndarray) else v}" for k, v in self.kwargs.items()
+        shown = [_short(a) for a in self.args] + [
+            f"{k}={'array' if isinstance(v, np.ndarray) else _short(v)}"
+            for k, v in self.kwargs.items()
         ]
         return f"{self.layer}({', '.join(shown)}){' ' + self.note if self.note else ''}"
 
@@ -84,7 +85,12 @@ class Call:
 
 
 def _short(value: Any) -> str:
-    return "x".join(map(str, value.shape)) or "()" if isinstance(value, np.ndarray) else str(value)
+    """Return a text that is the same in every process: no addresses."""
+    if isinstance(value, np.ndarray):
+        return "x".join(map(str, value.shape)) or "()"
+    if callable(value):
+        return getattr(value, "__name__", type(value).__name__)
+    return str(value)
 
 
 def to_torch(value: Any, dtype: str = "float32") -> Any:
