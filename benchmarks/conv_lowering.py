@@ -33,13 +33,25 @@ CASES = [
     ("7x7 depthwise, 64, 16x16", (32, 64, 16, 16), (64, 1, 7, 7), 1, 3, 64),
     ("1-d width 5, 64->64, 128", (32, 64, 128), (64, 64, 5), 1, 2, 1),
     ("1-d depthwise width 4, 128, 256", (32, 128, 256), (128, 1, 4), 1, 0, 128),
+    ("7x7 stride 2, 3->64, 64x64", (8, 3, 64, 64), (64, 3, 7, 7), 2, 3, 1),
+    ("3-d width 3, 16->16, 12x12x12", (8, 16, 12, 12, 12), (16, 16, 3, 3, 3), 1, 1, 1),
+]
+
+# name, (N, C, *spatial), (C, O / groups, *kernel), stride, padding, groups
+TRANSPOSED = [
+    ("transposed 4x4 stride 2, 64->32, 16x16", (32, 64, 16, 16), (64, 32, 4, 4), 2, 1, 1),
+    ("transposed 3x3 stride 2, 64->32, 16x16", (32, 64, 16, 16), (64, 32, 3, 3), 2, 1, 1),
+    ("transposed 2x2 stride 2, 64->32, 16x16", (32, 64, 16, 16), (64, 32, 2, 2), 2, 0, 1),
+    ("transposed 4x4 depthwise, 64, 16x16", (32, 64, 16, 16), (64, 1, 4, 4), 2, 1, 64),
+    ("transposed width 16 stride 8, 64->32, 64", (32, 64, 64), (64, 32, 16), 8, 4, 1),
+    ("transposed 3-d 4, 32->16, 8x8x8", (8, 32, 8, 8, 8), (32, 16, 4, 4, 4), 2, 1, 1),
 ]
 
 
 def channels_last(x, w, stride, pads, dilation, groups):
     """The same operation with the channels moved to the end inside."""
     n = x.ndim - 2
-    layout = "HW"[:n]
+    layout = "DHW"[-n:]
     out = lax.conv_general_dilated(
         jnp.moveaxis(x, 1, -1),
         jnp.moveaxis(w, (0, 1), (-1, -2)),
@@ -50,10 +62,6 @@ def channels_last(x, w, stride, pads, dilation, groups):
         feature_group_count=groups,
     )
     return jnp.moveaxis(out, -1, 1)
-
-
-def as_matmul(x, w, stride, pads, dilation, groups):
-    return lowering.pointwise(x, w, stride, pads)
 
 
 def patches_in_groups(x, w, stride, pads, dilation, groups):
@@ -78,22 +86,32 @@ def patches_in_groups(x, w, stride, pads, dilation, groups):
     return jnp.einsum("goc,ngcs->ngos", kernels, stacked).reshape(n, w.shape[0], *sizes)
 
 
-def shifted(x, w, stride, pads, dilation, groups):
-    return lowering.shifted_sum(x, w, stride, pads, dilation)
+def tap_by_tap(x, w, stride, pads, dilation, groups):
+    return lowering.tap_by_tap(x, w, stride, pads, dilation)
 
 
 def ways(x_shape, w_shape, groups):
     chosen = {"lax": lowering.general, "NHWC": channels_last}
     if all(k == 1 for k in w_shape[2:]):
-        chosen["matmul"] = as_matmul
+        chosen["matmul"] = lowering.pointwise
     if 1 < groups < x_shape[1]:
         chosen["by group"] = lowering.group_by_group
         if len(x_shape) == 4:
             chosen["patches"] = patches_in_groups
     if groups == x_shape[1]:
-        chosen["shifted"] = shifted
+        chosen["shifted"] = lowering.shifted_sum
+    if groups == 1:
+        chosen["tap by tap"] = tap_by_tap
     chosen["chosen"] = lowering.convolve
     return chosen
+
+
+def transposed_ways():
+    return {
+        "lax": lowering.general_transposed,
+        "phases": lowering.by_phases,
+        "chosen": lowering.convolve_transposed,
+    }
 
 
 def with_rest(f, rest, x, w):
@@ -104,15 +122,15 @@ def squared_sum(f):
     return lambda x, w: jnp.sum(f(x, w) ** 2)
 
 
-def measure(functions, args, rounds):
+def measure(functions, args, rounds, clock):
     for f in functions.values():
         jax.block_until_ready(f(*args))
     times = {name: [] for name in functions}
     for _ in range(rounds):
         for name, f in functions.items():
-            start = time.perf_counter()
+            start = clock()
             jax.block_until_ready(f(*args))
-            times[name].append(time.perf_counter() - start)
+            times[name].append(clock() - start)
     return {name: statistics.median(t) * 1e3 for name, t in times.items()}
 
 
@@ -120,29 +138,50 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--only", default="", help="run the cases whose name contains this")
+    parser.add_argument(
+        "--cpu-time", action="store_true", help="CPU time, for a machine that others use as well"
+    )
     options = parser.parse_args()
-    print(f"{jax.devices()[0].device_kind}, JAX {jax.__version__}, batch 32, float32")
+    measured = functools.partial(
+        measure,
+        rounds=options.rounds,
+        clock=time.process_time if options.cpu_time else time.perf_counter,
+    )
+    print(f"{jax.devices()[0].device_kind}, JAX {jax.__version__}, batch 32 or 8, float32")
     for name, x_shape, w_shape, stride, padding, groups in CASES:
-        if options.only not in name:
-            continue
-        n = len(x_shape) - 2
-        keys = jax.random.split(jax.random.key(0))
-        x, w = jax.random.normal(keys[0], x_shape), jax.random.normal(keys[1], w_shape)
-        rest = ((stride,) * n, ((padding, padding),) * n, (1,) * n, groups)
-        forward, both = {}, {}
-        expected = None
-        for way, f in ways(x_shape, w_shape, groups).items():
-            call = functools.partial(with_rest, f, rest)
-            forward[way] = jax.jit(call)
-            both[way] = jax.jit(jax.value_and_grad(squared_sum(call), argnums=(0, 1)))
-            out = forward[way](x, w)
-            expected = out if expected is None else expected
-            assert jnp.allclose(out, expected, rtol=1e-3, atol=1e-3), (name, way)
-        for what, functions in (("forward", forward), ("gradients", both)):
-            times = measure(functions, (x, w), options.rounds)
-            base = times.pop("lax")
-            ratios = "  ".join(f"{way} {t / base:.2f}" for way, t in times.items())
-            print(f"{name:36s} {what:10s} lax {base:8.2f} ms   {ratios}", flush=True)
+        if options.only in name:
+            n = len(x_shape) - 2
+            rest = ((stride,) * n, ((padding, padding),) * n, (1,) * n, groups)
+            race(name, ways(x_shape, w_shape, groups), x_shape, w_shape, rest, measured)
+    for name, x_shape, w_shape, stride, padding, groups in TRANSPOSED:
+        if options.only in name:
+            n = len(x_shape) - 2
+            sizes = tuple(
+                (size - 1) * stride - 2 * padding + k
+                for size, k in zip(x_shape[2:], w_shape[2:], strict=True)
+            )
+            rest = ((stride,) * n, (padding,) * n, (1,) * n, groups, sizes)
+            race(name, transposed_ways(), x_shape, w_shape, rest, measured)
+
+
+def race(name, contenders, x_shape, w_shape, rest, measured):
+    """Time each way on the same arrays, check that they agree, and print the ratios."""
+    keys = jax.random.split(jax.random.key(0))
+    x, w = jax.random.normal(keys[0], x_shape), jax.random.normal(keys[1], w_shape)
+    forward, both = {}, {}
+    expected = None
+    for way, f in contenders.items():
+        call = functools.partial(with_rest, f, rest)
+        forward[way] = jax.jit(call)
+        both[way] = jax.jit(jax.value_and_grad(squared_sum(call), argnums=(0, 1)))
+        out = forward[way](x, w)
+        expected = out if expected is None else expected
+        assert jnp.allclose(out, expected, rtol=1e-3, atol=1e-3), (name, way)
+    for what, functions in (("forward", forward), ("gradients", both)):
+        times = measured(functions, (x, w))
+        base = times.pop("lax")
+        ratios = "  ".join(f"{way} {t / base:.2f}" for way, t in times.items())
+        print(f"{name:41s} {what:10s} lax {base:8.2f} ms   {ratios}", flush=True)
 
 
 if __name__ == "__main__":

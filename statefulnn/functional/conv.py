@@ -1,4 +1,4 @@
-"""Convolutions over one and two spatial axes."""
+"""Convolutions over one, two and three spatial axes."""
 
 from __future__ import annotations
 
@@ -7,14 +7,28 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
+from jax import lax
 
 from statefulnn.core.errors import explain
-from statefulnn.functional._checks import array, numbers, require_same_dtype, shape_error
+from statefulnn.functional._checks import (
+    array,
+    numbers,
+    require_rank,
+    require_same_dtype,
+    shape_error,
+)
 from statefulnn.functional._conv_lowering import convolve
+from statefulnn.functional.padding import BORDERS, check_border, continued
 
-# How a border is filled, by torch's name and by numpy's.
-PADDING_MODES = {"reflect": "reflect", "replicate": "edge", "circular": "wrap"}
+# How the spatial axes of an input and of a kernel are called in messages.
+AXES = {1: ("L", "k"), 2: ("H, W", "kH, kW"), 3: ("D, H, W", "kD, kH, kW")}
+
+
+def static(value: Any) -> Any:
+    """Return an argument that compiled code may be keyed by: sequences as tuples."""
+    if isinstance(value, (int, str, tuple)) or not hasattr(value, "__iter__"):
+        return value
+    return tuple(value)
 
 
 @functools.partial(jax.jit, static_argnums=(3, 4, 5, 6, 7))
@@ -22,22 +36,112 @@ def _conv(
     x: Any,
     weight: Any,
     bias: Any,
-    stride: tuple[int, ...],
-    pads: tuple[tuple[int, int], ...],
-    dilation: tuple[int, ...],
+    stride: Any,
+    padding: Any,
+    dilation: Any,
     groups: int,
     padding_mode: str,
 ) -> Any:
+    # Checked here, where the code runs once for each combination of shapes and dtypes: an eager call
+    # like an earlier one pays nothing for it.
+    spatial = weight.ndim - 2
+    function = f"F.conv{spatial}d"
+    stride, dilation = steps(x, weight, stride, dilation, spatial, function)
+    kernel = weight.shape[2:]
+    pads = padded(padding, kernel, stride, dilation, function)
+    given = f"{function} was given input of shape {x.shape} and weight of shape {weight.shape}"
+    channels = x.shape[-spatial - 1]
+    check_groups(weight.shape[0], groups, "makes", given)
+    if channels != weight.shape[1] * groups:
+        raise shape_error(
+            f"{given}, and groups={groups}",
+            f"the input has {channels} channels and the weight expects {weight.shape[1] * groups}",
+            f"nn.Conv{spatial}d({channels}, {weight.shape[0]}, {tuple(kernel)}), or an input with its "
+            f"{weight.shape[1] * groups} channels on axis {x.ndim - spatial - 1}",
+        )
+    check_bias(bias, weight.shape[0], given)
+    require_same_dtype(function, input=x, weight=weight, bias=bias)
+    for size, k, d, (low, high) in zip(x.shape[-spatial:], kernel, dilation, pads, strict=True):
+        if size + low + high < d * (k - 1) + 1:
+            raise shape_error(
+                f"{given}, and padding={padding}, dilation={dilation}",
+                f"the kernel covers {d * (k - 1) + 1} positions and the padded input has "
+                f"{size + low + high}",
+                "a smaller kernel, more padding, or a larger input",
+            )
+        if padding_mode != "zeros":
+            context = f"{given}, and padding={padding}, padding_mode={padding_mode!r}"
+            check_border(size, low, high, padding_mode, context)
     batched = x.ndim == weight.ndim
     if not batched:
         x = x[None]
     if padding_mode != "zeros":
-        x = jnp.pad(x, ((0, 0), (0, 0), *pads), mode=PADDING_MODES[padding_mode])
-        pads = ((0, 0),) * len(pads)
+        for axis, (low, high) in enumerate(pads, 2):
+            x = continued(x, axis, low, high, padding_mode)
+        pads = ((0, 0),) * spatial
     out = convolve(x, weight, stride, pads, dilation, groups)
-    if bias is not None:
-        out = out + bias.reshape(1, -1, *(1,) * (out.ndim - 2))
+    out = with_bias(out, bias)
     return out if batched else out[0]
+
+
+def with_bias(out: Any, bias: Any) -> Any:
+    """Add a bias for each channel of ``(N, C, *)``."""
+    return out if bias is None else out + bias.reshape(1, -1, *(1,) * (out.ndim - 2))
+
+
+def steps(
+    x: Any, weight: Any, stride: Any, dilation: Any, spatial: int, function: str
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return stride and dilation as tuples; raise unless they and the sizes are positive."""
+    stride = numbers(stride, spatial, "stride", function)
+    dilation = numbers(dilation, spatial, "dilation", function)
+    for name, values in (("stride", stride), ("dilation", dilation)):
+        if min(values) < 1:
+            raise shape_error(
+                f"{function} was given {name}={values}",
+                f"non-positive {name} is not supported",
+                f"{name}=1",
+            )
+    for name, shape in (("input", x.shape[-spatial:]), ("weight", weight.shape[2:])):
+        if 0 in shape:
+            raise shape_error(
+                f"{function} was given {name} of spatial shape {shape}",
+                "only the batch and the channels may be empty",
+                "at least one position along each spatial axis",
+            )
+    return stride, dilation
+
+
+def check_groups(channels: int, groups: int, does: str, given: str) -> None:
+    """Raise unless the channels on the weight's first axis can be shared out to the groups."""
+    if groups < 1 or channels < groups or channels % groups:
+        raise shape_error(
+            f"{given}, and groups={groups}",
+            f"each group {does} the same number of channels, one at least, and the weight has "
+            f"{channels} on its first axis",
+            f"a number of channels that {max(groups, 1)} divides",
+        )
+
+
+def check_bias(bias: Any, channels: int, given: str) -> None:
+    """Raise unless there is one bias for each output channel, or none at all."""
+    if bias is not None and bias.shape != (channels,):
+        raise shape_error(
+            f"{given}, and bias of shape {bias.shape}",
+            f"one bias for each of {channels} output channels is needed",
+            f"a bias of shape {(channels,)}",
+        )
+
+
+def check_axes(x: Any, weight: Any, spatial: int, function: str, layout: str) -> None:
+    """Raise unless input and weight have the axes of `spatial` dimensions."""
+    if weight.ndim != spatial + 2 or x.ndim not in (spatial + 1, spatial + 2):
+        axes, kernel = AXES[spatial]
+        raise shape_error(
+            f"{function} was given input of shape {x.shape} and weight of shape {weight.shape}",
+            f"the input is (N, C, {axes}) or (C, {axes}), the weight ({layout}, {kernel})",
+            "reshape to these axes: input[None] adds one in front",
+        )
 
 
 def padded(
@@ -87,73 +191,13 @@ def conv_nd(
     groups: int,
     padding_mode: str = "zeros",
 ) -> Any:
-    """Convolve over `spatial` axes; `conv1d` and `conv2d` are this with the number filled in."""
+    """Convolve over `spatial` axes; `conv1d` to `conv3d` are this with the number filled in."""
     function = f"F.conv{spatial}d"
     x = array(input, "input", function)
     w = array(weight, "weight", function)
     b = None if bias is None else array(bias, "bias", function)
-    axes = "L" if spatial == 1 else "H, W"
-    given = f"{function} was given input of shape {x.shape} and weight of shape {w.shape}"
-    if w.ndim != spatial + 2 or x.ndim not in (spatial + 1, spatial + 2):
-        raise shape_error(
-            given,
-            f"the input is (N, C, {axes}) or (C, {axes}), the weight "
-            f"(out_channels, in_channels / groups, {'k' if spatial == 1 else 'kH, kW'})",
-            "reshape to these axes: input[None] adds one in front",
-        )
-    stride = numbers(stride, spatial, "stride", function)
-    dilation = numbers(dilation, spatial, "dilation", function)
-    for name, values in (("stride", stride), ("dilation", dilation)):
-        if any(v < 1 for v in values):
-            raise shape_error(
-                f"{function} was given {name}={values}",
-                f"non-positive {name} is not supported",
-                f"{name}=1",
-            )
-    kernel = w.shape[2:]
-    pads = padded(padding, kernel, stride, dilation, function)
-    channels = x.shape[-spatial - 1]
-    if groups < 1 or w.shape[0] % groups:
-        raise shape_error(
-            f"{given}, and groups={groups}",
-            "each group makes the same number of output channels",
-            f"out_channels that {max(groups, 1)} divides",
-        )
-    if channels != w.shape[1] * groups:
-        raise shape_error(
-            f"{given}, and groups={groups}",
-            f"the input has {channels} channels and the weight expects {w.shape[1] * groups}",
-            f"nn.Conv{spatial}d({channels}, {w.shape[0]}, {tuple(kernel)}), or an input with its "
-            f"{w.shape[1] * groups} channels on axis {x.ndim - spatial - 1}",
-        )
-    for size, k, d, (low, high) in zip(x.shape[-spatial:], kernel, dilation, pads, strict=True):
-        if size + low + high < d * (k - 1) + 1:
-            raise shape_error(
-                f"{given}, and padding={padding}, dilation={dilation}",
-                f"the kernel covers {d * (k - 1) + 1} positions and the padded input has "
-                f"{size + low + high}",
-                "a smaller kernel, more padding, or a larger input",
-            )
-        if padding_mode == "reflect" and max(low, high) >= size:
-            raise shape_error(
-                f"{given}, and padding={padding}, padding_mode='reflect'",
-                f"a border of {max(low, high)} cannot be mirrored from an axis of {size}",
-                f"padding below {size}",
-            )
-        if padding_mode == "circular" and max(low, high) > size:
-            raise shape_error(
-                f"{given}, and padding={padding}, padding_mode='circular'",
-                f"a border of {max(low, high)} would wrap around an axis of {size} more than once",
-                f"padding of at most {size}",
-            )
-    if b is not None and b.shape != w.shape[:1]:
-        raise shape_error(
-            f"{given}, and bias of shape {b.shape}",
-            f"one bias for each of {w.shape[0]} output channels is needed",
-            f"a bias of shape {w.shape[:1]}",
-        )
-    require_same_dtype(function, input=x, weight=w, bias=b)
-    return _conv(x, w, b, stride, pads, dilation, groups, padding_mode)
+    check_axes(x, w, spatial, function, "out_channels, in_channels / groups")
+    return _conv(x, w, b, static(stride), static(padding), static(dilation), groups, padding_mode)
 
 
 def conv1d(
@@ -231,9 +275,100 @@ def conv2d(
     return conv_nd(2, input, weight, bias, stride, padding, dilation, groups)
 
 
+def conv3d(
+    input: Any,
+    weight: Any,
+    bias: Any = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] | str = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+) -> Any:
+    """Convolve (cross-correlate) over three axes.
+
+    Args:
+        input: ``(N, C, D, H, W)`` or ``(C, D, H, W)``.
+        weight: ``(out_channels, C / groups, kD, kH, kW)``.
+        bias: ``(out_channels,)`` or None.
+        stride: the step of the kernel, one number or one an axis.
+        padding: zeros added on both sides, one number or one an axis; "same" keeps the size, "valid"
+            adds none.
+        dilation: the distance between the kernel's points, one number or one an axis.
+        groups: the number of independent groups of channels.
+
+    Returns:
+        ``(N, out_channels, D', H', W')``, each size ``(S + 2 padding - dilation (k - 1) - 1) // stride + 1``.
+
+    Raises:
+        ShapeError: if the shapes do not fit.
+        DtypeError: if the dtypes differ.
+
+    Source: ``torch.nn.functional.conv3d``.
+
+    Example:
+        >>> import jax.numpy as jnp, statefulnn.functional as F
+        >>> F.conv3d(jnp.ones((1, 3, 8, 8, 8)), jnp.ones((5, 3, 3, 3, 3)), padding=1).shape
+        (1, 5, 8, 8, 8)
+    """
+    return conv_nd(3, input, weight, bias, stride, padding, dilation, groups)
+
+
+@functools.partial(jax.jit, static_argnums=3)
+def _conv_tbc(x: Any, weight: Any, bias: Any, pad: int) -> Any:
+    given = f"F.conv_tbc was given input of shape {x.shape} and weight of shape {weight.shape}"
+    require_rank(x, (3,), "input", "F.conv_tbc", "(T, N, C)")
+    require_rank(weight, (3,), "weight", "F.conv_tbc", "(k, C, out_channels)")
+    if x.shape[2] != weight.shape[1]:
+        raise shape_error(
+            given,
+            f"the input has {x.shape[2]} channels and the weight expects {weight.shape[1]}",
+            "the time on the first axis and the channels on the last",
+        )
+    check_bias(bias, weight.shape[2], given)
+    if x.shape[0] + 2 * pad + 1 < weight.shape[0]:
+        raise shape_error(
+            f"{given}, and pad={pad}",
+            f"the kernel covers {weight.shape[0]} positions and the padded input has "
+            f"{x.shape[0] + 2 * pad}",
+            "a smaller kernel, more padding, or a longer input",
+        )
+    require_same_dtype("F.conv_tbc", input=x, weight=weight, bias=bias)
+    layout = ("WNC", "WIO", "WNC")
+    out = lax.conv_general_dilated(x, weight, (1,), ((pad, pad),), dimension_numbers=layout)
+    return out + bias[None, None]
+
+
+def conv_tbc(input: Any, weight: Any, bias: Any, pad: int = 0) -> Any:
+    """Convolve over the first axis: time, batch, channels.
+
+    Args:
+        input: ``(T, N, C)``.
+        weight: ``(k, C, out_channels)``.
+        bias: ``(out_channels,)``.
+        pad: zeros added at both ends.
+
+    Returns:
+        ``(T + 2 pad - k + 1, N, out_channels)``.
+
+    Raises:
+        ShapeError: if the shapes do not fit.
+        DtypeError: if the dtypes differ, or there is no bias.
+
+    Source: ``torch.nn.functional.conv_tbc``.
+
+    Example:
+        >>> import jax.numpy as jnp, statefulnn.functional as F
+        >>> F.conv_tbc(jnp.ones((7, 2, 3)), jnp.ones((3, 3, 5)), jnp.zeros(5), pad=1).shape
+        (7, 2, 5)
+    """
+    x = array(input, "input", "F.conv_tbc")
+    w = array(weight, "weight", "F.conv_tbc")
+    return _conv_tbc(x, w, array(bias, "bias", "F.conv_tbc"), pad)
+
+
 def check_padding_mode(padding_mode: str, layer: str) -> None:
     """Raise unless a padding mode exists."""
-    if padding_mode != "zeros" and padding_mode not in PADDING_MODES:
+    if padding_mode != "zeros" and padding_mode not in BORDERS:
         raise ValueError(
             explain(
                 f"{layer} was given padding_mode={padding_mode!r}",

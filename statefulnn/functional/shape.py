@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import functools
 import math
+import operator
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 
+from statefulnn.core.errors import DtypeError, explain
 from statefulnn.functional._checks import array, dimension, shape_error
 
 
@@ -43,3 +46,54 @@ def flatten(input: Any, start_dim: int = 0, end_dim: int = -1) -> Any:
     shape = x.shape
     merged = (*shape[:start], math.prod(shape[start : end + 1]), *shape[end + 1 :])
     return x if merged == shape else _reshape(x, merged)
+
+
+def unflatten(input: Any, dim: int, sizes: Sequence[int]) -> Any:
+    """Split one axis into several.
+
+    Args:
+        input: any shape with at least one axis.
+        dim: the axis.
+        sizes: the sizes of the new axes, whose product is the axis's size; one of them may be -1.
+
+    Raises:
+        ShapeError: if the sizes do not multiply up to the axis's size.
+        IndexError: if there is no such axis.
+        DtypeError: if dim or sizes are no integers.
+
+    Source: ``torch.unflatten``.
+
+    Example:
+        >>> import jax.numpy as jnp, statefulnn.functional as F
+        >>> F.unflatten(jnp.ones((2, 12)), 1, (3, -1)).shape
+        (2, 3, 4)
+    """
+    x = array(input, "input", "F.unflatten")
+    given = f"F.unflatten was given dim={dim!r} and sizes={sizes!r} for shape {x.shape}"
+    try:
+        new = tuple(operator.index(size) for size in sizes)
+        axis = operator.index(dim)
+    except TypeError:
+        raise DtypeError(
+            explain(
+                given,
+                "axes have numbers, not names, and sizes are integers",
+                "F.unflatten(input, 1, (3, -1))",
+            )
+        ) from None
+    if not x.shape:
+        raise shape_error(given, "there is no axis to split", "an array with at least one axis")
+    axis = dimension(axis, x.ndim, "F.unflatten")
+    size = x.shape[axis]
+    unknown = new.count(-1)
+    rest = math.prod(n for n in new if n != -1)
+    if unknown == 1 and rest > 0 and size % rest == 0:
+        new = tuple(size // rest if n == -1 else n for n in new)
+    if not new or min(new) < 0 or math.prod(new) != size:
+        raise shape_error(
+            given,
+            f"the sizes must multiply up to the {size} of the axis, and one of them at most may be "
+            "left open with -1",
+            f"F.unflatten(input, {dim}, (-1,)), or sizes whose product is {size}",
+        )
+    return _reshape(x, (*x.shape[:axis], *new, *x.shape[axis + 1 :]))

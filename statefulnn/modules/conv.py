@@ -15,16 +15,21 @@ from statefulnn.modules._empty import parameter
 Size = int | Sequence[int]
 
 
-class _ConvNd(Module):
-    spatial: int
+class _Convolution(Module):
+    """What convolutions and transposed ones share: their attributes, parameters and repr."""
 
-    def __init__(
+    spatial: int
+    transposed = False
+    padding: Any
+
+    def _set(
         self,
         in_channels: int,
         out_channels: int,
         kernel_size: Size,
         stride: Size,
         padding: Size | str,
+        output_padding: Size,
         dilation: Size,
         groups: int,
         bias: bool,
@@ -32,8 +37,7 @@ class _ConvNd(Module):
         device: Any,
         dtype: Any,
     ) -> None:
-        super().__init__()
-        name, n = f"nn.Conv{self.spatial}d", self.spatial
+        name, n = f"nn.{type(self).__name__}", self.spatial
         if groups <= 0:
             raise ValueError(
                 explain(f"made {name} with groups={groups}", "groups must be positive", "groups=1")
@@ -47,24 +51,82 @@ class _ConvNd(Module):
                         f"a number of groups that divides {channels}",
                     )
                 )
-        check_padding_mode(padding_mode, name)
         self.in_channels = in_channels
         self.out_channels = out_channels
         self.kernel_size = numbers(kernel_size, n, "kernel_size", name)
         self.stride = numbers(stride, n, "stride", name)
-        self.padding = padding if isinstance(padding, str) else numbers(padding, n, "padding", name)
+        named = isinstance(padding, str) and not self.transposed
+        self.padding = padding if named else numbers(padding, n, "padding", name)
         self.dilation = numbers(dilation, n, "dilation", name)
         padded(self.padding, self.kernel_size, self.stride, self.dilation, name)  # checks them
+        self.output_padding = numbers(output_padding, n, "output_padding", name)
         self.groups = groups
         self.padding_mode = padding_mode
-        self.weight = parameter(
-            (out_channels, in_channels // groups, *self.kernel_size), device, dtype
-        )
+        first, second = in_channels, out_channels
+        if not self.transposed:
+            first, second = second, first
+        self.weight = parameter((first, second // groups, *self.kernel_size), device, dtype)
         if bias:
             self.bias = parameter(out_channels, device, dtype)
         else:
             self.register_parameter("bias", None)
         self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw new initial values."""
+        raise NotImplementedError
+
+    def extra_repr(self) -> str:
+        parts = [
+            f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}",
+            f"stride={self.stride}",
+        ]
+        if self.padding != (0,) * self.spatial:
+            parts.append(f"padding={self.padding}")
+        if self.dilation != (1,) * self.spatial:
+            parts.append(f"dilation={self.dilation}")
+        if self.output_padding != (0,) * self.spatial:
+            parts.append(f"output_padding={self.output_padding}")
+        if self.groups != 1:
+            parts.append(f"groups={self.groups}")
+        if self.bias is None:
+            parts.append("bias=False")
+        if self.padding_mode != "zeros":
+            parts.append(f"padding_mode={self.padding_mode}")
+        return ", ".join(parts)
+
+
+class _ConvNd(_Convolution):
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Size,
+        stride: Size = 1,
+        padding: Size | str = 0,
+        dilation: Size = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        check_padding_mode(padding_mode, f"nn.{type(self).__name__}")
+        self._set(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            padding,
+            0,
+            dilation,
+            groups,
+            bias,
+            padding_mode,
+            device,
+            dtype,
+        )
 
     def reset_parameters(self) -> None:
         """Draw new initial values."""
@@ -82,23 +144,6 @@ class _ConvNd(Module):
             self.groups,
             self.padding_mode,
         )
-
-    def extra_repr(self) -> str:
-        parts = [
-            f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}",
-            f"stride={self.stride}",
-        ]
-        if self.padding != (0,) * self.spatial:
-            parts.append(f"padding={self.padding}")
-        if self.dilation != (1,) * self.spatial:
-            parts.append(f"dilation={self.dilation}")
-        if self.groups != 1:
-            parts.append(f"groups={self.groups}")
-        if self.bias is None:
-            parts.append("bias=False")
-        if self.padding_mode != "zeros":
-            parts.append(f"padding_mode={self.padding_mode}")
-        return ", ".join(parts)
 
 
 class Conv1d(_ConvNd):
@@ -132,34 +177,6 @@ class Conv1d(_ConvNd):
     """
 
     spatial = 1
-
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: Size,
-        stride: Size = 1,
-        padding: Size | str = 0,
-        dilation: Size = 1,
-        groups: int = 1,
-        bias: bool = True,
-        padding_mode: str = "zeros",
-        device: Any = None,
-        dtype: Any = None,
-    ) -> None:
-        super().__init__(
-            in_channels,
-            out_channels,
-            kernel_size,
-            stride,
-            padding,
-            dilation,
-            groups,
-            bias,
-            padding_mode,
-            device,
-            dtype,
-        )
 
 
 class Conv2d(_ConvNd):
@@ -195,30 +212,36 @@ class Conv2d(_ConvNd):
 
     spatial = 2
 
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: Size,
-        stride: Size = 1,
-        padding: Size | str = 0,
-        dilation: Size = 1,
-        groups: int = 1,
-        bias: bool = True,
-        padding_mode: str = "zeros",
-        device: Any = None,
-        dtype: Any = None,
-    ) -> None:
-        super().__init__(
-            in_channels,
-            out_channels,
-            kernel_size,
-            stride,
-            padding,
-            dilation,
-            groups,
-            bias,
-            padding_mode,
-            device,
-            dtype,
-        )
+
+class Conv3d(_ConvNd):
+    """Convolve (cross-correlate) over three axes.
+
+    Args:
+        in_channels: C.
+        out_channels: the number of kernels.
+        kernel_size: one number, or kD, kH and kW.
+        stride: the step of the kernel.
+        padding: what is added on both sides; "same" keeps the size, "valid" adds nothing.
+        dilation: the distance between the kernel's points.
+        groups: the number of independent groups of channels.
+        bias: whether a bias is added.
+        padding_mode: "zeros", "reflect", "replicate" or "circular".
+        device: where the parameters are put.
+        dtype: their dtype.
+
+    Shape:
+        - input: ``(N, C, D, H, W)`` or ``(C, D, H, W)``; output: ``(N, out_channels, D', H', W')``, each size
+          ``(S + 2 padding - dilation (k - 1) - 1) // stride + 1``.
+
+    Attributes:
+        weight: ``(out_channels, C / groups, kD, kH, kW)``, from U(±1/√fan_in),
+            ``fan_in = C / groups · kD · kH · kW``.
+        bias: ``(out_channels,)``, likewise, or None.
+
+    Example:
+        >>> import jax.numpy as jnp, statefulnn as nn
+        >>> nn.Conv3d(3, 8, 3, padding="same")(jnp.ones((2, 3, 8, 8, 8))).shape
+        (2, 8, 8, 8, 8)
+    """
+
+    spatial = 3

@@ -22,6 +22,14 @@ LAYERS = [
     Case("Flatten", (), {}, (IMAGE,)),
     Case("Flatten", (0, 1), {}, (IMAGE,)),
     Case("Flatten", (2, -2), {}, (IMAGE,)),
+    Case("Flatten", (), {}, (array(0, 4, 7, 8),), note="no examples"),
+    Case("Flatten", (0,), {}, (array(),), note="a scalar"),
+    Case("Unflatten", (1, (2, 3)), {}, (X,)),
+    Case("Unflatten", (1, [2, 2]), {}, (IMAGE,)),
+    Case("Unflatten", (-1, (2, -1, 2)), {}, (IMAGE,)),
+    Case("Unflatten", (0, (-1,)), {}, (X,)),
+    Case("Unflatten", (1, (0, 3)), {}, (array(2, 0),), note="no features"),
+    Case("Unflatten", (1, (2, 3)), {}, (array(0, 6),), note="no examples"),
 ]
 
 FUNCTIONS = [
@@ -34,4 +42,21 @@ MISUSE = [
     Call("linear", (array(2, 3), array(4, 3), array(2))),
     Call("bilinear", (array(2, 3), array(3, 3), array(3, 3, 3))),
     Call("bilinear", (array(2, 3), array(2, 4), array(3, 3, 3))),
+]
+
+LAYER_MISUSE = [
+    Case("Flatten", (), {}, (array(3),)),
+    Case("Flatten", (2, 1), {}, (IMAGE,)),
+    Case("Unflatten", (1, 6)),
+    Case("Unflatten", (1, (2.0, 3))),
+    Case("Unflatten", ("C", (("A", 2), ("B", 3)))),
+    Case("Unflatten", ("C", (2, 3)), {}, (X,)),
+    Case("Unflatten", (1, (2, 4)), {}, (X,)),
+    Case("Unflatten", (1, (4, -1)), {}, (X,)),
+    Case("Unflatten", (1, (-1, -1)), {}, (X,)),
+    Case("Unflatten", (1, (-2, -3)), {}, (X,)),
+    Case("Unflatten", (1, ()), {}, (array(2, 1),)),
+    Case("Unflatten", (2, (2, 3)), {}, (X,)),
+    Case("Unflatten", (1, (0, -1)), {}, (array(2, 0),)),
+    Case("Unflatten", (0, (1, 1)), {}, (array(),)),
 ]

@@ -1,0 +1,151 @@
+"""Convolutions and padding: what the rows cannot say."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+import statefulnn as nn
+import statefulnn.functional as F
+from tests.parity.oracle import array, close, to_jax, to_torch
+
+VOLUME = array(2, 4, 5, 6, 5)
+
+# input, weight, stride, padding, dilation, groups: one for each way a convolution is computed.
+WAYS = {
+    "dense": (array(2, 4, 7, 8), array(6, 4, 3, 3), 2, 1, 1, 1),
+    "many channels": (array(2, 9, 7, 8), array(4, 9, 3, 2), 2, 1, 2, 1),
+    "many channels 3d": (array(1, 8, 5, 6, 5), array(3, 8, 3, 2, 3), 2, 1, 1, 1),
+    "dense 3d": (VOLUME, array(3, 4, 3, 2, 3), 2, 1, 1, 1),
+    "many taps": (array(1, 2, 13, 13), array(2, 2, 12, 12), 1, 1, 1, 1),
+    "many taps 3d": (array(1, 2, 7, 7, 7), array(2, 2, 6, 5, 5), 2, 1, 1, 1),
+    "one tap": (array(2, 4, 7, 8), array(6, 4, 1, 1), 2, 1, 1, 1),
+    "groups": (array(2, 4, 7, 8), array(6, 2, 3, 3), 1, 1, 2, 2),
+    "depthwise": (array(2, 4, 7, 8), array(8, 1, 3, 3), 1, 1, 1, 4),
+}
+
+
+def _cube_sum(x: Any) -> Any:
+    return (x**3).sum()
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("wanted", ["input", "weight", "both"])
+def test_each_way_has_torchs_gradients(way: str, wanted: str) -> None:
+    x, w, *rest = WAYS[way]
+    n = x.ndim - 2
+    places = {"input": (0,), "weight": (1,), "both": (0, 1)}[wanted]
+    ours = jax.grad(lambda x, w: _cube_sum(getattr(F, f"conv{n}d")(x, w, None, *rest)), places)
+    tensors = to_torch((x, w))
+    for i in places:
+        tensors[i].requires_grad_(True)
+    _cube_sum(getattr(torch.nn.functional, f"conv{n}d")(*tensors, None, *rest)).backward()
+    for got, i in zip(ours(*to_jax((x, w))), places, strict=True):
+        close(got, tensors[i].grad, f"argument {i}", 1e-5)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_each_way_has_torchs_second_derivatives_by_the_weight(way: str) -> None:
+    x, w, *rest = WAYS[way]
+    n = x.ndim - 2
+    direction = array(*w.shape, seed=3)
+    call = lambda w: _cube_sum(getattr(F, f"conv{n}d")(to_jax(x), w, None, *rest))
+    _, got = jax.jvp(jax.grad(call), (to_jax(w),), (to_jax(direction),))
+    tx, tw = to_torch((x, w))
+    tw.requires_grad_(True)
+    out = _cube_sum(getattr(torch.nn.functional, f"conv{n}d")(tx, tw, None, *rest))
+    (slope,) = torch.autograd.grad(out, tw, create_graph=True)
+    (expected,) = torch.autograd.grad((slope * to_torch(direction)).sum(), tw)
+    close(got, expected, "Hessian-vector product", 1e-5)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_each_way_has_a_forward_derivative(way: str) -> None:
+    # A convolution is bilinear: its derivative along (x, w) is twice its value.
+    x, w, *rest = WAYS[way]
+    n = x.ndim - 2
+    call = lambda x, w: getattr(F, f"conv{n}d")(x, w, None, *rest)
+    value, slope = jax.jvp(call, to_jax((x, w)), to_jax((x, w)))
+    close(slope, to_torch(np.array(2 * value)), "derivative", 1e-5)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_each_way_maps_over_weights(way: str) -> None:
+    x, w, *rest = to_jax(WAYS[way])
+    n = x.ndim - 2
+    slope = jax.grad(lambda w: _cube_sum(getattr(F, f"conv{n}d")(x, w, None, *rest)))
+    both = jnp.stack([w, 0.5 * w])
+    together = jax.vmap(slope)(both)
+    for i in range(2):
+        expected = np.asarray(slope(both[i]))
+        scale = np.abs(expected).max()
+        np.testing.assert_allclose(together[i], expected, atol=1e-5 * scale)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+@pytest.mark.parametrize("kind", ["Conv", "ConvTranspose"])
+def test_constructor_has_torchs_arguments(kind: str, n: int) -> None:
+    ours = inspect.signature(getattr(nn, f"{kind}{n}d")).parameters
+    theirs = inspect.signature(getattr(torch.nn, f"{kind}{n}d")).parameters
+    assert [(p.name, p.default) for p in ours.values()] == [
+        (p.name, p.default) for p in theirs.values()
+    ]
+
+
+def test_a_transposed_layer_starts_within_torchs_bound() -> None:
+    layer = nn.ConvTranspose2d(64, 8, 3)
+    bound = 1 / np.sqrt(8 * 9)
+    largest = float(jnp.abs(layer.weight.value).max())
+    assert 0.99 * bound < largest <= bound
+    assert float(jnp.abs(layer.bias.value).max()) <= bound
+
+
+def test_eager_calls_of_one_shape_are_checked_and_compiled_once() -> None:
+    x, w = jnp.ones((1, 2, 5, 5)), jnp.ones((3, 2, 3, 3))
+    F.conv2d(x, w, stride=[2, 1])
+    with pytest.MonkeyPatch.context() as patch:
+        refuse = lambda *_: pytest.fail("checked again")
+        patch.setattr("statefulnn.functional.conv.check_groups", refuse)
+        F.conv2d(x, w, stride=[2, 1])
+
+
+def test_border_wider_than_what_a_negative_padding_leaves_is_refused() -> None:
+    # torch wraps around twice here, or returns memory that nobody wrote.
+    with pytest.raises(nn.ShapeError, match="more than once"):
+        F.pad(jnp.ones((2, 4)), (4, -2), "circular")
+
+
+def test_value_of_a_padding_may_be_traced() -> None:
+    fill = lambda x, value: F.pad(x, (1, 1), value=value)
+    np.testing.assert_array_equal(jax.jit(fill)(jnp.ones(2), 3.0), [3, 1, 1, 3])
+    _, by_value = jax.grad(lambda *a: fill(*a).sum(), (0, 1))(jnp.ones(2), 3.0)
+    assert float(by_value) == 2
+
+
+def test_another_value_of_a_padding_is_no_other_compiled_function() -> None:
+    traced = []
+    original = nn.functional.padding._pairs
+
+    def counted(*args: Any) -> Any:
+        traced.append(args)
+        return original(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("statefulnn.functional.padding._pairs", counted)
+        for value in (0.25, 0.5, 0.75):
+            F.pad(jnp.ones((3, 11)), (1, 7), value=value)
+    assert len(traced) == 1
+
+
+def test_fold_undoes_unfold_up_to_the_number_of_blocks() -> None:
+    x = jnp.asarray(array(2, 3, 9, 10))
+    options = {"kernel_size": (3, 2), "stride": (2, 1), "padding": (1, 0), "dilation": (1, 2)}
+    count = F.fold(F.unfold(jnp.ones_like(x), **options), (9, 10), **options)
+    both = F.fold(F.unfold(x, **options), (9, 10), **options)
+    np.testing.assert_allclose(both, x * count, rtol=1e-5)
