@@ -146,6 +146,7 @@ def measure(
     burst_us: float = 3000.0,
     fewest: int = 9,
     most: int = 1500,
+    pause: float = 0.0,
 ) -> list[Timing]:
     """Times the cases in interleaved rounds; the first case is the baseline.
 
@@ -156,6 +157,8 @@ def measure(
         burst_us: how long the burst of one case may be, about, in microseconds.
         fewest: rounds at least.
         most: rounds at most.
+        pause: seconds to wait before a burst: the threads of some libraries spin for milliseconds
+            after their work, on cores that the next case needs.
 
     Returns:
         One `Timing` a case, in the same order.
@@ -179,6 +182,8 @@ def measure(
             for i in order:
                 if number % every[i]:
                     continue
+                if pause:
+                    time.sleep(pause)
                 a, b = _burst(cases[i], bursts[i])
                 returned[i].append(a)
                 done[i].append(b)

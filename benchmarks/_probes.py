@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from _harness import Case, Timing, measure, progress
+from _report import uninstalled
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
@@ -35,17 +36,6 @@ def _note_stage(event: str, seconds: float, **_: Any) -> None:
 
 
 jax.monitoring.register_event_duration_secs_listener(_note_stage)
-
-
-def uninstalled(names: list[str]) -> dict[str, str]:
-    """Which of the named packages cannot be imported, and why."""
-    missing = {}
-    for name in names:
-        try:
-            __import__(name)
-        except ImportError as error:
-            missing[name] = str(error)
-    return missing
 
 
 # ------------------------------------------------------------------------------------------ tracing

@@ -13,16 +13,8 @@ numbers.
 
 from __future__ import annotations
 
-import argparse
-import contextlib
-import importlib.metadata
-import json
-import os
-import platform
 import sys
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,60 +27,10 @@ import _probes  # noqa: E402
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
 from _harness import Timing, measure, table  # noqa: E402
+from _report import Report, arguments, run  # noqa: E402
 
 OURS_FORWARD = ["nn.jit(model)(x)", "nn.jit(f)(model, x)"]
 OURS_STEP = ["nn.jit, hand-written Adam", "nn.jit, nn.Optimizer"]
-
-
-@dataclass
-class Target:
-    """One promise and whether this run kept it."""
-
-    what: str
-    measured: str
-    limit: str
-    passed: bool
-
-
-class Report:
-    """Collects what was measured: sections for people, numbers for the JSON file, targets."""
-
-    def __init__(self) -> None:
-        self.text: list[str] = []
-        self.numbers: dict[str, Any] = {}
-        self.targets: list[Target] = []
-        self.left_out: list[str] = []
-
-    def section(self, title: str, body: str, note: str = "") -> None:
-        """Adds a section and prints it."""
-        parts = [f"## {title}", *([note] if note else []), body]
-        self.text.append("\n\n".join(parts))
-        print("\n" + self.text[-1], flush=True)
-
-    def target(self, what: str, value: float | None, limit: float, unit: str) -> None:
-        """Adds a promise: `value` is at most `limit`; None says that it was not measured."""
-        measured = "not measured" if value is None else f"{value:.2f}{unit}"
-        self.targets.append(
-            Target(what, measured, f"at most {limit:g}{unit}", value is not None and value <= limit)
-        )
-
-
-def machine() -> dict[str, Any]:
-    """What the numbers depend on."""
-    packages = {}
-    for name in ("jax", "jaxlib", "numpy", "flax", "equinox", "optax", "torch"):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            packages[name] = importlib.metadata.version(name)
-    device = jax.devices()[0]
-    return {
-        "platform": device.platform,
-        "device": device.device_kind,
-        "python": platform.python_version(),
-        "system": f"{platform.system()} {platform.machine()}",
-        "cores": os.cpu_count(),
-        "load": [round(x, 2) for x in os.getloadavg()] if hasattr(os, "getloadavg") else None,
-        "packages": packages,
-    }
 
 
 def _cases(report: Report, kind: str, n: int) -> list[Any]:
@@ -102,10 +44,7 @@ def _cases(report: Report, kind: str, n: int) -> list[Any]:
                 for _ in range(3):
                     jax.block_until_ready(case.call())
         except ImportError as error:
-            line = f"{make.__name__} is left out: {error}"
-            if line not in report.left_out:
-                report.left_out.append(line)
-                print(line, flush=True)
+            report.leave_out(f"{make.__name__} is left out: {error}")
             continue
         cases += found
     expected = None
@@ -218,7 +157,7 @@ def part_invalidation(report: Report, quick: bool) -> None:
     try:
         rows = _probes.invalidation(modules, rounds=5 if quick else 40)
     except ImportError as error:
-        report.left_out.append(f"invalidation is left out: {error}")
+        report.leave_out(f"invalidation is left out: {error}")
         return
     report.numbers["invalidation"] = rows
     report.section(
@@ -314,71 +253,11 @@ PARTS: dict[str, Callable[[Report, bool], None]] = {
 }
 
 
-def _write_markdown(path: Path, report: Report) -> None:
-    """Writes the tables to a file; in one that has the two marks, only between these."""
-    facts = report.numbers["machine"]
-    packages = ", ".join(f"{name} {version}" for name, version in facts["packages"].items())
-    where = (
-        f"{facts['platform']} ({facts['device']}), {facts['cores']} cores, Python {facts['python']}"
-    )
-    intro = [f"{where}; {packages}.", *(f"{line}." for line in report.left_out)]
-    body = "\n\n".join([*intro, *report.text])
-    begin, end = "<!-- table: begin -->", "<!-- table: end -->"
-    page = path.read_text() if path.exists() else ""
-    if begin in page and end in page:
-        before, after = page.split(begin)[0], page.split(end)[1]
-        path.write_text(f"{before}{begin}\n{body}\n{end}{after}")
-    else:
-        path.write_text(f"# Dispatch\n\n{body}\n")
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the benchmark; the exit status is 1 if a target was missed and `--strict` was given."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--quick", action="store_true", help="a smoke run: small sizes, few rounds")
-    parser.add_argument("--json", type=Path, help="write every number to this file")
-    parser.add_argument("--markdown", type=Path, help="write the tables to this file")
-    parser.add_argument("--only", choices=list(PARTS), nargs="+", help="run these parts only")
-    parser.add_argument(
-        "--handoff", action="store_true", help="CPU: leave the computation to JAX's other thread"
-    )
-    parser.add_argument("--strict", action="store_true", help="fail if a target is missed")
-    options = parser.parse_args(argv)
-    if not options.handoff:
-        jax.config.update("jax_cpu_enable_async_dispatch", False)
-    report = Report()
-    report.numbers["machine"] = machine()
-    print(f"machine: {json.dumps(report.numbers['machine'])}")
-    load, cores = report.numbers["machine"]["load"], report.numbers["machine"]["cores"]
-    if load and cores and load[0] > 0.5 * cores:
-        print(f"the machine is busy (load {load[0]} on {cores} cores): expect noise")
-    for name in ("statefulnn", "flax.nnx", "equinox", "torch", "optax"):
-        for package, error in _probes.uninstalled([name]).items():
-            report.left_out.append(f"{package} is left out: {error}")
-            print(report.left_out[-1])
-    report.numbers["handoff"] = options.handoff
-    start = time.perf_counter()
-    for name in options.only or PARTS:
-        PARTS[name](report, options.quick)
-    report.numbers["seconds"] = round(time.perf_counter() - start, 1)
-    report.numbers["left_out"] = report.left_out
-    report.numbers["targets"] = [vars(t) for t in report.targets]
-    missed = sum(not t.passed for t in report.targets)
-    report.section(
-        f"Targets: {len(report.targets) - missed} of {len(report.targets)} kept",
-        table(
-            ["", "measured", "target", ""],
-            [[t.what, t.measured, t.limit, "pass" if t.passed else "MISS"] for t in report.targets],
-        ),
-    )
-    print(f"\n{report.numbers['seconds']} s")
-    if options.json:
-        options.json.write_text(json.dumps(report.numbers, indent=1) + "\n")
-    if options.markdown:
-        _write_markdown(options.markdown, report)
-    return int(bool(missed and options.strict))
+    options = arguments(__doc__ or "", list(PARTS)).parse_args(argv)
+    packages = ["statefulnn", "flax.nnx", "equinox", "torch", "optax"]
+    return run(PARTS, options, title="Dispatch", mark="table", packages=packages)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,9 @@ tests/parity/rows: to cover another option, add one.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -34,17 +37,26 @@ pytestmark = [
 ]
 
 
+def in_both_modes() -> Iterator[Any]:
+    """Yield every row compiled and in eager code, where most rows are for the long run only.
+
+    Eager code runs the same kernels, each compiled by itself: one row of each layer tells whether the
+    layer calls them rightly.
+    """
+    for case in LAYERS:
+        yield pytest.param(case, True, id=f"{case}-jit")
+        marks = () if case in ONE_OF_EACH else (pytest.mark.long,)
+        yield pytest.param(case, False, id=f"{case}-eager", marks=marks)
+
+
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
 @pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
 @pytest.mark.filterwarnings("ignore:Support for mismatched key_padding_mask and attn_mask")
 @pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
-@pytest.mark.parametrize("jitted", [False, True], ids=["eager", "jit"])
-@pytest.mark.parametrize("case", LAYERS, ids=str)
+@pytest.mark.parametrize(("case", "jitted"), list(in_both_modes()))
 def test_layer_computes_what_torch_does(case: Case, jitted: bool) -> None:
-    # Without nn.jit a gradient runs the same kernels, each compiled by itself: once a layer is enough.
-    gradients = jitted or case in ONE_OF_EACH
     for training in (True, False) if case.modes else (True,):
-        compare(case, training, jitted, gradients=gradients)
+        compare(case, training, jitted)
 
 
 @pytest.mark.parametrize("case", ONE_OF_EACH, ids=str)
