@@ -64,9 +64,7 @@ def sizes_by_depth(model: nn.Sequential, x: jax.Array) -> tuple[list[float], lis
         noise = jax.random.normal(jax.random.key(1), y.shape)
         return (y * noise).sum(), seen
 
-    shapes = jax.eval_shape(
-        lambda m: run([jnp.zeros(())] * len(weighted), m)[1], model
-    )
+    shapes = jax.eval_shape(lambda m: run([jnp.zeros(())] * len(weighted), m)[1], model)
     zeros = [jnp.zeros(s.shape) for s in shapes]
     slopes, seen = jax.jit(jax.grad(run, has_aux=True))(zeros, model)
     # In double precision: the squares of torch's gradients are below the smallest float32.

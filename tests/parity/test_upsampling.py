@@ -67,6 +67,27 @@ def test_an_infinite_pixel_spoils_its_neighbourhood_only(size: tuple[int, int]) 
     assert (np.isfinite(ours) >= np.isfinite(theirs.numpy())).all()
 
 
+@pytest.mark.parametrize(
+    ("mode", "kwargs"),
+    [
+        ("nearest", {"scale_factor": 1.05}),
+        ("nearest", {"scale_factor": (1.3, 1.05)}),
+        ("bicubic", {"scale_factor": 1.05}),
+        ("bicubic", {"scale_factor": 1.05, "antialias": True}),
+        ("lanczos", {"scale_factor": (3.0, 1.04), "antialias": True}),
+    ],
+)
+def test_gradient_is_the_transpose_of_torchs_forward(mode: str, kwargs: dict) -> None:
+    # torch's own gradients belong to another forward here. Interpolation is linear, so that
+    # <gradient of <f(x), c>, d> is <f(d), c>.
+    direction = array(*IMAGE.shape, seed=5)
+    moved = TF.interpolate(torch.as_tensor(direction), mode=mode, **kwargs).numpy()
+    weights = array(*moved.shape, seed=6)
+    loss = lambda x: (F.interpolate(x, mode=mode, **kwargs) * weights).sum()
+    slope = jax.grad(loss)(jnp.asarray(IMAGE))
+    np.testing.assert_allclose((slope * direction).sum(), (moved * weights).sum(), rtol=2e-4)
+
+
 def test_batches_without_examples_keep_the_other_sizes() -> None:
     # torch leaves an empty batch as it is when it unshuffles, and cannot differentiate a shuffle.
     empty = jnp.zeros((0, 8, 4, 6))
