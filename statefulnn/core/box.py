@@ -24,7 +24,14 @@ from statefulnn.core.errors import (
     ShapeError,
     explain,
 )
-from statefulnn.core.placement import elsewhere, is_meta, no_numbers, place_in_force, placed
+from statefulnn.core.placement import (
+    META,
+    elsewhere,
+    is_meta,
+    no_numbers,
+    place_in_force,
+    placed,
+)
 from statefulnn.core.scope import (
     Capture,
     Scope,
@@ -159,6 +166,24 @@ def from_numpy(values: Any, device: Any = None, copy: bool = True) -> Any:
     if current_trace() is not EAGER:
         return jnp.asarray(values)
     return jax.device_put(np.array(values) if copy else values, device)
+
+
+def filled(shape: Any, dtype: Any, place: Any = None, value: float = 0) -> Any:
+    """Return an array of one value at a place (what `resolve_device` gives), compiling nothing for it.
+
+    On the meta device that is its shape alone. What lies on several devices is made there, at one
+    compilation a shape, and is never whole on the host.
+    """
+    shape = tuple(shape)
+    if place == META:
+        return jax.ShapeDtypeStruct(shape, dtype)
+    if isinstance(place, jax.sharding.Sharding) and len(place.device_set) > 1:
+        return jnp.full(shape, value, dtype, device=place)
+    # Zeros of numpy's cost nothing until somebody reads them.
+    values = host_array(shape, dtype, np.zeros)
+    if value:
+        values[...] = value
+    return from_numpy(values, place, copy=False)
 
 
 def as_array(value: Any, subject: Any = "a box") -> Any:

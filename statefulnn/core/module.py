@@ -24,8 +24,7 @@ from statefulnn.core.box import (
     Buffer,
     Parameter,
     dotted_name,
-    from_numpy,
-    host_array,
+    filled,
     unwrap,
 )
 from statefulnn.core.compat import EAGER, current_trace, tracer_in
@@ -801,15 +800,7 @@ class Module(ModuleBase):
             recurse: whether the modules below are meant as well.
         """
         place = resolve_device(device)
-
-        def empty(value: Any) -> Any:
-            if place == META:
-                return placed(value, META)
-            if isinstance(place, jax.sharding.Sharding):
-                return jnp.zeros(value.shape, value.dtype, device=place)
-            return from_numpy(host_array(value.shape, value.dtype, np.zeros), place, copy=False)
-
-        return self._apply(empty, recurse)
+        return self._apply(lambda v: filled(v.shape, v.dtype, place), recurse)
 
     # ----------------------------------------------------------------------------------------------
     # State

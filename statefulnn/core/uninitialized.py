@@ -9,10 +9,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from statefulnn.core.box import Box, Buffer, Parameter, from_numpy, host_array
+from statefulnn.core.box import Box, Buffer, Parameter, filled
 from statefulnn.core.compat import Tracer
 from statefulnn.core.errors import UninitializedParameterError, explain
-from statefulnn.core.placement import is_meta, place_in_force, placed, resolve_device, supported
+from statefulnn.core.placement import (
+    META,
+    is_meta,
+    place_in_force,
+    resolve_device,
+    supported,
+)
 from statefulnn.core.scope import clock, tick
 
 
@@ -32,12 +38,11 @@ class Uninitialized:
         like = self._value
         place = resolve_device(device)
         dtype = like.dtype if dtype is None else supported(np.dtype(dtype))
-        if (place is None and is_meta(like)) or place == "meta":
-            value = jax.ShapeDtypeStruct(tuple(shape), dtype)
-        else:
-            if place is None and not isinstance(like, Tracer) and getattr(like, "committed", False):
-                place = like.sharding
-            value = from_numpy(host_array(tuple(shape), dtype, np.zeros), place, copy=False)
+        if place is None and is_meta(like):
+            place = META
+        elif place is None and not isinstance(like, Tracer) and getattr(like, "committed", False):
+            place = like.sharding
+        value = filled(shape, dtype, place)
         Box.write(self, value)
         becomes: Any = Parameter if isinstance(self, Parameter) else Buffer
         self.__class__ = becomes
@@ -75,9 +80,7 @@ class Uninitialized:
 def _empty(device: Any, dtype: Any) -> Any:
     dtype = supported(jnp.dtype(jnp.result_type(float) if dtype is None else dtype))
     place = place_in_force() if device is None else resolve_device(device)
-    return (
-        placed(np.zeros(0, dtype), place) if place is not None else from_numpy(np.zeros(0, dtype))
-    )
+    return filled((0,), dtype, place)
 
 
 class UninitializedParameter(Uninitialized, Parameter):

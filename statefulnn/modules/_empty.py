@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 
-from statefulnn.core.box import Parameter, from_numpy, host_array
-from statefulnn.core.placement import META, elsewhere, place_in_force, resolve_device, supported
+from statefulnn.core import box
+from statefulnn.core.placement import elsewhere, place_in_force, resolve_device, supported
 
 
 def filled(shape: int | Sequence[int], value: float, device: Any = None, dtype: Any = None) -> Any:
@@ -25,21 +23,13 @@ def filled(shape: int | Sequence[int], value: float, device: Any = None, dtype: 
     dtype = supported(jnp.dtype(jnp.result_type(float) if dtype is None else dtype))
     shape = (shape,) if isinstance(shape, int) else tuple(shape)
     place = place_in_force() if device is None else resolve_device(device)
-    if place == META:
-        return jax.ShapeDtypeStruct(shape, dtype)
-    if isinstance(place, jax.sharding.Sharding) and len(place.device_set) > 1:
-        return jnp.full(shape, value, dtype, device=place)  # never whole on the host
-    # numpy: JAX would compile a fill for each shape. Zeros cost nothing until somebody reads them.
-    values = host_array(shape, dtype, np.zeros)
-    if value:
-        values[...] = value
-    return from_numpy(values, place, copy=False)
+    return box.filled(shape, dtype, place, value)
 
 
-def parameter(shape: int | Sequence[int], device: Any = None, dtype: Any = None) -> Parameter:
+def parameter(shape: int | Sequence[int], device: Any = None, dtype: Any = None) -> box.Parameter:
     """Return a Parameter of zeros, to be initialised by ``reset_parameters``."""
     value = filled(shape, 0, device, dtype)
     if device is None:
-        return Parameter(value)
+        return box.Parameter(value)
     with elsewhere():  # what the caller says wins over the block around
-        return Parameter(value)
+        return box.Parameter(value)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from statefulnn.core.box import Box, from_numpy, host_array
+from statefulnn.core.box import Box, filled
 from statefulnn.core.compat import EAGER, current_trace
 from statefulnn.core.errors import TraceLeakError, UninitializedParameterError, explain
 from statefulnn.core.generator import rng_scope
@@ -38,8 +38,6 @@ def skip_init(module_cls: type, *args: Any, **kwargs: Any) -> Module:
         >>> float(abs(nn.utils.skip_init(nn.Linear, 100, 100).weight.value).max())
         0.0
     """
-    import inspect
-
     if not (isinstance(module_cls, type) and issubclass(module_cls, Module)):
         raise RuntimeError(
             explain(
@@ -121,9 +119,8 @@ def materialize(
         for m, cls, attributes in classes:
             if type(m) is not cls:
                 object.__setattr__(m, "__class__", cls)
-            for name, value in attributes.items():
-                if isinstance(value, (int, type(None))) and m.__dict__.get(name) != value:
-                    setattr(m, name, value)
+            m.__dict__.clear()
+            m.__dict__.update(attributes)
             m._cell.touch()
         raise
     return module
@@ -245,9 +242,4 @@ def _allocate(box: Box, name: str, device: Any) -> None:
     place = (
         device(name, struct) if callable(device) and not isinstance(device, device_type) else device
     )
-    place = resolve_device(place)
-    if isinstance(place, jax.sharding.Sharding):
-        value = jnp.zeros(struct.shape, struct.dtype, device=place)
-    else:
-        value = from_numpy(host_array(struct.shape, struct.dtype, np.zeros), place, copy=False)
-    Box.write(box, value)
+    Box.write(box, filled(struct.shape, struct.dtype, resolve_device(place)))
