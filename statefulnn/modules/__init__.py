@@ -143,11 +143,11 @@ from statefulnn.modules.rectifier import Threshold as Threshold
 from statefulnn.modules.rnn import GRU as GRU
 from statefulnn.modules.rnn import LSTM as LSTM
 from statefulnn.modules.rnn import RNN as RNN
-from statefulnn.modules.rnn import GRUCell as GRUCell
-from statefulnn.modules.rnn import LSTMCell as LSTMCell
 from statefulnn.modules.rnn import RNNBase as RNNBase
-from statefulnn.modules.rnn import RNNCell as RNNCell
-from statefulnn.modules.rnn import RNNCellBase as RNNCellBase
+from statefulnn.modules.rnn_cell import GRUCell as GRUCell
+from statefulnn.modules.rnn_cell import LSTMCell as LSTMCell
+from statefulnn.modules.rnn_cell import RNNCell as RNNCell
+from statefulnn.modules.rnn_cell import RNNCellBase as RNNCellBase
 from statefulnn.modules.softmax import LogSoftmax as LogSoftmax
 from statefulnn.modules.softmax import Softmax as Softmax
 from statefulnn.modules.softmax import Softmax2d as Softmax2d

@@ -1,4 +1,4 @@
-"""Recurrent layers over sequences, and the cells that take one step."""
+"""Recurrent layers over sequences; the cells that take one step are in `rnn_cell`."""
 
 from __future__ import annotations
 
@@ -21,14 +21,17 @@ from statefulnn.functional.packed import (
     permuted,
     places,
 )
-from statefulnn.functional.recurrent import KINDS, recurrent, recurrent_cell
+from statefulnn.functional.recurrent import KINDS, recurrent
 from statefulnn.modules._empty import parameter
 
 _ROLES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")
 
 
-def _kind(mode: str) -> str:
-    return mode.partition("_")[0].lower()
+def draw_parameters(module: Any) -> None:
+    """Draw the initial values of a recurrent layer or cell, by the rules of its version."""
+    present = {name: p for name, p in module._parameters.items() if p is not None}
+    kind = module.mode.partition("_")[0].lower()
+    init.rules(module).recurrent(kind, module.hidden_size, present)
 
 
 class RNNBase(Module):
@@ -116,7 +119,7 @@ class RNNBase(Module):
 
     def reset_parameters(self) -> None:
         """Draw new initial values."""
-        init.rules(self).recurrent(_kind(self.mode), self.hidden_size, _present(self))
+        draw_parameters(self)
 
     @property
     def all_weights(self) -> list[list[Parameter]]:
@@ -143,7 +146,7 @@ class RNNBase(Module):
             layers.append(layer)
         return layers
 
-    def _run(self, input: Any, hx: Any) -> tuple[Any, Any]:
+    def forward(self, input: Any, hx: Any = None) -> tuple[Any, Any]:
         packed = isinstance(input, PackedSequence)
         # Drawn even for a single layer only if there is something to drop.
         drops = self.training and self.dropout > 0 and self.num_layers > 1
@@ -188,10 +191,6 @@ class RNNBase(Module):
 
 def _arrays(hx: Any) -> Any:
     return tuple(map(unwrap, hx)) if isinstance(hx, (tuple, list)) else unwrap(hx)
-
-
-def _present(module: Module) -> dict[str, Parameter]:
-    return {name: p for name, p in module._parameters.items() if p is not None}
 
 
 def _check_options(
@@ -358,9 +357,6 @@ class RNN(RNNBase):
         )
         self.nonlinearity = nonlinearity
 
-    def forward(self, input: Any, hx: Any = None) -> tuple[Any, Any]:
-        return self._run(input, hx)
-
 
 class LSTM(RNNBase):
     """Run sequences through a network of long short-term memory.
@@ -431,9 +427,6 @@ class LSTM(RNNBase):
             dtype,
         )
 
-    def forward(self, input: Any, hx: Any = None) -> tuple[Any, Any]:
-        return self._run(input, hx)
-
 
 class GRU(RNNBase):
     """Run sequences through a network of gated recurrent units.
@@ -503,218 +496,3 @@ class GRU(RNNBase):
             device,
             dtype,
         )
-
-    def forward(self, input: Any, hx: Any = None) -> tuple[Any, Any]:
-        return self._run(input, hx)
-
-
-class RNNCellBase(Module):
-    """Base of `RNNCell`, `LSTMCell` and `GRUCell`: their parameters.
-
-    Args:
-        input_size: the features of an input.
-        hidden_size: the features of a state.
-        bias: whether there are biases.
-        num_chunks: the number of gates.
-        device: where the parameters are put.
-        dtype: their dtype.
-
-    Source: ``torch.nn.RNNCellBase``.
-
-    Example:
-        >>> import statefulnn as nn
-        >>> nn.RNNCellBase(3, 4, True, num_chunks=3).weight_ih.shape
-        (12, 3)
-    """
-
-    mode = "RNN_TANH"
-
-    def __init__(
-        self,
-        input_size: int,
-        hidden_size: int,
-        bias: bool,
-        num_chunks: int,
-        device: Any = None,
-        dtype: Any = None,
-    ) -> None:
-        super().__init__()
-        self.input_size = input_size
-        self.hidden_size = hidden_size
-        self.bias = bias
-        gates = num_chunks * hidden_size
-        self.weight_ih = parameter((gates, input_size), device, dtype)
-        self.weight_hh = parameter((gates, hidden_size), device, dtype)
-        if bias:
-            self.bias_ih = parameter(gates, device, dtype)
-            self.bias_hh = parameter(gates, device, dtype)
-        else:
-            self.register_parameter("bias_ih", None)
-            self.register_parameter("bias_hh", None)
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Draw new initial values."""
-        init.rules(self).recurrent(_kind(self.mode), self.hidden_size, _present(self))
-
-    def _step(self, mode: str, input: Any, hx: Any) -> Any:
-        return recurrent_cell(
-            mode, input, hx, self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh
-        )
-
-    def extra_repr(self) -> str:
-        text = f"{self.input_size}, {self.hidden_size}"
-        return text if self.bias is True else f"{text}, bias={self.bias}"
-
-
-class RNNCell(RNNCellBase):
-    """Take one step of Elman's network: ``h' = tanh(W_ih x + b_ih + W_hh h + b_hh)``.
-
-    Args:
-        input_size: F, the features of an input.
-        hidden_size: H, the features of a state.
-        bias: whether there are biases.
-        nonlinearity: "tanh" or "relu".
-        device: where the parameters are put.
-        dtype: their dtype.
-
-    Shape:
-        - input: ``(N, F)`` or ``(F,)``.
-        - hx: ``(N, H)`` or ``(H,)``; zeros if left out. Output: the same.
-
-    Attributes:
-        weight_ih: ``(H, F)``, from U(±1/√H).
-        weight_hh: ``(H, H)``, likewise.
-        bias_ih: ``(H,)``, likewise, or None.
-        bias_hh: ``(H,)``, likewise, or None.
-
-    Source: Elman 1990.
-
-    Example:
-        >>> import jax.numpy as jnp, statefulnn as nn
-        >>> nn.RNNCell(3, 4)(jnp.ones((2, 3))).shape
-        (2, 4)
-    """
-
-    def __init__(
-        self,
-        input_size: int,
-        hidden_size: int,
-        bias: bool = True,
-        nonlinearity: str = "tanh",
-        device: Any = None,
-        dtype: Any = None,
-    ) -> None:
-        super().__init__(input_size, hidden_size, bias, 1, device, dtype)
-        self.nonlinearity = nonlinearity
-
-    def forward(self, input: Any, hx: Any = None) -> Any:
-        if self.nonlinearity not in ("tanh", "relu"):
-            raise RuntimeError(
-                explain(
-                    f"called nn.RNNCell with nonlinearity={self.nonlinearity!r}",
-                    "unknown nonlinearity",
-                    "nonlinearity='tanh', or nonlinearity='relu'",
-                )
-            )
-        return self._step(f"RNN_{self.nonlinearity.upper()}", input, hx)
-
-    def extra_repr(self) -> str:
-        text = super().extra_repr()
-        return text if self.nonlinearity == "tanh" else f"{text}, nonlinearity={self.nonlinearity}"
-
-
-class LSTMCell(RNNCellBase):
-    """Take one step of long short-term memory.
-
-    ``i, f, o = σ(...)``, ``g = tanh(...)`` of ``W_ih x + b_ih + W_hh h + b_hh``, in the order i, f, g, o;
-    ``c' = f c + i g``; ``h' = o tanh(c')``.
-
-    Args:
-        input_size: F, the features of an input.
-        hidden_size: H, the features of a state.
-        bias: whether there are biases.
-        device: where the parameters are put.
-        dtype: their dtype.
-
-    Shape:
-        - input: ``(N, F)`` or ``(F,)``.
-        - hx: hidden state and cell state, both ``(N, H)`` or ``(H,)``; zeros if left out. Output: the
-          same.
-
-    Attributes:
-        weight_ih: ``(4 H, F)``, from U(±1/√H).
-        weight_hh: ``(4 H, H)``, likewise.
-        bias_ih: ``(4 H,)``, likewise, or None.
-        bias_hh: ``(4 H,)``, likewise, or None.
-
-    Source: Hochreiter and Schmidhuber 1997; Gers et al. 2000.
-
-    Example:
-        >>> import jax.numpy as jnp, statefulnn as nn
-        >>> h, c = nn.LSTMCell(3, 4)(jnp.ones((2, 3)))
-        >>> h.shape, c.shape
-        ((2, 4), (2, 4))
-    """
-
-    mode = "LSTM"
-
-    def __init__(
-        self,
-        input_size: int,
-        hidden_size: int,
-        bias: bool = True,
-        device: Any = None,
-        dtype: Any = None,
-    ) -> None:
-        super().__init__(input_size, hidden_size, bias, 4, device, dtype)
-
-    def forward(self, input: Any, hx: Any = None) -> tuple[Any, Any]:
-        return self._step("LSTM", input, hx)
-
-
-class GRUCell(RNNCellBase):
-    """Take one step of a gated recurrent unit.
-
-    ``r, z = σ(W_ih x + b_ih + W_hh h + b_hh)``, ``n = tanh(W_in x + b_in + r (W_hn h + b_hn))``,
-    ``h' = (1 - z) n + z h``; the order of the gates is r, z, n.
-
-    Args:
-        input_size: F, the features of an input.
-        hidden_size: H, the features of a state.
-        bias: whether there are biases.
-        device: where the parameters are put.
-        dtype: their dtype.
-
-    Shape:
-        - input: ``(N, F)`` or ``(F,)``.
-        - hx: ``(N, H)`` or ``(H,)``; zeros if left out. Output: the same.
-
-    Attributes:
-        weight_ih: ``(3 H, F)``, from U(±1/√H).
-        weight_hh: ``(3 H, H)``, likewise.
-        bias_ih: ``(3 H,)``, likewise, or None.
-        bias_hh: ``(3 H,)``, likewise, or None.
-
-    Source: Cho et al. 2014, in the variant that applies r after the product (as cuDNN).
-
-    Example:
-        >>> import jax.numpy as jnp, statefulnn as nn
-        >>> nn.GRUCell(3, 4)(jnp.ones(3), jnp.zeros(4)).shape
-        (4,)
-    """
-
-    mode = "GRU"
-
-    def __init__(
-        self,
-        input_size: int,
-        hidden_size: int,
-        bias: bool = True,
-        device: Any = None,
-        dtype: Any = None,
-    ) -> None:
-        super().__init__(input_size, hidden_size, bias, 3, device, dtype)
-
-    def forward(self, input: Any, hx: Any = None) -> Any:
-        return self._step("GRU", input, hx)
