@@ -52,6 +52,8 @@ Pads = Sequence[tuple[int, int]]
 FEWEST_CHANNELS = 8
 # Above this many taps no sum over taps is unrolled: it would be long to compile.
 MOST_TAPS = 128
+# From this many numbers on, what the taps see of one image is better not held for all images at once.
+LARGE_IMAGE = 1 << 18
 
 
 def general(
@@ -70,43 +72,59 @@ def general(
     )
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3, 4, 5))
-def dense(
-    x: Any, w: Any, stride: Sequence[int], pads: Pads, dilation: Sequence[int], groups: int
-) -> Any:
-    """Convolve by XLA's own operation, with derivatives whose transposes are fast on CPU."""
-    return general(x, w, stride, pads, dilation, groups)
+# --------------------------------------------------------------------------------------------------
+# The derivatives of a way
 
 
-@functools.partial(dense.defjvp, symbolic_zeros=True)
-def _dense_jvp(
-    stride: Sequence[int],
-    pads: Pads,
-    dilation: Sequence[int],
-    groups: int,
-    primals: tuple[Any, Any],
-    tangents: tuple[Any, Any],
-) -> tuple[Any, Any]:
-    (x, w), (dx, dw) = primals, tangents
-    out = dense(x, w, stride, pads, dilation, groups)
-    tangent = None
-    if not isinstance(dx, SymbolicZero):
-        if len(stride) == 3 and max(stride) > 1:
-            # XLA's transpose of this is a hundred times slower on CPU, and compiling it can abort the
-            # process ("Window dimensions do not match RHS shape", jaxlib 0.10.2).
-            low = [low for low, _ in pads]
-            back = lambda y: by_phases(y, w, stride, low, dilation, groups, x.shape[2:])
-            (tangent,) = jax.linear_transpose(back, out)(dx)
-        else:
-            tangent = general(dx, w, stride, pads, dilation, groups)
-    if not isinstance(dw, SymbolicZero):
-        # The windows are made again on the way back, rather than kept: they are x, once for each tap.
-        by_products = x.shape[1] >= FEWEST_CHANNELS and math.prod(w.shape[2:]) <= MOST_TAPS
-        way = tap_by_tap if by_products else functools.partial(general, groups=groups)
-        by_w = lambda x, dw: way(x, dw, stride, pads, dilation)
-        term = jax.checkpoint(by_w, prevent_cse=False)(x, dw)
-        tangent = term if tangent is None else tangent + term
-    return out, jnp.zeros_like(out) if tangent is None else tangent
+def differentiated(value: Callable, along_x: Callable, along_w: Callable) -> Callable:
+    """Return `value` with derivatives that are computed in other ways.
+
+    A convolution is linear in the image and linear in the kernel, so each derivative is a convolution
+    too; reverse mode runs its transpose.
+
+    Args:
+        value: convolves, called as `general`.
+        along_x: convolves a tangent of the image with the kernel.
+        along_w: convolves the image with a tangent of the kernel.
+    """
+
+    @functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3, 4, 5))
+    def convolution(x: Any, w: Any, stride: Any, pads: Any, dilation: Any, groups: int) -> Any:
+        return value(x, w, stride, pads, dilation, groups)
+
+    @functools.partial(convolution.defjvp, symbolic_zeros=True)
+    def _(
+        stride: Any, pads: Any, dilation: Any, groups: int, primals: tuple, tangents: tuple
+    ) -> tuple[Any, Any]:
+        (x, w), (dx, dw) = primals, tangents
+        how = stride, pads, dilation, groups
+        terms = []
+        if not isinstance(dx, SymbolicZero):
+            terms.append(along_x(dx, w, *how))
+        if not isinstance(dw, SymbolicZero):
+            terms.append(along_w(x, dw, *how))
+        out = convolution(x, w, *how)
+        return out, sum(terms[1:], terms[0]) if terms else jnp.zeros_like(out)
+
+    return convolution
+
+
+def image_by_image(way: Callable) -> Callable:
+    """Return `way` for one image after the other.
+
+    The transpose by the kernel then adds up over images, each of which stays in the cache, and makes
+    again what the taps see of an image, rather than keeping it for all.
+    """
+
+    def convolution(x: Any, w: Any, *how: Any) -> Any:
+        one = jax.checkpoint(lambda image, w: way(image[None], w, *how)[0], prevent_cse=False)
+        return lax.map(lambda image: one(image, w), x)
+
+    return convolution
+
+
+# --------------------------------------------------------------------------------------------------
+# Many channels to many
 
 
 def windows(
@@ -125,12 +143,10 @@ def windows(
         yield lax.slice(x, (0, 0, *starts), (*x.shape[:2], *stops), (1, 1, *stride))
 
 
-def tap_by_tap(x: Any, w: Any, stride: Sequence[int], pads: Pads, dilation: Sequence[int]) -> Any:
-    """Convolve as a matrix product over channels for each point of the kernel, and their sum.
-
-    Slower than XLA's own operation, but the gradient by `w` is then a matrix product over all
-    positions for each point, which is faster than XLA's.
-    """
+def tap_by_tap(
+    x: Any, w: Any, stride: Sequence[int], pads: Pads, dilation: Sequence[int], groups: int = 1
+) -> Any:
+    """Convolve as a matrix product over channels for each point of the kernel, and their sum."""
     total = None
     taps = w.reshape(*w.shape[:2], -1)  # (O, C, k)
     for i, window in enumerate(windows(x.swapaxes(0, 1), w.shape[2:], stride, pads, dilation)):
@@ -138,6 +154,94 @@ def tap_by_tap(x: Any, w: Any, stride: Sequence[int], pads: Pads, dilation: Sequ
         total = term if total is None else total + term
     assert total is not None
     return total.swapaxes(0, 1)
+
+
+def all_taps(
+    x: Any, w: Any, stride: Sequence[int], pads: Pads, dilation: Sequence[int], groups: int = 1
+) -> Any:
+    """Convolve as one matrix product over all that the taps see, which is laid out in memory."""
+    seen = jnp.stack(list(windows(x, w.shape[2:], stride, pads, dilation)), 2)  # (N, C, k, *out)
+    batch, sizes = x.shape[0], seen.shape[3:]
+    seen = seen.reshape(batch, -1, math.prod(sizes))
+    out = jnp.einsum("ok,nks->nos", w.reshape(w.shape[0], -1), seen)
+    return out.reshape(batch, w.shape[0], *sizes)
+
+
+def _along_kernel(
+    x: Any, w: Any, stride: Sequence[int], pads: Pads, dilation: Sequence[int], groups: int
+) -> Any:
+    # Of these the transpose matters: by matrix products it is faster than XLA's, except along one axis.
+    taps, how = math.prod(w.shape[2:]), (stride, pads, dilation, groups)
+    if len(stride) == 1 or taps > MOST_TAPS:
+        return general(x, w, *how)
+    seen = x.shape[1] * taps * math.prod(jax.eval_shape(lambda: general(x, w, *how)).shape[2:])
+    if x.shape[1] < FEWEST_CHANNELS or seen >= LARGE_IMAGE:
+        return image_by_image(all_taps)(x, w, *how)
+    # The windows are made again on the way back, rather than kept: they are x, once for each tap.
+    again = jax.checkpoint(lambda x, w: tap_by_tap(x, w, *how), prevent_cse=False)
+    return again(x, w)
+
+
+flat = differentiated(general, general, _along_kernel)
+
+
+def dense(
+    x: Any, w: Any, stride: Sequence[int], pads: Pads, dilation: Sequence[int], groups: int
+) -> Any:
+    """Convolve by XLA's own operation over one axis or two, over three as a sum of those over two."""
+    if len(stride) < 3:
+        return flat(x, w, stride, pads, dilation, groups)
+    # XLA's operation over three axes has no fast kernel on CPU, its transpose is slower still, and
+    # with steps compiling it can abort the process ("Window dimensions do not match RHS shape", jaxlib
+    # 0.10.2).
+    rest, total = (stride[1:], pads[1:], dilation[1:], groups), None
+    slices = windows(
+        x.reshape(*x.shape[:3], -1),
+        (w.shape[2], 1),
+        (stride[0], 1),
+        (pads[0], (0, 0)),
+        (dilation[0], 1),
+    )
+    for i, seen in enumerate(slices):
+        batch, channels, depth, _ = seen.shape
+        seen = seen.swapaxes(1, 2).reshape(batch * depth, channels, *x.shape[3:])
+        term = flat(seen, w[:, :, i], *rest)
+        total = term if total is None else total + term
+    assert total is not None
+    return total.reshape(batch, depth, *total.shape[1:]).swapaxes(1, 2)
+
+
+def group_by_group(
+    x: Any, w: Any, stride: Sequence[int], pads: Pads, dilation: Sequence[int], groups: int
+) -> Any:
+    """Convolve each group of channels by itself."""
+    inputs, kernels = jnp.split(x, groups, axis=1), jnp.split(w, groups, axis=0)
+    outs = [dense(a, b, stride, pads, dilation, 1) for a, b in zip(inputs, kernels, strict=True)]
+    return jnp.concatenate(outs, axis=1)
+
+
+def pointwise(
+    x: Any, w: Any, stride: Sequence[int], pads: Pads, dilation: Sequence[int], groups: int
+) -> Any:
+    """Convolve with a kernel of one point, as a matrix product over channels."""
+    if any(low or high for low, high in pads):
+        edges = [(0, 0, 0), (0, 0, 0), *((low, high, 0) for low, high in pads)]
+        x = lax.pad(x, jnp.zeros((), x.dtype), edges)
+    if any(s != 1 for s in stride):
+        x = lax.slice(x, (0,) * x.ndim, x.shape, (1, 1, *stride))
+    batch, channels, *sizes = x.shape
+    positions = math.prod(sizes)
+    image, kernel = x.reshape(batch, channels, positions), w.reshape(w.shape[:2])
+    if kernel.size <= (channels + kernel.shape[0]) * positions:
+        # A product an image needs no transposing, and copies of the kernel no more memory than x.
+        out = jnp.broadcast_to(kernel, (batch, *kernel.shape)) @ image
+    else:
+        out = jnp.einsum("oc,ncs->nos", kernel, image)
+    return out.reshape(batch, w.shape[0], *sizes)
+
+
+# --------------------------------------------------------------------------------------------------
+# Each channel by itself
 
 
 def shifted_sum(
@@ -161,28 +265,42 @@ def shifted_sum(
     return out.reshape(x.shape[0], channels * per_channel, *out.shape[-len(stride) :])
 
 
-def group_by_group(
+def _along_image(
     x: Any, w: Any, stride: Sequence[int], pads: Pads, dilation: Sequence[int], groups: int
 ) -> Any:
-    """Convolve each group of channels by itself."""
-    inputs, kernels = jnp.split(x, groups, axis=1), jnp.split(w, groups, axis=0)
-    outs = [dense(a, b, stride, pads, dilation, 1) for a, b in zip(inputs, kernels, strict=True)]
-    return jnp.concatenate(outs, axis=1)
+    how = stride, pads, dilation, groups
+    if w.shape[0] > groups or any(s != 1 for s in stride):
+        return shifted_sum(x, w, *how)
+    # The transpose adds to shifted places. It is the same sum, with the taps in opposite order, and so
+    # this is the transpose of that one.
+    turned = lax.rev(w, tuple(range(2, w.ndim)))
+    borders = [
+        (d * (k - 1) - low, d * (k - 1) - high)
+        for (low, high), d, k in zip(pads, dilation, w.shape[2:], strict=True)
+    ]
+    out = jax.eval_shape(lambda: shifted_sum(x, w, *how))
+    back = lambda y: shifted_sum(y, turned, stride, borders, dilation, groups)
+    return jax.linear_transpose(back, out)(x)[0]
 
 
-def pointwise(
+def _product_sum(
     x: Any, w: Any, stride: Sequence[int], pads: Pads, dilation: Sequence[int], groups: int
 ) -> Any:
-    """Convolve with a kernel of one point, as a matrix product over channels."""
-    if any(low or high for low, high in pads):
-        edges = [(0, 0, 0), (0, 0, 0), *((low, high, 0) for low, high in pads)]
-        x = lax.pad(x, jnp.zeros((), x.dtype), edges)
-    if any(s != 1 for s in stride):
-        x = lax.slice(x, (0,) * x.ndim, x.shape, (1, 1, *stride))
-    batch, channels, *sizes = x.shape
-    flat = x.reshape(batch, channels, math.prod(sizes))
-    out = jnp.einsum("oc,ncs->nos", w.reshape(w.shape[:2]), flat)
-    return out.reshape(batch, w.shape[0], *sizes)
+    # `shifted_sum`, by products whose transpose is one as well, and not a product and a sum.
+    taps = w.reshape(groups, w.shape[0] // groups, -1)
+    out = None
+    for i, window in enumerate(windows(x, w.shape[2:], stride, pads, dilation)):
+        term = jnp.einsum("nc...,cm->ncm...", window, taps[:, :, i])
+        out = term if out is None else out + term
+    assert out is not None
+    return out.reshape(x.shape[0], w.shape[0], *out.shape[3:])
+
+
+depthwise = differentiated(shifted_sum, _along_image, image_by_image(_product_sum))
+
+
+# --------------------------------------------------------------------------------------------------
+# The choice
 
 
 def convolve(
@@ -190,7 +308,7 @@ def convolve(
 ) -> Any:
     """Convolve ``(N, C, *)`` with ``(O, C / groups, *)``, by the lowering that is fastest there."""
     way = chosen_on_cpu(x, w, groups) if for_cpu() else general
-    return way(x, w, tuple(stride), tuple(pads), tuple(dilation), groups)
+    return way(x, w, tuple(stride), tuple(map(tuple, pads)), tuple(dilation), groups)
 
 
 def for_cpu() -> bool:
@@ -212,10 +330,14 @@ def chosen_on_cpu(x: Any, w: Any, groups: int) -> Callable[..., Any]:
     if x.size == 0 or w.size == 0 or not jnp.issubdtype(x.dtype, jnp.inexact):
         return general
     if groups > 1 and groups == x.shape[1] and taps <= MOST_TAPS:
-        return shifted_sum
+        return depthwise
     if groups > 1:
         return group_by_group
     return pointwise if taps == 1 else dense
+
+
+# --------------------------------------------------------------------------------------------------
+# Transposed
 
 
 def general_transposed(

@@ -108,13 +108,7 @@ def _or_none(value: Any, name: str, function: str) -> Any:
 
 
 def _per_channel(v: Any, like: Any) -> Any:
-    return v.astype(like.dtype).reshape(1, -1, *(1,) * (like.ndim - 2))
-
-
-def _affine(out: Any, weight: Any, bias: Any) -> Any:
-    if weight is not None:
-        out = out * _per_channel(weight, out)
-    return out if bias is None else out + _per_channel(bias, out)
+    return None if v is None else v.astype(like.dtype).reshape(1, -1, *(1,) * (like.ndim - 2))
 
 
 @functools.partial(jax.jit, static_argnums=(5, 6))
@@ -129,7 +123,8 @@ def _by_running_statistics(
     if weight is not None:
         factor = factor * weight.astype(wide.dtype)
     out = (wide - _per_channel(mean, wide)) * _per_channel(factor, wide)
-    return _affine(out, None, bias).astype(x.dtype)
+    out = out if bias is None else out + _per_channel(bias, wide)
+    return out.astype(x.dtype)
 
 
 def _moved(running: Any, batch: Any, factor: Any) -> Any:
@@ -168,8 +163,8 @@ def _by_batch_statistics(
     if count == 0:
         return x, mean, var, tracked
 
-    out, batch_mean, biased = standardised(wide, axes, eps, axis_name)
-    out = _affine(out, weight, bias).astype(x.dtype)
+    factors = _per_channel(weight, wide), _per_channel(bias, wide)
+    out, batch_mean, biased = standardised(wide, *factors, axes, eps, axis_name)
     if mean is not None:
         # The batch is normalised with the biased variance; the running one is unbiased.
         batch_mean, biased = batch_mean.reshape(-1), biased.reshape(-1)
@@ -181,7 +176,7 @@ def _by_batch_statistics(
             factor = jnp.asarray(momentum, wide.dtype)
         mean = _moved(mean, batch_mean, factor)
         var = _moved(var, unbiased, factor)
-    return out, mean, var, tracked
+    return out.astype(x.dtype), mean, var, tracked
 
 
 @functools.partial(jax.jit, static_argnums=(5, 6, 7))
@@ -200,8 +195,8 @@ def _by_own_statistics(
         return x, mean, var
     wide = widened(x)
     axes = tuple(range(2, x.ndim))
-    out, own_mean, biased = standardised(wide, axes, eps)
-    out = _affine(out, weight, bias)
+    factors = _per_channel(weight, wide), _per_channel(bias, wide)
+    out, own_mean, biased = standardised(wide, *factors, axes, eps)
     if mean is not None:
         # Every example moves the statistics; what is kept is the average over the examples.
         share = jnp.asarray(momentum, wide.dtype)

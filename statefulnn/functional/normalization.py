@@ -56,18 +56,19 @@ def _sizes(normalized_shape: Any, function: str) -> tuple[int, ...]:
         ) from None
 
 
+def _like(wide: Any, factor: Any, shape: tuple[int, ...]) -> Any:
+    return None if factor is None else factor.astype(wide.dtype).reshape(shape)
+
+
 @functools.partial(jax.jit, static_argnums=(3, 4))
 def _layer_norm(x: Any, weight: Any, bias: Any, shape: tuple[int, ...], eps: float) -> Any:
     _require_last_axes("F.layer_norm", x, shape, weight, bias)
     axes = tuple(range(x.ndim - len(shape), x.ndim))
-    leading = (1,) * (x.ndim - len(shape))
     if x.size == 0:
         return x
-    out, _, _ = standardised(widened(x), axes, eps)
-    if weight is not None:
-        out = out * weight.astype(out.dtype).reshape(leading + shape)
-    if bias is not None:
-        out = out + bias.astype(out.dtype).reshape(leading + shape)
+    wide = widened(x)
+    each = (1,) * (x.ndim - len(shape)) + shape
+    out, _, _ = standardised(wide, _like(wide, weight, each), _like(wide, bias, each), axes, eps)
     return out.astype(x.dtype)
 
 
@@ -187,11 +188,8 @@ def _group_norm(x: Any, weight: Any, bias: Any, groups: int, eps: float) -> Any:
         return x
     batch, channels = x.shape[:2]
     wide = widened(x).reshape(batch, groups, channels // groups, -1)
-    out, _, _ = standardised(wide, (2, 3), eps)
-    if weight is not None:
-        out = out * weight.astype(out.dtype).reshape(1, groups, -1, 1)
-    if bias is not None:
-        out = out + bias.astype(out.dtype).reshape(1, groups, -1, 1)
+    each = (1, groups, channels // groups, 1)
+    out, _, _ = standardised(wide, _like(wide, weight, each), _like(wide, bias, each), (2, 3), eps)
     return out.reshape(x.shape).astype(x.dtype)
 
 
