@@ -47,40 +47,17 @@ def _state_from_seed(seed: int) -> np.ndarray:
 
 def _state_from_key(key: Any) -> Any:
     """Return the state of a fresh stream for a key, typed or raw, of any implementation."""
-    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key) and (
-        key.dtype != jnp.uint32 or key.ndim != 1
-    ):
-        raise _no_key(f"an array of dtype {key.dtype} and shape {key.shape}")
-    if key.ndim != 0 and jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-        raise _no_key(f"an array of {key.shape} keys")
-    if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-        key = jax.random.key_data(key)
-    words = key.reshape(-1).astype(jnp.uint32)
-    # Implementations differ in the number of words: fold them to the two that threefry takes.
-    words = jnp.concatenate([words, jnp.zeros((-words.size) % 2, jnp.uint32)]).reshape(-1, 2)
-    folded = words[0]
-    for pair in words[1:]:
-        folded = folded ^ pair
-    return jnp.concatenate([folded, jnp.zeros(2, jnp.uint32)])
-
-
-def _no_key(given: str) -> TypeError:
-    return TypeError(
-        explain(
-            f"took {given} as a random key or seed",
-            "a stream starts at one key or one integer",
-            "jax.random.key(0), or an integer; for a key per lane call it under jax.vmap",
-        )
-    )
+    return jnp.concatenate([threefry.key_words(key), jnp.zeros(2, jnp.uint32)])
 
 
 @jax.jit
 def advance(state: Any) -> tuple[Any, Any]:
     """Return the next key of a generator state, uint32[4], and the state after it."""
-    key = jax.random.wrap_key_data(state[:2], impl="threefry2x32")
-    key = jax.random.fold_in(jax.random.fold_in(key, state[2]), state[3])
+    zero = np.uint32(0)
+    key = threefry.hashed(threefry.hashed(state[:2], zero, state[2]), zero, state[3])
     low = state[3] + np.uint32(1)
     high = state[2] + (low == 0).astype(jnp.uint32)
+    key = jax.random.wrap_key_data(jnp.stack(key), impl="threefry2x32")
     return key, jnp.stack([state[0], state[1], high, low])
 
 
@@ -110,7 +87,7 @@ class Generator(Box):
             self._value = _state_from_key(seed)
         else:
             if seed is not None and not _is_integer(seed):
-                raise _no_key(repr(seed))
+                raise threefry.no_key(repr(seed))
             self.manual_seed(_entropy() if seed is None else seed)
 
     def _set_static_part(self, like: Any) -> None:

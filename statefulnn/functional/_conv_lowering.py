@@ -308,7 +308,9 @@ def convolve(
 ) -> Any:
     """Convolve ``(N, C, *)`` with ``(O, C / groups, *)``, by the lowering that is fastest there."""
     way = chosen_on_cpu(x, w, groups) if for_cpu() else general
-    return way(x, w, tuple(stride), tuple(map(tuple, pads)), tuple(dilation), groups)
+    return way(
+        x, w, tuple(stride), tuple((low, high) for low, high in pads), tuple(dilation), groups
+    )
 
 
 def for_cpu() -> bool:

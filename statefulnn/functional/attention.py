@@ -19,6 +19,7 @@ from jax.custom_derivatives import SymbolicZero
 from statefulnn.core.box import unwrap
 from statefulnn.core.errors import explain
 from statefulnn.core.generator import advance, drawing_generator
+from statefulnn.core.threefry import traced_unit
 from statefulnn.functional._causal_bias import CausalBias
 from statefulnn.functional._checks import (
     LOW_PRECISION,
@@ -184,7 +185,7 @@ def kept_weights(key: Any, state: Any, p: Any, shape: Any, dtype: Any) -> tuple[
         key, state = advance(state)
     keep = 1 - jnp.asarray(p, jnp.float32)
     scale = jnp.where(keep > 0, 1 / keep, 0)
-    return jnp.where(jax.random.uniform(key, shape) < keep, scale, 0).astype(dtype), state
+    return jnp.where(traced_unit(key, shape) < keep, scale, 0).astype(dtype), state
 
 
 # --------------------------------------------------------------------------------------------------

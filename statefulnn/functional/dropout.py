@@ -10,13 +10,14 @@ import jax
 import jax.numpy as jnp
 
 from statefulnn.core.errors import explain
+from statefulnn.core.threefry import traced_unit
 from statefulnn.functional._checks import array, require_float, require_real_float, shape_error
 from statefulnn.functional._random import drawing
 from statefulnn.functional.rectifier import SELU_ALPHA, SELU_SCALE
 
 
 def _kept(key: Any, shape: tuple[int, ...], p: Any) -> Any:
-    return jax.random.uniform(key, shape) < 1 - jnp.asarray(p, jnp.float32)
+    return traced_unit(key, shape) < 1 - jnp.asarray(p, jnp.float32)
 
 
 def _dropped(x: Any, key: Any, p: Any, shape: tuple[int, ...] | None = None) -> Any:

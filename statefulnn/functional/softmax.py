@@ -19,12 +19,39 @@ def _exponentials(x: Any, axis: int, log: bool) -> Any:
         return _exponentials(x[None], 0, log)[0]
     if x.shape[axis] == 0:
         return x
+    return _log_normalised(x, axis) if log else _normalised(x, axis)
+
+
+def _shifted(x: Any, axis: int) -> Any:
     # The maximum only keeps exp in range; the result does not depend on it, nor do its derivatives.
-    shifted = x - lax.stop_gradient(jnp.max(x, axis, keepdims=True))
-    if log:
-        return shifted - jnp.log(jnp.sum(jnp.exp(shifted), axis, keepdims=True))
-    out = jnp.exp(shifted)
+    return x - lax.stop_gradient(jnp.max(x, axis, keepdims=True))
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _normalised(x: Any, axis: int) -> Any:
+    out = jnp.exp(_shifted(x, axis))
     return out / jnp.sum(out, axis, keepdims=True)
+
+
+@_normalised.defjvp
+def _normalised_jvp(axis: int, primals: tuple, tangents: tuple) -> tuple[Any, Any]:
+    # Of the result alone: the chain rule through the quotient would keep the exponentials as well.
+    out = _normalised(*primals, axis)
+    along = out * tangents[0]
+    return out, along - out * jnp.sum(along, axis, keepdims=True)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _log_normalised(x: Any, axis: int) -> Any:
+    shifted = _shifted(x, axis)
+    return shifted - jnp.log(jnp.sum(jnp.exp(shifted), axis, keepdims=True))
+
+
+@_log_normalised.defjvp
+def _log_normalised_jvp(axis: int, primals: tuple, tangents: tuple) -> tuple[Any, Any]:
+    out = _log_normalised(*primals, axis)
+    (dx,) = tangents
+    return out, dx - jnp.sum(jnp.exp(out) * dx, axis, keepdims=True)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3, 4, 5))

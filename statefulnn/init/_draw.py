@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.random import threefry2x32_p
 
 from statefulnn.core import threefry
 from statefulnn.core.box import host_array
@@ -49,20 +48,7 @@ def _traced_words(key: Any, shape: Sequence[int], per_number: int) -> list[Any]:
                 "split the parameter into several",
             )
         )
-    position = jnp.zeros(shape, jnp.uint32)
-    stride = 1
-    for axis in reversed(range(len(shape))):
-        position += jax.lax.broadcasted_iota(jnp.uint32, shape, axis) * np.uint32(
-            stride & 0xFFFFFFFF
-        )
-        stride *= shape[axis]
-    two = jax.random.key_data(key) if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else key
-    counter = position if per_number == 2 else position >> np.uint32(1)
-    zero = jnp.zeros(shape, jnp.uint32)
-    a, b = threefry2x32_p.bind(
-        jnp.broadcast_to(two[0], shape), jnp.broadcast_to(two[1], shape), zero, counter
-    )
-    return [a, b] if per_number == 2 else [jnp.where(position & np.uint32(1) == 0, a, b)]
+    return threefry.traced_words(key, shape, per_number)
 
 
 # --------------------------------------------------------------------------------------------------

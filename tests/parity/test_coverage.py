@@ -244,7 +244,8 @@ def test_constructor_takes_torchs_arguments(name: str) -> None:
     assert got == wanted
 
 
-@pytest.mark.parametrize("name", [n for n in LAYER_CLASSES if n != "Module"])
+# torch's own have no forward at all.
+@pytest.mark.parametrize("name", [n for n in LAYER_CLASSES if n not in ("Module", "RNNBase")])
 def test_forward_takes_torchs_arguments(name: str) -> None:
     mine, theirs = getattr(nn, name).forward, getattr(torch.nn, name).forward
     assert [n for n, _ in arguments(mine)] == [n for n, _ in arguments(theirs)]
