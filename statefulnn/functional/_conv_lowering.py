@@ -1,36 +1,36 @@
 """How a convolution is computed: the one place where that is chosen, by measurement.
 
 ``python benchmarks/conv_lowering.py`` on 2 CPU cores, JAX 0.10.2, batch 32 (8 for 3-d and 7x7), float32;
-time as a multiple of that of XLA's own operation, forward and with both gradients. From the dense ones on
-it is CPU time on a busy machine, where the same code differed by up to a third:
+time as a multiple of that of XLA's own operation, forward and with both gradients (numbers from 0.8 to
+1.2 are noise):
 
 =======================================  =======  =========  =======================================
 convolution                              forward  gradients  chosen on CPU
 =======================================  =======  =========  =======================================
-depthwise 3x3, 64 channels, 32x32           0.02       0.23  a sum of shifted products
-depthwise 3x3, stride 2                     0.05       0.06
-depthwise 3x3, two outputs a channel        0.03       0.01
-depthwise 7x7, 64 channels, 16x16           0.06       0.56
+depthwise 3x3, 64 channels, 32x32           0.01       0.03  a sum of shifted products; the weight's
+depthwise 3x3, stride 2                     0.04       0.07  gradient image by image
+depthwise 3x3, two outputs a channel        0.05       0.01
+depthwise 7x7, 64 channels, 16x16           0.05       0.11
 depthwise width 4, 128 channels, 256        0.01       0.04
-3x3 in 4 groups, 64 channels, 16x16         0.38       0.03  one convolution a group
-3x3 in 16 groups, 64 channels, 16x16        0.84       0.02
-1x1, 64 to 128 channels, 16x16              0.89       0.57  a matrix product
-dense 3x3, 16 to 32 channels, 32x32         1.10       0.32  XLA's; the weight's gradient a matrix
-dense 3x3, 64 channels, 16x16               0.92       0.75  product a tap
-dense 3x3, stride 2, 32 to 64, 32x32        1.02       0.78
-dense width 5, 64 channels, 128             1.00       1.09
-dense 3-d of width 3, 16 channels, 12³      0.97       0.70
-transposed 4x4, stride 2, 64 to 32, 16²     0.63       0.09  by phases: a convolution of step 1
-transposed 3x3, stride 2                    0.69       0.13
-transposed 2x2, stride 2                    0.69       0.09
-transposed width 16, stride 8, 64           0.66       0.12
+3x3 in 4 groups, 64 channels, 16x16         0.34       0.04  one convolution a group
+3x3 in 16 groups, 64 channels, 16x16        0.56       0.03
+1x1, 64 to 128 channels, 16x16              0.62       0.35  a matrix product, for each image
+dense 3x3, 16 to 32 channels, 32x32         0.96       0.81  XLA's; the weight's gradient by matrix
+dense 3x3, 64 channels, 16x16               0.76       0.82  products, for each tap, or of all taps for
+dense 3x3, stride 2, 32 to 64, 32x32        0.98       0.76  few channels; of all taps image by image
+dense 3x3 of one channel to 32, 28x28       0.88       0.81  where the images are large
+dense width 5, 64 channels, 128             0.99       1.02  XLA's
+dense 3-d of width 3, 16 channels, 12³      0.22       0.22  a sum of convolutions over two axes
+transposed 4x4, stride 2, 64 to 32, 16²     0.60       0.12  by phases: a convolution of step 1
+transposed 3x3, stride 2                    0.87       0.23
+transposed 2x2, stride 2                    0.92       0.11
+transposed width 16, stride 8, 64           0.60       0.11
 =======================================  =======  =========  =======================================
 
-With few input channels a matrix product a tap is slower (7x7 of 3 channels: 1.43), and XLA's gradient is
-kept. Also tried: channels last inside (1.0), groups as a batched matrix product over stacked shifts (3.5
-and 0.12 in 4 groups), a sum of shifted products for a single input channel (0.56 and 4.8), for the
-weight's gradient one product over stacked windows (0.6 to 7 times one a tap, mostly slower). On other
-platforms the library behind XLA's own operation is left to choose.
+Also tried: channels last inside (1.0), groups as a batched matrix product over stacked shifts (1.15 and 0.13
+in 4 groups), a sum of shifted products for a single input channel (0.3 and 3.7), matrix products for the
+gradient by the image (0.7 to 1.5). On other platforms the library behind XLA's own operation is left to
+choose.
 """
 
 from __future__ import annotations
@@ -52,8 +52,10 @@ Pads = Sequence[tuple[int, int]]
 FEWEST_CHANNELS = 8
 # Above this many taps no sum over taps is unrolled: it would be long to compile.
 MOST_TAPS = 128
-# From this many numbers on, what the taps see of one image is better not held for all images at once.
-LARGE_IMAGE = 1 << 18
+# Above this many taps of few channels, small images are left to XLA.
+MOST_TAPS_OF_FEW = 25
+# From these many numbers on, what the taps see of one image, or of all, is not laid out for all at once.
+LARGE_IMAGE, LARGE_BATCH = 1 << 18, 1 << 21
 
 
 def general(
@@ -170,16 +172,20 @@ def all_taps(
 def _along_kernel(
     x: Any, w: Any, stride: Sequence[int], pads: Pads, dilation: Sequence[int], groups: int
 ) -> Any:
-    # Of these the transpose matters: by matrix products it is faster than XLA's, except along one axis.
-    taps, how = math.prod(w.shape[2:]), (stride, pads, dilation, groups)
-    if len(stride) == 1 or taps > MOST_TAPS:
-        return general(x, w, *how)
+    # Of these ways the transpose matters: by matrix products it is mostly faster than XLA's.
+    kernel, how = w.shape[2:], (stride, pads, dilation, groups)
+    taps, few = math.prod(kernel), x.shape[1] < FEWEST_CHANNELS
+    # XLA's transpose falls off a cliff, 80 times, where the borders make the output the larger one.
+    grown = any(a + b > d * (k - 1) for (a, b), d, k in zip(pads, dilation, kernel, strict=True))
     seen = x.shape[1] * taps * math.prod(jax.eval_shape(lambda: general(x, w, *how)).shape[2:])
-    if x.shape[1] < FEWEST_CHANNELS or seen >= LARGE_IMAGE:
+    thin = len(stride) == 1 or (few and taps > MOST_TAPS_OF_FEW and seen < LARGE_IMAGE)
+    if taps > MOST_TAPS or (thin and not grown):
+        return general(x, w, *how)
+    if seen >= LARGE_IMAGE or (few and seen * x.shape[0] >= LARGE_BATCH):
         return image_by_image(all_taps)(x, w, *how)
+    way = all_taps if few else tap_by_tap
     # The windows are made again on the way back, rather than kept: they are x, once for each tap.
-    again = jax.checkpoint(lambda x, w: tap_by_tap(x, w, *how), prevent_cse=False)
-    return again(x, w)
+    return jax.checkpoint(lambda x, w: way(x, w, *how), prevent_cse=False)(x, w)
 
 
 flat = differentiated(general, general, _along_kernel)
