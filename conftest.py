@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,6 +22,12 @@ jax.config.update("jax_default_matmul_precision", "highest")
 def _seeded() -> None:
     nn.manual_seed(0)
     np.random.seed(0)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quick_collections() -> None:
+    # Compiled code and its caches are millions of objects, which no collection needs to look at again.
+    gc.freeze()
 
 
 @pytest.fixture

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import collections
 import importlib
 import pkgutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from tests.parity.oracle import Call, Case
 
@@ -37,3 +41,36 @@ def _one_of_each() -> list[Case]:
 
 
 ONE_OF_EACH = _one_of_each()
+
+
+# What takes longest to compile: of the rows of these, every n-th runs by default, and the others in the
+# long run, `make test-long`.
+EVERY = {
+    "LSTM": 3,
+    "GRU": 3,
+    "RNN": 3,
+    "MultiheadAttention": 2,
+    "Transformer": 2,
+    "TransformerEncoderLayer": 2,
+    "TransformerDecoderLayer": 2,
+    "CTCLoss": 3,
+    "CrossEntropyLoss": 2,
+    "Conv3d": 2,
+    "MaxPool2d": 2,
+    "AdaptiveMaxPool2d": 2,
+    "grid_sample": 5,
+    "interpolate": 2,
+    "multi_head_attention_forward": 2,
+}
+
+
+def thinned(rows: Iterable[Any]) -> list[Any]:
+    """Return the rows as parameters of a test, those that are for the long run marked so."""
+    number: collections.Counter[str] = collections.Counter()
+    out = []
+    for row in rows:
+        name = row.layer if isinstance(row, Case) else row.name
+        marks = (pytest.mark.long,) if number[name] % EVERY.get(name, 1) else ()
+        number[name] += 1
+        out.append(pytest.param(row, id=str(row), marks=marks))
+    return out

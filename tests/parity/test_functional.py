@@ -28,7 +28,7 @@ from tests.parity.oracle import (
     to_torch,
 )
 from tests.parity.rows.attention import VISIBLE, K, Q, V
-from tests.parity.table import FUNCTIONS, MISUSE
+from tests.parity.table import FUNCTIONS, MISUSE, thinned
 
 HALF = jnp.bfloat16
 
@@ -63,9 +63,7 @@ def _has_floats(call: Call) -> bool:
     return any(is_float(x) for x in jax.tree.leaves(call.args) if isinstance(x, np.ndarray))
 
 
-@pytest.mark.parametrize(
-    "call", [c for c in FUNCTIONS if not c.no_grad and _has_floats(c)], ids=str
-)
+@pytest.mark.parametrize("call", thinned(c for c in FUNCTIONS if not c.no_grad and _has_floats(c)))
 @pytest.mark.filterwarnings("ignore:Using a target size")
 def test_compiled_function_has_torchs_values_and_gradients(call: Call) -> None:
     tensors, whole = _separated(jax.tree.map(lambda x: x, to_jax(call.args)))

@@ -5,9 +5,6 @@ tests/parity/rows: to cover another option, add one.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,7 +23,7 @@ from tests.parity.oracle import (
     to_jax,
     to_torch,
 )
-from tests.parity.table import LAYER_MISUSE, LAYERS, ONE_OF_EACH
+from tests.parity.table import LAYER_MISUSE, LAYERS, ONE_OF_EACH, thinned
 
 # What torch warns of, and we do.
 pytestmark = [
@@ -37,35 +34,27 @@ pytestmark = [
 ]
 
 
-def in_both_modes() -> Iterator[Any]:
-    """Yield every row compiled and in eager code, where most rows are for the long run only.
-
-    Eager code runs the same kernels, each compiled by itself: one row of each layer tells whether the
-    layer calls them rightly.
-    """
-    for case in LAYERS:
-        yield pytest.param(case, True, id=f"{case}-jit")
-        marks = () if case in ONE_OF_EACH else (pytest.mark.long,)
-        yield pytest.param(case, False, id=f"{case}-eager", marks=marks)
-
-
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
 @pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
 @pytest.mark.filterwarnings("ignore:Support for mismatched key_padding_mask and attn_mask")
 @pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
-@pytest.mark.parametrize(("case", "jitted"), list(in_both_modes()))
+@pytest.mark.parametrize(
+    "jitted", [True, pytest.param(False, marks=pytest.mark.long)], ids=["jit", "eager"]
+)
+@pytest.mark.parametrize("case", thinned(LAYERS))
 def test_layer_computes_what_torch_does(case: Case, jitted: bool) -> None:
     for training in (True, False) if case.modes else (True,):
         compare(case, training, jitted)
 
 
+# In eager code: the same kernels, each compiled by itself. One row tells whether a layer calls them rightly.
 @pytest.mark.parametrize("case", ONE_OF_EACH, ids=str)
 def test_layer_computes_what_torch_does_in_float64(case: Case) -> None:
     with sixty_four_bits():
         compare(case, True, False, "float64")
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=pytest.mark.long)])
 @pytest.mark.parametrize("case", [c for c in ONE_OF_EACH if not c.no_low], ids=str)
 def test_layer_computes_what_torch_does_in_low_precision(case: Case, dtype: str) -> None:
     compare(case, True, False, dtype)
