@@ -46,6 +46,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
+from statefulnn.functional._checks import widened
+
 Pads = Sequence[tuple[int, int]]
 
 # With fewer input channels than this, a matrix product over them is too thin to pay.
@@ -195,12 +197,13 @@ def dense(
     x: Any, w: Any, stride: Sequence[int], pads: Pads, dilation: Sequence[int], groups: int
 ) -> Any:
     """Convolve by XLA's own operation over one axis or two, over three as a sum of those over two."""
-    if len(stride) < 3:
+    if len(stride) < 3 or w.shape[2] > MOST_TAPS:
         return flat(x, w, stride, pads, dilation, groups)
     # XLA's operation over three axes has no fast kernel on CPU, its transpose is slower still, and
     # with steps compiling it can abort the process ("Window dimensions do not match RHS shape", jaxlib
     # 0.10.2).
     rest, total = (stride[1:], pads[1:], dilation[1:], groups), None
+    way = pointwise if math.prod(w.shape[3:]) == 1 else flat
     slices = windows(
         x.reshape(*x.shape[:3], -1),
         (w.shape[2], 1),
@@ -211,7 +214,7 @@ def dense(
     for i, seen in enumerate(slices):
         batch, channels, depth, _ = seen.shape
         seen = seen.swapaxes(1, 2).reshape(batch * depth, channels, *x.shape[3:])
-        term = flat(seen, w[:, :, i], *rest)
+        term = way(seen, w[:, :, i], *rest)
         total = term if total is None else total + term
     assert total is not None
     return total.reshape(batch, depth, *total.shape[1:]).swapaxes(1, 2)
@@ -313,10 +316,11 @@ def convolve(
     x: Any, w: Any, stride: Sequence[int], pads: Pads, dilation: Sequence[int], groups: int
 ) -> Any:
     """Convolve ``(N, C, *)`` with ``(O, C / groups, *)``, by the lowering that is fastest there."""
-    way = chosen_on_cpu(x, w, groups) if for_cpu() else general
-    return way(
-        x, w, tuple(stride), tuple((low, high) for low, high in pads), tuple(dilation), groups
-    )
+    how = tuple(stride), tuple((low, high) for low, high in pads), tuple(dilation), groups
+    if not for_cpu():
+        return general(x, w, *how)
+    # A sum over taps is not rounded at each tap; CPUs compute low precision in float32 anyway.
+    return chosen_on_cpu(x, w, groups)(widened(x), widened(w), *how).astype(x.dtype)
 
 
 def for_cpu() -> bool:
@@ -440,6 +444,7 @@ def convolve_transposed(
     sizes: Sequence[int],
 ) -> Any:
     """Convolve ``(N, C, *)``, transposed, with ``(C, O / groups, *)`` into ``(N, O, *sizes)``."""
-    phases = x.size > 0 and w.size > 0 and for_cpu()
-    way = by_phases if phases else general_transposed
-    return way(x, w, tuple(stride), tuple(padding), tuple(dilation), groups, tuple(sizes))
+    how = tuple(stride), tuple(padding), tuple(dilation), groups, tuple(sizes)
+    if not for_cpu() or not x.size or not w.size:
+        return general_transposed(x, w, *how)
+    return by_phases(widened(x), widened(w), *how).astype(x.dtype)
