@@ -19,7 +19,6 @@ from jax.custom_derivatives import SymbolicZero
 from statefulnn.core.box import unwrap
 from statefulnn.core.errors import explain
 from statefulnn.core.generator import advance, drawing_generator
-from statefulnn.core.threefry import traced_unit
 from statefulnn.functional._causal_bias import CausalBias
 from statefulnn.functional._checks import (
     LOW_PRECISION,
@@ -28,6 +27,7 @@ from statefulnn.functional._checks import (
     shape_error,
     widened,
 )
+from statefulnn.functional.dropout import kept_factors
 
 # --------------------------------------------------------------------------------------------------
 # The formula
@@ -183,9 +183,7 @@ def kept_weights(key: Any, state: Any, p: Any, shape: Any, dtype: Any) -> tuple[
         if state is None:
             return None, None
         key, state = advance(state)
-    keep = 1 - jnp.asarray(p, jnp.float32)
-    scale = jnp.where(keep > 0, 1 / keep, 0)
-    return jnp.where(traced_unit(key, shape) < keep, scale, 0).astype(dtype), state
+    return kept_factors(key, shape, p, dtype), state
 
 
 # --------------------------------------------------------------------------------------------------

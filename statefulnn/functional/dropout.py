@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -16,16 +17,21 @@ from statefulnn.functional._random import drawing
 from statefulnn.functional.rectifier import SELU_ALPHA, SELU_SCALE
 
 
-def _kept(key: Any, shape: tuple[int, ...], p: Any) -> Any:
+def _kept(key: Any, shape: Sequence[int], p: Any) -> Any:
     return traced_unit(key, shape) < 1 - jnp.asarray(p, jnp.float32)
 
 
-def _dropped(x: Any, key: Any, p: Any, shape: tuple[int, ...] | None = None) -> Any:
+def kept_factors(key: Any, shape: Sequence[int], p: Any, dtype: Any) -> Any:
+    """Draw what dropout multiplies by: 0 with probability `p`, else ``1 / (1 - p)``."""
     keep = 1 - jnp.asarray(p, jnp.float32)
     scale = jnp.where(keep > 0, 1 / keep, 0)
-    mask = _kept(key, x.shape if shape is None else shape, p)
+    return jnp.where(_kept(key, shape, p), scale, 0).astype(dtype)
+
+
+def dropped(x: Any, key: Any, p: Any, shape: Sequence[int] | None = None) -> Any:
+    """Return x with elements dropped; of a smaller shape that is broadcast, whole parts of it."""
     # A product, not a choice: what is not a number stays visible where it is dropped.
-    return x * jnp.where(mask, scale, 0).astype(x.dtype)
+    return x * kept_factors(key, x.shape if shape is None else shape, p, x.dtype)
 
 
 def _by_channel(x: Any) -> tuple[int, ...]:
@@ -33,13 +39,13 @@ def _by_channel(x: Any) -> tuple[int, ...]:
 
 
 def _dropout_kernel(key: Any, x: Any, p: Any) -> Any:
-    return _dropped(x, key, p)
+    return dropped(x, key, p)
 
 
 def _channels_kernel(key: Any, x: Any, p: Any, batched: bool) -> Any:
     if not batched:
-        return _dropped(x[None], key, p, _by_channel(x[None]))[0]
-    return _dropped(x, key, p, _by_channel(x))
+        return dropped(x[None], key, p, _by_channel(x[None]))[0]
+    return dropped(x, key, p, _by_channel(x))
 
 
 def _alpha_kernel(key: Any, x: Any, p: Any, channels: bool) -> Any:

@@ -26,7 +26,7 @@ from statefulnn.functional._checks import (
     shape_error,
     widened,
 )
-from statefulnn.functional.dropout import _dropped
+from statefulnn.functional.dropout import dropped
 
 # --------------------------------------------------------------------------------------------------
 # The kinds
@@ -154,9 +154,6 @@ def _times(h: Any, weight: Any, dtype: Any) -> Any:
 # --------------------------------------------------------------------------------------------------
 # One layer in one direction
 
-# Two steps in one turn of the loop help small networks; more cost compile time and gain nothing.
-UNROLL = 2
-
 
 class Weights(NamedTuple):
     """What a scan multiplies and adds, halved where a sigmoid follows."""
@@ -191,7 +188,7 @@ def _run(
         residuals = (new_c, kept, None if projection is None else raw) if keep else None
         return (new_h, new_c), (new_h, residuals)
 
-    (h, c), (hs, residuals) = lax.scan(step, (h, c), (x, mask), reverse=reverse, unroll=UNROLL)
+    (h, c), (hs, residuals) = lax.scan(step, (h, c), (x, mask), reverse=reverse)
     return hs, h, c, residuals
 
 
@@ -245,9 +242,7 @@ def _direction_jvp(mode: str, reverse: bool, primals: Any, tangents: Any) -> Any
             new_c = None if dc is None else jnp.where(valid[:, None], new_c, dc)
         return (new_h, new_c), new_h
 
-    (dh, dc), dhs = lax.scan(
-        step, (dh0, dc0), (da, slopes, of_projection, mask), reverse=reverse, unroll=UNROLL
-    )
+    (dh, dc), dhs = lax.scan(step, (dh0, dc0), (da, slopes, of_projection, mask), reverse=reverse)
     return (hs, h, c), (dhs, dh, dc)
 
 
@@ -283,7 +278,7 @@ def _network(
     last_h, last_c = [], []
     for i in range(0, len(layers), directions):
         if i and rng is not None:
-            x = _dropped(x, jax.random.fold_in(rng, i), p)
+            x = dropped(x, jax.random.fold_in(rng, i), p)
         outs = []
         for j in range(i, i + directions):
             layer = layers[j]

@@ -193,3 +193,19 @@ def test_alpha_dropout_has_the_slope_of_its_map() -> None:
 def test_dropout_of_every_kind_keeps_the_dtype(name: str, dtype: str) -> None:
     out = getattr(F, name)(jnp.ones((8, 4), dtype), P, True, rng=jax.random.key(0))
     assert out.dtype == dtype
+
+
+@pytest.mark.parametrize("rng", [0, 1.5, np.zeros(2, np.float32), np.zeros((3, 2), np.uint32)])
+def test_what_is_no_key_is_refused(rng) -> None:
+    with pytest.raises(TypeError, match="as a random key"):
+        F.dropout(jnp.ones(4), 0.5, rng=rng)
+
+
+def test_keys_of_any_kind_draw() -> None:
+    x = jnp.ones(1000)
+    typed = jax.random.key(3)
+    same = F.dropout(x, 0.5, rng=typed)
+    np.testing.assert_array_equal(same, F.dropout(x, 0.5, rng=jax.random.key_data(typed)))
+    other = F.dropout(x, 0.5, rng=jax.random.key(3, impl="rbg"))
+    assert 400 < int((other == 0).sum()) < 600
+    assert bool((other != same).any())
