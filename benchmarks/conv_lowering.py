@@ -10,13 +10,17 @@ from __future__ import annotations
 import argparse
 import functools
 import statistics
+import sys
 import time
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from statefulnn.functional import _conv_lowering as lowering
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from statefulnn.functional import _conv_lowering as lowering  # noqa: E402
 
 # name, (N, C, *spatial), (O, C / groups, *kernel), stride, padding, groups
 CASES = [

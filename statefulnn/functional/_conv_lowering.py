@@ -16,9 +16,9 @@ depthwise width 4, 128 channels, 256        0.01       0.04
 3x3 in 16 groups, 64 channels, 16x16        0.56       0.03
 1x1, 64 to 128 channels, 16x16              0.62       0.35  a matrix product, for each image
 dense 3x3, 16 to 32 channels, 32x32         0.96       0.81  XLA's; the weight's gradient by matrix
-dense 3x3, 64 channels, 16x16               0.76       0.82  products, for each tap, or of all taps for
-dense 3x3, stride 2, 32 to 64, 32x32        0.98       0.76  few channels; of all taps image by image
-dense 3x3 of one channel to 32, 28x28       0.88       0.81  where the images are large
+dense 3x3, 64 channels, 16x16               0.76       0.82  products, for each tap, or of all taps image
+dense 3x3, stride 2, 32 to 64, 32x32        0.98       0.76  by image where images are large or channels
+dense 3x3 of one channel to 32, 28x28       0.88       0.81  few
 dense width 5, 64 channels, 128             0.99       1.02  XLA's
 dense 3-d of width 3, 16 channels, 12³      0.22       0.22  a sum of convolutions over two axes
 transposed 4x4, stride 2, 64 to 32, 16²     0.60       0.12  by phases: a convolution of step 1
@@ -54,10 +54,9 @@ Pads = Sequence[tuple[int, int]]
 FEWEST_CHANNELS = 8
 # Above this many taps no sum over taps is unrolled: it would be long to compile.
 MOST_TAPS = 128
-# Above this many taps of few channels, small images are left to XLA.
-MOST_TAPS_OF_FEW = 25
-# From these many numbers on, what the taps see of one image, or of all, is not laid out for all at once.
-LARGE_IMAGE, LARGE_BATCH = 1 << 18, 1 << 21
+# From this many numbers on, what the taps see of one image is better laid out for each image by itself;
+# with many channels (False), with few (True).
+LARGE_IMAGE = {False: 1 << 18, True: 1 << 12}
 
 
 def general(
@@ -176,18 +175,19 @@ def _along_kernel(
 ) -> Any:
     # Of these ways the transpose matters: by matrix products it is mostly faster than XLA's.
     kernel, how = w.shape[2:], (stride, pads, dilation, groups)
-    taps, few = math.prod(kernel), x.shape[1] < FEWEST_CHANNELS
+    line, few = len(kernel) == 1, x.shape[1] < FEWEST_CHANNELS
+    taps = math.prod(kernel)
+    seen = x.shape[1] * taps * math.prod(jax.eval_shape(lambda: general(x, w, *how)).shape[2:])
     # XLA's transpose falls off a cliff, 80 times, where the borders make the output the larger one.
     grown = any(a + b > d * (k - 1) for (a, b), d, k in zip(pads, dilation, kernel, strict=True))
-    seen = x.shape[1] * taps * math.prod(jax.eval_shape(lambda: general(x, w, *how)).shape[2:])
-    thin = len(stride) == 1 or (few and taps > MOST_TAPS_OF_FEW and seen < LARGE_IMAGE)
-    if taps > MOST_TAPS or (thin and not grown):
+    if taps > MOST_TAPS:
         return general(x, w, *how)
-    if seen >= LARGE_IMAGE or (few and seen * x.shape[0] >= LARGE_BATCH):
+    if not line and seen >= LARGE_IMAGE[few]:
         return image_by_image(all_taps)(x, w, *how)
-    way = all_taps if few else tap_by_tap
+    if (line or few) and not grown:
+        return general(x, w, *how)
     # The windows are made again on the way back, rather than kept: they are x, once for each tap.
-    return jax.checkpoint(lambda x, w: way(x, w, *how), prevent_cse=False)(x, w)
+    return jax.checkpoint(lambda x, w: tap_by_tap(x, w, *how), prevent_cse=False)(x, w)
 
 
 flat = differentiated(general, general, _along_kernel)

@@ -25,9 +25,19 @@ WAYS = {
     "dense 3d": (VOLUME, array(3, 4, 3, 2, 3), 2, 1, 1, 1),
     "many taps": (array(1, 2, 13, 13), array(2, 2, 12, 12), 1, 1, 1, 1),
     "many taps 3d": (array(1, 2, 7, 7, 7), array(2, 2, 6, 5, 5), 2, 1, 1, 1),
+    "large images": (array(2, 3, 24, 24), array(4, 3, 3, 3), 1, 1, 1, 1),
+    "large images 3d": (array(1, 2, 4, 16, 16), array(3, 2, 2, 3, 3), 1, 1, 1, 1),
+    "line": (array(2, 4, 9), array(6, 4, 3), 2, 1, 1, 1),
+    "line that grows": (array(2, 4, 9), array(6, 4, 2), 1, 1, 1, 1),
+    "image that grows": (array(2, 4, 7, 8), array(6, 4, 2, 2), 1, 2, 1, 1),
     "one tap": (array(2, 4, 7, 8), array(6, 4, 1, 1), 2, 1, 1, 1),
+    "one tap 3d": (VOLUME, array(3, 4, 2, 1, 1), 1, 0, 1, 1),
+    "one tap of many channels": (array(3, 16, 2, 1), array(24, 16, 1, 1), 1, 0, 1, 1),
     "groups": (array(2, 4, 7, 8), array(6, 2, 3, 3), 1, 1, 2, 2),
-    "depthwise": (array(2, 4, 7, 8), array(8, 1, 3, 3), 1, 1, 1, 4),
+    "depthwise": (array(2, 4, 7, 8), array(4, 1, 3, 3), 1, 1, 2, 4),
+    "depthwise with steps": (array(2, 4, 7, 8), array(4, 1, 3, 3), 2, 1, 1, 4),
+    "depthwise, two outputs": (array(2, 4, 7, 8), array(8, 1, 3, 3), 1, 1, 1, 4),
+    "depthwise line": (array(2, 4, 9), array(4, 1, 4), 1, 3, 1, 4),
 }
 
 
