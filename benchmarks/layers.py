@@ -261,6 +261,9 @@ def part_compile(report: Report, quick: bool) -> None:
             if name == "statefulnn":
                 what = f"LSTM, {TITLES[kind].lower()}: compile time at {lengths[-1]} steps"
                 report.target(f"{what} beside {lengths[0]}", growth, 1.2, "x")
+                for other in libraries[1:]:
+                    ratio = values[-1] / seconds[kind, other, lengths[-1]]
+                    report.target(f"{what} beside {other}", ratio, 1.0, "x")
     report.numbers["compile"] = [
         {"kind": kind, "library": name, "length": length, "seconds": round(value, 4)}
         for (kind, name, length), value in seconds.items()

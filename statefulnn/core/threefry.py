@@ -32,6 +32,8 @@ _MASK = 0xFFFFFFFF
 # time handing over Python's lock unless each call of numpy is long.
 _CHUNK = 1 << 14
 _CHUNK_OF_THREADS = 1 << 17
+# As many elements of an array are counted by one word.
+PART = 1 << 32
 
 
 # --------------------------------------------------------------------------------------------------
@@ -198,13 +200,13 @@ def traced_words(key: Any, shape: Sequence[int], per_number: int = 1) -> list[An
 def _positions(shape: tuple[int, ...]) -> tuple[Any, Any]:
     """Return the part of an array each element is in, and its number there, as uint32.
 
-    An array of up to 2³² elements is one part; a larger one is divided along its first axes.
+    An array of up to `PART` elements is one part; a larger one is divided along its first axes.
     """
     part = number = jnp.zeros(shape, jnp.uint32)
     stride, parts = 1, 0
     for axis in reversed(range(len(shape))):
         index = lax.broadcasted_iota(jnp.uint32, shape, axis)
-        if not parts and stride * shape[axis] <= 1 << 32:
+        if not parts and stride * shape[axis] <= PART:
             number += index * np.uint32(stride & _MASK)
             stride *= shape[axis]
         else:

@@ -40,7 +40,7 @@ _F64 = np.dtype(np.float64)
 def _traced_words(key: Any, shape: Sequence[int], per_number: int) -> list[Any]:
     """Return the random words of each position of an array, as arrays of its shape."""
     size = math.prod(shape)
-    if size > 1 << 32:
+    if size > threefry.PART:
         raise ShapeError(
             explain(
                 f"drew {size} initial values of shape {tuple(shape)} at once",

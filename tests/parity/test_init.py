@@ -290,6 +290,26 @@ def test_float64_values_are_the_same_in_compiled_code(draw: str) -> None:
         np.testing.assert_allclose(eager, compiled, rtol=1e-14, atol=1e-16)
 
 
+@pytest.mark.parametrize("shape", [(), (0, 3), (5,), (3, 4), (2, 3, 5), (7, 2, 2)])
+def test_words_in_compiled_code_are_those_of_their_positions(shape: tuple[int, ...]) -> None:
+    key = (7, 8)
+    pair = jnp.array(key, jnp.uint32)
+    (one,), two = threefry.traced_words(pair, shape), threefry.traced_words(pair, shape, 2)
+    for number, place in enumerate(np.ndindex(*shape)):
+        assert int(one[place]) == threefry.block(key, (0, number // 2))[number % 2]
+        assert tuple(int(w[place]) for w in two) == threefry.block(key, (0, number))
+
+
+def test_an_array_that_32_bits_cannot_count_takes_other_blocks_in_each_part(monkeypatch) -> None:
+    monkeypatch.setattr(threefry, "PART", 10)  # instead of 2**32
+    (found,) = threefry.traced_words(jnp.array([7, 8], jnp.uint32), (2, 3, 4, 2))
+    for a, b, c, d in np.ndindex(2, 3, 4, 2):
+        number = 2 * c + d
+        assert (
+            int(found[a, b, c, d]) == threefry.block((7, 8), (3 * a + b, number // 2))[number % 2]
+        )
+
+
 def test_draws_on_the_host_are_threefry_as_in_jax_random() -> None:
     key = (123456789, 42)
     pairs = [threefry.block(key, (0, i)) for i in range(40)]
