@@ -1,5 +1,8 @@
 """torch.nn's object model on JAX: write models as classes, compile and transform them as functions."""
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from statefulnn import attention, functional, init, parameter, utils
 from statefulnn.core import errors
 from statefulnn.core.box import Buffer, Parameter
@@ -223,4 +226,22 @@ from statefulnn.transforms.vmap import vmap
 from statefulnn.utils import parameters_to_vector, vector_to_parameters
 from statefulnn.utils.init import materialize
 
+if TYPE_CHECKING:
+    from statefulnn import curvature, func, meta
+    from statefulnn.ensemble import Ensemble
+
 __version__ = "0.1.0"
+
+_LATER = ("curvature", "func", "meta")  # built on top, and imported when first used
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LATER:
+        return importlib.import_module(f"statefulnn.{name}")
+    if name == "Ensemble":
+        return importlib.import_module("statefulnn.ensemble").Ensemble
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LATER, "Ensemble"})
