@@ -74,3 +74,11 @@ class StaleCaptureWarning(UserWarning):
 
 class RetraceWarning(UserWarning):
     """One static attribute keeps causing compilations."""
+
+
+class ConvergenceError(StatefulnnError, RuntimeError):
+    """A solver that did not reach its tolerance."""
+
+
+class DivergenceWarning(RuntimeWarning):
+    """Numbers of a task, or of a training run, that are no longer finite."""

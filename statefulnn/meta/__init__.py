@@ -1,0 +1,10 @@
+"""Learning to learn: inner loops, tasks in parallel, implicit gradients, evolution strategies."""
+
+from statefulnn.meta.adapt import Adapted, adapt
+from statefulnn.meta.evolution import PES, es_gradient, pes_gradient, pes_init
+from statefulnn.meta.implicit import cg, gmres, implicit_gradient, neumann
+from statefulnn.meta.inner_optimizer import adam, learning_rates
+from statefulnn.meta.loop import loop
+from statefulnn.meta.outer import multi_step_weights, reptile_gradient
+from statefulnn.meta.per_step import PerStep, per_step
+from statefulnn.meta.tasks import over_tasks

@@ -1,0 +1,186 @@
+"""Gradients by evolution strategies, for objectives whose own gradient explodes or does not exist."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from statefulnn.core.errors import DtypeError, explain
+from statefulnn.meta._report import finite, report_unless
+from statefulnn.meta.tasks import _say_which_diverged, require_rng
+
+
+def es_gradient(
+    objective: Callable, params: Any, *, key: Any = None, sigma: float = 0.01, pairs: int = 16
+) -> tuple[Any, Any]:
+    """Estimate the gradient of a smoothed objective from its values alone.
+
+    The objective is smoothed by normal perturbations of `params`; each is used with both signs, which
+    takes out the variance of even terms.
+
+    Args:
+        objective: ``objective(params) -> scalar``; it need not be differentiable.
+        params: a pytree of floating-point arrays.
+        key: a random key.
+        sigma: the standard deviation of the perturbations.
+        pairs: how many perturbations; the objective is evaluated ``2 * pairs`` times, in one batch.
+
+    Returns:
+        ``(value, grads)``: the mean of the values and the estimate, of the structure of `params`.
+
+    Raises:
+        MissingRngError: without `key`.
+        DtypeError: for parameters that are not floating-point.
+
+    Source: Salimans et al. 2017; antithetic sampling, Brockhoff et al. 2010.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, statefulnn as nn
+        >>> _, grads = nn.meta.es_gradient(
+        ...     lambda w: 3 * w, jnp.asarray(1.0), key=jax.random.key(0), pairs=2000
+        ... )
+        >>> 2.8 < float(grads) < 3.2
+        True
+    """
+    _require_sizes("es_gradient", sigma, pairs)
+    noise = _normal(require_rng(key, "es_gradient"), params, pairs, sigma)
+    plus, minus = _both(objective, params, noise)
+    _report(jnp.concatenate([plus, minus]))
+    return jnp.concatenate([plus, minus]).mean(), _estimate(noise, plus - minus, sigma)
+
+
+class PES(NamedTuple):
+    """What persistent evolution strategies carry from one piece of an unroll to the next.
+
+    Attributes:
+        states: the inner state of each particle, ``(2 * pairs, ...)``, both signs.
+        sums: the sum of the perturbations of each pair so far, ``(pairs, *shape)``.
+    """
+
+    states: Any
+    sums: Any
+
+
+def pes_init(state: Any, params: Any, pairs: int) -> PES:
+    """Return the start of persistent evolution strategies: all particles in one inner state.
+
+    Args:
+        state: the inner state at the beginning of an unroll, any pytree of arrays.
+        params: the meta-parameters.
+        pairs: how many perturbations.
+
+    Example:
+        >>> import jax.numpy as jnp, statefulnn as nn
+        >>> nn.meta.pes_init(jnp.zeros(3), jnp.zeros(()), pairs=4).states.shape
+        (8, 3)
+    """
+    _require_sizes("pes_init", 1.0, pairs)
+    spread = lambda v: jnp.broadcast_to(v, (2 * pairs, *jnp.shape(v)))
+    zeros = lambda v: jnp.zeros((pairs, *jnp.shape(v)), jnp.result_type(v))
+    return PES(jax.tree_util.tree_map(spread, state), jax.tree_util.tree_map(zeros, params))
+
+
+def pes_gradient(
+    unroll: Callable, params: Any, pes: PES, *, key: Any = None, sigma: float = 0.01
+) -> tuple[Any, Any, PES]:
+    """Estimate the gradient of a long unroll from a short piece of it, without truncation bias.
+
+    Each particle goes on from where its own perturbed past led it, and its loss is credited to the sum
+    of all its perturbations. Over the pieces of one unroll the estimates add up to that of the whole.
+
+    Args:
+        unroll: ``unroll(params, state) -> (loss, state)``: a few inner steps.
+        params: the meta-parameters, a pytree of floating-point arrays.
+        pes: from `pes_init`, or from the piece before.
+        key: a random key.
+        sigma: the standard deviation of a perturbation.
+
+    Returns:
+        ``(loss, grads, pes)``: the mean loss of the piece, the estimate, and what the next piece needs.
+
+    Raises:
+        MissingRngError: without `key`.
+
+    Source: Vicol, Metz and Sohl-Dickstein 2021, Unbiased gradient estimation in unrolled computation
+    graphs with persistent evolution strategies.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, statefulnn as nn
+        >>> piece = lambda theta, x: ((x + theta) ** 2, x + theta)
+        >>> pes = nn.meta.pes_init(jnp.zeros(()), jnp.zeros(()), pairs=8)
+        >>> loss, grads, pes = nn.meta.pes_gradient(
+        ...     piece, jnp.zeros(()), pes, key=jax.random.key(0)
+        ... )
+        >>> grads.shape
+        ()
+    """
+    pairs = jax.tree_util.tree_leaves(pes.sums)[0].shape[0]
+    _require_sizes("pes_gradient", sigma, pairs)
+    noise = _normal(require_rng(key, "pes_gradient"), params, pairs, sigma)
+    first = jax.tree_util.tree_map(lambda v: v[:pairs], pes.states)
+    second = jax.tree_util.tree_map(lambda v: v[pairs:], pes.states)
+    (plus, first), (minus, second) = _both(unroll, params, noise, first, second)
+    _report(jnp.concatenate([plus, minus]))
+    sums = jax.tree_util.tree_map(jnp.add, pes.sums, noise)
+    grads = _estimate(sums, plus - minus, sigma)
+    states = jax.tree_util.tree_map(lambda a, b: jnp.concatenate([a, b]), first, second)
+    return jnp.concatenate([plus, minus]).mean(), grads, PES(states, sums)
+
+
+def _both(function: Callable, params: Any, noise: Any, *states: Any) -> tuple[Any, Any]:
+    """Evaluate a function at each perturbation and at its negative."""
+
+    def at(sign: float) -> Callable:
+        def one(noise: Any, *state: Any) -> Any:
+            return function(
+                jax.tree_util.tree_map(lambda p, e: p + sign * e, params, noise), *state
+            )
+
+        return one
+
+    plus, minus = ((states[0],), (states[1],)) if states else ((), ())
+    return jax.vmap(at(1.0))(noise, *plus), jax.vmap(at(-1.0))(noise, *minus)
+
+
+def _normal(key: Any, params: Any, pairs: int, sigma: float) -> Any:
+    leaves, treedef = jax.tree_util.tree_flatten(params)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
+            raise DtypeError(
+                explain(
+                    f"estimated a gradient by params{jax.tree_util.keystr(path)} of dtype "
+                    f"{jnp.result_type(leaf)}",
+                    "perturbations are real numbers",
+                    "leave the array out of params",
+                )
+            )
+    keys = jax.random.split(key, max(1, len(leaves)))
+    return treedef.unflatten(
+        sigma * jax.random.normal(k, (pairs, *jnp.shape(v)), jnp.result_type(v))
+        for k, v in zip(keys, leaves, strict=False)
+    )
+
+
+def _estimate(noise: Any, difference: Any, sigma: float) -> Any:
+    """Return the mean of ``noise * difference / (2 sigma^2)`` over pairs."""
+
+    def one(e: Any) -> Any:
+        weight = (difference / (2 * sigma**2)).astype(e.dtype)
+        return jnp.tensordot(weight, e, axes=1) / len(weight)
+
+    return jax.tree_util.tree_map(one, noise)
+
+
+def _report(values: Any) -> None:
+    fine = finite(values, len(values))
+    report_unless(fine.all(), _say_which_diverged, fine)
+
+
+def _require_sizes(function: str, sigma: float, pairs: int) -> None:
+    if not isinstance(sigma, (int, float)) or sigma <= 0:
+        raise ValueError(f"{function}: sigma must be a positive number, got {sigma!r}")
+    if not isinstance(pairs, int) or pairs < 1:
+        raise ValueError(f"{function}: pairs must be a positive integer, got {pairs!r}")

@@ -1,0 +1,161 @@
+"""Optimizers inside: learning rates to learn, Adam that can be differentiated, and a check that it can."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from statefulnn.core.compat import Tracer
+from statefulnn.core.errors import explain
+from statefulnn.meta.per_step import PerStep, require_steps
+
+
+def learning_rates(
+    params: Mapping[str, Any], value: float, *, each: str = "element", steps: int | None = None
+) -> dict[str, Any]:
+    """Return learning rates to learn, one for each element or each array of the parameters.
+
+    Args:
+        params: arrays by name.
+        value: where they start.
+        each: "element" for arrays of the parameters' shapes (Meta-SGD), "array" for one number each.
+        steps: None, or the number of inner steps, each of which then has its own (MAML++).
+
+    Returns:
+        a dict of name -> array, or `PerStep`, for ``adapt(..., lr=...)``.
+
+    Source: Li, Zhou, Chen and Li 2017 (Meta-SGD); Antoniou et al. 2019, section 4.
+
+    Example:
+        >>> import jax.numpy as jnp, statefulnn as nn
+        >>> nn.meta.learning_rates({"w": jnp.zeros((2, 3))}, 0.01)["w"].shape
+        (2, 3)
+    """
+    if each not in ("element", "array"):
+        raise ValueError(f"learning_rates: each must be 'element' or 'array', got {each!r}")
+    if steps is not None:
+        require_steps(steps, "learning_rates")
+
+    def one(p: Any) -> Any:
+        shape = jnp.shape(p) if each == "element" else ()
+        if steps is None:
+            return jnp.full(shape, value, jnp.result_type(p))
+        return PerStep(jnp.full((steps, *shape), value, jnp.result_type(p)))
+
+    return {name: one(p) for name, p in params.items()}
+
+
+def adam(
+    learning_rate: Any,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    eps_root: float = 1e-8,
+) -> Any:
+    """Return Adam whose steps can be differentiated, also where a gradient is zero.
+
+    The square root in Adam has an infinite slope at zero, and zero gradients are common (a ReLU that is
+    off), so its derivative would be NaN. A small number under the root prevents that.
+
+    Args:
+        learning_rate: the step size; it may be traced.
+        b1: the decay of the mean.
+        b2: the decay of the mean square.
+        eps: added to the root.
+        eps_root: added under the root; positive.
+
+    Returns:
+        an optax transformation.
+
+    Raises:
+        ImportError: if optax is not installed.
+        ValueError: if `eps_root` is not positive.
+
+    Source: Kingma and Ba 2015; ``optax.adam``.
+
+    Example:
+        >>> import statefulnn as nn
+        >>> optimizer = nn.meta.adam(1e-3)
+    """
+    if not eps_root > 0:
+        raise ValueError(
+            explain(
+                f"called adam(eps_root={eps_root})",
+                "the derivative of its step would be NaN where a gradient is zero",
+                "pass a small positive number, such as 1e-8",
+            )
+        )
+    try:
+        import optax
+    except ImportError as error:
+        raise ImportError(
+            explain(
+                "called nn.meta.adam",
+                "it is optax's Adam, and optax is not installed",
+                'pip install "statefulnn[optim]"',
+            )
+        ) from error
+    return optax.adam(learning_rate, b1, b2, eps, eps_root)
+
+
+def require_differentiable(optimizer: Any, params: Any) -> None:
+    """Raise if the first step of an optimizer has no useful derivative by the gradient.
+
+    It is tried on small arrays, once with a gradient of zero and once with another. An optimizer that
+    depends on traced values (a learned learning rate) or on the shapes cannot be tried, and passes.
+    """
+    if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
+        raise TypeError(
+            explain(
+                f"adapt was given an optimizer of type {type(optimizer).__name__}",
+                "it is an optax transformation, a pair of init and update",
+                "pass optimizer=nn.meta.adam(1e-3), or lr=0.01 for plain gradient descent",
+            )
+        )
+    structure = jax.tree_util.tree_structure(params)
+    try:
+        verdict = _tried(optimizer, structure)
+    except TypeError:  # it cannot be hashed
+        verdict = _try(optimizer, structure)
+    if verdict == "fine":
+        return
+    remedy = "first_order=True, which needs no such derivative"
+    if verdict == "nan":
+        why = "the derivative of its step by a gradient of zero is not finite"
+        remedy = f"nn.meta.adam(...), optax.adam(..., eps_root=1e-8); or {remedy}"
+    else:
+        why = "its step does not depend smoothly on the gradient: the derivative is zero everywhere"
+        remedy = f"a smooth optimizer; or {remedy}"
+    raise ValueError(
+        explain("adapt was given an optimizer that is not differentiable", why, remedy)
+    )
+
+
+@functools.lru_cache(maxsize=64)
+def _tried(optimizer: Any, structure: Any) -> str:
+    return _try(optimizer, structure)
+
+
+def _try(optimizer: Any, structure: Any) -> str:
+    def step(gradient: Any) -> Any:
+        params = structure.unflatten([jnp.full(2, 0.5, jnp.float32)] * structure.num_leaves)
+        gradients = structure.unflatten([gradient] * structure.num_leaves)
+        updates, _ = optimizer.update(gradients, optimizer.init(params), params)
+        return jax.tree_util.tree_leaves(updates)
+
+    slopes: Any = None
+    with contextlib.suppress(Exception), jax.ensure_compile_time_eval():
+        gradient = np.array([0.0, 0.3], np.float32)
+        slopes = jax.jit(lambda g: jax.jvp(step, (g,), (jnp.ones_like(g),))[1])(gradient)
+    if slopes is None or any(isinstance(s, Tracer) for s in slopes):
+        return "fine"
+    slopes = np.stack([np.asarray(s) for s in slopes])
+    if not np.isfinite(slopes).all():
+        return "nan"
+    return "fine" if slopes.any() else "flat"
