@@ -18,6 +18,7 @@ from statefulnn.meta.per_step import (
     require_rows,
     require_steps,
     rows_at,
+    strong_arrays,
 )
 
 CHECKPOINTS = ("none", "all", "sqrt")
@@ -136,8 +137,6 @@ def adapt(
     loop = _Loop(
         fn, params, loss, data, optimizer, lr, steps, only, state, rng, first_order, batches
     )
-    if optimizer is not None and not first_order:
-        require_differentiable(optimizer, loop.start[0])
     return loop.run(truncate, checkpoint, keep_path)
 
 
@@ -172,11 +171,14 @@ class _Loop:
         self.has_state = state is not None
         self.rows = {n: v for n, v in (state or {}).items() if is_rows(v)}
         carried = {n: v for n, v in (state or {}).items() if n not in self.rows}
+        chosen = strong_arrays(chosen)
+        if optimizer is not None:
+            require_differentiable(optimizer, chosen, unless=first_order)
         slots = () if optimizer is None else optimizer.init(chosen)
         self.data, self.batches = data, batches
         if batches:
             self._require_batches()
-        self.start = (chosen, slots, _as_arrays(carried), _as_arrays(self.rows))
+        self.start = (chosen, slots, strong_arrays(carried), strong_arrays(self.rows))
 
     # ---------------------------------------------------------------------------------------------
     # One step
@@ -220,7 +222,7 @@ class _Loop:
 
     def merged(self, chosen: Any, i: Any) -> Any:
         """Return all parameters of a step."""
-        if not self.fixed:
+        if not self.by_name:
             return chosen
         merged = {**rows_at(self.fixed, i), **chosen}
         return {n: merged[n] for n in self.order}
@@ -278,7 +280,7 @@ class _Loop:
         whole = jax.tree_util.tree_map(
             lambda p, later: jnp.concatenate([p[None], later]), first, path
         )
-        if not self.fixed:
+        if not self.by_name:
             return whole
 
         def at_each(value: Any) -> Any:
@@ -379,10 +381,6 @@ def _steps(step: Callable, carry: tuple, xs: tuple, checkpoint: str) -> tuple[tu
 
 def _part(xs: Any, start: int, stop: int) -> Any:
     return jax.tree_util.tree_map(lambda v: v[start:stop], xs)
-
-
-def _as_arrays(tree: Any) -> Any:
-    return jax.tree_util.tree_map(jnp.asarray, tree)
 
 
 def _key(rng: Any) -> Any:

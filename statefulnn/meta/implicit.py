@@ -14,8 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from statefulnn.core.errors import ConvergenceError, explain
+from statefulnn.core.errors import ConvergenceError, TraceLeakError, explain
 from statefulnn.meta._report import report_unless
+from statefulnn.transforms.differentiate import name_of
 
 
 def implicit_gradient(
@@ -117,7 +118,17 @@ def implicit_gradient(
 
     @functools.wraps(solver)
     def function(init: Any, *args: Any) -> Any:
-        return solution(jax.lax.stop_gradient(init), *args)
+        try:
+            return solution(jax.lax.stop_gradient(init), *args)
+        except jax.errors.UnexpectedTracerError as error:
+            raise TraceLeakError(
+                explain(
+                    f"differentiated {name_of(solver)} by a value that it, or its condition, takes "
+                    "from a closure",
+                    "the derivative of the solution is that by its arguments",
+                    "pass the value: fit(init, value), and solver(init, value), objective(x, value)",
+                )
+            ) from error
 
     return function
 

@@ -104,8 +104,8 @@ def adam(
     return optax.adam(learning_rate, b1, b2, eps, eps_root)
 
 
-def require_differentiable(optimizer: Any, params: Any) -> None:
-    """Raise if the first step of an optimizer has no useful derivative by the gradient.
+def require_differentiable(optimizer: Any, params: Any, *, unless: bool) -> None:
+    """Raise for what is no optimizer, or if its first step has no useful derivative by the gradient.
 
     It is tried on small arrays, once with a gradient of zero and once with another. An optimizer that
     depends on traced values (a learned learning rate) or on the shapes cannot be tried, and passes.
@@ -118,6 +118,8 @@ def require_differentiable(optimizer: Any, params: Any) -> None:
                 "pass optimizer=nn.meta.adam(1e-3), or lr=0.01 for plain gradient descent",
             )
         )
+    if unless:
+        return
     structure = jax.tree_util.tree_structure(params)
     try:
         verdict = _tried(optimizer, structure)
@@ -150,7 +152,8 @@ def _try(optimizer: Any, structure: Any) -> str:
         return jax.tree_util.tree_leaves(updates)
 
     slopes: Any = None
-    with contextlib.suppress(Exception), jax.ensure_compile_time_eval():
+    standard = jax.numpy_dtype_promotion("standard")  # whatever the caller's setting
+    with contextlib.suppress(Exception), jax.ensure_compile_time_eval(), standard:
         gradient = np.array([0.0, 0.3], np.float32)
         slopes = jax.jit(lambda g: jax.jvp(step, (g,), (jnp.ones_like(g),))[1])(gradient)
     if slopes is None or any(isinstance(s, Tracer) for s in slopes):

@@ -13,6 +13,7 @@ import numpy as np
 
 from statefulnn.core.errors import DivergenceWarning, ShapeError, explain
 from statefulnn.meta._report import warn
+from statefulnn.meta.per_step import strong_arrays
 
 
 def loop(
@@ -65,7 +66,7 @@ def loop(
         fine = [jnp.isfinite(v).all() for v in jax.tree_util.tree_leaves(carry) if _real(v)]
         return carry, outs, fine
 
-    carry = jax.tree_util.tree_map(jnp.asarray, init)
+    carry = strong_arrays(init)
     parts, told = [], not report
     with _bar(steps, progress) as advance:
         for start in range(0, steps, chunk):

@@ -28,7 +28,8 @@ from statefulnn.transforms.lift import check_structure
 _PURE = (
     "the call is pure: it returns its output only, so the new value would be lost",
     "functional_call(..., mutable=True) or functionalize(module, mutable=True), which return the new "
-    "state; or module.eval() first, if nothing should change",
+    "state; or module.eval() first, if nothing should change; batch normalisation can do without: "
+    "nn.func.with_batch_norm(module, 'batch' or 'frozen')",
 )
 _PARAMETER = (
     "a pure call gives back new buffers, but no new parameters: the write would be lost",

@@ -1,0 +1,511 @@
+"""nn.meta.adapt: inner loops against torch.func, finite differences and loops written by hand."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import torch
+
+import statefulnn as nn
+import statefulnn.functional as F
+
+K = 6
+
+
+@pytest.fixture
+def standard_promotion():
+    """optax relies on JAX's own promotion of dtypes."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+def network(lib):
+    return lib.Sequential(
+        lib.Linear(1, 8), lib.Tanh(), lib.Linear(8, 8), lib.Tanh(), lib.Linear(8, 1)
+    )
+
+
+def twins():
+    torch.manual_seed(0)
+    theirs, ours = network(torch.nn), network(nn)
+    ours.load_state_dict({k: v.numpy() for k, v in theirs.state_dict().items()})
+    return ours, theirs
+
+
+def data(seed=0, tasks=None):
+    rng = np.random.default_rng(seed)
+    lead = () if tasks is None else (tasks,)
+    return [rng.standard_normal((*lead, K, 1)).astype(np.float32) for _ in range(4)]
+
+
+def torch_meta_gradient(model, task, steps, lr, first_order=False, only=lambda n: True):
+    """Second-order MAML by torch.func."""
+    from torch.func import functional_call, grad
+
+    x, y, xq, yq = map(torch.tensor, task)
+    start = {n: p.detach() for n, p in model.named_parameters()}
+
+    def mse(params, x, y):
+        return ((functional_call(model, params, (x,)) - y) ** 2).mean()
+
+    def outer(start):
+        params = dict(start)
+        for _ in range(steps):
+            grads = grad(mse)(params, x, y)
+            if first_order:
+                grads = {n: g.detach() for n, g in grads.items()}
+            params = {n: p - lr * grads[n] if only(n) else p for n, p in params.items()}
+        return mse(params, xq, yq)
+
+    from torch.func import grad_and_value
+
+    if first_order:  # detach is no function of torch.func: the tape does it
+        leaves = {n: p.clone().requires_grad_() for n, p in start.items()}
+        params = dict(leaves)
+        for _ in range(steps):
+            now = dict(params)
+            value = mse(now, x, y)
+            grads = torch.autograd.grad(value, list(now.values()), retain_graph=True)
+            params = {n: p - lr * g.detach() for (n, p), g in zip(now.items(), grads, strict=True)}
+        value = mse(params, xq, yq)
+        grads = torch.autograd.grad(value, list(leaves.values()))
+        return dict(zip(leaves, grads, strict=True)), value
+    return grad_and_value(outer)(start)
+
+
+def our_meta_gradient(model, task, wrap=jax.jit, **options):
+    fn, params = nn.functionalize(model)
+
+    def outer(params, x, y, xq, yq):
+        adapted = nn.meta.adapt(fn, params, F.mse_loss, (x, y), **options)
+        return F.mse_loss(fn(adapted.params, xq), yq)
+
+    return wrap(jax.value_and_grad(outer))(params, *task)
+
+
+def agree(ours, theirs, rtol=1e-5, atol=1e-6):
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        np.testing.assert_allclose(value, theirs[name].numpy(), rtol=rtol, atol=atol, err_msg=name)
+
+
+# --------------------------------------------------------------------------------------------------
+# The gradient
+
+
+@pytest.mark.parametrize(
+    "steps, checkpoint", [(1, "none"), (3, "none"), (8, "none"), (8, "all"), (8, "sqrt")]
+)
+def test_the_meta_gradient_is_torch_s(steps, checkpoint):
+    ours, theirs = twins()
+    task = data()
+    value, grads = our_meta_gradient(ours, task, lr=0.1, steps=steps, checkpoint=checkpoint)
+    expected, loss = torch_meta_gradient(theirs, task, steps, 0.1)
+    np.testing.assert_allclose(value, loss.detach().numpy(), rtol=1e-5)
+    agree(grads, expected)
+
+
+def test_it_is_the_same_outside_of_jit():
+    ours, theirs = twins()
+    task = data()
+    _, grads = our_meta_gradient(ours, task, wrap=lambda f: f, lr=0.1, steps=1)
+    agree(grads, torch_meta_gradient(theirs, task, 1, 0.1)[0])
+
+
+def test_first_order_takes_the_inner_gradients_as_constants():
+    ours, theirs = twins()
+    task = data()
+    _, grads = our_meta_gradient(ours, task, lr=0.1, steps=3, first_order=True)
+    agree(grads, torch_meta_gradient(theirs, task, 3, 0.1, first_order=True)[0])
+    _, second = our_meta_gradient(ours, task, lr=0.1, steps=3)
+    assert float(jnp.abs(second["0.weight"] - grads["0.weight"]).max()) > 1e-3
+
+
+def test_a_filter_adapts_some_and_the_others_still_get_a_gradient():
+    ours, theirs = twins()
+    task = data()
+    _, grads = our_meta_gradient(ours, task, lr=0.1, steps=2, only="4.*")
+    expected, _ = torch_meta_gradient(theirs, task, 2, 0.1, only=lambda n: n.startswith("4."))
+    agree(grads, expected)
+
+
+@pytest.mark.parametrize("only", ["b.*", ["b.weight", "b.bias"], lambda name: name[0] == "b"])
+def test_a_filter_is_a_pattern_a_list_or_a_function(only):
+    params = {n: jnp.ones(()) for n in ("a.weight", "b.weight", "b.bias")}
+    loss = lambda p: sum(p.values())
+    adapted = nn.meta.adapt(None, params, loss, (), lr=0.5, only=only)
+    assert {n: float(v) for n, v in adapted.params.items()} == {
+        "a.weight": 1.0,
+        "b.weight": 0.5,
+        "b.bias": 0.5,
+    }
+
+
+def test_tasks_in_parallel_are_the_mean_over_tasks():
+    ours, theirs = twins()
+    tasks = data(tasks=5)
+    fn, params = nn.functionalize(ours)
+
+    def one_task(params, x, y, xq, yq):
+        adapted = nn.meta.adapt(fn, params, F.mse_loss, (x, y), lr=0.1, steps=2)
+        return F.mse_loss(fn(adapted.params, xq), yq)
+
+    grads = jax.jit(jax.grad(nn.meta.over_tasks(one_task)))(params, *tasks)
+    each = [torch_meta_gradient(theirs, [t[i] for t in tasks], 2, 0.1)[0] for i in range(5)]
+    agree(grads, {n: sum(e[n] for e in each) / 5 for n in grads})
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"lr": 0.1},
+        {"lr": 0.5, "optimizer": nn.meta.adam(0.05)},
+        {"optimizer": optax.sgd(0.1, momentum=0.9), "checkpoint": "sqrt"},
+        {
+            "optimizer": optax.chain(
+                optax.clip_by_global_norm(0.5), optax.adamw(0.05, eps_root=1e-8)
+            )
+        },
+    ],
+    ids=["gd", "adam", "momentum", "clipped adamw"],
+)
+def test_float64_finite_differences_agree(options, standard_promotion):
+    with jax.enable_x64(True):
+        fn, params = nn.functionalize(nn.Sequential(nn.Linear(1, 5), nn.Tanh(), nn.Linear(5, 1)))
+        params = {n: jnp.asarray(p, jnp.float64) for n, p in params.items()}
+        x, y, xq, yq = (jnp.asarray(v, jnp.float64) for v in data())
+
+        @jax.jit
+        def outer(params):
+            adapted = nn.meta.adapt(fn, params, F.mse_loss, (x, y), steps=7, **options)
+            return F.mse_loss(fn(adapted.params, xq), yq)
+
+        grads = jax.grad(outer)(params)
+        keys = jax.random.split(jax.random.key(0), len(params))
+        way = {
+            n: jax.random.normal(k, p.shape, p.dtype)
+            for k, (n, p) in zip(keys, params.items(), strict=True)
+        }
+        at = lambda t: outer({n: p + t * way[n] for n, p in params.items()})
+        h = 1e-4
+        slope = (8 * (at(h) - at(-h)) - (at(2 * h) - at(-2 * h))) / (12 * h)
+        found = sum((grads[n] * way[n]).sum() for n in params)
+        np.testing.assert_allclose(found, slope, rtol=1e-6, atol=1e-8)
+
+
+def test_learning_rates_get_gradients_of_their_own_shapes():
+    fn, params = nn.functionalize(nn.Linear(2, 1, bias=False))
+    x, y = jnp.array([[1.0, 2.0]]), jnp.array([[0.0]])
+
+    def after(lr):
+        adapted = nn.meta.adapt(
+            fn, params, lambda out, y: 0.5 * ((out - y) ** 2).sum(), (x, y), lr=lr
+        )
+        return (adapted.params["weight"] * jnp.array([[3.0, 5.0]])).sum()
+
+    lr = nn.meta.learning_rates(params, 0.1)
+    grads = jax.grad(after)(lr)
+    error = float((params["weight"] * jnp.array([[1.0, 2.0]])).sum())
+    # w - lr * error * x, weighted by (3, 5).
+    np.testing.assert_allclose(grads["weight"], -error * np.array([[3.0, 10.0]]), rtol=1e-5)
+    assert grads["weight"].shape == (1, 2)
+    whole = jax.grad(after)(0.1)
+    np.testing.assert_allclose(whole, -error * 13.0, rtol=1e-5)
+    scalar = jax.grad(after)(nn.meta.learning_rates(params, 0.1, each="array"))
+    assert scalar["weight"].shape == ()
+
+
+def test_a_learning_rate_of_each_step_is_used_in_its_step():
+    fn, params = nn.functionalize(nn.Linear(1, 1, bias=False))
+    x, y = jnp.ones((1, 1)), jnp.zeros((1, 1))
+    rates = [0.1, 0.2, 0.3, 0.05, 0.01, 0.4, 0.25]
+    half_square = lambda out, y: 0.5 * ((out - y) ** 2).sum()
+    for lr in (
+        nn.meta.PerStep(jnp.array(rates)),
+        {"weight": nn.meta.PerStep(jnp.array(rates))},
+    ):
+        adapted = jax.jit(
+            lambda lr: nn.meta.adapt(fn, params, half_square, (x, y), lr=lr, steps=7)
+        )(lr)
+        expected = float(params["weight"][0, 0]) * np.prod(1 - np.array(rates))
+        np.testing.assert_allclose(adapted.params["weight"][0, 0], expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("steps", [4, 9])
+def test_truncation_differentiates_the_last_steps_only(steps):
+    # w <- w - lr * w, n times; by the rate, through the last k steps: w_(n-k) (1 - lr)^k.
+    start, last = jnp.asarray(2.0), 3
+
+    def after(start, lr):
+        return nn.meta.adapt(
+            None, start, lambda w: 0.5 * w**2, (), lr=lr, steps=steps, truncate=last
+        ).params
+
+    value = after(start, 0.1)
+    np.testing.assert_allclose(value, 2.0 * 0.9**steps, rtol=1e-5)
+    by_start, by_rate = jax.grad(after, (0, 1))(start, 0.1)
+    assert float(by_start) == 0.0
+    kept = 2.0 * 0.9 ** (steps - last)
+    np.testing.assert_allclose(by_rate, -last * kept * 0.9 ** (last - 1), rtol=1e-5)
+
+
+def test_truncation_longer_than_the_loop_changes_nothing():
+    f = lambda w, k: (
+        nn.meta.adapt(None, w, lambda w: 0.5 * w**2, (), lr=0.1, steps=4, truncate=k).params
+    )
+    np.testing.assert_allclose(jax.grad(f)(1.0, 100), 0.9**4, rtol=1e-6)
+    assert float(jax.grad(f)(1.0, 0)) == 0.0
+
+
+def test_square_root_checkpoints_keep_a_tenth_of_the_memory():
+    model = nn.Sequential(
+        nn.Linear(1, 32), nn.Tanh(), nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 1)
+    )
+    fn, params = nn.functionalize(model)
+    x, y = jnp.ones((50, 1)), jnp.zeros((50, 1))
+    used, grads = {}, {}
+    for checkpoint in ("none", "sqrt"):
+
+        def outer(params, checkpoint=checkpoint):
+            adapted = nn.meta.adapt(
+                fn, params, F.mse_loss, (x, y), lr=0.01, steps=400, checkpoint=checkpoint
+            )
+            return adapted.losses[-1]
+
+        compiled = jax.jit(jax.grad(outer)).lower(params).compile()
+        used[checkpoint] = compiled.memory_analysis().temp_size_in_bytes
+        grads[checkpoint] = compiled(params)
+    assert used["sqrt"] * 10 < used["none"]
+    for name in params:
+        np.testing.assert_allclose(
+            grads["sqrt"][name], grads["none"][name], rtol=1e-6, atol=1e-9, err_msg=name
+        )
+
+
+def test_compiled_code_does_not_grow_with_the_steps():
+    fn, params = nn.functionalize(network(nn))
+    x, y = jnp.ones((K, 1)), jnp.zeros((K, 1))
+    sizes = {}
+    for steps in (10, 1000):
+        f = jax.grad(
+            lambda p, steps=steps: nn.meta.adapt(
+                fn, p, F.mse_loss, (x, y), lr=0.01, steps=steps
+            ).losses[-1]
+        )
+        sizes[steps] = len(str(jax.make_jaxpr(f)(params)))
+    assert abs(sizes[1000] - sizes[10]) < 0.02 * sizes[10]
+
+
+# --------------------------------------------------------------------------------------------------
+# What comes back
+
+
+@pytest.mark.parametrize("steps", [2, 7])
+def test_losses_and_path_are_those_of_a_loop_by_hand(steps):
+    fn, params = nn.functionalize(network(nn))
+    x, y, _, _ = map(jnp.asarray, data())
+    adapted = nn.meta.adapt(fn, params, F.mse_loss, (x, y), lr=0.1, steps=steps, keep_path=True)
+    now = params
+    for i in range(steps):
+        for name in params:
+            np.testing.assert_allclose(adapted.path[name][i], now[name], rtol=1e-5, atol=1e-6)
+        value, grads = jax.value_and_grad(lambda p: F.mse_loss(fn(p, x), y))(now)
+        np.testing.assert_allclose(adapted.losses[i], value, rtol=1e-5)
+        now = {n: p - 0.1 * grads[n] for n, p in now.items()}
+    for name in params:
+        np.testing.assert_allclose(adapted.params[name], now[name], rtol=1e-5, atol=1e-6)
+        np.testing.assert_array_equal(adapted.path[name][-1], adapted.params[name])
+    assert list(adapted.params) == list(params)
+
+
+def test_each_step_may_have_its_batch():
+    fn, params = nn.functionalize(nn.Linear(1, 1, bias=False))
+    xs = jnp.arange(1.0, 8.0).reshape(7, 1, 1)
+    loss = lambda out, y: (out - y).sum()
+    adapted = nn.meta.adapt(
+        fn, params, loss, (xs, jnp.zeros((7, 1, 1))), lr=1.0, steps=7, batches=True
+    )
+    np.testing.assert_allclose(adapted.params["weight"] - params["weight"], -28.0, rtol=1e-6)
+
+
+def test_an_objective_without_a_model_takes_any_pytree():
+    params = (jnp.asarray(1.0), [jnp.asarray(2.0)])
+    adapted = nn.meta.adapt(
+        None, params, lambda p, scale: scale * (p[0] ** 2 + p[1][0] ** 2), (0.5,), lr=0.1, steps=6
+    )
+    np.testing.assert_allclose(adapted.params[0], 0.9**6, rtol=1e-5)
+    np.testing.assert_allclose(adapted.params[1][0], 2 * 0.9**6, rtol=1e-5)
+
+
+def test_the_optimizer_is_optax_s(standard_promotion):
+    params = {"w": jnp.array([1.0, -2.0])}
+    loss = lambda p: (p["w"] ** 2).sum()
+    adapted = nn.meta.adapt(
+        None, params, loss, (), optimizer=optax.adam(0.1, eps_root=1e-8), steps=6
+    )
+    w = torch.tensor([1.0, -2.0], requires_grad=True)
+    optimizer = torch.optim.Adam([w], lr=0.1)
+    for _ in range(6):
+        optimizer.zero_grad()
+        (w**2).sum().backward()
+        optimizer.step()
+    np.testing.assert_allclose(adapted.params["w"], w.detach().numpy(), rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_low_precision_stays(dtype):
+    fn, params = nn.functionalize(nn.Linear(2, 1))
+    params = {n: p.astype(dtype) for n, p in params.items()}
+    x, y = jnp.ones((3, 2), dtype), jnp.zeros((3, 1), dtype)
+    for lr in (0.1, nn.meta.learning_rates(params, 0.1), jnp.asarray(0.1)):
+        adapted = nn.meta.adapt(fn, params, F.mse_loss, (x, y), lr=lr, steps=7)
+        assert {p.dtype for p in adapted.params.values()} == {jnp.dtype(dtype)}
+
+
+def test_tied_parameters_move_together():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Linear(3, 3, bias=False)
+            self.b = nn.Linear(3, 3, bias=False)
+            self.b.weight = self.a.weight
+
+        def forward(self, x):
+            return self.b(self.a(x))
+
+    fn, params = nn.functionalize(Tied())
+    assert list(params) == ["a.weight"]
+    x = jnp.eye(3)
+    grads = jax.grad(
+        lambda p: nn.meta.adapt(fn, p, F.mse_loss, (x, x), lr=0.1, steps=2).losses[-1]
+    )(params)
+
+    def by_hand(w):
+        loss = lambda w: ((x @ w.T @ w.T - x) ** 2).mean()
+        return loss(w - 0.1 * jax.grad(loss)(w))
+
+    np.testing.assert_allclose(
+        grads["a.weight"], jax.grad(by_hand)(params["a.weight"]), rtol=1e-4, atol=1e-6
+    )
+
+
+def test_the_module_is_never_touched():
+    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    before = {k: np.array(v) for k, v in model.state_dict().items()}
+    fn, params, state = nn.functionalize(model, mutable=True)
+    nn.meta.adapt(fn, params, F.mse_loss, (jnp.eye(2), jnp.eye(2)), lr=0.1, steps=3, state=state)
+    for k, v in model.state_dict().items():
+        np.testing.assert_array_equal(v, before[k])
+
+
+# --------------------------------------------------------------------------------------------------
+# Bad input
+
+
+def call(**changes):
+    fn, params = nn.functionalize(nn.Linear(2, 1))
+    options = {
+        "fn": fn,
+        "params": params,
+        "loss": F.mse_loss,
+        "data": (jnp.ones((3, 2)), jnp.zeros((3, 1))),
+        "lr": 0.1,
+        **changes,
+    }
+    positional = [options.pop(n) for n in ("fn", "params", "loss", "data")]
+    return nn.meta.adapt(*positional, **options)
+
+
+@pytest.mark.parametrize(
+    "changes, error, message",
+    [
+        ({"lr": None}, TypeError, "without a learning rate"),
+        ({"loss": lambda out, y: out}, TypeError, r"inner loss is of shape \(3, 1\)"),
+        ({"loss": lambda out, y: jnp.int32(3)}, TypeError, "inner loss is of shape .* int32"),
+        ({"only": "head.*"}, KeyError, r"'head\.\*', which matches no name"),
+        ({"only": ["weight", "scale"]}, KeyError, "'scale', which matches no name"),
+        ({"only": lambda name: False}, KeyError, "the filter, which matches no name"),
+        ({"only": 3}, TypeError, "a filter of type int"),
+        ({"lr": {"weight": 0.1}}, KeyError, r"without \['bias'\]"),
+        ({"lr": {"weight": 0.1, "bias": 0.1, "x": 1.0}}, KeyError, r"for \['x'\]"),
+        ({"lr": {"weight": jnp.ones(5), "bias": 0.1}}, (ValueError, RuntimeError), "."),
+        ({"steps": 0}, ValueError, "steps must be a positive integer, got 0"),
+        ({"steps": True}, ValueError, "steps must be a positive integer"),
+        ({"checkpoint": "some"}, ValueError, "checkpoint must be one of"),
+        ({"truncate": -1}, ValueError, "truncate must be"),
+        ({"data": jnp.ones((3, 2))}, TypeError, "pass a tuple"),
+        ({"batches": True, "steps": 5}, nn.ShapeError, r"data\[0\] of shape \(3, 2\)"),
+        ({"lr": nn.meta.PerStep(jnp.ones(3)), "steps": 5}, nn.ShapeError, "3 rows for 5 steps"),
+        ({"optimizer": "adam"}, TypeError, "optimizer of type str"),
+        ({"optimizer": optax.adam(0.1)}, ValueError, "not finite"),
+        ({"optimizer": optax.sign_sgd(0.1)}, ValueError, "zero everywhere"),
+    ],
+)
+def test_bad_input_is_refused(changes, error, message, standard_promotion):
+    with pytest.raises(error, match=message):
+        call(**changes)
+
+
+def test_an_optimizer_that_is_not_differentiable_is_fine_in_first_order(standard_promotion):
+    for optimizer in (optax.adam(0.1), optax.sign_sgd(0.1)):
+        adapted = call(optimizer=optimizer, lr=None, first_order=True)
+        assert jnp.isfinite(adapted.params["weight"]).all()
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        optax.sgd(0.1),
+        optax.adam(0.1, eps_root=1e-8),
+        optax.adamw(0.1, eps_root=1e-8),
+        optax.chain(optax.clip(1.0), optax.sgd(0.1)),
+        optax.sgd(optax.cosine_decay_schedule(0.1, 10)),
+    ],
+)
+def test_smooth_optimizers_pass_the_check(optimizer, standard_promotion):
+    assert jnp.isfinite(call(optimizer=optimizer, lr=None, steps=2).params["weight"]).all()
+
+
+def test_a_traced_learning_rate_inside_an_optax_optimizer_gets_its_gradient(standard_promotion):
+    def after(rate):
+        return nn.meta.adapt(
+            None, 1.0, lambda w: 0.5 * w**2, (), optimizer=optax.sgd(rate), steps=2
+        ).params
+
+    np.testing.assert_allclose(jax.jit(jax.grad(after))(0.1), -2 * 0.9, rtol=1e-5)
+
+
+def test_adam_has_no_nan_where_gradients_are_zero(standard_promotion):
+    # A ReLU that is off: its weights get a gradient of zero at every step.
+    w = {"off": jnp.array([-1.0, -2.0]), "on": jnp.array([1.0])}
+    loss = lambda p: jax.nn.relu(p["off"]).sum() + (p["on"] ** 2).sum()
+
+    def outer(w):
+        adapted = nn.meta.adapt(None, w, loss, (), optimizer=nn.meta.adam(0.1), steps=10)
+        return loss(adapted.params)
+
+    grads = jax.grad(outer)(w)
+    assert all(bool(jnp.isfinite(g).all()) for g in grads.values())
+    with pytest.raises(ValueError, match="eps_root"):
+        nn.meta.adam(0.1, eps_root=0.0)
+
+
+def test_parameters_that_are_not_floating_are_named():
+    with pytest.raises(nn.DtypeError, match=r"params\['n'\] of dtype int32"):
+        nn.meta.adapt(
+            None,
+            {"w": jnp.ones(2), "n": jnp.ones((), jnp.int32)},
+            lambda p: p["w"].sum(),
+            (),
+            lr=0.1,
+        )
+
+
+def test_a_filter_keeps_integers_out():
+    params = {"w": jnp.ones(2), "n": jnp.ones((), jnp.int32)}
+    adapted = nn.meta.adapt(None, params, lambda p: p["w"].sum(), (), lr=0.5, only="w")
+    assert adapted.params["w"].tolist() == [0.5, 0.5]
+    assert adapted.params["n"].dtype == jnp.int32

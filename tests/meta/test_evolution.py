@@ -1,0 +1,109 @@
+"""Evolution strategies: exact gradients of quadratic objectives, in expectation, are the oracle."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import statefulnn as nn
+
+
+def test_a_linear_objective_in_one_dimension_has_the_exact_slope_on_average():
+    # Each pair gives slope * e^2 / sigma^2, whose mean is the slope and whose variance is 2 slope^2.
+    _, grads = nn.meta.es_gradient(
+        lambda w: -4.0 * w, jnp.asarray(1.0), key=jax.random.key(0), sigma=0.1, pairs=20_000
+    )
+    assert abs(float(grads) + 4.0) < 5 * 4.0 * np.sqrt(2 / 20_000)
+
+
+def test_even_terms_cancel_in_every_pair():
+    # At the minimum of an even function both signs give the same value, so the estimate is zero.
+    _, grads = nn.meta.es_gradient(
+        lambda p: (p["w"] ** 2).sum(), {"w": jnp.zeros(3)}, key=jax.random.key(1), pairs=4
+    )
+    np.testing.assert_array_equal(grads["w"], 0.0)
+
+
+def test_the_estimate_points_along_the_gradient_and_has_its_length():
+    a = jnp.asarray(np.random.default_rng(0).standard_normal((5, 5)), jnp.float32)
+    f = lambda w: 0.5 * w @ a @ a.T @ w
+    w = jnp.arange(5.0)
+    value, grads = nn.meta.es_gradient(f, w, key=jax.random.key(2), sigma=0.05, pairs=20_000)
+    expected = jax.grad(f)(w)
+    assert float(jnp.linalg.norm(grads - expected)) < 0.05 * float(jnp.linalg.norm(expected))
+    np.testing.assert_allclose(value, f(w), rtol=0.01)
+
+
+def test_a_step_function_has_a_gradient_when_it_is_smoothed():
+    # The mean of [w + s e > 0] is the normal distribution function at w / s.
+    _, grads = nn.meta.es_gradient(
+        lambda w: (w > 0).astype(jnp.float32),
+        jnp.asarray(0.1),
+        key=jax.random.key(0),
+        sigma=0.2,
+        pairs=50_000,
+    )
+    density = np.exp(-0.5 * 0.5**2) / np.sqrt(2 * np.pi) / 0.2
+    assert abs(float(grads) - density) < 0.1
+
+
+def test_it_runs_under_jit_and_vmap():
+    f = jax.jit(
+        jax.vmap(lambda w, key: nn.meta.es_gradient(lambda w: w**2, w, key=key, pairs=8)[1])
+    )
+    assert f(jnp.ones(3), jax.random.split(jax.random.key(0), 3)).shape == (3,)
+
+
+def accumulate(steps, length, pairs, key):
+    """PES over one unroll of x <- x + theta, loss x after each piece of one step."""
+    piece = lambda theta, x: (x + theta, x + theta)
+    theta = jnp.asarray(0.5)
+    pes = nn.meta.pes_init(jnp.asarray(0.0), theta, pairs)
+    total = 0.0
+    for i in range(steps):
+        _, grads, pes = nn.meta.pes_gradient(
+            piece, theta, pes, key=jax.random.fold_in(key, i), sigma=0.1
+        )
+        total += float(grads)
+    return total, pes
+
+
+def test_persistent_evolution_strategies_see_the_whole_past():
+    # The loss after step t is t * theta: the gradient of the sum over T steps is T (T + 1) / 2. A
+    # truncated gradient, one step at a time, would be T.
+    steps, pairs = 6, 20_000
+    total, pes = accumulate(steps, 1, pairs, jax.random.key(0))
+    assert abs(total - steps * (steps + 1) / 2) < 0.05 * steps * (steps + 1) / 2
+    assert pes.states.shape == (2 * pairs,)
+    # What each pair has been perturbed by so far.
+    np.testing.assert_allclose(pes.states[:pairs] - pes.states[pairs:], 0.0, atol=20.0)
+
+
+def test_both_signs_of_a_pair_keep_their_own_states():
+    piece = lambda theta, x: (x.sum(), x + theta)
+    theta = jnp.zeros(3)
+    pes = nn.meta.pes_init(jnp.zeros(3), theta, 5)
+    for i in range(3):
+        _, _, pes = nn.meta.pes_gradient(piece, theta, pes, key=jax.random.key(i), sigma=0.1)
+    np.testing.assert_allclose(pes.states[:5], pes.sums, rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(pes.states[5:], -pes.sums, rtol=1e-5, atol=1e-7)
+
+
+def test_bad_input_is_refused():
+    f = lambda w: w.sum()
+    with pytest.raises(nn.MissingRngError, match="without a random key"):
+        nn.meta.es_gradient(f, jnp.ones(2))
+    with pytest.raises(nn.DtypeError, match=r"params\['n'\] of dtype int32"):
+        nn.meta.es_gradient(f, {"n": jnp.ones(2, jnp.int32)}, key=0)
+    with pytest.raises(ValueError, match="sigma"):
+        nn.meta.es_gradient(f, jnp.ones(2), key=0, sigma=0.0)
+    with pytest.raises(ValueError, match="pairs"):
+        nn.meta.es_gradient(f, jnp.ones(2), key=0, pairs=0)
+
+
+def test_a_particle_that_diverges_is_reported():
+    with pytest.warns(nn.errors.DivergenceWarning, match="diverged"):
+        nn.meta.es_gradient(lambda w: jnp.log(w), jnp.asarray(-1.0), key=0, pairs=2)
+        jax.effects_barrier()

@@ -1,0 +1,187 @@
+"""Implicit gradients: formulas, unrolled solvers and finite differences are the oracle."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import statefulnn as nn
+
+RNG = np.random.default_rng(0)
+X = jnp.asarray(RNG.standard_normal((12, 3)), jnp.float32)
+Y = jnp.asarray(RNG.standard_normal(12), jnp.float32)
+
+
+def ridge(w, penalty, x, y):
+    return 0.5 * ((x @ w - y) ** 2).sum() + 0.5 * (penalty * w**2).sum()
+
+
+def exact(init, penalty, x, y):
+    return jnp.linalg.solve(x.T @ x + jnp.diag(penalty), x.T @ y)
+
+
+def descended(init, penalty, x, y):
+    return nn.meta.adapt(None, init, ridge, (penalty, x, y), lr=0.03, steps=400).params
+
+
+PENALTY = jnp.array([0.5, 1.0, 2.0])
+
+
+@pytest.mark.parametrize("solver", [exact, descended])
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit])
+def test_the_gradient_of_ridge_regression_is_the_formula(solver, wrap):
+    fit = nn.meta.implicit_gradient(solver, objective=ridge)
+    value = lambda penalty, y: (fit(jnp.zeros(3), penalty, X, y) ** 3).sum()
+    formula = lambda penalty, y: (exact(None, penalty, X, y) ** 3).sum()
+    found = wrap(jax.grad(value, (0, 1)))(PENALTY, Y)
+    for ours, expected in zip(found, jax.grad(formula, (0, 1))(PENALTY, Y), strict=True):
+        np.testing.assert_allclose(ours, expected, rtol=2e-3, atol=1e-4)
+
+
+def test_forward_mode_and_second_derivatives():
+    fit = nn.meta.implicit_gradient(exact, objective=ridge, solve=nn.meta.cg(tol=1e-6))
+    value = lambda p: (fit(jnp.zeros(3), p, X, Y) ** 2).sum()
+    formula = lambda p: (exact(None, p, X, Y) ** 2).sum()
+    np.testing.assert_allclose(jax.jacfwd(value)(PENALTY), jax.grad(formula)(PENALTY), rtol=1e-3)
+    np.testing.assert_allclose(
+        jax.hessian(value)(PENALTY), jax.hessian(formula)(PENALTY), rtol=2e-3, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize(
+    "solve",
+    [
+        None,
+        nn.meta.cg(),
+        nn.meta.gmres(),
+        nn.meta.neumann(steps=500, lr=0.03, tol=1e-4),
+        lambda matvec, b: jnp.linalg.solve(jax.vmap(matvec)(jnp.eye(3)).T, b),
+    ],
+    ids=["default", "cg", "gmres", "neumann", "custom"],
+)
+def test_every_linear_solver_agrees(solve):
+    fit = nn.meta.implicit_gradient(exact, objective=ridge, solve=solve)
+    found = jax.grad(lambda p: fit(jnp.zeros(3), p, X, Y).sum())(PENALTY)
+    expected = jax.grad(lambda p: exact(None, p, X, Y).sum())(PENALTY)
+    np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-5)
+
+
+def test_a_fixed_point_and_an_optimality_condition():
+    # x = tanh(A x + b): not symmetric.
+    a = 0.4 * jnp.asarray(RNG.standard_normal((4, 4)), jnp.float32)
+    b = jnp.asarray(RNG.standard_normal(4), jnp.float32)
+    step = lambda x, a, b: jnp.tanh(a @ x + b)
+
+    def iterate(x, a, b):
+        return jax.lax.fori_loop(0, 200, lambda _, x: step(x, a, b), x)
+
+    def unrolled(x, a, b):
+        for _ in range(60):
+            x = step(x, a, b)
+        return x
+
+    expected = jax.jit(jax.grad(lambda b: (unrolled(jnp.zeros(4), a, b) ** 2).sum()))(b)
+    for conditions in (
+        {"fixed_point": step},
+        {"fixed_point": step, "solve": nn.meta.neumann(steps=100)},
+        {"optimality": lambda x, a, b: step(x, a, b) - x},
+    ):
+        fit = nn.meta.implicit_gradient(iterate, **conditions)
+        found = jax.grad(lambda b, fit=fit: (fit(jnp.zeros(4), a, b) ** 2).sum())(b)
+        np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-5)
+
+
+def test_pytrees_and_tasks_in_parallel():
+    objective = lambda p, y: ((p["a"] - y) ** 2).sum() + ((p["b"] - 2 * y) ** 2).sum()
+    solver = lambda init, y: {"a": y, "b": 2 * y}
+    fit = nn.meta.implicit_gradient(solver, objective=objective)
+    init = {"a": jnp.zeros(2), "b": jnp.zeros(2)}
+    value = lambda y: (fit(init, y)["a"] + 3 * fit(init, y)["b"]).sum()
+    grads = jax.jit(jax.vmap(jax.grad(value)))(jnp.ones((5, 2)))
+    np.testing.assert_allclose(grads, 7.0, rtol=1e-5)
+
+
+def test_the_start_gets_no_gradient():
+    fit = nn.meta.implicit_gradient(descended, objective=ridge)
+    grads = jax.grad(lambda init: fit(init, PENALTY, X, Y).sum())(jnp.ones(3))
+    np.testing.assert_array_equal(grads, 0.0)
+
+
+def test_implicit_maml_agrees_with_the_unrolled_solver():
+    fn, params = nn.functionalize(nn.Sequential(nn.Linear(1, 5), nn.Tanh(), nn.Linear(5, 1)))
+    x, y = jnp.linspace(-1, 1, 8)[:, None], jnp.linspace(0, 1, 8)[:, None] ** 2
+
+    def near(p, start, x, y):
+        return ((fn(p, x) - y) ** 2).mean() + sum(((p[n] - start[n]) ** 2).sum() for n in p)
+
+    def solver(init, start, x, y):
+        return nn.meta.adapt(None, init, near, (start, x, y), lr=0.2, steps=150).params
+
+    fit = nn.meta.implicit_gradient(solver, objective=near, tolerance=1e-4)
+    query = lambda p: ((fn(p, x) + y) ** 2).mean()
+    found = jax.jit(jax.grad(lambda p: query(fit(p, p, x, y))))(params)
+    unrolled = jax.jit(jax.grad(lambda p: query(solver(p, p, x, y))))(params)
+    for name in params:
+        np.testing.assert_allclose(found[name], unrolled[name], rtol=2e-3, atol=1e-5)
+
+
+# --------------------------------------------------------------------------------------------------
+# Bad input
+
+
+def test_exactly_one_condition():
+    for conditions in ({}, {"objective": ridge, "fixed_point": ridge}):
+        with pytest.raises(TypeError, match="one condition"):
+            nn.meta.implicit_gradient(exact, **conditions)
+    with pytest.raises(TypeError, match="linear solver is a function"):
+        nn.meta.implicit_gradient(exact, objective=ridge, solve="cg")
+    with pytest.raises(ValueError, match="steps must be"):
+        nn.meta.cg(steps=0)
+
+
+def badly_conditioned(solve):
+    scales = 10.0 ** jnp.arange(-3.0, 4.0)
+    objective = lambda w, b: 0.5 * (scales * w**2).sum() - b @ w
+    fit = nn.meta.implicit_gradient(lambda init, b: b / scales, objective=objective, solve=solve)
+    return jax.grad(lambda b: (fit(jnp.zeros(7), b) * jnp.arange(1.0, 8.0)).sum()), jnp.ones(7)
+
+
+def test_a_linear_solver_that_does_not_converge_is_an_error():
+    gradient, b = badly_conditioned(nn.meta.cg(steps=3))
+    with pytest.raises(Exception, match=r"(?s)cg\(steps=3, tol=1e-05\) did not converge.*tol=None"):
+        jax.block_until_ready(gradient(b))
+        jax.effects_barrier()
+
+
+def test_it_is_an_error_in_compiled_code_too():
+    gradient, b = badly_conditioned(nn.meta.cg(steps=3))
+    with pytest.raises(Exception, match="did not converge"):
+        jax.block_until_ready(jax.jit(gradient)(b))
+        jax.effects_barrier()
+
+
+def test_without_a_tolerance_the_steps_are_taken_as_they_are():
+    gradient, b = badly_conditioned(nn.meta.cg(steps=3, tol=None))
+    assert jnp.isfinite(gradient(b)).all()
+    jax.effects_barrier()
+
+
+def test_a_solver_that_is_not_at_the_solution_is_an_error():
+    fit = nn.meta.implicit_gradient(lambda init, *args: init, objective=ridge, tolerance=1e-3)
+    with pytest.raises(Exception, match=r"condition has norm .* above\s+tolerance=0.001"):
+        jax.block_until_ready(fit(jnp.ones(3), PENALTY, X, Y))
+        jax.effects_barrier()
+
+
+def test_a_value_from_a_closure_is_refused_where_it_is_differentiated():
+    def outer(penalty):
+        fit = nn.meta.implicit_gradient(
+            lambda init: exact(None, penalty, X, Y),
+            objective=lambda w: ridge(w, penalty, X, Y),
+        )
+        return fit(jnp.zeros(3)).sum()
+
+    with pytest.raises(nn.TraceLeakError, match="from a closure"):
+        jax.grad(outer)(PENALTY)
