@@ -58,7 +58,8 @@ def per_sample_grad(
 
     Args:
         loss: the loss of one example, ``loss(model, x, y) -> scalar``; `x` and `y` come without the
-            batch axis, and so does what the model puts out (layers take input without one).
+            batch axis. ``model(x[None])[0]`` gives the model a batch of one, which normalisations need
+            (others take an input without a batch).
         argnums: what to differentiate: a Module, or a dict of parameters as `functionalize` gives.
         in_dims: the batch axis of each argument, None for what all examples share. By default the
             arguments of `argnums` are shared, and all others have it first.

@@ -245,17 +245,16 @@ def _real(out: Any, func: Callable) -> None:
 
 def _like_output(given: Any, out: Any, what: str) -> Any:
     """Return cotangents as arrays of the output's structure, shapes and dtypes."""
+    parts, structure = jax.tree_util.tree_flatten(given)
     wanted = jax.tree_util.tree_structure(out)
-    try:
-        parts = wanted.flatten_up_to(given)
-    except ValueError as error:
+    if structure != wanted:
         raise TypeError(
             explain(
-                f"gave {what} of another structure than the output ({error})",
+                f"gave {what} of structure {structure} for an output of structure {wanted}",
                 "each array of the output has its own",
                 "pass arrays in the structure of the output",
             )
-        ) from None
+        )
     arrays = []
     for part, leaf in zip(parts, jax.tree_util.tree_leaves(out), strict=True):
         if jnp.shape(part) != jnp.shape(leaf):

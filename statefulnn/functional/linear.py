@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -46,7 +47,10 @@ def _linear(input: Any, weight: Any, bias: Any) -> Any:
     if not fits or (bias is not None and bias.shape != shape[:-1]):
         _refuse_linear(input, weight, bias)
     require_same_dtype("F.linear", input=input, weight=weight, bias=bias)
-    out = (_row_product if input.ndim == 1 and weight.ndim == 2 else _product)(input, weight)
+    if weight.ndim == 2 and math.prod(input.shape[:-1]) == 1:
+        out = _row_product(input.reshape(-1), weight).reshape(*input.shape[:-1], weight.shape[0])
+    else:
+        out = _product(input, weight)
     return out if bias is None else out + bias.reshape((1,) * (out.ndim - bias.ndim) + bias.shape)
 
 
