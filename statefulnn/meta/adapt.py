@@ -183,20 +183,22 @@ class _Loop:
     # ---------------------------------------------------------------------------------------------
     # One step
 
-    def step(self, carry: tuple, x: tuple) -> tuple[tuple, Any]:
+    def step(self, constants: tuple, carry: tuple, x: tuple) -> tuple[tuple, Any]:
+        """Take a step; `constants` are the learning rates, the fixed parameters and the data."""
+        lr, fixed, data = constants
         chosen, slots, carried, rows = carry
         i, batch = x
-        data = batch if self.batches else self.data
+        data = batch if self.batches else data
         key = None if self.rng is None else jax.random.fold_in(_key(self.rng), i)
 
         def objective(chosen: Any) -> tuple[Any, Any]:
             state = {**carried, **rows_at(rows, i)} if self.has_state else None
-            return self.value(self.merged(chosen, i), state, data, key)
+            return self.value(self.merged(chosen, fixed, i), state, data, key)
 
         (value, state), grads = jax.value_and_grad(objective, has_aux=True)(chosen)
         if self.first_order:
             grads = jax.lax.stop_gradient(grads)
-        lr = rows_at(self.lr, i)
+        lr = rows_at(lr, i)
         if self.optimizer is None:
             moved = self.each(lambda p, g, lr: p - lr * g, chosen, grads, lr)
         else:
@@ -220,11 +222,11 @@ class _Loop:
             value = self.loss(out, target)
         return _scalar(value), state
 
-    def merged(self, chosen: Any, i: Any) -> Any:
+    def merged(self, chosen: Any, fixed: dict[str, Any], i: Any) -> Any:
         """Return all parameters of a step."""
         if not self.by_name:
             return chosen
-        merged = {**rows_at(self.fixed, i), **chosen}
+        merged = {**rows_at(fixed, i), **chosen}
         return {n: merged[n] for n in self.order}
 
     def each(self, rule: Callable, chosen: Any, other: Any, lr: Any) -> Any:
@@ -245,30 +247,34 @@ class _Loop:
     # All steps
 
     def run(self, truncate: int | None, checkpoint: str, keep_path: bool) -> Adapted:
-        def step(carry: tuple, x: tuple) -> tuple[tuple, Any]:
-            after, value = self.step(carry, x)
-            return after, (value, after[0] if keep_path else None)
+        def stepper(constants: tuple) -> Callable:
+            # One function for each phase: JAX keeps the trace of a loop's body by its function, with the
+            # constants it met there.
+            def step(carry: tuple, x: tuple) -> tuple[tuple, Any]:
+                after, value = self.step(constants, carry, x)
+                return after, (value, after[0] if keep_path else None)
 
-        indices = jnp.arange(self.steps)
-        xs = (indices, self.data if self.batches else None)
+            return step
+
+        constants = (self.lr, self.fixed, self.data)
+        xs = (jnp.arange(self.steps), self.data if self.batches else None)
         carry, outs = self.start, []
-        constant = 0 if truncate is None else max(0, self.steps - truncate)
-        if constant:
+        silent = 0 if truncate is None else max(0, self.steps - truncate)
+        if silent:
             stop = jax.lax.stop_gradient
-            kept = self.lr, self.fixed, self.data
-            self.lr, self.fixed, self.data = stop(kept)
-            carry, out = _steps(step, stop(carry), _part(stop(xs), 0, constant), "none")
-            self.lr, self.fixed, self.data = kept
-            carry = stop(carry)
-            outs.append(stop(out))
-        if constant < self.steps:
-            carry, out = _steps(step, carry, _part(xs, constant, self.steps), checkpoint)
+            step = stepper(stop(constants))
+            carry, out = stop(_steps(step, stop(carry), _part(stop(xs), 0, silent), "none"))
+            outs.append(out)
+        if silent < self.steps:
+            carry, out = _steps(
+                stepper(constants), carry, _part(xs, silent, self.steps), checkpoint
+            )
             outs.append(out)
         losses, path = jax.tree_util.tree_map(lambda *parts: jnp.concatenate(parts), *outs)
         chosen, _, carried, rows = carry
         last = self.steps - 1
         return Adapted(
-            params=self.merged(chosen, last),
+            params=self.merged(chosen, self.fixed, last),
             state={**carried, **rows_at(rows, last)} if self.has_state else None,
             losses=losses,
             rows=rows,

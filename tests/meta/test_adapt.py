@@ -234,10 +234,10 @@ def test_a_learning_rate_of_each_step_is_used_in_its_step():
         np.testing.assert_allclose(adapted.params["weight"][0, 0], expected, rtol=1e-5)
 
 
-@pytest.mark.parametrize("steps", [4, 9])
-def test_truncation_differentiates_the_last_steps_only(steps):
+@pytest.mark.parametrize("steps, last", [(4, 3), (9, 3), (19, 9)])
+def test_truncation_differentiates_the_last_steps_only(steps, last):
     # w <- w - lr * w, n times; by the rate, through the last k steps: w_(n-k) (1 - lr)^k.
-    start, last = jnp.asarray(2.0), 3
+    start = jnp.asarray(2.0)
 
     def after(start, lr):
         return nn.meta.adapt(
