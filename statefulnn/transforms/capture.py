@@ -1,4 +1,4 @@
-"""nn.capture: the outputs of submodules as a result, not a side effect."""
+"""nn.capture: the outputs of submodules, and gradients with respect to them, as results."""
 
 from __future__ import annotations
 
@@ -6,16 +6,27 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from statefulnn.core import compat
-from statefulnn.core.errors import TraceLeakError, UnknownNameError, explain
+from statefulnn.core.box import Box, unwrap
+from statefulnn.core.errors import DtypeError, ShapeError, TraceLeakError, UnknownNameError, explain
+from statefulnn.core.generator import Generator
 from statefulnn.core.graph import require_module
-from statefulnn.core.hooks import active
+from statefulnn.core.hooks import listening, run_abstractly
 from statefulnn.core.module import Module
+from statefulnn.core.plan import plan_of
+from statefulnn.core.scope import ModuleBase
+from statefulnn.transforms.lift import Call, Written, run
 
 
 def capture(
-    module: Module, names: Iterable[str] | str | None = None, method: str = "forward"
+    module: Module,
+    names: Iterable[str] | str | None = None,
+    method: str = "forward",
+    *,
+    grads: bool = False,
 ) -> Callable:
     """Return a function that calls a module and also returns what its submodules put out.
 
@@ -23,75 +34,367 @@ def capture(
         module: the module to call.
         names: dotted names of the submodules to record; None records all.
         method: the method to call.
+        grads: whether gradients with respect to these outputs are wanted as well.
 
     Returns:
         a function of the module's inputs that returns ``(out, outputs)``. `outputs` maps the name of
         each submodule that was called to its output, or to the tuple of its outputs, in order, if it
-        was called several times.
+        was called several times. With ``grads=True`` it returns ``(out, outputs, backward)``, and
+        ``backward(cotangent)`` takes the gradient of a loss with respect to `out` and returns a dict
+        like `outputs` of the gradients of the loss with respect to those outputs. Names whose outputs
+        hold no floating arrays are not in it, and None stands for a single array that is not floating.
+        In the cotangent None stands for zeros. `backward` may be called several times.
 
     Raises:
         UnknownNameError: for names of no submodule.
-        TraceLeakError: for a submodule that is called inside an inner transformation.
+        TraceLeakError: for a submodule that is called inside an inner transformation: in a plain one
+            of JAX, or, if it is one of `names`, on a clone in one of this package's only.
+        ShapeError, DtypeError, TypeError: from `backward`, for a cotangent that is not like `out`.
+
+    A gradient is the one that arrives at the output, before the submodule's own backward pre-hooks. What
+    forward writes to buffers is written once, whether or not `backward` is called.
 
     Example:
-        >>> import jax.numpy as jnp, statefulnn as nn
+        >>> import jax, jax.numpy as jnp, statefulnn as nn
         >>> model = nn.Sequential(nn.Linear(2, 3), nn.ReLU())
         >>> out, outputs = nn.capture(model)(jnp.ones((4, 2)))
         >>> {name: y.shape for name, y in outputs.items()}
         {'0': (4, 3), '1': (4, 3)}
+
+        The gradient of a loss of the output:
+
+        >>> out, outputs, backward = nn.capture(model, ["0"], grads=True)(jnp.ones((4, 2)))
+        >>> loss, cotangent = jax.value_and_grad(lambda out: (out**2).sum())(out)
+        >>> bool((backward(cotangent)["0"] == 2 * out).all())
+        True
+
+        Grad-CAM (Selvaraju et al. 2017), where an image classifier looks:
+
+        >>> model = nn.Sequential(
+        ...     nn.Conv2d(1, 4, 3),
+        ...     nn.ReLU(),
+        ...     nn.AdaptiveAvgPool2d(1),
+        ...     nn.Flatten(),
+        ...     nn.Linear(4, 10),
+        ... )
+        >>> scores, outputs, backward = nn.capture(model, "1", grads=True)(jnp.ones((2, 1, 8, 8)))
+        >>> gradient = backward(jax.nn.one_hot(scores.argmax(1), 10))["1"]  # (N, C, H, W)
+        >>> weights = gradient.mean((2, 3), keepdims=True)  # (N, C, 1, 1)
+        >>> jax.nn.relu((weights * outputs["1"]).sum(1)).shape  # (N, H, W)
+        (2, 6, 6)
     """
     require_module(module, "nn.capture")
     if isinstance(names, str):
         names = (names,)
     wanted = None if names is None else tuple(names)
     if wanted is not None:
-        known = {name for name, _ in module.named_modules(remove_duplicate=False)}
+        known = {name for name, _ in module.named_modules(remove_duplicate=False)} - {""}
         unknown = [n for n in wanted if n not in known]
         if unknown or not wanted:
             raise UnknownNameError(
                 explain(
                     f"nn.capture was asked for {unknown or 'no names'}",
-                    f"{type(module).__name__} has the submodules {sorted(known - {''})}",
+                    f"{type(module).__name__} has the submodules {sorted(known)}",
                     "use the names of named_modules()",
                 )
             )
 
-    def call(*args: Any, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
-        labels = {
+    def recorded(target: Module, expected: Any, args: tuple, kwargs: dict) -> Any:
+        recorder = _Recorder(target, wanted, expected)
+        function = target if method == "forward" else getattr(target, method)
+        with listening(recorder):
+            out = function(*args, **kwargs)
+        if wanted is not None:
+            recorder.require(wanted)
+        return out, recorder
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        out, recorder = recorded(module, None, args, kwargs)
+        return out, {name: _one_or_all(calls) for name, calls in recorder.outputs.items()}
+
+    def call_with_grads(*args: Any, **kwargs: Any) -> Any:
+        return _with_grads(recorded, Call(((module, *args), kwargs)))
+
+    return call_with_grads if grads else call
+
+
+class _Recorder:
+    """Listens to calls, keeps the outputs of named submodules and adds probes to them.
+
+    Attributes:
+        outputs: for each name the outputs of its calls.
+        kinds: for each name what its outputs are like, a list of `_Kind`.
+    """
+
+    def __init__(self, module: Module, wanted: tuple[str, ...] | None, expected: Any) -> None:
+        self.outputs: dict[str, list[Any]] = {}
+        self.kinds: dict[str, list[_Kind]] = {}
+        self._names = {
             id(m): name
             for name, m in reversed(list(module.named_modules(remove_duplicate=False)))
             if name and (wanted is None or name in wanted)
         }
-        outputs: dict[str, list[Any]] = {}
-        here = list(compat.chain(compat.current_trace()))
+        self._modules = {id(m): m for m in module.modules()}
+        self._elsewhere: set[Any] = (
+            set()
+        )  # the ModuleDefs of modules called that are not of the tree
+        self._expected = expected  # None, or a pair of kinds and the probes that fit them
+        self._here = list(compat.chain(compat.current_trace()))
 
-        def listener(called: Any, out: Any) -> None:
-            name = labels.get(id(called))
-            if name is None:
-                return
-            for leaf in jax.tree_util.tree_leaves(out):
-                home = compat.trace_of(leaf)
-                if home is not None and home not in here:
-                    raise TraceLeakError(
-                        explain(
-                            f"nn.capture met {name!r} inside an inner transformation (vmap, scan, "
-                            "grad, remat ...)",
-                            "its output does not exist outside of it",
-                            "capture inside the inner function and return the outputs from it, or "
-                            "leave the name out: nn.capture(model, names=[...])",
-                        )
-                    )
-            outputs.setdefault(name, []).append(out)
+    def __call__(self, called: Any, out: Any) -> Any:
+        name = self._names.get(id(called))
+        if name is None:
+            if called._cell.scope is not None and id(called) not in self._modules:
+                self._elsewhere.add(plan_of(called).moduledef)
+            return out
+        if self._expected is not None:
+            out = self._with_probes(name, out)
+        for leaf in jax.tree_util.tree_leaves(out):
+            home = compat.trace_of(leaf)
+            if home is not None and home not in self._here:
+                raise _inside(name)
+        self.outputs.setdefault(name, []).append(out)
+        return out
 
-        before, active.captures = active.captures, (*active.captures, listener)
-        try:
-            out = (
-                module(*args, **kwargs)
-                if method == "forward"
-                else getattr(module, method)(*args, **kwargs)
+    def require(self, names: Iterable[str]) -> None:
+        """Raise for names of modules that were called on clones only, as nn.scan and nn.remat do."""
+        missing = [n for n in names if n not in self.outputs]
+        if missing and self._elsewhere:
+            for number, name in self._names.items():
+                here = plan_of(self._modules[number]).moduledef
+                if name in missing and here in self._elsewhere:
+                    raise _inside(name)
+
+    def _with_probes(self, name: str, out: Any) -> Any:
+        leaves, treedef = jax.tree_util.tree_flatten(out, is_leaf=_is_member)
+        leaves = list(map(unwrap, leaves))
+        kind = _Kind(leaves, treedef)
+        kinds, probes = self._expected
+        number = len(self.kinds.setdefault(name, []))
+        self.kinds[name].append(kind)
+        if kinds.get(name, ())[number : number + 1] == [kind]:
+            for (i, _, _), probe in zip(kind.floating, probes[name][number], strict=True):
+                leaves[i] = _attach(jnp.asarray(leaves[i]), probe)
+        return jax.tree_util.tree_unflatten(treedef, leaves)
+
+
+def _inside(name: str) -> TraceLeakError:
+    return TraceLeakError(
+        explain(
+            f"nn.capture met {name!r} inside an inner transformation (vmap, scan, grad, remat ...)",
+            "its output does not exist outside of it",
+            "capture inside the inner function and return the outputs from it, or leave the name out: "
+            "nn.capture(model, names=[...])",
+        )
+    )
+
+
+class _Kind:
+    """The structure of an output, and which of its leaves are floating arrays of what shape."""
+
+    def __init__(self, leaves: list[Any], treedef: Any) -> None:
+        self.treedef = treedef
+        self.floating = [(i, x.shape, x.dtype) for i, x in enumerate(leaves) if _is_floating(x)]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Kind) and vars(self) == vars(other)
+
+    def zeros(self) -> list[Any]:
+        return [jnp.zeros(shape, dtype) for _, shape, dtype in self.floating]
+
+    def filled(self, gradients: list[Any]) -> Any:
+        leaves: list[Any] = [None] * self.treedef.num_leaves
+        for (i, _, _), gradient in zip(self.floating, gradients, strict=True):
+            leaves[i] = gradient
+        return jax.tree_util.tree_unflatten(self.treedef, leaves)
+
+
+def _is_floating(x: Any) -> bool:
+    return isinstance(x, (jax.Array, np.ndarray)) and jnp.issubdtype(x.dtype, jnp.inexact)
+
+
+def _is_member(x: Any) -> bool:
+    return isinstance(x, (Box, ModuleBase))
+
+
+@jax.custom_jvp
+def _attach(x: Any, probe: Any) -> Any:
+    """Return x, with the derivative of ``x + probe``; the sum itself would lose the sign of zeros."""
+    return x
+
+
+@_attach.defjvp
+def _(primals: tuple, tangents: tuple) -> tuple[Any, Any]:
+    return _attach(*primals), tangents[0] + tangents[1]
+
+
+def _with_grads(recorded: Callable, call: Call) -> tuple[Any, dict[str, Any], Callable]:
+    """Call a module with probes at the outputs of its submodules, and differentiate by these.
+
+    The shapes of the probes come from a silent, abstract run. Where that fails, or hooks change an
+    output, the shapes seen in a first run are used in a second one: both are pure, and only what the
+    last one wrote is written back.
+    """
+    leaves = list(call.plan.leaves())
+
+    def once(kinds: Any, probes: Any) -> tuple[Any, dict[str, list[_Kind]]]:
+        recorders: list[_Recorder] = []
+
+        def function(*args: Any, **kwargs: Any) -> Any:
+            out, recorder = recorded(args[0], (kinds, probes), args[1:], kwargs)
+            recorders.append(recorder)
+            return jax.tree_util.tree_map(unwrap, (out, recorder.outputs), is_leaf=_is_member)
+
+        result, written = run(
+            function,
+            call.moduledef,
+            call.treedef,
+            call.generator is not None,
+            leaves,
+            call.dynamic,
+        )
+        if written.out is not None:
+            raise TypeError(
+                explain(
+                    "nn.capture(grads=True) met an output that holds a module",
+                    "gradients are those of arrays",
+                    "return the module's arrays, or capture without grads=True",
+                )
             )
-        finally:
-            active.captures = before
-        return out, {n: v[0] if len(v) == 1 else tuple(v) for n, v in outputs.items()}
+        return (*result, written), recorders[0].kinds
 
-    return call
+    found: list[Any] = []
+    try:
+        run_abstractly(lambda: found.append(once({}, {})[1]))
+    except Exception:  # the run below says what is wrong
+        found.append({})
+
+    for _ in range(2):
+        kinds: dict[str, list[_Kind]] = found[-1]
+        zeros = {name: [kind.zeros() for kind in calls] for name, calls in kinds.items()}
+        parts: list[_Parts] = []
+
+        def differentiable(probes: Any, kinds: Any = kinds, parts: Any = parts) -> Any:
+            result, seen = once(kinds, probes)
+            found.append(seen)
+            parts.append(_Parts(result))
+            return parts[0].floating, parts[0].rest
+
+        floating, pullback, rest = jax.vjp(differentiable, zeros, has_aux=True)
+        if found[-1] == kinds:
+            break
+    else:
+        raise ShapeError(
+            explain(
+                "nn.capture(grads=True) called a module again with the same arguments, and its "
+                "submodules returned outputs of other shapes",
+                "gradients have the shapes of the outputs",
+                "let the shapes of outputs depend on nothing but the arguments and the module",
+            )
+        )
+    out, outputs, written = parts[0].joined(floating, rest)
+    for i in written.indices:
+        box = call.plan.boxes[i]
+        if isinstance(box, Generator):
+            box.drawable_state()  # raises where lanes or steps would share what was drawn
+    call.write_back(written)
+
+    def backward(cotangent: Any) -> dict[str, Any]:
+        """Return the gradients with respect to the captured outputs."""
+        (gradients,) = pullback(_matched(cotangent, out))
+        return {
+            name: _one_or_all([kind.filled(g) for kind, g in zip(kinds[name], calls, strict=True)])
+            for name, calls in gradients.items()
+            if any(calls)
+        }
+
+    return out, {name: _one_or_all(calls) for name, calls in outputs.items()}, backward
+
+
+class _Parts:
+    """What a call returned, ``(out, outputs, written)``, taken apart for `jax.vjp`.
+
+    Attributes:
+        floating: the floating arrays in out.
+        rest: all other arrays.
+    """
+
+    def __init__(self, result: tuple[Any, dict[str, Any], Written]) -> None:
+        self._leaves, self._treedef = jax.tree_util.tree_flatten(result)
+        num_out = len(jax.tree_util.tree_leaves(result[0]))
+        self._floating = [i for i in range(num_out) if _is_floating(self._leaves[i])]
+        self._rest = [
+            i
+            for i, x in enumerate(self._leaves)
+            if isinstance(x, jax.Array) and i not in self._floating
+        ]
+        self.floating = [jnp.asarray(self._leaves[i]) for i in self._floating]
+        self.rest = [self._leaves[i] for i in self._rest]
+
+    def joined(self, floating: list[Any], rest: list[Any]) -> Any:
+        leaves = list(self._leaves)
+        for i, x in zip((*self._floating, *self._rest), (*floating, *rest), strict=True):
+            leaves[i] = x
+        return jax.tree_util.tree_unflatten(self._treedef, leaves)
+
+
+def _one_or_all(calls: list[Any]) -> Any:
+    return calls[0] if len(calls) == 1 else tuple(calls)
+
+
+def _matched(cotangent: Any, out: Any) -> list[Any]:
+    """Return the arrays of a cotangent that belong to the floating arrays of an output."""
+    given, treedef = jax.tree_util.tree_flatten(cotangent, is_leaf=lambda x: x is None)
+    try:
+        parts = treedef.flatten_up_to(out)
+    except ValueError:
+        raise _other_structure(cotangent, out) from None
+    matched: list[Any] = []
+    for value, part in zip(given, parts, strict=True):
+        wanted = [x for x in jax.tree_util.tree_leaves(part) if _is_floating(x)]
+        if value is None:
+            matched += map(jnp.zeros_like, wanted)
+        elif _is_floating(part):
+            matched.append(_checked(value, part))
+        elif wanted:
+            raise _other_structure(cotangent, out)
+    return matched
+
+
+def _other_structure(cotangent: Any, out: Any) -> TypeError:
+    return TypeError(
+        explain(
+            f"backward was given a cotangent of type {type(cotangent).__name__} and structure "
+            f"{jax.tree_util.tree_structure(cotangent)}",
+            f"the output of the captured call is of type {type(out).__name__} and structure "
+            f"{jax.tree_util.tree_structure(out)}",
+            "pass the gradient of a loss with respect to the output: "
+            "backward(jax.grad(loss_fn)(out))",
+        )
+    )
+
+
+def _checked(value: Any, out: Any) -> Any:
+    weak = isinstance(value, (int, float, complex))
+    if not weak and not hasattr(value, "dtype"):
+        raise _other_structure(value, out)
+    shape, dtype = jnp.shape(value), jnp.result_type(value)
+    if shape != out.shape:
+        raise ShapeError(
+            explain(
+                f"backward was given a cotangent of shape {shape}",
+                f"the output of the captured call has shape {out.shape}",
+                "pass the gradient of a loss with respect to the output; for the gradient of the sum "
+                "of all outputs, jnp.ones_like(out)",
+            )
+        )
+    weak = weak or getattr(value, "weak_type", False)
+    if dtype != out.dtype and not weak:
+        raise DtypeError(
+            explain(
+                f"backward was given a cotangent of dtype {dtype}",
+                f"the output of the captured call has dtype {out.dtype}",
+                "cast it: cotangent.astype(out.dtype)",
+            )
+        )
+    return jnp.asarray(value, out.dtype)

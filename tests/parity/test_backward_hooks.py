@@ -1,0 +1,169 @@
+"""Backward hooks on every layer, against torch: what they see, and what replacing gradients does.
+
+One compiled call a row: a pre-hook doubles the output's gradient and a hook triples the input's, and
+both tell what they were given. torch's twin has the same two hooks.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+import statefulnn as nn
+from tests.parity.oracle import (
+    TOLERANCE,
+    Case,
+    array,
+    close,
+    flat,
+    is_float,
+    pair,
+    to_jax,
+    to_numpy,
+    to_torch,
+)
+from tests.parity.table import LAYERS, ONE_OF_EACH
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:enable_nested_tensor is True"),  # by torch only
+    pytest.mark.filterwarnings("ignore:size_average and reduce args will be deprecated"),
+    pytest.mark.filterwarnings("ignore:reduction. 'mean' divides the total loss"),
+    pytest.mark.filterwarnings("ignore:`NLLLoss2d` has been deprecated"),
+    pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths"),
+    pytest.mark.filterwarnings("ignore:Initializing zero-element tensors"),
+    pytest.mark.filterwarnings("ignore:Support for mismatched key_padding_mask and attn_mask"),
+    pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN"),
+    pytest.mark.filterwarnings("ignore:Using a target size"),
+    # By torch only: we fire the hook when the gradients are there, whatever they are taken by.
+    pytest.mark.filterwarnings("ignore:Full backward hook is firing when gradients are computed"),
+]
+
+
+# A compiled step runs once: what it costs is compiling it.
+QUICKLY = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+
+# For the long run, as other rows of the same layer: what is made of layers that are tried, and the
+# one- and three-dimensional kinds of what is tried in two dimensions.
+LONG = {"Transformer", "TransformerDecoderLayer"} | {
+    c.layer[:-2] + d for c in ONE_OF_EACH if c.layer.endswith("2d") for d in ("1d", "3d")
+}
+
+
+def chosen() -> list[Any]:
+    """Return rows of all layers: the first of each for the short run, if it is not in LONG."""
+    first = set(map(id, ONE_OF_EACH))
+    # torch refuses an in-place operation on an input of a module with backward hooks.
+    in_place = {"RReLU": 2, "Threshold": 2}  # where it may be given by position
+    rows = [
+        c
+        for c in LAYERS
+        if not c.kwargs.get("inplace") and c.args[in_place.get(c.layer, len(c.args)) :] != (True,)
+    ]
+    return [
+        pytest.param(
+            c,
+            id=str(c),
+            marks=() if id(c) in first and c.layer not in LONG else (pytest.mark.long,),
+        )
+        for c in rows
+    ]
+
+
+def hooks(seen: dict[str, Any]) -> tuple[Any, Any]:
+    """Return a pre-hook and a hook for either library."""
+
+    def doubled(module, grad_output):
+        seen["pre"] = grad_output
+        return tuple(None if g is None else g * 2 for g in grad_output)
+
+    def tripled(module, grad_input, grad_output):
+        seen["in"], seen["out"] = grad_input, grad_output
+        return tuple(None if g is None else g * 3 for g in grad_input)
+
+    return doubled, tripled
+
+
+def of_torch(case: Case) -> tuple[dict, dict, list, list] | None:
+    """Return what torch's hooks saw, the gradients of parameters and inputs, and the cotangents."""
+    model, _ = pair(case)
+    seen: dict[str, Any] = {}
+    doubled, tripled = hooks(seen)
+    model.register_full_backward_pre_hook(doubled)
+    model.register_full_backward_hook(tripled)
+    given = [to_torch(x) for x in case.inputs]
+    for x in given:
+        if isinstance(x, torch.Tensor) and x.is_floating_point():
+            x.requires_grad_(True)
+    out = model(*given, **{k: to_torch(v) for k, v in case.call.items()})
+    cotangents = [array(*o.shape, seed=100 + i) for i, o in enumerate(flat(out))]
+    terms = [
+        (o * torch.as_tensor(c)).sum()
+        for o, c in zip(flat(out), cotangents, strict=True)
+        if is_float(o)
+    ]
+    loss = sum(terms[1:], terms[0]) if terms else None
+    if loss is None or not loss.requires_grad:
+        return None
+    loss.backward()
+    parameters = {name: p.grad for name, p in model.named_parameters()}
+    return seen, parameters, [getattr(x, "grad", None) for x in given], cotangents
+
+
+def same_gradient(ours: Any, theirs: Any, what: str, tolerance: float) -> None:
+    """Compare two gradients; no gradient is one of zeros."""
+    if theirs is None or ours is None:
+        for g in (ours, theirs):
+            assert g is None or not np.any(to_numpy(g)), what
+        return
+    close(ours, theirs, what, tolerance)
+
+
+@pytest.mark.parametrize("case", chosen())
+def test_hooks_see_and_replace_what_torchs_do(case: Case) -> None:
+    wanted = of_torch(case)
+    if wanted is None:
+        return  # integers only: there is no gradient
+    seen_by_torch, parameters, inputs, cotangents = wanted
+
+    _, model = pair(case)
+    seen: dict[str, Any] = {}
+    doubled, tripled = hooks(seen)
+    model.register_full_backward_pre_hook(doubled)
+    model.register_full_backward_hook(tripled)
+    given = [to_jax(x) for x in case.inputs]
+    floating = [i for i, x in enumerate(given) if isinstance(x, jax.Array) and is_float(x)]
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    numbers = ((0,) if trained else ()) + tuple(i + 1 for i in floating)
+
+    def loss_of(model: nn.Module, *inputs: Any) -> Any:
+        out = model(*inputs, **{k: to_jax(v) for k, v in case.call.items()})
+        terms = [
+            (o * jnp.asarray(c, o.dtype)).sum()
+            for o, c in zip(flat(out), cotangents, strict=True)
+            if is_float(o)
+        ]
+        return sum(terms[1:], terms[0])
+
+    def step(model: nn.Module, *inputs: Any) -> Any:
+        return nn.grad(loss_of, argnums=numbers)(model, *inputs), dict(seen)
+
+    gradients, seen_by_us = nn.jit(step, compiler_options=QUICKLY)(model, *given)
+    by_number = dict(zip(numbers, gradients, strict=True))
+    by_name = by_number.get(0, {})
+
+    tolerance = 16 * TOLERANCE["float32"] * case.tolerance
+    assert seen_by_us.keys() == seen_by_torch.keys()
+    for what, theirs in seen_by_torch.items():
+        ours = seen_by_us[what]
+        assert len(ours) == len(theirs), what
+        for i, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+            same_gradient(a, b, f"gradient {i} that the hook saw as {what}", tolerance)
+    for name, theirs in parameters.items():
+        same_gradient(by_name.get(name), theirs, f"gradient of {name}", tolerance)
+    for i in floating:
+        same_gradient(by_number[i + 1], inputs[i], f"gradient of input {i}", tolerance)
