@@ -7,6 +7,8 @@ from statefulnn import attention, functional, init, parameter, utils
 from statefulnn.core import errors
 from statefulnn.core.box import Buffer, Parameter
 from statefulnn.core.errors import (
+    ConvergenceError,
+    DivergenceWarning,
     DtypeError,
     MissingRngError,
     RegistrationError,

@@ -30,6 +30,10 @@ ALLOWED = {
     "utils": {"core", "functional", "init", "modules", "transforms"},
     "optimizer": {"core", "transforms"},
     "parameter": {"core"},
+    "ensemble": {"core", "transforms"},
+    "func": {"core", "modules", "transforms"},
+    "meta": {"core", "transforms"},
+    "curvature": {"core", "functional", "modules", "transforms"},
 }
 # Imports upwards that are there for a reason, inside a function.
 EXCEPTIONS = {("statefulnn/core/module.py", "statefulnn.transforms.jit.jit")}  # Module.compile
@@ -157,7 +161,7 @@ def test_runtime_dependencies_are_jax_jaxlib_and_numpy():
         for _, name in imports_of(source)
         if name.split(".")[0] not in sys.stdlib_module_names
     }
-    assert third_party <= {"jax", "jaxlib", "numpy", "optax", "statefulnn"}
+    assert third_party <= {"jax", "jaxlib", "numpy", "optax", "statefulnn", "tqdm"}
 
 
 def test_version_is_the_one_of_the_project_file_and_the_changelog():

@@ -16,7 +16,7 @@ import jax
 from statefulnn.core.box import Box
 from statefulnn.core.compat import EAGER, current_trace
 from statefulnn.core.errors import StructureChangeError, explain
-from statefulnn.core.generator import current_generator, use_generator
+from statefulnn.core.generator import Generator, current_generator, use_generator
 from statefulnn.core.graph import build_clones
 from statefulnn.core.moduledef import ModuleDef, differences
 from statefulnn.core.plan import Plan, build_plan, plan_of
@@ -185,6 +185,8 @@ def write_back(boxes: Sequence[Box], values: Sequence[Any]) -> int | None:
     if current_trace() is not EAGER:
         for box, value in zip(boxes, values, strict=True):
             check_write(box._scope, value, box.label)
+            if isinstance(box, Generator):
+                box.drawable_state()  # raises where lanes would share what was drawn
     if clock.captured:
         for box in boxes:
             if box.captured is not None:

@@ -169,13 +169,15 @@ def _axes(call: Call, in_axes: Any, args: tuple, kwargs: dict) -> tuple[list, li
         *zip(axes, shape_args, strict=True),
         *((0, v) for v in shape_kwargs.values()),
     ]:
-        marks += jax.tree_util.tree_leaves(shape)
+        marks += jax.tree_util.tree_leaves(shape, **none_too)
         chosen += jax.tree_util.tree_leaves(jax.tree.broadcast(axis, shape, **none_too), **none_too)
     moduledef = call.moduledef
     leaf_axes: list[Any] = [None] * moduledef.num_leaves
     dynamic_axes: list[Any] = [None] * len(call.dynamic)
     given: dict[int, Any] = {}
     for mark, axis in zip(marks, chosen, strict=True):
+        if mark is None:  # an argument, or a part of one, that is None
+            continue
         if mark.is_leaf:
             dynamic_axes[mark.number] = axis
             continue

@@ -235,6 +235,12 @@ CASES = {
         ["Norm"],
         [r"model\("],
     ),
+    "linear solver with too few steps": (
+        nn.ConvergenceError,
+        lambda: nn.meta.cg(steps=1)(lambda v: jnp.array([1.0, 100.0]) * v, jnp.ones(2)),
+        [r"nn.meta.cg\(steps=1", "did not converge", "residual"],
+        [r"nn.meta.cg\(steps=10\)", "tol=None"],
+    ),
 }
 
 
@@ -286,6 +292,7 @@ BUILTIN = {
     nn.DtypeError: [RuntimeError, TypeError],
     nn.StateDictError: [RuntimeError],
     nn.UnusedModuleError: [RuntimeError],
+    nn.ConvergenceError: [RuntimeError],
 }
 
 

@@ -372,3 +372,15 @@ def test_a_key_of_the_wrong_kind_is_an_error():
     for wrong in ("text", 1.5, jnp.ones(3)):
         with pytest.raises((TypeError, ValueError, nn.StatefulnnError)):
             nn.functional_call(Noise(), {}, (X,), rng=wrong)
+
+
+def test_a_stateful_transform_inside_raw_vmap_may_not_draw_from_outside():
+    # The draw itself is legal where it happens; putting the generator back is what all lanes would share.
+    drop = nn.Dropout(0.5)
+    for inner in (
+        lambda x: nn.grad(lambda x: drop(x).sum())(x),
+        lambda x: nn.remat(lambda m, x: m(x))(drop, x),
+        lambda x: nn.scan(lambda c, _: (c, drop(c)), x, length=2)[1],
+    ):
+        with pytest.raises(nn.MissingRngError):
+            jax.vmap(inner)(jnp.ones((3, 4)))

@@ -164,3 +164,10 @@ def test_an_exception_leaves_the_modules_alone():
 def test_a_batch_of_size_zero():
     out = nn.vmap(lambda m, x: m.w * x, in_axes=(None, 0))(Net(), jnp.zeros((0, 2)))
     assert out.shape == (0, 2)
+
+
+def test_an_argument_may_be_none():
+    f = nn.vmap(lambda m, x, y: m(x) if y is None else y, in_axes=(None, 0, None))
+    assert f(nn.Linear(2, 2), jnp.ones((3, 2)), None).shape == (3, 2)
+    g = nn.vmap(lambda d: d["x"] if d["mask"] is None else d["mask"])
+    assert g({"x": jnp.ones((3, 2)), "mask": None}).shape == (3, 2)
