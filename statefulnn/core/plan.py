@@ -115,7 +115,8 @@ class Plan:
             before = clock.values
             for b in self.generators:
                 if type(b._value) is np.ndarray:  # seeded on the host: put it on the device once
-                    b._value = jax.numpy.asarray(b._value)
+                    with jax.ensure_compile_time_eval():  # also while somebody traces
+                        b._value = jax.numpy.asarray(b._value)
             leaves = [b._value for b in self.boxes]
             self.keep(leaves, before)
         return leaves

@@ -334,3 +334,13 @@ def test_a_module_built_inside_a_gradient_passes_the_gradient_through_its_parame
         return m(jnp.asarray(2.0))
 
     assert float(jax.grad(f)(1.0)) == 6.0
+
+
+def test_a_generator_seeded_on_the_host_is_not_left_with_a_tracer():
+    nn.manual_seed(0)
+    model, x = nn.Linear(2, 1), jnp.ones((3, 2))
+    jax.jit(lambda m, x: nn.grad(lambda m, x: m(x).sum())(m, x))(model, x)
+    first = nn.next_key()
+    nn.manual_seed(0)
+    nn.Linear(2, 1)
+    assert (jax.random.key_data(first) == jax.random.key_data(nn.next_key())).all()
