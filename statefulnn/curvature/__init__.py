@@ -1,0 +1,12 @@
+"""How outputs and losses change with the parameters: kernels, curvature, the gradients of examples."""
+
+from statefulnn.curvature.laplace import Laplace
+from statefulnn.curvature.linearized import linearize_model, taylor_model
+from statefulnn.curvature.noise_scale import (
+    NoiseScale,
+    gradient_noise_scale,
+    noise_scale_from_batches,
+    noise_scale_of,
+)
+from statefulnn.curvature.ntk import empirical_ntk
+from statefulnn.curvature.privacy import Clipped, clip_per_example, dp_gradients

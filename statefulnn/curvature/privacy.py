@@ -1,0 +1,268 @@
+"""Gradients of differentially private training (DP-SGD): clipped one by one, summed, with noise."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from statefulnn.core.compat import Tracer
+from statefulnn.core.errors import MissingRngError, explain
+from statefulnn.curvature._blocks import fold_blocks
+from statefulnn.curvature._examples import check_examples, flattened, gradient_of_examples
+from statefulnn.curvature._models import (
+    check_batch_size,
+    check_choice,
+    check_finite,
+    check_parameters,
+    number_of_examples,
+)
+
+
+class Clipped(NamedTuple):
+    """What `clip_per_example` returns.
+
+    Attributes:
+        gradients: the sum or mean over the examples of their clipped gradients.
+        norms: the norm of each example's gradient before clipping, ``(N,)``.
+        share: the share of examples whose gradient was shortened, between 0 and 1.
+
+    `norms` and `share` are computed from single examples without noise: publishing them gives away
+    what DP-SGD protects.
+    """
+
+    gradients: Any
+    norms: Any
+    share: Any
+
+
+def clip_per_example(gradients: Any, max_norm: float, *, reduce: str = "mean") -> Clipped:
+    """Shorten each example's gradient to a norm of at most `max_norm`, then sum or average.
+
+    The norm of an example is that over all parameters together. A gradient g becomes
+    ``g / max(1, |g| / max_norm)``; a zero gradient stays zero. Norms and sums are taken in float32 at
+    least, and norms without overflow.
+
+    Args:
+        gradients: arrays ``(N, ...)``: a dict by name, or any pytree.
+        max_norm: positive.
+        reduce: "mean" or "sum".
+
+    Returns:
+        a `Clipped`; its gradients have the dtype of those given.
+
+    Raises:
+        ValueError: if `max_norm` is not positive, or `reduce` unknown.
+        ShapeError: for no examples.
+        FloatingPointError: if a gradient is not finite (checked outside of compiled code).
+
+    Source: Abadi et al. 2016, "Deep Learning with Differential Privacy",
+    https://arxiv.org/abs/1607.00133, algorithm 1.
+
+    Example:
+        >>> gradients = {"w": jnp.array([[3.0, 4.0], [0.3, 0.4], [0.0, 0.0]])}
+        >>> clipped = nn.curvature.clip_per_example(gradients, 1.0, reduce="sum")
+        >>> clipped.gradients["w"].round(6).tolist(), clipped.norms.tolist()
+        ([0.8999999761581421, 1.2000000476837158], [5.0, 0.5, 0.0])
+    """
+    function = "clip_per_example"
+    check_choice(reduce, ("mean", "sum"), "reduce", function)
+    max_norm = _checked_norm(max_norm, function)
+    check_parameters(gradients, function)
+    n = number_of_examples(gradients, function)
+    check_examples((gradients,), function)
+    check_finite(
+        gradients,
+        f"{function} was given gradients that are not finite",
+        "no length of them is a number, and the sum would be none either",
+        "look for the example: jnp.isfinite(g).all(axis=...) of each gradient",
+    )
+    total, norms = _clipped_sum(gradients, max_norm)
+    if reduce == "mean":
+        total = jax.tree.map(lambda g: g / n, total)
+    total = jax.tree.map(lambda t, g: t.astype(g.dtype), total, gradients)
+    return Clipped(total, norms, _share(norms, max_norm))
+
+
+def dp_gradients(
+    loss: Callable,
+    max_norm: float,
+    noise_multiplier: float,
+    *,
+    batch_size: int | None = None,
+    lot_size: int | None = None,
+    has_norms: bool = False,
+) -> Callable:
+    """Return a function that computes the gradients of DP-SGD.
+
+    It clips the gradient of each example to `max_norm`, sums, adds to every number independent
+    Gaussian noise of standard deviation ``noise_multiplier · max_norm``, and divides by the number of
+    examples.
+
+    There is no privacy accountant here: which (ε, δ) a training run gives depends on the noise, the
+    sampling of the batches and the number of steps, and has to be computed with a library for that.
+    The analysis of the paper wants each example in a batch independently with one probability (Poisson
+    sampling); the divisor is then the expected number of examples, `lot_size`.
+
+    Args:
+        loss: ``loss(params, *example) -> scalar``, of one example.
+        max_norm: positive.
+        noise_multiplier: 0 or more.
+        batch_size: how many examples' gradients are in memory at once; None for all. The result is
+            the same.
+        lot_size: what the sum is divided by; None for the number of examples given.
+        has_norms: whether the norms of the examples are returned, which are not private.
+
+    Returns:
+        ``f(params, *examples, rng=key) -> gradients``, with arrays ``(N, ...)`` as examples and a key
+        that is used for nothing else; or, with `has_norms`, ``-> (gradients, norms)``, norms ``(N,)``.
+        `params` are arrays by name (or any pytree), or a Module, which the loss then takes; of a Module
+        the gradients are a dict by name.
+
+    Raises:
+        ValueError: for numbers out of range.
+        MissingRngError: when the function is called without `rng`, unless there is no noise.
+        ShapeError: when it is called with no examples and no `lot_size`.
+        FloatingPointError: if a gradient is not finite (checked outside of compiled code).
+        StateWriteError: if a Module writes state: a batch's statistics are not private.
+
+    Source: Abadi et al. 2016, "Deep Learning with Differential Privacy",
+    https://arxiv.org/abs/1607.00133, algorithm 1.
+
+    Example:
+        >>> def loss(model, x, y):
+        ...     return F.mse_loss(model(x), y)
+        >>> private = nn.curvature.dp_gradients(loss, max_norm=1.0, noise_multiplier=1.1)
+        >>> gradients = private(
+        ...     nn.Linear(3, 1), jnp.ones((8, 3)), jnp.ones((8, 1)), rng=jax.random.key(0)
+        ... )
+        >>> gradients["weight"].shape
+        (1, 3)
+    """
+    function = "dp_gradients"
+    max_norm = _checked_norm(max_norm, function)
+    noise_multiplier = _checked_noise(noise_multiplier, function)
+    check_batch_size(batch_size, function)
+    if lot_size is not None and not lot_size > 0:
+        raise ValueError(
+            explain(
+                f"dp_gradients was given lot_size={lot_size!r}",
+                "the sum of the gradients is divided by it",
+                "pass the expected number of examples of a batch, or None",
+            )
+        )
+    noiseless = not isinstance(noise_multiplier, Tracer) and noise_multiplier == 0
+
+    def private(params: Any, /, *examples: Any, rng: Any = None) -> Any:
+        gradients_of = gradient_of_examples(loss, params, function)
+        if rng is None and not noiseless:
+            raise MissingRngError(
+                explain(
+                    "called the function of dp_gradients without rng",
+                    "its noise is drawn from a key, another one for each step",
+                    "pass rng=key, with key from jax.random.split",
+                )
+            )
+        n = number_of_examples(examples, function) if examples else 0
+        if lot_size is None or not examples:
+            check_examples(examples, function)
+
+        def block(examples: tuple) -> tuple[Any, Any]:
+            gradients = gradients_of(examples)
+            check_finite(
+                gradients,
+                "the loss of dp_gradients has a gradient that is not finite",
+                "clipping cannot shorten it, and the sum would be no number",
+                "look at the examples whose loss is not finite",
+            )
+            return _clipped_sum(gradients, max_norm)
+
+        arrays = jax.tree.map(jnp.asarray, examples)
+        one = jax.tree.map(lambda a: jax.ShapeDtypeStruct((1, *a.shape[1:]), a.dtype), arrays)
+        like = jax.eval_shape(gradients_of, one)
+        if n:
+            total, norms = fold_blocks(block, _add, arrays, batch_size)
+        else:  # a lot that came out empty
+            total, norms = jax.tree.map(
+                lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(block, one)
+            )
+            norms = norms[:0]
+        if not noiseless:
+            total = _with_noise(total, noise_multiplier * max_norm, rng)
+        divisor = n if lot_size is None else lot_size
+        gradients = jax.tree.map(lambda t, g: (t / divisor).astype(g.dtype), total, like)
+        return (gradients, norms) if has_norms else gradients
+
+    return private
+
+
+def _norms(gradients: Any) -> Any:
+    """Return the norm of each example's gradient, without overflow or underflow of the squares."""
+    flat = flattened(gradients)
+    largest = jnp.max(jnp.stack([jnp.max(jnp.abs(g), axis=1, initial=0) for g in flat]), axis=0)
+    unit = jnp.where(largest > 0, largest, 1)
+    squares = sum(jnp.sum(jnp.square(g / unit[:, None]), axis=1) for g in flat)
+    return unit * jnp.sqrt(squares)
+
+
+@jax.jit
+def _clipped_sum(gradients: Any, max_norm: Any) -> tuple[Any, Any]:
+    """Return the sum of clipped gradients, in float32 at least, and the norms before clipping."""
+    norms = _norms(gradients)
+    factors = 1 / jnp.maximum(1, norms / max_norm)
+
+    # A rounded product would let a gradient be a little longer than max_norm.
+    totals = [jnp.dot(factors, g, precision="highest") for g in flattened(gradients)]
+    leaves, treedef = jax.tree.flatten(gradients)
+    shaped = [t.reshape(g.shape[1:]) for t, g in zip(totals, leaves, strict=True)]
+    return jax.tree.unflatten(treedef, shaped), norms
+
+
+def _add(one: Any, two: Any) -> Any:
+    return jax.tree.map(jnp.add, one, two)
+
+
+def _share(norms: Any, max_norm: Any) -> Any:
+    return jnp.mean((norms > max_norm).astype(norms.dtype))
+
+
+def _with_noise(total: Any, std: Any, rng: Any) -> Any:
+    leaves, treedef = jax.tree.flatten(total)
+    key = jax.random.key(rng) if isinstance(rng, int) else rng
+    keys = jax.random.split(key, len(leaves))
+    noisy = [
+        leaf + std * jax.random.normal(k, leaf.shape, leaf.dtype)
+        for k, leaf in zip(keys, leaves, strict=True)
+    ]
+    return jax.tree.unflatten(treedef, noisy)
+
+
+def _checked_norm(max_norm: Any, function: str) -> Any:
+    if isinstance(max_norm, Tracer):
+        return max_norm
+    if not (float(max_norm) > 0 and math.isfinite(max_norm)):
+        raise ValueError(
+            explain(
+                f"{function} was given max_norm={max_norm!r}",
+                "gradients are shortened to this length",
+                "max_norm=1.0, or another positive number",
+            )
+        )
+    return float(max_norm)
+
+
+def _checked_noise(noise_multiplier: Any, function: str) -> Any:
+    if isinstance(noise_multiplier, Tracer):
+        return noise_multiplier
+    if not (float(noise_multiplier) >= 0 and math.isfinite(noise_multiplier)):
+        raise ValueError(
+            explain(
+                f"{function} was given noise_multiplier={noise_multiplier!r}",
+                "the noise's standard deviation is noise_multiplier · max_norm",
+                "noise_multiplier=1.0, or another number of 0 or more",
+            )
+        )
+    return float(noise_multiplier)
