@@ -241,16 +241,21 @@ def _tapped(module: Any, args: tuple, kwargs: dict, forward: Any, before: list, 
     )
 
 
+def forward_mode_error(module: Any) -> TypeError:
+    """Return the error for forward mode through a module with backward hooks."""
+    return TypeError(
+        explain(
+            f"differentiated {type(module).__name__} in forward mode (jax.jvp, jax.jacfwd)",
+            "it has backward hooks, and forward mode has no cotangents to show them",
+            "remove the hooks (handle.remove()), or use reverse mode (jax.grad, jax.vjp)",
+        )
+    )
+
+
 def _refuse_forward_mode(module: Any) -> None:
     for trace in compat.chain(current_trace()):
         if compat.is_forward_mode(trace):
-            raise TypeError(
-                explain(
-                    f"differentiated {type(module).__name__} in forward mode (jax.jvp, jax.jacfwd)",
-                    "it has backward hooks, and forward mode has no cotangents to show them",
-                    "remove the hooks (handle.remove()), or use reverse mode (jax.grad, jax.vjp)",
-                )
-            )
+            raise forward_mode_error(module)
         if compat.kind(trace) == "autodiff":
             return  # reverse mode is nearer: its gradient may be differentiated in any mode
 

@@ -11,6 +11,8 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
 from statefulnn.core.errors import ShapeError, explain
+from statefulnn.core.hooks import forward_mode_error, hooks_of
+from statefulnn.core.module import Module
 from statefulnn.transforms.differentiate import Differentiation, name_of
 
 
@@ -101,6 +103,9 @@ def linearize(func: Callable, *primals: Any) -> tuple:
         ``(output, jvp_fn)``; ``jvp_fn(*tangents)`` takes one tangent for each primal, as `jvp`, and does
         not run `func` again.
 
+    Raises:
+        TypeError: if a module has backward hooks: forward mode has no gradients to show them.
+
     Source: ``torch.func.linearize``.
 
     Example:
@@ -110,6 +115,11 @@ def linearize(func: Callable, *primals: Any) -> tuple:
         (6.0, 12.0)
     """
     call = Differentiation(func, primals, {}, _all(primals))
+    for root in call.call.roots:
+        # To the hooks this is reverse mode; the error would come from JAX, at the first tangent.
+        for module in root.modules() if isinstance(root, Module) else ():
+            if hooks_of(module, "_backward_hooks") or hooks_of(module, "_backward_pre_hooks"):
+                raise forward_mode_error(module)
     out, pushforward, effects = jax.linearize(call, call.values, has_aux=True)
     call.finish(effects)
     return out, lambda *tangents: pushforward(call.take(tangents, "a tangent"))
