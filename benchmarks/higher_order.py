@@ -13,6 +13,7 @@ so. torch.compile needs a C++ compiler and takes minutes to compile: `--no-compi
 from __future__ import annotations
 
 import functools
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -36,6 +37,14 @@ import statefulnn.functional as F  # noqa: E402
 TASKS, POINTS, INNER_LR, CHUNK = 25, 10, 0.01, 64
 OPTIONAL = ("torch", "higher", "torchopt")
 options: Any = None  # the command line
+
+
+def torch_threads(count: int) -> None:
+    """Give torch as many threads: one for small networks, where two are slower."""
+    if not uninstalled(["torch"]):
+        import torch
+
+        torch.set_num_threads(count)
 
 
 def has(report: Report, *names: str) -> bool:
@@ -232,6 +241,7 @@ def torchopt_step(inner_steps: int) -> Callable:
 
 def part_maml(report: Report, quick: bool) -> None:
     """Meta-steps at 1 and 5 inner steps."""
+    torch_threads(1)
     for inner_steps in (1,) if quick else (1, 5):
         data = [jnp.asarray(v) for v in sinusoids(0)]
         many = [jnp.asarray(v) for v in sinusoids(1, CHUNK)]
@@ -411,6 +421,7 @@ def cnn(lib: Any, function: Any) -> Any:
 
 def part_per_sample(report: Report, quick: bool) -> None:
     """Per-sample gradients of a CNN, batch 64."""
+    torch_threads(os.cpu_count() or 1)
     batch = 8 if quick else 64
     rng = np.random.default_rng(0)
     xs = rng.standard_normal((batch, 1, 28, 28)).astype(np.float32)
@@ -478,6 +489,7 @@ def part_per_sample(report: Report, quick: bool) -> None:
 
 def part_ensemble(report: Report, quick: bool) -> None:
     """A train step of 100 MLPs 2-32-2, each on its batch."""
+    torch_threads(1)
     n, batch = (10 if quick else 100), 64
     rng = np.random.default_rng(0)
     xs = rng.standard_normal((n, batch, 2)).astype(np.float32)

@@ -151,6 +151,28 @@ def test_every_public_name_is_documented():
     assert undocumented == []
 
 
+def test_what_is_built_on_top_is_imported_when_it_is_first_used():
+    code = (
+        "import sys, statefulnn as nn; names = {'func', 'meta', 'curvature', 'ensemble'}\n"
+        "loaded = {n for n in names if f'statefulnn.{n}' in sys.modules}\n"
+        "assert not loaded, loaded\n"
+        "assert {'func', 'meta', 'curvature', 'Ensemble'} <= set(dir(nn))\n"
+        "assert callable(nn.meta.adapt) and callable(nn.func.vjp) and callable(nn.Ensemble)\n"
+        "assert callable(nn.curvature.empirical_ntk) and not hasattr(nn, 'met')\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+@pytest.mark.parametrize("package", ["func", "meta", "curvature"])
+def test_every_public_name_on_top_is_documented_with_an_example(package):
+    for name, value in vars(getattr(nn, package)).items():
+        if name.startswith("_") or inspect.ismodule(value):
+            continue
+        assert value.__doc__, name
+        if value.__module__.startswith(f"statefulnn.{package}") and inspect.isfunction(value):
+            assert "Example:" in value.__doc__, name
+
+
 def test_runtime_dependencies_are_jax_jaxlib_and_numpy():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     names = {re.split(r"[<>=!~ ]", d)[0] for d in project["dependencies"]}

@@ -11,8 +11,6 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
 from statefulnn.core.errors import ShapeError, explain
-from statefulnn.core.hooks import forward_mode_error, hooks_of
-from statefulnn.core.module import Module
 from statefulnn.transforms.differentiate import Differentiation, name_of
 
 
@@ -115,11 +113,7 @@ def linearize(func: Callable, *primals: Any) -> tuple:
         (6.0, 12.0)
     """
     call = Differentiation(func, primals, {}, _all(primals))
-    for root in call.call.roots:
-        # To the hooks this is reverse mode; the error would come from JAX, at the first tangent.
-        for module in root.modules() if isinstance(root, Module) else ():
-            if hooks_of(module, "_backward_hooks") or hooks_of(module, "_backward_pre_hooks"):
-                raise forward_mode_error(module)
+    call.refuse_hooks()
     out, pushforward, effects = jax.linearize(call, call.values, has_aux=True)
     call.finish(effects)
     return out, lambda *tangents: pushforward(call.take(tangents, "a tangent"))
@@ -216,9 +210,6 @@ def hessian(func: Callable, argnums: int | tuple[int, ...] = 0, has_aux: bool = 
     Returns:
         a function that returns the Hessian; for a Module a dict of dicts, ``h["fc.weight"]["fc.bias"]``
         of shape ``(*output, *weight, *bias)``.
-
-    Raises:
-        TypeError: if a module has backward hooks: forward mode has no gradients to show them.
 
     Source: ``torch.func.hessian``.
 

@@ -31,8 +31,7 @@ def hvp(func: Callable, primals: tuple, vector: Any) -> Any:
         the product, of the vector's structure.
 
     Raises:
-        TypeError: if the loss is no scalar, or a module has backward hooks: forward mode has no
-            gradients to show them.
+        TypeError: if the loss is no scalar.
 
     Source: Pearlmutter 1994, Fast exact multiplication by the Hessian.
 
@@ -161,6 +160,7 @@ def _differentiated(
 def _sandwich(func: Callable, primals: tuple, vector: Any, curvature: Callable) -> Any:
     """Return ``J' B J v``: B, given by its product, between the Jacobian and its transpose."""
     call = _differentiated(func, primals)
+    call.refuse_hooks()
     given = call.take(vector, "a vector")
     out, pushforward, effects = jax.linearize(call, call.values, has_aux=True)
     (product,) = jax.linear_transpose(pushforward, call.values)(curvature(out, pushforward(given)))

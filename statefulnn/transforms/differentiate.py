@@ -16,6 +16,8 @@ import numpy as np
 
 from statefulnn.core.box import Box
 from statefulnn.core.errors import ShapeError, UnknownNameError, UnusedModuleError, explain
+from statefulnn.core.hooks import forward_mode_error, hooks_of
+from statefulnn.core.module import Module
 from statefulnn.core.pytree import flatten_collecting
 from statefulnn.core.scope import Scope
 from statefulnn.transforms.lift import Call, Written, restore_output, run, template
@@ -121,6 +123,16 @@ class Differentiation:
         if written.out is not None:
             aux = restore_output(aux, written.out, self.call.plan, self.call.roots)
         return aux
+
+    def refuse_hooks(self) -> None:
+        """Raise for modules with backward hooks, before ``jax.linearize``.
+
+        It looks like reverse mode to the hooks, so JAX's error would come at the first tangent.
+        """
+        for root in self.call.roots:
+            for module in root.modules() if isinstance(root, Module) else ():
+                if hooks_of(module, "_backward_hooks") or hooks_of(module, "_backward_pre_hooks"):
+                    raise forward_mode_error(module)
 
     def show(self, tree: Any) -> Any:
         """Replace every `Chosen` in a result by the arguments it stands for, in the user's terms."""

@@ -326,7 +326,26 @@ def test_forward_mode_through_hooks_is_refused():
         lambda: nn.func.jvp(f, (model, X), (v, X)),
         lambda: nn.func.linearize(f, model, X),
         lambda: nn.func.jacfwd(f)(model, X),
-        lambda: nn.func.hvp(lambda m, x: f(m, x).sum(), (model, X), v),
+        lambda: nn.func.ggn_vp(f, lambda out: (out**2).sum(), (model, X), v),
+        lambda: nn.func.fisher_vp(f, (model, X), v),
     ):
         with pytest.raises(TypeError, match="backward hooks"):
             call()
+
+
+def test_forward_over_reverse_shows_hooks_the_gradient():
+    plain, hooked = nn.Linear(3, 2), nn.Linear(3, 2)
+    hooked.load_state_dict(plain.state_dict())
+    seen = []
+    hooked.register_full_backward_hook(lambda m, gi, go: seen.append(go[0].shape))
+    v = {n: jnp.ones_like(p.value) for n, p in plain.named_parameters()}
+    loss = lambda m, x: (m(x) ** 4).sum()
+    for product in (
+        lambda m: nn.func.hvp(loss, (m, X), v),
+        lambda m: nn.func.hessian(loss)(m, X)["bias"],
+    ):
+        seen.clear()
+        ours, expected = product(hooked), product(plain)
+        assert seen == [(5, 2)]
+        for name in expected:
+            np.testing.assert_allclose(ours[name], expected[name], rtol=1e-5, atol=1e-5)
