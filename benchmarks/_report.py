@@ -51,6 +51,7 @@ class Report:
 
     def target(self, what: str, value: float | None, limit: float, unit: str) -> None:
         """Adds a promise: `value` is at most `limit`; None says that it was not measured."""
+        value = None if value is None else float(value)
         measured = "not measured" if value is None else f"{value:.2f}{unit}"
         self.targets.append(
             Target(what, measured, f"at most {limit:g}{unit}", value is not None and value <= limit)

@@ -89,10 +89,10 @@ def near_start(params: dict, start: dict, x: jax.Array, y: jax.Array) -> jax.Arr
 
 
 def descend(params: dict, start: dict, x: jax.Array, y: jax.Array) -> dict:
-    return nn.meta.adapt(None, params, near_start, (start, x, y), lr=0.005, steps=16).params
+    return nn.meta.adapt(None, params, near_start, (start, x, y), lr=0.001, steps=16).params
 
 
-STAY = 100.0
+STAY = 500.0
 solve = nn.meta.implicit_gradient(
     descend, objective=near_start, solve=nn.meta.cg(steps=5, tol=None)
 )
@@ -144,7 +144,7 @@ ALGORITHMS = {
         learned(steps=5),
         partial(multi_step_loss, learned(steps=5)),
     ),
-    "iMAML": Algorithm({"params": initial}, fixed(lr=0.01), implicit_loss),
+    "iMAML": Algorithm({"params": initial}, fixed(lr=0.002), implicit_loss),
     "Reptile": Algorithm({"params": initial}, fixed(lr=0.01)),
     # The baseline takes the step size of the paper's text, ten times as large: better for it.
     "pretrained": Algorithm({"params": initial}, fixed(lr=0.01), joint_loss),

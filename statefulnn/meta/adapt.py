@@ -9,7 +9,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from statefulnn.core.box import Box
 from statefulnn.core.errors import DtypeError, ShapeError, UnknownNameError, explain
+from statefulnn.core.module import Module
 from statefulnn.meta._names import chosen_names
 from statefulnn.meta.inner_optimizer import require_differentiable
 from statefulnn.meta.per_step import (
@@ -126,12 +128,29 @@ def adapt(
         raise ValueError(f"adapt: checkpoint must be one of {CHECKPOINTS}, got {checkpoint!r}")
     if truncate is not None and not (isinstance(truncate, int) and 0 <= truncate):
         raise ValueError(f"adapt: truncate must be a number of steps or None, got {truncate!r}")
+    for value, what in ((fn, "fn"), (params, "params")):
+        if isinstance(value, Module):
+            raise TypeError(
+                explain(
+                    f"adapt was given a {type(value).__name__} as {what}",
+                    "its steps are pure: they take a function of the parameters, and never touch a module",
+                    "fn, params = nn.functionalize(model); adapt(fn, params, loss, (x, y), lr=0.01)",
+                )
+            )
     if not isinstance(data, tuple):
         raise TypeError(
             explain(
                 f"adapt was given data of type {type(data).__name__}",
                 "they are the inputs and the target, in this order",
                 "pass a tuple: adapt(fn, params, loss, (x, y))",
+            )
+        )
+    if fn is not None and not data:
+        raise TypeError(
+            explain(
+                "adapt was given no data",
+                "the last entry is the target of the loss, what is before it goes into the model",
+                "adapt(fn, params, loss, (x, y)); or adapt(None, params, loss, ()) for a loss of params",
             )
         )
     loop = _Loop(
@@ -149,6 +168,7 @@ class _Loop:
         self.fn, self.loss, self.optimizer, self.lr = fn, loss, optimizer, lr
         self.steps, self.rng, self.first_order = steps, rng, first_order
         self.by_name = isinstance(params, Mapping)
+        params = _values(params)
         if only is not None and not self.by_name:
             raise TypeError(
                 explain(
@@ -304,6 +324,8 @@ class _Loop:
 
     def _require_learning_rate(self, chosen: Any) -> None:
         lr = self.lr
+        if any(isinstance(leaf, str) for leaf in jax.tree_util.tree_leaves(lr)):
+            raise TypeError(f"adapt: lr is a number or arrays, got {lr!r}")
         if lr is None:
             if self.optimizer is None:
                 raise TypeError(
@@ -387,6 +409,15 @@ def _steps(step: Callable, carry: tuple, xs: tuple, checkpoint: str) -> tuple[tu
 
 def _part(xs: Any, start: int, stop: int) -> Any:
     return jax.tree_util.tree_map(lambda v: v[start:stop], xs)
+
+
+def _values(params: Any) -> Any:
+    """Return parameters with the arrays of boxes, as ``dict(model.named_parameters())`` has them."""
+
+    def is_box(x: Any) -> bool:
+        return isinstance(x, Box)
+
+    return jax.tree_util.tree_map(lambda v: v.value if is_box(v) else v, params, is_leaf=is_box)
 
 
 def _key(rng: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import jax
@@ -28,11 +29,11 @@ def by_hand(params, x, y):
     return jnp.stack(losses).mean()
 
 
-def some_params():
+def some_params(scale=0.5):
     # Larger than the initial ones, whose second-order terms are too small to see.
     keys = jax.random.split(jax.random.key(1), len(maml.initial))
     return {
-        name: 0.5 * jax.random.normal(key, p.shape)
+        name: scale * jax.random.normal(key, p.shape)
         for key, (name, p) in zip(keys, maml.initial.items(), strict=True)
     }
 
@@ -40,11 +41,37 @@ def some_params():
 def test_meta_gradient_is_the_one_written_by_hand():
     params = some_params()
     x, y = maml.sample_tasks(jax.random.key(2), 3, 20)
-    ours = jax.jit(jax.value_and_grad(maml.maml_loss))(params, x, y)
+    loss, grads = jax.jit(maml.meta_gradient("MAML"))({"params": params}, 0.0, *maml.split(x, y))
+    ours = loss, grads["params"]
     theirs = jax.jit(jax.value_and_grad(by_hand))(params, x, y)
     np.testing.assert_allclose(ours[0], theirs[0], rtol=1e-5)
     for name in params:
         np.testing.assert_allclose(ours[1][name], theirs[1][name], rtol=1e-3, atol=1e-4)
+
+
+def gradient(name, params, seed=2):
+    start = {**maml.ALGORITHMS[name].start, "params": params}
+    tasks = maml.split(*maml.sample_tasks(jax.random.key(seed), 3, 20))
+    return jax.jit(maml.meta_gradient(name))(start, jnp.asarray(0.0), *tasks)[1]
+
+
+@pytest.mark.long
+def test_the_algorithms_differ_where_they_should():
+    params = some_params(0.2)
+    found = {name: gradient(name, params)["params"] for name in maml.ALGORITHMS}
+    size = lambda a, b: float(jnp.abs(found[a]["fc2.weight"] - found[b]["fc2.weight"]).max())
+    # Meta-SGD starts as MAML, with rates that learn; the others take other gradients.
+    assert size("MAML", "Meta-SGD") < 1e-7
+    names = [n for n in found if n != "Meta-SGD"]
+    for a, b in itertools.combinations(names, 2):
+        assert size(a, b) > 1e-6, (a, b)
+
+
+def test_learned_rates_get_gradients_of_their_own():
+    of_each_number = gradient("Meta-SGD", some_params())["lr"]["fc2.weight"]
+    assert of_each_number.shape == (40, 40) and float(jnp.abs(of_each_number).max()) > 0
+    of_each_step = gradient("MAML++", some_params())["lr"]["fc2.weight"].rows
+    assert of_each_step.shape == (5,) and float(jnp.abs(of_each_step).min()) > 0
 
 
 def test_tasks_are_sines_within_the_ranges_of_the_paper():

@@ -321,6 +321,17 @@ def test_losses_and_path_are_those_of_a_loop_by_hand(steps):
     assert list(adapted.params) == list(params)
 
 
+def test_the_parameters_of_a_module_may_be_given_as_they_are():
+    model = nn.Linear(2, 1)
+    fn, params = nn.functionalize(model)
+    data = jnp.ones((3, 2)), jnp.zeros((3, 1))
+    found = nn.meta.adapt(fn, dict(model.named_parameters()), F.mse_loss, data, lr=0.1)
+    expected = nn.meta.adapt(fn, params, F.mse_loss, data, lr=0.1)
+    for name, value in found.params.items():
+        assert type(value) is type(expected.params[name])
+        np.testing.assert_array_equal(value, expected.params[name])
+
+
 def test_each_step_may_have_its_batch():
     fn, params = nn.functionalize(nn.Linear(1, 1, bias=False))
     xs = jnp.arange(1.0, 8.0).reshape(7, 1, 1)
@@ -432,6 +443,10 @@ def call(**changes):
         ({"lr": {"weight": 0.1}}, KeyError, r"without \['bias'\]"),
         ({"lr": {"weight": 0.1, "bias": 0.1, "x": 1.0}}, KeyError, r"for \['x'\]"),
         ({"lr": {"weight": jnp.ones(5), "bias": 0.1}}, (ValueError, RuntimeError), "."),
+        ({"fn": nn.Linear(2, 1)}, TypeError, "a Linear as fn"),
+        ({"params": nn.Linear(2, 1)}, TypeError, "a Linear as params"),
+        ({"data": ()}, TypeError, "given no data"),
+        ({"lr": "0.1"}, TypeError, "lr is a number"),
         ({"steps": 0}, ValueError, "steps must be a positive integer, got 0"),
         ({"steps": True}, ValueError, "steps must be a positive integer"),
         ({"checkpoint": "some"}, ValueError, "checkpoint must be one of"),
