@@ -1,4 +1,4 @@
-"""Seven ways to meta-learn sinusoid regression (Finn et al. 2017, section 5.1), with `nn.meta`.
+"""Six ways to meta-learn sinusoid regression (Finn et al. 2017, section 5.1), with `nn.meta`.
 
 A task is y = A sin(x - phase), A in [0.1, 5], phase in [0, pi], x in [-5, 5]. Meta-learning finds weights
 from which a few gradient steps on a few points fit a new task. The default is a shortened run of MAML and
@@ -82,27 +82,6 @@ def multi_step_loss(options: Callable, meta: dict, progress, support: tuple, que
     return nn.meta.multi_step_weights(len(losses), progress / 0.15) @ losses
 
 
-def near_start(params: dict, start: dict, x: jax.Array, y: jax.Array) -> jax.Array:
-    """The inner objective of implicit MAML: fit the task, stay near the start."""
-    apart = sum(((params[name] - start[name]) ** 2).sum() for name in params)
-    return mse(params, x, y) + 0.5 * STAY * apart
-
-
-def descend(params: dict, start: dict, x: jax.Array, y: jax.Array) -> dict:
-    return nn.meta.adapt(None, params, near_start, (start, x, y), lr=0.001, steps=16).params
-
-
-STAY = 500.0
-solve = nn.meta.implicit_gradient(
-    descend, objective=near_start, solve=nn.meta.cg(steps=5, tol=None)
-)
-
-
-def implicit_loss(meta: dict, progress, support: tuple, query: tuple) -> jax.Array:
-    """Differentiate the solution of the inner problem, not the steps that led there."""
-    return mse(solve(meta["params"], meta["params"], *support), *query)
-
-
 def reptile(shared: tuple, support: tuple, query: tuple) -> tuple[jax.Array, dict]:
     """Adapt on all points; the meta-gradient is the way back. No outer loss, so nothing to derive."""
     meta, _ = shared
@@ -129,22 +108,27 @@ def fixed(**options) -> Callable:
     return lambda meta: options
 
 
-def learned(**options) -> Callable:
-    return lambda meta: {"lr": meta["lr"], **options}
+def learned(meta: dict) -> dict:
+    return {"lr": meta["lr"]}
 
 
-rates = partial(nn.meta.learning_rates, initial, INNER_LR)
+def learned_per_step(meta: dict) -> dict:
+    """Rates of each step and array, in units of the usual one, so that Adam's steps suit them."""
+    return {"lr": jax.tree.map(lambda rate: INNER_LR * rate, meta["lr"]), "steps": STEPS}
+
+
+STEPS = 5  # of MAML++
+rates = partial(nn.meta.learning_rates, initial)
 ALGORITHMS = {
     "MAML": Algorithm({"params": initial}, fixed(lr=INNER_LR)),
     "FOMAML": Algorithm({"params": initial}, fixed(lr=INNER_LR, first_order=True)),
-    "ANIL": Algorithm({"params": initial}, fixed(lr=INNER_LR, only="out.*")),
-    "Meta-SGD": Algorithm({"params": initial, "lr": rates()}, learned()),
+    "ANIL": Algorithm({"params": initial}, fixed(lr=0.01, only="out.*")),
+    "Meta-SGD": Algorithm({"params": initial, "lr": rates(INNER_LR)}, learned),
     "MAML++": Algorithm(
-        {"params": initial, "lr": rates(each="array", steps=5)},
-        learned(steps=5),
-        partial(multi_step_loss, learned(steps=5)),
+        {"params": initial, "lr": rates(1.0, each="array", steps=STEPS)},
+        learned_per_step,
+        partial(multi_step_loss, learned_per_step),
     ),
-    "iMAML": Algorithm({"params": initial}, fixed(lr=0.002), implicit_loss),
     "Reptile": Algorithm({"params": initial}, fixed(lr=0.01)),
     # The baseline takes the step size of the paper's text, ten times as large: better for it.
     "pretrained": Algorithm({"params": initial}, fixed(lr=0.01), joint_loss),
@@ -195,8 +179,8 @@ def adaptation(name: str, meta: dict, x: jax.Array, y: jax.Array) -> dict:
     options = {**ALGORITHMS[name].options(meta), "steps": max(SHOWN), "keep_path": True}
     if name == "MAML++":  # after the steps it was trained for, the rate of the last one
         options["lr"] = {
-            n: nn.meta.PerStep(jnp.pad(r.rows, (0, max(SHOWN) - 5), mode="edge"))
-            for n, r in meta["lr"].items()
+            n: nn.meta.PerStep(jnp.pad(r.rows, (0, max(SHOWN) - STEPS), mode="edge"))
+            for n, r in options["lr"].items()
         }
     return nn.meta.adapt(fn, meta["params"], F.mse_loss, (x, y), **options).path
 

@@ -47,9 +47,9 @@ def es_gradient(
     """
     _require_sizes("es_gradient", sigma, pairs)
     noise = _normal(require_rng(key, "es_gradient"), params, pairs, sigma)
-    plus, minus = _both(objective, params, noise)
-    _report(jnp.concatenate([plus, minus]))
-    return jnp.concatenate([plus, minus]).mean(), _estimate(noise, plus - minus, sigma)
+    values = _at_both_signs(objective, params, noise)
+    _report(values)
+    return values.mean(), _estimate(noise, values, sigma)
 
 
 class PES(NamedTuple):
@@ -120,29 +120,20 @@ def pes_gradient(
     pairs = jax.tree_util.tree_leaves(pes.sums)[0].shape[0]
     _require_sizes("pes_gradient", sigma, pairs)
     noise = _normal(require_rng(key, "pes_gradient"), params, pairs, sigma)
-    first = jax.tree_util.tree_map(lambda v: v[:pairs], pes.states)
-    second = jax.tree_util.tree_map(lambda v: v[pairs:], pes.states)
-    (plus, first), (minus, second) = _both(unroll, params, noise, first, second)
-    _report(jnp.concatenate([plus, minus]))
+    losses, states = _at_both_signs(unroll, params, noise, pes.states)
+    _report(losses)
     sums = jax.tree_util.tree_map(jnp.add, pes.sums, noise)
-    grads = _estimate(sums, plus - minus, sigma)
-    states = jax.tree_util.tree_map(lambda a, b: jnp.concatenate([a, b]), first, second)
-    return jnp.concatenate([plus, minus]).mean(), grads, PES(states, sums)
+    return losses.mean(), _estimate(sums, losses, sigma), PES(states, sums)
 
 
-def _both(function: Callable, params: Any, noise: Any, *states: Any) -> tuple[Any, Any]:
-    """Evaluate a function at each perturbation and at its negative."""
+def _at_both_signs(function: Callable, params: Any, noise: Any, *states: Any) -> Any:
+    """Evaluate a function at each perturbation, then at the negative of each, in one batch."""
 
-    def at(sign: float) -> Callable:
-        def one(noise: Any, *state: Any) -> Any:
-            return function(
-                jax.tree_util.tree_map(lambda p, e: p + sign * e, params, noise), *state
-            )
+    def one(noise: Any, *state: Any) -> Any:
+        return function(jax.tree_util.tree_map(jnp.add, params, noise), *state)
 
-        return one
-
-    plus, minus = ((states[0],), (states[1],)) if states else ((), ())
-    return jax.vmap(at(1.0))(noise, *plus), jax.vmap(at(-1.0))(noise, *minus)
+    both = jax.tree_util.tree_map(lambda e: jnp.concatenate([e, -e]), noise)
+    return jax.vmap(one)(both, *states)
 
 
 def _normal(key: Any, params: Any, pairs: int, sigma: float) -> Any:
@@ -164,11 +155,12 @@ def _normal(key: Any, params: Any, pairs: int, sigma: float) -> Any:
     )
 
 
-def _estimate(noise: Any, difference: Any, sigma: float) -> Any:
-    """Return the mean of ``noise * difference / (2 sigma^2)`` over pairs."""
+def _estimate(noise: Any, values: Any, sigma: float) -> Any:
+    """Return the mean over pairs of ``noise * (plus - minus) / (2 sigma^2)``."""
+    plus, minus = jnp.split(values, 2)
 
     def one(e: Any) -> Any:
-        weight = (difference / (2 * sigma**2)).astype(e.dtype)
+        weight = ((plus - minus) / (2 * sigma**2)).astype(e.dtype)
         return jnp.tensordot(weight, e, axes=1) / len(weight)
 
     return jax.tree_util.tree_map(one, noise)

@@ -38,7 +38,7 @@ def check_gradients(numbers: dict, fewer: int, more: int) -> None:
 
 def test_a_short_run_fits_the_spiral_and_saves_a_picture(capsys):
     numbers = example.main(
-        ["--steps", "800", "--lengths", "64", "256", "--picture", "pictures/ode.png"]
+        ["--steps", "600", "--lengths", "64", "256", "--picture", "pictures/ode.png"]
     )
     assert numbers["field"] < 0.25
     check_gradients(numbers, 64, 256)
