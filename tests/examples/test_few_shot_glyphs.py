@@ -95,7 +95,7 @@ def test_a_short_run_learns_to_adapt_and_shows_the_error_without_a_policy(capsys
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", [0])
 def test_every_policy_learns_to_adapt_in_the_full_run(seed):
     scores = few_shot.main(["--seed", str(seed)])
     mean = {name: score.mean() for name, score in scores.items()}
