@@ -168,7 +168,8 @@ class _Loop:
         self.fn, self.loss, self.optimizer, self.lr = fn, loss, optimizer, lr
         self.steps, self.rng, self.first_order = steps, rng, first_order
         self.by_name = isinstance(params, Mapping)
-        params = _values(params)
+        self.order = list(params) if self.by_name else []
+        params = _values(params)  # whose names come out sorted
         if only is not None and not self.by_name:
             raise TypeError(
                 explain(
@@ -183,7 +184,6 @@ class _Loop:
             names = set(chosen_names(params, only, "adapt"))
             self.fixed = {n: v for n, v in params.items() if n not in names or is_rows(v)}
             chosen = {n: v for n, v in params.items() if n not in self.fixed}
-        self.order = list(params) if self.by_name else []
         _require_floating(chosen)
         self._require_learning_rate(chosen)
         for tree, what in ((params, "params"), (state, "state"), (lr, "lr")):
