@@ -93,11 +93,28 @@ def weights() -> dict[str, np.ndarray]:
     return found
 
 
+def network(library: Any) -> Any:
+    """The network, of either library's layers."""
+    return library.Sequential(
+        library.Linear(1, 40),
+        library.ReLU(),
+        library.Linear(40, 40),
+        library.ReLU(),
+        library.Linear(40, 1),
+    )
+
+
+def torch_network() -> Any:
+    import torch
+
+    model = network(torch.nn)
+    model.load_state_dict({k: torch.tensor(v) for k, v in weights().items()})
+    return model
+
+
 def ours(inner_steps: int, report_diverged: bool) -> tuple[Callable, dict]:
     """The meta-loss by nn.meta, and its parameters."""
-    model = nn.Sequential(
-        nn.Linear(1, 40), nn.ReLU(), nn.Linear(40, 40), nn.ReLU(), nn.Linear(40, 1)
-    )
+    model = network(nn)
     model.load_state_dict(weights())
     fn, params = nn.functionalize(model)
 
@@ -147,11 +164,7 @@ def torch_step(inner_steps: int, compiled: bool) -> Callable:
     import torch
     from torch.func import functional_call, grad, grad_and_value, vmap
 
-    model = torch.nn.Sequential(
-        torch.nn.Linear(1, 40), torch.nn.ReLU(), torch.nn.Linear(40, 40), torch.nn.ReLU(),
-        torch.nn.Linear(40, 1),
-    )  # fmt: skip
-    model.load_state_dict({k: torch.tensor(v) for k, v in weights().items()})
+    model = torch_network()
     params = {n: p.detach() for n, p in model.named_parameters()}
     mse = torch.nn.functional.mse_loss
 
@@ -189,10 +202,7 @@ def higher_step(inner_steps: int) -> Callable:
     import higher
     import torch
 
-    model = torch.nn.Sequential(
-        torch.nn.Linear(1, 40), torch.nn.ReLU(), torch.nn.Linear(40, 40), torch.nn.ReLU(),
-        torch.nn.Linear(40, 1),
-    )  # fmt: skip
+    model = torch_network()
     mse = torch.nn.functional.mse_loss
     inner = torch.optim.SGD(model.parameters(), lr=INNER_LR)
     outer = torch.optim.Adam(model.parameters(), lr=1e-3)
@@ -215,10 +225,7 @@ def torchopt_step(inner_steps: int) -> Callable:
     import torch
     import torchopt
 
-    model = torch.nn.Sequential(
-        torch.nn.Linear(1, 40), torch.nn.ReLU(), torch.nn.Linear(40, 40), torch.nn.ReLU(),
-        torch.nn.Linear(40, 1),
-    )  # fmt: skip
+    model = torch_network()
     mse = torch.nn.functional.mse_loss
     inner = torchopt.MetaSGD(model, lr=INNER_LR)
     outer = torch.optim.Adam(model.parameters(), lr=1e-3)

@@ -23,6 +23,7 @@ from statefulnn.core.errors import (
     UnknownNameError,
     explain,
 )
+from statefulnn.core.extras import import_extra
 from statefulnn.core.module import Module, Ref, find_box, place_box
 from statefulnn.core.plan import plan_of
 from statefulnn.transforms.jit import jit
@@ -82,7 +83,7 @@ class Optimizer(Module):
 
     def __init__(self, module: Module, tx: Any) -> None:
         super().__init__()
-        optax = _import_optax()
+        optax = import_extra("optax", "optim", "made an nn.Optimizer", "does the arithmetic")
         if not isinstance(module, Module):
             raise TypeError(
                 explain(
@@ -341,17 +342,3 @@ def _listed(names: Any, limit: int = 8) -> str:
 def _described(value: Any) -> str:
     name = getattr(value, "__name__", None)
     return f"the {type(value).__name__} {name}" if name else f"a {type(value).__name__}"
-
-
-def _import_optax() -> Any:
-    try:
-        import optax
-    except ImportError as error:
-        raise ImportError(
-            explain(
-                "made an nn.Optimizer",
-                "optax, which does the arithmetic, is not installed",
-                'pip install "statefulnn[optim]"',
-            )
-        ) from error
-    return optax

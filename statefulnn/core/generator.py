@@ -50,6 +50,20 @@ def _state_from_key(key: Any) -> Any:
     return jnp.concatenate([threefry.key_words(key), jnp.zeros(2, jnp.uint32)])
 
 
+def as_key(rng: Any) -> Any:
+    """Return a random key for a key or an integer seed.
+
+    Raises:
+        TypeError: for anything else.
+    """
+    if _is_integer(rng) and np.ndim(rng) == 0:
+        return jax.random.key(rng)
+    if not hasattr(rng, "dtype"):
+        raise threefry.no_key(repr(rng))
+    threefry.require_key(rng)
+    return rng
+
+
 @jax.jit
 def advance(state: Any) -> tuple[Any, Any]:
     """Return the next key of a generator state, uint32[4], and the state after it."""

@@ -136,12 +136,7 @@ def key_words(key: Any) -> Any:
     Raises:
         TypeError: for anything else.
     """
-    typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
-    if not typed and (key.dtype != jnp.uint32 or key.ndim != 1):
-        raise no_key(f"an array of dtype {key.dtype} and shape {key.shape}")
-    if typed and key.ndim != 0:
-        raise no_key(f"an array of {key.shape} keys")
-    data = (jax.random.key_data(key) if typed else key).reshape(-1).astype(jnp.uint32)
+    data = (jax.random.key_data(key) if require_key(key) else key).reshape(-1).astype(jnp.uint32)
     if data.size == 2:
         return data
     # Implementations differ in the number of words: they are folded to the two that threefry takes.
@@ -150,6 +145,16 @@ def key_words(key: Any) -> Any:
     for pair in data[1:]:
         folded = folded ^ pair
     return folded
+
+
+def require_key(key: Any) -> bool:
+    """Raise unless an array is one random key; return whether it is a typed one."""
+    typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+    if not typed and (key.dtype != jnp.uint32 or key.ndim != 1):
+        raise no_key(f"an array of dtype {key.dtype} and shape {key.shape}")
+    if typed and key.ndim != 0:
+        raise no_key(f"an array of {key.shape} keys")
+    return typed
 
 
 def no_key(given: str) -> TypeError:

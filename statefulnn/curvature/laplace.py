@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
 from statefulnn.core.errors import MissingRngError, explain
+from statefulnn.core.generator import as_key
 from statefulnn.curvature._blocks import fold_blocks, map_blocks
 from statefulnn.curvature._laplace_parts import (
     Subset,
@@ -434,7 +435,7 @@ class Laplace:
                     f"{function} was given samples={samples}", "it draws that many", "samples=100"
                 )
             )
-        key = jax.random.key(rng) if isinstance(rng, int) else rng
+        key = as_key(rng)
         values = self.eigenvalues
         noise = jax.random.normal(key, (samples, *values.shape), values.dtype)
         return noise * jnp.sqrt(self._variances())

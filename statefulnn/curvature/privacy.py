@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from statefulnn.core.compat import Tracer
 from statefulnn.core.errors import MissingRngError, explain
+from statefulnn.core.generator import as_key
 from statefulnn.curvature._blocks import fold_blocks
 from statefulnn.curvature._examples import check_examples, flattened, gradient_of_examples
 from statefulnn.curvature._models import (
@@ -231,7 +232,7 @@ def _share(norms: Any, max_norm: Any) -> Any:
 
 def _with_noise(total: Any, std: Any, rng: Any) -> Any:
     leaves, treedef = jax.tree.flatten(total)
-    key = jax.random.key(rng) if isinstance(rng, int) else rng
+    key = as_key(rng)
     keys = jax.random.split(key, len(leaves))
     noisy = [
         leaf + std * jax.random.normal(k, leaf.shape, leaf.dtype)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,13 +14,12 @@ from statefulnn.core.box import from_numpy
 from statefulnn.core.compat import EAGER, Tracer, current_trace, trace_of
 from statefulnn.core.errors import DtypeError, ShapeError, UninitializedParameterError, explain
 from statefulnn.core.freeze import Identity
-from statefulnn.core.generator import drawing_generator, rng_scope
+from statefulnn.core.generator import as_key, drawing_generator, rng_scope
 from statefulnn.core.module import Module
 from statefulnn.core.moduledef import ModuleDef, differences
 from statefulnn.core.placement import META, elsewhere, is_meta, place_in_force, placed
 from statefulnn.core.plan import plan_of
 from statefulnn.core.scope import Capture, set_home
-from statefulnn.core.threefry import no_key
 from statefulnn.core.uninitialized import is_lazy
 
 _UNTRACEABLE = (
@@ -53,11 +51,7 @@ def first_key(rng: Any) -> Any:
             # The same key as next_key(), without a compiled call.
             return np.array(generator.next_words(), np.uint32)
         return generator.next_key()
-    if not hasattr(rng, "dtype") or (jnp.ndim(rng) == 0 and not _is_key(rng)):
-        return jax.random.key(operator.index(rng))
-    if jnp.ndim(rng) != (0 if _is_key(rng) else 1):
-        raise no_key(f"an array of dtype {rng.dtype} and shape {rng.shape}")
-    return rng
+    return as_key(rng)
 
 
 def _is_key(rng: Any) -> bool:

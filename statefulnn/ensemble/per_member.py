@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from statefulnn.core.errors import ShapeError, explain
+from statefulnn.core.extras import import_extra
 from statefulnn.ensemble._building import described
 
 
@@ -51,7 +52,7 @@ def per_member(tx: Any, **hyperparameters: Any) -> Any:
         >>> opt.state_dict()["mu.stack.weight"].shape, opt.state_dict()["count"].shape
         ((4, 3, 2), (4,))
     """
-    optax = _import_optax()
+    optax = import_extra("optax", "optim", "called per_member", "makes what it maps")
     lists = [k for k, v in hyperparameters.items() if isinstance(v, list)]
     if lists:
         raise TypeError(
@@ -143,17 +144,3 @@ def _check_members(trees: Mapping[str, Any]) -> None:
                         "per_member(tx)); hyperparameters are arrays (n,)",
                     )
                 )
-
-
-def _import_optax() -> Any:
-    try:
-        import optax
-    except ImportError as error:
-        raise ImportError(
-            explain(
-                "called per_member",
-                "optax, whose transformations it maps, is not installed",
-                'pip install "statefulnn[optim]"',
-            )
-        ) from error
-    return optax

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from statefulnn.core.box import Box
-from statefulnn.core.errors import UnknownNameError, explain
+from statefulnn.core.errors import ShapeError, UnknownNameError, explain
 from statefulnn.init import _initializers as draw
 
 Pattern = str | Iterable[str] | Callable[[str], bool] | None
@@ -272,6 +272,30 @@ SCHEMES: dict[str, Callable[..., Any]] = {
 }
 
 
+_RANKS = {
+    "Linear": 2,
+    "Embedding": 2,
+    **{name: rank for names in (_CONV, _CONV_TRANSPOSE) for rank, name in enumerate(names, 3)},
+}
+
+
+def _require_unstacked(model: Any) -> None:
+    """Raise for layers with an axis of members: a scheme would take it for one of features."""
+    for name, m in model.named_modules():
+        for layer, rank in _RANKS.items():
+            shape = getattr(getattr(m, "weight", None), "shape", ()) if _is(m, layer) else ()
+            if len(shape) > rank:
+                raise ShapeError(
+                    explain(
+                        f"nn.init.apply_scheme met the {layer} {name!r} with a weight of shape {shape}",
+                        "its first axis counts the members of an ensemble, and the variance of each "
+                        "follows from the shape of one",
+                        "apply the scheme in make_member, or to each member: "
+                        "ensemble.map(lambda m: nn.init.apply_scheme(m, scheme) and None)",
+                    )
+                )
+
+
 def apply_scheme(model: Any, scheme: str, **options: Any) -> Any:
     """Give a whole model initial values by a scheme that knows its depth or width.
 
@@ -287,6 +311,7 @@ def apply_scheme(model: Any, scheme: str, **options: Any) -> Any:
     Raises:
         ValueError: if there is no such scheme.
         UnknownNameError: if a pattern matches no layer. The model is then as it was.
+        ShapeError: for layers whose weights are stacked, as in an `Ensemble`.
 
     Example:
         >>> import statefulnn as nn
@@ -303,6 +328,7 @@ def apply_scheme(model: Any, scheme: str, **options: Any) -> Any:
                 'nn.init.apply_scheme(model, "gpt2")',
             )
         )
+    _require_unstacked(model)
     before = [(p, p.value) for p in model.parameters()]
     try:
         result = SCHEMES[scheme](model, **options)

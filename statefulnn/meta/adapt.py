@@ -11,7 +11,9 @@ import jax.numpy as jnp
 
 from statefulnn.core.box import Box
 from statefulnn.core.errors import DtypeError, ShapeError, UnknownNameError, explain
+from statefulnn.core.generator import as_key
 from statefulnn.core.module import Module
+from statefulnn.meta._arrays import strong_arrays
 from statefulnn.meta._names import chosen_names
 from statefulnn.meta.inner_optimizer import require_differentiable
 from statefulnn.meta.per_step import (
@@ -20,12 +22,11 @@ from statefulnn.meta.per_step import (
     require_rows,
     require_steps,
     rows_at,
-    strong_arrays,
 )
 
 CHECKPOINTS = ("none", "all", "sqrt")
-# Up to this many steps are compiled one after the other, which runs faster than a loop; each costs
-# compile time (sinusoid MAML, 5 steps: 1.9 ms and 2.4 s to compile against 2.3 ms and 1.2 s).
+# By default up to this many steps are compiled one after the other, which runs faster than a loop;
+# each costs compile time (sinusoid MAML, 5 steps: 1.9 ms and 2.4 s to compile against 2.3 ms and 1.2 s).
 UNROLLED = 5
 
 
@@ -40,6 +41,8 @@ class Adapted(NamedTuple):
         rows: the `PerStep` values of the state, as the steps wrote them, by name.
         path: with ``keep_path=True`` the parameters before the first and after each step, with a leading
             axis ``steps + 1``; else None.
+        slots: the optimizer's state after the last step (empty without one): ``adapt(slots=...)`` goes on
+            from there.
     """
 
     params: Any
@@ -47,6 +50,7 @@ class Adapted(NamedTuple):
     losses: Any
     rows: dict[str, PerStep]
     path: Any
+    slots: Any
 
 
 def adapt(
@@ -56,6 +60,7 @@ def adapt(
     data: Any,
     *,
     optimizer: Any = None,
+    slots: Any = None,
     lr: Any = None,
     steps: int = 1,
     only: Any = None,
@@ -66,6 +71,7 @@ def adapt(
     checkpoint: str = "none",
     batches: bool = False,
     keep_path: bool = False,
+    unroll: int = UNROLLED,
 ) -> Adapted:
     """Take optimisation steps on one task; the result is differentiable by where they started.
 
@@ -81,6 +87,7 @@ def adapt(
             `state` ``loss(params, state, *data) -> (scalar, state)``.
         data: ``(*inputs, target)``, a tuple.
         optimizer: any optax transformation; None for plain gradient descent.
+        slots: the optimizer's state to start with, from ``Adapted.slots``; None for a fresh one.
         lr: the step size of gradient descent, or a factor on the optimizer's updates: a number or traced
             scalar for all; a dict of name -> array (a scalar or of the parameter's shape, learnable:
             Meta-SGD); `PerStep` in either place for one of each step. Required without `optimizer`.
@@ -97,9 +104,11 @@ def adapt(
             of each step; "sqrt" those of every √steps-th, for memory that grows with √steps.
         batches: whether `data` has a leading axis of steps: a batch for each.
         keep_path: whether to return the parameters after every step.
+        unroll: up to this many steps are compiled one after the other, and run faster; more are a loop,
+            which compiles once. 0 is always a loop. Only with ``checkpoint="none"``.
 
     Returns:
-        `Adapted`: params, state, losses, rows, path.
+        `Adapted`: params, state, losses, rows, path, slots.
 
     Raises:
         TypeError: for an inner loss that is no real scalar.
@@ -128,6 +137,8 @@ def adapt(
         raise ValueError(f"adapt: checkpoint must be one of {CHECKPOINTS}, got {checkpoint!r}")
     if truncate is not None and not (isinstance(truncate, int) and 0 <= truncate):
         raise ValueError(f"adapt: truncate must be a number of steps or None, got {truncate!r}")
+    if not isinstance(unroll, int) or unroll < 0:
+        raise ValueError(f"adapt: unroll must be a number of steps, got {unroll!r}")
     for value, what in ((fn, "fn"), (params, "params")):
         if isinstance(value, Module):
             raise TypeError(
@@ -153,17 +164,40 @@ def adapt(
                 "adapt(fn, params, loss, (x, y)); or adapt(None, params, loss, ()) for a loss of params",
             )
         )
+    takes_state = getattr(fn, "mutable", state is not None)  # functionalize says so
+    if takes_state != (state is not None):
+        raise TypeError(
+            explain(
+                f"adapt was given {'no state' if takes_state else 'state'} for a function that takes "
+                f"{'it' if takes_state else 'none'}",
+                "the state goes into every step, and what the step wrote comes out",
+                "fn, params, state = nn.functionalize(model, mutable=True); adapt(..., state=state)",
+            )
+        )
     loop = _Loop(
-        fn, params, loss, data, optimizer, lr, steps, only, state, rng, first_order, batches
+        fn, params, loss, data, optimizer, slots, lr, steps, only, state, rng, first_order, batches
     )
-    return loop.run(truncate, checkpoint, keep_path)
+    return loop.run(truncate, checkpoint, keep_path, unroll)
 
 
 class _Loop:
     """An inner loop, taken apart into what is carried from step to step and what is not."""
 
     def __init__(
-        self, fn, params, loss, data, optimizer, lr, steps, only, state, rng, first_order, batches
+        self,
+        fn,
+        params,
+        loss,
+        data,
+        optimizer,
+        slots,
+        lr,
+        steps,
+        only,
+        state,
+        rng,
+        first_order,
+        batches,
     ) -> None:
         self.fn, self.loss, self.optimizer, self.lr = fn, loss, optimizer, lr
         self.steps, self.rng, self.first_order = steps, rng, first_order
@@ -194,7 +228,8 @@ class _Loop:
         chosen = strong_arrays(chosen)
         if optimizer is not None:
             require_differentiable(optimizer, chosen, unless=first_order)
-        slots = () if optimizer is None else optimizer.init(chosen)
+        fresh = () if optimizer is None else optimizer.init(chosen)
+        slots = fresh if slots is None else _fitting(slots, fresh)
         self.data, self.batches = data, batches
         if batches:
             self._require_batches()
@@ -209,7 +244,7 @@ class _Loop:
         chosen, slots, carried, rows = carry
         i, batch = x
         data = batch if self.batches else data
-        key = None if self.rng is None else jax.random.fold_in(_key(self.rng), i)
+        key = None if self.rng is None else jax.random.fold_in(as_key(self.rng), i)
 
         def objective(chosen: Any) -> tuple[Any, Any]:
             state = {**carried, **rows_at(rows, i)} if self.has_state else None
@@ -266,7 +301,7 @@ class _Loop:
     # ---------------------------------------------------------------------------------------------
     # All steps
 
-    def run(self, truncate: int | None, checkpoint: str, keep_path: bool) -> Adapted:
+    def run(self, truncate: int | None, checkpoint: str, keep_path: bool, unroll: int) -> Adapted:
         def stepper(constants: tuple) -> Callable:
             # One function for each phase: JAX keeps the trace of a loop's body by its function, with the
             # constants it met there.
@@ -283,15 +318,15 @@ class _Loop:
         if silent:
             stop = jax.lax.stop_gradient
             step = stepper(stop(constants))
-            carry, out = stop(_steps(step, stop(carry), _part(stop(xs), 0, silent), "none"))
+            carry, out = stop(_steps(step, stop(carry), _part(stop(xs), 0, silent), "none", unroll))
             outs.append(out)
         if silent < self.steps:
             carry, out = _steps(
-                stepper(constants), carry, _part(xs, silent, self.steps), checkpoint
+                stepper(constants), carry, _part(xs, silent, self.steps), checkpoint, unroll
             )
             outs.append(out)
         losses, path = jax.tree_util.tree_map(lambda *parts: jnp.concatenate(parts), *outs)
-        chosen, _, carried, rows = carry
+        chosen, slots, carried, rows = carry
         last = self.steps - 1
         return Adapted(
             params=self.merged(chosen, self.fixed, last),
@@ -299,6 +334,7 @@ class _Loop:
             losses=losses,
             rows=rows,
             path=self._path(path) if keep_path else None,
+            slots=slots,
         )
 
     def _path(self, path: Any) -> Any:
@@ -310,9 +346,8 @@ class _Loop:
             return whole
 
         def at_each(value: Any) -> Any:
-            if isinstance(
-                value, PerStep
-            ):  # after a step its own row; before the first, the first's
+            if isinstance(value, PerStep):
+                # After a step its own row; before the first, the first's.
                 return jnp.concatenate([value.rows[:1], value.rows])
             return jnp.broadcast_to(value, (self.steps + 1, *jnp.shape(value)))
 
@@ -338,10 +373,8 @@ class _Loop:
             return
         if not isinstance(lr, Mapping) or not self.by_name:
             return
-        unknown, missing = (
-            [n for n in lr if n not in self.order],
-            [n for n in chosen if n not in lr],
-        )
+        unknown = [n for n in lr if n not in self.order]
+        missing = [n for n in chosen if n not in lr]
         if unknown or missing:
             raise UnknownNameError(
                 explain(
@@ -375,10 +408,12 @@ class _Loop:
                 )
 
 
-def _steps(step: Callable, carry: tuple, xs: tuple, checkpoint: str) -> tuple[tuple, Any]:
+def _steps(
+    step: Callable, carry: tuple, xs: tuple, checkpoint: str, unroll: int
+) -> tuple[tuple, Any]:
     """Run a step over the first axis of `xs`, in the cheapest form, or the one that saves memory."""
     count = len(xs[0])
-    if checkpoint == "none" and count <= UNROLLED:
+    if checkpoint == "none" and count <= unroll:
         outs = []
         for i in range(count):
             carry, out = step(carry, jax.tree_util.tree_map(lambda v, i=i: v[i], xs))
@@ -420,8 +455,19 @@ def _values(params: Any) -> Any:
     return jax.tree_util.tree_map(lambda v: v.value if is_box(v) else v, params, is_leaf=is_box)
 
 
-def _key(rng: Any) -> Any:
-    return jax.random.key(rng) if isinstance(rng, int) else rng
+def _fitting(slots: Any, fresh: Any) -> Any:
+    """Return slots as strong arrays, or raise if they are not what the optimizer would start with."""
+    shapes = lambda tree: jax.tree_util.tree_map(jnp.shape, tree)
+    same = jax.tree_util.tree_structure(slots) == jax.tree_util.tree_structure(fresh)
+    if not same or shapes(slots) != shapes(fresh):
+        raise ShapeError(
+            explain(
+                f"adapt was given slots with the shapes {shapes(slots)}",
+                f"the optimizer's are {shapes(fresh)}",
+                "pass the slots of adapt(...) with this optimizer and these parameters, or None",
+            )
+        )
+    return strong_arrays(slots)
 
 
 def _pair(out: Any, what: str, first: str) -> tuple:

@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import functools
+import numbers
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from statefulnn.core.compat import Tracer
 from statefulnn.core.errors import DtypeError, explain
 from statefulnn.meta._report import finite, report_unless
-from statefulnn.meta.tasks import _say_which_diverged, require_rng
+from statefulnn.meta.tasks import require_rng, say_which_diverged
 
 
 def es_gradient(
-    objective: Callable, params: Any, *, key: Any = None, sigma: float = 0.01, pairs: int = 16
+    objective: Callable,
+    params: Any,
+    *,
+    key: Any = None,
+    sigma: Any = 0.01,
+    pairs: int = 16,
+    report: bool = True,
 ) -> tuple[Any, Any]:
     """Estimate the gradient of a smoothed objective from its values alone.
 
@@ -25,8 +35,9 @@ def es_gradient(
         objective: ``objective(params) -> scalar``; it need not be differentiable.
         params: a pytree of floating-point arrays.
         key: a random key.
-        sigma: the standard deviation of the perturbations.
+        sigma: the standard deviation of the perturbations; it may be traced.
         pairs: how many perturbations; the objective is evaluated ``2 * pairs`` times, in one batch.
+        report: whether to warn, naming the particles, when a value is not finite.
 
     Returns:
         ``(value, grads)``: the mean of the values and the estimate, of the structure of `params`.
@@ -48,7 +59,7 @@ def es_gradient(
     _require_sizes("es_gradient", sigma, pairs)
     noise = _normal(require_rng(key, "es_gradient"), params, pairs, sigma)
     values = _at_both_signs(objective, params, noise)
-    _report(values)
+    _report(values, report)
     return values.mean(), _estimate(noise, values, sigma)
 
 
@@ -72,6 +83,9 @@ def pes_init(state: Any, params: Any, pairs: int) -> PES:
         params: the meta-parameters.
         pairs: how many perturbations.
 
+    A `PES` is a pytree, so a loop starts the next unroll with
+    ``jax.tree.map(lambda a, b: jnp.where(done, a, b), pes_init(...), pes)``.
+
     Example:
         >>> import jax.numpy as jnp, statefulnn as nn
         >>> nn.meta.pes_init(jnp.zeros(3), jnp.zeros(()), pairs=4).states.shape
@@ -84,7 +98,13 @@ def pes_init(state: Any, params: Any, pairs: int) -> PES:
 
 
 def pes_gradient(
-    unroll: Callable, params: Any, pes: PES, *, key: Any = None, sigma: float = 0.01
+    unroll: Callable,
+    params: Any,
+    pes: PES,
+    *,
+    key: Any = None,
+    sigma: Any = 0.01,
+    report: bool = True,
 ) -> tuple[Any, Any, PES]:
     """Estimate the gradient of a long unroll from a short piece of it, without truncation bias.
 
@@ -96,7 +116,8 @@ def pes_gradient(
         params: the meta-parameters, a pytree of floating-point arrays.
         pes: from `pes_init`, or from the piece before.
         key: a random key.
-        sigma: the standard deviation of a perturbation.
+        sigma: the standard deviation of a perturbation; it may be traced.
+        report: whether to warn, naming the particles, when a loss is not finite.
 
     Returns:
         ``(loss, grads, pes)``: the mean loss of the piece, the estimate, and what the next piece needs.
@@ -121,7 +142,7 @@ def pes_gradient(
     _require_sizes("pes_gradient", sigma, pairs)
     noise = _normal(require_rng(key, "pes_gradient"), params, pairs, sigma)
     losses, states = _at_both_signs(unroll, params, noise, pes.states)
-    _report(losses)
+    _report(losses, report)
     sums = jax.tree_util.tree_map(jnp.add, pes.sums, noise)
     return losses.mean(), _estimate(sums, losses, sigma), PES(states, sums)
 
@@ -136,7 +157,7 @@ def _at_both_signs(function: Callable, params: Any, noise: Any, *states: Any) ->
     return jax.vmap(one)(both, *states)
 
 
-def _normal(key: Any, params: Any, pairs: int, sigma: float) -> Any:
+def _normal(key: Any, params: Any, pairs: int, sigma: Any) -> Any:
     leaves, treedef = jax.tree_util.tree_flatten(params)
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
@@ -150,12 +171,13 @@ def _normal(key: Any, params: Any, pairs: int, sigma: float) -> Any:
             )
     keys = jax.random.split(key, max(1, len(leaves)))
     return treedef.unflatten(
-        sigma * jax.random.normal(k, (pairs, *jnp.shape(v)), jnp.result_type(v))
+        jnp.asarray(sigma, jnp.result_type(v))
+        * jax.random.normal(k, (pairs, *jnp.shape(v)), jnp.result_type(v))
         for k, v in zip(keys, leaves, strict=False)
     )
 
 
-def _estimate(noise: Any, values: Any, sigma: float) -> Any:
+def _estimate(noise: Any, values: Any, sigma: Any) -> Any:
     """Return the mean over pairs of ``noise * (plus - minus) / (2 sigma^2)``."""
     plus, minus = jnp.split(values, 2)
 
@@ -166,13 +188,15 @@ def _estimate(noise: Any, values: Any, sigma: float) -> Any:
     return jax.tree_util.tree_map(one, noise)
 
 
-def _report(values: Any) -> None:
-    fine = finite(values, len(values))
-    report_unless(fine.all(), _say_which_diverged, fine)
+def _report(values: Any, wanted: bool) -> None:
+    if wanted:
+        fine = finite(values, len(values))
+        report_unless(fine.all(), functools.partial(say_which_diverged, "particle"), fine)
 
 
-def _require_sizes(function: str, sigma: float, pairs: int) -> None:
-    if not isinstance(sigma, (int, float)) or sigma <= 0:
+def _require_sizes(function: str, sigma: Any, pairs: int) -> None:
+    number = isinstance(sigma, (numbers.Real, np.ndarray, jax.Array)) and np.ndim(sigma) == 0
+    if not isinstance(sigma, Tracer) and not (number and sigma > 0):
         raise ValueError(f"{function}: sigma must be a positive number, got {sigma!r}")
     if not isinstance(pairs, int) or pairs < 1:
         raise ValueError(f"{function}: pairs must be a positive integer, got {pairs!r}")

@@ -13,6 +13,7 @@ import numpy as np
 
 from statefulnn.core.compat import Tracer
 from statefulnn.core.errors import explain
+from statefulnn.core.extras import import_extra
 from statefulnn.meta.per_step import PerStep, require_steps
 
 
@@ -91,16 +92,7 @@ def adam(
                 "pass a small positive number, such as 1e-8",
             )
         )
-    try:
-        import optax
-    except ImportError as error:
-        raise ImportError(
-            explain(
-                "called nn.meta.adam",
-                "it is optax's Adam, and optax is not installed",
-                'pip install "statefulnn[optim]"',
-            )
-        ) from error
+    optax = import_extra("optax", "optim", "called nn.meta.adam", "does the arithmetic")
     return optax.adam(learning_rate, b1, b2, eps, eps_root)
 
 

@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from statefulnn.core.errors import DivergenceWarning, ShapeError, explain
+from statefulnn.core.extras import import_extra
+from statefulnn.meta._arrays import strong_arrays
 from statefulnn.meta._report import warn
-from statefulnn.meta.per_step import strong_arrays
 
 
 def loop(
@@ -30,7 +31,8 @@ def loop(
     """Run ``carry, out = step(carry, x)`` many times, as ``jax.lax.scan``, in compiled chunks.
 
     One call of compiled code does `chunk` steps. Between calls the results come to the host: for a
-    progress bar, for `on_chunk`, and to notice numbers that are no longer finite.
+    progress bar, for `on_chunk`, and to notice numbers that are no longer finite. Each call of `loop`
+    compiles `step` (twice, if `chunk` does not divide the number of steps).
 
     Args:
         step: a pure function of the carry (parameters, optimizer slots) and one row of `xs`.
@@ -127,16 +129,7 @@ def _bar(steps: int, progress: str | bool) -> Iterator[Callable]:
     if not progress:
         yield lambda count, outs: None
         return
-    try:
-        from tqdm import tqdm
-    except ImportError as error:
-        raise ImportError(
-            explain(
-                "called loop(progress=...)",
-                "the bar is tqdm's, and tqdm is not installed",
-                'pip install "statefulnn[examples]", or progress=False',
-            )
-        ) from error
+    tqdm = import_extra("tqdm", "examples", "called loop(progress=...)", "draws the bar").tqdm
     label = progress if isinstance(progress, str) else None
     with tqdm(total=steps, desc=label, unit="step", unit_scale=True) as bar:
 

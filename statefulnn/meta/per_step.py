@@ -117,14 +117,3 @@ def rows_at(tree: Any, step: Any) -> Any:
         return jax.lax.dynamic_index_in_dim(value.rows, step, keepdims=False)
 
     return jax.tree_util.tree_map(one, tree, is_leaf=is_rows)
-
-
-def strong_arrays(tree: Any) -> Any:
-    """Return a tree of arrays of fixed dtypes: a loop over weakly typed ones is traced twice."""
-
-    def one(v: Any) -> Any:
-        if isinstance(v, jax.Array) and not v.weak_type:
-            return v
-        return jnp.asarray(v, jnp.result_type(v))
-
-    return jax.tree_util.tree_map(one, tree)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from statefulnn.core.errors import DivergenceWarning, MissingRngError, ShapeError, explain
+from statefulnn.core.generator import as_key
 from statefulnn.meta._report import finite, report_unless, warn
 
 RANDOMNESS = ("different", "same")
@@ -62,7 +64,7 @@ def over_tasks(
         if rng is None:
             results = jax.vmap(lambda *data: one_task(shared, *data))(*data)
         else:
-            key = jax.random.key(rng) if isinstance(rng, int) else rng
+            key = as_key(rng)
             keys = jax.random.split(key, tasks) if randomness == "different" else key
             results = jax.vmap(
                 lambda key, *data: one_task(shared, *data, rng=key),
@@ -79,7 +81,7 @@ def over_tasks(
         value, aux = results if has_aux else (results, None)
         if report and tasks:
             fine = finite(value, tasks)
-            report_unless(fine.all(), _say_which_diverged, fine)
+            report_unless(fine.all(), functools.partial(say_which_diverged, "task"), fine)
         if reduce == "mean":
             value = jax.tree_util.tree_map(lambda v: v.mean(0), value)
         return (value, aux) if has_aux else value
@@ -107,12 +109,13 @@ def _count(data: tuple) -> int:
     )
 
 
-def _say_which_diverged(fine: Any) -> None:
+def say_which_diverged(noun: str, fine: Any) -> None:
+    """Warn, naming the lanes whose result is not finite."""
     bad = np.flatnonzero(~fine)
     shown = ", ".join(map(str, bad[:10])) + (", ..." if len(bad) > 10 else "")
     warn(
         explain(
-            f"{'task' if len(bad) == 1 else 'tasks'} {shown} of {len(fine)} diverged: the result is not "
+            f"{noun}{'s' * (len(bad) > 1)} {shown} of {len(fine)} diverged: the result is not "
             "finite",
             "an inner loop left the region where its steps descend, or the data are not finite",
             "a smaller inner learning rate, fewer steps, or clipped inner gradients",
@@ -131,4 +134,4 @@ def require_rng(rng: Any, function: str) -> Any:
                 f"{function}(..., key=jax.random.key(0)), another key at each call",
             )
         )
-    return jax.random.key(rng) if isinstance(rng, int) else rng
+    return as_key(rng)

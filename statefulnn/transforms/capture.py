@@ -12,7 +12,6 @@ import numpy as np
 from statefulnn.core import compat
 from statefulnn.core.box import Box, unwrap
 from statefulnn.core.errors import DtypeError, ShapeError, TraceLeakError, UnknownNameError, explain
-from statefulnn.core.generator import Generator
 from statefulnn.core.graph import require_module
 from statefulnn.core.hooks import listening, run_abstractly
 from statefulnn.core.module import Module
@@ -135,9 +134,8 @@ class _Recorder:
             if name and (wanted is None or name in wanted)
         }
         self._modules = {id(m): m for m in module.modules()}
-        self._elsewhere: set[Any] = (
-            set()
-        )  # the ModuleDefs of modules called that are not of the tree
+        # The ModuleDefs of modules that were called and are not of the tree.
+        self._elsewhere: set[Any] = set()
         self._expected = expected  # None, or a pair of kinds and the probes that fit them
         self._here = list(compat.chain(compat.current_trace()))
 
@@ -293,10 +291,6 @@ def _with_grads(recorded: Callable, call: Call) -> tuple[Any, dict[str, Any], Ca
             )
         )
     out, outputs, written = parts[0].joined(floating, rest)
-    for i in written.indices:
-        box = call.plan.boxes[i]
-        if isinstance(box, Generator):
-            box.drawable_state()  # raises where lanes or steps would share what was drawn
     call.write_back(written)
 
     def backward(cotangent: Any) -> dict[str, Any]:

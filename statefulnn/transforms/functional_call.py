@@ -16,7 +16,7 @@ import numpy as np
 from statefulnn.core.box import Box, Buffer, Parameter
 from statefulnn.core.compat import EAGER, current_trace
 from statefulnn.core.errors import DtypeError, ShapeError, UnknownNameError, explain
-from statefulnn.core.generator import Generator, use_generator
+from statefulnn.core.generator import Generator, as_key, use_generator
 from statefulnn.core.graph import build_clones, require_module
 from statefulnn.core.module import Module, find_box, place_box
 from statefulnn.core.moduledef import ModuleDef, differences, positions_of
@@ -57,7 +57,7 @@ def _pure_call(
         if isinstance(box, Generator):
             box._scope = Scope(moduledef=moduledef)
             if rng is not None:  # a module's own generators follow the key as well
-                box._value = Generator(jax.random.fold_in(_key(rng), i)).state
+                box._value = Generator(jax.random.fold_in(as_key(rng), i)).state
             else:
                 box._scope.writable = False
         elif isinstance(box, Parameter) and moduledef.kind_of(i) in writable:
@@ -75,10 +75,6 @@ def _pure_call(
     if not absent:
         check_structure(moduledef, modules, roots, boxes)
     return out, [box._value for box in boxes]
-
-
-def _key(rng: Any) -> Any:
-    return jax.random.key(rng) if isinstance(rng, int) else rng
 
 
 def _merged(dicts: Any) -> dict[str, Any]:
@@ -332,6 +328,7 @@ def functionalize(module: Module, *, mutable: bool = False, method: str = "forwa
     wanted = (tuple(params), tuple(state))
     fn.__name__ = fn.__qualname__ = f"{type_name}.{method}"
     fn.__doc__ = f"{type_name}.{method} as a pure function {signature}."
+    fn.mutable = mutable  # type: ignore[attr-defined]  # whether it takes and returns state
     return (fn, params, state) if mutable else (fn, params)
 
 

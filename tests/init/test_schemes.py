@@ -143,3 +143,23 @@ def test_layers_copied_into_a_project_are_known_by_name() -> None:
     layer = nn.init.apply_scheme(Linear(), "gpt2")
     std_is(layer.weight, 0.02)
     assert (np.asarray(layer.bias) == 0).all()
+
+
+@pytest.mark.parametrize("scheme", ["gpt2", "vit", "resnet", "lecun", "mup"])
+def test_stacked_weights_are_refused_and_members_are_not(scheme):
+    ensemble = nn.Ensemble(lambda: nn.Sequential(nn.Linear(200, 100), nn.ReLU()), 3)
+    before = ensemble.stack[0].weight.value
+    for whole in (ensemble, ensemble.stack):
+        with pytest.raises(
+            nn.ShapeError, match=r"'(stack\.)?0' with a weight of .*\(3, 100, 200\)"
+        ):
+            nn.init.apply_scheme(whole, scheme)
+    assert ensemble.stack[0].weight.value is before
+
+
+def test_a_scheme_gives_each_member_its_own_values():
+    ensemble = nn.Ensemble(lambda: nn.Sequential(nn.Linear(200, 100), nn.ReLU()), 3)
+    ensemble.map(lambda member: nn.init.apply_scheme(member, "lecun") and None)
+    weight = np.asarray(ensemble.stack[0].weight)
+    np.testing.assert_allclose(weight.std((1, 2)) * 200**0.5, 1.0, atol=0.03)
+    assert (weight[0] != weight[1]).mean() > 0.99

@@ -299,6 +299,16 @@ def test_compiled_code_does_not_grow_with_the_steps():
     assert abs(sizes[1000] - sizes[10]) < 0.02 * sizes[10]
 
 
+@pytest.mark.parametrize(
+    "steps, options, loops", [(5, {}, 0), (6, {}, 1), (3, {"unroll": 0}, 1), (9, {"unroll": 9}, 0)]
+)
+def test_unroll_says_how_many_steps_are_compiled_without_a_loop(steps, options, loops):
+    adapt = lambda p, **options: call(params=p, steps=steps, **options).params["weight"]
+    params = LINEAR[1]
+    assert str(jax.make_jaxpr(lambda p: adapt(p, **options))(params)).count(" scan[") == loops
+    np.testing.assert_allclose(adapt(params, **options), adapt(params), rtol=1e-6)
+
+
 # --------------------------------------------------------------------------------------------------
 # What comes back
 
@@ -366,6 +376,37 @@ def test_the_optimizer_is_optax_s(standard_promotion):
     np.testing.assert_allclose(adapted.params["w"], w.detach().numpy(), rtol=1e-5)
 
 
+@pytest.mark.parametrize("pieces", [(1, 5), (3, 3), (2, 2, 2)])
+def test_an_inner_loop_in_pieces_hands_on_the_slots(pieces, standard_promotion):
+    loss = lambda p: (p["w"] ** 2).sum()
+    params, slots = {"w": jnp.array([1.0, -2.0])}, None
+    for steps in pieces:
+        params, *_, slots = nn.meta.adapt(
+            None, params, loss, (), optimizer=nn.meta.adam(0.1), slots=slots, steps=steps
+        )
+    w = torch.tensor([1.0, -2.0], requires_grad=True)
+    optimizer = torch.optim.Adam([w], lr=0.1)
+    for _ in range(6):
+        optimizer.zero_grad()
+        (w**2).sum().backward()
+        optimizer.step()
+    np.testing.assert_allclose(params["w"], w.detach().numpy(), rtol=1e-5)
+
+
+def test_slots_get_a_gradient():
+    """The momentum that an inner loop starts with can be learned: w - lr * 0.9 * trace - ..."""
+    optimizer = optax.sgd(0.1, momentum=0.9)
+    params = {"w": jnp.array(2.0)}
+
+    def after(trace):
+        slots = optimizer.init(params)
+        slots = (slots[0]._replace(trace={"w": trace}), *slots[1:])
+        loss = lambda p: 3.0 * p["w"]
+        return nn.meta.adapt(None, params, loss, (), optimizer=optimizer, slots=slots).params["w"]
+
+    np.testing.assert_allclose(jax.grad(after)(jnp.array(1.0)), -0.1 * 0.9, rtol=1e-6)
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_low_precision_stays(dtype):
     fn, params = nn.functionalize(nn.Linear(2, 1))
@@ -416,11 +457,14 @@ def test_the_module_is_never_touched():
 # Bad input
 
 
+LINEAR = nn.functionalize(nn.Linear(2, 1))
+MUTABLE = nn.functionalize(nn.BatchNorm1d(2), mutable=True)[0]
+
+
 def call(**changes):
-    fn, params = nn.functionalize(nn.Linear(2, 1))
     options = {
-        "fn": fn,
-        "params": params,
+        "fn": LINEAR[0],
+        "params": LINEAR[1],
         "loss": F.mse_loss,
         "data": (jnp.ones((3, 2)), jnp.zeros((3, 1))),
         "lr": 0.1,
@@ -454,6 +498,12 @@ def call(**changes):
         ({"data": jnp.ones((3, 2))}, TypeError, "pass a tuple"),
         ({"batches": True, "steps": 5}, nn.ShapeError, r"data\[0\] of shape \(3, 2\)"),
         ({"lr": nn.meta.PerStep(jnp.ones(3)), "steps": 5}, nn.ShapeError, "3 rows for 5 steps"),
+        ({"unroll": -1}, ValueError, "unroll must be"),
+        ({"rng": "a"}, TypeError, "as a random key or seed"),
+        ({"state": {}}, TypeError, "given state for a function that takes none"),
+        ({"fn": MUTABLE}, TypeError, "given no state for a function that takes it"),
+        ({"slots": {"mu": 0.0}, "optimizer": optax.sgd(0.1)}, nn.ShapeError, "slots"),
+        ({"slots": {"mu": 0.0}}, nn.ShapeError, "slots"),
         ({"optimizer": "adam"}, TypeError, "optimizer of type str"),
         ({"optimizer": optax.adam(0.1)}, ValueError, "not finite"),
         ({"optimizer": optax.sign_sgd(0.1)}, ValueError, "zero everywhere"),

@@ -103,7 +103,40 @@ def test_bad_input_is_refused():
         nn.meta.es_gradient(f, jnp.ones(2), key=0, pairs=0)
 
 
+def test_sigma_may_be_traced():
+    f = lambda w: (w**3).sum()
+    w = jnp.array([1.0, -2.0])
+    es = lambda sigma: nn.meta.es_gradient(f, w, key=0, sigma=sigma)
+    for traced, given in zip(jax.jit(es)(0.1), es(0.1), strict=True):
+        np.testing.assert_allclose(traced, given, rtol=1e-5)
+    pes = nn.meta.pes_init(w, w, 4)
+    piece = lambda theta, x: ((x * theta).sum(), x + theta)
+    step = lambda sigma: nn.meta.pes_gradient(piece, w, pes, key=0, sigma=sigma)
+    for traced, given in zip(jax.jit(step)(0.1)[:2], step(0.1)[:2], strict=True):
+        np.testing.assert_allclose(traced, given, rtol=1e-5)
+
+
+def test_an_unroll_starts_again_where_it_is_done():
+    """PES is a pytree: a selection between it and a fresh one restarts all particles."""
+    start, theta = jnp.zeros(2), jnp.zeros(2)
+    fresh = nn.meta.pes_init(start, theta, 3)
+    piece = lambda theta, x: (x.sum(), x + theta + 1)
+
+    def step(pes, i):
+        pes = jax.tree.map(lambda a, b: jnp.where(i % 2 == 0, a, b), fresh, pes)
+        _, _, pes = nn.meta.pes_gradient(piece, theta, pes, key=jax.random.key(i), report=False)
+        return pes, pes.states.mean()
+
+    _, means = jax.lax.scan(step, fresh, jnp.arange(6))
+    np.testing.assert_allclose(means, [1, 2, 1, 2, 1, 2], rtol=1e-5)
+
+
 def test_a_particle_that_diverges_is_reported():
-    with pytest.warns(nn.errors.DivergenceWarning, match="diverged"):
-        nn.meta.es_gradient(lambda w: jnp.log(w), jnp.asarray(-1.0), key=0, pairs=2)
+    diverge = lambda **options: nn.meta.es_gradient(
+        lambda w: jnp.log(w), jnp.asarray(-1.0), key=0, pairs=2, **options
+    )
+    with pytest.warns(nn.errors.DivergenceWarning, match="particles 0, 1, 2, 3 of 4 diverged"):
+        diverge()
         jax.effects_barrier()
+    diverge(report=False)  # a warning would be an error here
+    jax.effects_barrier()

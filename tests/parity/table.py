@@ -42,6 +42,21 @@ def _one_of_each() -> list[Case]:
 
 ONE_OF_EACH = _one_of_each()
 
+# What torch warns of when it runs these rows; we warn of all but the first, too.
+TORCH_WARNS = [
+    pytest.mark.filterwarnings(f"ignore:{message}")
+    for message in (
+        "enable_nested_tensor is True",
+        "size_average and reduce args will be deprecated",
+        "reduction. 'mean' divides the total loss",
+        "`NLLLoss2d` has been deprecated",
+        "Using padding='same' with even kernel lengths",
+        "Initializing zero-element tensors",
+        "Support for mismatched key_padding_mask and attn_mask",
+        "LSTM with projections is not supported with oneDNN",
+    )
+]
+
 
 # What takes longest to compile: of the rows of these, every n-th runs by default, and the others in the
 # long run, `make test-long`.

@@ -27,17 +27,10 @@ from tests.parity.oracle import (
     to_numpy,
     to_torch,
 )
-from tests.parity.table import LAYERS, ONE_OF_EACH
+from tests.parity.table import LAYERS, ONE_OF_EACH, TORCH_WARNS
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:enable_nested_tensor is True"),  # by torch only
-    pytest.mark.filterwarnings("ignore:size_average and reduce args will be deprecated"),
-    pytest.mark.filterwarnings("ignore:reduction. 'mean' divides the total loss"),
-    pytest.mark.filterwarnings("ignore:`NLLLoss2d` has been deprecated"),
-    pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths"),
-    pytest.mark.filterwarnings("ignore:Initializing zero-element tensors"),
-    pytest.mark.filterwarnings("ignore:Support for mismatched key_padding_mask and attn_mask"),
-    pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN"),
+    *TORCH_WARNS,
     pytest.mark.filterwarnings("ignore:Using a target size"),
     # By torch only: we fire the hook when the gradients are there, whatever they are taken by.
     pytest.mark.filterwarnings("ignore:Full backward hook is firing when gradients are computed"),

@@ -23,21 +23,11 @@ from tests.parity.oracle import (
     to_jax,
     to_torch,
 )
-from tests.parity.table import LAYER_MISUSE, LAYERS, ONE_OF_EACH, thinned
+from tests.parity.table import LAYER_MISUSE, LAYERS, ONE_OF_EACH, TORCH_WARNS, thinned
 
-# What torch warns of, and we do.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:enable_nested_tensor is True"),  # by torch only
-    pytest.mark.filterwarnings("ignore:size_average and reduce args will be deprecated"),
-    pytest.mark.filterwarnings("ignore:reduction. 'mean' divides the total loss"),
-    pytest.mark.filterwarnings("ignore:`NLLLoss2d` has been deprecated"),
-]
+pytestmark = TORCH_WARNS
 
 
-@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
-@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
-@pytest.mark.filterwarnings("ignore:Support for mismatched key_padding_mask and attn_mask")
-@pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
 @pytest.mark.parametrize(
     "jitted", [True, pytest.param(False, marks=pytest.mark.long)], ids=["jit", "eager"]
 )

@@ -1,0 +1,38 @@
+"""Libraries that only some functions need: they are imported when the function is called."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from statefulnn.core.errors import explain
+
+
+def import_extra(library: str, extra: str, did: str, needs: str) -> Any:
+    """Import a library of an extra, or raise an error that names the extra.
+
+    Args:
+        library: the name of its module.
+        extra: the extra of this package that installs it.
+        did: what was called, for the message.
+        needs: what the library does there, for the message.
+
+    Raises:
+        ImportError: if it is not installed.
+
+    Example:
+        >>> import_extra("json", "io", "saved a model", "writes the header").dumps([1])
+        '[1]'
+    """
+    try:
+        return importlib.import_module(library)
+    except ModuleNotFoundError as error:
+        if error.name != library.partition(".")[0]:  # installed, but something it needs is not
+            raise
+        raise ImportError(
+            explain(
+                did,
+                f"{library}, which {needs}, is not installed",
+                f'pip install "statefulnn[{extra}]"',
+            )
+        ) from error
