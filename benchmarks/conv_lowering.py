@@ -38,6 +38,12 @@ CASES = [
     ("1-d width 5, 64->64, 128", (32, 64, 128), (64, 64, 5), 1, 2, 1),
     ("1-d depthwise width 4, 128, 256", (32, 128, 256), (128, 1, 4), 1, 0, 128),
     ("7x7 stride 2, 3->64, 64x64", (8, 3, 64, 64), (64, 3, 7, 7), 2, 3, 1),
+    ("3x3 without border, 32->64, 26x26", (64, 32, 26, 26), (64, 32, 3, 3), 1, 0, 1),
+    ("5x5 without border, 32->64, 28x28", (64, 32, 28, 28), (64, 32, 5, 5), 1, 0, 1),
+    ("2x2 stride 2, 64->128, 28x28", (32, 64, 28, 28), (128, 64, 2, 2), 2, 0, 1),
+    ("2x2 stride 2, 96->192, 28x28, batch 128", (128, 96, 28, 28), (192, 96, 2, 2), 2, 0, 1),
+    ("4x4 stride 4, 3->64, 32x32", (32, 3, 32, 32), (64, 3, 4, 4), 4, 0, 1),
+    ("16x16 stride 16, 3->768, 224x224", (8, 3, 224, 224), (768, 3, 16, 16), 16, 0, 1),
     ("3-d width 3, 16->16, 12x12x12", (8, 16, 12, 12, 12), (16, 16, 3, 3, 3), 1, 1, 1),
 ]
 
@@ -94,7 +100,7 @@ def tap_by_tap(x, w, stride, pads, dilation, groups):
     return lowering.tap_by_tap(x, w, stride, pads, dilation)
 
 
-def ways(x_shape, w_shape, groups):
+def ways(x_shape, w_shape, stride, groups):
     chosen = {"lax": lowering.general, "NHWC": channels_last}
     if all(k == 1 for k in w_shape[2:]):
         chosen["matmul"] = lowering.pointwise
@@ -106,6 +112,8 @@ def ways(x_shape, w_shape, groups):
         chosen["shifted"] = lowering.shifted_sum
     if groups == 1:
         chosen["tap by tap"] = tap_by_tap
+    if groups == 1 and tuple(stride) == w_shape[2:]:
+        chosen["apart"] = lowering.apart
     chosen["chosen"] = lowering.convolve
     return chosen
 
@@ -156,7 +164,7 @@ def main() -> None:
         if options.only in name:
             n = len(x_shape) - 2
             rest = ((stride,) * n, ((padding, padding),) * n, (1,) * n, groups)
-            race(name, ways(x_shape, w_shape, groups), x_shape, w_shape, rest, measured)
+            race(name, ways(x_shape, w_shape, rest[0], groups), x_shape, w_shape, rest, measured)
     for name, x_shape, w_shape, stride, padding, groups in TRANSPOSED:
         if options.only in name:
             n = len(x_shape) - 2

@@ -1,6 +1,6 @@
 """How a convolution is computed: the one place where that is chosen, by measurement.
 
-``python benchmarks/conv_lowering.py`` on 2 CPU cores, JAX 0.10.2, batch 32 (8 for 3-d and 7x7), float32;
+``python benchmarks/conv_lowering.py`` on 2 CPU cores, JAX 0.10.2, batch 32 (8 for 3-d, 7x7 and 16x16), float32;
 time as a multiple of that of XLA's own operation, forward and with both gradients (numbers from 0.8 to
 1.2 are noise):
 
@@ -19,6 +19,12 @@ dense 3x3, 16 to 32 channels, 32x32         0.96       0.81  XLA's; the weight's
 dense 3x3, 64 channels, 16x16               0.76       0.82  products, for each tap, or of all taps image
 dense 3x3, stride 2, 32 to 64, 32x32        0.98       0.76  by image where images are large or channels
 dense 3x3 of one channel to 32, 28x28       0.88       0.81  few
+dense 3x3, no border, 26x26, batch 64       0.42       0.44  XLA's, with one more row that is cut off
+dense 5x5, no border, 28x28, batch 64       0.38       0.36
+2x2, step 2, 64 to 128, 28x28               0.88       0.70  a matrix product of patches that do not
+2x2, step 2, 96 to 192, batch 128           0.87       0.46  overlap; of many numbers the weight's
+4x4, step 4, 3 to 64, 32x32                 0.81       0.73  gradient image by image
+16x16, step 16, 3 to 768, 224x224           0.54       0.22
 dense width 5, 64 channels, 128             0.99       1.02  XLA's
 dense 3-d of width 3, 16 channels, 12³      0.22       0.22  a sum of convolutions over two axes
 transposed 4x4, stride 2, 64 to 32, 16²     0.60       0.12  by phases: a convolution of step 1
@@ -29,7 +35,8 @@ transposed width 16, stride 8, 64           0.60       0.11
 
 Also tried: channels last inside (1.0), groups as a batched matrix product over stacked shifts (1.15 and 0.13
 in 4 groups), a sum of shifted products for a single input channel (0.3 and 3.7), matrix products for the
-gradient by the image (0.7 to 1.5). On other platforms the library behind XLA's own operation is left to
+gradient by the image (0.7 to 1.5), matrix products image by image forward (0.5 to 3.5), and of patches that
+do not overlap along one axis (1.5 and 1.8 with 64 channels). On other platforms the library behind XLA's own operation is left to
 choose.
 """
 
@@ -57,6 +64,8 @@ MOST_TAPS = 128
 # From this many numbers on, what the taps see of one image is better laid out for each image by itself;
 # with many channels (False), with few (True).
 LARGE_IMAGE = {False: 1 << 18, True: 1 << 12}
+# From this many numbers on, so are patches that do not overlap.
+LARGE_BATCH = 1 << 23
 
 
 def general(
@@ -190,7 +199,21 @@ def _along_kernel(
     return jax.checkpoint(lambda x, w: tap_by_tap(x, w, *how), prevent_cse=False)(x, w)
 
 
-flat = differentiated(general, general, _along_kernel)
+def general_with_row(
+    x: Any, w: Any, stride: Sequence[int], pads: Pads, dilation: Sequence[int], groups: int
+) -> Any:
+    """Convolve by XLA's own operation; without borders with one more row, which is cut off again.
+
+    Without any border it has a path of its own in JAX 0.10, which is slower, from 30,000 outputs a
+    channel on 2.5 times. In JAX 0.12 both take the same time.
+    """
+    if len(stride) != 2 or x.shape[1] == 1 or any(low or high for low, high in pads):
+        return general(x, w, stride, pads, dilation, groups)
+    out = general(x, w, stride, ((0, stride[0]), (0, 0)), dilation, groups)
+    return lax.slice_in_dim(out, 0, out.shape[2] - 1, axis=2)
+
+
+flat = differentiated(general_with_row, general, _along_kernel)
 
 
 def dense(
@@ -247,6 +270,25 @@ def pointwise(
     else:
         out = jnp.einsum("oc,ncs->nos", kernel, image)
     return out.reshape(batch, w.shape[0], *sizes)
+
+
+def apart(
+    x: Any, w: Any, stride: Sequence[int], pads: Pads, dilation: Sequence[int], groups: int
+) -> Any:
+    """Convolve with a kernel as large as its step, as a matrix product of patches that do not overlap."""
+    kernel, n = w.shape[2:], len(stride)
+    edges = [(0, 0, 0), (0, 0, 0), *((low, high, 0) for low, high in pads)]
+    x = lax.pad(x, jnp.zeros((), x.dtype), edges)
+    counts = [size // k for size, k in zip(x.shape[2:], kernel, strict=True)]
+    used = [count * k for count, k in zip(counts, kernel, strict=True)]
+    x = lax.slice(x, (0,) * x.ndim, (*x.shape[:2], *used))
+    x = x.reshape(
+        *x.shape[:2], *(s for pair in zip(counts, kernel, strict=True) for s in pair)
+    )  # (N, C, count, k, ...)
+    x = x.transpose(0, 1, *range(3, 3 + 2 * n, 2), *range(2, 2 + 2 * n, 2))
+    x = x.reshape(x.shape[0], -1, *counts)
+    ones = (1,) * n
+    return pointwise(x, w.reshape(w.shape[0], -1, *ones), ones, ((0, 0),) * n, ones, 1)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -311,6 +353,8 @@ depthwise = differentiated(shifted_sum, _along_image, image_by_image(_product_su
 # --------------------------------------------------------------------------------------------------
 # The choice
 
+apart_by_image = differentiated(apart, apart, image_by_image(apart))
+
 
 def convolve(
     x: Any, w: Any, stride: Sequence[int], pads: Pads, dilation: Sequence[int], groups: int
@@ -320,7 +364,7 @@ def convolve(
     if not for_cpu():
         return general(x, w, *how)
     # A sum over taps is not rounded at each tap; CPUs compute low precision in float32 anyway.
-    return chosen_on_cpu(x, w, groups)(widened(x), widened(w), *how).astype(x.dtype)
+    return chosen_on_cpu(x, w, *how)(widened(x), widened(w), *how).astype(x.dtype)
 
 
 def for_cpu() -> bool:
@@ -336,7 +380,9 @@ def for_cpu() -> bool:
     return jax.default_backend() == "cpu"
 
 
-def chosen_on_cpu(x: Any, w: Any, groups: int) -> Callable[..., Any]:
+def chosen_on_cpu(
+    x: Any, w: Any, stride: Sequence[int], pads: Pads, dilation: Sequence[int], groups: int
+) -> Callable[..., Any]:
     """Return the way to compute a convolution that is fastest on CPU."""
     taps = math.prod(w.shape[2:])
     if x.size == 0 or w.size == 0 or not jnp.issubdtype(x.dtype, jnp.inexact):
@@ -345,7 +391,11 @@ def chosen_on_cpu(x: Any, w: Any, groups: int) -> Callable[..., Any]:
         return depthwise
     if groups > 1:
         return group_by_group
-    return pointwise if taps == 1 else dense
+    if taps == 1:
+        return pointwise
+    if len(stride) > 1 and tuple(stride) == w.shape[2:] and set(dilation) == {1}:
+        return apart if x.size < LARGE_BATCH else apart_by_image
+    return dense
 
 
 # --------------------------------------------------------------------------------------------------
@@ -423,7 +473,8 @@ def by_phases(
         for j, a, b, size in zip(steps, first, last, x.shape[2:], strict=True)
     ]
     ones = (1,) * n
-    out = chosen_on_cpu(x, w, groups)(x, w, ones, tuple(pads), ones, groups)
+    how = ones, tuple(pads), ones, groups
+    out = chosen_on_cpu(x, w, *how)(x, w, *how)
     counts = out.shape[2:]
     out = out.reshape(x.shape[0], groups * made, *stride, *counts)
     interleaved = [axis for i in range(n) for axis in (2 + n + i, 2 + i)]
