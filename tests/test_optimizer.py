@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import statefulnn as nn
+from tests.thinning import diagonal
 
 
 class Net(nn.Module):
@@ -89,9 +90,9 @@ TRANSFORMATIONS = {
 }
 
 
-@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "nn.jit"])
-@pytest.mark.parametrize("make", TRANSFORMATIONS.values(), ids=TRANSFORMATIONS.keys())
-def test_steps_are_those_of_optax_on_a_plain_dict(make, compiled):
+@pytest.mark.parametrize("name, how", diagonal(2, list(TRANSFORMATIONS), ["eager", "nn.jit"]))
+def test_steps_are_those_of_optax_on_a_plain_dict(name, how):
+    make, compiled = TRANSFORMATIONS[name], how == "nn.jit"
     model = Net()
     params = {name: p.value for name, p in model.named_parameters()}
     opt = nn.Optimizer(model, make())

@@ -1,8 +1,8 @@
 """How a convolution is computed: the one place where that is chosen, by measurement.
 
-``python benchmarks/conv_lowering.py`` on 2 CPU cores, JAX 0.10.2, batch 32 (8 for 3-d, 7x7 and 16x16), float32;
-time as a multiple of that of XLA's own operation, forward and with both gradients (numbers from 0.8 to
-1.2 are noise):
+``python benchmarks/conv_lowering.py`` on 2 CPU cores, JAX 0.10.2, batch 32 (8 for 3-d, 7x7 and 16x16),
+float32; time as a multiple of that of XLA's own operation, forward and with both gradients (numbers from
+0.8 to 1.2 are noise):
 
 =======================================  =======  =========  =======================================
 convolution                              forward  gradients  chosen on CPU
@@ -36,8 +36,8 @@ transposed width 16, stride 8, 64           0.60       0.11
 Also tried: channels last inside (1.0), groups as a batched matrix product over stacked shifts (1.15 and 0.13
 in 4 groups), a sum of shifted products for a single input channel (0.3 and 3.7), matrix products for the
 gradient by the image (0.7 to 1.5), matrix products image by image forward (0.5 to 3.5), and of patches that
-do not overlap along one axis (1.5 and 1.8 with 64 channels). On other platforms the library behind XLA's own operation is left to
-choose.
+do not overlap along one axis (1.5 and 1.8 with 64 channels). On other platforms the library behind XLA's
+own operation is left to choose.
 """
 
 from __future__ import annotations

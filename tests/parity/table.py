@@ -89,3 +89,26 @@ def thinned(rows: Iterable[Any]) -> list[Any]:
         number[name] += 1
         out.append(pytest.param(row, id=str(row), marks=marks))
     return out
+
+
+# What is made of layers that are tried, and the one- and three-dimensional kinds of what is tried in two
+# dimensions.
+_LIKE_OTHERS = {"Transformer", "TransformerDecoderLayer"} | {
+    c.layer[:-2] + d for c in ONE_OF_EACH if c.layer.endswith("2d") for d in ("1d", "3d")
+}
+
+
+def representative(rows: Iterable[Case]) -> list[Any]:
+    """Return rows as parameters of a test, of which the first of each layer runs by default.
+
+    Layers that are like others run in the long run only, as do further rows of one layer.
+    """
+    first = set(map(id, ONE_OF_EACH))
+    return [
+        pytest.param(
+            row,
+            id=str(row),
+            marks=() if id(row) in first and row.layer not in _LIKE_OTHERS else (pytest.mark.long,),
+        )
+        for row in rows
+    ]

@@ -27,7 +27,7 @@ from tests.parity.oracle import (
     to_numpy,
     to_torch,
 )
-from tests.parity.table import LAYERS, ONE_OF_EACH, TORCH_WARNS
+from tests.parity.table import LAYERS, TORCH_WARNS, representative
 
 pytestmark = [
     *TORCH_WARNS,
@@ -40,16 +40,9 @@ pytestmark = [
 # A compiled step runs once: what it costs is compiling it.
 QUICKLY = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
-# For the long run, as other rows of the same layer: what is made of layers that are tried, and the
-# one- and three-dimensional kinds of what is tried in two dimensions.
-LONG = {"Transformer", "TransformerDecoderLayer"} | {
-    c.layer[:-2] + d for c in ONE_OF_EACH if c.layer.endswith("2d") for d in ("1d", "3d")
-}
-
 
 def chosen() -> list[Any]:
-    """Return rows of all layers: the first of each for the short run, if it is not in LONG."""
-    first = set(map(id, ONE_OF_EACH))
+    """Return rows of all layers: the first of most for the short run."""
     # torch refuses an in-place operation on an input of a module with backward hooks.
     in_place = {"RReLU": 2, "Threshold": 2}  # where it may be given by position
     rows = [
@@ -57,14 +50,7 @@ def chosen() -> list[Any]:
         for c in LAYERS
         if not c.kwargs.get("inplace") and c.args[in_place.get(c.layer, len(c.args)) :] != (True,)
     ]
-    return [
-        pytest.param(
-            c,
-            id=str(c),
-            marks=() if id(c) in first and c.layer not in LONG else (pytest.mark.long,),
-        )
-        for c in rows
-    ]
+    return representative(rows)
 
 
 def hooks(seen: dict[str, Any]) -> tuple[Any, Any]:

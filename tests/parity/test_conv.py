@@ -14,6 +14,7 @@ import torch
 import statefulnn as nn
 import statefulnn.functional as F
 from tests.parity.oracle import array, close, to_jax, to_torch
+from tests.thinning import diagonal
 
 VOLUME = array(2, 4, 5, 6, 5)
 
@@ -27,6 +28,11 @@ WAYS = {
     "many taps 3d": (array(1, 2, 7, 7, 7), array(2, 2, 6, 5, 5), 2, 1, 1, 1),
     "large images": (array(2, 3, 24, 24), array(4, 3, 3, 3), 1, 1, 1, 1),
     "large images 3d": (array(1, 2, 4, 16, 16), array(3, 2, 2, 3, 3), 1, 1, 1, 1),
+    "no border": (array(2, 4, 7, 8), array(6, 4, 3, 3), 1, 0, 1, 1),
+    "no border with steps": (array(2, 4, 7, 9), array(6, 4, 3, 2), (2, 3), 0, (1, 2), 1),
+    "patches": (array(2, 4, 7, 8), array(6, 4, 2, 3), (2, 3), 0, 1, 1),
+    "patches with a border": (array(2, 3, 6, 5), array(4, 3, 2, 2), 2, 1, 1, 1),
+    "patches 3d": (VOLUME, array(3, 4, 2, 2, 2), 2, 0, 1, 1),
     "line": (array(2, 4, 9), array(6, 4, 3), 2, 1, 1, 1),
     "line that grows": (array(2, 4, 9), array(6, 4, 2), 1, 1, 1, 1),
     "image that grows": (array(2, 4, 7, 8), array(6, 4, 2, 2), 1, 2, 1, 1),
@@ -45,13 +51,13 @@ def _cube_sum(x: Any) -> Any:
     return (x**3).sum()
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("wanted", ["input", "weight", "both"])
+@pytest.mark.parametrize("way, wanted", diagonal(2, list(WAYS), ["input", "weight", "both"]))
 def test_each_way_has_torchs_gradients(way: str, wanted: str) -> None:
     x, w, *rest = WAYS[way]
     n = x.ndim - 2
     places = {"input": (0,), "weight": (1,), "both": (0, 1)}[wanted]
-    ours = jax.grad(lambda x, w: _cube_sum(getattr(F, f"conv{n}d")(x, w, None, *rest)), places)
+    call = lambda x, w: _cube_sum(getattr(F, f"conv{n}d")(x, w, None, *rest))
+    ours = jax.jit(jax.grad(call, places))
     tensors = to_torch((x, w))
     for i in places:
         tensors[i].requires_grad_(True)
@@ -60,13 +66,23 @@ def test_each_way_has_torchs_gradients(way: str, wanted: str) -> None:
         close(got, tensors[i].grad, f"argument {i}", 1e-5)
 
 
+def test_patches_of_a_large_batch_have_torchs_gradients() -> None:
+    x, w = array(2, 2, 1500, 1500), array(3, 2, 2, 2)
+    ours = jax.jit(jax.grad(lambda x, w: _cube_sum(F.conv2d(x, w, None, 2)), (0, 1)))
+    tensors = [t.requires_grad_(True) for t in to_torch((x, w))]
+    _cube_sum(torch.nn.functional.conv2d(*tensors, None, 2)).backward()
+    for got, tensor in zip(ours(*to_jax((x, w))), tensors, strict=True):
+        close(got, tensor.grad, "gradient", 1e-4)
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_each_way_has_torchs_second_derivatives_by_the_weight(way: str) -> None:
     x, w, *rest = WAYS[way]
     n = x.ndim - 2
     direction = array(*w.shape, seed=3)
     call = lambda w: _cube_sum(getattr(F, f"conv{n}d")(to_jax(x), w, None, *rest))
-    _, got = jax.jvp(jax.grad(call), (to_jax(w),), (to_jax(direction),))
+    product = jax.jit(lambda w, v: jax.jvp(jax.grad(call), (w,), (v,))[1])
+    got = product(to_jax(w), to_jax(direction))
     tx, tw = to_torch((x, w))
     tw.requires_grad_(True)
     out = _cube_sum(getattr(torch.nn.functional, f"conv{n}d")(tx, tw, None, *rest))
@@ -81,7 +97,7 @@ def test_each_way_has_a_forward_derivative(way: str) -> None:
     x, w, *rest = WAYS[way]
     n = x.ndim - 2
     call = lambda x, w: getattr(F, f"conv{n}d")(x, w, None, *rest)
-    value, slope = jax.jvp(call, to_jax((x, w)), to_jax((x, w)))
+    value, slope = jax.jit(lambda at: jax.jvp(call, at, at))(to_jax((x, w)))
     close(slope, to_torch(np.array(2 * value)), "derivative", 1e-5)
 
 
@@ -89,9 +105,9 @@ def test_each_way_has_a_forward_derivative(way: str) -> None:
 def test_each_way_maps_over_weights(way: str) -> None:
     x, w, *rest = to_jax(WAYS[way])
     n = x.ndim - 2
-    slope = jax.grad(lambda w: _cube_sum(getattr(F, f"conv{n}d")(x, w, None, *rest)))
+    slope = jax.jit(jax.grad(lambda w: _cube_sum(getattr(F, f"conv{n}d")(x, w, None, *rest))))
     both = jnp.stack([w, 0.5 * w])
-    together = jax.vmap(slope)(both)
+    together = jax.jit(jax.vmap(slope))(both)
     for i in range(2):
         expected = np.asarray(slope(both[i]))
         scale = np.abs(expected).max()

@@ -23,7 +23,14 @@ from tests.parity.oracle import (
     to_jax,
     to_torch,
 )
-from tests.parity.table import LAYER_MISUSE, LAYERS, ONE_OF_EACH, TORCH_WARNS, thinned
+from tests.parity.table import (
+    LAYER_MISUSE,
+    LAYERS,
+    ONE_OF_EACH,
+    TORCH_WARNS,
+    representative,
+    thinned,
+)
 
 pytestmark = TORCH_WARNS
 
@@ -38,14 +45,14 @@ def test_layer_computes_what_torch_does(case: Case, jitted: bool) -> None:
 
 
 # In eager code: the same kernels, each compiled by itself. One row tells whether a layer calls them rightly.
-@pytest.mark.parametrize("case", ONE_OF_EACH, ids=str)
+@pytest.mark.parametrize("case", representative(ONE_OF_EACH))
 def test_layer_computes_what_torch_does_in_float64(case: Case) -> None:
     with sixty_four_bits():
         compare(case, True, False, "float64")
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=pytest.mark.long)])
-@pytest.mark.parametrize("case", [c for c in ONE_OF_EACH if not c.no_low], ids=str)
+@pytest.mark.parametrize("case", representative(c for c in ONE_OF_EACH if not c.no_low))
 def test_layer_computes_what_torch_does_in_low_precision(case: Case, dtype: str) -> None:
     compare(case, True, False, dtype)
 
@@ -62,7 +69,7 @@ def _first(out):
 
 
 @pytest.mark.filterwarnings("ignore:Using a target size")
-@pytest.mark.parametrize("case", [c for c in ONE_OF_EACH if not c.no_second], ids=str)
+@pytest.mark.parametrize("case", representative(c for c in ONE_OF_EACH if not c.no_second))
 def test_second_derivatives_agree_with_torch(case: Case) -> None:
     # A Hessian-vector product of the sum of cubes, so that linear layers count as well.
     theirs, ours = pair(case)
@@ -90,7 +97,7 @@ def test_second_derivatives_agree_with_torch(case: Case) -> None:
     np.testing.assert_allclose(got, wanted.numpy(), atol=1e-4 * scale * case.tolerance)
 
 
-@pytest.mark.parametrize("case", [c for c in ONE_OF_EACH if not c.no_vmap], ids=str)
+@pytest.mark.parametrize("case", representative(c for c in ONE_OF_EACH if not c.no_vmap))
 def test_vmap_over_examples_is_a_loop_over_examples(case: Case) -> None:
     _, ours = pair(case)
     fn, params, state = nn.functionalize(ours, mutable=True)

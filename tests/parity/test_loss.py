@@ -17,6 +17,7 @@ import statefulnn as nn
 import statefulnn.functional as F
 from tests.parity.oracle import array, close, integers, same_class, to_jax, to_torch
 from tests.parity.rows.loss import TARGETS, TIMES
+from tests.thinning import diagonal
 
 # --------------------------------------------------------------------------------------------------
 # Linear cross entropy in chunks
@@ -34,9 +35,9 @@ CHUNKS = [
 ]
 
 
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-@pytest.mark.parametrize("options", CHUNKS, ids=str)
-@pytest.mark.parametrize("extra", [False, True], ids=["plain", "bias and weight"])
+@pytest.mark.parametrize(
+    "options, reduction, extra", diagonal(2, CHUNKS, ["mean", "sum", "none"], [False, True])
+)
 def test_chunks_give_torchs_values_and_gradients(
     options: dict, reduction: str, extra: bool
 ) -> None:

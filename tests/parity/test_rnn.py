@@ -39,7 +39,9 @@ def state(layer: str, directions: int, layers: int, out: int = 6) -> Any:
 # Packed sequences
 
 
-@pytest.mark.parametrize("jitted", [False, True], ids=["eager", "jit"])
+@pytest.mark.parametrize(
+    "jitted", [pytest.param(False, marks=pytest.mark.long), True], ids=["eager", "jit"]
+)
 @pytest.mark.parametrize(
     "layer, kwargs, sort, first",
     [

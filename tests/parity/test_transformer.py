@@ -28,6 +28,7 @@ from tests.parity.rows.transformer import (
     TGT_FIRST,
     TGT_PADDING,
 )
+from tests.thinning import diagonal
 
 E, H, WIDTH = 8, 2, 12
 
@@ -75,19 +76,18 @@ def to_jax_dict(call: dict) -> dict:
     return {k: to_jax(v) for k, v in call.items()}
 
 
+CALLS = {
+    "plain": {},
+    "causal": {"mask": CAUSAL_SRC},
+    "hint": {"mask": CAUSAL_SRC, "is_causal": True},
+    "padded": {"mask": CAUSAL_SRC.astype(np.float32) * -9, "src_key_padding_mask": SRC_PADDING},
+}
+
+
 @pytest.mark.filterwarnings("ignore:Support for mismatched")
-@pytest.mark.parametrize("norm", [False, True])
-@pytest.mark.parametrize(
-    "call",
-    [
-        {},
-        {"mask": CAUSAL_SRC},
-        {"mask": CAUSAL_SRC, "is_causal": True},
-        {"mask": CAUSAL_SRC.astype(np.float32) * -9, "src_key_padding_mask": SRC_PADDING},
-    ],
-    ids=["plain", "causal", "hint", "padded"],
-)
-def test_encoder_computes_what_torch_does(call: dict, norm: bool) -> None:
+@pytest.mark.parametrize("name, norm", diagonal(2, list(CALLS), [False, True]))
+def test_encoder_computes_what_torch_does(name: str, norm: bool) -> None:
+    call = CALLS[name]
     _same(*_stacks("Encoder", norm), (SRC,), call)
 
 

@@ -13,6 +13,7 @@ import torch
 
 import statefulnn as nn
 from tests.parity.oracle import array, close, same_class
+from tests.thinning import diagonal
 from tests.utils.twins import compare_calls, same_state, twins
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*deprecated:FutureWarning")
@@ -32,8 +33,7 @@ def spectral_norm(**kwargs):
     return lambda library, layer: library.utils.spectral_norm(layer, **kwargs)
 
 
-@pytest.mark.parametrize("jitted", [False, True])
-@pytest.mark.parametrize("dim", [0, 1, None, -1])
+@pytest.mark.parametrize("jitted, dim", diagonal(2, [False, True], [0, 1, None, -1]))
 @pytest.mark.parametrize(("layer", "args", "shape"), ROWS)
 def test_weight_norm_is_torchs(layer, args, shape, dim, jitted):
     theirs, ours = twins(layer, args, weight_norm(dim=dim))
@@ -55,10 +55,14 @@ def test_the_first_values_are_torchs():
     same_state(weight_norm()(nn, ours), weight_norm()(torch.nn, theirs))
 
 
-@pytest.mark.parametrize("jitted", [False, True])
-@pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize(
-    "options", [{}, {"n_power_iterations": 3}, {"dim": 1}, {"eps": 0.1}], ids=str
+    "jitted, training, options",
+    diagonal(
+        2,
+        [False, True],
+        [False, True],
+        [{}, {"n_power_iterations": 3}, {"dim": 1}, {"eps": 0.1}],
+    ),
 )
 @pytest.mark.parametrize(("layer", "args", "shape"), ROWS)
 def test_spectral_norm_is_torchs(layer, args, shape, options, training, jitted):

@@ -13,6 +13,7 @@ import torch
 import statefulnn as nn
 from statefulnn.utils import parametrizations, parametrize
 from tests.parity.oracle import array, close, same_class, sixty_four_bits
+from tests.thinning import diagonal
 from tests.utils.twins import compare_calls, same_state, twins
 
 MAPS = ["matrix_exp", "cayley", "householder"]
@@ -36,9 +37,7 @@ def shifted(theirs, ours):
     ours.load_state_dict({k: v.numpy() for k, v in theirs.state_dict().items()})
 
 
-@pytest.mark.parametrize("trivial", [True, False])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("kind", [*MAPS, None])
+@pytest.mark.parametrize("trivial, shape, kind", diagonal(2, [True, False], SHAPES, [*MAPS, None]))
 def test_orthogonal_is_torchs(kind, shape, trivial):
     theirs, ours = twins("Linear", shape, orthogonal(kind, trivial))
     same_state(ours, theirs)
@@ -286,9 +285,9 @@ def spectral(**kwargs):
 OPTIONS = [{}, {"n_power_iterations": 3}, {"dim": 1}, {"eps": 0.1}, {"dim": -1}]
 
 
-@pytest.mark.parametrize("jitted", [False, True])
-@pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize(
+    "jitted, training, options", diagonal(2, [False, True], [False, True], OPTIONS)
+)
 @pytest.mark.parametrize(("layer", "args", "shape"), LAYERS[:4:3])
 def test_spectral_norm_is_torchs(layer, args, shape, options, training, jitted):
     theirs, ours = twins(layer, args, spectral(**options))
