@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import statefulnn as nn
-from tests.thinning import diagonal
+from tests.quick import diagonal
 
 
 class Net(nn.Module):

@@ -11,6 +11,7 @@ import torch
 
 import statefulnn as nn
 import statefulnn.functional as F
+from tests.quick import quickly
 
 K = 6
 
@@ -76,7 +77,7 @@ def torch_meta_gradient(model, task, steps, lr, first_order=False, only=lambda n
     return grad_and_value(outer)(start)
 
 
-def our_meta_gradient(model, task, wrap=jax.jit, **options):
+def our_meta_gradient(model, task, wrap=quickly, **options):
     fn, params = nn.functionalize(model)
 
     def outer(params, x, y, xq, yq):
@@ -178,18 +179,17 @@ def test_float64_finite_differences_agree(options, standard_promotion):
         params = {n: jnp.asarray(p, jnp.float64) for n, p in params.items()}
         x, y, xq, yq = (jnp.asarray(v, jnp.float64) for v in data())
 
-        @jax.jit
         def outer(params):
             adapted = nn.meta.adapt(fn, params, F.mse_loss, (x, y), steps=7, **options)
             return F.mse_loss(fn(adapted.params, xq), yq)
 
-        grads = jax.grad(outer)(params)
+        grads, value = quickly(jax.grad(outer))(params), quickly(outer)
         keys = jax.random.split(jax.random.key(0), len(params))
         way = {
             n: jax.random.normal(k, p.shape, p.dtype)
             for k, (n, p) in zip(keys, params.items(), strict=True)
         }
-        at = lambda t: outer({n: p + t * way[n] for n, p in params.items()})
+        at = lambda t: value({n: p + t * way[n] for n, p in params.items()})
         h = 1e-4
         slope = (8 * (at(h) - at(-h)) - (at(2 * h) - at(-2 * h))) / (12 * h)
         found = sum((grads[n] * way[n]).sum() for n in params)

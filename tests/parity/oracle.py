@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 import statefulnn as nn
+from tests.quick import QUICKLY
 
 TOLERANCE = {"float32": 2e-5, "float64": 1e-10, "bfloat16": 3e-2, "float16": 4e-3}
 
@@ -223,11 +224,12 @@ def compare(
     if differentiable:
         assert numbers, "nothing to differentiate"
         step = nn.value_and_grad(loss_of, argnums=numbers, has_aux=True)
-        step = nn.jit(step) if jitted else step
+        step = nn.jit(step, compiler_options=QUICKLY) if jitted else step
         (_, out), grads = step(ours, *arrays)
     else:
         forward = lambda model, *inputs: model(*inputs, **call)
-        out, grads = (nn.jit(forward) if jitted else forward)(ours, *arrays), ()
+        forward = nn.jit(forward, compiler_options=QUICKLY) if jitted else forward
+        out, grads = forward(ours, *arrays), ()
 
     assert len(flat(out)) == len(flat(expected))
     for i, (a, b) in enumerate(zip(flat(out), flat(expected), strict=True)):

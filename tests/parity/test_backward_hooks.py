@@ -28,6 +28,7 @@ from tests.parity.oracle import (
     to_torch,
 )
 from tests.parity.table import LAYERS, TORCH_WARNS, representative
+from tests.quick import QUICKLY
 
 pytestmark = [
     *TORCH_WARNS,
@@ -35,10 +36,6 @@ pytestmark = [
     # By torch only: we fire the hook when the gradients are there, whatever they are taken by.
     pytest.mark.filterwarnings("ignore:Full backward hook is firing when gradients are computed"),
 ]
-
-
-# A compiled step runs once: what it costs is compiling it.
-QUICKLY = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
 def chosen() -> list[Any]:

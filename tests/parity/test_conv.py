@@ -14,7 +14,7 @@ import torch
 import statefulnn as nn
 import statefulnn.functional as F
 from tests.parity.oracle import array, close, to_jax, to_torch
-from tests.thinning import diagonal
+from tests.quick import diagonal, quickly
 
 VOLUME = array(2, 4, 5, 6, 5)
 
@@ -57,7 +57,7 @@ def test_each_way_has_torchs_gradients(way: str, wanted: str) -> None:
     n = x.ndim - 2
     places = {"input": (0,), "weight": (1,), "both": (0, 1)}[wanted]
     call = lambda x, w: _cube_sum(getattr(F, f"conv{n}d")(x, w, None, *rest))
-    ours = jax.jit(jax.grad(call, places))
+    ours = quickly(jax.grad(call, places))
     tensors = to_torch((x, w))
     for i in places:
         tensors[i].requires_grad_(True)
@@ -68,7 +68,7 @@ def test_each_way_has_torchs_gradients(way: str, wanted: str) -> None:
 
 def test_patches_of_a_large_batch_have_torchs_gradients() -> None:
     x, w = array(2, 2, 1500, 1500), array(3, 2, 2, 2)
-    ours = jax.jit(jax.grad(lambda x, w: _cube_sum(F.conv2d(x, w, None, 2)), (0, 1)))
+    ours = quickly(jax.grad(lambda x, w: _cube_sum(F.conv2d(x, w, None, 2)), (0, 1)))
     tensors = [t.requires_grad_(True) for t in to_torch((x, w))]
     _cube_sum(torch.nn.functional.conv2d(*tensors, None, 2)).backward()
     for got, tensor in zip(ours(*to_jax((x, w))), tensors, strict=True):
@@ -81,7 +81,7 @@ def test_each_way_has_torchs_second_derivatives_by_the_weight(way: str) -> None:
     n = x.ndim - 2
     direction = array(*w.shape, seed=3)
     call = lambda w: _cube_sum(getattr(F, f"conv{n}d")(to_jax(x), w, None, *rest))
-    product = jax.jit(lambda w, v: jax.jvp(jax.grad(call), (w,), (v,))[1])
+    product = quickly(lambda w, v: jax.jvp(jax.grad(call), (w,), (v,))[1])
     got = product(to_jax(w), to_jax(direction))
     tx, tw = to_torch((x, w))
     tw.requires_grad_(True)
@@ -97,7 +97,7 @@ def test_each_way_has_a_forward_derivative(way: str) -> None:
     x, w, *rest = WAYS[way]
     n = x.ndim - 2
     call = lambda x, w: getattr(F, f"conv{n}d")(x, w, None, *rest)
-    value, slope = jax.jit(lambda at: jax.jvp(call, at, at))(to_jax((x, w)))
+    value, slope = quickly(lambda at: jax.jvp(call, at, at))(to_jax((x, w)))
     close(slope, to_torch(np.array(2 * value)), "derivative", 1e-5)
 
 
@@ -105,9 +105,10 @@ def test_each_way_has_a_forward_derivative(way: str) -> None:
 def test_each_way_maps_over_weights(way: str) -> None:
     x, w, *rest = to_jax(WAYS[way])
     n = x.ndim - 2
-    slope = jax.jit(jax.grad(lambda w: _cube_sum(getattr(F, f"conv{n}d")(x, w, None, *rest))))
+    gradient = jax.grad(lambda w: _cube_sum(getattr(F, f"conv{n}d")(x, w, None, *rest)))
+    slope = quickly(gradient)
     both = jnp.stack([w, 0.5 * w])
-    together = jax.jit(jax.vmap(slope))(both)
+    together = quickly(jax.vmap(gradient))(both)
     for i in range(2):
         expected = np.asarray(slope(both[i]))
         scale = np.abs(expected).max()
@@ -149,7 +150,7 @@ def test_border_wider_than_what_a_negative_padding_leaves_is_refused() -> None:
 
 def test_value_of_a_padding_may_be_traced() -> None:
     fill = lambda x, value: F.pad(x, (1, 1), value=value)
-    np.testing.assert_array_equal(jax.jit(fill)(jnp.ones(2), 3.0), [3, 1, 1, 3])
+    np.testing.assert_array_equal(quickly(fill)(jnp.ones(2), 3.0), [3, 1, 1, 3])
     _, by_value = jax.grad(lambda *a: fill(*a).sum(), (0, 1))(jnp.ones(2), 3.0)
     assert float(by_value) == 2
 

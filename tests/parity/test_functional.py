@@ -28,6 +28,7 @@ from tests.parity.oracle import (
 )
 from tests.parity.rows.attention import VISIBLE, K, Q, V
 from tests.parity.table import FUNCTIONS, MISUSE, thinned
+from tests.quick import quickly
 
 HALF = jnp.bfloat16
 
@@ -90,7 +91,7 @@ def test_compiled_function_has_torchs_values_and_gradients(call: Call) -> None:
         if is_float(out)
     )
 
-    @jax.jit
+    @quickly
     def run(arrays: list[Any]) -> Any:
         def loss_of(floats: list[Any]) -> Any:
             filled = list(arrays)

@@ -17,7 +17,7 @@ import statefulnn as nn
 import statefulnn.functional as F
 from tests.parity.oracle import array, close, integers, same_class, to_jax, to_torch
 from tests.parity.rows.loss import TARGETS, TIMES
-from tests.thinning import diagonal
+from tests.quick import diagonal, quickly
 
 # --------------------------------------------------------------------------------------------------
 # Linear cross entropy in chunks
@@ -58,7 +58,6 @@ def test_chunks_give_torchs_values_and_gradients(
     cotangent = array(*theirs.shape, seed=5) if theirs.ndim else np.float32(1.5)
     (theirs * torch.as_tensor(cotangent)).sum().backward()
 
-    @jax.jit
     def loss(arrays: Any) -> Any:
         out = F.linear_cross_entropy(
             arrays[0],
@@ -70,7 +69,7 @@ def test_chunks_give_torchs_values_and_gradients(
         )
         return (out * cotangent).sum(), out
 
-    grads, ours = jax.grad(loss, has_aux=True)([to_jax(x) for x in (X, TABLE, bias)])
+    grads, ours = quickly(jax.grad(loss, has_aux=True))([to_jax(x) for x in (X, TABLE, bias)])
     close(ours, theirs, "loss", 2e-5)
     for got, wanted in zip(grads, tensors, strict=True):
         if wanted is not None:

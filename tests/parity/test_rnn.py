@@ -13,6 +13,7 @@ import torch
 import statefulnn as nn
 from statefulnn.functional.recurrent import recurrent
 from tests.parity.oracle import Case, array, close, flat, pair, to_jax, to_torch
+from tests.quick import QUICKLY, quickly
 
 pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
 
@@ -75,7 +76,7 @@ def test_packed_sequences_give_torchs_outputs_states_and_gradients(
         return sum((x * c).sum() for x, c in zip(got, cotangents, strict=True)), (out, last)
 
     step = nn.value_and_grad(loss, argnums=(0, 1, 2) if first else (0, 1), has_aux=True)
-    step = nn.jit(step) if jitted else step
+    step = nn.jit(step, compiler_options=QUICKLY) if jitted else step
     (_, (out, last)), grads = step(ours, packed.data, to_jax(hx))
     assert isinstance(out, nn.utils.rnn.PackedSequence)
     np.testing.assert_array_equal(out.batch_sizes, t_out.batch_sizes.numpy())
@@ -213,9 +214,10 @@ def test_second_derivatives_of_all_arguments_agree_with_torch(layer: str, kwargs
         along = [array(*x.shape, seed=7 + i).astype("float64") for i, x in enumerate(at)]
         cube = lambda *args: (pure(*args) ** 3).sum()
         grad = jax.grad(cube, argnums=tuple(range(len(at))))
-        forward_over_reverse = jax.jvp(grad, at, [jnp.asarray(d) for d in along])[1]
+        product = lambda at, along: jax.jvp(grad, at, along)[1]
+        forward_over_reverse = quickly(product)(at, [jnp.asarray(d) for d in along])
         dot = lambda *args: sum((g * d).sum() for g, d in zip(grad(*args), along, strict=True))
-        reverse_over_reverse = jax.jit(jax.grad(dot, argnums=tuple(range(len(at)))))(*at)
+        reverse_over_reverse = quickly(jax.grad(dot, argnums=tuple(range(len(at)))))(*at)
 
         t_at = [x.clone().requires_grad_(True) for x in t_at]
         slopes = torch.autograd.grad((torch_pure(*t_at) ** 3).sum(), t_at, create_graph=True)
@@ -229,16 +231,16 @@ def test_second_derivatives_of_all_arguments_agree_with_torch(layer: str, kwargs
 def test_hessian_and_gradients_per_example() -> None:
     (pure, _), at, _ = arrays_of("GRU")
     loss = lambda x: (pure(x, *at[1:]) ** 2).sum()
-    hessian = jax.hessian(loss)(at[0]).reshape(30, 30)
+    hessian = quickly(jax.hessian(loss))(at[0]).reshape(30, 30)
     np.testing.assert_allclose(hessian, hessian.T, atol=1e-5)
     direction = jnp.asarray(array(5, 2, 3, seed=3))
-    product = jax.jvp(jax.grad(loss), (at[0],), (direction,))[1]
+    product = quickly(lambda x, d: jax.jvp(jax.grad(loss), (x,), (d,))[1])(at[0], direction)
     np.testing.assert_allclose(hessian @ direction.reshape(-1), product.reshape(-1), atol=1e-5)
 
     one = lambda x, h, *weights: (pure(x[:, None], h[:, None], *weights) ** 2).sum()
     axes = (1, 1, *[None] * (len(at) - 2))
-    each = jax.vmap(jax.grad(one, argnums=2), in_axes=axes)(*at)
-    whole = jax.grad(lambda *args: (pure(*args) ** 2).sum(), argnums=2)(*at)
+    each = quickly(jax.vmap(jax.grad(one, argnums=2), in_axes=axes))(*at)
+    whole = quickly(jax.grad(lambda *args: (pure(*args) ** 2).sum(), argnums=2))(*at)
     np.testing.assert_allclose(each.sum(0), whole, atol=1e-4)
 
 

@@ -28,7 +28,7 @@ from tests.parity.rows.transformer import (
     TGT_FIRST,
     TGT_PADDING,
 )
-from tests.thinning import diagonal
+from tests.quick import diagonal
 
 E, H, WIDTH = 8, 2, 12
 

@@ -13,7 +13,7 @@ import torch
 
 import statefulnn as nn
 from tests.parity.oracle import array, close, same_class
-from tests.thinning import diagonal
+from tests.quick import diagonal
 from tests.utils.twins import compare_calls, same_state, twins
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*deprecated:FutureWarning")

@@ -13,7 +13,7 @@ import torch
 import statefulnn as nn
 from statefulnn.utils import parametrizations, parametrize
 from tests.parity.oracle import array, close, same_class, sixty_four_bits
-from tests.thinning import diagonal
+from tests.quick import diagonal
 from tests.utils.twins import compare_calls, same_state, twins
 
 MAPS = ["matrix_exp", "cayley", "householder"]

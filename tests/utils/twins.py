@@ -12,6 +12,7 @@ import torch
 
 import statefulnn as nn
 from tests.parity.oracle import close, compare_buffers, load, to_numpy
+from tests.quick import QUICKLY
 
 TOLERANCE = 2e-5
 
@@ -42,7 +43,7 @@ def compare_calls(theirs: Any, ours: Any, x: np.ndarray, calls: int, jitted: boo
         return (out**3).sum(), out
 
     step = nn.value_and_grad(loss, argnums=(0, 1), has_aux=True)
-    step = nn.jit(step) if jitted else step
+    step = nn.jit(step, compiler_options=QUICKLY) if jitted else step
     for _ in range(calls):
         theirs.zero_grad()
         tensor = torch.as_tensor(x).requires_grad_(True)

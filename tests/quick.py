@@ -1,12 +1,18 @@
-"""Which rows of a large table run by default, and which in the long run only (`make test-long`)."""
+"""What keeps the tests quick: cheap compilation, and rows that run in `make test-long` only."""
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import pytest
+
+# What is compiled to run once: the time goes into compiling it.
+QUICKLY = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+quickly = functools.partial(jax.jit, compiler_options=QUICKLY)
 
 
 def diagonal(step: int, *axes: Sequence[Any]) -> list[Any]:
