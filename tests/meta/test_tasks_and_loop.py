@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import warnings
 
 import jax
@@ -107,19 +110,43 @@ def test_report_false_is_silent():
         assert np.isnan(f(1.0, jnp.array([1.0, np.nan])))
 
 
-def test_tasks_over_devices_give_the_same_gradient():
-    # Checked on several devices in a process of its own: tests/core/test_placement.py shows how.
-    from jax.sharding import Mesh, NamedSharding, PartitionSpec
+SHARDED = """
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+import statefulnn as nn, statefulnn.functional as F
 
-    fn, params = nn.functionalize(nn.Linear(1, 1))
-    one = lambda p, x, y: F.mse_loss(
-        fn(nn.meta.adapt(fn, p, F.mse_loss, (x, y), lr=0.1).params, x), y
+assert len(jax.devices()) == 4
+fn, params = nn.functionalize(nn.Sequential(nn.Linear(1, 8), nn.Tanh(), nn.Linear(8, 1)))
+def one(p, x, y):
+    adapted = nn.meta.adapt(fn, p, F.mse_loss, (x, y), lr=0.1, steps=2)
+    return F.mse_loss(fn(adapted.params, x), y), adapted.params
+f = jax.jit(jax.grad(nn.meta.over_tasks(one, has_aux=True), has_aux=True))
+rng = np.random.default_rng(0)
+x, y = (jnp.asarray(rng.standard_normal((8, 3, 1)), jnp.float32) for _ in range(2))
+mesh = Mesh(np.array(jax.devices()), ("tasks",))
+placed = jax.device_put((x, y), NamedSharding(mesh, PartitionSpec("tasks")))
+(grads, adapted), (wanted, _) = f(params, *placed), f(params, x, y)
+for name, g in grads.items():
+    np.testing.assert_allclose(g, wanted[name], rtol=1e-5, atol=1e-6)
+    assert [s.data.shape[0] for s in adapted[name].addressable_shards] == [2, 2, 2, 2], name
+text = f.lower(params, *placed).compile().as_text()
+assert "all-reduce" in text and "all-to-all" not in text
+# Every device adapts its own tasks: only what tells which of them diverged is gathered.
+gathered = [line.split("all-gather(")[0] for line in text.splitlines() if " all-gather(" in line]
+assert all("pred[" in line for line in gathered), gathered
+"""
+
+
+def test_tasks_over_devices_give_the_same_gradient_and_stay_where_they_are():
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(
+        [sys.executable, "-c", SHARDED],
+        env={**os.environ, **flags},
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
-    f = jax.jit(jax.grad(nn.meta.over_tasks(one)))
-    x, y = jnp.ones((4, 3, 1)), jnp.zeros((4, 3, 1))
-    mesh = Mesh(np.array(jax.devices()), ("tasks",))
-    placed = jax.device_put((x, y), NamedSharding(mesh, PartitionSpec("tasks")))
-    np.testing.assert_allclose(f(params, *placed)["weight"], f(params, x, y)["weight"], rtol=1e-6)
+    assert done.returncode == 0, done.stderr
 
 
 # --------------------------------------------------------------------------------------------------
