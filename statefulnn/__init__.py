@@ -7,6 +7,7 @@ from statefulnn import attention, functional, init, parameter, utils
 from statefulnn.core import errors
 from statefulnn.core.box import Buffer, Parameter
 from statefulnn.core.errors import (
+    CheckpointError,
     ConvergenceError,
     DivergenceWarning,
     DtypeError,
@@ -231,19 +232,22 @@ from statefulnn.utils.init import materialize
 if TYPE_CHECKING:
     from statefulnn import curvature, func, meta
     from statefulnn.ensemble import Ensemble
+    from statefulnn.io import load, save
 
 __version__ = "0.1.0"
 
-_LATER = ("curvature", "func", "meta")  # built on top, and imported when first used
+# Built on top, and imported when first used: modules, and names out of modules.
+_LATER = ("curvature", "func", "io", "meta")
+_LATER_NAMES = {"Ensemble": "ensemble", "load": "io", "save": "io"}
 
 
 def __getattr__(name: str) -> Any:
     if name in _LATER:
         return importlib.import_module(f"statefulnn.{name}")
-    if name == "Ensemble":
-        return importlib.import_module("statefulnn.ensemble").Ensemble
+    if name in _LATER_NAMES:
+        return getattr(importlib.import_module(f"statefulnn.{_LATER_NAMES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_LATER, "Ensemble"})
+    return sorted({*globals(), *_LATER, *_LATER_NAMES})

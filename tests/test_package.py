@@ -30,6 +30,7 @@ ALLOWED = {
     "utils": {"core", "functional", "init", "modules", "transforms"},
     "optimizer": {"core", "transforms"},
     "parameter": {"core"},
+    "io": {"core"},
     "ensemble": {"core", "transforms"},
     "func": {"core", "modules", "transforms"},
     "meta": {"core", "transforms"},

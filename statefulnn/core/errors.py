@@ -64,6 +64,10 @@ class StateDictError(StatefulnnError, RuntimeError):
     """A state dict that does not fit the module."""
 
 
+class CheckpointError(StatefulnnError, RuntimeError):
+    """A file that is not what it should be, or something a file cannot hold."""
+
+
 class UnusedModuleError(StatefulnnError, RuntimeError):
     """A gradient with respect to a module that the loss never read."""
 

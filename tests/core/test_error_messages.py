@@ -241,6 +241,12 @@ CASES = {
         [r"nn.meta.cg\(steps=1", "did not converge", "residual"],
         [r"nn.meta.cg\(steps=10\)", "tol=None"],
     ),
+    "file of something that is no array": (
+        nn.CheckpointError,
+        lambda: nn.save({"a": X, "model": Norm}, "never.safetensors"),
+        ["'model'", "type"],
+        ["arrays, numbers, texts"],
+    ),
 }
 
 
@@ -293,6 +299,7 @@ BUILTIN = {
     nn.StateDictError: [RuntimeError],
     nn.UnusedModuleError: [RuntimeError],
     nn.ConvergenceError: [RuntimeError],
+    nn.CheckpointError: [RuntimeError],
 }
 
 

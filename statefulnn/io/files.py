@@ -1,0 +1,359 @@
+"""nn.save and nn.load: whatever has a state dict, in one safetensors file or in several with an index."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import uuid
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from statefulnn.core.box import Box, from_numpy, host_array
+from statefulnn.core.errors import CheckpointError, UnknownNameError, explain
+from statefulnn.core.generator import Generator
+from statefulnn.core.placement import META, is_meta, resolve_device
+from statefulnn.io._atomic import replacing
+from statefulnn.io._safetensors import DTYPES, NAMES, File, broken, write
+
+# What safetensors has no place for, as JSON in the metadata of the file.
+OURS = "statefulnn"
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+
+def save(
+    obj: Any,
+    path: str | os.PathLike,
+    *,
+    metadata: Mapping[str, str] | None = None,
+    max_shard_size: int | str | None = None,
+) -> None:
+    """Write a state dict, or whatever has one, to a safetensors file.
+
+    The file is written beside the old one and takes its place at the end, so that a crash leaves one of
+    the two. Tied parameters are stored once.
+
+    Args:
+        obj: a Module, Optimizer, Ensemble or Generator, or a dict of name -> array (numbers, texts and
+            lists of these are kept as well).
+        path: the file; with `max_shard_size` the folder of the files and their index.
+        metadata: texts to keep in the file.
+        max_shard_size: bytes, or a text such as ``"5GB"``: several files of at most this size, and an index
+            as on the Hugging Face hub, ``model.safetensors.index.json``.
+
+    Raises:
+        CheckpointError: for what a file cannot hold; nothing is written.
+        ImportError: if safetensors is not installed (extra ``io``).
+
+    Source: github.com/huggingface/safetensors.
+
+    Example:
+        >>> import os, tempfile, statefulnn as nn
+        >>> model, other = nn.Linear(2, 3), nn.Linear(2, 3)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     nn.save(model, os.path.join(folder, "model.safetensors"))
+        ...     state = nn.load(os.path.join(folder, "model.safetensors"))
+        >>> other.load_state_dict(state)
+        <All keys matched successfully>
+        >>> bool((other.weight == model.weight).all())
+        True
+    """
+    path = Path(path)
+    arrays, notes = _taken_apart(_state_of(obj))
+    texts = {str(k): v for k, v in (metadata or {}).items()}
+    wrong = next((k for k, v in texts.items() if not isinstance(v, str) or k == OURS), None)
+    if wrong is not None:
+        raise CheckpointError(
+            explain(
+                f"called nn.save with metadata {wrong!r}: {texts[wrong]!r}",
+                f"metadata of a safetensors file are texts, and {OURS!r} is taken",
+                "metadata={'epoch': str(epoch)}; numbers may also be entries of the state dict",
+            )
+        )
+    # Readers of the Hugging Face hub ask for the format: torch's names and layouts.
+    texts = {"format": "pt", **texts, OURS: json.dumps(notes)}
+    if max_shard_size is None:
+        with replacing(path) as temporary:
+            write(temporary, arrays, texts)
+        return
+    _save_shards(path, arrays, texts, _bytes(max_shard_size))
+
+
+def load(
+    path: str | os.PathLike,
+    *,
+    device: Any = None,
+    names: Iterable[str] | Callable[[str], bool] | None = None,
+) -> OrderedDict[str, Any]:
+    """Read a state dict from a safetensors file, or from several with an index.
+
+    Args:
+        path: a file, an index (``*.index.json``), or the folder that holds ``model.safetensors`` or its
+            index.
+        device: where the arrays go: a device, its name, a ``Sharding``, or a function of name and shape
+            that returns one; "meta" for shapes alone. Each device reads its own part of the file.
+        names: which entries to read: names, or a function of the name; None for all.
+
+    Returns:
+        a dict by name, in the order it was saved, for ``load_state_dict``. Where JAX's 64-bit types are
+        off, 64-bit arrays are numpy's, so that nothing is cut off.
+
+    Raises:
+        CheckpointError: for a file that is damaged or no safetensors file, with the byte.
+        FileNotFoundError: if there is none.
+        UnknownNameError: for `names` that are not in it.
+
+    Example: see `save`.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = path / (INDEX if (path / INDEX).exists() else SINGLE)
+    files = _indexed(path) if path.name.endswith(".index.json") else [File(path)]
+    views = {name: view for file in files for name, view in file.arrays.items()}
+    notes = _notes(path, files[0].metadata if files else {})
+    for name, first in notes["ties"].items():
+        if first in views:
+            views[name] = views[first]
+    values = dict(notes["values"])
+    order = [n for n in notes["order"] if n in views or n in values]
+    order += [n for n in views if n not in set(order)]
+    wanted = _chosen(order, names, path)
+    state: OrderedDict[str, Any] = OrderedDict()
+    done: dict[int, Any] = {}  # tied names share their array
+    for name in wanted:
+        if name in values:
+            state[name] = values[name]
+            continue
+        view = views[name]
+        if id(view) not in done:
+            done[id(view)] = _placed(view, device(name, view.shape) if callable(device) else device)
+        state[name] = done[id(view)]
+    if notes["modules"]:
+        state._metadata = OrderedDict(notes["modules"])  # pyright: ignore[reportAttributeAccessIssue]
+    return state
+
+
+# --------------------------------------------------------------------------------------------------
+# What is saved
+
+
+def _state_of(obj: Any) -> Mapping[str, Any]:
+    if isinstance(obj, Generator):
+        return {"state": obj.state}
+    if isinstance(obj, Mapping):
+        return obj
+    if callable(getattr(obj, "state_dict", None)):
+        return obj.state_dict()
+    raise CheckpointError(
+        explain(
+            f"called nn.save with an object of type {type(obj).__name__}",
+            "a file holds arrays by name",
+            "pass a Module, an Optimizer, or a dict: nn.save({'weights': array}, path)",
+        )
+    )
+
+
+def _taken_apart(state: Mapping[str, Any]) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Return the arrays to store, and the notes about what is no array."""
+    arrays: dict[str, np.ndarray] = {}
+    ties: dict[str, str] = {}
+    values: dict[str, Any] = {}
+    first: dict[int, str] = {}
+    for name, value in state.items():
+        if not isinstance(name, str) or name == "__metadata__":
+            raise _unsaved(name, "names are texts")
+        value = value.value if isinstance(value, Box) else value
+        if not hasattr(value, "dtype"):
+            values[name] = _plain(name, value)
+        elif id(value) in first:
+            ties[name] = first[id(value)]
+        else:
+            first[id(value)] = name
+            arrays[name] = _stored(name, value)
+    notes = {"order": list(state), "ties": ties, "values": values}
+    return arrays, {**notes, "modules": getattr(state, "_metadata", {})}
+
+
+def _stored(name: str, value: Any) -> np.ndarray:
+    """Return an array as the file holds it."""
+    if is_meta(value):
+        raise _unsaved(name, "it is on the meta device and has no numbers")
+    if jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
+        raise _unsaved(name, "it is a typed random key: keep jax.random.key_data(key)")
+    array = np.asarray(value)
+    if name.rpartition(".")[2] == "num_batches_tracked":  # torch counts in 64 bits
+        array = array.astype(np.int64)
+    array = np.ascontiguousarray(array).reshape(array.shape)
+    if array.dtype.newbyteorder("=") not in NAMES:
+        raise _unsaved(name, f"safetensors has no dtype for {array.dtype}, but {', '.join(DTYPES)}")
+    return array.astype(array.dtype.newbyteorder("="), copy=False)
+
+
+def _plain(name: str, value: Any) -> Any:
+    try:
+        if json.loads(json.dumps(value)) == value:
+            return value
+    except (TypeError, ValueError):
+        pass
+    raise _unsaved(name, f"it is of type {type(value).__name__}, neither an array nor plain data")
+
+
+def _unsaved(name: Any, why: str) -> CheckpointError:
+    return CheckpointError(
+        explain(
+            f"called nn.save with an entry {name!r} that a file cannot hold",
+            why,
+            "save arrays, numbers, texts, and lists and dicts of these",
+        )
+    )
+
+
+# --------------------------------------------------------------------------------------------------
+# Several files
+
+
+def _save_shards(
+    folder: Path, arrays: Mapping[str, np.ndarray], texts: dict[str, str], size: int
+) -> None:
+    """Write files of a limited size, then their index; what the old index named goes last."""
+    shards: list[dict[str, np.ndarray]] = [{}]
+    room = size
+    for name, array in arrays.items():
+        if array.nbytes > room and shards[-1]:
+            shards.append({})
+            room = size
+        shards[-1][name] = array
+        room -= array.nbytes
+    folder.mkdir(parents=True, exist_ok=True)
+    old = _shard_names(folder / INDEX) if (folder / INDEX).exists() else set()
+    # Names of their own: until the new index is there, the old one finds its files untouched.
+    run = uuid.uuid4().hex[:8]
+    total = len(shards)
+    files = [f"model-{run}-{i + 1:05d}-of-{total:05d}.safetensors" for i in range(total)]
+    try:
+        for file, shard in zip(files, shards, strict=True):
+            with replacing(folder / file) as temporary:
+                write(temporary, shard, texts)
+        index = {
+            "metadata": {"total_size": sum(a.nbytes for a in arrays.values())},
+            "weight_map": {n: f for f, shard in zip(files, shards, strict=True) for n in shard},
+        }
+        with replacing(folder / INDEX) as temporary:
+            temporary.write_text(json.dumps(index, indent=2) + "\n")
+    except BaseException:
+        for file in files:
+            (folder / file).unlink(missing_ok=True)
+        raise
+    for file in old - set(files):
+        (folder / file).unlink(missing_ok=True)
+
+
+def _indexed(path: Path) -> Iterator[File] | list[File]:
+    """Return the files of an index, each of which holds what the index says."""
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+        places = dict(index["weight_map"])
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise broken(path, 0, "an index that cannot be read", "JSON with a weight_map") from None
+    for name, file in places.items():
+        if not isinstance(file, str) or not re.fullmatch(r"[^/\\:]+\.safetensors", file):
+            raise broken(path, 0, f"{name!r} in the file {file!r}", "a file in the same folder")
+    files = []
+    for file in dict.fromkeys(places.values()):
+        if not (path.parent / file).exists():
+            raise broken(path, 0, f"no file {file!r}", "every file of the index beside it")
+        opened = File(path.parent / file)
+        missing = [n for n, f in places.items() if f == file and n not in opened.arrays]
+        if missing:
+            raise broken(path, 0, f"{missing[0]!r} in {file!r}", "an array that the file holds")
+        opened.arrays = {n: v for n, v in opened.arrays.items() if places.get(n) == file}
+        files.append(opened)
+    return files
+
+
+def _shard_names(index: Path) -> set[str]:
+    try:
+        files = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return set()
+    return {
+        f for f in files if isinstance(f, str) and re.fullmatch(r"model-[-\w]+\.safetensors", f)
+    }
+
+
+def _bytes(size: int | str) -> int:
+    units = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+    found = (
+        re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Z]+)", size.upper()) if isinstance(size, str) else None
+    )
+    if found and found[2] in units:
+        return max(1, int(float(found[1]) * units[found[2]]))
+    if isinstance(size, int) and not isinstance(size, bool) and size > 0:
+        return size
+    raise ValueError(f"nn.save: max_shard_size must be a number of bytes or '5GB', got {size!r}")
+
+
+# --------------------------------------------------------------------------------------------------
+# What is read
+
+
+def _notes(path: Path, texts: Mapping[str, str]) -> dict[str, Any]:
+    """Return what `save` noted beside the arrays; files of others have nothing."""
+    kinds = {"order": list, "ties": dict, "values": dict, "modules": dict}
+    try:
+        found = json.loads(texts[OURS]) if OURS in texts else {}
+        notes = {key: kind(found.get(key, kind())) for key, kind in kinds.items()}
+    except (ValueError, TypeError, AttributeError, RecursionError):
+        raise broken(
+            path, 8, f"metadata {OURS!r} that cannot be read", "what nn.save wrote"
+        ) from None
+    if not all(isinstance(n, str) for n in (*notes["order"], *notes["ties"].values())):
+        raise broken(path, 8, f"metadata {OURS!r} that cannot be read", "what nn.save wrote")
+    return notes
+
+
+def _chosen(order: list[str], names: Any, path: Path) -> list[str]:
+    if names is None:
+        return order
+    if callable(names):
+        return [n for n in order if names(n)]
+    wanted = {names} if isinstance(names, str) else set(names)
+    unknown = sorted(wanted - set(order))
+    if unknown:
+        raise UnknownNameError(
+            explain(
+                f"asked {path} for {', '.join(map(repr, unknown))}",
+                f"it holds {', '.join(order[:8])}{' ...' if len(order) > 8 else ''}",
+                "pass names it holds, or names=lambda name: name.startswith('encoder.')",
+            )
+        )
+    return [n for n in order if n in wanted]
+
+
+def _placed(view: np.ndarray, device: Any) -> Any:
+    """Return a view of the file as an array at a place, with one copy.
+
+    The copy is made here: JAX may take the file's own memory for an array's, which others can change.
+    """
+    place = resolve_device(device)
+    if place == META:
+        return jax.ShapeDtypeStruct(view.shape, view.dtype)
+    if jax.dtypes.canonicalize_dtype(view.dtype) != view.dtype:
+        return np.array(view)
+    if isinstance(place, jax.sharding.Sharding):
+        part = lambda index: _copied(view[index])
+        return jax.make_array_from_callback(view.shape, place, part)
+    return from_numpy(_copied(view), place, copy=False)
+
+
+def _copied(view: np.ndarray) -> np.ndarray:
+    own = host_array(view.shape, view.dtype)
+    own[...] = view
+    return own
