@@ -7,7 +7,7 @@ import os
 import re
 import uuid
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from statefulnn.core.generator import Generator
 from statefulnn.core.placement import META, is_meta, resolve_device
 from statefulnn.io._atomic import replacing
 from statefulnn.io._safetensors import DTYPES, NAMES, File, broken, write
+from statefulnn.io._torch_files import is_torch_file, load_torch
 
 # What safetensors has no place for, as JSON in the metadata of the file.
 OURS = "statefulnn"
@@ -92,7 +93,9 @@ def load(
     device: Any = None,
     names: Iterable[str] | Callable[[str], bool] | None = None,
 ) -> OrderedDict[str, Any]:
-    """Read a state dict from a safetensors file, or from several with an index.
+    """Read a state dict from a safetensors file, from several with an index, or from a file of torch.save.
+
+    What torch wrote is read without torch, and without running any code it may hold.
 
     Args:
         path: a file, an index (``*.index.json``), or the folder that holds ``model.safetensors`` or its
@@ -102,11 +105,12 @@ def load(
         names: which entries to read: names, or a function of the name; None for all.
 
     Returns:
-        a dict by name, in the order it was saved, for ``load_state_dict``. Where JAX's 64-bit types are
-        off, 64-bit arrays are numpy's, so that nothing is cut off.
+        a dict by name, in the order it was saved, for ``load_state_dict``; from a file of torch.save
+        whatever it holds, with arrays for tensors. Where JAX's 64-bit types are off, 64-bit arrays are
+        numpy's, so that nothing is cut off.
 
     Raises:
-        CheckpointError: for a file that is damaged or no safetensors file, with the byte.
+        CheckpointError: for a file that is damaged, or holds more than data, with the byte.
         FileNotFoundError: if there is none.
         UnknownNameError: for `names` that are not in it.
 
@@ -115,6 +119,9 @@ def load(
     path = Path(path)
     if path.is_dir():
         path = path / (INDEX if (path / INDEX).exists() else SINGLE)
+    with open(path, "rb") as file:
+        if is_torch_file(file.read(8)):
+            return _from_torch(path, device, names)
     files = _indexed(path) if path.name.endswith(".index.json") else [File(path)]
     views = {name: view for file in files for name, view in file.arrays.items()}
     notes = _notes(path, files[0].metadata if files else {})
@@ -138,6 +145,29 @@ def load(
     if notes["modules"]:
         state._metadata = OrderedDict(notes["modules"])  # pyright: ignore[reportAttributeAccessIssue]
     return state
+
+
+def _from_torch(path: Path, device: Any, names: Any) -> Any:
+    by_name = callable(device) or names is not None
+    content = load_torch(
+        path, (lambda view: view) if by_name else lambda view: _placed(view, device)
+    )
+    if not by_name:
+        return content
+    if not isinstance(content, dict) or not all(isinstance(n, str) for n in content):
+        raise TypeError(
+            explain(
+                f"called nn.load({str(path)!r}) with names, or a device for each name",
+                f"the file holds no dict by name, but {type(content).__name__}",
+                "load it without them",
+            )
+        )
+    chosen = _chosen(list(content), names, path)
+    place = lambda name, v: _placed(v, device(name, v.shape) if callable(device) else device)
+    return OrderedDict(
+        (n, place(n, content[n]) if isinstance(content[n], np.ndarray) else content[n])
+        for n in chosen
+    )
 
 
 # --------------------------------------------------------------------------------------------------
@@ -255,7 +285,7 @@ def _save_shards(
         (folder / file).unlink(missing_ok=True)
 
 
-def _indexed(path: Path) -> Iterator[File] | list[File]:
+def _indexed(path: Path) -> list[File]:
     """Return the files of an index, each of which holds what the index says."""
     try:
         index = json.loads(path.read_text(encoding="utf-8"))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import numbers
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -195,7 +194,8 @@ def _report(values: Any, wanted: bool) -> None:
 
 
 def _require_sizes(function: str, sigma: Any, pairs: int) -> None:
-    number = isinstance(sigma, (numbers.Real, np.ndarray, jax.Array)) and np.ndim(sigma) == 0
+    kinds = (int, float, np.ndarray, np.generic, jax.Array)
+    number = isinstance(sigma, kinds) and jnp.ndim(sigma) == 0
     if not isinstance(sigma, Tracer) and not (number and sigma > 0):
         raise ValueError(f"{function}: sigma must be a positive number, got {sigma!r}")
     if not isinstance(pairs, int) or pairs < 1:
