@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from statefulnn.core.errors import CheckpointError, explain
-from statefulnn.io._safetensors import broken
+from statefulnn.io._safetensors import LONGEST_HEADER, broken
 
 _MAGIC, _PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
 
@@ -57,8 +57,11 @@ _EXPANDED = 1 << 26
 
 
 def is_torch_file(head: bytes) -> bool:
-    """Say whether a file that begins with these bytes is for `load_torch`."""
-    return head[:4] == b"PK\x03\x04" or head[:1] == b"\x80"
+    """Say whether a file that begins with these 9 bytes is for `load_torch`, and not safetensors."""
+    # The length of a safetensors header may begin with the bytes of a pickle or an archive.
+    if head[:4] == b"PK\x03\x04":
+        return head[8:9] != b"{"
+    return head[:1] == b"\x80" and int.from_bytes(head[:8], "little") > LONGEST_HEADER
 
 
 def load_torch(path: Path, placed: Callable[[np.ndarray], Any]) -> Any:
@@ -289,10 +292,11 @@ def _legacy(path: Path, mapped: mmap.mmap) -> tuple[Any, Memory]:
 
 def _legacy_pickles(path: Path, file: Any) -> tuple[Any, list[str], dict[str, np.dtype], int]:
     """Return the content, the keys of the storages, their dtypes, and where they begin."""
-    head = [_Unpickler(path, file).read_object() for _ in range(3)]
-    if head[:2] != [_MAGIC, _PROTOCOL] or not isinstance(head[2], dict):
-        raise broken(path, 0, "a pickle of something else", "what torch.save wrote")
-    if head[2].get("little_endian") is not True:
+    for number in (_MAGIC, _PROTOCOL):
+        if _Unpickler(path, file).read_object() != number:
+            raise broken(path, 0, "a pickle of something else", "what torch.save wrote")
+    machine = _Unpickler(path, file).read_object()
+    if not isinstance(machine, dict) or machine.get("little_endian") is not True:
         raise broken(path, 0, "a file of a big-endian machine", "a little-endian one")
     unpickler = _Unpickler(path, file)
     dtypes: dict[str, np.dtype] = {}

@@ -120,7 +120,7 @@ def load(
     if path.is_dir():
         path = path / (INDEX if (path / INDEX).exists() else SINGLE)
     with open(path, "rb") as file:
-        if is_torch_file(file.read(8)):
+        if is_torch_file(file.read(9)):
             return _from_torch(path, device, names)
     files = _indexed(path) if path.name.endswith(".index.json") else [File(path)]
     views = {name: view for file in files for name, view in file.arrays.items()}

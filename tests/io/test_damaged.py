@@ -39,7 +39,7 @@ DAMAGED = {
     "truncated data": (WHOLE[:-1], "the file ends inside of 'b'"),
     "no data": (WHOLE[:-19], "the file ends inside of 'a'"),
     "more data": (WHOLE + b"\0", "1 bytes of no array"),
-    "a pickle": (b"\x80\x02}q\x00X\x01\x00\x00\x00aq\x01K\x01s.", "a header of"),
+    "a pickle": (b"\x80\x02}q\x00X\x01\x00\x00\x00aq\x01K\x01s.", "a pickle of something else"),
     "no JSON": (made(b"{a}"), "at byte 9: Expecting property name"),
     "no text": (made(b'{"\xff": 1}'), "at byte 10: bytes that are no text"),
     "a list": (made([1, 2]), "a header of type list"),
@@ -99,6 +99,13 @@ def test_no_file_is_python_s_own_error(tmp_path):
     for path in (tmp_path, tmp_path / "x", tmp_path / "x.index.json"):
         with pytest.raises(FileNotFoundError):
             nn.load(path)
+
+
+@pytest.mark.parametrize("length", [0x80, 0x280, 0x0480, 0x4B50])
+def test_a_header_whose_length_begins_like_another_format_is_read(length, tmp_path):
+    text = json.dumps({"a": A, "b": B}).encode()
+    (tmp_path / "x").write_bytes(made(text + b" " * (length - len(text))))
+    assert nn.load(tmp_path / "x")["b"].shape == (3,)
 
 
 INDEXES = {
