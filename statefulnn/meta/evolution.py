@@ -196,7 +196,7 @@ def _report(values: Any, wanted: bool) -> None:
 def _require_sizes(function: str, sigma: Any, pairs: int) -> None:
     kinds = (int, float, np.ndarray, np.generic, jax.Array)
     number = isinstance(sigma, kinds) and jnp.ndim(sigma) == 0
-    if not isinstance(sigma, Tracer) and not (number and jnp.asarray(sigma) > 0):
+    if not isinstance(sigma, Tracer) and not (number and float(sigma) > 0):
         raise ValueError(f"{function}: sigma must be a positive number, got {sigma!r}")
     if not isinstance(pairs, int) or pairs < 1:
         raise ValueError(f"{function}: pairs must be a positive integer, got {pairs!r}")
