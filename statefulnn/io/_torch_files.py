@@ -277,8 +277,8 @@ def _address(mapped: mmap.mmap) -> int:
 
 
 def _legacy(path: Path, mapped: mmap.mmap) -> tuple[Any, Memory]:
-    with open(path, "rb") as file:
-        state, keys, dtypes, at = _legacy_pickles(path, file)
+    # Read through the map: a file would take memory for any length that the pickle claims.
+    state, keys, dtypes, at = _legacy_pickles(path, mapped)
     memory: Memory = {}
     for key in keys:
         numel = int.from_bytes(mapped[at : at + 8], "little", signed=True)

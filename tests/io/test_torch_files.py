@@ -229,6 +229,20 @@ PICKLES = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("name", ["a huge text", "a huge frame", "a huge bytearray", "a huge memo"])
+def test_a_legacy_file_takes_no_memory_for_what_it_claims(name, tmp_path):
+    content = io.BytesIO()
+    torch.save([], content, _use_new_zipfile_serialization=False)
+    head = content.getvalue().split(b"]q\x00.")[0].rpartition(b"\x80\x02")[0]
+    (tmp_path / "x").write_bytes(head + PICKLES[name][0])
+    tracemalloc.start()
+    with pytest.raises(nn.CheckpointError, match="a pickle of tensors"):
+        nn.load(tmp_path / "x")
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 50_000_000
+
+
 @pytest.mark.parametrize("name", PICKLES)
 def test_a_damaged_pickle_is_refused(name, tmp_path):
     content, message = PICKLES[name]
