@@ -93,6 +93,7 @@ class _Tensor:
     """What a tensor sees of a storage."""
 
     __slots__ = ("dtype", "offset", "size", "storage", "stride")
+    __hash__ = None  # pyright: ignore[reportAssignmentType]  # no key and in no set: arrays are neither
 
     def __init__(
         self, storage: Any, offset: Any, size: Any, stride: Any, dtype: Any = None
@@ -352,6 +353,9 @@ def _inside_out(path: Path, content: Any) -> Iterator[Any]:
         if after:
             open_now.discard(id(part))
             yield part
+        elif isinstance(part, (_Storage, _Builder)):
+            what = "a storage" if isinstance(part, _Storage) else "a function or class"
+            raise broken(path, 0, f"{what} as data", "tensors, numbers, texts and containers")
         elif id(part) in open_now:
             raise broken(path, 0, "a container that holds itself", "data without circles")
         elif id(part) not in seen and isinstance(part, (_Tensor, dict, list, tuple)):

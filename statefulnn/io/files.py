@@ -130,7 +130,7 @@ def load(
             views[name] = views[first]
     values = dict(notes["values"])
     order = [n for n in notes["order"] if n in views or n in values]
-    order += [n for n in views if n not in set(order)]
+    order = list(dict.fromkeys([*order, *views]))
     wanted = _chosen(order, names, path)
     state: OrderedDict[str, Any] = OrderedDict()
     done: dict[int, Any] = {}  # tied names share their array
@@ -218,7 +218,8 @@ def _stored(name: str, value: Any) -> np.ndarray:
     if jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
         raise _unsaved(name, "it is a typed random key: keep jax.random.key_data(key)")
     array = np.asarray(value)
-    if name.rpartition(".")[2] == "num_batches_tracked":  # torch counts in 64 bits
+    counter = name.rpartition(".")[2] == "num_batches_tracked"
+    if counter and array.dtype == np.int32:  # torch counts in 64 bits
         array = array.astype(np.int64)
     array = np.ascontiguousarray(array).reshape(array.shape)
     if array.dtype.newbyteorder("=") not in NAMES:

@@ -200,7 +200,8 @@ class _Loop:
         batches,
     ) -> None:
         self.fn, self.loss, self.optimizer, self.lr = fn, loss, optimizer, lr
-        self.steps, self.rng, self.first_order = steps, rng, first_order
+        self.steps, self.first_order = steps, first_order
+        self.rng = None if rng is None else as_key(rng)
         self.by_name = isinstance(params, Mapping)
         self.order = list(params) if self.by_name else []
         params = _values(params)  # whose names come out sorted
@@ -244,7 +245,7 @@ class _Loop:
         chosen, slots, carried, rows = carry
         i, batch = x
         data = batch if self.batches else data
-        key = None if self.rng is None else jax.random.fold_in(as_key(self.rng), i)
+        key = None if self.rng is None else jax.random.fold_in(self.rng, i)
 
         def objective(chosen: Any) -> tuple[Any, Any]:
             state = {**carried, **rows_at(rows, i)} if self.has_state else None

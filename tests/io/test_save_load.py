@@ -271,6 +271,11 @@ def test_a_hundred_kills_lose_nothing(way, tmp_path):
     killed_while_saving(tmp_path / "x", way, 100)
 
 
+def test_a_counter_that_is_no_integer_keeps_its_numbers(tmp_path):
+    nn.save({"n.num_batches_tracked": jnp.float32(2.5)}, tmp_path / "x")
+    assert nn.load(tmp_path / "x")["n.num_batches_tracked"] == 2.5
+
+
 def test_a_plain_ordered_dict_is_enough(tmp_path):
     nn.save(OrderedDict(b=np.ones(2, np.float32), a=np.zeros(1, np.int32)), tmp_path / "x")
     assert list(nn.load(tmp_path / "x")) == ["b", "a"]

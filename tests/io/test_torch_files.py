@@ -263,6 +263,21 @@ def test_the_tensor_they_are_made_of_is_whole(tmp_path):
     assert nn.load(tmp_path / "x").tolist() == [[0, 1], [2, 3]]
 
 
+@FORMATS
+def test_storages_and_sets_of_tensors_are_refused(new, tmp_path):
+    for content, message in (
+        ({"a": torch.ones(2).untyped_storage()}, "a storage as data"),
+        ({"a": {torch.ones(2)}}, "unhashable"),
+        ({torch.ones(2): 1}, "unhashable"),
+    ):
+        torch.save(content, tmp_path / "x", _use_new_zipfile_serialization=new)
+        with pytest.raises(nn.CheckpointError, match=message):
+            nn.load(tmp_path / "x")
+    torch.save([torch.Size], tmp_path / "x", _use_new_zipfile_serialization=new)
+    with pytest.raises(nn.CheckpointError, match="a function or class as data"):
+        nn.load(tmp_path / "x")
+
+
 def test_depth_is_no_matter(tmp_path):
     archive(tmp_path / "x", b"\x80\x02" + b"(" * 50_000 + b"l" * 50_000 + b".")
     found = nn.load(tmp_path / "x")

@@ -361,19 +361,24 @@ def test_an_objective_without_a_model_takes_any_pytree():
     np.testing.assert_allclose(adapted.params[1][0], 2 * 0.9**6, rtol=1e-5)
 
 
-def test_the_optimizer_is_optax_s(standard_promotion):
-    params = {"w": jnp.array([1.0, -2.0])}
-    loss = lambda p: (p["w"] ** 2).sum()
-    adapted = nn.meta.adapt(
-        None, params, loss, (), optimizer=optax.adam(0.1, eps_root=1e-8), steps=6
-    )
+def six_steps_of_torch_s_adam():
+    """On the sum of squares, from (1, -2)."""
     w = torch.tensor([1.0, -2.0], requires_grad=True)
     optimizer = torch.optim.Adam([w], lr=0.1)
     for _ in range(6):
         optimizer.zero_grad()
         (w**2).sum().backward()
         optimizer.step()
-    np.testing.assert_allclose(adapted.params["w"], w.detach().numpy(), rtol=1e-5)
+    return w.detach().numpy()
+
+
+def test_the_optimizer_is_optax_s(standard_promotion):
+    params = {"w": jnp.array([1.0, -2.0])}
+    loss = lambda p: (p["w"] ** 2).sum()
+    adapted = nn.meta.adapt(
+        None, params, loss, (), optimizer=optax.adam(0.1, eps_root=1e-8), steps=6
+    )
+    np.testing.assert_allclose(adapted.params["w"], six_steps_of_torch_s_adam(), rtol=1e-5)
 
 
 @pytest.mark.parametrize("pieces", [(1, 5), (3, 3), (2, 2, 2)])
@@ -384,13 +389,7 @@ def test_an_inner_loop_in_pieces_hands_on_the_slots(pieces, standard_promotion):
         params, *_, slots = nn.meta.adapt(
             None, params, loss, (), optimizer=nn.meta.adam(0.1), slots=slots, steps=steps
         )
-    w = torch.tensor([1.0, -2.0], requires_grad=True)
-    optimizer = torch.optim.Adam([w], lr=0.1)
-    for _ in range(6):
-        optimizer.zero_grad()
-        (w**2).sum().backward()
-        optimizer.step()
-    np.testing.assert_allclose(params["w"], w.detach().numpy(), rtol=1e-5)
+    np.testing.assert_allclose(params["w"], six_steps_of_torch_s_adam(), rtol=1e-5)
 
 
 def test_slots_get_a_gradient():
