@@ -11,10 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 import statefulnn as nn
+from tests.io.mutations import for_mutations
 
 A = {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]}
 B = {"dtype": "I8", "shape": [3], "data_offsets": [16, 19]}
@@ -150,39 +149,15 @@ def fuzz(tmp_path_factory, examples):
     path, whole, model = saved(tmp_path_factory)
     before = {n: np.asarray(v) for n, v in model.state_dict().items()}
     header = 8 + struct.unpack("<Q", whole[:8])[0]
-    place = st.one_of(st.integers(0, 12), st.integers(0, header), st.integers(0, len(whole)))
-    change = st.one_of(
-        st.tuples(st.just("flip"), place, st.integers(1, 255)),
-        st.tuples(st.just("cut"), place, st.integers(0, 40)),
-        st.tuples(st.just("insert"), place, st.binary(min_size=1, max_size=9)),
-        st.tuples(st.just("end"), place, st.just(0)),
-    )
 
-    @settings(
-        max_examples=examples,
-        deadline=None,
-        database=None,
-        suppress_health_check=list(HealthCheck),
-    )
-    @given(st.lists(change, min_size=1, max_size=3))
-    def run(changes):
-        content = bytearray(whole)
-        for kind, at, what in changes:
-            if kind == "flip" and at < len(content):
-                content[at] ^= what
-            elif kind == "cut":
-                del content[at : at + what]
-            elif kind == "insert":
-                content[at:at] = what
-            elif kind == "end":
-                del content[at:]
+    def check(content):
         path.write_bytes(content)
         try:
             state = nn.load(path)
         except nn.CheckpointError:
             return
         # What we take, the format's own reader takes as well.
-        safetensors.deserialize(bytes(content))
+        safetensors.deserialize(content)
         try:
             model.load_state_dict(state)
         except (nn.StateDictError, TypeError):
@@ -191,7 +166,7 @@ def fuzz(tmp_path_factory, examples):
             return
         model.load_state_dict(before)
 
-    run()
+    for_mutations(whole, header, examples, check)
 
 
 def test_mutated_files_load_or_are_refused(tmp_path_factory):

@@ -18,10 +18,9 @@ import jax
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 import statefulnn as nn
+from tests.io.mutations import for_mutations
 
 FORMATS = pytest.mark.parametrize("new", [True, False], ids=["zip", "legacy"])
 
@@ -309,38 +308,15 @@ def test_archives_that_are_not_checkpoints(tmp_path):
 def fuzz(path, new, examples):
     content = io.BytesIO()
     torch.save(checkpoint()["model"], content, _use_new_zipfile_serialization=new)
-    whole = content.getvalue()
-    change = st.tuples(
-        st.sampled_from(["flip", "cut", "insert", "end"]),
-        st.one_of(st.integers(0, 1500), st.integers(0, len(whole))),
-        st.integers(1, 255),
-    )
 
-    @settings(
-        max_examples=examples,
-        deadline=None,
-        database=None,
-        suppress_health_check=list(HealthCheck),
-    )
-    @given(st.lists(change, min_size=1, max_size=3))
-    def run(changes):
-        content = bytearray(whole)
-        for kind, at, what in changes:
-            if kind == "flip" and at < len(content):
-                content[at] ^= what
-            elif kind == "cut":
-                del content[at : at + what % 40]
-            elif kind == "insert":
-                content[at:at] = bytes([what]) * (what % 9)
-            elif kind == "end":
-                del content[at:]
+    def check(content):
         path.write_bytes(content)
         try:
             nn.load(path)
         except nn.CheckpointError:
             pass
 
-    run()
+    for_mutations(content.getvalue(), 1500, examples, check)
 
 
 @FORMATS
