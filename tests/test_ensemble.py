@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import copy
 import itertools
-import os
 import pickle
 import random
-import subprocess
 import sys
 import warnings
 
@@ -28,6 +26,7 @@ from statefulnn.core.errors import (
     UninitializedParameterError,
 )
 from statefulnn.ensemble import Ensemble, per_member
+from tests.devices import run_on_devices
 
 
 class Net(nn.Module):
@@ -1013,15 +1012,7 @@ np.testing.assert_allclose(weights, one.stack[0].weight.value, rtol=1e-5)
 
 @pytest.mark.long
 def test_members_may_be_spread_over_devices():
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run(
-        [sys.executable, "-c", SPREAD],
-        env={**os.environ, **flags},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
+    run_on_devices(2, SPREAD)
 
 
 # --------------------------------------------------------------------------------------------------

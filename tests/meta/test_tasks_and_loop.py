@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 import warnings
 
 import jax
@@ -14,6 +11,7 @@ import pytest
 
 import statefulnn as nn
 import statefulnn.functional as F
+from tests.devices import run_on_devices
 
 
 def test_results_are_the_mean_or_all_of_them():
@@ -138,15 +136,7 @@ assert all("pred[" in line for line in gathered), gathered
 
 
 def test_tasks_over_devices_give_the_same_gradient_and_stay_where_they_are():
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run(
-        [sys.executable, "-c", SHARDED],
-        env={**os.environ, **flags},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
+    run_on_devices(4, SHARDED)
 
 
 # --------------------------------------------------------------------------------------------------
