@@ -63,7 +63,7 @@ $(BIN)/python: .ci/find-python
 $(VENV)/.stamp-demo $(VENV)/.stamp-test $(VENV)/.stamp-bench: $(VENV)/.stamp-%: \
 		$(BIN)/python pyproject.toml requirements/oldest.txt
 	@echo "installing into $(VENV) ($*)"
-	@extras=$$(case $* in demo) echo examples;; test) echo dev,examples;; bench) echo bench;; esac); \
+	@extras=$$(case $* in demo) echo examples;; test) echo dev,examples,reference;; bench) echo bench;; esac); \
 	constraint=$$($(BIN)/python -c 'import sys; sys.version_info[:2] == (3, 11) and print("-c requirements/oldest.txt")'); \
 	$(BIN)/pip install $(PIP_FLAGS) $$constraint -e ".[$$extras]"
 	@touch $@

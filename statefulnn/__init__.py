@@ -230,14 +230,14 @@ from statefulnn.utils import parameters_to_vector, vector_to_parameters
 from statefulnn.utils.init import materialize
 
 if TYPE_CHECKING:
-    from statefulnn import curvature, func, meta
+    from statefulnn import bridge, curvature, func, meta
     from statefulnn.ensemble import Ensemble
     from statefulnn.io import load, save
 
 __version__ = "0.1.0"
 
 # Built on top, and imported when first used: modules, and names out of modules.
-_LATER = ("curvature", "func", "io", "meta")
+_LATER = ("bridge", "curvature", "func", "io", "meta")
 _LATER_NAMES = {"Ensemble": "ensemble", "load": "io", "save": "io"}
 
 
