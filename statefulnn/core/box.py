@@ -159,13 +159,13 @@ def host_array(shape: Any, dtype: Any, empty: Any = np.empty) -> np.ndarray:
 
 
 def from_numpy(values: Any, device: Any = None, copy: bool = True) -> Any:
-    """Return a numpy array on a device, without compiling anything for its shape.
+    """Return a numpy array, or a list of them, on a device, without compiling anything for its shape.
 
     With ``copy=False`` the array may share memory with the numpy array, which nobody may write again.
     """
     if current_trace() is not EAGER:
-        return jnp.asarray(values)
-    return jax.device_put(np.array(values) if copy else values, device)
+        return jax.tree.map(jnp.asarray, values)
+    return jax.device_put(jax.tree.map(np.array, values) if copy else values, device)
 
 
 def filled(shape: Any, dtype: Any, place: Any = None, value: float = 0) -> Any:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import math
-import mmap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,73 +19,61 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from statefulnn.core.errors import CheckpointError, explain
 from statefulnn.core.extras import import_extra
+from statefulnn.io._stored import ALIGNMENT, Source, Stored, broken
 
+# In the library's order: it writes arrays of the last dtype first.
 DTYPES = {
     "BOOL": np.dtype(np.bool_),
     "U8": np.dtype(np.uint8),
     "I8": np.dtype(np.int8),
-    "U16": np.dtype(np.uint16),
+    "F8_E5M2": np.dtype(jnp.float8_e5m2),
+    "F8_E4M3": np.dtype(jnp.float8_e4m3fn),
     "I16": np.dtype(np.int16),
+    "U16": np.dtype(np.uint16),
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(jnp.bfloat16),
-    "U32": np.dtype(np.uint32),
     "I32": np.dtype(np.int32),
+    "U32": np.dtype(np.uint32),
     "F32": np.dtype(np.float32),
-    "U64": np.dtype(np.uint64),
-    "I64": np.dtype(np.int64),
-    "F64": np.dtype(np.float64),
     "C64": np.dtype(np.complex64),
-    "F8_E4M3": np.dtype(jnp.float8_e4m3fn),
-    "F8_E5M2": np.dtype(jnp.float8_e5m2),
+    "F64": np.dtype(np.float64),
+    "I64": np.dtype(np.int64),
+    "U64": np.dtype(np.uint64),
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_RANK = {dtype: i for i, dtype in enumerate(DTYPES.values())}
 # More than this is no header of a model: the format's own limit.
 LONGEST_HEADER = 100_000_000
 
 
-def broken(path: Path, offset: int, found: str, expected: str) -> CheckpointError:
-    """Return the error for a file that is not as it should be, with the place."""
-    return CheckpointError(
-        explain(
-            f"{path}, at byte {offset}: {found}",
-            f"expected {expected}",
-            "copy or download the file again, or load another checkpoint",
-        )
-    )
-
-
 class File:
-    """An open file: what it holds, and its arrays as views of the mapped file.
+    """An open file, and what it holds.
 
     Attributes:
         metadata: the texts of the header.
-        arrays: name -> read-only numpy view, in the order of the file.
+        arrays: name -> `Stored`, in the order of the file.
     """
 
     def __init__(self, path: Path) -> None:
-        with open(path, "rb") as file:
-            size = file.seek(0, 2)
-            file.seek(0)
-            head = file.read(8)
-            if len(head) < 8:
-                raise broken(
-                    path, 0, f"the file ends after {size} bytes", "8 bytes, the header's length"
-                )
-            length = int.from_bytes(head, "little")
-            if length > min(LONGEST_HEADER, size - 8):
-                raise broken(
-                    path,
-                    0,
-                    f"a header of {length} bytes",
-                    f"at most {min(LONGEST_HEADER, size - 8)}, in a file of {size} bytes",
-                )
-            header = file.read(length)
-            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        source = Source(path)
+        size, head = source.size, source.map[:8]
+        if len(head) < 8:
+            raise broken(
+                path, 0, f"the file ends after {size} bytes", "8 bytes, the header's length"
+            )
+        length = int.from_bytes(head, "little")
+        if length > min(LONGEST_HEADER, size - 8):
+            raise broken(
+                path,
+                0,
+                f"a header of {length} bytes",
+                f"at most {min(LONGEST_HEADER, size - 8)}, in a file of {size} bytes",
+            )
+        header = source.map[8 : 8 + length]
         entries = _parsed(path, header)
         self.metadata = _metadata(path, header, entries.pop("__metadata__", {}))
-        self.arrays = {}
+        self.arrays: dict[str, Stored] = {}
         begin = 8 + length
         position = 0
         for name, (dtype, shape, start, stop) in _in_order(path, header, entries):
@@ -103,11 +90,7 @@ class File:
                     f"the file ends inside of {name!r}",
                     f"{begin + stop} bytes at least",
                 )
-            count = math.prod(shape)
-            view = (
-                np.frombuffer(mapped, dtype, count, begin + start) if count else np.empty(0, dtype)
-            )
-            self.arrays[name] = view.reshape(shape)
+            self.arrays[name] = Stored(source, begin + start, dtype, shape)
         if begin + position != size:
             raise broken(
                 path,
@@ -179,8 +162,17 @@ def _place(header: bytes, name: str) -> int:
     return 8 + max(0, header.find(json.dumps(name).encode()))
 
 
-def write(path: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
-    """Write a file; the arrays are contiguous, and of dtypes that `DTYPES` has."""
+def write(
+    path: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str], note: str
+) -> None:
+    """Write a file.
+
+    Args:
+        arrays: contiguous, and of dtypes that `DTYPES` has.
+        metadata: texts for the header.
+        note: the name of one of them that may be followed by blanks, so that the first array begins at a
+            multiple of `ALIGNMENT`, as a mapped array must.
+    """
     safetensors = import_extra("safetensors", "io", "called nn.save", "writes the file")
     specs = {
         name: safetensors.TensorSpec(
@@ -191,4 +183,20 @@ def write(path: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, s
         )
         for name, array in arrays.items()
     }
-    safetensors.serialize_file(specs, str(path), metadata=dict(metadata))
+    blanks = -(8 + _header_length(arrays, metadata)) % ALIGNMENT
+    metadata = {**metadata, note: metadata[note] + " " * blanks}
+    safetensors.serialize_file(specs, str(path), metadata=metadata)
+
+
+def _header_length(arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> int:
+    """Return the bytes of the header that the library makes: sorted by dtype, then by name."""
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    at = 0
+    for name, array in sorted(arrays.items(), key=lambda item: (-_RANK[item[1].dtype], item[0])):
+        offsets = [at, at := at + array.nbytes]
+        header[name] = {
+            "dtype": NAMES[array.dtype],
+            "shape": list(array.shape),
+            "data_offsets": offsets,
+        }
+    return len(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode())

@@ -15,12 +15,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from statefulnn.core.box import Box, from_numpy, host_array
+from statefulnn.core.box import Box, from_numpy
 from statefulnn.core.errors import CheckpointError, UnknownNameError, explain
 from statefulnn.core.generator import Generator
 from statefulnn.core.placement import META, is_meta, resolve_device
 from statefulnn.io._atomic import replacing
-from statefulnn.io._safetensors import DTYPES, NAMES, File, broken, write
+from statefulnn.io._safetensors import DTYPES, NAMES, File, write
+from statefulnn.io._stored import ALIGNMENT, Stored, broken, copied, read
 from statefulnn.io._torch_files import is_torch_file, load_torch
 
 # What safetensors has no place for, as JSON in the metadata of the file.
@@ -82,7 +83,7 @@ def save(
     texts = {"format": "pt", **texts, OURS: json.dumps(notes)}
     if max_shard_size is None:
         with replacing(path) as temporary:
-            write(temporary, arrays, texts)
+            write(temporary, arrays, texts, OURS)
         return
     _save_shards(path, arrays, texts, _bytes(max_shard_size))
 
@@ -92,6 +93,7 @@ def load(
     *,
     device: Any = None,
     names: Iterable[str] | Callable[[str], bool] | None = None,
+    mmap: bool = False,
 ) -> OrderedDict[str, Any]:
     """Read a state dict from a safetensors file, from several with an index, or from a file of torch.save.
 
@@ -103,6 +105,8 @@ def load(
         device: where the arrays go: a device, its name, a ``Sharding``, or a function of name and shape
             that returns one; "meta" for shapes alone. Each device reads its own part of the file.
         names: which entries to read: names, or a function of the name; None for all.
+        mmap: whether arrays on the CPU may stay in the file, which is read when they are first used. Then
+            nobody may change it in place while they live (`save` does not: it makes a file of its own).
 
     Returns:
         a dict by name, in the order it was saved, for ``load_state_dict``; from a file of torch.save
@@ -120,40 +124,29 @@ def load(
     if path.is_dir():
         path = path / (INDEX if (path / INDEX).exists() else SINGLE)
     with open(path, "rb") as file:
-        if is_torch_file(file.read(9)):
-            return _from_torch(path, device, names)
+        if is_torch_file(file.read(512)):
+            return _from_torch(path, device, names, mmap)
     files = _indexed(path) if path.name.endswith(".index.json") else [File(path)]
-    views = {name: view for file in files for name, view in file.arrays.items()}
+    stored = {name: s for file in files for name, s in file.arrays.items()}
     notes = _notes(path, files[0].metadata if files else {})
     for name, first in notes["ties"].items():
-        if first in views:
-            views[name] = views[first]
+        if first in stored:
+            stored[name] = stored[first]
     values = dict(notes["values"])
-    order = [n for n in notes["order"] if n in views or n in values]
-    order = list(dict.fromkeys([*order, *views]))
+    order = [n for n in notes["order"] if n in stored or n in values]
+    order = list(dict.fromkeys([*order, *stored]))
     wanted = _chosen(order, names, path)
-    state: OrderedDict[str, Any] = OrderedDict()
-    done: dict[int, Any] = {}  # tied names share their array
-    for name in wanted:
-        if name in values:
-            state[name] = values[name]
-            continue
-        view = views[name]
-        if id(view) not in done:
-            done[id(view)] = _placed(view, device(name, view.shape) if callable(device) else device)
-        state[name] = done[id(view)]
+    arrays = _placed({n: stored[n] for n in wanted if n not in values}, device, mmap)
+    state = OrderedDict((n, values[n] if n in values else arrays[n]) for n in wanted)
     if notes["modules"]:
         state._metadata = OrderedDict(notes["modules"])  # pyright: ignore[reportAttributeAccessIssue]
     return state
 
 
-def _from_torch(path: Path, device: Any, names: Any) -> Any:
-    by_name = callable(device) or names is not None
-    content = load_torch(
-        path, (lambda view: view) if by_name else lambda view: _placed(view, device)
-    )
-    if not by_name:
-        return content
+def _from_torch(path: Path, device: Any, names: Any, mmap: bool) -> Any:
+    if not callable(device) and names is None:
+        return load_torch(path, lambda stored: _placed(stored, device, mmap))
+    content = load_torch(path, lambda stored: stored)
     if not isinstance(content, dict) or not all(isinstance(n, str) for n in content):
         raise TypeError(
             explain(
@@ -163,11 +156,9 @@ def _from_torch(path: Path, device: Any, names: Any) -> Any:
             )
         )
     chosen = _chosen(list(content), names, path)
-    place = lambda name, v: _placed(v, device(name, v.shape) if callable(device) else device)
-    return OrderedDict(
-        (n, place(n, content[n]) if isinstance(content[n], np.ndarray) else content[n])
-        for n in chosen
-    )
+    stored = {n: content[n] for n in chosen if isinstance(content[n], Stored)}
+    arrays = _placed(stored, device, mmap)
+    return OrderedDict((n, arrays.get(n, content[n])) for n in chosen)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -271,7 +262,7 @@ def _save_shards(
     try:
         for file, shard in zip(files, shards, strict=True):
             with replacing(folder / file) as temporary:
-                write(temporary, shard, texts)
+                write(temporary, shard, texts, OURS)
         index = {
             "metadata": {"total_size": sum(a.nbytes for a in arrays.values())},
             "weight_map": {n: f for f, shard in zip(files, shards, strict=True) for n in shard},
@@ -368,23 +359,49 @@ def _chosen(order: list[str], names: Any, path: Path) -> list[str]:
     return [n for n in order if n in wanted]
 
 
-def _placed(view: np.ndarray, device: Any) -> Any:
-    """Return a view of the file as an array at a place, with one copy.
+def _placed(stored: Mapping[Any, Stored], device: Any, mmap: bool) -> dict[Any, Any]:
+    """Return arrays of files at their places; what is stored once is one array under all its names."""
+    places: dict[int, Any] = {}
+    for name, s in stored.items():
+        place = device(name, s.shape) if callable(device) else device
+        places.setdefault(id(s), resolve_device(place))
+    once = {id(s): s for s in stored.values()}
+    done: dict[int, Any] = {}
+    to_read: list[Stored] = []
+    for key, s in once.items():
+        place = places[key]
+        if place == META:
+            done[key] = jax.ShapeDtypeStruct(s.shape, s.dtype)
+        elif isinstance(place, jax.sharding.Sharding) and _fits_jax(s):
+            part = lambda index, view=s.view: copied(view[index])
+            done[key] = jax.make_array_from_callback(s.shape, place, part)
+        elif not _on_host(place) and _fits_jax(s):
+            done[key] = s.view
+        elif mmap and s.in_one_piece and s.start % ALIGNMENT == 0:
+            done[key] = s.view
+        else:
+            to_read.append(s)
+    done.update(zip(map(id, to_read), read(to_read), strict=True))
+    for place in set(places.values()):  # one call for all arrays of a place
+        keys = [
+            k for k, s in once.items() if places[k] == place and _fits_jax(s) and _is_host(done[k])
+        ]
+        done.update(zip(keys, from_numpy([done[k] for k in keys], place, copy=False), strict=True))
+    return {name: done[id(s)] for name, s in stored.items()}
 
-    The copy is made here: JAX may take the file's own memory for an array's, which others can change.
-    """
-    place = resolve_device(device)
-    if place == META:
-        return jax.ShapeDtypeStruct(view.shape, view.dtype)
-    if jax.dtypes.canonicalize_dtype(view.dtype) != view.dtype:
-        return np.array(view)
-    if isinstance(place, jax.sharding.Sharding):
-        part = lambda index: _copied(view[index])
-        return jax.make_array_from_callback(view.shape, place, part)
-    return from_numpy(_copied(view), place, copy=False)
+
+def _fits_jax(stored: Stored) -> bool:
+    """Say whether JAX has the dtype, as it is set."""
+    return jax.dtypes.canonicalize_dtype(stored.dtype) == stored.dtype
 
 
-def _copied(view: np.ndarray) -> np.ndarray:
-    own = host_array(view.shape, view.dtype)
-    own[...] = view
-    return own
+def _is_host(array: Any) -> bool:
+    return isinstance(array, np.ndarray)
+
+
+def _on_host(place: Any) -> bool:
+    """Say whether JAX takes an array of the host for one at this place, without a copy."""
+    if place is None:
+        chosen = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]
+        place = chosen or jax.default_backend()
+    return (place if isinstance(place, str) else place.platform) == "cpu"

@@ -73,6 +73,89 @@ def test_a_file_of_torch_loads(tmp_path):
         np.testing.assert_array_equal(np.asarray(model.state_dict()[name]), value.numpy())
 
 
+def arrays_of_every_width() -> dict[str, jax.Array]:
+    dtypes = ("float32", "int8", "bfloat16", "bool", "uint32", "float8_e5m2", "float16", "int16")
+    named = {f"{d} é": jnp.arange(64).astype(d).reshape(8, 8) for d in dtypes}
+    return {**named, "nothing": jnp.zeros((0, 3)), "z": jnp.float32(2.5)}
+
+
+def first_byte(path: Path) -> int:
+    return 8 + int.from_bytes(path.read_bytes()[:8], "little")
+
+
+@pytest.mark.parametrize("metadata", [{}, {"é": '\u2028\x7f\x01"\\/'}])
+def test_arrays_begin_where_jax_takes_memory_over(metadata, tmp_path):
+    for count in range(1, 9):
+        state = dict(list(arrays_of_every_width().items())[:count])
+        nn.save(state, tmp_path / "m.safetensors", metadata=metadata)
+        assert first_byte(tmp_path / "m.safetensors") % 64 == 0
+        same(nn.load(tmp_path / "m.safetensors"), state)
+
+
+def test_mapped_arrays_are_the_memory_of_the_file(tmp_path):
+    path = tmp_path / "m.safetensors"
+    state = arrays_of_every_width()
+    nn.save(state, path)
+    mapped = nn.load(path, mmap=True)
+    same(mapped, state)
+    maps = Path("/proc/self/maps")
+    if maps.exists():  # where the system tells which memory is of which file
+        places = [
+            line.split()[0].split("-")
+            for line in maps.read_text().splitlines()
+            if str(path) in line
+        ]
+        inside = lambda a: any(
+            int(begin, 16) <= a.unsafe_buffer_pointer() < int(end, 16) for begin, end in places
+        )
+        own = nn.load(path)
+        assert inside(mapped["float32 é"])
+        assert not inside(mapped["uint32 é"])  # it begins four bytes too late, behind the number
+        assert not any(inside(a) for a in own.values() if a.size)
+
+
+def test_a_mapped_model_trains_and_leaves_the_file_as_it_is(tmp_path):
+    path = tmp_path / "m.safetensors"
+    model = network()
+    nn.save(model, path)
+    before = path.read_bytes()
+    twin = network()
+    twin.load_state_dict(nn.load(path, mmap=True), assign=True)
+    opt = nn.Optimizer(twin, optax.sgd(0.01))
+
+    @nn.jit(donate=(0, 1))
+    def step(model, opt, x):
+        loss, grads = nn.value_and_grad(lambda m: (m[0](x) ** 2).sum())(model)
+        opt.step(grads)
+        return loss
+
+    losses = [float(step(twin, opt, jnp.ones((2, 4)))) for _ in range(3)]
+    assert losses[2] < losses[0]
+    nn.save(twin, path)  # a new file: the old one stays behind the map
+    assert path.read_bytes() != before
+    assert (nn.load(path)["0.weight"] == twin[0].weight.value).all()
+
+
+def test_large_arrays_come_back_whole(tmp_path):
+    # Above the size from which several threads read, and with a rest that is no multiple of anything.
+    state = {"a": np.arange(9_000_001, dtype=np.int32), "b": np.arange(7, dtype=np.int8)}
+    state["c"] = np.random.default_rng(0).standard_normal((1500, 1501)).astype(np.float32)
+    nn.save(state, tmp_path / "m.safetensors")
+    same(nn.load(tmp_path / "m.safetensors"), state)
+
+
+def test_a_file_that_becomes_shorter_while_it_is_read_is_an_error(tmp_path):
+    path = tmp_path / "m.safetensors"
+    nn.save({"a": jnp.ones(10_000)}, path)
+
+    def cut(name, shape):
+        os.truncate(path, first_byte(path) + 4000)
+        return jax.devices("cpu")[0]
+
+    with pytest.raises(nn.CheckpointError, match="the file ends"):
+        nn.load(path, device=cut)
+
+
 @pytest.mark.parametrize(
     "dtype",
     ["bool", "uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64"]

@@ -10,6 +10,7 @@ import re
 import struct
 import subprocess
 import sys
+import tarfile
 import textwrap
 import tracemalloc
 import zipfile
@@ -305,9 +306,117 @@ def test_archives_that_are_not_checkpoints(tmp_path):
         nn.load(tmp_path / "p")
 
 
-def fuzz(path, new, examples):
-    content = io.BytesIO()
-    torch.save(checkpoint()["model"], content, _use_new_zipfile_serialization=new)
+# --------------------------------------------------------------------------------------------------
+# The tar format of torch 0.1.9 and older, which torch reads and does not write
+
+
+OLD_STORAGES = {
+    torch.float32: torch.FloatStorage,
+    torch.float64: torch.DoubleStorage,
+    torch.int64: torch.LongStorage,
+}
+
+
+def tar_of(state: dict[str, torch.Tensor], path, views=(), **changes):
+    """Write a state dict as torch 0.1 did: storages, tensors that refer to them, and the pickle.
+
+    A view is ``(key, key of the storage, offset, length)``; tensors of that storage then refer to the view.
+    """
+    storages, described = io.BytesIO(), io.BytesIO()
+    roots = {t.untyped_storage().data_ptr(): t for t in state.values()}
+    pickle.dump(len(roots), storages, protocol=2)
+    for key, t in roots.items():
+        pickle.dump((key, "cpu", OLD_STORAGES[t.dtype]), storages, protocol=2)
+        data = bytes(t.untyped_storage().tolist())
+        storages.write(struct.pack("<q", len(data) // t.element_size()) + data)
+    pickle.dump(list(views), storages, protocol=2)
+    pickle.dump(len(state), described, protocol=2)
+    for number, t in enumerate(state.values(), 100):
+        key = t.untyped_storage().data_ptr()
+        key = next((v[0] for v in views if v[1] == key), key)
+        pickle.dump((number, key, torch.FloatTensor), described, protocol=2)
+        numbers = (*t.shape, *t.stride(), t.storage_offset())
+        described.write(struct.pack(f"<ii{len(numbers)}q", t.dim(), 0, *numbers))
+    main = io.BytesIO()
+    pickler = pickle.Pickler(main, protocol=2)
+    stands = {name: Evil(dict) for name in state}
+    numbers = {id(stand): str(i) for i, stand in enumerate(stands.values(), 100)}
+    pickler.persistent_id = lambda obj: numbers.get(id(obj))
+    pickler.dump(collections.OrderedDict(stands))
+    files = {"storages": storages, "tensors": described, "pickle": main}
+    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
+        for name, content in files.items():
+            content = changes.get(name, content.getvalue())
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+
+
+def old_state() -> dict[str, torch.Tensor]:
+    torch.manual_seed(0)
+    base = torch.randn(4, 6)
+    return {
+        "weight": base,
+        "part": base[1:3, ::2],
+        "turned": base.t(),
+        "double": torch.randn(3).double(),
+        "count": torch.tensor([7]),
+        "nothing": torch.randn(0, 2),
+    }
+
+
+def test_the_tar_format_is_read_as_torch_reads_it(tmp_path):
+    tar_of(old_state(), tmp_path / "x.pt")
+    ours, theirs = nn.load(tmp_path / "x.pt"), torch.load(tmp_path / "x.pt", weights_only=False)
+    agree(ours, theirs)
+    agree(ours, old_state())
+
+
+def test_a_view_of_a_storage_in_a_tar_file(tmp_path):
+    whole = torch.arange(10.0)
+    key = whole.untyped_storage().data_ptr()
+    tar_of({"a": whole[:3]}, tmp_path / "x", views=[(5, key, 2, 4)])
+    agree(nn.load(tmp_path / "x"), torch.load(tmp_path / "x", weights_only=False))
+    assert nn.load(tmp_path / "x")["a"].tolist() == [2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"views": [(5, 0, 0, 4)]}, "a part of a storage"),
+        ({"views": [(5, 0, 0, -4)]}, "a part of a storage"),
+        ({"storages": pickle.dumps(1, 2)}, "a pickle of tensors"),
+        ({"storages": pickle.dumps("x", 2)}, "str in the pickle"),
+        ({"storages": pickle.dumps(1, 2) + pickle.dumps((1, "cpu", 5), 2)}, "a storage of no type"),
+        ({"tensors": pickle.dumps(1, 2) + pickle.dumps((0, 99, 0), 2)}, "one of a storage"),
+        ({"pickle": b"\x80\x02cposix\nsystem\nX\x04\x00\x00\x00trueR."}, "posix.system"),
+        ({"pickle": b"\x80\x02X\x01\x00\x00\x009Q."}, "KeyError"),
+    ],
+)
+def test_a_damaged_tar_file_is_refused(changes, message, tmp_path):
+    tar_of({"a": torch.ones(3)}, tmp_path / "x", **changes)
+    with pytest.raises(nn.CheckpointError, match=re.escape(message)):
+        nn.load(tmp_path / "x")
+
+
+def test_an_archive_of_something_else_is_refused(tmp_path):
+    with tarfile.open(tmp_path / "x", "w", format=tarfile.PAX_FORMAT) as tar:
+        tar.addfile(tarfile.TarInfo("readme"))
+    with pytest.raises(nn.CheckpointError, match="without 'storages'"):
+        nn.load(tmp_path / "x")
+    content = bytearray((tmp_path / "x").read_bytes())
+    content[0] ^= 1
+    (tmp_path / "x").write_bytes(content)
+    with pytest.raises(nn.CheckpointError, match="a header that is damaged"):
+        nn.load(tmp_path / "x")
+
+
+def fuzz(path, format, examples):
+    if format == "tar":
+        tar_of(old_state(), path)
+    else:
+        state = checkpoint()["model"]
+        torch.save(state, path, _use_new_zipfile_serialization=format == "zip")
 
     def check(content):
         path.write_bytes(content)
@@ -316,15 +425,18 @@ def fuzz(path, new, examples):
         except nn.CheckpointError:
             pass
 
-    for_mutations(content.getvalue(), 1500, examples, check)
+    for_mutations(path.read_bytes(), 1500, examples, check)
 
 
-@FORMATS
-def test_mutated_files_load_or_are_refused(new, tmp_path):
-    fuzz(tmp_path / "x", new, 200)
+ALL_FORMATS = pytest.mark.parametrize("format", ["zip", "legacy", "tar"])
+
+
+@ALL_FORMATS
+def test_mutated_files_load_or_are_refused(format, tmp_path):
+    fuzz(tmp_path / "x", format, 200)
 
 
 @pytest.mark.long
-@FORMATS
-def test_ten_thousand_mutated_files_load_or_are_refused(new, tmp_path):
-    fuzz(tmp_path / "x", new, 10_000)
+@ALL_FORMATS
+def test_ten_thousand_mutated_files_load_or_are_refused(format, tmp_path):
+    fuzz(tmp_path / "x", format, 10_000)
