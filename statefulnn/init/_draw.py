@@ -94,7 +94,8 @@ def _traced_normal(
     centre, half, mean, std, low, high = jax.lax.optimization_barrier(
         tuple(jnp.asarray(v, dtype) for v in (centre, half, mean, std, low, high))
     )
-    unit = _signed_unit(words, jnp)
+    # The barrier keeps XLA from folding the two constants into one, which rounds the half step away.
+    unit = jax.lax.optimization_barrier(_signed_unit(words, jnp))
     # Half a step to the right: symmetric, and never ±1, where the inverse is infinite.
     unit = unit + np.asarray(2.0**-23 if dtype == _F32 else 2.0**-52, dtype)
     z = jax.lax.erf_inv(unit * half + centre) * np.asarray(math.sqrt(2), dtype)
