@@ -51,6 +51,7 @@ CONTAINERS = (list, tuple, dict, set, frozenset, collections.deque)
 
 _ATOMS = frozenset(
     {str, bytes, bool, int, type(None), type(...), type(NotImplemented), range, type}
+    | {jax.tree_util.PyTreeDef}
 )
 
 

@@ -1041,6 +1041,8 @@ def place_box(root: Module, path: Sequence[str], box: Box) -> None:
     registry = root._parameters if isinstance(box, Parameter) else root._buffers
     registry[path[-1]] = box
     root._adopt(box, path[-1])
+    if isinstance(box, Buffer):
+        root._remember_persistence(path[-1], box.persistent)
 
 
 def find_box(root: Module, path: Sequence[str]) -> Box:

@@ -1,4 +1,4 @@
-"""Pure calls: functional_call, functionalize, stack_module_state and the way back, statefulize.
+"""Pure calls: functional_call, functionalize, stack_module_state.
 
 A pure call runs on a clone around the arrays it is given. It never touches the module, may be nested
 and may run in several threads.
@@ -13,12 +13,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from statefulnn.core.box import Box, Buffer, Parameter
+from statefulnn.core.box import Box, Parameter
 from statefulnn.core.compat import EAGER, current_trace
 from statefulnn.core.errors import DtypeError, ShapeError, UnknownNameError, explain
 from statefulnn.core.generator import Generator, as_key, use_generator
-from statefulnn.core.graph import build_clones, require_module
-from statefulnn.core.module import Module, find_box, place_box
+from statefulnn.core.graph import build_clones, merge, require_module
+from statefulnn.core.module import Module
 from statefulnn.core.moduledef import ModuleDef, differences, positions_of
 from statefulnn.core.plan import build_plan, plan_of
 from statefulnn.core.scope import Scope
@@ -45,7 +45,7 @@ def _pure_call(
     kwargs: dict,
     rng: Any,
     method: str,
-    writable: frozenset[str],
+    writable: tuple[str, ...],
 ) -> tuple[Any, list[Any]]:
     """Run a method on a clone; return its output and the values of all leaves after it."""
     parameters = Scope(False, _PARAMETER if writable else _PURE, moduledef)
@@ -53,6 +53,10 @@ def _pure_call(
     absent = {i for i, v in enumerate(leaves) if v is None}
     scope = Scope(moduledef=moduledef)
     roots, boxes, modules = build_clones(moduledef, leaves, scope, parameters, buffers)
+    # A module around a pure function hands on the generator in force: see transforms/statefulize.py.
+    generator = Generator(rng) if not isinstance(rng, Generator | None) else rng
+    if isinstance(rng, Generator) and moduledef.count("generator"):
+        rng = rng.next_key()
     for i, box in enumerate(boxes):
         if isinstance(box, Generator):
             box._scope = Scope(moduledef=moduledef)
@@ -68,7 +72,6 @@ def _pure_call(
             owner = roots[0].get_submodule(path)
             registry = owner._parameters if last in owner._parameters else owner._buffers
             dict.__setitem__(registry, last, None)
-    generator = None if rng is None else Generator(rng)
     function = roots[0] if method == "forward" else getattr(roots[0], method)
     with use_generator(generator):
         out = function(*args, **kwargs)
@@ -217,7 +220,7 @@ def functional_call(
         args = ()
     elif not isinstance(args, tuple):
         args = (args,)
-    writable = frozenset({"buffer"}) if mutable else frozenset()
+    writable = ("buffer",) if mutable else ()
     out, after = _pure_call(
         moduledef, leaves, moduledef.names, args, kwargs or {}, rng, method, writable
     )
@@ -276,9 +279,22 @@ def functionalize(module: Module, *, mutable: bool = False, method: str = "forwa
     moduledef, own = plan.moduledef, list(plan.leaves())
     if current_trace() is not EAGER:
         plan.note_read()
+    fn = _pure_function(moduledef, own, method, mutable)
     params = _by_name(moduledef, own, ("trainable",))
-    state = _by_name(moduledef, own, ("buffer", "frozen"))
-    writable = frozenset({"buffer", "frozen"}) if mutable else frozenset()
+    return (fn, params, _by_name(moduledef, own, ("buffer", "frozen"))) if mutable else (fn, params)
+
+
+def _pure_function(moduledef: ModuleDef, own: list[Any], method: str, mutable: bool) -> Callable:
+    """Return a method of a module as a pure function, see `functionalize`.
+
+    Everything it closes over is one of the arguments, or follows from them: two functions of the same
+    arguments share compiled code.
+    """
+    type_name = moduledef.nodes[0].cls.__name__
+    wanted_params = tuple(_by_name(moduledef, own, ("trainable",)))
+    wanted_state = tuple(_by_name(moduledef, own, ("buffer", "frozen")))
+    writable = ("buffer", "frozen") if mutable else ()
+    signature = "(params, state, *inputs)" if mutable else "(params, *inputs)"
 
     def call(given: Mapping[str, Any], need: tuple, args: tuple, rng: Any, kwargs: dict) -> Any:
         for noun, values, wanted in need:
@@ -306,30 +322,33 @@ def functionalize(module: Module, *, mutable: bool = False, method: str = "forwa
             leaves[i] = _checked(name, value, own[i], f"the function of {type_name}")
         return _pure_call(moduledef, leaves, moduledef.names, args, kwargs, rng, method, writable)
 
-    type_name = type(module).__name__
     if mutable:
-        signature = "(params, state, *inputs)"
 
         def stateful(params, state, /, *inputs, rng=None, **kwargs):
-            need = (("params", params, wanted[0]), ("state", state, wanted[1]))
+            need = (("params", params, wanted_params), ("state", state, wanted_state))
             given = {**params, **state} if isinstance(state, Mapping) else params
             out, after = call(given, need, inputs, rng, kwargs)
             return out, _by_name(moduledef, after, ("buffer", "frozen"))
 
         fn: Callable = stateful
     else:
-        signature = "(params, *inputs)"
 
         def pure(params, /, *inputs, rng=None, **kwargs):
-            need = (("params", params, wanted[0]),)
-            return call(params, need, inputs, rng, kwargs)[0]
+            return call(params, (("params", params, wanted_params),), inputs, rng, kwargs)[0]
 
         fn = pure
-    wanted = (tuple(params), tuple(state))
+
+    def in_mode(training: bool) -> Callable:
+        twin = merge(moduledef, own).train(training)
+        return _pure_function(plan_of(twin).moduledef, own, method, mutable)
+
     fn.__name__ = fn.__qualname__ = f"{type_name}.{method}"
     fn.__doc__ = f"{type_name}.{method} as a pure function {signature}."
-    fn.mutable = mutable  # type: ignore[attr-defined]  # whether it takes and returns state
-    return (fn, params, state) if mutable else (fn, params)
+    # Whether it takes and returns state; and what makes `statefulize` the way back.
+    training = next(value for name, value, _ in moduledef.nodes[0].values if name == "training")
+    facts = {"mutable": mutable, "moduledef": moduledef, "training": training, "in_mode": in_mode}
+    fn.__dict__.update(facts)
+    return fn
 
 
 def stack_module_state(models: Sequence[Module]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -375,57 +394,3 @@ def stack_module_state(models: Sequence[Module]) -> tuple[dict[str, Any], dict[s
         _by_name(first, stacked, ("trainable", "frozen")),
         _by_name(first, stacked, ("buffer",)),
     )
-
-
-class Statefulized(Module):
-    """A pure function and its arrays as a module; made by `statefulize`."""
-
-    def __init__(self, fn: Callable, params: Mapping[str, Any], state: Mapping[str, Any] | None):
-        super().__init__()
-        self.fn = fn
-        self.has_state = state is not None
-        self.param_names = tuple(params)
-        self.state_names = tuple(state or ())
-        for name, value in params.items():
-            place_box(self, name.split("."), Parameter(value))
-        for name, value in (state or {}).items():
-            place_box(self, name.split("."), Buffer(value))
-
-    def forward(self, *inputs: Any, **kwargs: Any) -> Any:
-        params = {n: find_box(self, n.split(".")).value for n in self.param_names}
-        if not self.has_state:
-            return self.fn(params, *inputs, **kwargs)
-        state = {n: find_box(self, n.split(".")) for n in self.state_names}
-        values = {n: box.value for n, box in state.items()}
-        out, new_state = self.fn(params, values, *inputs, **kwargs)
-        for name, value in new_state.items():
-            if name not in state:
-                raise UnknownNameError(
-                    explain(
-                        f"the function returned a new value of {name!r}",
-                        f"its state has the names {sorted(state)}",
-                        "return a dict with the names of the state it was given",
-                    )
-                )
-            state[name].value = value
-        return out
-
-
-def statefulize(
-    fn: Callable, params: Mapping[str, Any], state: Mapping[str, Any] | None = None
-) -> Module:
-    """Return a pure function and its arrays as a module: the way back from `functionalize`.
-
-    Args:
-        fn: ``fn(params, *inputs) -> out``, or with `state`
-            ``fn(params, state, *inputs) -> (out, new_state)``.
-        params: arrays by (dotted) name; they become parameters.
-        state: arrays by name; they become buffers, and take the new state after each call.
-
-    Example:
-        >>> import jax.numpy as jnp, statefulnn as nn
-        >>> model = nn.statefulize(lambda p, x: x * p["scale"], {"scale": jnp.ones(3)})
-        >>> [name for name, _ in model.named_parameters()]
-        ['scale']
-    """
-    return Statefulized(fn, params, state)
