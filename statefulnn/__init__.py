@@ -219,12 +219,12 @@ from statefulnn.transforms.functional_call import (
     functional_call,
     functionalize,
     stack_module_state,
-    statefulize,
 )
 from statefulnn.transforms.grad import grad, value_and_grad
 from statefulnn.transforms.jit import jit
 from statefulnn.transforms.remat import remat
 from statefulnn.transforms.scan import scan
+from statefulnn.transforms.statefulize import statefulize
 from statefulnn.transforms.vmap import vmap
 from statefulnn.utils import parameters_to_vector, vector_to_parameters
 from statefulnn.utils.init import materialize
@@ -232,13 +232,16 @@ from statefulnn.utils.init import materialize
 if TYPE_CHECKING:
     from statefulnn import bridge, curvature, func, meta
     from statefulnn.ensemble import Ensemble
-    from statefulnn.io import load, save
+    from statefulnn.io import Checkpointer, export, load, load_exported, save
 
 __version__ = "0.1.0"
 
 # Built on top, and imported when first used: modules, and names out of modules.
 _LATER = ("bridge", "curvature", "func", "io", "meta")
-_LATER_NAMES = {"Ensemble": "ensemble", "load": "io", "save": "io"}
+_LATER_NAMES = {
+    "Ensemble": "ensemble",
+    **dict.fromkeys(("Checkpointer", "export", "load", "load_exported", "save"), "io"),
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -27,7 +27,9 @@ def import_extra(library: str, extra: str, did: str, needs: str) -> Any:
     try:
         return importlib.import_module(library)
     except ModuleNotFoundError as error:
-        if error.name != library.partition(".")[0]:  # installed, but something it needs is not
+        if not f"{library}.".startswith(
+            f"{error.name}."
+        ):  # installed, but something it needs is not
             raise
         raise ImportError(
             explain(

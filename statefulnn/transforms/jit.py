@@ -23,6 +23,7 @@ from statefulnn.core.placement import is_meta, no_numbers
 from statefulnn.core.plan import Plan, build_plan, count_changes
 from statefulnn.core.pytree import flatten_collecting
 from statefulnn.core.scope import ModuleBase
+from statefulnn.transforms.ahead import Lowered
 from statefulnn.transforms.lift import (
     leaves_below,
     restore_output,
@@ -299,15 +300,17 @@ class JitFunction:
         def call(leaves: Any, dynamic: Any) -> Any:
             return compiled(*select(leaves, dynamic))
 
+        call.select = select
         call.lower = lambda leaves, dynamic: compiled.lower(*select(leaves, dynamic))
         return call
 
-    def lower(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the lowered computation for these arguments, as ``jax.jit(f).lower`` does."""
-        if self._owner is not None:
-            args = (self._owner, *args)
-        known, compiled, dynamic = self._look_up(args, kwargs)
-        return compiled.lower(known.plan.leaves(), dynamic)
+    def lower(self, *args: Any, **kwargs: Any) -> Lowered:
+        """Return the computation for these arguments, as ``jax.jit(f).lower`` does.
+
+        Shapes will do: ``jax.ShapeDtypeStruct`` for arrays, modules on the meta device. Its ``compile()``
+        gives a function that is called as this one, and has ``cost_analysis`` and ``memory_analysis``.
+        """
+        return Lowered(self, args if self._owner is None else (self._owner, *args), kwargs)
 
     def clear_cache(self) -> None:
         """Forget all compiled code."""

@@ -1,0 +1,248 @@
+"""The programs of nn.export: a module's method and its derivatives as StableHLO."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.export
+import jax.numpy as jnp
+import numpy as np
+
+from statefulnn.core.box import Box
+from statefulnn.core.errors import (
+    CheckpointError,
+    MissingRngError,
+    ShapeError,
+    StateWriteError,
+    explain,
+)
+from statefulnn.core.generator import Forbidden, Generator, use_generator
+from statefulnn.core.module import Module
+from statefulnn.core.plan import build_plan, plan_of
+from statefulnn.core.pytree import flatten_collecting
+from statefulnn.io import exported
+from statefulnn.io._export_tasks import Task
+from statefulnn.transforms.lift import run
+
+_NO_RNG = Forbidden(
+    "exported a module that draws random numbers",
+    "a program gives the same outputs for the same inputs: it would draw the same numbers at every call",
+    "model.eval() before, which turns dropout off; or nn.export(..., rng=True), and then "
+    "loaded(x, rng=key)",
+)
+
+
+def lowered(
+    task: Task,
+    module: Module,
+    count: int,
+    platforms: Sequence[str],
+    rng: bool,
+    mutable: bool,
+    vjp_order: int,
+) -> tuple[dict[str, Any], list[np.ndarray]]:
+    """Lower one method; return its entry in the manifest and the bytes of its programs."""
+    own = plan_of(module).moduledef
+    in_force = Generator(0)
+    plan = build_plan([module, in_force]) if rng else plan_of(module)
+    moduledef = plan.moduledef
+    dynamic, treedef, _ = flatten_collecting(((module, *task.args), task.kwargs))
+    constants = [jnp.asarray(v) for v in plan.leaves()[count:]]  # states of generators
+    weights = [jax.ShapeDtypeStruct(v.shape, v.dtype) for v in plan.leaves()[:count]]
+    found: dict[str, Any] = {}
+
+    def function(*args: Any, **kwargs: Any) -> Any:
+        with contextlib.nullcontext() if rng else use_generator(_NO_RNG):
+            out = task.function(*args, **kwargs)
+        return jax.tree_util.tree_map(
+            lambda v: v.value if isinstance(v, Box) else v,
+            out,
+            is_leaf=lambda v: isinstance(v, Box),
+        )
+
+    def flat(*given: Any) -> tuple:
+        leaves, rest = [*given[:count], *constants], list(given[count:])
+        if rng:
+            key = jax.random.wrap_key_data(rest.pop(0), impl="threefry2x32")
+            number = (
+                count  # of the module's own generators, which follow the key as in functional_call
+            )
+            for i in range(count, len(leaves)):
+                if plan.boxes[i] is in_force:
+                    leaves[i] = Generator(key).state
+                else:
+                    leaves[i] = Generator(jax.random.fold_in(key, number)).state
+                    number += 1
+        out, written = run(function, moduledef, treedef, rng, leaves, rest)
+        _check_output(task, out, written)
+        names = [own.leaf_names[i] if i < count else "" for i in written.indices]
+        kinds = [moduledef.kind_of(i) for i in written.indices]
+        _check_written(task, names, kinds, rng, mutable)
+        out_leaves, found["out"] = jax.tree_util.tree_flatten(out)
+        state = [v for v, kind in zip(written.values, kinds, strict=True) if kind != "generator"]
+        found["state"] = [n for n, k in zip(names, kinds, strict=True) if k != "generator"]
+        return tuple(jnp.asarray(v) for v in (*out_leaves, *state))
+
+    key = [jax.ShapeDtypeStruct((2,), jnp.uint32)] if rng else []
+    specs = [*weights, *key, *dynamic]
+    f: Callable = flat
+    programs, entries = [], []
+    for order in range(vjp_order + 1):
+        program = _exported(task, f, specs, platforms, None if order else [*weights, *key])
+        programs.append(np.frombuffer(program.mlir_module_serialized, np.uint8))
+        entries.append(
+            {
+                "sha256": hashlib.sha256(program.mlir_module_serialized).hexdigest(),
+                "calling_convention": program.calling_convention_version,
+                "kept": list(program.module_kept_var_idx),
+                "global_constants": program.uses_global_constants,
+                "constraints": task.constraints,
+                "in": [exported._text(spec) for spec in program.in_avals],
+                "out": [exported._text(spec) for spec in program.out_avals],
+            }
+        )
+        f, specs = _transposed(f, specs, program.out_avals)
+    trees = jax.tree_util.tree_unflatten(
+        jax.tree_util.tree_structure((task.args, task.kwargs)), range(len(dynamic))
+    )
+    out = jax.tree_util.tree_unflatten(found["out"], range(found["out"].num_leaves))
+    positional = zip(task.positional, trees[0], strict=True)
+    entry = {
+        "positional": [[n, _tree(v, f"the input {n!r} of {task.name!r}")] for n, v in positional],
+        "keyword": {n: _tree(v, f"the input {n!r} of {task.name!r}") for n, v in trees[1].items()},
+        "labels": task.labels,
+        "out": _tree(out, f"the output of {task.name!r}"),
+        "state": found["state"],
+        "mutable": mutable,
+        "rng": rng,
+        "programs": entries,
+    }
+    return entry, programs
+
+
+def _exported(
+    task: Task, f: Callable, specs: Sequence[Any], platforms: Sequence[str], before: Any
+) -> Any:
+    """Lower a function of a flat list; `before` are the specs before the inputs, None for derivatives."""
+    try:
+        program = jax.export.export(jax.jit(f), platforms=tuple(platforms))(*specs)
+    except Exception as error:
+        if before is None or task.example is None:
+            raise
+        # Is it the names of dimensions? With numbers in their place, an error of the model is plainer.
+        jax.eval_shape(f, *before, *jax.tree_util.tree_leaves(task.example))
+        shapes = zip(task.labels, jax.tree_util.tree_leaves((task.args, task.kwargs)), strict=True)
+        raise ShapeError(
+            explain(
+                f"exported {task.name!r} with {', '.join(f'{n} of {s.shape}' for n, s in shapes)}",
+                f"it works for shapes that are numbers, not for any size: {_first_line(error)}",
+                f"say what the sizes obey, constraints=({_constraint(error)!r},); name other "
+                "dimensions, shapes={'x': 'b, 64'}; or fix them: batch=None",
+            )
+        ) from error
+    if program.ordered_effects or program.unordered_effects:
+        raise refused(
+            f"with {task.name!r}, which calls back into Python",
+            "a file holds no Python",
+            "leave out jax.debug.print, io_callback and the like",
+        )
+    return program
+
+
+def _constraint(error: BaseException) -> str:
+    """Return what would decide the comparison that an error is about."""
+    found = re.search(r"comparison '(.+?)' (<|>|<=|>=|==|!=) '(.+?)' is inconclusive", str(error))
+    if found is None:
+        return "t <= 512"
+    left, sign, right = found.groups()
+    return (
+        f"{left} {'>=' if sign in ('<', '>=') else '<=' if sign in ('>', '<=') else '=='} {right}"
+    )
+
+
+def _transposed(f: Callable, specs: Sequence[Any], outs: Sequence[Any]) -> tuple[Callable, list]:
+    """Return the vector-Jacobian product as `io.exported` wants it, and what it takes."""
+    inexact = [jnp.issubdtype(spec.dtype, jnp.inexact) for spec in specs]
+    real = [jnp.issubdtype(out.dtype, jnp.inexact) for out in outs]
+    floats = [s for s, one in zip(specs, inexact, strict=True) if one]
+    cotangents = [
+        jax.ShapeDtypeStruct(o.shape, o.dtype) for o, one in zip(outs, real, strict=True) if one
+    ]
+    others = [s for s, one in zip(specs, inexact, strict=True) if not one]
+    n, m = len(floats), len(floats) + len(cotangents)
+
+    def product(*args: Any) -> Any:
+        def differentiable(*floats: Any) -> list[Any]:
+            found = f(*exported._woven(inexact, floats, args[m:]))
+            return [v for v, one in zip(found, real, strict=True) if one]
+
+        return jax.vjp(differentiable, *args[:n])[1](list(args[n:m]))
+
+    return product, [*floats, *cotangents, *others]
+
+
+def _check_output(task: Task, out: Any, written: Any) -> None:
+    if written.out is not None:
+        raise refused(
+            f"with {task.name!r}, which returns a module",
+            "a program returns arrays",
+            "return what is needed of it: module.state_dict()",
+        )
+    for where, leaf in jax.tree_util.tree_leaves_with_path(out):
+        if not isinstance(leaf, (jax.Array, np.ndarray, np.generic, bool, int, float, complex)):
+            raise refused(
+                f"with {task.name!r}, whose output{jax.tree_util.keystr(where)} is of type "
+                f"{type(leaf).__name__}",
+                "a program returns arrays, in tuples, lists and dicts",
+                f"methods={{{task.name!r}: {{'function': lambda model, *x: ...}}}}, which returns those",
+            )
+
+
+def _check_written(
+    task: Task, names: Sequence[str], kinds: Sequence[str], rng: bool, mutable: bool
+) -> None:
+    if "generator" in kinds and not rng:
+        raise MissingRngError(explain(*_NO_RNG.parts))
+    state = [n for n, kind in zip(names, kinds, strict=True) if kind != "generator"]
+    if state and not mutable:
+        listed = ", ".join(map(repr, state[:8])) + (" ..." if len(state) > 8 else "")
+        raise StateWriteError(
+            explain(
+                f"exported {task.name!r}, which writes {listed}",
+                "a program returns its output only, so the new value would be lost",
+                "model.eval() before, if nothing should change; or nn.export(..., mutable=True), and "
+                "then out, new_state = loaded(x)",
+            )
+        )
+
+
+def _tree(value: Any, what: str) -> Any:
+    """Return numbered leaves in their containers as JSON; `exported._built` undoes it."""
+    if value is None or type(value) is int:
+        return value
+    if isinstance(value, Mapping) and all(type(key) in (str, int) for key in value):
+        return ["dict", [[key, _tree(sub, what)] for key, sub in value.items()]]
+    if type(value) in (list, tuple):
+        return [type(value).__name__, [_tree(sub, what) for sub in value]]
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        fields: Any = value._fields  # pyright: ignore[reportAttributeAccessIssue]
+        return [type(value).__name__, [_tree(sub, what) for sub in value], list(fields)]
+    raise refused(
+        f"with {what} in a {type(value).__name__}",
+        "a file knows arrays in tuples, named tuples, lists, dicts with keys of str or int, and None",
+        "a function that takes or returns a dict: methods={'forward': {'function': lambda model, x: ...}}",
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def refused(what: str, why: str, instead: str) -> CheckpointError:
+    """Return the error for what a file cannot hold."""
+    return CheckpointError(explain(f"called nn.export {what}", why, instead))

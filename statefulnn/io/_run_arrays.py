@@ -1,0 +1,100 @@
+"""The arrays of a step: read from the file to the places where they belong."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from statefulnn.core.box import from_numpy
+from statefulnn.core.errors import explain
+from statefulnn.core.placement import META, resolve_device
+from statefulnn.io._snapshot import wanted
+
+
+def arrays_of(
+    notes: Mapping[str, Any],
+    objects: Mapping[str, Any],
+    device: Any,
+    orbax: Any,
+    read: Callable[[Any], Any],
+) -> dict[str, dict[str, Any]]:
+    """Return the arrays to restore: object -> name -> array, each at its place.
+
+    Args:
+        notes: what was saved, by object.
+        objects: what it is restored into.
+        device: where arrays go, as for ``Checkpointer.restore``.
+        orbax: the library.
+        read: reads a tree of ``orbax.RestoreArgs`` from the file.
+    """
+    have = {label: wanted(label, objects.get(label), note) for label, note in notes.items()}
+    places: dict[tuple[str, str], Any] = {}
+    tree: dict[str, dict[str, Any]] = {}
+    for label, values in have.items():
+        for name, value in values.items():
+            dtype, shape = notes[label]["specs"][name]
+            place = places[label, name] = _place(device, f"{label}.{name}", tuple(shape), value)
+            if 0 in shape:
+                continue
+            # Each device its own part; what JAX has no dtype for, or is no plain array, by way of numpy.
+            direct = (
+                place is not None and name not in notes[label]["keys"] and _jax_has(np.dtype(dtype))
+            )
+            tree.setdefault(label, {})[name] = (
+                orbax.ArrayRestoreArgs(sharding=place)
+                if direct
+                else orbax.RestoreArgs(restore_type=np.ndarray)
+            )
+    found = read(tree) if tree else {}
+    arrays: dict[str, dict[str, Any]] = {label: {} for label in have}
+    for label, values in have.items():
+        for name, value in values.items():
+            dtype, shape = notes[label]["specs"][name]
+            array = np.zeros(shape, np.dtype(dtype)) if 0 in shape else found[label][name]
+            impl = notes[label]["keys"].get(name)
+            if impl is not None:
+                array = jax.random.wrap_key_data(jnp.asarray(array), impl=impl)
+            arrays[label][name] = _placed_like(array, places[label, name], value)
+    return arrays
+
+
+def _place(device: Any, label: str, shape: tuple[int, ...], value: Any) -> Any:
+    """Return the sharding an array goes to, None where JAX chooses."""
+    if device is not None:
+        place = resolve_device(device(label, shape) if callable(device) else device)
+        if place == META:
+            raise ValueError(
+                explain(
+                    "restored to the device 'meta'",
+                    "there are no numbers there",
+                    "restore(..., device=jax.devices()[0])",
+                )
+            )
+        if isinstance(place, jax.Device):
+            return jax.sharding.SingleDeviceSharding(place)
+        if place is not None:
+            return place
+    committed = getattr(value, "committed", isinstance(value, jax.ShapeDtypeStruct))
+    return getattr(value, "sharding", None) if committed else None
+
+
+def _placed_like(array: Any, place: Any, value: Any) -> Any:
+    """Return an array with the dtype of what it replaces, at its place."""
+    numpy = isinstance(array, np.ndarray)
+    if isinstance(value, np.ndarray) or (value is None and numpy and not _jax_has(array.dtype)):
+        return np.asarray(array)
+    if value is not None and array.dtype != value.dtype:
+        array = array.astype(value.dtype)
+    if isinstance(array, np.ndarray):
+        array = from_numpy(array) if place is None else jax.device_put(array, place)
+    elif place is not None and array.sharding != place:
+        array = jax.device_put(array, place)
+    return array
+
+
+def _jax_has(dtype: np.dtype) -> bool:
+    return jax.dtypes.canonicalize_dtype(dtype) == dtype

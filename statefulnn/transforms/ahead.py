@@ -1,0 +1,176 @@
+"""Compiling ahead of time: what ``nn.jit(f).lower(...)`` returns.
+
+JAX's own `Lowered` and `Compiled` know the flat lists that nn.jit gives them. These two know how a call is
+taken apart into such lists, and how what it wrote is put back; everything else is asked of JAX's.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from statefulnn.core.compat import EAGER, current_trace
+from statefulnn.core.errors import explain
+from statefulnn.core.moduledef import differences
+from statefulnn.core.pytree import flatten_collecting
+from statefulnn.transforms.lift import restore_output, write_back
+
+if TYPE_CHECKING:
+    from statefulnn.transforms.jit import JitFunction
+
+
+class Lowered:
+    """A function lowered for certain arguments; ``jax.stages.Lowered`` has the other methods.
+
+    Source: ``jax.stages.Lowered``.
+
+    Example:
+        >>> import jax.numpy as jnp, statefulnn as nn
+        >>> lowered = nn.jit(nn.Linear(3, 4)).lower(jnp.ones((8, 3)))
+        >>> lowered.out_info.shape, "stablehlo" in lowered.as_text()
+        ((8, 4), True)
+    """
+
+    def __init__(self, function: JitFunction, args: tuple, kwargs: dict[str, Any]) -> None:
+        known, jitted, dynamic = function._look_up(args, kwargs)
+        self._function, self._jitted = function, jitted
+        self._key = _key(function, jitted)
+        # Labels for errors: the leaves of the modules, then the other arrays.
+        self._names = known.plan.moduledef.leaf_names
+        self._lowered = jitted.lower(known.plan.leaves(), dynamic)
+
+    def compile(self, *args: Any, **options: Any) -> Compiled:
+        """Return the compiled function; the arguments are those of ``jax.stages.Lowered.compile``."""
+        return Compiled(self, self._lowered.compile(*args, **options))
+
+    @property
+    def out_info(self) -> Any:
+        """Shapes and dtypes of what the function returns."""
+        return self._lowered.out_info[0]
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return getattr(self._lowered, name)
+
+    def __repr__(self) -> str:
+        return f"Lowered({self._function!r})"
+
+
+class Compiled:
+    """A function compiled for certain arguments: called as it, it writes back what it changes.
+
+    ``jax.stages.Compiled`` has the other methods: ``cost_analysis``, ``memory_analysis``, ``as_text``.
+
+    Source: ``jax.stages.Compiled``.
+
+    Example:
+        >>> import jax.numpy as jnp, statefulnn as nn
+        >>> model = nn.BatchNorm1d(3)
+        >>> step = nn.jit(lambda model, x: model(x).sum()).lower(model, jnp.ones((8, 3))).compile()
+        >>> _ = step(model, jnp.ones((8, 3)))
+        >>> int(model.num_batches_tracked)
+        1
+    """
+
+    def __init__(self, lowered: Lowered, compiled: Any) -> None:
+        self._lowered, self._compiled = lowered, compiled
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run it, on arguments of the structure, shapes and dtypes that it was lowered for.
+
+        Raises:
+            TypeError: for others.
+        """
+        lowered = self._lowered
+        function = lowered._function
+        if function._owner is not None:
+            args = (function._owner, *args)
+        known, jitted, dynamic = function._look_up(args, kwargs)
+        if jitted is not lowered._jitted and _key(function, jitted) != lowered._key:
+            raise _misfit(function, _changes(lowered._key, _key(function, jitted)))
+        plan = known.plan
+        if current_trace() is not EAGER:
+            plan.note_read()
+        leaves = plan.leaves()
+        select = getattr(lowered._jitted, "select", None)
+        given = (leaves, dynamic) if select is None else select(leaves, dynamic)
+        try:
+            out, written = self._compiled(*given)
+        except (TypeError, ValueError):
+            changes = self._other_arrays(given, [*leaves, *dynamic], lowered._names)
+            if changes:
+                raise _misfit(function, changes) from None
+            raise
+        if written is None:
+            return out
+        ((number, values),) = written.items()
+        indices, described = function._results[number]
+        if indices:
+            write_back([plan.boxes[i] for i in indices], values)
+        if described is not None:
+            return restore_output(out, described, plan, flatten_collecting((args, kwargs))[2])
+        return out
+
+    @property
+    def out_info(self) -> Any:
+        """Shapes and dtypes of what the function returns."""
+        return self._lowered.out_info
+
+    def _other_arrays(self, given: Any, arrays: list[Any], names: list[str]) -> list[str]:
+        """Return how arrays differ from those it was lowered for."""
+        labels = {id(v): f"argument {i - len(names)}" for i, v in enumerate(arrays)}
+        labels |= {id(v): repr(n) for v, n in zip(arrays, names, strict=False)}
+        (infos, _) = self._compiled.args_info
+        changes = []
+        for value, info in zip(_flat(given), _flat(infos), strict=True):
+            have = (tuple(getattr(value, "shape", ())), str(getattr(value, "dtype", type(value))))
+            want = (tuple(info.shape), str(info.dtype))
+            if have != want:
+                label = labels.get(id(value), "an argument")
+                changes.append(f"{label}: {want[1]}{list(want[0])} -> {have[1]}{list(have[0])}")
+        return changes
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return getattr(self._compiled, name)
+
+    def __repr__(self) -> str:
+        return f"Compiled({self._lowered._function!r})"
+
+
+def _flat(lists: Any) -> list[Any]:
+    return [value for one in lists for value in one]
+
+
+def _key(function: JitFunction, jitted: Any) -> Any:
+    """Return what compiled code is for: ModuleDef, structure of the arguments, static arguments."""
+    return next(key for key, value in function._compiled.items() if value is jitted)
+
+
+def _changes(before: Any, after: Any) -> list[str]:
+    changes = []
+    if before[0] is not after[0]:
+        changes = [f"{name}: {change}" for name, change in differences(before[0], after[0])]
+    if before[1] != after[1]:
+        changes.append(f"the arguments: {before[1]} -> {after[1]}")
+    if before[2] != after[2]:
+        changes.append("random numbers: a generator may be drawn from in one of the two only")
+    if before[3] != after[3]:
+        was = dict(before[3] or ())
+        names = [n for n, value in (after[3] or ()) if n not in was or was[n] != value]
+        changes.append(f"another value of the static argument {', '.join(map(repr, names))}")
+    return changes
+
+
+def _misfit(function: JitFunction, changes: list[str]) -> TypeError:
+    name = getattr(function._function, "__name__", "a function")
+    listed = "\n".join(f"    {change}" for change in changes[:8])
+    return TypeError(
+        explain(
+            f"called {name}, compiled ahead of time, with other arguments:\n{listed}",
+            "it is compiled for one structure, and one shape and dtype of each array",
+            "call nn.jit(f) itself, which compiles when needed; or f.lower(...).compile() for these "
+            "arguments",
+        )
+    )
