@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 import threading
 
 import jax
@@ -286,3 +287,15 @@ def test_signals_and_gradients_keep_their_size_over_50_layers(kind: str) -> None
     assert 0.05 < slope < 20
     out, slope = sizes(build())
     assert slope < 1e-20  # each layer of torch's divides the variance by 6
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "jit"])
+def test_normal_values_are_those_of_a_lattice_without_its_ends(compiled: bool) -> None:
+    # Every lattice point comes about four times: the inverse is infinite at -1, half a step below the first.
+    def draw(key):
+        with nn.rng_scope(key):
+            return nn.init.normal_(nn.Parameter(jnp.zeros(1 << 25))).value
+
+    values = (jax.jit(draw) if compiled else draw)(jax.random.key(0))
+    last = -statistics.NormalDist().inv_cdf(0.5 / 2**23)
+    np.testing.assert_allclose([values.min(), values.max()], [-last, last], rtol=1e-5)

@@ -1,0 +1,68 @@
+"""What a node of torch.export's graph says: which operator it is, and which line it comes from."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from statefulnn.bridge.torch.tracing import Call, ConversionError
+from statefulnn.core.errors import explain
+
+
+def is_in_place(name: str) -> bool:
+    return name.endswith("_") and not name.endswith("__") or name.startswith("__i")
+
+
+def operator_name(target: Any) -> str:
+    if isinstance(target, torch._ops.OpOverload):
+        return target._schema.name.split("::")[1]
+    return getattr(target, "__name__", str(target))
+
+
+def entry_of(target: Any, custom: dict[Any, Any]) -> Any:
+    """Return the operator's name in our table, or the function that the user gave for it."""
+    if target in custom:
+        return custom[target]
+    packet = getattr(target, "overloadpacket", None)
+    if packet is not None and packet in custom:
+        return custom[packet]
+    if not isinstance(target, torch._ops.OpOverload):
+        return f"{getattr(target, '__module__', '')}.{operator_name(target)}"
+    space, name = target._schema.name.split("::")
+    if is_in_place(name):
+        name = name.removeprefix("__i").removesuffix("__") if name.startswith("__i") else name[:-1]
+    overload = target._overloadname
+    prefix = "" if space == "aten" else f"{space}::"
+    return f"{prefix}{name}.{overload}"
+
+
+def place_of(node: Any, call: Call) -> str:
+    """Say which line of the user's code a node comes from."""
+    module = (
+        f"{call.path!r} ({type(call.module).__name__})" if call.path else type(call.module).__name__
+    )
+    lines = (node.meta.get("stack_trace") or "").strip().splitlines()
+    place = next((s.strip() for s in reversed(lines) if s.strip().startswith("File ")), "")
+    code = lines[-1].strip() if lines and not lines[-1].strip().startswith("File ") else ""
+    return ", ".join(x for x in (module, place, code) if x)
+
+
+def unclear_view(where: str) -> ConversionError:
+    return ConversionError(
+        explain(
+            f"found an in-place operator on the result of reshape or flatten ({where})",
+            "whether that shares memory with what it was made from depends on the layout of the tensor",
+            "write it without the in-place operator, or use view() or clone()",
+        )
+    )
+
+
+def number_of_array(where: str) -> ConversionError:
+    return ConversionError(
+        explain(
+            f"found a number of Python's made of an array ({where})",
+            "in compiled code the numbers in an array are not known",
+            "keep it an array: no .item(), int() or float() in forward",
+        )
+    )

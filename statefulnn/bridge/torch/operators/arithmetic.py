@@ -1,0 +1,312 @@
+"""Element by element: arithmetic, comparisons, elementary functions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+import statefulnn.functional as F
+from statefulnn.bridge.torch.operators._promotion import (
+    cast,
+    category,
+    dtype_of,
+    floating,
+    promoted,
+    result_type,
+)
+from statefulnn.bridge.torch.operators._table import operator
+
+# --------------------------------------------------------------------------------------------------
+# Two arguments
+
+
+def _two(name: str, function: Callable, arguments: Callable = promoted) -> None:
+    operator(*name.split())(lambda a, b: function(*arguments(a, b)))
+
+
+for _name, _function in {
+    "mul multiply": lambda a, b: a & b if a.dtype == bool else a * b,
+    "maximum max.other": jnp.maximum,
+    "minimum min.other": jnp.minimum,
+    "fmax": jnp.fmax,
+    "fmin": jnp.fmin,
+    "eq __eq__": jnp.equal,
+    "ne not_equal __ne__": jnp.not_equal,
+    "lt less": jnp.less,
+    "le less_equal": jnp.less_equal,
+    "gt greater": jnp.greater,
+    "ge greater_equal": jnp.greater_equal,
+    "bitwise_and __and__ and": jnp.bitwise_and,
+    "bitwise_or __or__ or": jnp.bitwise_or,
+    "bitwise_xor __xor__ xor": jnp.bitwise_xor,
+    "bitwise_left_shift __lshift__": jnp.left_shift,
+    "bitwise_right_shift __rshift__": jnp.right_shift,
+    "remainder": jnp.remainder,
+    "fmod": jnp.fmod,
+    "floor_divide": jnp.floor_divide,
+    "copysign": jnp.copysign,
+    "gcd": jnp.gcd,
+}.items():
+    _two(_name, _function, floating if _name == "copysign" else promoted)
+for _name, _function in {
+    "atan2 arctan2": jnp.arctan2,
+    "hypot": jnp.hypot,
+    "logaddexp": jnp.logaddexp,
+    "true_divide": jnp.true_divide,
+}.items():
+    _two(_name, _function, floating)
+for _name, _function in {
+    "logical_and": jnp.logical_and,
+    "logical_or": jnp.logical_or,
+    "logical_xor": jnp.logical_xor,
+}.items():
+    _two(_name, _function)
+
+
+@operator("add")
+def add(a: Any, b: Any, alpha: Any = 1) -> Any:
+    a, b = promoted(a, b)
+    if a.dtype == bool:
+        return a | b
+    return a + (b if alpha == 1 else b * cast(alpha, b.dtype))
+
+
+@operator("sub", "subtract")
+def sub(a: Any, b: Any, alpha: Any = 1) -> Any:
+    a, b = promoted(a, b)
+    return a - (b if alpha == 1 else b * cast(alpha, b.dtype))
+
+
+@operator("rsub")
+def rsub(a: Any, b: Any, alpha: Any = 1) -> Any:
+    return sub(b, a, alpha)
+
+
+@operator("div", "divide")
+def div(a: Any, b: Any, rounding_mode: str | None = None) -> Any:
+    if rounding_mode is None:
+        return jnp.true_divide(*floating(a, b))
+    a, b = promoted(a, b)
+    if rounding_mode == "floor":
+        return jnp.floor_divide(a, b)
+    if category(a.dtype) == 1:
+        return lax.div(*jnp.broadcast_arrays(a, b))
+    return jnp.trunc(a / b)
+
+
+@operator("pow")
+def power(a: Any, b: Any) -> Any:
+    dtype = result_type(a, b)
+    if isinstance(b, (int, float)) and not isinstance(b, bool) and b in (1, 2, 3, 4):
+        return lax.integer_pow(cast(a, dtype), int(b))
+    if b == 0.5 if isinstance(b, float) else False:
+        return jnp.sqrt(cast(a, dtype))
+    return jnp.power(cast(a, dtype), cast(b, dtype))
+
+
+@operator("lerp")
+def lerp(start: Any, end: Any, weight: Any) -> Any:
+    weight = cast(weight, start.dtype)
+    return start + weight * (end - start)
+
+
+@operator("addcmul")
+def addcmul(x: Any, a: Any, b: Any, value: Any = 1) -> Any:
+    x, a, b = promoted(x, a, b)
+    return x + cast(value, x.dtype) * a * b
+
+
+@operator("addcdiv")
+def addcdiv(x: Any, a: Any, b: Any, value: Any = 1) -> Any:
+    x, a, b = promoted(x, a, b)
+    return x + cast(value, x.dtype) * a / b
+
+
+@operator("where")
+def where(condition: Any, a: Any, b: Any) -> Any:
+    return jnp.where(cast(condition, bool), *promoted(a, b))
+
+
+@operator("masked_fill")
+def masked_fill(x: Any, mask: Any, value: Any) -> Any:
+    return jnp.where(mask, cast(value, x.dtype), x)
+
+
+@operator("clamp", "clip")
+def clamp(x: Any, min: Any = None, max: Any = None) -> Any:
+    dtype = result_type(x, min, max)
+    x = cast(x, dtype)
+    x = x if min is None else jnp.maximum(x, cast(min, dtype))
+    return x if max is None else jnp.minimum(x, cast(max, dtype))
+
+
+@operator("clamp_min")
+def clamp_min(x: Any, min: Any) -> Any:
+    return clamp(x, min=min)
+
+
+@operator("clamp_max")
+def clamp_max(x: Any, max: Any) -> Any:
+    return clamp(x, max=max)
+
+
+@operator("isclose")
+def isclose(a: Any, b: Any, rtol: float = 1e-5, atol: float = 1e-8, equal_nan: bool = False) -> Any:
+    return jnp.isclose(a, b, rtol, atol, equal_nan)
+
+
+# --------------------------------------------------------------------------------------------------
+# One argument
+
+for _name, _function in {
+    "exp": jnp.exp,
+    "exp2": jnp.exp2,
+    "expm1": jnp.expm1,
+    "log": jnp.log,
+    "log2": jnp.log2,
+    "log10": jnp.log10,
+    "log1p": jnp.log1p,
+    "sqrt": jnp.sqrt,
+    "rsqrt": lax.rsqrt,
+    "reciprocal": jnp.reciprocal,
+    "sin": jnp.sin,
+    "cos": jnp.cos,
+    "tan": jnp.tan,
+    "sinh": jnp.sinh,
+    "cosh": jnp.cosh,
+    "asin arcsin": jnp.arcsin,
+    "acos arccos": jnp.arccos,
+    "atan arctan": jnp.arctan,
+    "asinh arcsinh": jnp.arcsinh,
+    "acosh arccosh": jnp.arccosh,
+    "atanh arctanh": jnp.arctanh,
+    "erf special_erf": jax.scipy.special.erf,
+    "erfc special_erfc": jax.scipy.special.erfc,
+    "erfinv special_erfinv": jax.scipy.special.erfinv,
+    "lgamma": jax.scipy.special.gammaln,
+    "digamma": jax.scipy.special.digamma,
+    "deg2rad": jnp.deg2rad,
+    "rad2deg": jnp.rad2deg,
+    "sigmoid special_expit": F.sigmoid,
+    "tanh": F.tanh,
+    "sinc": jnp.sinc,
+}.items():
+    operator(*_name.split())(lambda x, _f=_function: _f(floating(x)[0]))
+for _name, _function in {
+    "neg negative": jnp.negative,
+    "abs absolute": jnp.abs,
+    "sign sgn": jnp.sign,
+    "positive": lambda x: x,
+    "square": jnp.square,
+    "isnan": jnp.isnan,
+    "isinf": jnp.isinf,
+    "isfinite": jnp.isfinite,
+    "isposinf": jnp.isposinf,
+    "isneginf": jnp.isneginf,
+    "signbit": jnp.signbit,
+    "logical_not": jnp.logical_not,
+    "bitwise_not": jnp.bitwise_not,
+    "real": jnp.real,
+    "imag": jnp.imag,
+    "conj conj_physical _conj": jnp.conj,
+    "angle": jnp.angle,
+    "view_as_real": lambda x: jnp.stack([x.real, x.imag], -1),
+    "view_as_complex": lambda x: lax.complex(x[..., 0], x[..., 1]),
+    "stop_gradient detach": lax.stop_gradient,
+    "clone alias lift_fresh lift_fresh_copy contiguous resolve_conj resolve_neg": lambda x, **_: x,
+}.items():
+    operator(*_name.split())(_function)
+for _name, _function in {"floor": jnp.floor, "ceil": jnp.ceil, "trunc fix": jnp.trunc}.items():
+    operator(*_name.split())(lambda x, _f=_function: x if category(x.dtype) < 2 else _f(x))
+
+
+@operator("round")
+def round_(x: Any, decimals: int = 0) -> Any:
+    return x if category(x.dtype) < 2 else jnp.round(x, decimals)
+
+
+@operator("frac")
+def frac(x: Any) -> Any:
+    return x - jnp.trunc(x)
+
+
+@operator("logit")
+def logit(x: Any, eps: float | None = None) -> Any:
+    (x,) = floating(x)
+    if eps is not None:
+        x = clamp(x, eps, 1 - eps)
+    return jnp.log(x / (1 - x))
+
+
+@operator("nan_to_num")
+def nan_to_num(
+    x: Any, nan: float | None = None, posinf: float | None = None, neginf: float | None = None
+) -> Any:
+    return jnp.nan_to_num(x, nan=nan or 0.0, posinf=posinf, neginf=neginf)
+
+
+@operator("xlogy", "special_xlogy")
+def xlogy(a: Any, b: Any) -> Any:
+    return jax.scipy.special.xlogy(*floating(a, b))
+
+
+@operator("polar")
+def polar(size: Any, angle: Any) -> Any:
+    return lax.complex(size * jnp.cos(angle), size * jnp.sin(angle))
+
+
+@operator("complex")
+def complex_(real: Any, imag: Any) -> Any:
+    return lax.complex(real, imag)
+
+
+# --------------------------------------------------------------------------------------------------
+# Dtypes
+
+
+@operator("to.dtype", "to.dtype_layout", "_to_copy")
+def to(x: Any, dtype: str | None = None, *_: Any, **__: Any) -> Any:
+    return cast(x, dtype_of(dtype, x.dtype))
+
+
+@operator("to.device")
+def to_device(x: Any, device: str, dtype: str | None = None, *_: Any, **__: Any) -> Any:
+    return cast(x, dtype_of(dtype, x.dtype))
+
+
+@operator("to.other", "type_as")
+def to_other(x: Any, other: Any, *_: Any, **__: Any) -> Any:
+    return cast(x, other.dtype)
+
+
+@operator("assign")
+def assign(old: Any, new: Any) -> Any:
+    """Return `new` as it is after it was written into `old`."""
+    return jnp.broadcast_to(cast(new, old.dtype), old.shape)
+
+
+@operator("copy")
+def copy(x: Any, source: Any, non_blocking: bool = False) -> Any:
+    return assign(x, source)
+
+
+@operator("fill")
+def fill(x: Any, value: Any) -> Any:
+    return assign(x, cast(value, x.dtype))
+
+
+@operator("zero")
+def zero(x: Any) -> Any:
+    return jnp.zeros_like(x)
+
+
+# --------------------------------------------------------------------------------------------------
+# Numbers: what the code computes with sizes
+
+for _name in ("sqrt", "ceil", "floor"):
+    operator(f"math.{_name}")(getattr(math, _name))

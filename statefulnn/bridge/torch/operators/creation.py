@@ -1,0 +1,181 @@
+"""Arrays made from sizes, and random ones."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from statefulnn.bridge.torch.operators._promotion import (
+    cast,
+    default_float,
+    dtype_of,
+    integer,
+    result_type,
+)
+from statefulnn.bridge.torch.operators._table import operator
+from statefulnn.core.generator import next_key
+
+
+@operator("zeros")
+def zeros(size: Sequence[int], *, dtype: str | None = None, **_: Any) -> Any:
+    return jnp.zeros(tuple(size), dtype_of(dtype, default_float()))
+
+
+@operator("empty")
+def empty(size: Sequence[int], *, dtype: str | None = None, **_: Any) -> Any:
+    return zeros(size, dtype=dtype)
+
+
+@operator("ones")
+def ones(size: Sequence[int], *, dtype: str | None = None, **_: Any) -> Any:
+    return jnp.ones(tuple(size), dtype_of(dtype, default_float()))
+
+
+@operator("full")
+def full(size: Sequence[int], value: Any, *, dtype: str | None = None, **_: Any) -> Any:
+    return jnp.broadcast_to(cast(value, dtype_of(dtype, result_type(value))), tuple(size))
+
+
+@operator("scalar_tensor")
+def scalar_tensor(value: Any, *, dtype: str | None = None, **_: Any) -> Any:
+    return cast(value, dtype_of(dtype, default_float()))
+
+
+@operator("zeros_like", "empty_like")
+def zeros_like(x: Any, *, dtype: str | None = None, **_: Any) -> Any:
+    return jnp.zeros(x.shape, dtype_of(dtype, x.dtype))
+
+
+@operator("ones_like")
+def ones_like(x: Any, *, dtype: str | None = None, **_: Any) -> Any:
+    return jnp.ones(x.shape, dtype_of(dtype, x.dtype))
+
+
+@operator("full_like")
+def full_like(x: Any, value: Any, *, dtype: str | None = None, **_: Any) -> Any:
+    return jnp.broadcast_to(cast(value, dtype_of(dtype, x.dtype)), x.shape)
+
+
+@operator("new_zeros", "new_empty", "new_empty_strided")
+def new_zeros(x: Any, size: Sequence[int], *_: Any, dtype: str | None = None, **__: Any) -> Any:
+    return jnp.zeros(tuple(size), dtype_of(dtype, x.dtype))
+
+
+@operator("new_ones")
+def new_ones(x: Any, size: Sequence[int], *, dtype: str | None = None, **_: Any) -> Any:
+    return jnp.ones(tuple(size), dtype_of(dtype, x.dtype))
+
+
+@operator("new_full")
+def new_full(x: Any, size: Sequence[int], value: Any, *, dtype: str | None = None, **_: Any) -> Any:
+    return jnp.broadcast_to(cast(value, dtype_of(dtype, x.dtype)), tuple(size))
+
+
+@operator("arange")
+def arange(*bounds: Any, dtype: str | None = None, **_: Any) -> Any:
+    start, end, step = (0, *bounds, 1) if len(bounds) == 1 else (*bounds, 1)[:3]
+    whole = all(isinstance(b, int) for b in bounds)
+    return jnp.arange(start, end, step, dtype_of(dtype, integer() if whole else default_float()))
+
+
+@operator("linspace")
+def linspace(start: Any, end: Any, steps: int, *, dtype: str | None = None, **_: Any) -> Any:
+    return jnp.linspace(start, end, steps, dtype=dtype_of(dtype, default_float()))
+
+
+@operator("eye", "eye.m")
+def eye(n: int, m: int | None = None, *, dtype: str | None = None, **_: Any) -> Any:
+    return jnp.eye(n, m, dtype=dtype_of(dtype, default_float()))
+
+
+@operator("diag_embed")
+def diag_embed(x: Any, offset: int = 0, dim1: int = -2, dim2: int = -1) -> Any:
+    size = x.shape[-1] + abs(offset)
+    rows = jnp.arange(x.shape[-1]) + max(0, -offset)
+    columns = jnp.arange(x.shape[-1]) + max(0, offset)
+    out = jnp.zeros((*x.shape[:-1], size, size), x.dtype).at[..., rows, columns].set(x)
+    return jnp.moveaxis(out, (-2, -1), (dim1, dim2))
+
+
+# --------------------------------------------------------------------------------------------------
+# Random numbers: drawn from the generator that the layers draw from
+
+
+@operator("rand")
+def rand(size: Sequence[int], *, dtype: str | None = None, **_: Any) -> Any:
+    return jax.random.uniform(next_key(), tuple(size), dtype_of(dtype, default_float()))
+
+
+@operator("randn")
+def randn(size: Sequence[int], *, dtype: str | None = None, **_: Any) -> Any:
+    return jax.random.normal(next_key(), tuple(size), dtype_of(dtype, default_float()))
+
+
+@operator("rand_like")
+def rand_like(x: Any, *, dtype: str | None = None, **_: Any) -> Any:
+    return jax.random.uniform(next_key(), x.shape, dtype_of(dtype, x.dtype))
+
+
+@operator("randn_like")
+def randn_like(x: Any, *, dtype: str | None = None, **_: Any) -> Any:
+    return jax.random.normal(next_key(), x.shape, dtype_of(dtype, x.dtype))
+
+
+@operator("randint")
+def randint(high: int, size: Sequence[int], *, dtype: str | None = None, **_: Any) -> Any:
+    return jax.random.randint(next_key(), tuple(size), 0, high, dtype_of(dtype, integer()))
+
+
+@operator("randint.low")
+def randint_low(
+    low: int, high: int, size: Sequence[int], *, dtype: str | None = None, **_: Any
+) -> Any:
+    return jax.random.randint(next_key(), tuple(size), low, high, dtype_of(dtype, integer()))
+
+
+@operator("randperm")
+def randperm(n: int, *, dtype: str | None = None, **_: Any) -> Any:
+    return cast(jax.random.permutation(next_key(), n), dtype_of(dtype, integer()))
+
+
+@operator("bernoulli")
+def bernoulli(x: Any, *_: Any, **__: Any) -> Any:
+    return cast(jax.random.bernoulli(next_key(), x), x.dtype)
+
+
+@operator("bernoulli.p", "bernoulli.float")
+def bernoulli_p(x: Any, p: float = 0.5, **_: Any) -> Any:
+    return cast(jax.random.bernoulli(next_key(), p, x.shape), x.dtype)
+
+
+@operator("bernoulli.Tensor")
+def bernoulli_tensor(x: Any, p: Any, **_: Any) -> Any:
+    return cast(jax.random.bernoulli(next_key(), p, x.shape), x.dtype)
+
+
+@operator("uniform")
+def uniform(x: Any, low: float = 0.0, high: float = 1.0, **_: Any) -> Any:
+    return jax.random.uniform(next_key(), x.shape, x.dtype, low, high)
+
+
+@operator("normal", "normal.functional")
+def normal(x: Any, mean: float = 0.0, std: float = 1.0, **_: Any) -> Any:
+    drawn = jax.random.normal(next_key(), x.shape, x.dtype)
+    return drawn * jnp.asarray(std, x.dtype) + jnp.asarray(mean, x.dtype)
+
+
+@operator("exponential")
+def exponential(x: Any, lambd: float = 1.0, **_: Any) -> Any:
+    return jax.random.exponential(next_key(), x.shape, x.dtype) / jnp.asarray(lambd, x.dtype)
+
+
+@operator("multinomial")
+def multinomial(x: Any, num_samples: int, replacement: bool = False, **_: Any) -> Any:
+    noise = jax.random.gumbel(next_key(), (num_samples if replacement else 1, *x.shape), x.dtype)
+    scores = jnp.log(x) + noise
+    if replacement:
+        return cast(jnp.moveaxis(jnp.argmax(scores, -1), 0, -1), integer())
+    return cast(jax.lax.top_k(scores[0], num_samples)[1], integer())

@@ -1,0 +1,186 @@
+"""Taking elements by index, and putting them there."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+import statefulnn.functional as F
+from statefulnn.bridge.torch.operators._promotion import cast, integer
+from statefulnn.bridge.torch.operators._table import operator
+from statefulnn.core.errors import ShapeError, explain
+
+
+def _indices(indices: Sequence[Any]) -> tuple[Any, ...]:
+    """Return torch's list of indices as jnp's; None takes a whole axis."""
+    for index in indices:
+        if index is not None and index.dtype == bool and index.ndim:
+            raise ShapeError(
+                explain(
+                    "indexed an array by truth values",
+                    "how many there are, and so the shape of the result, depends on the numbers",
+                    "torch.where(mask, a, b) keeps the shape",
+                )
+            )
+    return tuple(slice(None) if i is None else i for i in indices)
+
+
+@operator("index")
+def index(x: Any, indices: Sequence[Any]) -> Any:
+    return x[_indices(indices)]
+
+
+@operator("index_put", "_unsafe_index_put", "_index_put_impl")
+def index_put(
+    x: Any, indices: Sequence[Any], values: Any, accumulate: bool = False, unsafe: bool = False
+) -> Any:
+    values = cast(values, x.dtype)
+    if len(indices) == 1 and indices[0] is not None and indices[0].dtype == bool:
+        mask = indices[0]
+        if not values.size == 1:
+            _indices(indices)
+        mask = mask.reshape(*mask.shape, *[1] * (x.ndim - mask.ndim))
+        new = x + values.reshape(()) if accumulate else values.reshape(())
+        return jnp.where(mask, new, x)
+    where = x.at[_indices(indices)]
+    return where.add(values) if accumulate else where.set(values)
+
+
+@operator("_unsafe_index")
+def unsafe_index(x: Any, indices: Sequence[Any]) -> Any:
+    return index(x, indices)
+
+
+@operator("index_select")
+def index_select(x: Any, dim: int, index: Any) -> Any:
+    return jnp.take(x, jnp.atleast_1d(index), dim) if x.ndim else x
+
+
+@operator("take")
+def take(x: Any, index: Any) -> Any:
+    return x.ravel()[index]
+
+
+@operator("take_along_dim")
+def take_along_dim(x: Any, indices: Any, dim: int | None = None) -> Any:
+    return jnp.take_along_axis(x, indices, dim)
+
+
+@operator("gather")
+def gather(x: Any, dim: int, index: Any, *, sparse_grad: bool = False) -> Any:
+    return x[_along(x, dim, index)] if x.ndim else jnp.broadcast_to(x, index.shape)
+
+
+def _along(x: Any, dim: int, index: Any) -> tuple[Any, ...]:
+    """Return indices that take `index` along one axis, and count along the others."""
+    dim %= x.ndim
+    places = []
+    for axis in range(x.ndim):
+        shape = [1] * x.ndim
+        shape[axis] = index.shape[axis]
+        places.append(index if axis == dim else np.arange(index.shape[axis]).reshape(shape))
+    return tuple(places)
+
+
+def _source(index: Any, source: Any, dtype: Any) -> Any:
+    """Return the part of a source that belongs to the indices."""
+    if not hasattr(source, "shape") or not source.shape:
+        return jnp.broadcast_to(cast(source, dtype), index.shape)
+    return cast(source[tuple(slice(n) for n in index.shape)], dtype)
+
+
+@operator("scatter")
+def scatter(x: Any, dim: int, index: Any, source: Any, *, reduce: str | None = None) -> Any:
+    where = x.at[_along(x, dim, index)]
+    source = _source(index, source, x.dtype)
+    return {None: where.set, "add": where.add, "multiply": where.multiply}[reduce](source)
+
+
+@operator("scatter_add")
+def scatter_add(x: Any, dim: int, index: Any, source: Any) -> Any:
+    return x.at[_along(x, dim, index)].add(_source(index, source, x.dtype))
+
+
+@operator("scatter_reduce")
+def scatter_reduce(
+    x: Any, dim: int, index: Any, source: Any, reduce: str, *, include_self: bool = True
+) -> Any:
+    places = _along(x, dim, index)
+    source = _source(index, source, x.dtype)
+    if reduce == "mean":
+        ones = jnp.ones_like(source)
+        count = jnp.full_like(x, 1 if include_self else 0).at[places].add(ones)
+        start = x if include_self else jnp.zeros_like(x)
+        total = start.at[places].add(source)
+        touched = jnp.zeros(x.shape, bool).at[places].set(True)
+        whole = jnp.floor_divide if jnp.issubdtype(x.dtype, jnp.integer) else jnp.true_divide
+        return jnp.where(touched, whole(total, jnp.maximum(count, jnp.ones_like(count))), x)
+    start = x
+    if not include_self:
+        info = jnp.iinfo if jnp.issubdtype(x.dtype, jnp.integer) else jnp.finfo
+        neutral = {
+            "sum": 0,
+            "prod": 1,
+            "amax": info(x.dtype).min,
+            "amin": info(x.dtype).max,
+        }[reduce]
+        start = x.at[places].set(jnp.asarray(neutral, x.dtype))
+    where = start.at[places]
+    return {"sum": where.add, "prod": where.multiply, "amax": where.max, "amin": where.min}[reduce](
+        source
+    )
+
+
+@operator("index_add")
+def index_add(x: Any, dim: int, index: Any, source: Any, *, alpha: Any = 1) -> Any:
+    source = cast(source, x.dtype) * cast(alpha, x.dtype)
+    return x.at[(*[slice(None)] * (dim % x.ndim), index)].add(source)
+
+
+@operator("index_copy")
+def index_copy(x: Any, dim: int, index: Any, source: Any) -> Any:
+    return x.at[(*[slice(None)] * (dim % x.ndim), index)].set(source)
+
+
+@operator("index_fill")
+def index_fill(x: Any, dim: int, index: Any, value: Any) -> Any:
+    return x.at[(*[slice(None)] * (dim % x.ndim), index)].set(cast(value, x.dtype))
+
+
+@operator("select_scatter")
+def select_scatter(x: Any, source: Any, dim: int, index: int) -> Any:
+    return x.at[(*[slice(None)] * (dim % x.ndim), index)].set(source)
+
+
+@operator("slice_scatter")
+def slice_scatter(
+    x: Any, source: Any, dim: int = 0, start: Any = None, end: Any = None, step: int = 1
+) -> Any:
+    return x.at[(*[slice(None)] * (dim % x.ndim), slice(start, end, step))].set(source)
+
+
+@operator("one_hot")
+def one_hot(x: Any, num_classes: int = -1) -> Any:
+    return F.one_hot(x, num_classes)
+
+
+@operator("searchsorted", "searchsorted.Tensor")
+def searchsorted(
+    ordered: Any,
+    x: Any,
+    *,
+    out_int32: bool = False,
+    right: bool = False,
+    side: Any = None,
+    sorter: Any = None,
+) -> Any:
+    side = side or ("right" if right else "left")
+    return cast(jnp.searchsorted(ordered, x, side), jnp.int32 if out_int32 else integer())
+
+
+@operator("bucketize", "bucketize.Tensor")
+def bucketize(x: Any, ordered: Any, *, out_int32: bool = False, right: bool = False) -> Any:
+    return searchsorted(ordered, x, out_int32=out_int32, right=right)

@@ -1,0 +1,357 @@
+"""What has a function in `statefulnn.functional`: the converted model runs the code that layers run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+
+import statefulnn.functional as F
+from statefulnn.bridge.torch.operators._promotion import cast, dtype_of
+from statefulnn.bridge.torch.operators._table import operator
+
+_REDUCTIONS = ("none", "mean", "sum")
+
+# --------------------------------------------------------------------------------------------------
+# Arguments in the same order
+
+for _name in (
+    "linear bilinear gelu silu mish hardsigmoid hardswish hardshrink softshrink glu relu relu6 "
+    "leaky_relu prelu selu celu hardtanh softplus threshold conv1d conv2d conv3d layer_norm group_norm "
+    "rms_norm scaled_dot_product_attention pixel_shuffle pixel_unshuffle channel_shuffle "
+    "native_channel_shuffle cosine_similarity adaptive_avg_pool1d adaptive_avg_pool2d "
+    "adaptive_avg_pool3d conv_transpose1d conv_transpose2d conv_transpose3d"
+).split():
+    operator(_name)(getattr(F, _name))
+operator("log_sigmoid")(F.logsigmoid)
+operator("adaptive_max_pool1d")(F.adaptive_max_pool1d_with_indices)
+operator("adaptive_max_pool2d")(F.adaptive_max_pool2d_with_indices)
+operator("adaptive_max_pool3d")(F.adaptive_max_pool3d_with_indices)
+
+
+@operator("layer_norm")
+def layer_norm(
+    x: Any, shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5, *_: Any, **__: Any
+) -> Any:
+    return F.layer_norm(x, tuple(shape), weight, bias, eps)
+
+
+@operator("group_norm")
+def group_norm(
+    x: Any, groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5, *_: Any
+) -> Any:
+    return F.group_norm(x, groups, weight, bias, eps)
+
+
+@operator("rms_norm")
+def rms_norm(x: Any, shape: Any, weight: Any = None, eps: float | None = None) -> Any:
+    return F.rms_norm(x, tuple(shape), weight, eps)
+
+
+@operator("elu")
+def elu(x: Any, alpha: float = 1, scale: float = 1, input_scale: float = 1) -> Any:
+    if scale == 1 and input_scale == 1:
+        return F.elu(x, alpha)
+    inner = jnp.asarray(input_scale, x.dtype) * x
+    curved = jnp.asarray(alpha, x.dtype) * jnp.expm1(jnp.minimum(inner, jnp.zeros_like(inner)))
+    return jnp.asarray(scale, x.dtype) * jnp.where(x > 0, x, curved)
+
+
+# --------------------------------------------------------------------------------------------------
+# Softmax, dropout, embeddings
+
+
+@operator("softmax", "_softmax")
+def softmax(x: Any, dim: int, dtype: Any = None) -> Any:
+    return F.softmax(x, dim, dtype=dtype_of(dtype) if isinstance(dtype, str) else None)
+
+
+@operator("log_softmax", "_log_softmax")
+def log_softmax(x: Any, dim: int, dtype: Any = None) -> Any:
+    return F.log_softmax(x, dim, dtype=dtype_of(dtype) if isinstance(dtype, str) else None)
+
+
+@operator("_safe_softmax")
+def safe_softmax(x: Any, dim: int, dtype: Any = None) -> Any:
+    masked = jnp.all(x == -jnp.inf, dim, keepdims=True)
+    out = softmax(jnp.where(masked, jnp.zeros_like(x), x), dim, dtype)
+    return jnp.where(masked, jnp.zeros_like(out), out)
+
+
+for _name, _function in {
+    "dropout": F.dropout,
+    "alpha_dropout": F.alpha_dropout,
+    "feature_alpha_dropout": F.feature_alpha_dropout,
+}.items():
+    operator(_name)(lambda x, p, train, _f=_function: _f(x, p, training=train))
+
+
+@operator("feature_dropout")
+def feature_dropout(x: Any, p: float, train: bool) -> Any:
+    """Zero whole channels, as F.dropout2d does for (N, C, *)."""
+    if not train or p == 0:
+        return x
+    kept = F.dropout(jnp.ones(x.shape[:2] + (1,) * (x.ndim - 2), x.dtype), p)
+    return x * kept
+
+
+@operator("native_dropout")
+def native_dropout(x: Any, p: float, train: bool | None) -> Any:
+    if train is False:
+        return x, jnp.ones(x.shape, bool)
+    kept = F.dropout(jnp.ones(x.shape, x.dtype), p)
+    return x * kept, kept != 0
+
+
+@operator("embedding")
+def embedding(
+    weight: Any,
+    x: Any,
+    padding_idx: int = -1,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Any:
+    padding = None if padding_idx < 0 else padding_idx
+    return F.embedding(x, weight, padding, scale_grad_by_freq=scale_grad_by_freq)
+
+
+# --------------------------------------------------------------------------------------------------
+# Convolutions and pooling
+
+
+@operator("conv1d.padding", "conv2d.padding", "conv3d.padding")
+def conv_padded(
+    x: Any, weight: Any, bias: Any = None, stride: Any = 1, padding: Any = "valid", dilation: Any = 1,
+    groups: int = 1,
+) -> Any:  # fmt: skip
+    return _conv(weight)(x, weight, bias, _plain(stride), padding, _plain(dilation), groups)
+
+
+def _conv(weight: Any) -> Callable:
+    return (F.conv1d, F.conv2d, F.conv3d)[weight.ndim - 3]
+
+
+def _plain(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+@operator("conv1d", "conv2d", "conv3d")
+def conv(
+    x: Any, weight: Any, bias: Any = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1,
+    groups: int = 1,
+) -> Any:  # fmt: skip
+    return _conv(weight)(x, weight, bias, _plain(stride), _plain(padding), _plain(dilation), groups)
+
+
+@operator("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
+def conv_transpose(
+    x: Any, weight: Any, bias: Any = None, stride: Any = 1, padding: Any = 0, output_padding: Any = 0,
+    groups: int = 1, dilation: Any = 1,
+) -> Any:  # fmt: skip
+    function = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[weight.ndim - 3]
+    sizes = map(_plain, (stride, padding, output_padding))
+    return function(x, weight, bias, *sizes, groups, _plain(dilation))
+
+
+@operator("convolution")
+def convolution(
+    x: Any, weight: Any, bias: Any, stride: Any, padding: Any, dilation: Any, transposed: bool,
+    output_padding: Any, groups: int,
+) -> Any:  # fmt: skip
+    if transposed:
+        return conv_transpose(x, weight, bias, stride, padding, output_padding, groups, dilation)
+    return conv(x, weight, bias, stride, padding, dilation, groups)
+
+
+def _pooled(function: Callable) -> Callable:
+    def pool(x: Any, kernel_size: Any, stride: Any = (), *rest: Any, **kwargs: Any) -> Any:
+        stride = _plain(stride) or None  # an empty list stands for the size of the window
+        return function(x, _plain(kernel_size), stride, *map(_plain, rest), **kwargs)
+
+    return pool
+
+
+for _n in (1, 2, 3):
+    operator(f"max_pool{_n}d")(_pooled(getattr(F, f"max_pool{_n}d")))
+    operator(f"max_pool{_n}d_with_indices")(_pooled(getattr(F, f"max_pool{_n}d_with_indices")))
+    operator(f"avg_pool{_n}d")(_pooled(getattr(F, f"avg_pool{_n}d")))
+operator("_adaptive_avg_pool2d")(lambda x, size: F.adaptive_avg_pool2d(x, _plain(size)))
+
+
+@operator("im2col")
+def im2col(x: Any, kernel_size: Any, dilation: Any, padding: Any, stride: Any) -> Any:
+    return F.unfold(x, *map(_plain, (kernel_size, dilation, padding, stride)))
+
+
+@operator("col2im")
+def col2im(
+    x: Any, output_size: Any, kernel_size: Any, dilation: Any, padding: Any, stride: Any
+) -> Any:
+    return F.fold(x, *map(_plain, (output_size, kernel_size, dilation, padding, stride)))
+
+
+# --------------------------------------------------------------------------------------------------
+# Normalisation by running statistics
+
+
+@operator("batch_norm")
+def batch_norm(
+    x: Any, weight: Any, bias: Any, mean: Any, var: Any, training: bool, momentum: float, eps: float,
+    *_: Any,
+) -> Any:  # fmt: skip
+    return F.batch_norm(x, mean, var, weight, bias, training, momentum, eps)
+
+
+@operator("batch_norm.updating")
+def batch_norm_updating(
+    x: Any, weight: Any, bias: Any, mean: Any, var: Any, training: bool, momentum: float, eps: float,
+    *_: Any,
+) -> Any:  # fmt: skip
+    """Return the output and the new running mean and variance."""
+    return F.batch_norm_with_stats(x, mean, var, weight, bias, momentum, eps)[:3]
+
+
+@operator("instance_norm")
+def instance_norm(
+    x: Any, weight: Any, bias: Any, mean: Any, var: Any, use_input_stats: bool, momentum: float,
+    eps: float, *_: Any,
+) -> Any:  # fmt: skip
+    return F.instance_norm(x, mean, var, weight, bias, use_input_stats, momentum, eps)
+
+
+@operator("instance_norm.updating")
+def instance_norm_updating(
+    x: Any, weight: Any, bias: Any, mean: Any, var: Any, use_input_stats: bool, momentum: float,
+    eps: float, *_: Any,
+) -> Any:  # fmt: skip
+    """Return the output and the new running mean and variance."""
+    return F.instance_norm_with_stats(x, mean, var, weight, bias, momentum, eps)
+
+
+# --------------------------------------------------------------------------------------------------
+# Padding and resampling
+
+
+@operator("pad")
+def pad(x: Any, pad: Sequence[int], mode: str = "constant", value: float | None = None) -> Any:
+    return F.pad(x, tuple(pad), mode, value)
+
+
+@operator("constant_pad_nd")
+def constant_pad_nd(x: Any, pad: Sequence[int], value: Any = 0) -> Any:
+    return F.pad(x, tuple(pad), "constant", value)
+
+
+for _mode in ("reflection", "replication"):
+    for _n in (1, 2, 3):
+        _called = {"reflection": "reflect", "replication": "replicate"}[_mode]
+        operator(f"{_mode}_pad{_n}d")(lambda x, pad, _m=_called: F.pad(x, tuple(pad), _m))
+
+
+def _resized(mode: str, aligned: bool, antialias: bool = False) -> None:
+    def resize(x: Any, size: Any, *rest: Any) -> Any:
+        corners, factors = (rest[0], rest[1:]) if aligned else (None, rest)
+        if len(factors) == 1 and isinstance(factors[0], list):
+            factors = factors[0]
+        factors = (
+            [f for f in factors if f is not None] if not isinstance(factors, list) else factors
+        )
+        if size is not None:
+            return F.interpolate(
+                x, size=tuple(size), mode=mode, align_corners=corners, antialias=antialias
+            )
+        return F.interpolate(
+            x, scale_factor=tuple(factors), mode=mode, align_corners=corners, antialias=antialias
+        )
+
+    name = {"nearest-exact": "_upsample_nearest_exact", "area": ""}.get(mode, f"upsample_{mode}")
+    name = f"_{name}" if antialias else name
+    dims = {"linear": (1,), "bilinear": (2,), "bicubic": (2,), "trilinear": (3,)}.get(
+        mode, (1, 2, 3)
+    )
+    for n in dims:
+        operator(f"{name}{n}d{'_aa' if antialias else ''}")(resize)
+
+
+for _mode in ("nearest", "nearest-exact"):
+    _resized(_mode, aligned=False)
+for _mode in ("linear", "bilinear", "bicubic", "trilinear"):
+    _resized(_mode, aligned=True)
+for _mode in ("bilinear", "bicubic"):
+    _resized(_mode, aligned=True, antialias=True)
+
+
+@operator("grid_sampler", "grid_sampler_2d", "grid_sampler_3d")
+def grid_sampler(x: Any, grid: Any, mode: int, padding_mode: int, align_corners: bool) -> Any:
+    modes, borders = ("bilinear", "nearest", "bicubic"), ("zeros", "border", "reflection")
+    return F.grid_sample(x, grid, modes[mode], borders[padding_mode], align_corners)
+
+
+@operator("affine_grid_generator")
+def affine_grid(theta: Any, size: Sequence[int], align_corners: bool) -> Any:
+    return F.affine_grid(theta, tuple(size), align_corners)
+
+
+# --------------------------------------------------------------------------------------------------
+# Losses
+
+
+@operator("cross_entropy_loss")
+def cross_entropy(
+    x: Any, target: Any, weight: Any = None, reduction: int = 1, ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+) -> Any:  # fmt: skip
+    return F.cross_entropy(
+        x, target, weight, ignore_index=ignore_index, reduction=_REDUCTIONS[reduction],
+        label_smoothing=label_smoothing,
+    )  # fmt: skip
+
+
+@operator("nll_loss", "nll_loss_nd", "nll_loss2d")
+def nll_loss(
+    x: Any, target: Any, weight: Any = None, reduction: int = 1, ignore_index: int = -100
+) -> Any:
+    return F.nll_loss(
+        x, target, weight, ignore_index=ignore_index, reduction=_REDUCTIONS[reduction]
+    )
+
+
+@operator("kl_div")
+def kl_div(x: Any, target: Any, reduction: int = 1, *, log_target: bool = False) -> Any:
+    return F.kl_div(x, target, reduction=_REDUCTIONS[reduction], log_target=log_target)
+
+
+@operator("mse_loss")
+def mse_loss(x: Any, target: Any, reduction: int = 1) -> Any:
+    return F.mse_loss(x, target, reduction=_REDUCTIONS[reduction])
+
+
+@operator("l1_loss")
+def l1_loss(x: Any, target: Any, reduction: int = 1) -> Any:
+    return F.l1_loss(x, target, reduction=_REDUCTIONS[reduction])
+
+
+@operator("smooth_l1_loss")
+def smooth_l1_loss(x: Any, target: Any, reduction: int = 1, beta: float = 1.0) -> Any:
+    return F.smooth_l1_loss(x, target, reduction=_REDUCTIONS[reduction], beta=beta)
+
+
+@operator("huber_loss")
+def huber_loss(x: Any, target: Any, reduction: int = 1, delta: float = 1.0) -> Any:
+    return F.huber_loss(x, target, reduction=_REDUCTIONS[reduction], delta=delta)
+
+
+@operator("binary_cross_entropy")
+def binary_cross_entropy(x: Any, target: Any, weight: Any = None, reduction: int = 1) -> Any:
+    return F.binary_cross_entropy(x, target, weight, reduction=_REDUCTIONS[reduction])
+
+
+@operator("binary_cross_entropy_with_logits")
+def binary_cross_entropy_with_logits(
+    x: Any, target: Any, weight: Any = None, pos_weight: Any = None, reduction: int = 1
+) -> Any:
+    target = cast(target, x.dtype)
+    return F.binary_cross_entropy_with_logits(
+        x, target, weight, pos_weight=pos_weight, reduction=_REDUCTIONS[reduction]
+    )

@@ -1,0 +1,252 @@
+"""Sums, means, extrema, orders: over all axes or some."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from statefulnn.bridge.torch.operators._promotion import cast, category, dtype_of, floating, integer
+from statefulnn.bridge.torch.operators._table import operator
+
+
+def axes(dim: Any) -> Any:
+    """Return JAX's axes for torch's: an empty list stands for all."""
+    if dim is None or (isinstance(dim, (list, tuple)) and not dim):
+        return None
+    return tuple(dim) if isinstance(dim, (list, tuple)) else dim
+
+
+def _summed(x: Any, dtype: str | None) -> Any:
+    if dtype is not None:
+        return cast(x, dtype_of(dtype))
+    return cast(x, integer()) if category(x.dtype) < 2 else x
+
+
+@operator("sum")
+def sum_(x: Any, dim: Any = None, keepdim: bool = False, *, dtype: str | None = None) -> Any:
+    return jnp.sum(_summed(x, dtype), axes(dim), keepdims=keepdim)
+
+
+@operator("nansum")
+def nansum(x: Any, dim: Any = None, keepdim: bool = False, *, dtype: str | None = None) -> Any:
+    return jnp.nansum(_summed(x, dtype), axes(dim), keepdims=keepdim)
+
+
+@operator("mean")
+def mean(x: Any, dim: Any = None, keepdim: bool = False, *, dtype: str | None = None) -> Any:
+    return jnp.mean(cast(x, dtype_of(dtype, x.dtype)), axes(dim), keepdims=keepdim)
+
+
+@operator("prod")
+def prod(x: Any, dim: Any = None, keepdim: bool = False, *, dtype: str | None = None) -> Any:
+    return jnp.prod(_summed(x, dtype), axes(dim), keepdims=keepdim)
+
+
+def _spread(x: Any, dim: Any, keepdim: bool, correction: Any) -> Any:
+    """Return the variance, with ``n - correction`` in the denominator, not below 0."""
+    where = axes(dim)
+    squares = jnp.square(jnp.abs(x - jnp.mean(x, where, keepdims=True)))
+    count = x.size if where is None else 1
+    for axis in (where,) if isinstance(where, int) else where or ():
+        count *= x.shape[axis]
+    correction = 1 if correction is None else correction
+    divisor = jnp.asarray(max(count - correction, 0), squares.dtype)
+    return jnp.sum(squares, where, keepdims=keepdim) / divisor
+
+
+def _correction(unbiased: Any, correction: Any) -> Any:
+    return int(unbiased) if isinstance(unbiased, bool) else correction
+
+
+@operator("var", "var.dim", "var.correction")
+def var(
+    x: Any, dim: Any = None, unbiased: Any = None, keepdim: bool = False, *, correction: Any = None
+) -> Any:
+    if isinstance(dim, bool):
+        dim, unbiased = None, dim
+    return _spread(x, dim, keepdim, _correction(unbiased, correction))
+
+
+@operator("std", "std.dim", "std.correction")
+def std(
+    x: Any, dim: Any = None, unbiased: Any = None, keepdim: bool = False, *, correction: Any = None
+) -> Any:
+    return jnp.sqrt(var(x, dim, unbiased, keepdim, correction=correction))
+
+
+@operator("var_mean")
+def var_mean(
+    x: Any, dim: Any = None, unbiased: Any = None, keepdim: bool = False, *, correction: Any = None
+) -> Any:
+    if isinstance(dim, bool):
+        dim, unbiased = None, dim
+    spread = var(x, dim, unbiased, keepdim, correction=correction)
+    return spread, jnp.mean(x, axes(dim), keepdims=keepdim)
+
+
+@operator("std_mean")
+def std_mean(
+    x: Any, dim: Any = None, unbiased: Any = None, keepdim: bool = False, *, correction: Any = None
+) -> Any:
+    spread, middle = var_mean(x, dim, unbiased, keepdim, correction=correction)
+    return jnp.sqrt(spread), middle
+
+
+for _name, _function in {"amax": jnp.max, "amin": jnp.min}.items():
+    operator(_name)(
+        lambda x, dim=(), keepdim=False, _f=_function: _f(x, axes(dim), keepdims=keepdim)
+    )
+for _name, _function in {"max": jnp.max, "min": jnp.min}.items():
+    operator(_name)(lambda x, _f=_function: _f(x))
+
+
+def _with_place(best: Callable, place: Callable) -> Callable:
+    def reduced(x: Any, dim: int, keepdim: bool = False) -> Any:
+        return best(x, dim, keepdims=keepdim), _index(place(_ordered(x), dim, keepdims=keepdim))
+
+    return reduced
+
+
+def _index(x: Any) -> Any:
+    return cast(x, integer())
+
+
+def _ordered(x: Any) -> Any:
+    return cast(x, jnp.int8) if x.dtype == bool else x
+
+
+operator("max.dim")(_with_place(jnp.max, jnp.argmax))
+operator("min.dim")(_with_place(jnp.min, jnp.argmin))
+
+
+@operator("aminmax")
+def aminmax(x: Any, *, dim: Any = None, keepdim: bool = False) -> Any:
+    return jnp.min(x, dim, keepdims=keepdim), jnp.max(x, dim, keepdims=keepdim)
+
+
+@operator("argmax")
+def argmax(x: Any, dim: Any = None, keepdim: bool = False) -> Any:
+    return _index(jnp.argmax(_ordered(x), dim, keepdims=keepdim))
+
+
+@operator("argmin")
+def argmin(x: Any, dim: Any = None, keepdim: bool = False) -> Any:
+    return _index(jnp.argmin(_ordered(x), dim, keepdims=keepdim))
+
+
+@operator("any")
+def any_(x: Any, dim: Any = None, keepdim: bool = False) -> Any:
+    return jnp.any(x, axes(dim), keepdims=keepdim)
+
+
+@operator("all")
+def all_(x: Any, dim: Any = None, keepdim: bool = False) -> Any:
+    return jnp.all(x, axes(dim), keepdims=keepdim)
+
+
+@operator("count_nonzero")
+def count_nonzero(x: Any, dim: Any = None) -> Any:
+    return _index(jnp.count_nonzero(x, axes(dim)))
+
+
+@operator("logsumexp")
+def logsumexp(x: Any, dim: Any, keepdim: bool = False) -> Any:
+    return jax.scipy.special.logsumexp(floating(x)[0], axes(dim), keepdims=keepdim)
+
+
+@operator("norm", "linalg_vector_norm")
+def norm(
+    x: Any, ord: Any = 2, dim: Any = None, keepdim: bool = False, *, dtype: str | None = None
+) -> Any:
+    x = cast(x, dtype_of(dtype, x.dtype))
+    ord = 2 if ord is None else ord
+    where = axes(dim)
+    if ord == 2:
+        return jnp.sqrt(jnp.sum(jnp.square(jnp.abs(x)), where, keepdims=keepdim))
+    if ord in (float("inf"), float("-inf")):
+        best = jnp.max if ord > 0 else jnp.min
+        return best(jnp.abs(x), where, keepdims=keepdim)
+    if ord == 0:
+        return jnp.sum(cast(x != 0, x.dtype), where, keepdims=keepdim)
+    if ord == 1:
+        return jnp.sum(jnp.abs(x), where, keepdims=keepdim)
+    power = jnp.asarray(ord, x.dtype)
+    return jnp.sum(jnp.abs(x) ** power, where, keepdims=keepdim) ** (1 / power)
+
+
+# --------------------------------------------------------------------------------------------------
+# Running results and orders
+
+
+@operator("cumsum")
+def cumsum(x: Any, dim: int, dtype: str | None = None) -> Any:
+    return x if not x.ndim else jnp.cumsum(_summed(x, dtype), dim)
+
+
+@operator("cumprod")
+def cumprod(x: Any, dim: int, dtype: str | None = None) -> Any:
+    return x if not x.ndim else jnp.cumprod(_summed(x, dtype), dim)
+
+
+@operator("logcumsumexp")
+def logcumsumexp(x: Any, dim: int) -> Any:
+    return lax.cumlogsumexp(x, dim % x.ndim)
+
+
+def _running(function: Callable, later: Callable) -> Callable:
+    def run(x: Any, dim: int) -> Any:
+        axis = dim % x.ndim
+        best = function(x, axis)
+        places = lax.broadcasted_iota(integer(), x.shape, axis)
+        # The last of equal ones, as torch has it.
+        held = jnp.where(x == best, places, -1)
+        return best, lax.cummax(held, axis)
+
+    return run
+
+
+operator("cummax")(_running(lax.cummax, jnp.maximum))
+operator("cummin")(_running(lax.cummin, jnp.minimum))
+
+
+@operator("sort", "sort.stable")
+def sort(x: Any, dim: int = -1, descending: bool = False, *, stable: bool = False) -> Any:
+    places = argsort(x, dim, descending)
+    return jnp.take_along_axis(x, places, dim) if x.ndim else x, places
+
+
+@operator("argsort", "argsort.stable")
+def argsort(x: Any, dim: int = -1, descending: bool = False, *, stable: bool = False) -> Any:
+    if not x.ndim:
+        return jnp.zeros((), integer())
+    return _index(jnp.argsort(_ordered(x), dim, stable=True, descending=descending))
+
+
+@operator("topk")
+def topk(x: Any, k: int, dim: int = -1, largest: bool = True, sorted: bool = True) -> Any:
+    moved = jnp.moveaxis(x, dim, -1)
+    if largest:
+        values, places = lax.top_k(moved, k)
+    else:
+        places = jnp.argsort(moved, -1, stable=True)[..., :k]
+        values = jnp.take_along_axis(moved, places, -1)
+    return jnp.moveaxis(values, -1, dim), jnp.moveaxis(_index(places), -1, dim)
+
+
+@operator("median.dim")
+def median(x: Any, dim: int, keepdim: bool = False) -> Any:
+    places = jnp.argsort(x, dim, stable=True)
+    chosen = jnp.take(places, jnp.asarray([(x.shape[dim] - 1) // 2]), dim)
+    values = jnp.take_along_axis(x, chosen, dim)
+    if not keepdim:
+        values, chosen = jnp.squeeze(values, dim), jnp.squeeze(chosen, dim)
+    return values, _index(chosen)
+
+
+@operator("diff")
+def diff(x: Any, n: int = 1, dim: int = -1, prepend: Any = None, append: Any = None) -> Any:
+    return jnp.diff(x, n, dim, prepend, append)

@@ -1,0 +1,299 @@
+"""Shapes: views, joining, padding, and writing through a view."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from statefulnn.bridge.torch.operators._promotion import dtype_of, promoted, result_type
+from statefulnn.bridge.torch.operators._table import OPERATORS, operator
+
+
+@operator("getitem")
+def getitem(x: Any, index: int) -> Any:
+    return x[index]
+
+
+@operator("view.dtype")
+def view_dtype(x: Any, dtype: str) -> Any:
+    return jax.lax.bitcast_convert_type(x, dtype_of(dtype))
+
+
+@operator("view", "reshape", "_unsafe_view")
+def reshape(x: Any, shape: Sequence[int]) -> Any:
+    return jnp.reshape(x, tuple(shape))
+
+
+@operator("view_as", "reshape_as")
+def reshape_as(x: Any, other: Any) -> Any:
+    return jnp.reshape(x, other.shape)
+
+
+@operator("flatten")
+def flatten(x: Any, start_dim: int = 0, end_dim: int = -1) -> Any:
+    if not x.ndim:
+        return x.reshape(1)
+    first, last = start_dim % x.ndim, end_dim % x.ndim
+    return x.reshape(*x.shape[:first], math.prod(x.shape[first : last + 1]), *x.shape[last + 1 :])
+
+
+@operator("unflatten")
+def unflatten(x: Any, dim: int, sizes: Sequence[int]) -> Any:
+    dim %= x.ndim
+    if -1 in sizes:
+        known = -math.prod(sizes)
+        sizes = [x.shape[dim] // known if s == -1 else s for s in sizes]
+    return x.reshape(*x.shape[:dim], *sizes, *x.shape[dim + 1 :])
+
+
+@operator("permute")
+def permute(x: Any, dims: Sequence[int]) -> Any:
+    return jnp.transpose(x, dims)
+
+
+@operator("transpose", "swapaxes", "swapdims")
+def transpose(x: Any, dim0: int, dim1: int) -> Any:
+    return x if not x.ndim else jnp.swapaxes(x, dim0, dim1)
+
+
+@operator("t")
+def t(x: Any) -> Any:
+    return x.T
+
+
+@operator("numpy_T", "mT", "matrix_H", "adjoint", "mH")
+def matrix_transpose(x: Any) -> Any:
+    return jnp.swapaxes(x, -1, -2)
+
+
+OPERATORS["numpy_T"] = t
+OPERATORS["adjoint"] = OPERATORS["mH"] = OPERATORS["matrix_H"] = lambda x: jnp.conj(
+    matrix_transpose(x)
+)
+
+
+@operator("movedim", "moveaxis")
+def movedim(x: Any, source: Any, destination: Any) -> Any:
+    return jnp.moveaxis(x, source, destination)
+
+
+@operator("unsqueeze")
+def unsqueeze(x: Any, dim: int) -> Any:
+    return jnp.expand_dims(x, dim)
+
+
+@operator("squeeze")
+def squeeze(x: Any, dim: Any = None) -> Any:
+    dims = range(x.ndim) if dim is None else (dim,) if isinstance(dim, int) else dim
+    if not x.ndim:
+        return x
+    return jnp.squeeze(x, tuple({d % x.ndim for d in dims if x.shape[d] == 1}))
+
+
+@operator("expand")
+def expand(x: Any, size: Sequence[int], *, implicit: bool = False) -> Any:
+    front = len(size) - x.ndim
+    shape = [x.shape[i - front] if s == -1 else s for i, s in enumerate(size)]
+    return jnp.broadcast_to(x, shape)
+
+
+@operator("expand_as")
+def expand_as(x: Any, other: Any) -> Any:
+    return jnp.broadcast_to(x, other.shape)
+
+
+@operator("broadcast_to")
+def broadcast_to(x: Any, size: Sequence[int]) -> Any:
+    return expand(x, size)
+
+
+@operator("broadcast_tensors")
+def broadcast_tensors(tensors: Sequence[Any]) -> Any:
+    return jnp.broadcast_arrays(*tensors)
+
+
+@operator("slice")
+def slice_(x: Any, dim: int = 0, start: Any = None, end: Any = None, step: int = 1) -> Any:
+    return x[_sliced(x.ndim, dim, start, end, step)]
+
+
+def _sliced(ndim: int, dim: int, start: Any, end: Any, step: int) -> tuple[slice, ...]:
+    return (*[slice(None)] * (dim % ndim), slice(start, end, step))
+
+
+@operator("select")
+def select(x: Any, dim: int, index: int) -> Any:
+    return x[(*[slice(None)] * (dim % x.ndim), index)]
+
+
+@operator("narrow")
+def narrow(x: Any, dim: int, start: int, length: int) -> Any:
+    start = start % x.shape[dim] if start < 0 else start
+    return slice_(x, dim, start, start + length)
+
+
+@operator("split")
+def split(x: Any, size: int, dim: int = 0) -> Any:
+    if not isinstance(size, int):
+        return split_with_sizes(x, size, dim)
+    length = x.shape[dim]
+    if not length:
+        return [x]
+    return [slice_(x, dim, i, i + size) for i in range(0, length, size)]
+
+
+@operator("split_with_sizes", "split.sizes")
+def split_with_sizes(x: Any, sizes: Sequence[int], dim: int = 0) -> Any:
+    ends = np.cumsum(sizes).tolist()
+    return [slice_(x, dim, e - n, e) for e, n in zip(ends, sizes, strict=True)]
+
+
+@operator("tensor_split")
+def tensor_split(x: Any, sections: Any, dim: int = 0) -> Any:
+    return jnp.array_split(x, sections, dim)
+
+
+@operator("chunk")
+def chunk(x: Any, chunks: int, dim: int = 0) -> Any:
+    return split(x, max(1, -(-x.shape[dim] // chunks)), dim)
+
+
+@operator("unsafe_chunk")
+def unsafe_chunk(x: Any, chunks: int, dim: int = 0) -> Any:
+    return chunk(x, chunks, dim)
+
+
+@operator("unbind")
+def unbind(x: Any, dim: int = 0) -> Any:
+    return [select(x, dim, i) for i in range(x.shape[dim])]
+
+
+@operator("diagonal")
+def diagonal(x: Any, offset: int = 0, dim1: int = 0, dim2: int = 1) -> Any:
+    return jnp.diagonal(x, offset, dim1, dim2)
+
+
+@operator("unfold")
+def unfold(x: Any, dimension: int, size: int, step: int) -> Any:
+    dim = dimension % x.ndim
+    starts = np.arange(0, x.shape[dim] - size + 1, step)
+    windows = jnp.take(x, jnp.asarray(starts[:, None] + np.arange(size)), dim)
+    return jnp.moveaxis(windows, dim + 1, -1)
+
+
+@operator("as_strided")
+def as_strided(x: Any, size: Any, stride: Any, storage_offset: Any = None) -> Any:
+    places = np.full(tuple(size), storage_offset or 0)
+    for axis, (n, step) in enumerate(zip(size, stride, strict=True)):
+        shape = [1] * len(size)
+        shape[axis] = n
+        places = places + (np.arange(n) * step).reshape(shape)
+    return x.ravel()[jnp.asarray(places)]
+
+
+# The defaults of `slice_`.
+_WHOLE: tuple[Any, ...] = (0, None, None, 1)
+
+
+@operator("put_view")
+def put_view(before: Any, new: Any, name: str, args: Any, kwargs: Any, index: int | None) -> Any:
+    """Return `before` with `new` where the view operator takes its elements from."""
+    if name == "slice" and index is None:
+        dim, start, end, step = *args, *_WHOLE[len(args) :]
+        return before.at[_sliced(before.ndim, dim, start, end, step)].set(new)
+    if name == "select":
+        dim, chosen = args
+        return before.at[(*[slice(None)] * (dim % before.ndim), chosen)].set(new)
+    with jax.ensure_compile_time_eval():  # which elements these are is known
+        numbers = jnp.arange(before.size, dtype=jnp.int32).reshape(before.shape)
+        places = OPERATORS[name](numbers, *args, **kwargs)
+        places = np.asarray(places if index is None else places[index]).ravel()
+    if len(places) == before.size and (places == np.arange(before.size)).all():
+        return new.reshape(before.shape)
+    return before.ravel().at[places].set(new.ravel()).reshape(before.shape)
+
+
+# --------------------------------------------------------------------------------------------------
+# Joining and moving
+
+
+def _joinable(tensors: Sequence[Any]) -> list[Any]:
+    return promoted(*tensors)
+
+
+@operator("cat", "concat", "concatenate")
+def cat(tensors: Sequence[Any], dim: int = 0) -> Any:
+    # torch leaves out empty tensors of one axis, whatever the others look like.
+    kept = [x for x in tensors if x.shape != (0,)] or list(tensors)
+    dtype = result_type(*tensors)
+    return jnp.concatenate([x.astype(dtype) for x in kept], dim)
+
+
+@operator("stack")
+def stack(tensors: Sequence[Any], dim: int = 0) -> Any:
+    return jnp.stack(_joinable(tensors), dim)
+
+
+@operator("hstack")
+def hstack(tensors: Sequence[Any]) -> Any:
+    return jnp.hstack(_joinable(tensors))
+
+
+@operator("vstack")
+def vstack(tensors: Sequence[Any]) -> Any:
+    return jnp.vstack(_joinable(tensors))
+
+
+@operator("flip")
+def flip(x: Any, dims: Sequence[int]) -> Any:
+    return jnp.flip(x, tuple(dims))
+
+
+@operator("roll")
+def roll(x: Any, shifts: Any, dims: Any = ()) -> Any:
+    if isinstance(dims, (list, tuple)) and not dims:
+        shift = shifts[0] if isinstance(shifts, (list, tuple)) else shifts
+        return jnp.roll(x, shift)
+    return jnp.roll(x, shifts, dims)
+
+
+@operator("repeat")
+def repeat(x: Any, repeats: Sequence[int]) -> Any:
+    return jnp.tile(x, tuple(repeats))
+
+
+@operator("tile")
+def tile(x: Any, dims: Sequence[int]) -> Any:
+    return jnp.tile(x, tuple(dims))
+
+
+@operator("repeat_interleave.self_int")
+def repeat_interleave(
+    x: Any, repeats: int, dim: int | None = None, *, output_size: Any = None
+) -> Any:
+    return jnp.repeat(x, repeats, dim)
+
+
+@operator("rot90")
+def rot90(x: Any, k: int = 1, dims: Sequence[int] = (0, 1)) -> Any:
+    return jnp.rot90(x, k, (dims[0], dims[1]))
+
+
+@operator("meshgrid", "meshgrid.indexing")
+def meshgrid(tensors: Sequence[Any], *, indexing: str = "ij") -> Any:
+    return jnp.meshgrid(*tensors, indexing=indexing)
+
+
+@operator("tril")
+def tril(x: Any, diagonal: int = 0) -> Any:
+    return jnp.tril(x, diagonal)
+
+
+@operator("triu")
+def triu(x: Any, diagonal: int = 0) -> Any:
+    return jnp.triu(x, diagonal)

@@ -1,0 +1,398 @@
+"""Running a torch model once under torch.export, and noting which module was called with what.
+
+torch.export gives one flat graph of ATen operators. While it runs the model, each module's forward is
+wrapped: entering and leaving it are *events*, and a node knows after which event it was made. So the graph
+can be taken apart again into the forwards that it came from, with their arguments and outputs.
+
+Terms
+  Ref      a leaf of arguments or outputs: the tensor that a node of torch.export's graph stands for
+  Number   a leaf: a size that is no fixed number, as an expression of sympy
+  Call     one call of a module's forward
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from statefulnn.bridge.torch.structures import CONSTANTS, NotPlain, Signature, leaves, map_leaves
+from statefulnn.core.errors import StatefulnnError, explain
+
+# Where torch.export keeps, for its users, what belongs to a node.
+CUSTOM, OURS = "custom", "statefulnn"
+
+
+class ConversionError(StatefulnnError, NotImplementedError):
+    """A module of another library that has no counterpart here."""
+
+
+@dataclass(frozen=True)
+class Ref:
+    """The tensor that a node of torch.export's graph stands for."""
+
+    number: int
+
+
+@dataclass(frozen=True)
+class Number:
+    """A size that is no fixed number."""
+
+    expression: Any
+
+
+@dataclass
+class Call:
+    """One call of a module's forward.
+
+    Attributes:
+        path: of the module; None if it is not in the tree.
+        args, kwargs: structures of `Ref`, `Number` and constants.
+        bound: the same by the names of the parameters.
+        output: the same for what was returned.
+        problem: why arguments or outputs are no such structure.
+        modes: the ``training`` flags that were looked at, by path.
+        stopped: whether it was called under ``torch.no_grad``.
+        opaque: whether only the shapes of what it returns were computed.
+    """
+
+    path: str | None
+    module: Any
+    parent: Call | None
+    signature: Signature | None = None
+    args: Any = ()
+    kwargs: Any = field(default_factory=dict)
+    bound: dict[str, Any] = field(default_factory=dict)
+    output: Any = None
+    problem: str = ""
+    modes: dict[str, bool] = field(default_factory=dict)
+    stopped: bool = False
+    opaque: bool = False
+
+    def chain(self) -> Iterator[Call]:
+        """Yield this call and those around it."""
+        call: Call | None = self
+        while call is not None:
+            yield call
+            call = call.parent
+
+
+@dataclass
+class Trace:
+    """What one run of a model gave.
+
+    Attributes:
+        program: torch.export's.
+        root: the outermost call.
+        events: ("enter" or "leave", call) and ("assign", (buffer, ref)), in order.
+    """
+
+    program: torch.export.ExportedProgram
+    root: Call
+    events: list[tuple[str, Any]]
+    paths: dict[int, list[str]]  # id of a tensor of the model -> its names
+
+
+class _Recorder:
+    """Notes the calls of a model's modules while torch.export runs it."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        # By their attributes: torch.export runs modules through proxies that share these.
+        self.paths = {id(m.__dict__): n for n, m in model.named_modules()}
+        self.events: list[tuple[str, Any]] = []
+        self.call: Call | None = None
+        self.last_node: Any = None
+        self.refs = 0
+
+    def event(self, kind: str, call: Any, graph: torch.fx.Graph) -> None:
+        """Note an event, and at the nodes made since the last one that they were made after that."""
+        number = len(self.events) - 1
+        newest = None
+        for node in reversed(graph.nodes):
+            newest = newest or node
+            if node is self.last_node:
+                break
+            _notes(node).setdefault("event", number)
+        self.last_node = newest
+        self.events.append((kind, call))
+
+    def ref(self, value: Any, where: str) -> Any:
+        """Return the leaf for a value that a module was given or returned."""
+        if type(value) in CONSTANTS:
+            return value
+        if isinstance(value, torch.SymInt):
+            return _number(value)
+        if isinstance(value, torch.Tensor):
+            mode = get_proxy_mode()
+            proxy = get_proxy_slot(value, mode.tracer, None) if mode is not None else None
+            if proxy is not None:
+                notes = _notes(proxy.proxy.node)
+                if "ref" not in notes:
+                    self.refs += 1
+                    notes["ref"] = self.refs
+                return Ref(notes["ref"])
+            raise NotPlain(f"{where or 'it'} is a tensor that is no result of the traced code")
+        if isinstance(value, (torch.dtype, torch.device)):
+            return str(value)
+        raise NotPlain(f"{where or 'it'} is an object of type {type(value).__name__}")
+
+    def wrapped(self, module: torch.nn.Module, forward: Callable) -> Callable:
+        """Return a module's forward, followed."""
+        path = self.paths[id(module.__dict__)]
+        is_of_its_class = "forward" not in module.__dict__
+
+        @functools.wraps(forward)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            mode = get_proxy_mode()
+            if mode is None:
+                return forward(*args, **kwargs)
+            record = Call(path, module, self.call, stopped=not torch.is_grad_enabled())
+            try:
+                record.signature = Signature.of(forward)
+                record.args = map_leaves(args, self.ref)
+                record.kwargs = map_leaves(kwargs, self.ref)
+                record.bound = record.signature.bind(record.args, record.kwargs)
+            except (NotPlain, ValueError) as error:
+                record.problem = f"was called with arguments of which {error}"
+            self.event("enter", record, mode.tracer.graph)
+            self.call = record
+            try:
+                out = None
+                if is_of_its_class and not record.problem:
+                    out = _shapes_alone(module, *args, **kwargs)
+                record.opaque = out is not None
+                out = out if record.opaque else forward(*args, **kwargs)
+                # What is handed through gets another name, so that it is known who returned it.
+                given = {id(x) for x in leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
+                renamed = lambda x, _: torch.ops.aten.alias(x) if id(x) in given else x
+                try:
+                    record.output = map_leaves(map_leaves(out, _kept), self.ref)
+                    if given & {id(x) for x in leaves(out)}:
+                        out = _rebuilt(out, renamed)
+                        record.output = map_leaves(out, self.ref)
+                except NotPlain as error:
+                    record.problem = f"returned an output of which {error}"
+            finally:
+                self.event("leave", record, mode.tracer.graph)
+                self.call = record.parent
+            return out
+
+        return call
+
+    def assigned(self, module: Any, name: str, buffer: Any) -> None:
+        """Note that the code put another tensor under a buffer's name."""
+        path = self.paths.get(id(module.__dict__))
+        mode = get_proxy_mode()
+        if self.call is None or path is None or mode is None or name not in module._buffers:
+            return
+        full = f"{path}.{name}" if path else name
+        old = module._buffers[name]
+        if old is None or buffer is None or (old.shape, old.dtype) != (buffer.shape, buffer.dtype):
+            raise ConversionError(
+                explain(
+                    f"found that forward puts a tensor of another shape or dtype into the buffer {full!r}",
+                    "the shapes of what a compiled function keeps are fixed",
+                    "register the buffer with its final shape and dtype",
+                )
+            )
+        ref = self.ref(buffer, full)
+        self.event("assign", (full, ref.number), mode.tracer.graph)
+
+    def look(self, module: Any, mode: bool) -> None:
+        """Note that the code looked at whether a module is in training mode."""
+        path = self.paths.get(id(module.__dict__))
+        if self.call is not None and path is not None:
+            self.call.modes[path] = mode
+
+
+def _kept(value: Any, _: str) -> Any:
+    return value
+
+
+def _rebuilt(value: Any, leaf: Callable[[Any, str], Any]) -> Any:
+    """Return a structure of torch's containers with other leaves."""
+    mapped, spec = tree_flatten(value)
+    return tree_unflatten([leaf(x, "") for x in mapped], spec)
+
+
+def _notes(node: Any) -> dict[str, int]:
+    return node.meta.setdefault(CUSTOM, {}).setdefault(OURS, {})
+
+
+def _number(value: Any) -> Any:
+    expression = value.node.expr
+    return int(expression) if expression.is_number else Number(expression)
+
+
+def _shapes_alone(module: Any, input: Any = None, *rest: Any, **kwargs: Any) -> Any:
+    """Return tensors of the shapes that a layer returns, for layers that torch.export is slow with.
+
+    It would also take the length of a sequence for a constant.
+    """
+    kind = type(module)
+    if not isinstance(input, torch.Tensor):
+        return None
+    if kind in (torch.nn.BatchNorm1d, torch.nn.BatchNorm2d, torch.nn.BatchNorm3d):
+        return torch.empty_like(input)
+    if kind not in (torch.nn.RNN, torch.nn.LSTM, torch.nn.GRU):
+        return None
+    directions = 2 if module.bidirectional else 1
+    size = module.proj_size or module.hidden_size
+    batch = () if input.ndim == 2 else (input.shape[0 if module.batch_first else 1],)
+    layers = (directions * module.num_layers, *batch)
+    out, h = (
+        input.new_empty((*input.shape[:-1], directions * size)),
+        input.new_empty((*layers, size)),
+    )
+    if kind is torch.nn.LSTM:
+        return out, (h, input.new_empty((*layers, module.hidden_size)))
+    return out, h
+
+
+class _Flat(torch.nn.Module):
+    """A model called with a flat list of tensors, that returns a flat list of tensors."""
+
+    def __init__(self, model: torch.nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.model = model
+        self.given = (args, dict(kwargs))
+
+    def forward(self, *tensors: Any) -> Any:
+        rest = iter(tensors)
+        fill = lambda x, _: next(rest) if isinstance(x, torch.Tensor) else x
+        args, kwargs = (_torch_structure(part, fill) for part in self.given)
+        out = self.model(*args, **kwargs)
+        kept = []
+        for i, leaf in enumerate(leaves(out)):
+            if isinstance(leaf, (torch.Tensor, torch.SymInt)):
+                kept.append(leaf)
+            elif type(leaf) not in CONSTANTS:
+                raise ConversionError(
+                    explain(
+                        f"converted {type(self.model).__name__}, which returns an object of type "
+                        f"{type(leaf).__name__} (output {i})",
+                        "outputs are arrays and constants in tuples, lists and dicts",
+                        "switch it off (use_cache=False for models of transformers), or wrap the "
+                        "model in a module that returns arrays",
+                    )
+                )
+        return tuple(kept)
+
+
+def _torch_structure(value: Any, leaf: Callable[[Any, str], Any]) -> Any:
+    if isinstance(value, (tuple, list)) and not hasattr(value, "_fields"):
+        return type(value)(_torch_structure(v, leaf) for v in value)
+    if hasattr(value, "_fields"):
+        return type(value)(*(_torch_structure(v, leaf) for v in value))
+    if isinstance(value, dict):
+        return type(value)((k, _torch_structure(v, leaf)) for k, v in value.items())
+    return leaf(value, "")
+
+
+@contextlib.contextmanager
+def _followed(model: torch.nn.Module, recorder: _Recorder) -> Iterator[None]:
+    """Note calls of the model's modules, and looks at their ``training``, inside."""
+
+    def look(module: Any) -> bool:
+        mode = module.__dict__["training"]
+        recorder.look(module, mode)
+        return mode
+
+    def put(module: Any, mode: bool) -> None:
+        module.__dict__["training"] = mode
+
+    before = [(m, dict(m.__dict__), dict(m._buffers)) for m in model.modules()]
+    annotated = torch.nn.Module.__dict__.get("training", None)
+    watch = torch.nn.modules.module.register_module_buffer_registration_hook(recorder.assigned)
+    try:
+        for module, *_ in before:
+            module.__dict__["forward"] = recorder.wrapped(module, module.forward)
+        torch.nn.Module.training = property(look, put)  # pyright: ignore[reportAttributeAccessIssue]
+        yield
+        for module, attributes, _ in before:
+            _check_unchanged(module, attributes)
+    finally:
+        watch.remove()
+        if annotated is None:
+            del torch.nn.Module.training
+        else:
+            torch.nn.Module.training = annotated
+        for module, attributes, buffers in before:
+            module.__dict__.clear()
+            module.__dict__.update(attributes)
+            module._buffers.clear()
+            module._buffers.update(buffers)
+
+
+def _check_unchanged(module: torch.nn.Module, before: Mapping[str, Any]) -> None:
+    """Raise if forward keeps something in an attribute that is no buffer."""
+    for name, value in module.__dict__.items():
+        kept = isinstance(value, (torch.Tensor, int, float)) and name not in ("training", "forward")
+        if (
+            kept
+            and value is not before.get(name)
+            and not (not isinstance(value, torch.Tensor) and value == before.get(name))
+        ):
+            raise ConversionError(
+                explain(
+                    f"found that the forward of {type(module).__name__} changes self.{name}",
+                    "a graph of operations changes no attributes, and would always see the value of now",
+                    f"register_buffer({name!r}, tensor, persistent=False), or return it",
+                )
+            )
+
+
+def _axes(tensor: torch.Tensor, dynamic: str) -> dict[int, Any]:
+    """Return which axes of an input may have other sizes."""
+    # Sizes of images go through divisions in each layer, and these formulas make torch.export very slow.
+    count = {"none": 0, "all": tensor.ndim}.get(dynamic, tensor.ndim if tensor.ndim <= 3 else 1)
+    return dict.fromkeys(range(count), torch.export.Dim.AUTO)
+
+
+def trace(
+    model: torch.nn.Module, args: tuple, kwargs: Mapping[str, Any], dynamic: str = "auto"
+) -> Trace:
+    """Run a model under torch.export, in the mode it is in.
+
+    Raises:
+        ConversionError: if torch.export cannot follow the code.
+    """
+    tensors = [x for x in leaves((args, dict(kwargs))) if isinstance(x, torch.Tensor)]
+    axes = tuple(_axes(x, dynamic) for x in tensors)
+    recorder = _Recorder(model)
+    flat = _Flat(model, args, kwargs)
+    flat.__dict__["training"] = model.training
+    try:
+        with _followed(model, recorder), torch.enable_grad():
+            program = torch.export.export(
+                flat, tuple(tensors), dynamic_shapes=(axes,), strict=False
+            )
+    except ConversionError:
+        raise
+    except Exception as error:
+        where = recorder.call
+        raise ConversionError(
+            explain(
+                f"torch.export could not follow {type(model).__name__}"
+                + (
+                    f" in the forward of {where.path!r} ({type(where.module).__name__})"
+                    if where
+                    else ""
+                ),
+                f"{type(error).__name__}: {error}".strip(),
+                "a graph has no branches on the values of arrays: use torch.where, keep sizes out of "
+                "them, or convert the submodules and write this forward by hand",
+            )
+        ) from error
+    names: dict[int, list[str]] = {}
+    for members in (model.named_parameters, model.named_buffers):
+        for name, tensor in members(remove_duplicate=False):
+            names.setdefault(id(tensor), []).append(name)
+    root = recorder.events[0][1]
+    return Trace(program, root, recorder.events, names)

@@ -1,0 +1,371 @@
+"""Operators of ATen: each row is a function of torch's, run there and as a converted graph."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import statefulnn as nn
+from statefulnn.bridge.torch import operators
+from statefulnn.bridge.torch.operators import OPERATORS, find
+
+X = torch.tensor([[1.5, -2.0, 0.0], [float("nan"), 3.25, -0.5]])
+Y = torch.tensor([[0.5, 2.0, -3.0], [1.0, -0.25, 4.0]])
+N = torch.tensor([[7, -7, 3], [-3, 0, 5]])
+J = torch.tensor([[2, 2, -2], [-2, 4, 3]])
+B = torch.tensor([[True, False, True], [False, False, True]])
+P = Y.abs() + 0.1
+E = torch.zeros(0, 3)
+
+
+def array(x):
+    if isinstance(x, torch.Tensor):
+        values = x.numpy() if x.dtype != torch.bfloat16 else x.float().numpy()
+        dtype = str(x.dtype).removeprefix("torch.")
+        return jnp.asarray(values, jax.dtypes.canonicalize_dtype(jnp.dtype(dtype)))
+    return [array(v) for v in x] if isinstance(x, list) else x
+
+
+def check(name, *args, tolerance=2e-6, **kwargs):
+    """Call an overload of ATen and our entry for it."""
+    packet, _, overload = name.partition(".")
+    theirs = getattr(getattr(torch.ops.aten, packet), overload or "default")
+    entry = find(name if overload else f"{name}.default")
+    assert entry is not None, name
+    wanted = theirs(*args, **kwargs)
+    dtypes = {
+        k: str(v).removeprefix("torch.") for k, v in kwargs.items() if isinstance(v, torch.dtype)
+    }
+    got = OPERATORS[entry](*map(array, args), **{k: array(v) for k, v in kwargs.items()} | dtypes)
+    several = isinstance(wanted, (tuple, list))
+    for a, b in zip(got if several else [got], wanted if several else [wanted], strict=True):
+        dtype = jax.dtypes.canonicalize_dtype(jnp.dtype(str(b.dtype).removeprefix("torch.")))
+        assert a.dtype == dtype, f"{name}: {a.dtype}, torch has {b.dtype}"
+        assert a.shape == tuple(b.shape), name
+        b = b.float() if b.dtype == torch.bfloat16 else b
+        np.testing.assert_allclose(
+            np.asarray(a, np.float64 if a.dtype != jnp.complex64 else None), b.numpy(),
+            rtol=tolerance, atol=tolerance, err_msg=name,
+        )  # fmt: skip
+
+
+ARITHMETIC = (
+    "add.Tensor sub.Tensor mul.Tensor div.Tensor remainder.Tensor fmod.Tensor maximum minimum"
+)
+ARITHMETIC += " eq.Tensor ne.Tensor lt.Tensor ge.Tensor pow.Tensor_Tensor atan2 floor_divide"
+DTYPES = ["bool", "uint8", "int32", "int64", "bfloat16", "float16", "float32"]
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    name=st.sampled_from(ARITHMETIC.split()[:12]),
+    a=st.sampled_from(DTYPES),
+    b=st.sampled_from(DTYPES),
+    shapes=st.sampled_from([((2, 3), (3,)), ((), (2,)), ((2,), ()), ((0, 3), (1, 3)), ((), ())]),
+)
+def test_promotion_of_arrays_is_torchs(name, a, b, shapes):
+    if name == "sub.Tensor" and "bool" in (a, b) or {a, b} == {"bool"}:
+        return  # torch has none, or another one, for truth values
+    rng = np.random.default_rng(0)
+    low = 0 if name in ("remainder.Tensor", "fmod.Tensor") else -1
+    one, other = (torch.as_tensor(rng.integers(low + 1, 5, s)) for s in shapes)
+    check(name, one.to(getattr(torch, a)), (other + 1).to(getattr(torch, b)), tolerance=1e-2)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    name=st.sampled_from(
+        ["add.Scalar", "mul.Scalar", "div.Scalar", "gt.Scalar", "remainder.Scalar"]
+    ),
+    dtype=st.sampled_from(DTYPES[1:]),
+    number=st.sampled_from([2, 3, 2.5, 1.0]),
+    shape=st.sampled_from([(2, 3), (), (0,)]),
+)
+def test_promotion_of_numbers_is_torchs(name, dtype, number, shape):
+    values = torch.as_tensor(np.random.default_rng(0).integers(0, 5, shape)).to(
+        getattr(torch, dtype)
+    )
+    check(name, values, number, tolerance=1e-2)
+
+
+CASES = [
+    *[(n, (X, Y)) for n in ARITHMETIC.split() if n not in ("pow.Tensor_Tensor",)],
+    *[(n, (N, J)) for n in ARITHMETIC.split() if n not in ("pow.Tensor_Tensor", "div.Tensor")],
+    ("pow.Tensor_Tensor", (P, Y)),
+    ("pow.Tensor_Scalar", (X, 2)),
+    ("pow.Tensor_Scalar", (P, 0.5)),
+    ("pow.Tensor_Scalar", (P, -1.5)),
+    ("pow.Scalar", (2.0, Y)),
+    ("pow.Tensor_Scalar", (N, 2)),
+    ("div.Tensor_mode", (X, Y), {"rounding_mode": "floor"}),
+    ("div.Tensor_mode", (X, Y), {"rounding_mode": "trunc"}),
+    ("div.Tensor_mode", (N, J), {"rounding_mode": "floor"}),
+    ("div.Tensor_mode", (N, J), {"rounding_mode": "trunc"}),
+    ("div.Tensor", (N, J)),
+    ("add.Tensor", (X, Y), {"alpha": 2}),
+    ("add.Tensor", (B, B)),
+    ("mul.Tensor", (B, B)),
+    ("rsub.Scalar", (X, 1)),
+    ("bitwise_and.Tensor", (N, J)),
+    ("bitwise_not", (N,)),
+    ("bitwise_not", (B,)),
+    ("logical_and", (X, Y)),
+    ("logical_not", (X,)),
+    ("where.self", (B, X, Y)),
+    ("masked_fill.Scalar", (X, B, 7.0)),
+    ("clamp", (X, -1, 2)),
+    ("clamp", (X,), {"max": 0.5}),
+    ("clamp.Tensor", (Y, X.nan_to_num() - 1, None)),
+    ("lerp.Scalar", (X, Y, 0.3)),
+    ("addcmul", (X, Y, Y), {"value": 2}),
+    ("addcdiv", (X, Y, P)),
+    ("isclose", (X, X)),
+    *[
+        (n, (Y,))
+        for n in "exp expm1 sin cos tanh sigmoid erf abs neg sign floor ceil trunc round frac".split()
+    ],
+    *[(n, (P,)) for n in "log log2 log1p sqrt rsqrt reciprocal lgamma".split()],
+    *[(n, (N,)) for n in "exp sqrt abs neg sign floor round sigmoid".split() if n != "sqrt"],
+    *[(n, (X,)) for n in "isnan isinf isfinite nan_to_num abs relu".split()],
+    ("round.decimals", (Y * 1.2345,), {"decimals": 2}),
+    ("logit", (torch.tensor([0.2, 0.7]), 0.3)),
+    # reductions
+    *[(f"{n}.dim", (X, [1], True)) for n in ("mean",)],
+    ("sum", (N,)),
+    ("sum", (B,)),
+    ("sum.dim_IntList", (X, [-1])),
+    ("sum.dim_IntList", (X, None, True)),
+    ("sum.dim_IntList", (E, [0])),
+    ("sum", (N,), {"dtype": torch.float32}),
+    ("mean", (Y,)),
+    ("mean.dim", (E, [1])),
+    ("prod.dim_int", (Y, -1, True)),
+    ("prod", (E,)),
+    ("var.correction", (Y, [1])),
+    ("var.correction", (Y, [-1]), {"correction": 0, "keepdim": True}),
+    ("var.dim", (Y, [0], False)),
+    ("std.correction", (Y,)),
+    ("std.dim", (Y, [1], True, True)),
+    ("var_mean.correction", (Y, [1])),
+    ("var.correction", (Y[:1], [0])),
+    ("amax", (X, [1])),
+    ("amin", (X, [-2, -1], True)),
+    ("max", (Y,)),
+    ("max.dim", (X, -1)),
+    ("min.dim", (Y, 0, True)),
+    ("max.dim", (B.int(), 1)),
+    ("argmax", (X, 1)),
+    ("argmax", (X,)),
+    ("argmin", (Y, -1, True)),
+    ("any", (B,)),
+    ("any.dim", (X, 1)),
+    ("all.dim", (B, -1, True)),
+    ("all", (torch.zeros(0),)),
+    ("any", (torch.zeros(0),)),
+    ("count_nonzero", (Y,)),
+    ("logsumexp", (Y, [1], True)),
+    ("linalg_vector_norm", (Y, 2, [1])),
+    ("linalg_vector_norm", (Y, 1)),
+    ("linalg_vector_norm", (Y, float("inf"), [0])),
+    ("linalg_vector_norm", (Y, 3, [1], True)),
+    ("cumsum", (N, -1)),
+    ("cumsum", (B, 0)),
+    ("cumprod", (Y, 1)),
+    ("cummax", (Y, 1)),
+    ("cummin", (N, 0)),
+    ("logcumsumexp", (Y, -1)),
+    ("sort", (Y, 0)),
+    ("sort", (Y, -1, True)),
+    ("sort.stable", (J,), {"stable": True, "dim": 1, "descending": True}),
+    ("argsort", (Y,)),
+    ("topk", (Y, 2)),
+    ("topk", (Y, 1, 0, False)),
+    ("median.dim", (Y, 1)),
+    ("diff", (Y,)),
+    # shapes
+    ("view", (Y, [3, -1])),
+    ("permute", (Y, [1, 0])),
+    ("transpose.int", (Y, 0, -1)),
+    ("unsqueeze", (Y, -1)),
+    ("squeeze.dim", (Y[:1], 0)),
+    ("squeeze.dim", (Y, 0)),
+    ("squeeze", (Y[None],)),
+    ("squeeze.dims", (Y[None], [0, 1])),
+    ("expand", (Y[:1], [4, -1])),
+    ("slice.Tensor", (Y, 1, -2, 9223372036854775807)),
+    ("slice.Tensor", (Y, -1, 0, 3, 2)),
+    ("select.int", (Y, -1, -2)),
+    ("split.Tensor", (Y, 2, 1)),
+    ("split_with_sizes", (Y, [1, 2], -1)),
+    ("chunk", (torch.arange(7.0), 3)),
+    ("unbind.int", (Y, 1)),
+    ("diagonal", (Y, 1)),
+    ("unfold", (Y, 1, 2, 1)),
+    ("flatten.using_ints", (Y[None], 1)),
+    ("unflatten.int", (Y, 1, [3, -1])),
+    ("cat", ([Y, E, torch.zeros(0)], 0)),
+    ("cat", ([N, Y],)),
+    ("stack", ([Y, X], -1)),
+    ("flip", (Y, [-1])),
+    ("roll", (Y, [1], [-1])),
+    ("roll", (Y, [2])),
+    ("repeat", (Y, [2, 1, 3])),
+    ("repeat_interleave.self_int", (Y, 2, 1)),
+    ("tril", (Y, -1)),
+    ("triu", (Y, 1)),
+    ("as_strided", (torch.arange(6.0), [2, 3], [1, 2], 0)),
+    ("movedim.int", (Y, 0, 1)),
+    ("constant_pad_nd", (Y, [1, -1], 2.0)),
+    # creation
+    ("arange", (5,)),
+    ("arange.start_step", (1, 8, 3)),
+    ("arange.start_step", (0.0, 1.0, 0.25)),
+    ("full", ([2], 3)),
+    ("full", ([2], 3.5)),
+    ("zeros", ([2, 0],)),
+    ("ones_like", (N,)),
+    ("full_like", (N, 2)),
+    ("new_zeros", (Y, [2])),
+    ("linspace", (0, 1, 5)),
+    ("eye", (3,)),
+    ("diag_embed", (Y, 1)),
+    ("scalar_tensor", (2.0,)),
+    # indices
+    ("index.Tensor", (Y, [torch.tensor([1, 0]), torch.tensor([-1, 2])])),
+    ("index.Tensor", (Y, [None, torch.tensor([0, 0])])),
+    (
+        "index_put",
+        (Y, [torch.tensor([0, 0]), torch.tensor([1, 1])], torch.tensor([1.0, 2.0]), True),
+    ),
+    ("index_put", (Y, [B], torch.tensor(5.0))),
+    ("index_select", (Y, -1, torch.tensor([2, 0]))),
+    ("gather", (Y, 1, torch.tensor([[0, 2], [1, 1]]))),
+    ("gather", (Y, 0, torch.tensor([[1, 0]]))),
+    ("scatter.src", (Y, 1, torch.tensor([[2, 0]]), X.nan_to_num())),
+    ("scatter.value", (Y, 0, torch.tensor([[1, 0, 1]]), 9.0)),
+    ("scatter_add", (Y, 1, torch.tensor([[0, 0], [1, 2]]), P)),
+    ("index_add", (Y, 0, torch.tensor([0, 0]), P), {"alpha": 2}),
+    *[
+        ("scatter_reduce.two", (Y, 1, torch.tensor([[0, 0], [1, 2]]), P, r), {"include_self": s})
+        for r in ("sum", "prod", "mean", "amax", "amin")
+        for s in (True, False)
+    ],
+    ("slice_scatter", (Y, torch.zeros(2, 1), 1, 1, 2)),
+    ("select_scatter", (Y, torch.zeros(3), 0, -1)),
+    ("index_fill.int_Scalar", (Y, 1, torch.tensor([0]), 4.0)),
+    ("index_copy", (Y, 0, torch.tensor([1]), P[:1])),
+    ("searchsorted.Tensor", (torch.tensor([0.0, 1, 2]), Y)),
+    ("bucketize.Tensor", (Y, torch.tensor([0.0, 1])), {"right": True}),
+    # products
+    ("mm", (Y, Y.T.contiguous())),
+    ("addmm", (torch.ones(2), Y, P.T.contiguous()), {"beta": 2, "alpha": 0.5}),
+    ("matmul", (Y, torch.ones(3))),
+    ("bmm", (Y[None], P.T[None].contiguous())),
+    ("dot", (Y[0], P[0])),
+    ("outer", (Y[0], P[1])),
+    (
+        "baddbmm",
+        (torch.full((1, 2, 2), float("nan")), Y[None], P.T[None].contiguous()),
+        {"beta": 0},
+    ),
+    ("einsum", ("ij,kj->ik", [Y, P])),
+    ("cdist", (Y, P)),
+    ("cdist", (Y, P, 1.0)),
+    ("linalg_inv", (torch.eye(3) * 2,)),
+    ("_weight_norm", (Y, P[:, :1], 0)),
+    # network
+    ("softmax.int", (Y, -1)),
+    ("log_softmax.int", (Y, 0, torch.float32)),
+    ("_safe_softmax", (torch.full((2, 2), -float("inf")), 1)),
+    ("elu", (Y, 0.5)),
+    ("elu", (Y, 1.6, 1.05, 0.9)),
+    ("leaky_relu", (Y, 0.2)),
+    ("hardtanh", (Y, -1, 1)),
+    ("gelu", (Y,)),
+    ("gelu", (Y,), {"approximate": "tanh"}),
+    ("glu", (torch.cat([Y, P], 1),)),
+    ("softplus", (Y,)),
+    ("log_sigmoid", (Y,)),
+    ("max_pool2d", (torch.randn(1, 1, 4, 4), [2, 2])),
+    ("avg_pool2d", (torch.randn(1, 1, 4, 4), [2, 2], [], [1, 1], False, False)),
+    ("adaptive_avg_pool2d", (torch.randn(1, 2, 5, 4), [2, 2])),
+    ("upsample_nearest2d.vec", (torch.randn(1, 1, 2, 3), [4, 6], None)),
+    ("upsample_bilinear2d.vec", (torch.randn(1, 1, 2, 3), None, False, [2.0, 2.0])),
+    ("upsample_bicubic2d.vec", (torch.randn(1, 1, 4, 4), [6, 7], True, None)),
+    ("pad", (torch.randn(1, 2, 4), [1, 2], "reflect")),
+    ("conv2d", (torch.randn(1, 2, 5, 5), torch.randn(4, 1, 3, 3), None, [2, 2], [1, 1], [1, 1], 2)),
+    ("conv2d.padding", (torch.randn(1, 2, 5, 5), torch.randn(4, 2, 3, 3), None, [1, 1], "same")),
+    (
+        "conv_transpose2d.input",
+        (torch.randn(1, 2, 3, 3), torch.randn(2, 1, 2, 2), None, [2, 2], [0, 0], [1, 1]),
+    ),
+    (
+        "batch_norm",
+        (torch.randn(4, 3), None, None, torch.zeros(3), torch.ones(3), False, 0.1, 1e-5, False),
+    ),
+    ("layer_norm", (Y, [3])),
+    ("group_norm", (torch.randn(2, 4, 3), 2)),
+    ("embedding", (Y, torch.tensor([[1, 0]]))),
+    ("cross_entropy_loss", (Y, torch.tensor([0, 2]))),
+    ("nll_loss_nd", (Y, torch.tensor([0, 2]), None, 2)),
+    ("mse_loss", (Y, P)),
+    ("smooth_l1_loss", (Y, P, 0, 0.5)),
+    ("binary_cross_entropy_with_logits", (Y, P / 5)),
+    (
+        "scaled_dot_product_attention",
+        (torch.randn(1, 2, 3, 4), torch.randn(1, 2, 5, 4), torch.randn(1, 2, 5, 4)),
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(c, marks=(pytest.mark.long,) if i % 3 else ()) for i, c in enumerate(CASES)],
+    ids=lambda c: c[0],
+)
+def test_an_operator_computes_what_torch_does(case):
+    name, args, *rest = case
+    check(name, *args, tolerance=2e-5, **(rest[0] if rest else {}))
+
+
+def test_every_entry_is_a_name_of_torchs():
+    ours = {
+        "assign",
+        "put_view",
+        "getitem",
+        "stop_gradient",
+        "batch_norm.updating",
+        "instance_norm.updating",
+    }
+    assert set(operators()) == set(OPERATORS)
+    unknown = []
+    for name in operators():
+        packet = name.split(".")[0]
+        if name in ours or name.startswith("math."):
+            continue
+        if not any(
+            hasattr(torch.ops.aten, p)
+            for p in (packet, packet + "_", f"__{packet}__", f"__i{packet}__")
+        ):
+            unknown.append(name)
+    assert not unknown
+
+
+def test_random_operators_draw_from_the_generator():
+    nn.manual_seed(0)
+    draw = lambda: OPERATORS["randn_like"](jnp.ones(1000))
+    a, b = draw(), draw()
+    assert not np.array_equal(a, b) and abs(float(a.std()) - 1) < 0.1
+    kept = OPERATORS["bernoulli.p"](jnp.ones(10000), 0.3)
+    assert abs(float(kept.mean()) - 0.3) < 0.03
+
+
+def test_truth_values_as_indices_are_refused():
+    with pytest.raises(nn.ShapeError, match="depends on the numbers") as error:
+        OPERATORS["index"](jnp.ones(3), [jnp.ones(3, bool)])
+    assert "torch.where" in str(error.value)
