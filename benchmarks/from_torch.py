@@ -27,26 +27,9 @@ from _harness import Case, measure, table  # noqa: E402
 from _report import Report, arguments, run  # noqa: E402
 
 import statefulnn as nn  # noqa: E402
+from tests.examples.reference import torchvision  # noqa: E402
 
 CONVERSION_SECONDS, FORWARD_RATIO = 5.0, 1.05
-
-
-def torchvision() -> Any:
-    """Import torchvision, also where it was built for another torch: its models need none of its
-    operators.
-    """
-    import torch
-
-    register = torch.library.register_fake
-    own = lambda name: isinstance(name, str) and name.startswith("torchvision::")
-    torch.library.register_fake = lambda name, *rest, **options: (
-        (lambda function: function) if own(name) else register(name, *rest, **options)
-    )
-    try:
-        import torchvision
-    finally:
-        torch.library.register_fake = register
-    return torchvision
 
 
 def resnet(quick: bool) -> tuple[Any, nn.Module, Any, dict[str, Any]]:
@@ -56,7 +39,7 @@ def resnet(quick: bool) -> tuple[Any, nn.Module, Any, dict[str, Any]]:
     import resnet as by_hand
 
     name, size = ("resnet18", 64) if quick else ("resnet50", 224)
-    theirs = getattr(torchvision().models, name)().eval()
+    theirs = getattr(torchvision.models, name)().eval()
     return theirs, getattr(by_hand, name)().eval(), torch.randn(2, 3, size, size), {}
 
 

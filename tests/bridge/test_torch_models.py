@@ -12,6 +12,7 @@ import torch
 
 import statefulnn as nn
 from statefulnn.bridge.torch import Traced, from_torch
+from tests.examples.reference import torchvision
 from tests.quick import QUICKLY
 
 pytestmark = [
@@ -20,21 +21,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*:UserWarning"),
 ]
 long = pytest.mark.long
-
-
-def torchvision() -> Any:
-    """Import torchvision, also where it was built for another torch: its models need none of its
-    operators.
-    """
-    register = torch.library.register_fake
-    own = lambda name: isinstance(name, str) and name.startswith("torchvision::")
-    torch.library.register_fake = lambda name, *rest, **options: (
-        (lambda function: function) if own(name) else register(name, *rest, **options)
-    )
-    try:
-        return pytest.importorskip("torchvision")
-    finally:
-        torch.library.register_fake = register
 
 
 def image(size=64):
@@ -109,7 +95,7 @@ VISION = [
     "name, options, size", [pytest.param(*c[:3], marks=c[3], id=c[0]) for c in VISION]
 )
 def test_networks_of_torchvision(name, options, size):
-    network = getattr(torchvision().models, name)(**options)
+    network = getattr(torchvision.models, name)(**options)
     # Backward in torch of the largest takes long, and shows nothing that the others do not.
     ours = follows(
         network, image(size), gradients=name in ("resnet18", "convnext_tiny", "vit_b_16")
@@ -133,7 +119,6 @@ TIMM = [
 @pytest.mark.long
 @pytest.mark.parametrize("name, options", TIMM, ids=[n for n, _ in TIMM])
 def test_networks_of_timm(name, options):
-    torchvision()
     timm = pytest.importorskip("timm")
     follows(timm.create_model(name, **options), image())
 

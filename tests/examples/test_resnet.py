@@ -28,12 +28,12 @@ from tests.quick import quickly
 @pytest.mark.parametrize(
     "case",
     [
-        SMALL["resnet-bottleneck"],
-        pytest.param(SMALL["resnet-basic"], marks=pytest.mark.long),
+        SMALL["resnet-basic"],
+        pytest.param(SMALL["resnet-bottleneck"], marks=pytest.mark.long),
         pytest.param(FULL["resnet18"], marks=pytest.mark.long),
         pytest.param(FULL["resnet50"], marks=pytest.mark.long),
     ],
-    ids=["bottleneck", "basic", "resnet18", "resnet50"],
+    ids=["basic", "bottleneck", "resnet18", "resnet50"],
 )
 def test_outputs_statistics_and_gradients_are_torchvisions(case, training):
     rng = np.random.default_rng(0)

@@ -103,17 +103,20 @@ _LIKE_OTHERS = {"Transformer", "TransformerDecoderLayer"} | {
 }
 
 
-def representative(rows: Iterable[Case]) -> list[Any]:
+def representative(rows: Iterable[Case], half: int | None = None) -> list[Any]:
     """Return rows as parameters of a test, of which the first of each layer runs by default.
 
-    Layers that are like others run in the long run only, as do further rows of one layer.
+    Layers that are like others run in the long run only, as do further rows of one layer; with `half`, 0 or
+    1, so does every other layer: of two tests with different halves each layer runs one.
     """
-    first = set(map(id, ONE_OF_EACH))
+    first = {id(case): number for number, case in enumerate(ONE_OF_EACH)}
+
+    def runs(row: Case) -> bool:
+        number = first.get(id(row))
+        chosen = number is not None and (half is None or number % 2 == half)
+        return chosen and row.layer not in _LIKE_OTHERS
+
     return [
-        pytest.param(
-            row,
-            id=str(row),
-            marks=() if id(row) in first and row.layer not in _LIKE_OTHERS else (pytest.mark.long,),
-        )
+        pytest.param(row, id=str(row), marks=() if runs(row) else (pytest.mark.long,))
         for row in rows
     ]
