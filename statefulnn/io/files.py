@@ -375,7 +375,7 @@ def _placed(stored: Mapping[Any, Stored], device: Any, mmap: bool) -> dict[Any, 
         elif isinstance(place, jax.sharding.Sharding) and _fits_jax(s):
             part = lambda index, view=s.view: copied(view[index])
             done[key] = jax.make_array_from_callback(s.shape, place, part)
-        elif not _on_host(place) and _fits_jax(s):
+        elif _fits_jax(s) and not _on_host(place):
             done[key] = s.view
         elif mmap and s.in_one_piece and s.start % ALIGNMENT == 0:
             done[key] = s.view

@@ -485,6 +485,7 @@ def test_it_runs_where_neither_the_class_nor_the_package_is(tmp_path):
     np.save(tmp_path / "alone" / "want.npy", want["logits"])
     code = (
         "import sys, numpy as np, jax\n"
+        "sys.modules.update(statefulnn=None, safetensors=None)  # as if they were not installed\n"
         "from exported import load_exported\n"
         "loaded = load_exported('m')\n"
         "ids = np.arange(10, dtype=np.int32).reshape(2, 5)\n"
@@ -493,11 +494,6 @@ def test_it_runs_where_neither_the_class_nor_the_package_is(tmp_path):
         "grads = jax.grad(lambda p: fn(p, ids)['logits'].sum())(params)\n"
         "assert grads['embed.weight'].shape == (11, 8)\n"
         "print(loaded.describe())\n"
-        "assert not any(m.split('.')[0] in ('statefulnn', 'safetensors') for m in sys.modules)\n"
-        "try:\n"
-        "    import statefulnn\n"
-        "except ImportError:\n"
-        "    print('alone')\n"
     )
     (tmp_path / "alone" / "run.py").write_text(code)
     done = subprocess.run(
@@ -509,7 +505,6 @@ def test_it_runs_where_neither_the_class_nor_the_package_is(tmp_path):
         timeout=120,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.endswith("alone\n")
     assert "forward(ids: int32[b, t]) -> {" in done.stdout and "for cpu, cuda" in done.stdout
 
 

@@ -136,6 +136,16 @@ def test_a_mapped_model_trains_and_leaves_the_file_as_it_is(tmp_path):
     assert (nn.load(path)["0.weight"] == twin[0].weight.value).all()
 
 
+def test_64_bit_counters_stay_numpys_beside_arrays_on_a_sharding(tmp_path):
+    nn.save(network(), tmp_path / "m.safetensors")
+    mesh = jax.make_mesh((1,), ("all",))
+    place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    state = nn.load(tmp_path / "m.safetensors", device=place)
+    assert state["0.weight"].sharding == place
+    count = state["1.num_batches_tracked"]
+    assert isinstance(count, np.ndarray) and count.dtype == np.int64
+
+
 def test_large_arrays_come_back_whole(tmp_path):
     # Above the size from which several threads read, and with a rest that is no multiple of anything.
     state = {"a": np.arange(9_000_001, dtype=np.int32), "b": np.arange(7, dtype=np.int8)}

@@ -144,7 +144,8 @@ _UNARY = (
 )
 
 FUNCTIONS = [
-    *[Call(name, (ENDS,), note="ends") for name in _UNARY],
+    # torch's exact gelu of infinity is infinity or not a number, as the processor has it.
+    *[Call(name, (ENDS if name != "gelu" else ENDS[1:-1],), note="ends") for name in _UNARY],
     # 64 of them: torch's loops over whole vector registers and over single elements disagree.
     *[Call(name, (np.full(64, NAN, np.float32),), note="NaN") for name in _UNARY],
     Call("gelu", (ENDS,), {"approximate": "tanh"}, note="ends"),
