@@ -38,7 +38,7 @@ ALLOWED = {
     "curvature": {"core", "functional", "modules", "transforms"},
 }
 # Libraries whose models come in and go out, and the file or folder of bridge/ that knows each.
-LIBRARIES = {"torch": "torch", "flax": "flax", "equinox": "equinox", "haiku": "haiku"}
+LIBRARIES = {"torch", "flax", "equinox", "haiku"}
 # Imports upwards that are there for a reason, inside a function.
 EXCEPTIONS = {("statefulnn/core/module.py", "statefulnn.transforms.jit.jit")}  # Module.compile
 
@@ -77,7 +77,7 @@ def test_no_private_jax_and_no_torch_is_imported(source):
         where = f"{relative(source)}:{line} imports {name}"
         library = name.split(".")[0]
         assert library not in LIBRARIES or relative(source).startswith(
-            f"statefulnn/bridge/{LIBRARIES[library]}"
+            f"statefulnn/bridge/{library}"
         ), where
         assert not name.startswith(("jax._src", "jax.interpreters", "jaxlib")), where
 

@@ -27,9 +27,8 @@ def import_extra(library: str, extra: str, did: str, needs: str) -> Any:
     try:
         return importlib.import_module(library)
     except ModuleNotFoundError as error:
-        if not f"{library}.".startswith(
-            f"{error.name}."
-        ):  # installed, but something it needs is not
+        # Otherwise it is installed, and something that it needs is not.
+        if not f"{library}.".startswith(f"{error.name}."):
             raise
         raise ImportError(
             explain(

@@ -13,6 +13,7 @@ from statefulnn.core.box import from_numpy
 from statefulnn.core.errors import explain
 from statefulnn.core.placement import META, resolve_device
 from statefulnn.io._snapshot import wanted
+from statefulnn.io._stored import jax_has
 
 
 def arrays_of(
@@ -42,7 +43,7 @@ def arrays_of(
                 continue
             # Each device its own part; what JAX has no dtype for, or is no plain array, by way of numpy.
             direct = (
-                place is not None and name not in notes[label]["keys"] and _jax_has(np.dtype(dtype))
+                place is not None and name not in notes[label]["keys"] and jax_has(np.dtype(dtype))
             )
             tree.setdefault(label, {})[name] = (
                 orbax.ArrayRestoreArgs(sharding=place)
@@ -85,7 +86,7 @@ def _place(device: Any, label: str, shape: tuple[int, ...], value: Any) -> Any:
 def _placed_like(array: Any, place: Any, value: Any) -> Any:
     """Return an array with the dtype of what it replaces, at its place."""
     numpy = isinstance(array, np.ndarray)
-    if isinstance(value, np.ndarray) or (value is None and numpy and not _jax_has(array.dtype)):
+    if isinstance(value, np.ndarray) or (value is None and numpy and not jax_has(array.dtype)):
         return np.asarray(array)
     if value is not None and array.dtype != value.dtype:
         array = array.astype(value.dtype)
@@ -94,7 +95,3 @@ def _placed_like(array: Any, place: Any, value: Any) -> Any:
     elif place is not None and array.sharding != place:
         array = jax.device_put(array, place)
     return array
-
-
-def _jax_has(dtype: np.dtype) -> bool:
-    return jax.dtypes.canonicalize_dtype(dtype) == dtype

@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from statefulnn.core.box import host_array
@@ -112,6 +113,11 @@ def _row_major(shape: Sequence[int], itemsize: int) -> tuple[int, ...]:
         strides.append(step)
         step *= n
     return tuple(reversed(strides))
+
+
+def jax_has(dtype: np.dtype) -> bool:
+    """Say whether JAX has a dtype, as it is set: those of 64 bits may be switched off."""
+    return jax.dtypes.canonicalize_dtype(dtype) == dtype
 
 
 def copied(view: np.ndarray) -> np.ndarray:

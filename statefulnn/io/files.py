@@ -21,7 +21,7 @@ from statefulnn.core.generator import Generator
 from statefulnn.core.placement import META, is_meta, resolve_device
 from statefulnn.io._atomic import replacing
 from statefulnn.io._safetensors import DTYPES, NAMES, File, write
-from statefulnn.io._stored import ALIGNMENT, Stored, broken, copied, read
+from statefulnn.io._stored import ALIGNMENT, Stored, broken, copied, jax_has, read
 from statefulnn.io._torch_files import is_torch_file, load_torch
 
 # What safetensors has no place for, as JSON in the metadata of the file.
@@ -372,10 +372,10 @@ def _placed(stored: Mapping[Any, Stored], device: Any, mmap: bool) -> dict[Any, 
         place = places[key]
         if place == META:
             done[key] = jax.ShapeDtypeStruct(s.shape, s.dtype)
-        elif isinstance(place, jax.sharding.Sharding) and _fits_jax(s):
+        elif isinstance(place, jax.sharding.Sharding) and jax_has(s.dtype):
             part = lambda index, view=s.view: copied(view[index])
             done[key] = jax.make_array_from_callback(s.shape, place, part)
-        elif _fits_jax(s) and not _on_host(place):
+        elif jax_has(s.dtype) and not _on_host(place):
             done[key] = s.view
         elif mmap and s.in_one_piece and s.start % ALIGNMENT == 0:
             done[key] = s.view
@@ -384,15 +384,12 @@ def _placed(stored: Mapping[Any, Stored], device: Any, mmap: bool) -> dict[Any, 
     done.update(zip(map(id, to_read), read(to_read), strict=True))
     for place in set(places.values()):  # one call for all arrays of a place
         keys = [
-            k for k, s in once.items() if places[k] == place and _fits_jax(s) and _is_host(done[k])
+            k
+            for k, s in once.items()
+            if places[k] == place and jax_has(s.dtype) and _is_host(done[k])
         ]
         done.update(zip(keys, from_numpy([done[k] for k in keys], place, copy=False), strict=True))
     return {name: done[id(s)] for name, s in stored.items()}
-
-
-def _fits_jax(stored: Stored) -> bool:
-    """Say whether JAX has the dtype, as it is set."""
-    return jax.dtypes.canonicalize_dtype(stored.dtype) == stored.dtype
 
 
 def _is_host(array: Any) -> bool:
