@@ -1,0 +1,160 @@
+"""What every reader of files stands on: one door for errors, one budget of memory, one way to quote a file.
+
+A file may come from anybody. So whatever goes wrong while it is read leaves through `reading`, as one of few
+documented errors; what is built of it is counted in a `Budget`; and messages quote it with `shown`, since the
+text of a hostile value can be longer than memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from statefulnn.core.errors import CheckpointError, explain
+
+# A small file may unpack to this much, and every file to this many times its size.
+_FLOOR = 64 << 20
+_MULTIPLE = 4
+# An object of Python's takes about this many bytes.
+OBJECT = 64
+
+
+def broken(path: Path, offset: int, found: str, expected: str) -> CheckpointError:
+    """Return the error for a file that is not as it should be, with the place."""
+    return CheckpointError(
+        explain(
+            f"{path}, at byte {offset}: {found}",
+            f"expected {expected}",
+            "copy or download the file again, or load another checkpoint",
+        )
+    )
+
+
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Let nothing out but the errors that are documented for reading a file.
+
+    These are `CheckpointError`, ``MemoryError``, and ``OSError`` of the operating system with the path. Code of
+    the user's (functions of names, modules) is not called in here: its errors are its own.
+
+    Args:
+        path: what the user asked for.
+    """
+    try:
+        yield
+    except (CheckpointError, MemoryError):
+        raise
+    except OSError as error:
+        if error.errno is None:
+            raise broken(path, 0, type(error).__name__, "a file that can be read") from error
+        if str(path) in str(error.filename):
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    except Exception as error:
+        # A reader that did not foresee this. The text of the error may quote the file: its class has to do.
+        raise broken(path, 0, type(error).__name__, "a file that can be read") from error
+
+
+class Budget:
+    """How many bytes of memory a file may turn into: what is built, copied, expanded, each time it is.
+
+    Args:
+        path: the file, for the message.
+        limit: the bytes; None for 64 MiB and four times the size of all files that are opened with it.
+    """
+
+    def __init__(self, path: Path, limit: int | None = None) -> None:
+        self.path, self.spent = path, 0
+        self._fixed = limit is not None
+        self.limit = _FLOOR if limit is None else limit
+
+    def opened(self, size: int) -> None:
+        """Add to the limit what a file of this size is allowed."""
+        if not self._fixed:
+            self.limit += _MULTIPLE * size
+
+    def spend(self, nbytes: int) -> None:
+        """Count bytes that are about to be built.
+
+        Raises:
+            CheckpointError: if they are too many.
+        """
+        self.spent += nbytes
+        if self.spent > self.limit:
+            raise self.exceeded()
+
+    def exceeded(self) -> CheckpointError:
+        """Return the error for a file that turns into too much."""
+        return CheckpointError(
+            explain(
+                f"{self.path} would take more than {self.limit / 2**20:,.0f} MiB of memory",
+                "that is far more than its size: a file can be made so that little turns into very much",
+                'if you trust it, nn.load(path, max_bytes="8GB")',
+            )
+        )
+
+
+def shown(value: Any) -> str:
+    """Return a short text for what a file holds; of anything but plain scalars only the type."""
+    if isinstance(value, (str, bytes)):
+        return repr(value) if len(value) <= 80 else f"{value[:60]!r} ..."
+    if value is None or isinstance(value, (bool, float)):
+        return repr(value)
+    if isinstance(value, int):
+        return repr(value) if value.bit_length() <= 64 else f"a number of {value.bit_length()} bits"
+    if isinstance(value, (list, tuple)) and len(value) <= 8 and not _nested(value):
+        inside = ", ".join(map(shown, value))
+        return f"[{inside}]" if isinstance(value, list) else f"({inside})"
+    return f"{type(value).__name__} of {len(value)}" if hasattr(value, "__len__") else type(value).__name__
+
+
+def _nested(value: list | tuple) -> bool:
+    return any(hasattr(v, "__len__") and not isinstance(v, (str, bytes)) for v in value)
+
+
+def parsed_json(
+    path: Path,
+    at: int,
+    text: bytes,
+    budget: Budget,
+    pairs: Callable[[list[tuple[str, Any]]], Any] | None = None,
+) -> Any:
+    """Return what a JSON text says.
+
+    Args:
+        path: the file it is from.
+        at: its first byte there.
+        text: UTF-8.
+        budget: pays for what it turns into, before it does.
+        pairs: makes an object of names and values; None for a dict.
+
+    Raises:
+        CheckpointError: with the byte at which it is no JSON.
+    """
+    # Each value but the first of a container follows one of these.
+    budget.spend(len(text) + OBJECT * sum(text.count(c) for c in (b"[", b"{", b",", b":")))
+    try:
+        return json.loads(text.decode("utf-8"), object_pairs_hook=pairs)
+    except UnicodeDecodeError as error:
+        raise broken(path, at + error.start, "bytes that are no text", "JSON in UTF-8") from None
+    except json.JSONDecodeError as error:
+        raise broken(path, at + error.pos, error.msg, "JSON") from None
+    except (RecursionError, ValueError):  # nested too deeply, or a number of too many digits
+        raise broken(path, at, "a text that cannot be read", "JSON") from None
+
+
+def number_of_bytes(size: int | str, argument: str) -> int:
+    """Return a number of bytes that was given as a number or as a text such as ``"5GB"``."""
+    units = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+    found = (
+        re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Z]+)", size.upper()) if isinstance(size, str) else None
+    )
+    if found and found[2] in units:
+        return max(1, int(float(found[1]) * units[found[2]]))
+    if isinstance(size, int) and not isinstance(size, bool) and size > 0:
+        return size
+    raise ValueError(f"{argument} must be a number of bytes or '5GB', got {size!r}")
