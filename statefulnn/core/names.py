@@ -1,0 +1,134 @@
+"""Which dotted names a filter chooses: names, patterns, or a function of the name."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import re
+from collections.abc import Callable, Iterable, Sequence
+from typing import TypeAlias
+
+from statefulnn.core.errors import UnknownNameError, explain
+
+Filter: TypeAlias = str | Iterable[str] | Callable[[str], bool] | None
+
+_WILDCARD = re.compile(r"[*?\[]")
+_SHOWN = 8  # names in a message
+_GUESSED = 3  # names that are compared with all others, which takes long
+
+
+def chosen(names: Iterable[str], wanted: Filter, where: str) -> list[str]:
+    """Return the names that a filter chooses, in their own order.
+
+    A text without ``*``, ``?`` and ``[`` is one whole name. With them it is a pattern, as in a shell: one
+    without a dot is compared with each dotted part of a name, one with a dot with the whole name. A text
+    that is a name as it stands is taken for that name, whatever is in it.
+
+    Args:
+        names: dotted names.
+        wanted: None for all; a name or a pattern; several of them; or a function that says of a name
+            whether it is wanted.
+        where: who asks, for the message.
+
+    Raises:
+        UnknownNameError: for a name or a pattern that matches nothing. A function may match nothing.
+        TypeError: for a filter, or a name, of another type.
+
+    Example:
+        >>> names = [
+        ...     "encoder.0.weight",
+        ...     "encoder.0.lora_A",
+        ...     "q.lora_B.weight",
+        ...     "head.weight",
+        ...     "head.bias",
+        ... ]
+        >>> chosen(names, "head.bias", "nn.save")
+        ['head.bias']
+        >>> chosen(names, "lora_*", "nn.save")
+        ['encoder.0.lora_A', 'q.lora_B.weight']
+        >>> chosen(names, ["head.*", "encoder.0.weight"], "nn.save")
+        ['encoder.0.weight', 'head.weight', 'head.bias']
+        >>> chosen(names, lambda name: name.startswith("encoder."), "nn.save")
+        ['encoder.0.weight', 'encoder.0.lora_A']
+    """
+    names = list(names)
+    if wanted is None:
+        return names
+    for name in names:
+        if not isinstance(name, str):
+            raise _no_text(f"names, one of which is {name!r}", where)
+    if callable(wanted):
+        return [name for name in names if wanted(name)]
+    if not isinstance(wanted, str) and not isinstance(wanted, Iterable):
+        raise _no_text(f"a filter of type {type(wanted).__name__}", where)
+    texts = [wanted] if isinstance(wanted, str) else list(wanted)
+    for text in texts:
+        if not isinstance(text, str):
+            raise _no_text(f"{text!r} in a filter", where)
+
+    found: set[str] = set()
+    unknown: list[str] = []
+    known = set(names)
+    by_part: dict[str, list[str]] | None = None
+    for text in dict.fromkeys(texts):
+        if text in known:
+            found.add(text)
+            continue
+        matching: list[str] = []
+        if _WILDCARD.search(text):
+            matches = re.compile(fnmatch.translate(text)).match
+            if "." in text:
+                matching = [name for name in known if matches(name)]
+            else:
+                by_part = _by_part(known) if by_part is None else by_part
+                matching = [n for part, those in by_part.items() if matches(part) for n in those]
+        if not matching:
+            unknown.append(text)
+        found.update(matching)
+    if unknown:
+        raise _unknown(unknown, names, where)
+    return [name for name in names if name in found]
+
+
+def _by_part(names: Iterable[str]) -> dict[str, list[str]]:
+    by_part: dict[str, list[str]] = {}
+    for name in names:
+        for part in name.split("."):
+            by_part.setdefault(part, []).append(name)
+    return by_part
+
+
+def _no_text(what: str, where: str) -> TypeError:
+    return TypeError(
+        explain(
+            f"{where} was given {what}",
+            "names are texts, and a filter chooses among them",
+            'pass a name, a pattern such as "head.*", a list of both, or a function of the name',
+        )
+    )
+
+
+def _unknown(unknown: Sequence[str], names: Sequence[str], where: str) -> UnknownNameError:
+    near: dict[str, None] = {}
+    for text in unknown[:_GUESSED]:
+        below = f"{text}."
+        if any(name.startswith(below) for name in names):
+            near[f"{below}*"] = None  # the name of a module
+        else:
+            near.update(dict.fromkeys(difflib.get_close_matches(text, names, 2)))
+    if near:
+        instead = f"did you mean {_listed(list(near))}?"
+    else:
+        instead = 'one of these names, or a pattern such as "head.*"'
+    return UnknownNameError(
+        explain(
+            f"{where} was asked for {_listed(unknown)}, of which there is none",
+            f"the names are {_listed(names)}" if names else "there are no names",
+            instead,
+        )
+    )
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(map(repr, names[:_SHOWN])) + more
