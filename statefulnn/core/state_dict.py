@@ -1,7 +1,8 @@
 """state_dict and load_state_dict: torch's names, order, metadata and hooks.
 
 The values are arrays. They are immutable, so a state dict is a snapshot and never follows the module.
-Loading is all or nothing: what a failed load wrote is put back.
+Loading is all or nothing: what a failed load wrote is put back. Names of one box are one entry: any of
+them is enough, and those that are there have one value.
 """
 
 from __future__ import annotations
@@ -16,12 +17,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from statefulnn.core.box import Box, Parameter, as_array
+from statefulnn.core.compat import Tracer
 from statefulnn.core.construction import DEFAULT_VERSION
 from statefulnn.core.errors import StateDictError, explain
 from statefulnn.core.placement import is_meta
 from statefulnn.core.uninitialized import is_lazy
 
 EXTRA_STATE = "_extra_state"
+# Where a load keeps its `_Loaded`: the metadata of a module pass through what users override.
+_LOADED = "statefulnn.loaded"
 
 
 class IncompatibleKeys(NamedTuple):
@@ -90,8 +94,10 @@ def load_state_dict(module: Any, given: Any, strict: bool, assign: bool) -> Inco
     unexpected: list[str] = []
     errors: list[str] = []
     before = [(box, type(box), box._value) for box in _boxes(module)]
+    loaded = _Loaded()
     try:
-        _load(module, state, "", metadata, assign, strict, missing, unexpected, errors)
+        _load(module, state, "", metadata, assign, loaded, missing, unexpected, errors)
+        loaded.settle(missing)
         if strict:
             if unexpected:
                 names = ", ".join(f'"{k}"' for k in unexpected)
@@ -104,7 +110,8 @@ def load_state_dict(module: Any, given: Any, strict: bool, assign: bool) -> Inco
             raise StateDictError(
                 explain(
                     f"Error(s) in loading state_dict for {type(module).__name__}:\n\t{listed}",
-                    "names, shapes and kinds of dtype have to match; the module was left as it was",
+                    "names, shapes and kinds of dtype have to match, integers have to fit, and names of "
+                    "one parameter have one value; the module was left as it was",
                     "rename or reshape the entries, or pass strict=False to skip names that do not match",
                 )
             )
@@ -117,33 +124,83 @@ def load_state_dict(module: Any, given: Any, strict: bool, assign: bool) -> Inco
     return IncompatibleKeys(missing, unexpected)
 
 
+class _Loaded:
+    """Which boxes a load has met, so that names of one box count as one.
+
+    The same holds for the extra state of a module that has several names.
+    """
+
+    def __init__(self) -> None:
+        self._there: dict[int, object] = {}
+        self._values: dict[int, tuple[str, Any]] = {}
+        self._missing: dict[int, list[str]] = {}
+        self._found: set[str] = set()
+
+    def met(self, owner: object) -> None:
+        """Take note that there is an entry for a box, or for the extra state of a module."""
+        self._there[id(owner)] = owner  # which also keeps its id from being used again
+        self._found.update(self._missing.pop(id(owner), ()))
+
+    def lacks(self, owner: object, key: str) -> bool:
+        """Say whether a name that is not there is missing, as far as is known by now."""
+        if id(owner) in self._there:
+            return False
+        self._missing.setdefault(id(owner), []).append(key)
+        return True
+
+    def first(self, box: Box, key: str, value: Any) -> tuple[str, Any]:
+        """Return the first name that gave a box its value, and the value; maybe this one."""
+        return self._values.setdefault(id(box), (key, value))
+
+    def settle(self, missing: list[str]) -> None:
+        """Take out of the missing names those that were found under another one since."""
+        if self._found:
+            missing[:] = [key for key in missing if key not in self._found]
+            self._found.clear()
+
+
 def _load(
     module: Any,
-    state: dict,
+    state: dict[str, Any],
     prefix: str,
     metadata: Any,
     assign: bool,
-    strict: bool,
+    loaded: _Loaded,
     missing: list[str],
     unexpected: list[str],
     errors: list[str],
 ) -> None:
     local = {} if metadata is None else dict(metadata.get(prefix[:-1], {}))
     local["assign_to_params_buffers"] = assign
+    local[_LOADED] = loaded
     module._load_from_state_dict(state, prefix, local, True, missing, unexpected, errors)
+    below = _by_child(state, prefix) if module._modules else {}
     for name, child in module._modules.items():
         if child is not None:
-            inside = f"{prefix}{name}."
-            below = OrderedDict((k, v) for k, v in state.items() if k.startswith(inside))
-            _load(child, below, inside, metadata, assign, strict, missing, unexpected, errors)
+            part, inside = below.get(name, OrderedDict()), f"{prefix}{name}."
+            _load(child, part, inside, metadata, assign, loaded, missing, unexpected, errors)
+    hooks = list(_hooks(module, "_load_state_dict_post_hooks"))
+    if hooks:
+        loaded.settle(missing)
     incompatible = IncompatibleKeys(missing, unexpected)
-    for hook, _, _ in list(_hooks(module, "_load_state_dict_post_hooks")):
+    for hook, _, _ in hooks:
         if hook(module, incompatible) is not None:
             raise RuntimeError(
                 "Hooks registered with ``register_load_state_dict_post_hook`` are not expected to "
                 "return new values, if incompatible_keys need to be modified, it should be done "
                 "inplace."
             )
+
+
+def _by_child(state: Mapping[str, Any], prefix: str) -> dict[str, OrderedDict[str, Any]]:
+    """Return the entries below each child, in one pass however many children there are."""
+    below: dict[str, OrderedDict[str, Any]] = {}
+    for key, value in state.items():
+        if key.startswith(prefix):
+            name, dot, _ = key[len(prefix) :].partition(".")
+            if dot:
+                below.setdefault(name, OrderedDict())[key] = value
+    return below
 
 
 def load_own(
@@ -161,6 +218,9 @@ def load_own(
         arguments = (state, prefix, local_metadata, strict, missing, unexpected, errors)
         hook(*((module, *arguments) if with_module else arguments))
     assign = local_metadata.get("assign_to_params_buffers", False)
+    shared = local_metadata.get(_LOADED)
+    # A user's override may hand on metadata of its own: then this module is looked at by itself.
+    loaded: _Loaded = _Loaded() if shared is None else shared
     own = {
         name: box
         for name, box in itertools.chain(module._parameters.items(), module._buffers.items())
@@ -169,20 +229,24 @@ def load_own(
     for name, box in own.items():
         key = prefix + name
         if key in state:
-            problem = _put(box, key, state[key], assign)
+            loaded.met(box)
+            problem = _put(box, key, state[key], assign, loaded)
             if problem:
                 errors.append(problem)
-        elif strict:
+        elif strict and loaded.lacks(box, key):
             missing.append(key)
 
     extra = prefix + EXTRA_STATE
     if _overrides(module, "set_extra_state"):
         if extra in state:
+            loaded.met(module)
             module.set_extra_state(state[extra])
-        elif strict:
+        elif strict and loaded.lacks(module, extra):
             missing.append(extra)
     elif strict and extra in state:
         unexpected.append(extra)
+    if shared is None:
+        loaded.settle(missing)
 
     if strict:
         for key in state:
@@ -194,8 +258,10 @@ def load_own(
                     unexpected.append(key)
 
 
-def _put(box: Any, key: str, value: Any, assign: bool) -> str | None:
+def _put(box: Any, key: str, value: Any, assign: bool, loaded: _Loaded) -> str | None:
     """Write one entry into its box; return what is wrong with it, None if nothing is."""
+    if value is box:
+        return None  # as it is, or as another name of it says
     if is_lazy(value):
         return None if is_lazy(box) else f'"{key}" has no shape in the checkpoint, and has one here'
     if isinstance(value, Box):
@@ -223,9 +289,24 @@ def _put(box: Any, key: str, value: Any, assign: bool) -> str | None:
             f"dtype mismatch for {key}: copying an array of dtype {value.dtype} from checkpoint, the "
             f"dtype in current model is {have.dtype}."
         )
-    if not assign and not is_meta(value):
-        value = value.astype(have.dtype)
-    new = as_array(value)
+    dtype = _kept_dtype(value, have, assign)
+    beyond = numbers_beyond(value, dtype)
+    if beyond is not None:
+        return _cut_off(key, value.dtype, beyond, dtype)
+
+    first, earlier = loaded.first(box, key, value)
+    if first != key:
+        if earlier is value:
+            return None
+        # What is traced cannot be compared: then the last name wins.
+        if not isinstance(earlier, Tracer) and not isinstance(value, Tracer):
+            if _equal(_cast(earlier, _kept_dtype(earlier, have, assign)), _cast(value, dtype)):
+                return None
+            return (
+                f'"{first}" and "{key}" are names of one {_kind(box)} and have different values in the '
+                "checkpoint: remove the wrong one, or load into a model where they are not tied"
+            )
+    new = as_array(_cast(value, dtype))
     if not assign:
         sharding = getattr(have, "sharding", None)
         if sharding is not None and getattr(have, "committed", False):
@@ -235,6 +316,67 @@ def _put(box: Any, key: str, value: Any, assign: bool) -> str | None:
     else:
         box.write(new)
     return None
+
+
+def _kind(box: Box) -> str:
+    return "parameter" if isinstance(box, Parameter) else "buffer"
+
+
+def _kept_dtype(value: Any, have: Any, assign: bool) -> Any:
+    """Return the dtype that an entry has in the box: with 64-bit types off JAX has fewer dtypes."""
+    dtype = value.dtype if assign else have.dtype
+    if is_meta(value) or (isinstance(value, jax.Array) and value.dtype == dtype):
+        return value.dtype
+    return jax.dtypes.canonicalize_dtype(dtype)
+
+
+def _cast(value: Any, dtype: Any) -> Any:
+    return value if value.dtype == dtype else value.astype(dtype)
+
+
+def numbers_beyond(value: Any, dtype: Any) -> tuple[int, int] | None:
+    """Return the lowest and the highest of some integers if a dtype has not both, else None.
+
+    The values are looked at only where the dtype is narrower than theirs, and where they are known.
+    """
+    if not (jnp.issubdtype(value.dtype, jnp.integer) and jnp.issubdtype(dtype, jnp.integer)):
+        return None
+    own, limits = jnp.iinfo(value.dtype), jnp.iinfo(dtype)
+    if limits.min <= own.min and own.max <= limits.max:
+        return None
+    if is_meta(value) or isinstance(value, Tracer) or value.size == 0:
+        return None
+    # JAX reduces no 64-bit integers where these are off, numpy always.
+    numbers = np.asarray(value) if getattr(value, "is_fully_addressable", True) else value
+    low, high = int(numbers.min()), int(numbers.max())
+    return None if limits.min <= low and high <= limits.max else (low, high)
+
+
+def _cut_off(key: str, given: Any, numbers: tuple[int, int], dtype: Any) -> str:
+    """Say what would be lost of an entry, and what keeps it."""
+    low, high = numbers
+    widest = jax.dtypes.canonicalize_dtype(given)
+    if jnp.iinfo(widest).min <= low and high <= jnp.iinfo(widest).max:
+        remedy = "assign=True takes the dtype of the entry"
+    else:
+        remedy = 'call jax.config.update("jax_enable_x64", True) before the model is built'
+        if dtype != widest:
+            remedy += ", and load with assign=True"
+    limits = jnp.iinfo(dtype)
+    span = f"is {low}" if low == high else f"has integers from {low} to {high}"
+    return f'"{key}" {span}, and {dtype} has {limits.min} to {limits.max}: {remedy}'
+
+
+def _equal(a: Any, b: Any) -> bool:
+    """Say whether two arrays have the same dtype and values; NaN equals NaN."""
+    if a.dtype != b.dtype or is_meta(a) or is_meta(b):
+        return a.dtype == b.dtype and is_meta(a) and is_meta(b)
+    if jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
+        a, b = jax.random.key_data(a), jax.random.key_data(b)
+    both = (a, b)
+    if not all(getattr(x, "is_fully_addressable", True) for x in both):
+        return bool(jnp.array_equal(a, b, equal_nan=True))
+    return np.array_equal(*map(np.asarray, both), equal_nan=jnp.issubdtype(a.dtype, jnp.inexact))
 
 
 def _dtype_kind(dtype: Any) -> str:

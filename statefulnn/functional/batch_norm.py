@@ -133,6 +133,15 @@ def _moved(running: Any, batch: Any, factor: Any) -> Any:
     return ((1 - factor) * wide + factor * batch).astype(running.dtype)
 
 
+def _counted(tracked: Any) -> Any:
+    """Return a count with one more batch; it stays at the largest number that its dtype has."""
+    one = jnp.ones((), tracked.dtype)
+    if not jnp.issubdtype(tracked.dtype, jnp.integer):
+        return tracked + one
+    last = jnp.array(jnp.iinfo(tracked.dtype).max - 1, tracked.dtype)
+    return jnp.minimum(tracked, last) + one
+
+
 @functools.partial(jax.jit, static_argnums=(6, 7, 8, 9))
 def _by_batch_statistics(
     x: Any,
@@ -159,7 +168,7 @@ def _by_batch_statistics(
             "a batch of more than one example, drop_last in the data loader, or model.eval()",
         )
     if tracked is not None:
-        tracked = tracked + jnp.ones((), tracked.dtype)
+        tracked = _counted(tracked)
     if count == 0:
         return x, mean, var, tracked
 
@@ -301,8 +310,9 @@ def batch_norm_with_stats(
             that is not bound counts as no name.
 
     Returns:
-        ``(output, new_mean, new_var)``, and the new count as a fourth if one was given. No gradient
-        flows through the statistics. An empty batch leaves them as they are, and counts.
+        ``(output, new_mean, new_var)``, and the new count as a fourth if one was given, which stays at
+        the largest number of its dtype. No gradient flows through the statistics. An empty batch leaves
+        them as they are, and counts.
 
     Raises:
         ShapeError: if the shapes do not fit, or there is one value per channel.

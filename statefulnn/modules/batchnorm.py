@@ -13,7 +13,7 @@ from statefulnn import init
 from statefulnn.core.box import from_numpy
 from statefulnn.core.errors import ShapeError, explain
 from statefulnn.core.module import Module
-from statefulnn.core.placement import resolve_device
+from statefulnn.core.placement import is_meta, resolve_device
 from statefulnn.modules._empty import filled, parameter
 
 
@@ -98,7 +98,10 @@ class _NormBase(Module):
         name = prefix + "num_batches_tracked"
         if (version is None or version < 2) and self.track_running_stats:
             if name not in state_dict:
-                count = self.num_batches_tracked
+                count = self._buffers["num_batches_tracked"]
+                if count is not None and is_meta(count._value):
+                    count.write(_zero_count())
+                # The buffer stands for itself: where the layer has a second name, that one may tell.
                 state_dict[name] = _zero_count() if count is None else count
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
@@ -171,7 +174,8 @@ class BatchNorm1d(_BatchNorm):
         bias: ``(C,)``, 0, or None.
         running_mean: ``(C,)``, buffer.
         running_var: ``(C,)``, buffer.
-        num_batches_tracked: integer, buffer; int32 unless 64-bit types are enabled.
+        num_batches_tracked: integer, buffer; int32 unless 64-bit types are enabled. It stays at the
+            largest number of its dtype.
 
     Source: Ioffe and Szegedy 2015.
 
@@ -211,7 +215,8 @@ class BatchNorm2d(_BatchNorm):
         bias: ``(C,)``, 0, or None.
         running_mean: ``(C,)``, buffer.
         running_var: ``(C,)``, buffer.
-        num_batches_tracked: integer, buffer; int32 unless 64-bit types are enabled.
+        num_batches_tracked: integer, buffer; int32 unless 64-bit types are enabled. It stays at the
+            largest number of its dtype.
 
     Source: Ioffe and Szegedy 2015.
 
@@ -250,7 +255,8 @@ class BatchNorm3d(_BatchNorm):
         bias: ``(C,)``, 0, or None.
         running_mean: ``(C,)``, buffer.
         running_var: ``(C,)``, buffer.
-        num_batches_tracked: integer, buffer; int32 unless 64-bit types are enabled.
+        num_batches_tracked: integer, buffer; int32 unless 64-bit types are enabled. It stays at the
+            largest number of its dtype.
 
     Source: Ioffe and Szegedy 2015.
 

@@ -140,6 +140,34 @@ def test_the_same_array_under_both_names_of_a_tie_is_fine():
     np.testing.assert_array_equal(np.asarray(call({"fc1.weight": w, "fc2.weight": w})), [0, 0, 0])
 
 
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("name", ["fc1.weight", "fc2.weight"])
+def test_a_state_dict_may_hold_any_name_of_a_tie(name, strict):
+    m = Net()
+    given = {name: GOOD["fc1.weight"], "fc2.bias": GOOD["fc2.bias"], "steps": jnp.array(3)}
+    assert not any(m.load_state_dict(given, strict=strict))
+    np.testing.assert_array_equal(np.asarray(m.fc2.weight), GOOD["fc1.weight"])
+    assert m.fc1.weight is m.fc2.weight
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_conflicting_values_for_a_tie_in_a_state_dict_are_an_error_that_names_both(strict):
+    m = Net()
+    given = {**m.state_dict(), "fc2.weight": jnp.zeros((3, 2))}
+    with pytest.raises(nn.StateDictError, match=r'"fc1\.weight" and "fc2\.weight"'):
+        m.load_state_dict(given, strict=strict)
+    np.testing.assert_array_equal(np.asarray(m.fc1.weight), np.ones((3, 2)))
+
+
+@pytest.mark.parametrize("assign", [True, False])
+def test_an_integer_that_the_box_cannot_hold_is_an_error_with_name_and_number(assign):
+    m = Net()
+    given = {**m.state_dict(), "steps": np.array(2**31)}
+    with pytest.raises(nn.StateDictError, match=r'"steps" is 2147483648.*jax_enable_x64'):
+        m.load_state_dict(given, assign=assign)
+    assert int(m.steps) == 0
+
+
 @pytest.mark.parametrize("params", [None, 3, [("fc2.bias", X)], "fc2.bias"], ids=repr)
 def test_what_is_no_dict_is_a_type_error(params):
     with pytest.raises(TypeError):

@@ -55,6 +55,68 @@ def test_switching_the_tracking_off_leaves_the_statistics_alone() -> None:
 
 
 # --------------------------------------------------------------------------------------------------
+# The number of batches
+
+
+@pytest.mark.parametrize("count", [0, 1, 1000, 2**31 - 3])
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize("layer", ["BatchNorm1d", "InstanceNorm1d"])
+def test_batches_are_counted_from_any_number_as_in_torch(
+    layer: str, momentum: float | None, count: int
+) -> None:
+    options = {"momentum": momentum, "track_running_stats": True}
+    theirs, ours = pair(Case(layer, (3,), options))
+    theirs.num_batches_tracked.fill_(count)
+    load(ours, theirs)
+    for seed in range(2):
+        x = array(4, 3, 5, seed=seed)
+        close(ours(jnp.asarray(x)), theirs(torch.as_tensor(x)), "output", 1e-5)
+    for name, value in theirs.named_buffers():
+        np.testing.assert_allclose(ours.get_buffer(name), value.numpy(), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("x64", [False, True], ids=["int32", "int64"])
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize(
+    ("layer", "counts"), [("BatchNorm2d", True), ("SyncBatchNorm", True), ("InstanceNorm2d", False)]
+)
+def test_the_number_of_batches_stays_at_the_largest_of_its_dtype(
+    layer: str, counts: bool, momentum: float | None, x64: bool, compiled: bool
+) -> None:
+    with jax.enable_x64(x64):
+        options = {"momentum": momentum, "track_running_stats": True, "dtype": jnp.float32}
+        ours = getattr(nn, layer)(3, **options)
+        counter = ours.num_batches_tracked
+        assert counter.dtype == (jnp.int64 if x64 else jnp.int32)
+        largest = np.iinfo(counter.dtype).max
+        ours.num_batches_tracked = jnp.asarray(largest - 1, counter.dtype)
+        step = nn.jit(lambda model, x: model(x)) if compiled else lambda model, x: model(x)
+        for seed in range(3):
+            step(ours, jnp.asarray(array(2, 3, 4, 4, seed=seed)))
+            assert int(ours.num_batches_tracked) == (largest if counts else largest - 1)
+        assert ours.num_batches_tracked.dtype == counter.dtype
+        # One of so many batches moves an average by nothing that float32 could show.
+        if momentum is None:
+            np.testing.assert_allclose(ours.running_mean, 0, atol=1e-8)
+            np.testing.assert_allclose(ours.running_var, 1, atol=1e-8)
+        else:
+            assert np.abs(np.asarray(ours.running_mean)).max() > 1e-3
+
+
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "int16", "int32", "uint32", "int64", "uint64"])
+def test_a_count_of_any_integer_dtype_goes_up_to_its_largest(dtype: str) -> None:
+    with jax.enable_x64("64" in dtype):
+        largest = np.iinfo(dtype).max
+        x = jnp.asarray(array(4, 3))
+        statistics = jnp.zeros(3, jnp.float32), jnp.ones(3, jnp.float32)
+        for before in (0, 5, largest - 1, largest):
+            count = jnp.asarray(before, dtype)
+            *_, after = F.batch_norm_with_stats(x, *statistics, num_batches_tracked=count)
+            assert (int(after), after.dtype) == (min(before + 1, largest), dtype)
+
+
+# --------------------------------------------------------------------------------------------------
 # State dicts
 
 

@@ -12,6 +12,7 @@ import torch
 from statefulnn.core.box import from_numpy, host_array
 from statefulnn.core.errors import DtypeError, explain
 from statefulnn.core.placement import supported
+from statefulnn.core.state_dict import numbers_beyond
 
 # What numpy has no type for: read as integers of the same width, and named by JAX.
 _SAME_WIDTH = {
@@ -58,8 +59,7 @@ def _narrowed(values: np.ndarray, name: str) -> np.ndarray:
     dtype = jax.dtypes.canonicalize_dtype(values.dtype)
     if dtype == values.dtype:
         return values
-    limits = np.iinfo(dtype)
-    if values.size and (values.min() < limits.min or values.max() > limits.max):
+    if numbers_beyond(values, dtype) is not None:
         raise DtypeError(
             explain(
                 f"converted {name}, of {values.dtype}",
