@@ -10,9 +10,12 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sized
 from pathlib import Path
 from typing import Any
+
+import jax
+import numpy as np
 
 from statefulnn.core.errors import CheckpointError, explain
 
@@ -38,8 +41,8 @@ def broken(path: Path, offset: int, found: str, expected: str) -> CheckpointErro
 def reading(path: Path) -> Iterator[None]:
     """Let nothing out but the errors that are documented for reading a file.
 
-    These are `CheckpointError`, ``MemoryError``, and ``OSError`` of the operating system with the path. Code of
-    the user's (functions of names, modules) is not called in here: its errors are its own.
+    These are `CheckpointError`, ``MemoryError``, and ``OSError`` of the operating system with the path. Code
+    of the user's (functions of names, modules) is not called in here: its errors are its own.
 
     Args:
         path: what the user asked for.
@@ -51,7 +54,7 @@ def reading(path: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno is None:
             raise broken(path, 0, type(error).__name__, "a file that can be read") from error
-        if str(path) in str(error.filename):
+        if str(path) in f"{error.filename} {error}":
             raise
         raise OSError(error.errno, error.strerror, str(path)) from error
     except Exception as error:
@@ -106,10 +109,19 @@ def shown(value: Any) -> str:
         return repr(value)
     if isinstance(value, int):
         return repr(value) if value.bit_length() <= 64 else f"a number of {value.bit_length()} bits"
-    if isinstance(value, (list, tuple)) and len(value) <= 8 and not _nested(value):
+    if isinstance(value, (list, tuple)):
+        if len(value) > 8 or _nested(value):
+            return f"{type(value).__name__} of {len(value)}"
         inside = ", ".join(map(shown, value))
-        return f"[{inside}]" if isinstance(value, list) else f"({inside})"
-    return f"{type(value).__name__} of {len(value)}" if hasattr(value, "__len__") else type(value).__name__
+        if isinstance(value, list):
+            return f"[{inside}]"
+        return f"({inside},)" if len(value) == 1 else f"({inside})"
+    if isinstance(value, np.dtype):
+        return str(value)
+    if isinstance(value, (jax.Array, np.ndarray, np.generic)):
+        return f"an array of {value.dtype}{list(value.shape)}"
+    name = type(value).__name__
+    return f"{name} of {len(value)}" if isinstance(value, Sized) else name
 
 
 def _nested(value: list | tuple) -> bool:
@@ -158,3 +170,20 @@ def number_of_bytes(size: int | str, argument: str) -> int:
     if isinstance(size, int) and not isinstance(size, bool) and size > 0:
         return size
     raise ValueError(f"{argument} must be a number of bytes or '5GB', got {size!r}")
+
+
+def check_versions(path: Path, metadata: Mapping[Any, Any]) -> None:
+    """Raise unless the versions of modules, beside a state dict, are what ``load_state_dict`` reads.
+
+    Args:
+        path: the file.
+        metadata: dotted name of a module -> a dict with its version, a number.
+
+    Raises:
+        CheckpointError: if they are not.
+    """
+    for name, entry in metadata.items():
+        known = isinstance(name, str) and isinstance(entry, Mapping)
+        if not known or not isinstance(entry.get("version", 0), (int, type(None))):
+            what = f"the version of a module {shown(name)} that is none"
+            raise broken(path, 0, what, "a dict with a number as 'version'")

@@ -2,8 +2,8 @@
 
 A file is the length of the header (8 bytes, little-endian), the header (JSON: name -> dtype, shape, begin
 and end), and the arrays, one behind the other without gaps. The library `safetensors` writes it. It is
-read here, because an error should say where in the file it is, and arrays should go from the file to
-their device without a copy in between.
+read here, because its ``safe_open`` does not tell where an array lies: so it can neither be read by several
+threads into memory that JAX takes over, nor can an error say where in the file it is.
 
 Source: github.com/huggingface/safetensors, the section on the format.
 """
@@ -20,7 +20,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from statefulnn.core.extras import import_extra
-from statefulnn.io._stored import ALIGNMENT, Source, Stored, broken
+from statefulnn.io._formats import LONGEST_HEADER
+from statefulnn.io._reading import Budget, broken, parsed_json, shown
+from statefulnn.io._stored import ALIGNMENT, Source, Stored, misshapen
 
 # In the library's order: it writes arrays of the last dtype first.
 DTYPES = {
@@ -29,6 +31,9 @@ DTYPES = {
     "I8": np.dtype(np.int8),
     "F8_E5M2": np.dtype(jnp.float8_e5m2),
     "F8_E4M3": np.dtype(jnp.float8_e4m3fn),
+    "F8_E8M0": np.dtype(jnp.float8_e8m0fnu),
+    "F8_E4M3FNUZ": np.dtype(jnp.float8_e4m3fnuz),
+    "F8_E5M2FNUZ": np.dtype(jnp.float8_e5m2fnuz),
     "I16": np.dtype(np.int16),
     "U16": np.dtype(np.uint16),
     "F16": np.dtype(np.float16),
@@ -43,8 +48,7 @@ DTYPES = {
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _RANK = {dtype: i for i, dtype in enumerate(DTYPES.values())}
-# More than this is no header of a model: the format's own limit.
-LONGEST_HEADER = 100_000_000
+_ENTRY = {"dtype", "shape", "data_offsets"}
 
 
 class File:
@@ -55,9 +59,8 @@ class File:
         arrays: name -> `Stored`, in the order of the file.
     """
 
-    def __init__(self, path: Path) -> None:
-        source = Source(path)
-        size, head = source.size, source.map[:8]
+    def __init__(self, source: Source, budget: Budget) -> None:
+        path, size, head = source.path, source.size, source.read(0, 8)
         if len(head) < 8:
             raise broken(
                 path, 0, f"the file ends after {size} bytes", "8 bytes, the header's length"
@@ -70,24 +73,24 @@ class File:
                 f"a header of {length} bytes",
                 f"at most {min(LONGEST_HEADER, size - 8)}, in a file of {size} bytes",
             )
-        header = source.map[8 : 8 + length]
-        entries = _parsed(path, header)
+        header = source.read(8, length)
+        entries = _parsed(path, header, budget)
         self.metadata = _metadata(path, header, entries.pop("__metadata__", {}))
         self.arrays: dict[str, Stored] = {}
         begin = 8 + length
         position = 0
-        for name, (dtype, shape, start, stop) in _in_order(path, header, entries):
+        for start, stop, name, dtype, shape in _in_order(path, header, entries):
             if start != position:
                 what = "overlaps the array before it" if start < position else "comes after a gap"
                 raise broken(
-                    path, begin + start, f"{name!r} {what}", f"its start at {begin + position}"
+                    path, begin + start, f"{shown(name)} {what}", f"its start at {begin + position}"
                 )
             position = stop
             if begin + stop > size:
                 raise broken(
                     path,
                     size,
-                    f"the file ends inside of {name!r}",
+                    f"the file ends inside of {shown(name)}",
                     f"{begin + stop} bytes at least",
                 )
             self.arrays[name] = Stored(source, begin + start, dtype, shape)
@@ -100,25 +103,21 @@ class File:
             )
 
 
-def _parsed(path: Path, header: bytes) -> dict[str, Any]:
+def _parsed(path: Path, header: bytes, budget: Budget) -> dict[str, Any]:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
         if len(found) < len(pairs):
-            names = [name for name, _ in pairs]
-            twice = next(n for n in names if names.count(n) > 1)
+            seen: set[str] = set()
+            twice = next(n for n, _ in pairs if n in seen or seen.add(n))
             raise broken(
-                path, _place(header, twice), f"the name {twice!r} comes twice", "each name once"
+                path,
+                _place(header, twice),
+                f"the name {shown(twice)} comes twice",
+                "each name once",
             )
         return found
 
-    try:
-        entries = json.loads(header.decode("utf-8"), object_pairs_hook=unique)
-    except UnicodeDecodeError as error:
-        raise broken(path, 8 + error.start, "bytes that are no text", "a header in UTF-8") from None
-    except json.JSONDecodeError as error:
-        raise broken(path, 8 + error.pos, error.msg, "a header in JSON") from None
-    except (RecursionError, ValueError):  # nested too deeply, or a number of too many digits
-        raise broken(path, 8, "a header that cannot be read", "a header in JSON") from None
+    entries = parsed_json(path, 8, header, budget, unique)
     if not isinstance(entries, dict):
         raise broken(path, 8, f"a header of type {type(entries).__name__}", "a dict by name")
     return entries
@@ -131,31 +130,43 @@ def _metadata(path: Path, header: bytes, found: Any) -> dict[str, str]:
     return found
 
 
-def _in_order(path: Path, header: bytes, entries: dict[str, Any]) -> list[tuple[str, tuple]]:
+def _in_order(
+    path: Path, header: bytes, entries: dict[str, Any]
+) -> list[tuple[int, int, str, np.dtype, tuple[int, ...]]]:
+    """Return begin, end, name, dtype and shape of each array, as they lie."""
     checked = []
     for name, entry in entries.items():
-        place = _place(header, name)
-        if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-            raise broken(path, place, f"the entry {name!r}", "a dtype, a shape and data_offsets")
-        dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-        if not isinstance(dtype, str) or dtype not in DTYPES:
-            raise broken(path, place, f"{name!r} of dtype {dtype!r}", f"one of {', '.join(DTYPES)}")
-        if not _sizes(shape) or not _sizes(offsets) or len(offsets) != 2:
-            raise broken(path, place, f"{name!r} with {shape=} and {offsets=}", "lists of sizes")
-        bytes_needed = math.prod(shape) * DTYPES[dtype].itemsize
-        if offsets[1] - offsets[0] != bytes_needed:
-            raise broken(
-                path,
-                place,
-                f"{name!r} of {dtype} and shape {shape} in {offsets[1] - offsets[0]} bytes",
-                f"{bytes_needed} bytes",
-            )
-        checked.append((name, (DTYPES[dtype], tuple(shape), *offsets)))
-    return sorted(checked, key=lambda item: item[1][2:])
+        wrong = _wrong(name, entry)
+        if wrong:  # only now: finding the place takes a search
+            found, expected = wrong
+            raise broken(path, _place(header, name), found, expected)
+        start, stop = entry["data_offsets"]
+        checked.append((start, stop, name, DTYPES[entry["dtype"]], tuple(entry["shape"])))
+    return sorted(checked, key=lambda item: item[:2])
 
 
-def _sizes(value: Any) -> bool:
-    return isinstance(value, list) and all(type(v) is int and 0 <= v < 1 << 63 for v in value)
+def _wrong(name: str, entry: Any) -> tuple[str, str] | None:
+    """Say what an entry of the header has, and what it should have; None if nothing is wrong."""
+    if not isinstance(entry, dict) or entry.keys() != _ENTRY:
+        return f"the entry {shown(name)}", "a dtype, a shape and data_offsets"
+    code, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    dtype = DTYPES.get(code) if isinstance(code, str) else None
+    if dtype is None:
+        return f"{shown(name)} of dtype {shown(code)}", f"one of {', '.join(DTYPES)}"
+    lists = isinstance(shape, list) and isinstance(offsets, list) and len(offsets) == 2
+    if not lists or misshapen(offsets, 0):
+        return (
+            f"{shown(name)} with shape={shown(shape)} and offsets={shown(offsets)}",
+            "lists of sizes",
+        )
+    wrong = misshapen(shape, dtype.itemsize)
+    if wrong:
+        return f"{shown(name)} of {code} with shape={shown(shape)}: {wrong}", "sizes of an array"
+    nbytes = math.prod(shape) * dtype.itemsize
+    if offsets[1] - offsets[0] != nbytes:
+        held = f"in {offsets[1] - offsets[0]} bytes"
+        return f"{shown(name)} of {code} and shape {shown(shape)} {held}", f"{nbytes} bytes"
+    return None
 
 
 def _place(header: bytes, name: str) -> int:

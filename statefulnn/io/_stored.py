@@ -7,8 +7,12 @@ the process. A map is for whoever wants a part of an array, or none of its own.
 
 from __future__ import annotations
 
+import errno
+import io
+import math
 import mmap
 import os
+import stat
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,7 +22,7 @@ import jax
 import numpy as np
 
 from statefulnn.core.box import host_array
-from statefulnn.core.errors import CheckpointError, explain
+from statefulnn.io._reading import Budget, broken
 
 # JAX takes memory over as it is if it starts at a multiple of this.
 ALIGNMENT = 64
@@ -26,36 +30,128 @@ _PIECE = 16 << 20  # bytes of one read
 _TOGETHER = 32 << 20  # bytes of arrays that share one block of memory
 
 
-def broken(path: Path, offset: int, found: str, expected: str) -> CheckpointError:
-    """Return the error for a file that is not as it should be, with the place."""
-    return CheckpointError(
-        explain(
-            f"{path}, at byte {offset}: {found}",
-            f"expected {expected}",
-            "copy or download the file again, or load another checkpoint",
-        )
-    )
+# numpy has no arrays of more dimensions, and no sizes from here on.
+_MOST_DIMENSIONS, _TOO_LARGE = 64, 1 << 63
+# A claimed length that is larger than this is held against the file before memory is taken for it.
+_SMALL = 1 << 16
+_LONGEST_LINE = 1 << 20
 
 
 class Source:
     """An open file.
 
+    Args:
+        path: its name.
+        budget: what may be built of it.
+
     Attributes:
         path: its name.
         size: its bytes.
-        map: its contents. Writing to the map changes this process's copy of a page, never the file.
+        map: its contents. Writing to the map changes this process's copy of a page, never the file. A file
+            that somebody shortens takes pages away from it, and whoever reads them is killed: what can be
+            read with `read` is not read from here.
+
+    Raises:
+        CheckpointError: for what is no file, such as a pipe, whose reading might never end.
+        OSError: if there is none, or it may not be read.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, budget: Budget) -> None:
         self.path = path
-        self.descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
-        self.size = os.fstat(self.descriptor).st_size
+        flags = os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0)
+        self.descriptor = os.open(path, flags)
+        status = os.fstat(self.descriptor)
+        if stat.S_ISDIR(status.st_mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+        if not stat.S_ISREG(status.st_mode):
+            raise broken(path, 0, "a pipe, a socket or a device", "a file")
+        self.size = status.st_size
+        budget.opened(self.size)
         # An empty file cannot be mapped.
         self.map: Any = mmap.mmap(self.descriptor, 0, access=mmap.ACCESS_COPY) if self.size else b""
+
+    def read(self, start: int, count: int) -> bytes:
+        """Return bytes of the file, fewer where it ends."""
+        count = min(count, self.size - start)
+        if start < 0 or count <= 0:
+            return b""
+        if not hasattr(os, "pread"):  # Windows
+            return self.map[start : start + count]
+        parts = [os.pread(self.descriptor, count, start)]
+        while parts[-1] and (count := count - len(parts[-1])):  # a call returns 2 GiB at most
+            start += len(parts[-1])
+            parts.append(os.pread(self.descriptor, count, start))
+        return b"".join(parts)
+
+    def reader(self) -> Reader:
+        """Return the file for reading from its beginning, with a position of its own."""
+        return Reader(_Raw(self))
 
     def __del__(self) -> None:
         if hasattr(self, "descriptor"):
             os.close(self.descriptor)
+
+
+class _Raw(io.RawIOBase):
+    """The file of a `Source`; several of them do not move each other's position."""
+
+    def __init__(self, source: Source) -> None:
+        self.source, self.position = source, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any, /) -> int:
+        found = self.source.read(self.position, len(buffer))
+        buffer[: len(found)] = found
+        self.position += len(found)
+        return len(found)
+
+    def tell(self) -> int:
+        return self.position
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
+        begin = {os.SEEK_SET: 0, os.SEEK_CUR: self.position, os.SEEK_END: self.source.size}[whence]
+        if begin + offset < 0:
+            raise ValueError("a position before the file")
+        self.position = begin + offset
+        return self.position
+
+
+class Reader(io.BufferedReader):
+    """Reads a file without taking memory for more than it holds."""
+
+    def __init__(self, raw: _Raw) -> None:
+        super().__init__(raw)
+        self._size = raw.source.size
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        """Return so many bytes, fewer where the file ends."""
+        if size is None or not 0 <= size <= _SMALL:
+            rest = max(0, self._size - self.tell())
+            size = rest if size is None or size < 0 else min(size, rest)
+        return super().read(size)
+
+    def readline(self, size: int | None = -1, /) -> bytes:
+        """Return the bytes to the end of the line, of a very long one its beginning."""
+        return super().readline(_LONGEST_LINE)
+
+
+def misshapen(shape: Sequence[Any], itemsize: int) -> str:
+    """Say why no array can have a shape; an empty text if one can.
+
+    Sizes are integers from 0 to 2**63, at most 64 of them. numpy multiplies them without the zeros.
+    """
+    if len(shape) > _MOST_DIMENSIONS:
+        return f"{len(shape)} dimensions"
+    if not all(type(n) is int and 0 <= n < _TOO_LARGE for n in shape):
+        return "sizes that are none"
+    if math.prod(n for n in shape if n) * itemsize >= _TOO_LARGE:
+        return "more elements than there is memory anywhere"
+    return ""
 
 
 class Stored:
@@ -64,11 +160,12 @@ class Stored:
     Attributes:
         source: the file.
         start: its first byte.
-        dtype, shape: what it is.
+        dtype, shape: what it is; `misshapen` has found nothing wrong.
         strides: bytes from one element to the next, for each dimension.
+        conjugated, negated: what is to be done to the numbers, beside reading them.
     """
 
-    __slots__ = ("dtype", "shape", "source", "start", "strides")
+    __slots__ = ("conjugated", "dtype", "negated", "shape", "source", "start", "strides")
 
     def __init__(
         self,
@@ -77,14 +174,17 @@ class Stored:
         dtype: np.dtype,
         shape: tuple[int, ...],
         strides: tuple[int, ...] | None = None,
+        conjugated: bool = False,
+        negated: bool = False,
     ) -> None:
         self.source, self.start, self.dtype, self.shape = source, start, dtype, shape
         self.strides = _row_major(shape, dtype.itemsize) if strides is None else strides
+        self.conjugated, self.negated = conjugated, negated
 
     @property
     def size(self) -> int:
         """How many elements it has."""
-        return int(np.prod(self.shape, dtype=object))
+        return math.prod(self.shape)
 
     @property
     def nbytes(self) -> int:
@@ -92,8 +192,10 @@ class Stored:
         return self.size * self.dtype.itemsize
 
     @property
-    def in_one_piece(self) -> bool:
-        """Whether its elements lie behind one another as an array's in memory do."""
+    def as_it_lies(self) -> bool:
+        """Whether its elements lie behind one another as an array's in memory do, each as it is."""
+        if self.conjugated or self.negated:
+            return False
         steps = zip(
             self.shape, self.strides, _row_major(self.shape, self.dtype.itemsize), strict=True
         )
@@ -101,10 +203,12 @@ class Stored:
 
     @property
     def view(self) -> np.ndarray:
-        """The array where it lies, through the map."""
+        """The array where it lies, through the map; a copy where its numbers are not those in the file."""
         if not self.size:
             return np.empty(self.shape, self.dtype)
-        return np.ndarray(self.shape, self.dtype, self.source.map, self.start, self.strides)
+        lying = np.ndarray(self.shape, self.dtype, self.source.map, self.start, self.strides)
+        lying = np.conjugate(lying) if self.conjugated else lying
+        return np.negative(lying) if self.negated else lying
 
 
 def _row_major(shape: Sequence[int], itemsize: int) -> tuple[int, ...]:
@@ -136,10 +240,11 @@ def read(stored: Iterable[Stored]) -> list[np.ndarray]:
     arrays: list[np.ndarray] = []
     pieces: list[tuple[Source, int, memoryview]] = []
     for group in _grouped(stored):
-        room = sum(_padded(s.nbytes) for s in group if s.in_one_piece)
+        lying = [s.as_it_lies for s in group]
+        room = sum(_padded(s.nbytes) for s, plain in zip(group, lying, strict=True) if plain)
         block, at = host_memory(room), 0
-        for s in group:
-            if not s.in_one_piece or not s.nbytes:
+        for s, plain in zip(group, lying, strict=True):
+            if not plain or not s.nbytes:
                 arrays.append(copied(s.view))
                 continue
             own = block[at : at + s.nbytes]

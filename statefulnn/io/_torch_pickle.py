@@ -1,25 +1,28 @@
-"""The pickle in a file of torch.save, read without torch: tensors, numbers, texts and containers of these.
+"""The names that a file of torch.save may use, and what is built for each.
 
-A pickle is a program that builds objects. It may name few things here: tensors, dtypes, sizes, ordered dicts.
-Whatever else it names is refused, and none of what it names is ever called but the builders below, so that a
-file can run no code.
+Tensors and storages become notes of what they are, which nothing in a file can change; `_torch_files` makes
+arrays of them. The rest is plain data of Python and numpy. None of the classes and functions that a file
+names is ever looked up: a name is a key of the dict below, or it is foreign.
 
-Source: torch/_utils.py and torch/storage.py of torch 2.13.
+Source: torch/_utils.py, torch/_tensor.py and torch/storage.py of torch 2.13; numpy/_core of numpy 2.
 """
 
 from __future__ import annotations
 
 import collections
-import pickle
+import math
+import re
 from collections.abc import Callable
-from pathlib import Path
+from pathlib import PurePosixPath, PureWindowsPath
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
-from statefulnn.core.errors import CheckpointError, explain
-from statefulnn.io._stored import broken
+from statefulnn.io._reading import OBJECT, shown
+from statefulnn.io._stored import misshapen
+from statefulnn.io._unpickling import Machine, Named
+from statefulnn.io.placeholder import Placeholder
 
 _STORAGES = {
     "DoubleStorage": np.dtype(np.float64),
@@ -43,15 +46,39 @@ _DTYPES = {
     "complex128": np.dtype(np.complex128),
     "bfloat16": np.dtype(jnp.bfloat16),
     "float8_e4m3fn": np.dtype(jnp.float8_e4m3fn),
+    "float8_e4m3fnuz": np.dtype(jnp.float8_e4m3fnuz),
     "float8_e5m2": np.dtype(jnp.float8_e5m2),
+    "float8_e5m2fnuz": np.dtype(jnp.float8_e5m2fnuz),
+    "float8_e8m0fnu": np.dtype(jnp.float8_e8m0fnu),
 }
 
-# The classes of tensors in the tar format, which say what their storages say.
-_TENSORS = {name.replace("Storage", "Tensor"): dtype for name, dtype in _STORAGES.items()}
+# Numbers and texts of a fixed length; what holds Python objects or fields is foreign.
+_NUMPY_CODES = re.compile(r"b1|[iu][1248]|f[248]|c(8|16)|[SU][1-9][0-9]{0,6}")
+
+
+class Dtype:
+    """Stands for a dtype of torch, or for the class of a storage of it."""
+
+    __slots__ = ("dtype",)
+
+    def __init__(self, dtype: np.dtype) -> None:
+        self.dtype = dtype
+
+    @property
+    def as_key(self) -> np.dtype:
+        """What stands for it where it is the key of a dict."""
+        return self.dtype
 
 
 class Storage:
-    """Memory that tensors see, known by its key."""
+    """Memory that tensors see, known by its key.
+
+    Attributes:
+        dtype: of its elements.
+        key: its name in the file.
+        numel: how many elements it has.
+        first: its own first element, in the storage that it is a part of.
+    """
 
     __slots__ = ("dtype", "first", "key", "numel")
 
@@ -60,31 +87,44 @@ class Storage:
 
 
 class Tensor:
-    """What a tensor sees of a storage."""
+    """What a tensor sees of a storage, in elements.
 
-    __slots__ = ("dtype", "offset", "size", "storage", "stride")
-    __hash__ = None  # pyright: ignore[reportAssignmentType]  # no key and in no set: arrays are neither
+    Raises:
+        ValueError: for sizes that no tensor has.
+    """
+
+    __slots__ = ("as_key", "conjugated", "dtype", "negated", "offset", "size", "storage", "stride")
 
     def __init__(
-        self, storage: Any, offset: Any, size: Any, stride: Any, dtype: Any = None
+        self,
+        storage: Storage,
+        offset: Any,
+        size: Any,
+        stride: Any,
+        dtype: np.dtype | None = None,
+        conjugated: bool = False,
+        negated: bool = False,
     ) -> None:
-        sizes = (offset, *size, *stride)
-        if not isinstance(storage, Storage) or not all(type(v) is int and v >= 0 for v in sizes):
-            raise ValueError("a tensor of no storage, or of negative sizes")
-        if len(size) != len(stride) or len(size) > 64:
+        if type(storage) is not Storage or not is_count(offset):
+            raise ValueError("a tensor of no storage, or with a negative offset")
+        for sizes in (size, stride):
+            if type(sizes) not in (tuple, list):
+                raise ValueError("a tensor without sizes")
+        if len(size) != len(stride):
             raise ValueError("a tensor whose size and stride differ in length")
-        self.storage, self.offset, self.size, self.stride = (
-            storage,
-            offset,
-            tuple(size),
-            tuple(stride),
-        )
         self.dtype = storage.dtype if dtype is None else dtype
-        if not isinstance(self.dtype, np.dtype):
-            raise ValueError("a tensor without a dtype")
+        wrong = misshapen(size, self.dtype.itemsize)
+        if wrong or not all(map(is_count, stride)):
+            raise ValueError(f"a tensor with {wrong or 'negative strides'}")
+        self.storage, self.offset = storage, offset
+        self.size, self.stride = tuple(size), tuple(stride)
+        self.conjugated, self.negated = conjugated, negated
+        # What stands for it where it is the key of a dict: arrays are none.
+        self.as_key = Placeholder("torch.Tensor", (self,))
 
     @property
     def identity(self) -> tuple:
+        """Equal for tensors that are one array."""
         return (
             self.storage.key,
             self.storage.first,
@@ -92,104 +132,373 @@ class Tensor:
             self.size,
             self.stride,
             self.dtype,
+            self.conjugated,
+            self.negated,
         )
+
+
+def is_count(value: Any) -> bool:
+    """Say whether a value of a file is a number of elements."""
+    return type(value) is int and 0 <= value < 1 << 63
+
+
+def storage_of(key: tuple[Any, ...]) -> Any:
+    """Return what a file of torch.save means by a key of something outside of its pickle.
+
+    The key is ``("storage", class, name, device, number of elements)``, and in old files a part of another
+    storage behind these: ``(name, first element, number of elements)``. Old files also refer to a class of a
+    module so, with its source: ``("module", class, file, text)``.
+    """
+    if type(key) is tuple and len(key) == 4 and key[0] == "module":
+        return key[1]
+    if type(key) is not tuple or len(key) not in (5, 6) or key[0] not in ("storage", b"storage"):
+        raise ValueError("a reference to what is no storage")
+    kind, name, numel, *view = (*key[1:3], *key[4:])
+    first = 0
+    if isinstance(kind, Placeholder):
+        return Placeholder(kind.name, (name, numel))
+    if type(kind) is not Dtype:
+        raise ValueError("a storage of no type")
+    if view and view[0] is not None:
+        if type(view[0]) is not tuple or len(view[0]) != 3:
+            raise ValueError("a part of a storage that is none")
+        _, first, numel = view[0]
+    if not is_count(first) or not is_count(numel):
+        raise ValueError("a storage of a negative size")
+    return Storage(kind.dtype, storage_name(name), numel, first)
+
+
+def storage_name(name: Any) -> str:
+    """Return the name of a storage, which old files have as a number."""
+    if is_count(name):
+        return str(name)
+    if type(name) is not str:
+        raise ValueError("a storage with a name that is no text")
+    return name
 
 
 # --------------------------------------------------------------------------------------------------
-# The pickle
+# What torch builds
 
 
-class Builder:
-    """Stands for a function or class that the pickle names; it cannot be changed from there."""
-
-    __slots__ = ("_function",)
-
-    def __init__(self, function: Callable) -> None:
-        object.__setattr__(self, "_function", function)
-
-    def __call__(self, *args: Any) -> Any:
-        return self._function(*args)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        raise ValueError("a state for what is not data")
-
-
-def _bytes_of(text: str, encoding: str) -> bytes:
-    if encoding != "latin1":  # how protocol 2 writes bytes
-        raise ValueError("bytes in an unknown encoding")
+def _bytes_of(machine: Machine, text: Any, encoding: Any) -> Any:
+    """How protocol 2 writes bytes."""
+    if type(text) is not str or encoding != "latin1":
+        return NotImplemented
+    machine.budget.spend(OBJECT + len(text))
     return text.encode("latin1")
 
 
-_BUILDERS = {
+def _size(machine: Machine, sizes: Any = ()) -> Any:
+    if type(sizes) not in (tuple, list) or misshapen(sizes, 1):
+        raise ValueError("a torch.Size that is none")
+    machine.budget.spend(8 * len(sizes))
+    return tuple(sizes)
+
+
+def _device(machine: Machine, kind: Any, index: Any = None) -> Any:
+    if type(kind) is not str or not (index is None or is_count(index)):
+        raise ValueError("a torch.device that is none")
+    machine.budget.spend(OBJECT + len(kind))
+    return kind if index is None else f"{kind}:{index}"
+
+
+def _tensor(
+    machine: Machine,
+    storage: Any,
+    offset: Any,
+    size: Any,
+    stride: Any,
+    requires_grad: Any = False,
+    hooks: Any = None,
+    metadata: Any = None,
+) -> Any:
+    return _typed_tensor(
+        machine, storage, offset, size, stride, requires_grad, hooks, None, metadata
+    )
+
+
+def _typed_tensor(
+    machine: Machine,
+    storage: Any,
+    offset: Any,
+    size: Any,
+    stride: Any,
+    requires_grad: Any,
+    hooks: Any,
+    dtype: Any,
+    metadata: Any = None,
+) -> Any:
+    """A tensor; whether it wants gradients is up to the model it goes into, and hooks are code."""
+    if type(storage) is not Storage or (dtype is not None and type(dtype) is not Dtype):
+        return NotImplemented  # of a foreign kind
+    machine.budget.spend(4 * OBJECT)
+    flags = {} if metadata is None else metadata
+    if type(flags) is not dict or not all(type(v) is bool for v in flags.values()):
+        return NotImplemented
+    if not flags.keys() <= {"conj", "neg"}:
+        return NotImplemented
+    return Tensor(
+        storage,
+        offset,
+        size,
+        stride,
+        None if dtype is None else dtype.dtype,
+        conjugated=flags.get("conj", False),
+        negated=flags.get("neg", False),
+    )
+
+
+def _parameter(
+    machine: Machine, tensor: Any, requires_grad: Any, hooks: Any, state: Any = None
+) -> Any:
+    return tensor if isinstance(tensor, Tensor) else NotImplemented
+
+
+def _of_type(machine: Machine, build: Any, kind: Any, args: Any, state: Any) -> Any:
+    """A tensor without the attributes it had in Python; one of a foreign class is in its Placeholder."""
+    known = isinstance(build, Named) and build.build in (_tensor, _typed_tensor)
+    if not known or type(args) is not tuple:
+        return NotImplemented
+    tensor = build.build(machine, *args)
+    if kind is _TENSOR_CLASS or not isinstance(kind, Placeholder):
+        return tensor if kind is _TENSOR_CLASS else NotImplemented
+    foreign = machine.foreign(kind.name, (tensor,))
+    foreign.state = state
+    return foreign
+
+
+_TENSOR_CLASS = Named("torch.Tensor", lambda machine, *_: NotImplemented)
+
+# --------------------------------------------------------------------------------------------------
+# What Python and numpy build
+
+
+def _ordered(machine: Machine, pairs: Any = ()) -> Any:
+    """An OrderedDict; old versions of Python give its items as an argument."""
+    made: collections.OrderedDict[Any, Any] = collections.OrderedDict()
+    machine.budget.spend(3 * OBJECT)
+    if type(pairs) not in (tuple, list) or not all(
+        type(pair) in (tuple, list) and len(pair) == 2 for pair in pairs
+    ):
+        raise ValueError("an OrderedDict of no pairs")
+    machine.budget.spend(2 * OBJECT * len(pairs))
+    for key, value in pairs:
+        made[machine.key(key, made)] = value
+    return made
+
+
+def _defaulting(machine: Machine, *factory: Any) -> Any:
+    """A defaultdict: what it would call for a missing key is not called, the key is missing."""
+    machine.budget.spend(4 * OBJECT)
+    return collections.defaultdict(None)
+
+
+def _counter(machine: Machine, counts: Any = None) -> Any:
+    counts = {} if counts is None else counts
+    if type(counts) is not dict:
+        return NotImplemented
+    machine.budget.spend(OBJECT * (4 + len(counts)))
+    made: collections.Counter = collections.Counter()
+    dict.update(made, counts)
+    return made
+
+
+def _set(machine: Machine, members: Any = ()) -> Any:
+    if type(members) not in (tuple, list, set, frozenset):
+        return NotImplemented
+    return machine.members(list(members))
+
+
+def _frozen(machine: Machine, members: Any = ()) -> Any:
+    found = _set(machine, members)
+    return found if found is NotImplemented else frozenset(found)
+
+
+def _complex(machine: Machine, real: Any = 0.0, imaginary: Any = 0.0) -> Any:
+    parts = (real, imaginary)
+    if not all(type(v) is float for v in parts):
+        return NotImplemented
+    return complex(*parts)
+
+
+def _bytes(kind: type) -> Callable[..., Any]:
+    """Bytes that have no operation of their own in old protocols: none, or a copy of others."""
+
+    def build(machine: Machine, content: Any = b"", encoding: Any = "latin-1") -> Any:
+        if type(content) is str and encoding == "latin-1":
+            content = content.encode("latin1")
+        if type(content) is not bytes:
+            return NotImplemented
+        machine.budget.spend(OBJECT + len(content))
+        return kind(content)
+
+    return build
+
+
+def _path_of(kind: type) -> Callable[..., Any]:
+    """A path is kept as one that only says where something was, and touches no disk."""
+
+    def path(machine: Machine, *parts: Any) -> Any:
+        if not all(type(part) is str for part in parts):
+            return NotImplemented
+        machine.budget.spend(4 * OBJECT + 4 * sum(map(len, parts)))
+        return kind(*parts)
+
+    return path
+
+
+class NumpyDtype:
+    """A dtype of numpy's: numbers, or texts of a fixed length."""
+
+    __slots__ = ("dtype",)
+
+    def __init__(self, dtype: np.dtype) -> None:
+        self.dtype = dtype
+
+    @property
+    def as_key(self) -> np.dtype:
+        """What stands for it where it is the key of a dict."""
+        return self.dtype
+
+    def take_state(self, machine: Machine, state: Any) -> None:
+        """Take the order of the bytes; the rest says that there are no fields."""
+        known = type(state) is tuple and len(state) in (8, 9) and state[1] in ("<", ">", "|", "=")
+        if not known or any(part is not None for part in state[2:5]):
+            raise ValueError("a dtype with fields")
+        self.dtype = self.dtype.newbyteorder(state[1]) if state[1] != "|" else self.dtype
+
+
+class NumpyArray(Placeholder):
+    """An array of numpy's, which is empty until its state comes; one of objects stays a Placeholder.
+
+    Attributes:
+        array: the array, None without numbers.
+    """
+
+    __slots__ = ("array",)
+
+    def __init__(self) -> None:
+        super().__init__("numpy.ndarray", ())
+        self.array: np.ndarray | None = None
+
+    def take_state(self, machine: Machine, state: Any) -> None:
+        """Take shape, dtype, order and bytes."""
+        if type(state) is not tuple or len(state) not in (4, 5):
+            raise ValueError("a numpy array that is none")
+        shape, dtype, by_columns, raw = state[-4:]
+        if type(dtype) is NumpyDtype:
+            self.array = _array(machine, raw, dtype, shape, "F" if by_columns is True else "C")
+        elif machine.strict or self.state is not None:
+            raise ValueError("a numpy array of foreign objects")
+        else:
+            self.state = state
+
+
+def _numpy_dtype(machine: Machine, code: Any, *_: Any) -> Any:
+    if type(code) is not str or not _NUMPY_CODES.fullmatch(code):
+        return NotImplemented
+    machine.budget.spend(2 * OBJECT)
+    return NumpyDtype(np.dtype(code))
+
+
+def _empty_array(machine: Machine, kind: Any, *_: Any) -> Any:
+    machine.budget.spend(2 * OBJECT)
+    return NumpyArray() if kind is _ARRAY_CLASS else NotImplemented
+
+
+def _from_buffer(machine: Machine, raw: Any, dtype: Any, shape: Any, order: Any) -> Any:
+    if type(dtype) is not NumpyDtype or order not in ("C", "F"):
+        return NotImplemented
+    made = NumpyArray()
+    made.array = _array(machine, raw, dtype, shape, order)
+    return made
+
+
+def _scalar(machine: Machine, dtype: Any, raw: Any = None) -> Any:
+    if type(dtype) is not NumpyDtype:
+        return NotImplemented
+    return _array(machine, raw, dtype, (), "C")[()]
+
+
+def _array(machine: Machine, raw: Any, dtype: NumpyDtype, shape: Any, order: str) -> np.ndarray:
+    if type(raw) is str:  # of Python 2, where bytes were texts
+        raw = raw.encode("latin1")
+    if type(raw) not in (bytes, bytearray) or type(shape) is not tuple:
+        raise ValueError("a numpy array without bytes")
+    itemsize = dtype.dtype.itemsize
+    wrong = misshapen(shape, itemsize)
+    if wrong or math.prod(shape) * itemsize != len(raw):
+        raise ValueError(f"a numpy array with {wrong or f'{len(raw)} bytes'} for {shown(shape)}")
+    machine.budget.spend(2 * OBJECT + len(raw))
+    return np.ndarray(shape, dtype.dtype, bytearray(raw), order="F" if order == "F" else "C")
+
+
+_ARRAY_CLASS = Named("numpy.ndarray", lambda machine, *_: NotImplemented)
+
+# --------------------------------------------------------------------------------------------------
+# The closed list
+
+_BUILDERS: dict[str, Callable[..., Any]] = {
     "_codecs.encode": _bytes_of,
-    "collections.OrderedDict": lambda *pairs: collections.OrderedDict(*pairs),
-    "__builtin__.set": lambda *items: set(*items),
-    "builtins.set": lambda *items: set(*items),
-    "torch.Size": lambda *sizes: tuple(*sizes),
-    "torch.device": lambda *parts: ":".join(map(str, parts)),
-    "torch._utils._rebuild_tensor": lambda s, o, n, t: Tensor(s, o, n, t),
-    "torch._utils._rebuild_tensor_v2": lambda s, o, n, t, *_: Tensor(s, o, n, t),
-    "torch._utils._rebuild_tensor_v3": lambda s, o, n, t, _g, _h, dtype, *_: Tensor(
-        s, o, n, t, dtype
-    ),
-    "torch._utils._rebuild_parameter": lambda tensor, *_: tensor,
-    "torch._utils._rebuild_parameter_with_state": lambda tensor, *_: tensor,
+    "collections.OrderedDict": _ordered,
+    "__builtin__.set": _set,
+    "builtins.set": _set,
+    "torch.Size": _size,
+    "torch.device": _device,
+    "torch._utils._rebuild_tensor": _tensor,
+    "torch._utils._rebuild_tensor_v2": _tensor,
+    "torch._utils._rebuild_tensor_v3": _typed_tensor,
+    "torch._utils._rebuild_parameter": _parameter,
+    "torch._utils._rebuild_parameter_with_state": _parameter,
+}
+_MORE_BUILDERS: dict[str, Callable[..., Any]] = {
+    "torch._tensor._rebuild_from_type_v2": _of_type,
+    "collections.defaultdict": _defaulting,
+    "collections.Counter": _counter,
+    "builtins.frozenset": _frozen,
+    "__builtin__.frozenset": _frozen,
+    "builtins.complex": _complex,
+    "__builtin__.complex": _complex,
+    "numpy.dtype": _numpy_dtype,
+    **{
+        f"{module}.{kind.__name__}": _bytes(kind)
+        for module in ("builtins", "__builtin__")
+        for kind in (bytes, bytearray)
+    },
+    **{
+        f"pathlib{private}.{pure}{system}Path": _path_of(kind)
+        for private in ("", "._local")
+        for pure in ("", "Pure")
+        for system, kind in (("Posix", PurePosixPath), ("Windows", PureWindowsPath))
+    },
+    **{
+        f"numpy.{package}.{name}": function
+        for package in ("core", "_core")
+        for name, function in (
+            ("multiarray.scalar", _scalar),
+            ("multiarray._reconstruct", _empty_array),
+            ("numeric._frombuffer", _from_buffer),
+        )
+    },
 }
 
+# The classes of tensors in the tar format say what their storages say.
+_TORCH_TYPES = {
+    **_DTYPES,
+    **_STORAGES,
+    **{name.replace("Storage", "Tensor"): dtype for name, dtype in _STORAGES.items()},
+}
 
-# Python's own implementation of pickle: the one in C takes memory for an index of the memo before it looks.
-class Unpickler(pickle._Unpickler):  # pyright: ignore[reportAttributeAccessIssue]
-    dispatch = dict(pickle._Unpickler.dispatch)  # pyright: ignore[reportAttributeAccessIssue]
-    for _code in (pickle.BYTEARRAY8, pickle.NEXT_BUFFER, pickle.EXT1, pickle.EXT2, pickle.EXT4):
-        dispatch.pop(_code[0])
-
-    def __init__(self, path: Path, file: Any, at: int = 0, tensors: Any = None) -> None:
-        # Texts of Python 2 are UTF-8 in old files.
-        super().__init__(file, encoding="utf-8")
-        self.path, self.file, self.at = path, file, at
-        self.tensors = tensors  # by number, in the tar format
-        self.dtypes: dict[str, np.dtype] = {}  # of the storages that the pickle refers to
-
-    def find_class(self, module: str, name: str) -> Any:
-        full = f"{module}.{name}"
-        if full in _BUILDERS:
-            return Builder(_BUILDERS[full])
-        if module in ("torch", "torch.storage") and name in _STORAGES:
-            return _STORAGES[name]
-        if module == "torch" and name in (names := {**_DTYPES, **_TENSORS}):
-            return names[name]
-        raise CheckpointError(
-            explain(
-                f"{self.path}, at byte {self.at + self.file.tell()}: the file names {full!r}",
-                "only tensors, numbers, texts and containers of these are built; anything else could run "
-                "code",
-                "save data only, torch.save(model.state_dict(), path)",
-            )
-        )
-
-    def persistent_load(self, pid: Any) -> Storage | Tensor:
-        if self.tensors is not None:
-            return self.tensors[int(pid)]
-        kind, dtype, key, _, numel, *view = pid
-        first = 0
-        if kind not in ("storage", b"storage") or not isinstance(dtype, np.dtype):
-            raise ValueError("a reference to what is no storage")
-        if view and view[0] is not None:
-            _, first, numel = view[0]
-        if not all(type(v) is int and v >= 0 for v in (first, numel)):
-            raise ValueError("a storage of a negative size")
-        self.dtypes[str(key)] = dtype
-        return Storage(dtype, str(key), numel, first)
-
-    def read_object(self) -> Any:
-        """Return the next object, or raise for what is no pickle of data."""
-        try:
-            return self.load()
-        except CheckpointError:
-            raise
-        except MemoryError:
-            raise
-        except Exception as error:
-            at = self.at + self.file.tell()
-            found = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-            raise broken(self.path, at, found, "a pickle of tensors and containers") from None
+# Full name -> what it stands for in a pickle: what torch writes for tensors, and what else is built.
+TENSOR_NAMES: dict[str, Any] = {
+    **{name: Named(name, build) for name, build in _BUILDERS.items()},
+    **{f"torch.{name}": Dtype(dtype) for name, dtype in _TORCH_TYPES.items()},
+    **{f"torch.storage.{name}": Dtype(dtype) for name, dtype in _STORAGES.items()},
+}
+ALL_NAMES: dict[str, Any] = {
+    **TENSOR_NAMES,
+    **{name: Named(name, build) for name, build in _MORE_BUILDERS.items()},
+    "torch.Tensor": _TENSOR_CLASS,
+    "numpy.ndarray": _ARRAY_CLASS,
+}

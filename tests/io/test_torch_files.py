@@ -181,8 +181,9 @@ def test_what_is_not_data_is_refused_by_name(thing, name, new, tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
     torch.save({"a": torch.ones(2), "b": thing}, "x", _use_new_zipfile_serialization=new)
     with pytest.raises(nn.CheckpointError, match=name) as info:
-        nn.load("x")
+        nn.load("x", strict=True)
     assert "only tensors, numbers, texts" in str(info.value)
+    assert nn.load("x")["a"].tolist() == [1.0, 1.0]  # what is beside it is read
     assert os.listdir() == ["x"]
 
 
@@ -206,7 +207,7 @@ def tensor(size, stride, offset=b""):
 
 
 PICKLES = {
-    "nothing": (b"", "EOFError"),
+    "nothing": (b"", "pickle exhausted before seeing STOP"),
     "cut off": (b"\x80\x02}q", "a pickle of tensors"),
     "an unknown code": (b"\x80\x02\xff.", "a pickle of tensors"),
     "a huge memo": (b"\x80\x02]r\xff\xff\xff\x7f.", None),
@@ -222,7 +223,7 @@ PICKLES = {
     "a tensor beyond its storage": (tensor([5], [1]), "one that fits into the 4 elements"),
     "a stride beyond its storage": (tensor([2, 2], [3, 1]), "one that fits into the 4 elements"),
     "a negative stride": (tensor([2], [-1]), "negative"),
-    "a tensor of any size": (tensor([1 << 40], [0]), "one that fits"),
+    "a tensor of any size": (tensor([1 << 40], [0]), "would take more than 64 MiB of memory"),
     "size and stride that differ": (tensor([2, 2], [1]), "differ in length"),
     "no storage": (TENSOR.replace(b"X\x01\x00\x00\x000", b"X\x01\x00\x00\x009") % (b"", b"K\x04", b"K\x01"),
                    "no storage '9'"),
@@ -264,18 +265,18 @@ def test_the_tensor_they_are_made_of_is_whole(tmp_path):
 
 
 @FORMATS
-def test_storages_and_sets_of_tensors_are_refused(new, tmp_path):
+def test_with_strict_storages_and_sets_of_tensors_are_refused(new, tmp_path):
     for content, message in (
         ({"a": torch.ones(2).untyped_storage()}, "a storage as data"),
-        ({"a": {torch.ones(2)}}, "unhashable"),
-        ({torch.ones(2): 1}, "unhashable"),
+        ({"a": {torch.ones(2)}}, "a key of type Tensor"),
+        ({torch.ones(2): 1}, "a key of type Tensor"),
     ):
         torch.save(content, tmp_path / "x", _use_new_zipfile_serialization=new)
         with pytest.raises(nn.CheckpointError, match=message):
-            nn.load(tmp_path / "x")
+            nn.load(tmp_path / "x", strict=True)
     torch.save([torch.Size], tmp_path / "x", _use_new_zipfile_serialization=new)
     with pytest.raises(nn.CheckpointError, match="a function or class as data"):
-        nn.load(tmp_path / "x")
+        nn.load(tmp_path / "x", strict=True)
 
 
 def test_depth_is_no_matter(tmp_path):
@@ -302,7 +303,7 @@ def test_archives_that_are_not_checkpoints(tmp_path):
     with pytest.raises(nn.CheckpointError, match="compressed"):
         nn.load(tmp_path / "c")
     (tmp_path / "p").write_bytes(pickle.dumps({"a": 1}))
-    with pytest.raises(nn.CheckpointError, match="a pickle of something else|a pickle of tensors"):
+    with pytest.raises(nn.CheckpointError, match=r"pickle that torch.save did not write(.|\n)*pickle.load"):
         nn.load(tmp_path / "p")
 
 
@@ -389,7 +390,7 @@ def test_a_view_of_a_storage_in_a_tar_file(tmp_path):
         ({"storages": pickle.dumps("x", 2)}, "str in the pickle"),
         ({"storages": pickle.dumps(1, 2) + pickle.dumps((1, "cpu", 5), 2)}, "a storage of no type"),
         ({"tensors": pickle.dumps(1, 2) + pickle.dumps((0, 99, 0), 2)}, "one of a storage"),
-        ({"pickle": b"\x80\x02cposix\nsystem\nX\x04\x00\x00\x00trueR."}, "posix.system"),
+        ({"pickle": b"\x80\x02cposix\nsystem\nX\x04\x00\x00\x00trueR."}, "a call without a tuple"),
         ({"pickle": b"\x80\x02X\x01\x00\x00\x009Q."}, "KeyError"),
     ],
 )

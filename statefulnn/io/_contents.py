@@ -1,0 +1,125 @@
+"""What a file holds, as plain containers of leaves: found, and exchanged, without recursion.
+
+A file can nest containers as deep as it likes, and hold the same one in many places. So they are walked with
+a list of what is still to do, each once, and exchanged where they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from statefulnn.io._reading import broken, shown
+from statefulnn.io.placeholder import Placeholder
+
+
+class Contents:
+    """A value, with the containers in it and what is in these.
+
+    Args:
+        path: the file, for messages.
+        root: containers are of the classes dict, list, tuple, those of these that ``collections`` has,
+            and Placeholder.
+
+    Attributes:
+        root: the value.
+        containers: each once, what is inside before what it is in.
+        leaves: what is no container, each object once, in the order of the file.
+        versions: the ``_metadata`` of state dicts.
+
+    Raises:
+        CheckpointError: for a container that holds itself. A Placeholder may: objects refer to each other.
+    """
+
+    def __init__(self, path: Path, root: Any) -> None:
+        self.root = root
+        self.leaves: list[Any] = []
+        self.versions: list[dict] = []
+        self.containers: list[Any] = []
+        self._place: dict[
+            int, tuple[int, Any]
+        ] = {}  # of a part: the container it was found in, its key
+        seen: set[int] = set()
+        roots = [root]
+        for start in roots:  # it grows while it is gone through
+            self._walk(path, start, seen, roots)
+
+    def _walk(self, path: Path, start: Any, seen: set[int], roots: list[Any]) -> None:
+        unfinished: set[int] = set()
+        todo = [(start, False)]
+        while todo:
+            part, entered = todo.pop()
+            if entered:
+                unfinished.discard(id(part))
+                self.containers.append(part)
+            elif id(part) in unfinished:
+                raise broken(path, 0, "a container that holds itself", "data without circles")
+            elif id(part) not in seen and not _is_plain(part):
+                seen.add(id(part))
+                if isinstance(part, Placeholder):
+                    self.containers.append(part)
+                    inside = (part.args, part.kwargs, part.state, part.content)
+                    roots += [v for v in inside if v is not None]
+                elif not isinstance(part, (dict, list, tuple)):
+                    self.leaves.append(part)
+                else:
+                    unfinished.add(id(part))
+                    todo.append((part, True))
+                    if (versions := getattr(part, "_metadata", None)) is not None:
+                        self.versions.append(versions)
+                    if isinstance(part, dict):
+                        roots += [key for key in part if type(key) is Placeholder]
+                    for key, value in reversed(list(_parts(part))):
+                        if not _is_plain(value):
+                            self._place.setdefault(id(value), (id(part), key))
+                            todo.append((value, False))
+
+    def name(self, leaf: Any) -> str:
+        """Return the keys on the way to a leaf, with dots between them."""
+        parts: list[str] = []
+        at = id(leaf)
+        while at in self._place and len(parts) < 100:
+            at, key = self._place[at]
+            parts.append(str(key) if type(key) is str else shown(key))
+        return ".".join(reversed(parts))
+
+    def exchanged(self, new: dict[int, Any]) -> Any:
+        """Return the value with other leaves; `new` has them by the id of the old ones.
+
+        Dicts, lists and Placeholders stay the same objects.
+        """
+        done = dict(new)
+        for part in self.containers:
+            if type(part) is tuple and any(id(v) in done for v in part):
+                done[id(part)] = tuple(done.get(id(v), v) for v in part)
+        for part in self.containers:
+            if isinstance(part, Placeholder):
+                for field in ("args", "kwargs", "state", "content"):
+                    value = getattr(part, field)
+                    setattr(part, field, done.get(id(value), value))
+            elif isinstance(part, dict):
+                for key, value in part.items():
+                    if id(value) in done:
+                        part[key] = done[id(value)]
+                if id(getattr(part, "_metadata", None)) in done:
+                    part._metadata = done[id(part._metadata)]  # pyright: ignore
+            elif isinstance(part, list):
+                part[:] = [done.get(id(v), v) for v in part]
+        return done.get(id(self.root), self.root)
+
+
+def _parts(container: Any) -> Iterator[tuple[Any, Any]]:
+    if not isinstance(container, dict):
+        yield from enumerate(container)
+        return
+    yield from container.items()
+    if hasattr(container, "_metadata"):
+        yield "_metadata", container._metadata  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _is_plain(value: Any) -> bool:
+    return value is None or type(value) in _PLAIN
+
+
+_PLAIN = {bool, int, float, complex, str, bytes, bytearray, set, frozenset}

@@ -1,0 +1,97 @@
+"""The arrays of a file, on their way to the devices where they belong."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from statefulnn.core.box import from_numpy
+from statefulnn.core.placement import META, resolve_device
+from statefulnn.io._contents import Contents
+from statefulnn.io._reading import Budget, reading
+from statefulnn.io._stored import ALIGNMENT, Stored, copied, jax_has, read
+
+Device = str | jax.Device | jax.sharding.Sharding | None
+
+
+def placed(
+    path: Path,
+    root: Any,
+    device: Device | Callable[[str, tuple[int, ...]], Device],
+    mmap: bool,
+    budget: Budget,
+) -> Any:
+    """Return what a file holds with an array for each `Stored`; one under several names is one array.
+
+    Args:
+        path: what the user asked for.
+        root: containers with `Stored` in them.
+        device: where arrays go, or a function of name and shape that says it.
+        mmap: whether arrays on the CPU may stay in the file.
+        budget: pays for what is read.
+    """
+    with reading(path):
+        contents = Contents(path, root)
+    stored = [leaf for leaf in contents.leaves if type(leaf) is Stored]
+    if callable(device):
+        places = [resolve_device(device(contents.name(s), s.shape)) for s in stored]
+    else:
+        places = [resolve_device(device)] * len(stored)
+    with reading(path):
+        for s, place in zip(stored, places, strict=True):
+            if place != META and not (mmap and s.as_it_lies):
+                budget.spend(s.nbytes)
+        arrays = _on_the_host(stored, places, mmap)
+    groups: dict[Any, list[int]] = {}
+    for i, place in enumerate(places):
+        if isinstance(arrays[i], np.ndarray) and jax_has(arrays[i].dtype):
+            groups.setdefault(place, []).append(i)
+    for place, mine in groups.items():
+        if isinstance(place, jax.sharding.Sharding):
+            moved = [_spread(arrays[i], place) for i in mine]
+        else:  # one call for all arrays of a place
+            moved = from_numpy([arrays[i] for i in mine], place, copy=False)
+        for i, array in zip(mine, moved, strict=True):
+            arrays[i] = array
+    return contents.exchanged(dict(zip(map(id, stored), arrays, strict=True)))
+
+
+def _on_the_host(stored: list[Stored], places: list[Any], mmap: bool) -> list[Any]:
+    """Return an array of numpy's for each, in memory or where it lies; on the meta device a shape."""
+    arrays: list[Any] = [None] * len(stored)
+    to_read: list[int] = []
+    hosts: dict[Any, bool] = {}
+    for i, (s, place) in enumerate(zip(stored, places, strict=True)):
+        if place == META:
+            arrays[i] = jax.ShapeDtypeStruct(s.shape, s.dtype)
+            continue
+        if place not in hosts:
+            hosts[place] = _is_host(place)
+        if jax_has(s.dtype) and not hosts[place]:
+            arrays[i] = s.view  # each device takes its part from there
+        elif mmap and s.as_it_lies and s.start % ALIGNMENT == 0:
+            arrays[i] = s.view
+        else:
+            to_read.append(i)
+    for i, array in zip(to_read, read([stored[i] for i in to_read]), strict=True):
+        arrays[i] = array
+    return arrays
+
+
+def _spread(view: np.ndarray, place: jax.sharding.Sharding) -> jax.Array:
+    part = lambda index: copied(view[index])
+    return jax.make_array_from_callback(view.shape, place, part)
+
+
+def _is_host(place: Any) -> bool:
+    """Say whether JAX takes an array of the host for one at this place, without a copy."""
+    if isinstance(place, jax.sharding.Sharding):
+        return False
+    if place is None:
+        chosen = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]
+        place = chosen or jax.default_backend()
+    return (place if isinstance(place, str) else place.platform) == "cpu"

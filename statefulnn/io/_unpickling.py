@@ -1,0 +1,415 @@
+"""Runs a pickle without building anything but plain containers and what a closed list of names gives.
+
+A pickle is a program for a machine with a stack. ``pickletools`` of the standard library takes it apart into
+operations; what each may do is written here, because Python's own unpicklers do too much: they set attributes
+of whatever object a file can reach, hash and compare whatever it brings as a key, and count nothing.
+
+Here an object changes in four ways only. A list, a dict or a set that the same pickle made takes items. A
+`Placeholder` takes what it is given. An ``OrderedDict`` takes ``_metadata``, as torch writes it. A value with
+a method ``take_state`` checks what it takes. Keys are plain scalars, or short tuples of them: nothing else of
+a file is ever hashed or compared.
+
+Source: pickletools.py of Python 3.11, which describes each operation.
+"""
+
+from __future__ import annotations
+
+import collections
+import pickletools
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from statefulnn.core.errors import CheckpointError, explain
+from statefulnn.io._reading import OBJECT, Budget, broken, shown
+from statefulnn.io.placeholder import Placeholder
+
+_NEWEST_PROTOCOL = 5
+# A key that is a number has at most this many bits: longer ones could be made to collide in a dict.
+_LONGEST_NUMBER = 64
+_LONGEST_KEY = 8  # members of a tuple
+_MOST_MEMO_BITS = 31
+
+
+class Named:
+    """A function or class of the closed list, as it lies on the stack.
+
+    Attributes:
+        name: what the pickle calls it.
+        build: makes a value of the arguments, or returns NotImplemented for what it does not know.
+    """
+
+    __slots__ = ("build", "name")
+
+    def __init__(self, name: str, build: Callable[..., Any]) -> None:
+        self.name, self.build = name, build
+
+
+class Machine:
+    """What runs the pickles of one file.
+
+    Args:
+        path: the file, for messages.
+        names: full name -> what it stands for: `Named`, or a value.
+        persistent: makes a value of the key of something outside of the pickle, such as a storage.
+        budget: pays for what is built.
+        strict: whether other names are an error; otherwise they become a `Placeholder`.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        names: Mapping[str, Any],
+        persistent: Callable[[Any], Any],
+        budget: Budget,
+        strict: bool = False,
+    ) -> None:
+        self.path, self.names, self.persistent = path, names, persistent
+        self.budget, self.strict = budget, strict
+        self.position = 0
+
+    def run(self, file: bytes | IO[bytes], at: int = 0) -> Any:
+        """Return what one pickle builds.
+
+        Args:
+            file: it begins where this is.
+            at: the byte of the file with which positions in `file` begin.
+
+        Raises:
+            CheckpointError: for what is no pickle, or does what a pickle of data does not do.
+        """
+        self.stack: list[Any] = []
+        self.marks: list[int] = []  # how high the stack was
+        self.memo: dict[int, Any] = {}
+        self.position = at
+        budget = self.budget
+        try:
+            for operation, argument, position in pickletools.genops(file):
+                self.position = at + (position or 0)
+                run = _OPERATIONS.get(operation.name)
+                if run is None:
+                    raise _Refused(f"the operation {operation.name}")
+                cost, act = run
+                budget.spent += cost
+                if budget.spent > budget.limit:
+                    raise budget.exceeded()
+                act(self, argument)
+            if len(self.stack) != 1 or self.marks:
+                raise _Refused(f"{len(self.stack)} objects")
+            return self.stack.pop()
+        except (CheckpointError, MemoryError, OSError):
+            raise
+        except Exception as error:
+            text = shown(str(error))[1:-1]
+            found = text if isinstance(error, _Refused) else f"{type(error).__name__}: {text}"
+            expected = "a pickle of tensors and containers"
+            raise broken(self.path, self.position, found, expected) from None
+
+    # ----------------------------------------------------------------------------------------------
+    # The stack
+
+    def push(self, value: Any) -> None:
+        self.stack.append(value)
+
+    def pop(self) -> Any:
+        if len(self.stack) <= (self.marks[-1] if self.marks else 0):
+            raise _Refused("nothing on the stack")
+        return self.stack.pop()
+
+    def top(self) -> Any:
+        value = self.pop()
+        self.stack.append(value)
+        return value
+
+    def from_mark(self) -> list[Any]:
+        """Take what was pushed since the last mark, and the mark."""
+        mark = self.marks.pop()
+        items = self.stack[mark:]
+        del self.stack[mark:]
+        return items
+
+    def drop(self, _: None) -> None:
+        if self.marks and len(self.stack) == self.marks[-1]:
+            self.marks.pop()
+        else:
+            self.pop()
+
+    def remember(self, index: int) -> None:
+        if index.bit_length() > _MOST_MEMO_BITS:
+            raise _Refused("a memo of billions")
+        self.memo[index] = self.top()
+
+    # ----------------------------------------------------------------------------------------------
+    # Plain values
+
+    def sized(self, value: str | bytes | bytearray) -> None:
+        self.budget.spend(len(value))
+        self.push(value)
+
+    def old_text(self, value: str) -> None:
+        """A text of Python 2, where bytes were texts: pickletools has decoded it byte by byte."""
+        raw = value.encode("latin-1")
+        try:
+            self.sized(raw.decode("utf-8"))
+        except UnicodeDecodeError:
+            self.sized(raw)
+
+    def number(self, value: int) -> None:
+        self.budget.spend(value.bit_length() // 8)
+        self.push(value)
+
+    def protocol(self, number: int) -> None:
+        if number > _NEWEST_PROTOCOL:
+            raise _Refused(f"unsupported pickle protocol: {number}")
+
+    # ----------------------------------------------------------------------------------------------
+    # Containers
+
+    def tuple_of(self, items: list[Any]) -> None:
+        self.budget.spend(8 * len(items))
+        self.push(tuple(items))
+
+    def last_as_tuple(self, count: int) -> None:
+        self.push(tuple(reversed([self.pop() for _ in range(count)])))
+
+    def dict_of(self, items: list[Any]) -> None:
+        self.push({})
+        self.set_items(items)
+
+    def set_items(self, items: list[Any]) -> None:
+        target = self.top()
+        if len(items) % 2:
+            raise _Refused("a key without a value")
+        if isinstance(target, Placeholder):
+            target.content = {} if target.content is None else target.content
+            target = target.content
+        if not isinstance(target, dict):
+            raise _Refused(f"items for a {type(target).__name__}")
+        self.budget.spend(OBJECT * (len(items) // 2))
+        for key, value in zip(items[::2], items[1::2], strict=True):
+            target[self.key(key, target)] = value
+
+    def append(self, items: list[Any]) -> None:
+        target = self.top()
+        if isinstance(target, Placeholder):
+            target.content = [] if target.content is None else target.content
+            target = target.content
+        if type(target) is not list:
+            raise _Refused(f"elements for a {type(target).__name__}")
+        self.budget.spend(8 * len(items))
+        target += items
+
+    def set_item(self, _: None) -> None:
+        value = self.pop()
+        key = self.pop()
+        self.set_items([key, value])
+
+    def add(self, items: list[Any]) -> None:
+        target = self.top()
+        if type(target) is not set:
+            raise _Refused(f"members for a {type(target).__name__}")
+        target |= self.members(items)
+
+    def members(self, items: list[Any]) -> set[Any]:
+        """Return values as a set, if each may be in one."""
+        self.budget.spend(OBJECT * len(items))
+        found: set[Any] = set()
+        for item in items:
+            found.add(self.key(item, found))
+        return found
+
+    def key(self, value: Any, among: Any) -> Any:
+        """Return a value that is about to be hashed and compared with others, or raise."""
+        if self.is_scalar(value) or type(value) is Placeholder:
+            return value
+        if type(value) is tuple and len(value) <= _LONGEST_KEY and all(map(self.is_scalar, value)):
+            # Tuples of numbers can be made to collide: the worst number of comparisons is paid for.
+            self.budget.spend(len(among))
+            return value
+        found = getattr(value, "as_key", None)
+        if found is None or (self.strict and type(found) is Placeholder):
+            what = shown(value) if type(value) is int else f"of type {type(value).__name__}"
+            raise _Refused(f"a key {what}")
+        return found
+
+    def is_scalar(self, value: Any) -> bool:
+        """Say whether a value is a number or a text, which takes no time to hash that is not paid for."""
+        if type(value) in (str, bytes):
+            self.budget.spend(len(value))  # what comparing it with an equal one takes
+            return True
+        if type(value) is int:
+            return value.bit_length() <= _LONGEST_NUMBER
+        of_numpy = isinstance(value, np.generic) and value.dtype.kind in "biuf"
+        return value is None or type(value) in (bool, float) or of_numpy
+
+    # ----------------------------------------------------------------------------------------------
+    # Names, calls and states
+
+    def find(self, full: str) -> None:
+        found = self.names.get(full)
+        self.push(self.foreign(full) if found is None else found)
+
+    def find_on_stack(self, _: None) -> None:
+        name, module = self.pop(), self.pop()
+        if type(name) is not str or type(module) is not str:
+            raise _Refused("a name that is no text")
+        self.budget.spend(len(name) + len(module))
+        self.find(f"{module}.{name}")
+
+    def foreign(self, name: str, args: tuple | None = None, kwargs: Any = None) -> Placeholder:
+        if self.strict:
+            raise CheckpointError(
+                explain(
+                    f"{self.path}, at byte {self.position}: the file names {shown(name)}",
+                    "with strict=True only tensors, numbers, texts and containers of these are taken",
+                    "save data only, torch.save(model.state_dict(), path); or leave strict=True out: then a "
+                    "Placeholder stands there, and nothing of the file is called",
+                )
+            )
+        self.budget.spend(4 * OBJECT)
+        return Placeholder(name, args, kwargs)
+
+    def call(self, function: Any, args: Any, kwargs: Any = None) -> None:
+        if type(args) is not tuple or (kwargs is not None and type(kwargs) is not dict):
+            raise _Refused("a call without a tuple of arguments")
+        if isinstance(function, Named):
+            made = NotImplemented if kwargs else function.build(self, *args)
+            self.push(self.foreign(function.name, args, kwargs) if made is NotImplemented else made)
+        elif isinstance(function, Placeholder):
+            # What a Placeholder with arguments would return, and somebody calls, is called name().
+            name = function.name if function.args is None else f"{function.name.rstrip('()')}()"
+            self.budget.spend(len(name))
+            self.push(self.foreign(name, args, kwargs))
+        else:
+            raise _Refused(f"a call of a {type(function).__name__}")
+
+    def call_top(self, _: None) -> None:
+        args = self.pop()
+        self.call(self.pop(), args)
+
+    def call_with_names(self, _: None) -> None:
+        kwargs = self.pop()
+        args = self.pop()
+        self.call(self.pop(), args, kwargs)
+
+    def call_old(self, full: str) -> None:
+        """Protocol 0: the arguments are behind the mark, the class is named by the operation."""
+        args = tuple(self.from_mark())
+        self.find(_full_name(full))
+        self.call(self.pop(), args)
+
+    def call_marked(self, _: None) -> None:
+        """Protocol 1: the class and the arguments are behind the mark."""
+        function, *args = self.from_mark()
+        self.call(function, tuple(args))
+
+    def build(self, _: None) -> None:
+        state = self.pop()
+        target = self.top()
+        if hasattr(type(target), "take_state"):
+            target.take_state(self, state)
+        elif isinstance(target, Placeholder):
+            if target.args is None or target.state is not None:
+                raise _Refused("a state for what is no object, or has one")
+            target.state = state
+        elif type(target) is collections.OrderedDict:
+            metadata = (
+                state.get("_metadata") if isinstance(state, dict) and len(state) == 1 else None
+            )
+            if not isinstance(metadata, dict):
+                raise _Refused("attributes of an OrderedDict, other than _metadata")
+            target._metadata = metadata  # pyright: ignore[reportAttributeAccessIssue]
+        else:
+            raise _Refused(f"a state for a {type(target).__name__}")
+
+    def outside(self, key: Any) -> None:
+        self.push(self.persistent(key))
+
+
+class _Refused(Exception):
+    """What a pickle of data does not do; `Machine.run` says where."""
+
+
+def _full_name(argument: str) -> str:
+    """Return the dotted name in the argument of an operation: module and name, with a blank between."""
+    module, _, name = argument.partition(" ")
+    return f"{module}.{name}"
+
+
+def _push(machine: Machine, value: Any) -> None:
+    machine.stack.append(value)
+
+
+def _marked(act: Callable[[Machine, list[Any]], None]) -> Callable[[Machine, Any], None]:
+    """Return an action on what is behind the mark."""
+    return lambda m, _: act(m, m.from_mark())
+
+
+# Name of the operation -> the bytes that it takes beside what its action counts, and the action.
+_OPERATIONS: dict[str, tuple[int, Callable[[Machine, Any], None]]] = {
+    "PROTO": (0, Machine.protocol),
+    "FRAME": (0, lambda m, _: None),
+    "STOP": (0, lambda m, _: None),
+    "MARK": (8, lambda m, _: m.marks.append(len(m.stack))),
+    "POP": (0, Machine.drop),
+    "POP_MARK": (0, _marked(lambda m, items: None)),
+    "DUP": (8, lambda m, _: m.push(m.top())),
+    "NONE": (8, _push),
+    "NEWTRUE": (8, lambda m, _: m.push(True)),
+    "NEWFALSE": (8, lambda m, _: m.push(False)),
+    "INT": (40, _push),
+    "BININT": (40, _push),
+    "BININT1": (8, _push),  # Python has these numbers once
+    "BININT2": (40, _push),
+    "LONG": (OBJECT, Machine.number),
+    "LONG1": (OBJECT, Machine.number),
+    "LONG4": (OBJECT, Machine.number),
+    "FLOAT": (32, _push),
+    "BINFLOAT": (32, _push),
+    "STRING": (OBJECT, Machine.old_text),
+    "BINSTRING": (OBJECT, Machine.old_text),
+    "SHORT_BINSTRING": (OBJECT, Machine.old_text),
+    "UNICODE": (OBJECT, Machine.sized),
+    "BINUNICODE": (OBJECT, Machine.sized),
+    "SHORT_BINUNICODE": (OBJECT, Machine.sized),
+    "BINUNICODE8": (OBJECT, Machine.sized),
+    "BINBYTES": (OBJECT, Machine.sized),
+    "SHORT_BINBYTES": (OBJECT, Machine.sized),
+    "BINBYTES8": (OBJECT, Machine.sized),
+    "BYTEARRAY8": (OBJECT, Machine.sized),
+    "EMPTY_TUPLE": (8, lambda m, _: m.push(())),
+    "TUPLE1": (OBJECT, lambda m, _: m.last_as_tuple(1)),
+    "TUPLE2": (OBJECT, lambda m, _: m.last_as_tuple(2)),
+    "TUPLE3": (OBJECT, lambda m, _: m.last_as_tuple(3)),
+    "TUPLE": (OBJECT, _marked(Machine.tuple_of)),
+    "EMPTY_LIST": (OBJECT, lambda m, _: m.push([])),
+    "LIST": (OBJECT, _marked(lambda m, items: m.push(items))),
+    "APPEND": (8, lambda m, _: m.append([m.pop()])),
+    "APPENDS": (0, _marked(Machine.append)),
+    "EMPTY_DICT": (OBJECT, lambda m, _: m.push({})),
+    "DICT": (OBJECT, _marked(Machine.dict_of)),
+    "SETITEM": (0, Machine.set_item),
+    "SETITEMS": (0, _marked(Machine.set_items)),
+    "EMPTY_SET": (4 * OBJECT, lambda m, _: m.push(set())),
+    "ADDITEMS": (0, _marked(Machine.add)),
+    "FROZENSET": (4 * OBJECT, _marked(lambda m, items: m.push(frozenset(m.members(items))))),
+    "PUT": (OBJECT, Machine.remember),
+    "BINPUT": (OBJECT, Machine.remember),
+    "LONG_BINPUT": (OBJECT, Machine.remember),
+    "MEMOIZE": (OBJECT, lambda m, _: m.remember(len(m.memo))),
+    "GET": (8, lambda m, index: m.push(m.memo[index])),
+    "BINGET": (8, lambda m, index: m.push(m.memo[index])),
+    "LONG_BINGET": (8, lambda m, index: m.push(m.memo[index])),
+    "GLOBAL": (8, lambda m, argument: m.find(_full_name(argument))),
+    "STACK_GLOBAL": (8, Machine.find_on_stack),
+    "REDUCE": (8, Machine.call_top),
+    "NEWOBJ": (8, Machine.call_top),
+    "NEWOBJ_EX": (8, Machine.call_with_names),
+    "INST": (8, Machine.call_old),
+    "OBJ": (8, Machine.call_marked),
+    "BUILD": (8, Machine.build),
+    "PERSID": (8, Machine.outside),
+    "BINPERSID": (8, lambda m, _: m.outside(m.pop())),
+}

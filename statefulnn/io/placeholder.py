@@ -1,0 +1,104 @@
+"""What stands in for an object of a foreign class in a file: it says what it stands for, and does nothing."""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+from statefulnn.core.errors import CheckpointError, explain
+from statefulnn.io._reading import shown
+
+_SHOWN = 6
+
+
+class Placeholder:
+    """Stands for an object in a file of ``torch.save`` whose class is not built.
+
+    A file names classes and functions, and what to call them with. `nn.load` imports none of them and calls
+    none: where one is named that is not on its list, such as ``argparse.Namespace`` in a checkpoint of
+    Lightning, it leaves a Placeholder there. Two are equal if they are one object.
+
+    Attributes:
+        name: the class or function, with its module.
+        args: what it was to be called with; None for the class or function itself.
+        kwargs: the same by name.
+        state: the attributes the object had, mostly a dict; None without any.
+        content: what it held as a list or a dict; None if it held nothing.
+
+    Example:
+        >>> import argparse, os, tempfile, torch
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = os.path.join(folder, "last.ckpt")
+        ...     torch.save({"w": torch.ones(2), "args": argparse.Namespace(lr=0.1)}, path)
+        ...     found = nn.load(path)
+        >>> found["w"].tolist(), found["args"]
+        ([1.0, 1.0], Placeholder('argparse.Namespace', state={'lr': 0.1}))
+        >>> found["args"].state["lr"]
+        0.1
+    """
+
+    __slots__ = ("args", "content", "kwargs", "name", "state")
+
+    def __init__(
+        self, name: str, args: tuple | None = None, kwargs: dict[str, Any] | None = None
+    ) -> None:
+        self.name, self.args, self.kwargs = name, args, kwargs or {}
+        self.state: Any = None
+        self.content: list | dict | None = None
+
+    def __repr__(self) -> str:
+        parts = [repr(self.name) if len(self.name) < 200 else f"{self.name[:200]!r} ..."]
+        if self.args:
+            parts.append(f"args={_outline(self.args)}")
+        if self.kwargs:
+            parts.append(f"kwargs={_outline(self.kwargs)}")
+        if self.state is not None:
+            parts.append(f"state={_outline(self.state)}")
+        if self.content is not None:
+            parts.append(f"content={_outline(self.content)}")
+        return f"Placeholder({', '.join(parts)})"
+
+    def __array__(self, *_: Any, **__: Any) -> NoReturn:
+        raise self._refusal("used as an array")
+
+    def __jax_array__(self) -> NoReturn:
+        raise self._refusal("used as an array")
+
+    def __call__(self, *_: Any, **__: Any) -> NoReturn:
+        raise self._refusal("called")
+
+    def __getattr__(self, name: str) -> NoReturn:
+        # Only for what is no attribute of its own; AttributeError, so that hasattr() works.
+        if name.startswith("__") or name in self.__slots__:  # in a copy that is not finished
+            raise AttributeError(name)
+        message = f"a Placeholder for {shown(self.name)} has no attribute {name!r}"
+        if isinstance(self.state, dict) and name in self.state:
+            message += f"; the object's own attributes are in its state: .state[{name!r}]"
+        raise AttributeError(message)
+
+    def _refusal(self, done: str) -> CheckpointError:
+        return CheckpointError(
+            explain(
+                f"{self!r} was {done}",
+                "it stands for an object in a file, of a class that nn.load does not build",
+                "take what you need from its args and state, or use the entries beside it",
+            )
+        )
+
+
+def _outline(value: Any) -> str:
+    """Return a short text for a container: its first plain parts."""
+    if isinstance(value, dict):
+        items = [f"{shown(k)}: {_brief(v)}" for k, v in list(value.items())[:_SHOWN]]
+        return "{" + ", ".join(items + ["..."] * (len(value) > _SHOWN)) + "}"
+    if isinstance(value, (list, tuple)):
+        inside = ", ".join([_brief(v) for v in value[:_SHOWN]] + ["..."] * (len(value) > _SHOWN))
+        if isinstance(value, list):
+            return f"[{inside}]"
+        return f"({inside},)" if len(value) == 1 else f"({inside})"
+    return _brief(value)
+
+
+def _brief(value: Any) -> str:
+    if isinstance(value, Placeholder):
+        return f"Placeholder({shown(value.name)})"
+    return shown(value)
