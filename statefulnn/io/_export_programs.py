@@ -222,7 +222,7 @@ def _check_written(
 
 
 def _tree(value: Any, what: str) -> Any:
-    """Return numbered leaves in their containers as JSON; `exported._built` undoes it."""
+    """Return numbered leaves in their containers as JSON; `exported._built` puts arrays in their places."""
     if value is None or type(value) is int:
         return value
     if isinstance(value, Mapping) and all(type(key) in (str, int) for key in value):

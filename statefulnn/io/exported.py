@@ -8,10 +8,15 @@ header (JSON: name -> dtype, shape, begin and end), and the arrays. The weights 
 names, each tied one once; each StableHLO program is an array of bytes. What belongs together is said by a
 JSON text in the header's metadata. Nothing in it is executed as Python.
 
+A file may come from anybody. Loading runs nothing of it: what the manifest says is checked against all that
+nn.export can have written (`_Part`), shapes against the way JAX prints them (`_Shapes`), and arrays against
+their checksums. JAX sees a program, and the names of its dimensions, when it is called.
+
 Terms
   method       one exported function; a file has one or several
   program      StableHLO, with weights and inputs as its arguments. A method has one, and one more for each
                order of derivative: its vector-Jacobian product
+  manifest     the JSON text that says what belongs together
   tree         how arrays are put together to arguments or outputs: tuples, lists, dicts, None
 
 Source: github.com/huggingface/safetensors; docs.jax.dev, "Exporting and serializing staged-out computations".
@@ -20,18 +25,22 @@ Source: github.com/huggingface/safetensors; docs.jax.dev, "Exporting and seriali
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
+import errno
 import hashlib
+import io
 import json
 import math
-import mmap
 import os
+import re
+import stat
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import version as version_of
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 import jax.export
@@ -41,6 +50,12 @@ import numpy as np
 FORMAT = 1
 MANIFEST, DIGEST, PROGRAM = "statefulnn.export", "statefulnn.export.sha256", "program:"
 _LONGEST_HEADER = 100_000_000
+# What JSON may turn into: this much, and this many times the size of the file; an object takes so many bytes.
+_FLOOR, _MULTIPLE, _OBJECT = 64 << 20, 4, 64
+# More than an export needs, and little enough that no text keeps the reader busy.
+_LONGEST_NAME, _LONGEST_SHAPE, _HIGHEST_POWER, _DEEPEST = 4096, 10_000, 64, 100
+_MOST_CONSTRAINTS, _MOST_KINDS, _MOST_FIELDS, _MOST_DIMENSIONS = 100, 100, 1000, 64
+_KINDS = ("trainable", "frozen", "buffer")
 _DTYPES: dict[Any, np.dtype] = {
     "BOOL": np.dtype(np.bool_),
     **{f"U{8 * n}": np.dtype(f"u{n}") for n in (1, 2, 4, 8)},
@@ -50,6 +65,19 @@ _DTYPES: dict[Any, np.dtype] = {
     "C64": np.dtype(np.complex64),
     "F8_E4M3": np.dtype(jnp.float8_e4m3fn),
     "F8_E5M2": np.dtype(jnp.float8_e5m2),
+}
+
+# By name: what the inputs and outputs of a program may have.
+_NAMED: dict[str, np.dtype] = {
+    np.dtype(kind).name: np.dtype(kind)
+    for name in (
+        *("bool_", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"),
+        *("float16", "bfloat16", "float32", "float64", "complex64", "complex128"),
+        *("int2", "int4", "uint2", "uint4", "float4_e2m1fn", "float8_e3m4", "float8_e4m3"),
+        *("float8_e4m3fn", "float8_e4m3fnuz", "float8_e4m3b11fnuz"),
+        *("float8_e5m2", "float8_e5m2fnuz", "float8_e8m0fnu"),
+    )
+    if (kind := getattr(jnp, name, None)) is not None
 }
 
 
@@ -68,24 +96,31 @@ def load_exported(path: str | os.PathLike, *, device: Any = None) -> ExportedMod
         an object that is called as the module was; see `ExportedModule`.
 
     Raises:
-        DamagedFileError: for a file that is cut off, changed, of another format or a newer version.
-        FileNotFoundError: if there is none.
+        DamagedFileError: for a file that is cut off, changed, of another format or a newer version, or that
+            nn.export cannot have written.
+        OSError: of the operating system, with the path: FileNotFoundError if there is none.
+        MemoryError: if the weights do not fit into memory.
         RuntimeError: if it holds 64-bit arrays, and JAX's 64-bit types are off.
+        ValueError: of JAX, for a sharding that does not fit a weight.
     """
-    path = Path(path)
-    arrays, texts, size = _opened(path)
-    manifest = _manifest(path, texts)
-    try:
-        loaded = ExportedModule(path, manifest, arrays, size)
-    except Exception as error:
-        if isinstance(error, RuntimeError) and not isinstance(error, RecursionError):
-            raise  # an error of this file's own
-        # The digest is right, so this was written by something that is not nn.export.
-        raise _damaged(
-            path, 8, f"a manifest that cannot be used ({error})", "nn.export's"
-        ) from None
-    loaded._params = {n: jax.device_put(v, device) for n, v in loaded._params.items()}
-    return loaded
+    return read(Path(path)).placed(device)
+
+
+def read(path: Path) -> ExportedModule:
+    """Return what a file holds, with its weights as arrays of numpy; all errors of it are from here."""
+    with _reading(path), _opened(path) as file:
+        module = ExportedModule(path, file.manifest, dict(file.specs), file.size)
+        for name, crc in module._sums.items():
+            own = file.array(name)
+            if _crc(own) != crc:
+                raise _damaged(
+                    path, 8, f"{_shown(name)} with other bytes than written", f"CRC {crc:#x}"
+                )
+            module._params[name] = own
+        for method in module.methods.values():
+            for program in method._programs:
+                program.take(path, file.array(program.name).tobytes())
+        return module
 
 
 class ExportedModule:
@@ -100,31 +135,80 @@ class ExportedModule:
         versions: of jax and statefulnn, where it was exported.
     """
 
-    def __init__(self, path: Path, manifest: Any, arrays: dict[str, np.ndarray], size: int) -> None:
-        self.metadata: dict[str, str] = dict(manifest["metadata"])
-        self.platforms = tuple(manifest["platforms"])
-        self.versions: dict[str, str] = dict(manifest["versions"])
-        self.ties: dict[str, str] = dict(manifest["ties"])
-        self._name, self._path, self._size = str(manifest["module"]), path, size
+    def __init__(self, path: Path, manifest: _Part, arrays: dict[str, Spec], size: int = 0) -> None:
+        """Check what a manifest says against the arrays of the file; the weights come later."""
+        parts = manifest.fields(
+            *("format", "module", "versions", "platforms", "weights", "ties", "methods", "metadata")
+        )
+        _, module, versions, platforms, weights, ties, methods, metadata = parts
+        self._name, self._path, self._size = module.text(), path, size
+        self.metadata: dict[str, str] = metadata.texts(longest=_LONGEST_HEADER)
+        self.versions: dict[str, str] = versions.texts()
+        self.platforms = tuple(part.text() for part in platforms.each())
+        if not self.platforms or len(set(self.platforms)) < len(self.platforms):
+            raise platforms.wrong("names of platforms, each once")
         self._kinds: dict[str, str] = {}
-        self._specs: dict[str, Any] = {}
+        self._specs: dict[str, Spec] = {}
+        self._sums: dict[str, int] = {}
         self._params: dict[str, Any] = {}
-        for name, kind, dtype, crc in manifest["weights"]:
-            view = arrays.pop(name, None)
-            if view is None or view.dtype.name != dtype:
-                raise _damaged(path, 8, f"no array {name!r} of {dtype}", "every weight")
-            _require_64_bits(path, repr(name), view.dtype)
-            own = np.array(view)  # a copy: the file may change while the array lives
-            if _crc(own) != crc:
-                raise _damaged(path, 8, f"{name!r} with other bytes than written", f"CRC {crc:#x}")
-            self._kinds[name] = kind
-            self._specs[name] = jax.ShapeDtypeStruct(own.shape, own.dtype)
-            self._params[name] = own
+        for weight in weights.each():
+            name, kind, dtype, crc = (part for part in weight.each(4))
+            self._kinds[name.text()] = kind.one_of(_KINDS)
+            spec = arrays.pop(name.text(), None)
+            if spec is None or spec.dtype.name != dtype.text():
+                found = f"no array {_shown(name.value)} of {_shown(dtype.value)}"
+                raise _damaged(path, 8, found, "every weight, once")
+            self._specs[name.text()] = spec
+            self._sums[name.text()] = crc.number(1 << 32)
+        self.ties: dict[str, str] = ties.texts()
+        for name, first in self.ties.items():
+            if name in self._specs or first not in self._specs:
+                raise ties.wrong(f"further names of weights, not {_shown(name)}: {_shown(first)}")
         self.methods: dict[str, ExportedMethod] = {}
-        for name, entry in manifest["methods"].items():
-            self.methods[name] = ExportedMethod(self, name, entry, path, arrays)
+        classes: dict[tuple[str, ...], type] = {}
+        for name, entry in methods.named().items():
+            self.methods[name] = ExportedMethod(self, name, entry, arrays, classes)
+        if not self.methods:
+            raise methods.wrong("at least one method")
         if arrays:
-            raise _damaged(path, 8, f"an array {next(iter(arrays))!r} more", "weights, programs")
+            raise _damaged(
+                path, 8, f"an array {_shown(next(iter(arrays)))} more", "weights, programs"
+            )
+
+    def placed(self, device: Any) -> ExportedModule:
+        """Put the weights on a device; errors are about the device and the settings of JAX.
+
+        Args:
+            device: a ``jax.Device`` or ``Sharding``; None for JAX's default.
+
+        Returns:
+            this object.
+        """
+        specs = [(f"the weight {_shown(n)}", spec) for n, spec in self._specs.items()]
+        for name, method in self.methods.items():
+            specs += [(f"an input or output of {_shown(name)}", spec) for spec in method.specs]
+        for what, spec in specs:
+            if jax.dtypes.canonicalize_dtype(spec.dtype) != spec.dtype:
+                raise RuntimeError(
+                    _message(
+                        f"loaded {self._path}, where {what} has dtype {spec.dtype.name}",
+                        "64-bit types are off in JAX, which would silently give 32 bits",
+                        'jax.config.update("jax_enable_x64", True) at the start of the program',
+                    )
+                )
+        try:
+            self._params = {n: jax.device_put(v, device) for n, v in self._params.items()}
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            raise MemoryError(
+                _message(
+                    f"loaded {self._path}, whose weights do not fit where they go",
+                    str(error)[:500],
+                    "another device=, or a sharding over several",
+                )
+            ) from error
+        return self
 
     @property
     def params(self) -> Mapping[str, Any]:
@@ -192,7 +276,7 @@ class ExportedModule:
 
     def describe(self) -> str:
         """Return what the file holds: methods with their inputs and outputs, weights, versions."""
-        weights = sum(math.prod(s.shape) * s.dtype.itemsize for s in self._specs.values())
+        weights = sum(spec.nbytes for spec in self._specs.values())
         lines = [f"{self._name}, exported for {', '.join(self.platforms)}"]
         lines += [f"  {method.describe()}" for method in self.methods.values()]
         lines.append(f"  weights: {len(self._specs)} arrays of {_bytes(weights)}")
@@ -212,7 +296,7 @@ class ExportedModule:
             if first not in self._specs:
                 raise KeyError(
                     _message(
-                        f"was given a weight {name!r}",
+                        f"was given a weight {_shown(name)}",
                         f"the file has {_listed(self._specs)}",
                         "use these names",
                     )
@@ -220,7 +304,7 @@ class ExportedModule:
             if first in checked and checked[first] is not value:
                 raise ValueError(
                     _message(
-                        f"was given different arrays for {first!r} and {name!r}",
+                        f"was given different arrays for {_shown(first)} and {_shown(name)}",
                         "they are tied: one array under two names",
                         "pass one of them, or the same array under both",
                     )
@@ -243,34 +327,58 @@ class ExportedMethod:
         self,
         module: ExportedModule,
         name: str,
-        entry: Any,
-        path: Path,
-        arrays: dict[str, np.ndarray],
+        entry: _Part,
+        arrays: dict[str, Spec],
+        classes: dict[tuple[str, ...], type],
     ) -> None:
+        parts = entry.fields(
+            *("positional", "keyword", "labels", "out", "state", "mutable", "rng", "programs")
+        )
+        positional, keyword, labels, out, state, mutable, rng, programs = parts
         self.name = name
         self._module = module
-        self._positional = [(str(n), tree) for n, tree in entry["positional"]]
-        self._keyword = dict(entry["keyword"])
-        self._out, self._state = entry["out"], list(entry["state"])
-        self._mutable, self._rng = bool(entry["mutable"]), bool(entry["rng"])
-        self._labels = [str(label) for label in entry["labels"]]
+        self._mutable, self._rng = mutable.flag(), rng.flag()
+        self._labels = [label.text() for label in labels.each()]
         self._weights = list(module._specs)
         self._programs = [
-            _Program(path, f"{PROGRAM}{name}:{i}", p, module.platforms, arrays)
-            for i, p in enumerate(entry["programs"])
+            _Program(f"{PROGRAM}{name}:{i}", program, module.platforms, arrays)
+            for i, program in enumerate(programs.each())
         ]
-        program = self._programs[0]
-        weights, rest = program.ins[: len(self._weights)], program.ins[len(self._weights) :]
-        for n, spec in zip(self._weights, weights, strict=True):
-            if (spec.shape, spec.dtype) != (module._specs[n].shape, module._specs[n].dtype):
-                raise ValueError(f"the program takes {n!r} as {_text(spec)}")
-        self._specs = rest[self._rng :]
-        labels = zip(self._labels, self._specs, strict=True)
-        self.inputs = {label: _text(spec) for label, spec in labels}
-        self.outputs = _texts(self._out, [_text(o) for o in program.outs])
+        if not self._programs:
+            raise programs.wrong("at least one program")
+        first = self._programs[0]
+        count = len(self._weights) + self._rng
+        wanted = [*module._specs.values(), *([_KEY] if self._rng else [])]
+        if first.ins[:count] != wanted or len(first.ins) != count + len(self._labels):
+            raise programs.wrong("a program that takes the weights, a key if rng, and the labels")
+        for program, after in zip(self._programs, self._programs[1:], strict=False):
+            if (after.ins, after.outs) != program.transposed():
+                raise programs.wrong("programs each of which is the derivative of the one before")
+        self._specs = first.ins[count:]
+
+        inputs: list[int] = []
+        self._positional: list[tuple[str, _Tree]] = []
+        for pair in positional.each():
+            label, tree = pair.each(2)
+            self._positional.append((label.text(), tree.tree(inputs, classes)))
+        self._keyword = {n: tree.tree(inputs, classes) for n, tree in keyword.named().items()}
+        names = [*(n for n, _ in self._positional), *self._keyword, *(["rng"] if self._rng else [])]
+        if len(set(names)) < len(names):
+            raise entry.wrong("arguments with different names")
+        if sorted(inputs) != list(range(len(self._labels))):
+            raise entry.wrong("inputs with every label once")
+        self._state = [part.one_of(module._specs) for part in state.each()]
+        if len(set(self._state)) < len(self._state) or (self._state and not self._mutable):
+            raise state.wrong("names of weights, each once, of a method that is mutable")
+        outputs: list[int] = []
+        self._out = out.tree(outputs, classes)
+        if sorted(outputs) != list(range(len(first.outs) - len(self._state))):
+            raise out.wrong("every output of the program once")
+        self.inputs = {
+            label: _text(spec) for label, spec in zip(self._labels, self._specs, strict=True)
+        }
+        self.outputs = _texts(self._out, [_text(o) for o in first.outs])
         self.vjp_order = len(self._programs) - 1
-        for spec in (*rest, *program.outs):
-            _require_64_bits(path, f"an input or output of {name!r}", spec.dtype)
         self._call = jax.jit(_differentiable(self._programs, name))
 
     def __call__(self, *inputs: Any, **kwargs: Any) -> Any:
@@ -309,29 +417,27 @@ class ExportedMethod:
             for i in range(len(self._specs))
         ]
 
-    def _take(self, tree: Any, value: Any, where: str, flat: dict[int, Any]) -> None:
+    def _take(self, tree: _Tree, value: Any, where: str, flat: dict[int, Any]) -> None:
         """Take a value apart as a tree says."""
         if isinstance(tree, int):
             flat[tree] = value
         elif tree is None:
             if value is not None:
                 raise self._misfit(f"{where!r} of type {type(value).__name__}", "None")
-        elif tree[0] == "dict":
-            if not isinstance(value, Mapping) or set(value) != {k for k, _ in tree[1]}:
+        elif tree.kind is dict:
+            if not isinstance(value, Mapping) or set(value) != set(tree.keys):
                 found = _listed(value) if isinstance(value, Mapping) else type(value).__name__
-                raise self._misfit(
-                    f"{where!r} with {found}", f"a dict with {_listed(k for k, _ in tree[1])}"
-                )
-            for key, sub in tree[1]:
+                raise self._misfit(f"{where!r} with {found}", f"a dict with {_listed(tree.keys)}")
+            for key, sub in zip(tree.keys, tree.items, strict=True):
                 self._take(sub, value[key], f"{where}[{key!r}]", flat)
         else:
-            kind = list if tree[0] == "list" else tuple
-            if not isinstance(value, kind) or len(value) != len(tree[1]):
+            kind = list if tree.kind is list else tuple
+            if not isinstance(value, kind) or len(value) != len(tree.items):
                 found = f"{len(value)} items" if isinstance(value, kind) else type(value).__name__
                 raise self._misfit(
-                    f"{where!r} with {found}", f"a {kind.__name__} of {len(tree[1])}"
+                    f"{where!r} with {found}", f"a {kind.__name__} of {len(tree.items)}"
                 )
-            for i, sub in enumerate(tree[1]):
+            for i, sub in enumerate(tree.items):
                 self._take(sub, value[i], f"{where}[{i}]", flat)
 
     def _misfit(self, got: str, wanted: str) -> TypeError:
@@ -340,6 +446,11 @@ class ExportedMethod:
                 f"{self.name} was given {got}", f"it takes {wanted}", f"call {self.describe()}"
             )
         )
+
+    @property
+    def specs(self) -> list[Spec]:
+        """What goes in and comes out of the program, weights included."""
+        return [*self._programs[0].ins, *self._programs[0].outs]
 
     def describe(self) -> str:
         """Return the name with inputs and outputs, in one line."""
@@ -366,52 +477,78 @@ class _Program:
     """
 
     def __init__(
-        self,
-        path: Path,
-        name: str,
-        entry: Any,
-        platforms: tuple[str, ...],
-        arrays: dict[str, np.ndarray],
+        self, name: str, entry: _Part, platforms: tuple[str, ...], arrays: dict[str, Spec]
     ) -> None:
-        blob = arrays.pop(name, None)
-        if blob is None or blob.dtype != np.uint8 or blob.ndim != 1:
-            raise _damaged(path, 8, f"no bytes under {name!r}", "the program")
-        self._blob = blob.tobytes()
-        if hashlib.sha256(self._blob).hexdigest() != entry["sha256"]:
-            raise _damaged(path, 8, f"{name!r} with other bytes than written", entry["sha256"])
-        version = entry["calling_convention"]
+        self.name = name
+        parts = entry.fields(
+            *("sha256", "calling_convention", "kept", "global_constants", "constraints"),
+            *("in", "out"),
+        )
+        sha256, version, kept, global_constants, constraints, ins, outs = parts
+        spec = arrays.pop(name, None)
+        if spec is None or spec.dtype != np.uint8 or len(spec.shape) != 1:
+            raise _damaged(entry.path, 8, f"no bytes under {_shown(name)}", "the program")
+        self._sha256 = sha256.text()
         lowest = jax.export.minimum_supported_calling_convention_version
         highest = jax.export.maximum_supported_calling_convention_version
-        if not lowest <= version <= highest:
+        if not lowest <= version.number(1 << 31) <= highest:
             raise DamagedFileError(
                 _message(
-                    f"{path}: a program of calling convention {version}",
+                    f"{entry.path}: a program of calling convention {version.value}",
                     f"JAX {version_of('jax')} runs those of {lowest} to {highest}",
                     "install a newer JAX, or export the model again",
                 )
             )
+        named: set[str] = set()
+        self._constraints = [part.constraint(named) for part in constraints.each()]
+        if len(self._constraints) > _MOST_CONSTRAINTS:
+            raise constraints.wrong(f"at most {_MOST_CONSTRAINTS} constraints")
+        self.ins = [part.spec(named) for part in ins.each()]
+        known = set(named)
+        self.outs = [part.spec(named) for part in outs.each()]
+        if named != known:
+            raise outs.wrong("dimensions whose names the inputs have")
+        self.inexact = [jnp.issubdtype(spec.dtype, jnp.inexact) for spec in self.ins]
+        used = [part.number(len(self.ins)) for part in kept.each()]
+        if any(a >= b for a, b in zip(used, used[1:], strict=False)):
+            raise kept.wrong("increasing numbers of arguments")
         self._fields = {
             "fun_name": name.removeprefix(PROGRAM),
-            "calling_convention_version": version,
-            "module_kept_var_idx": tuple(entry["kept"]),
-            "uses_global_constants": bool(entry["global_constants"]),
+            "calling_convention_version": version.value,
+            "module_kept_var_idx": tuple(used),
+            "uses_global_constants": global_constants.flag(),
         }
-        scope = jax.export.SymbolicScope(entry["constraints"])
-        self.ins = [_spec(text, scope) for text in entry["in"]]
-        self.outs = [_spec(text, scope) for text in entry["out"]]
-        self.inexact = [jnp.issubdtype(spec.dtype, jnp.inexact) for spec in self.ins]
         self._platforms = platforms
+        self._blob = b""
         self._exported: Any = None
+
+    def take(self, path: Path, blob: bytes) -> None:
+        """Take the bytes of the program, if they are the ones that were written."""
+        if hashlib.sha256(blob).hexdigest() != self._sha256:
+            raise _damaged(
+                path, 8, f"{_shown(self.name)} with other bytes than written", "its SHA-256"
+            )
+        self._blob = blob
+
+    def transposed(self) -> tuple[list[Spec], list[Spec]]:
+        """Return what goes in and out of the derivative."""
+        floats = [s for s, one in zip(self.ins, self.inexact, strict=True) if one]
+        others = [s for s, one in zip(self.ins, self.inexact, strict=True) if not one]
+        cotangents = [o for o in self.outs if jnp.issubdtype(o.dtype, jnp.inexact)]
+        return [*floats, *cotangents, *others], floats
 
     def call(self, args: Sequence[Any]) -> list[Any]:
         """Run it on a flat list of arrays."""
         if self._exported is None:
+            scope = jax.export.SymbolicScope(self._constraints)
+            ins = [_struct(spec, scope) for spec in self.ins]
+            outs = [_struct(spec, scope) for spec in self.outs]
 
             def nothing(*_: Any) -> tuple:
-                return tuple(jnp.zeros(o.shape, o.dtype) for o in self.outs)
+                return tuple(jnp.zeros(o.shape, o.dtype) for o in outs)
 
             jitted = jax.jit(nothing)
-            template = jax.export.export(jitted, platforms=self._platforms)(*self.ins)
+            template = jax.export.export(jitted, platforms=self._platforms)(*ins)
             self._exported = dataclasses.replace(
                 template, mlir_module_serialized=self._blob, **self._fields
             )
@@ -499,45 +636,178 @@ def _key_data(name: str, kwargs: dict[str, Any]) -> Any:
 # Shapes and trees
 
 
-def _spec(text: str, scope: Any) -> Any:
-    """Return the shape and dtype of a text such as ``float32[b, 3]``."""
-    dtype, _, shape = text.removesuffix("]").partition("[")
-    return jax.ShapeDtypeStruct(jax.export.symbolic_shape(shape, scope=scope), jnp.dtype(dtype))
+class Spec(NamedTuple):
+    """The dtype and the shape of an array; a size that is no number is the text for it, such as ``2*b``."""
+
+    dtype: np.dtype
+    shape: tuple[int | str, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of an array, with 1 for each size that is no number."""
+        return self.dtype.itemsize * math.prod(n for n in self.shape if isinstance(n, int))
+
+
+class Node(NamedTuple):
+    """A container of a tree: a dict with keys, a list, a tuple, or a class made by ``namedtuple``."""
+
+    kind: type
+    keys: tuple[Any, ...]
+    items: tuple[_Tree, ...]
+
+
+_Tree = Node | int | None
+_KEY = Spec(np.dtype(np.uint32), (2,))
+
+
+def _struct(spec: Spec, scope: Any) -> jax.ShapeDtypeStruct:
+    shape: Any = spec.shape
+    if any(isinstance(size, str) for size in shape):
+        shape = jax.export.symbolic_shape(", ".join(map(str, shape)), scope=scope)
+    return jax.ShapeDtypeStruct(shape, spec.dtype)
 
 
 def _text(spec: Any) -> str:
     return f"{spec.dtype.name}[{', '.join(map(str, spec.shape))}]"
 
 
-def _built(tree: Any, leaves: Sequence[Any]) -> Any:
+def _built(tree: _Tree, leaves: Sequence[Any]) -> Any:
     """Put arrays together as a tree says."""
     if isinstance(tree, int):
         return leaves[tree]
     if tree is None:
         return None
-    kind, items = tree[0], tree[1]
-    if kind == "dict":
-        return {key: _built(sub, leaves) for key, sub in items}
-    values = [_built(sub, leaves) for sub in items]
-    if kind == "list":
-        return values
-    if kind == "tuple":
-        return tuple(values)
-    return collections.namedtuple(kind, tree[2])(*values)
+    values = [_built(sub, leaves) for sub in tree.items]
+    if tree.kind is dict:
+        return dict(zip(tree.keys, values, strict=True))
+    return tree.kind(values) if tree.kind in (list, tuple) else tree.kind(*values)
 
 
-def _texts(tree: Any, leaves: Sequence[str]) -> str:
+def _texts(tree: _Tree, leaves: Sequence[str]) -> str:
     """Return a tree as a text."""
     if isinstance(tree, int):
         return leaves[tree]
     if tree is None:
         return "None"
-    if tree[0] == "dict":
-        return "{" + ", ".join(f"{k!r}: {_texts(sub, leaves)}" for k, sub in tree[1]) + "}"
-    inside = ", ".join(_texts(sub, leaves) for sub in tree[1])
-    if tree[0] == "list":
-        return f"[{inside}]"
-    return f"({inside},)" if len(tree[1]) == 1 else f"({inside})"
+    inside = [_texts(sub, leaves) for sub in tree.items]
+    if tree.kind is dict:
+        pairs = zip(tree.keys, inside, strict=True)
+        return "{" + ", ".join(f"{k!r}: {text}" for k, text in pairs) + "}"
+    if tree.kind is list:
+        return f"[{', '.join(inside)}]"
+    return f"({inside[0]},)" if len(inside) == 1 else f"({', '.join(inside)})"
+
+
+class _Shapes:
+    """Reads sizes of dimensions as JAX prints them, and its constraints: ``2*b, floordiv(t - 1, 2) + 1``.
+
+    JAX's own parser computes what it reads, so a short text such as ``b^1000000000`` keeps it busy. This one
+    looks only whether a text is one that JAX could have printed.
+
+        sum:     product, + or - product ...
+        product: factor, * factor ...           factor may have ^ and a number behind it
+        factor:  number, name, or floordiv mod max min with two sums in parentheses
+
+    Args:
+        text: what to read.
+        named: takes the names of dimensions.
+    """
+
+    _TOKEN = re.compile(r" *(?:([0-9]+)|([^\W\d]\w*)|([-+*^(),]))")
+    _OPERATIONS = ("floordiv", "mod", "max", "min")
+
+    def __init__(self, text: str, named: set[str]) -> None:
+        self._text, self._named = text.strip(" "), named
+        self._at = 0
+        if len(text) > _LONGEST_SHAPE:
+            raise ValueError("it is too long")
+        self._next()
+
+    def sizes(self) -> tuple[int | str, ...]:
+        """Return the sizes between commas."""
+        found: list[int | str] = []
+        while self._text:
+            begin = self._begin
+            self._sum(0)
+            size = self._text[begin : self._begin].strip(" ")
+            if size.startswith("-") and size.removeprefix("-").strip(" ").isdecimal():
+                raise ValueError("a size below 0")
+            found.append(int(size) if size.isdecimal() else size)
+            if self._token is None:
+                break
+            self._expect(",")
+        return tuple(found)
+
+    def whole(self) -> None:
+        """Read one sum and the end."""
+        self._sum(0)
+        if self._token is not None:
+            raise ValueError("something follows")
+
+    def _next(self) -> None:
+        self._begin = self._at
+        self._token: str | None = None
+        self._number = self._name = False
+        if self._at < len(self._text):
+            match = self._TOKEN.match(self._text, self._at)
+            if match is None:
+                raise ValueError("an unknown sign")
+            self._at = match.end()
+            self._number, self._name = match[1] is not None, match[2] is not None
+            self._token = match[match.lastindex or 0]
+
+    def _expect(self, token: str) -> None:
+        if self._token != token:
+            raise ValueError(f"no {token!r}")
+        self._next()
+
+    def _sum(self, depth: int) -> None:
+        if depth > _DEEPEST:
+            raise ValueError("it is nested too deeply")
+        if self._token in ("+", "-"):
+            self._next()
+        self._product(depth)
+        while self._token in ("+", "-"):
+            self._next()
+            self._product(depth)
+
+    def _product(self, depth: int) -> None:
+        self._factor(depth)
+        while self._token == "*":
+            self._next()
+            self._factor(depth)
+
+    def _factor(self, depth: int) -> None:
+        token = self._token or ""
+        if self._name:
+            self._next()
+            if token in self._OPERATIONS:
+                self._expect("(")
+                self._sum(depth + 1)
+                self._expect(",")
+                zero = self._token == "0"
+                self._sum(depth + 1)
+                if zero and token in ("floordiv", "mod") and self._token == ")":
+                    raise ValueError("a division by zero")
+                self._expect(")")
+            elif not token.isidentifier() or token == "_":
+                raise ValueError("no name")
+            else:
+                self._named.add(token)
+        else:
+            if token == "-":  # JAX takes b * -2
+                self._next()
+            self._integer(1 << 63)
+        if self._token == "^":
+            self._next()
+            self._integer(_HIGHEST_POWER + 1)
+
+    def _integer(self, stop: int) -> None:
+        token = self._token or ""
+        small = self._number and len(token) < 20 and (token == "0" or token[0] != "0")
+        if not small or int(token) >= stop:
+            raise ValueError("no number, or one that is too large")
+        self._next()
 
 
 def _fitting(label: str, given: Any, spec: Any, sizes: dict[str, int], noun: str) -> Any:
@@ -551,7 +821,7 @@ def _fitting(label: str, given: Any, spec: Any, sizes: dict[str, int], noun: str
     if not hasattr(value, "shape") or not hasattr(value, "dtype"):
         raise TypeError(
             _message(
-                f"{noun} {label!r} is of type {type(value).__name__}",
+                f"{noun} {_shown(label)} is of type {type(value).__name__}",
                 f"it is an array of {_text(spec)}",
                 "pass a jax.Array or a numpy array",
             )
@@ -560,15 +830,14 @@ def _fitting(label: str, given: Any, spec: Any, sizes: dict[str, int], noun: str
     fits = len(value.shape) == len(spec.shape)
     for have, want in zip(value.shape, spec.shape, strict=False):
         # Dimensions that are expressions, such as 2*b, are left to JAX.
-        name = str(want)
-        if jax.export.is_symbolic_dim(want):
-            want = sizes.setdefault(name, have or 1) if name.isidentifier() else have
+        if isinstance(want, str):
+            want = sizes.setdefault(want, have or 1) if want.isidentifier() else have
         fits = fits and have == want
     if not fits:
         seen = ", ".join(f"{n} = {s}" for n, s in sizes.items())
         raise ValueError(
             _message(
-                f"{noun} {label!r} has shape {tuple(value.shape)}",
+                f"{noun} {_shown(label)} has shape {tuple(value.shape)}",
                 f"it was exported as {_text(spec)}" + (f", and here {seen}" if seen else ""),
                 "pass an array of that shape; a dimension with a name may have any size from 1",
             )
@@ -576,7 +845,7 @@ def _fitting(label: str, given: Any, spec: Any, sizes: dict[str, int], noun: str
     if dtype != spec.dtype:
         raise TypeError(
             _message(
-                f"{noun} {label!r} has dtype {value.dtype}",
+                f"{noun} {_shown(label)} has dtype {value.dtype}",
                 f"it was exported as {_text(spec)}",
                 f"cast it: array.astype({spec.dtype.name!r})",
             )
@@ -593,51 +862,164 @@ def _beside(value: Any, other: Any) -> Any:
 # The file
 
 
-def _opened(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str], int]:
-    """Return the arrays of a safetensors file as views of it, its metadata and its size."""
-    with open(path, "rb") as file:
-        size = file.seek(0, 2)
-        file.seek(0)
-        head = file.read(8)
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Let nothing out but DamagedFileError, MemoryError, and OSError with the path."""
+    try:
+        yield
+    except (DamagedFileError, MemoryError):
+        raise
+    except OSError as error:
+        if error.errno is None:
+            raise _damaged(path, 0, type(error).__name__, "a file that can be read") from error
+        if str(path) == str(error.filename):
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    except Exception as error:
+        # This reader did not foresee it. The text of the error may quote the file: its class has to do.
+        raise _damaged(path, 0, type(error).__name__, "a file that can be read") from error
+
+
+class _File(NamedTuple):
+    """An open file: what it says of its arrays, where they are, and what nn.export noted."""
+
+    path: Path
+    file: io.FileIO
+    size: int
+    specs: dict[str, Spec]
+    offsets: dict[str, int]
+    manifest: _Part
+
+    def array(self, name: str) -> np.ndarray:
+        """Read an array into memory that JAX on a CPU takes over without a copy."""
+        spec = self.specs[name]
+        memory = np.empty(spec.nbytes + 64, np.uint8)
+        begin = -memory.ctypes.data % 64
+        memory = memory[begin : begin + spec.nbytes]
+        _fill(self.path, self.file, memory.data, self.offsets[name])
+        if spec.dtype == np.bool_ and memory.size and memory.max() > 1:
+            found = f"{_shown(name)} with bytes that are no booleans"
+            raise _damaged(self.path, self.offsets[name], found, "0 or 1")
+        return memory.view(spec.dtype).reshape([int(size) for size in spec.shape])
+
+
+def _fill(path: Path, file: io.FileIO, memory: memoryview, offset: int) -> None:
+    """Read as many bytes as the memory has; the file may have become shorter since it was opened."""
+    file.seek(offset)
+    done = 0
+    while done < len(memory):
+        count = file.readinto(memory[done:])
+        if not count:
+            raise _damaged(
+                path, offset + done, "the end of the file", f"{len(memory) - done} bytes more"
+            )
+        done += count
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    """Open a file; the other end of a pipe is not waited for."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[_File]:
+    """Open a file and read what it says of itself."""
+    with open(path, "rb", buffering=0, opener=_without_waiting) as file:
+        status = os.fstat(file.fileno())
+        if stat.S_ISDIR(status.st_mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+        if not stat.S_ISREG(status.st_mode):
+            raise _damaged(path, 0, "a pipe or a device", "a file")
+        size = status.st_size
+        head = bytearray(min(8, size))
+        _fill(path, file, memoryview(head), 0)
         length = int.from_bytes(head, "little")
-        if len(head) < 8 or length > min(_LONGEST_HEADER, size - 8):
+        if size < 8 or length > min(_LONGEST_HEADER, size - 8):
             raise _damaged(
                 path, 0, f"a header of {length} bytes in a file of {size}", "a file of nn.export"
             )
-        header = file.read(length)
-        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        header = bytearray(length)
+        _fill(path, file, memoryview(header), 8)
+        allowed = _FLOOR + _MULTIPLE * size
+        tree, cost = _json(path, bytes(header), "header", allowed)
+        specs, offsets = _entries(_Part(path, "header", tree), 8 + length, size)
+        texts = _metadata(_Part(path, "header", tree))
+        manifest = _manifest(path, texts, allowed - cost)
+        yield _File(path, file, size, specs, offsets, manifest)
+
+
+def _json(path: Path, text: bytes, what: str, allowed: int) -> tuple[Any, int]:
+    """Return what a text says, and about how much memory that takes."""
+    # Each value but the first of a container follows one of these.
+    cost = len(text) + _OBJECT * sum(text.count(sign) for sign in (b"[", b"{", b",", b":"))
+    if cost > allowed:
+        raise _damaged(path, 8, f"a {what} of {cost:,} bytes in memory", f"at most {allowed:,}")
     try:
-        entries = json.loads(header.decode("utf-8"))
-        texts = entries.pop("__metadata__", {})
-        items = [(n, e["dtype"], tuple(e["shape"]), *e["data_offsets"]) for n, e in entries.items()]
-        items.sort(key=lambda item: item[3:])
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        raise _damaged(path, 8, "a header that cannot be read", "JSON of safetensors") from None
-    if not isinstance(texts, dict) or not all(isinstance(v, str) for v in texts.values()):
-        raise _damaged(path, 8, "metadata that are no texts", "a dict of text -> text")
-    arrays: dict[str, np.ndarray] = {}
-    begin, position = 8 + length, 0
-    for name, code, shape, start, stop in items:
-        dtype = _DTYPES.get(code) if isinstance(code, str) else None
-        sizes = all(type(n) is int and 0 <= n < 1 << 63 for n in (*shape, start, stop))
-        if dtype is None or not sizes or stop - start != math.prod(shape) * dtype.itemsize:
-            raise _damaged(
-                path, 8, f"{name!r} as {code!r}{list(shape)} at {start}", "its dtype and size"
-            )
+        return json.loads(text.decode("utf-8"), object_pairs_hook=_without_repeats), cost
+    except _Repeated as error:
+        raise _damaged(path, 8, f"a {what} with {error} twice", "each name once") from None
+    except (ValueError, RecursionError):
+        raise _damaged(path, 8, f"a {what} that cannot be read", "JSON") from None
+
+
+class _Repeated(ValueError):
+    """A name that is twice in one object of JSON."""
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        seen: set[str] = set()
+        raise _Repeated(_shown(next(n for n, _ in pairs if n in seen or seen.add(n))))
+    return made
+
+
+def _metadata(header: _Part) -> Mapping[str, str]:
+    return _Part(header, "__metadata__", header.value.get("__metadata__", {})).texts(
+        longest=_LONGEST_HEADER
+    )
+
+
+def _entries(header: _Part, begin: int, size: int) -> tuple[dict[str, Spec], dict[str, int]]:
+    """Return what a header of safetensors says of the arrays, and where they begin in the file."""
+    specs: dict[str, Spec] = {}
+    places: list[tuple[int, int, str]] = []
+    for name, part in header.named().items():
+        if name == "__metadata__":
+            continue
+        dtype, shape, ends = part.fields("dtype", "shape", "data_offsets")
+        spec = Spec(_DTYPES[dtype.one_of(_DTYPES)], tuple(n.number(1 << 63) for n in shape.each()))
+        start, stop = (n.number(1 << 63) for n in ends.each(2))
+        if not _possible(spec) or stop - start != spec.nbytes:
+            raise part.wrong("a shape that numpy has, and as many bytes as it takes")
+        specs[name] = spec
+        places.append((start, stop, name))
+    position = 0
+    for start, stop, name in sorted(places):
         if start != position or begin + stop > size:
             raise _damaged(
-                path, begin + start, f"{name!r} overlaps, or is cut off", f"{stop - start} bytes"
+                header.path,
+                begin + start,
+                f"{_shown(name)} overlaps, or is cut off",
+                f"{stop - start} bytes",
             )
         position = stop
-        count = math.prod(shape)
-        view = np.frombuffer(mapped, dtype, count, begin + start) if count else np.empty(0, dtype)
-        arrays[name] = view.reshape(shape)
     if begin + position != size:
-        raise _damaged(path, begin + position, f"{size - begin - position} bytes more", "the end")
-    return arrays, texts, size
+        found = f"{size - begin - position} bytes more"
+        raise _damaged(header.path, begin + position, found, "the end")
+    return specs, {name: begin + start for start, _, name in places}
 
 
-def _manifest(path: Path, texts: Mapping[str, str]) -> Any:
+def _possible(spec: Spec) -> bool:
+    """Tell whether numpy has arrays of this shape."""
+    sizes = (size for size in spec.shape if isinstance(size, int) and size)
+    return (
+        len(spec.shape) <= _MOST_DIMENSIONS
+        and math.prod(sizes) * max(1, spec.dtype.itemsize) < 1 << 63
+    )
+
+
+def _manifest(path: Path, texts: Mapping[str, str], allowed: int) -> _Part:
     """Return what nn.export noted, if it is unchanged and this code knows the format."""
     text = texts.get(MANIFEST)
     if text is None:
@@ -646,11 +1028,13 @@ def _manifest(path: Path, texts: Mapping[str, str]) -> Any:
         )
     if hashlib.sha256(text.encode()).hexdigest() != texts.get(DIGEST):
         raise _damaged(path, 8, "a manifest with other bytes than written", "its SHA-256")
-    try:
-        manifest = json.loads(text)
-        version = manifest["format"]
-    except (ValueError, LookupError, TypeError, RecursionError):
-        raise _damaged(path, 8, "a manifest that cannot be read", "JSON") from None
+    return checked(path, _json(path, text.encode(), "manifest", allowed)[0])
+
+
+def checked(path: Path, tree: Any) -> _Part:
+    """Return a manifest of the format that this code knows."""
+    manifest = _Part(path, "manifest", tree)
+    version = manifest.named().get("format", _Part(manifest, "format", None)).number(1 << 31)
     if version != FORMAT:
         raise DamagedFileError(
             _message(
@@ -662,18 +1046,165 @@ def _manifest(path: Path, texts: Mapping[str, str]) -> Any:
     return manifest
 
 
-def _require_64_bits(path: Path, what: str, dtype: np.dtype) -> None:
-    if jax.dtypes.canonicalize_dtype(dtype) != dtype:
-        raise RuntimeError(
-            _message(
-                f"loaded {path}, where {what} has dtype {dtype.name}",
-                "64-bit types are off in JAX, which would silently give 32 bits",
-                'jax.config.update("jax_enable_x64", True) at the start of the program',
-            )
-        )
+class _Part:
+    """A part of a JSON text, which knows the way to it: each method takes it as what it has to be.
+
+    Args:
+        parent: the part it is in; for the root, the path of the file.
+        key: its name or number there; for the root, what the text is.
+        value: what JSON says.
+    """
+
+    __slots__ = ("_key", "_parent", "value")
+
+    def __init__(self, parent: _Part | Path, key: str | int, value: Any) -> None:
+        self._parent, self._key, self.value = parent, key, value
+
+    @property
+    def path(self) -> Path:
+        return self._parent.path if isinstance(self._parent, _Part) else self._parent
+
+    def _where(self) -> str:
+        if not isinstance(self._parent, _Part):
+            return str(self._key)
+        return f"{self._parent._where()}[{_shown(self._key)}]"
+
+    def wrong(self, wanted: str) -> DamagedFileError:
+        """Return the error for a part that is not what it has to be."""
+        return _damaged(self.path, 8, f"{self._where()} is {_shown(self.value)}", wanted)
+
+    def _fail(self, wanted: str) -> NoReturn:
+        raise self.wrong(wanted)
+
+    def text(self, longest: int = _LONGEST_NAME) -> str:
+        value = self.value
+        if not isinstance(value, str) or len(value) > longest:
+            raise self.wrong("a text" if longest > _LONGEST_NAME else "a short text")
+        if not value.isascii():
+            try:
+                value.encode()
+            except UnicodeEncodeError:  # half of a pair of surrogates: it cannot be printed
+                raise self.wrong("a text of Unicode") from None
+        return value
+
+    def one_of(self, texts: Any) -> str:
+        value = self.value
+        if not isinstance(value, str) or value not in texts:
+            raise self.wrong(f"one of {_listed(texts)}")
+        return value
+
+    def number(self, stop: int) -> int:
+        if type(self.value) is not int or not 0 <= self.value < stop:
+            raise self.wrong(f"a whole number from 0 to {stop - 1}")
+        return self.value
+
+    def key(self) -> str | int:
+        """Take it as a key of a dict of arrays."""
+        if type(self.value) is int and abs(self.value) < 1 << 63:
+            return self.value
+        return self.text()
+
+    def flag(self) -> bool:
+        return self.value if isinstance(self.value, bool) else self._fail("true or false")
+
+    def each(self, length: int | None = None) -> Iterator[_Part]:
+        """Return the items of a list."""
+        value = self.value
+        if not isinstance(value, list) or length not in (None, len(value)):
+            raise self.wrong("a list" if length is None else f"a list of {length}")
+        return (_Part(self, i, item) for i, item in enumerate(value))
+
+    def named(self) -> dict[str, _Part]:
+        """Return the values of an object by name."""
+        if not isinstance(self.value, dict):
+            raise self.wrong("an object with names")
+        return {
+            _Part(self, "a name", n).text(): _Part(self, n, item) for n, item in self.value.items()
+        }
+
+    def fields(self, *names: str) -> list[_Part]:
+        """Return the values of an object that has these names and no others."""
+        value = self.value
+        if not isinstance(value, dict) or set(value) != set(names):
+            raise self.wrong(f"an object with exactly {', '.join(names)}")
+        return [_Part(self, name, value[name]) for name in names]
+
+    def texts(self, longest: int = _LONGEST_NAME) -> dict[str, str]:
+        return {name: part.text(longest) for name, part in self.named().items()}
+
+    def spec(self, named: set[str]) -> Spec:
+        """Take it as a dtype and a shape, such as ``float32[b, 3]``; `named` takes names of dimensions."""
+        text = self.text(_LONGEST_SHAPE)
+        dtype, bracket, shape = text.removesuffix("]").partition("[")
+        if dtype not in _NAMED or not bracket or not text.endswith("]"):
+            raise self.wrong("a dtype and a shape, such as float32[b, 3]")
+        try:
+            spec = Spec(_NAMED[dtype], _Shapes(shape, named).sizes())
+        except ValueError as error:
+            raise self.wrong(f"a shape that JAX prints ({error})") from None
+        return spec if _possible(spec) else self._fail("a shape that numpy has")
+
+    def constraint(self, named: set[str]) -> str:
+        """Take it as a comparison of two sizes, such as ``t <= 512``."""
+        text = self.text()
+        sides = re.split("==|<=|>=", text)
+        try:
+            if len(sides) != 2:
+                raise ValueError("no comparison, or several")
+            for side in sides:
+                _Shapes(side, named).whole()
+        except ValueError as error:
+            raise self.wrong(f"a constraint such as 't <= 512' ({error})") from None
+        return text
+
+    def tree(
+        self, leaves: list[int], classes: dict[tuple[str, ...], type], depth: int = 0
+    ) -> _Tree:
+        """Take it as a tree; the numbers of its leaves go into `leaves`."""
+        value = self.value
+        if value is None:
+            return None
+        if not isinstance(value, list):
+            leaves.append(self.number(1 << 31))
+            return value
+        if depth > _DEEPEST:
+            raise _damaged(self.path, 8, "a tree that is nested too deeply", f"{_DEEPEST} levels")
+        parts = list(self.each(3 if len(value) == 3 else 2))
+        kind, items = parts[0].text(), list(parts[1].each())
+        keys: tuple[Any, ...] = ()
+        if len(parts) == 3:
+            container = _named_tuple(kind, parts[2], len(items), classes)
+        elif kind == "dict":
+            container = dict
+            pairs = [list(item.each(2)) for item in items]
+            keys = tuple(key.key() for key, _ in pairs)
+            items = [item for _, item in pairs]
+            if len(set(keys)) < len(keys):
+                raise self.wrong("a dict with each key once")
+        else:
+            container = {"list": list, "tuple": tuple}[parts[0].one_of(("list", "tuple", "dict"))]
+        return Node(container, keys, tuple(i.tree(leaves, classes, depth + 1) for i in items))
+
+
+def _named_tuple(
+    kind: str, fields: _Part, length: int, classes: dict[tuple[str, ...], type]
+) -> type:
+    """Return the class of named tuples with these fields; a file may have some of them."""
+    if length > _MOST_FIELDS:
+        raise fields.wrong(f"at most {_MOST_FIELDS} fields")
+    names = (kind, *(part.text() for part in fields.each(length)))
+    if names not in classes:
+        if len(classes) == _MOST_KINDS:
+            raise fields.wrong(f"at most {_MOST_KINDS} kinds of named tuples")
+        try:
+            classes[names] = collections.namedtuple(kind, names[1:])  # refuses what is no name
+        except (ValueError, SyntaxError):
+            raise fields.wrong("names of Python, for a named tuple") from None
+    return classes[names]
 
 
 def _damaged(path: Path, offset: int, found: str, expected: str) -> DamagedFileError:
+    """Return the error for a file that is not as it should be, with the place."""
     return DamagedFileError(
         _message(
             f"{path}, at byte {offset}: {found}",
@@ -691,9 +1222,21 @@ def _message(what: str, why: str, instead: str) -> str:
     return f"{what}\n  Why: {why}\n  Instead: {instead}"
 
 
+def _shown(value: Any) -> str:
+    """Return a short text for what a file holds; of containers only the size."""
+    if isinstance(value, str):
+        return repr(value) if len(value) <= 80 else f"{value[:60]!r} ..."
+    if isinstance(value, int) and value.bit_length() > 64:
+        return f"a number of {value.bit_length()} bits"
+    if value is None or isinstance(value, (int, float)):
+        return repr(value)
+    kind = {dict: "an object", list: "a list"}.get(type(value), type(value).__name__)
+    return f"{kind} of {len(value)}" if hasattr(value, "__len__") else kind
+
+
 def _listed(names: Any) -> str:
     names = list(names)
-    shown = ", ".join(repr(n) for n in names[:8])
+    shown = ", ".join(_shown(n) for n in names[:8])
     return (shown or "nothing") + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
 

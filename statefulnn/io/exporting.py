@@ -29,6 +29,7 @@ from statefulnn.io import exported
 from statefulnn.io._atomic import replacing
 from statefulnn.io._export_programs import lowered, refused
 from statefulnn.io._export_tasks import named, task_of
+from statefulnn.io._reading import reading
 from statefulnn.io._safetensors import DTYPES, NAMES, write
 from statefulnn.io.exported import DIGEST, FORMAT, MANIFEST, PROGRAM, ExportedModule
 
@@ -128,6 +129,13 @@ def export(
         "metadata": texts,
     }
     text = json.dumps(manifest)
+    specs = {n: exported.Spec(a.dtype, a.shape) for n, a in {**weights, **blobs}.items()}
+    try:  # what the reader would refuse is not written
+        ExportedModule(path, exported.checked(path, json.loads(text)), specs)
+    except exported.DamagedFileError as error:
+        what, why, _ = str(error).split("\n", 2)
+        what, why = what.removeprefix(f"{path}, at byte 8: "), why.removeprefix("  Why: ")
+        raise refused(f"with what a file cannot hold: {what}", why, "leave it out") from None
     # What nn.load reads: the weights in their order, with their ties.
     notes = {"order": [*weights, *ties], "ties": ties}
     header = {
@@ -154,9 +162,12 @@ def load_exported(path: str | os.PathLike, *, device: Any = None) -> ExportedMod
         ``functionalize`` for gradients, and ``describe()``.
 
     Raises:
-        CheckpointError: for a file that is cut off, changed, of another format or a newer version.
-        FileNotFoundError: if there is none.
+        CheckpointError: for a file that is cut off, changed, of another format or a newer version, or that
+            nn.export cannot have written.
+        OSError: of the operating system, with the path: FileNotFoundError if there is none.
+        MemoryError: if the weights do not fit into memory.
         RuntimeError: if it holds 64-bit arrays, and JAX's 64-bit types are off.
+        ValueError: for ``device="meta"``; of JAX, for a sharding that does not fit a weight.
 
     Example: see `export`.
     """
@@ -169,10 +180,12 @@ def load_exported(path: str | os.PathLike, *, device: Any = None) -> ExportedMod
                 "nn.load_exported(path).describe() for shapes",
             )
         )
-    try:
-        return exported.load_exported(path, device=place)
-    except exported.DamagedFileError as error:
-        raise CheckpointError(str(error)) from None
+    with reading(Path(path)):
+        try:
+            module = exported.read(Path(path))
+        except exported.DamagedFileError as error:
+            raise CheckpointError(str(error)) from None
+    return module.placed(place)
 
 
 def _weights(plan: Plan) -> tuple[dict[str, np.ndarray], list, dict[str, str]]:

@@ -148,9 +148,10 @@ def _child(
     with open(Path(folder, "current"), "w") as current:
         for number in range(first, first + count):
             path, change = fuzzer.write(random.Random(f"{seed}:{number}"))
+            change = change[:2000].encode("ascii", "backslashreplace").decode()
             current.seek(0)
             current.truncate()
-            current.write(f"file {number}: {change[:2000]}")
+            current.write(f"file {number}: {change}")
             current.flush()
             try:
                 with _processor_time(seconds):
@@ -160,7 +161,7 @@ def _child(
                 found = None if isinstance(error, TooSlow) else fuzzer.outcome(error, path)
                 if found is None:
                     text = "".join(traceback.format_exception(error))[-2500:]
-                    failures.append(f"file {number}: {change[:2000]}\n{text}")
+                    failures.append(f"file {number}: {change}\n{text}")
                     if len(failures) == 5:
                         break
                 else:
@@ -255,8 +256,8 @@ def changed_tree(tree: Any, random: random.Random, pool: list[Any] = HOSTILE) ->
     for _ in range(random.choice([1, 1, 1, 2, 3])):
         places = list(_places(tree, ()))
         where = random.choice(places)
-        # The deepest places are the most: half of the changes are to be near the root.
-        where = where[: random.randint(1, len(where))] if random.random() < 0.5 else where
+        # The deepest places are the most: some of the changes are to be near the root.
+        where = where[: random.randint(1, len(where))] if random.random() < 0.2 else where
         notes.append(_change(tree, where, places, random, pool))
     return tree[""], "; ".join(notes)
 
@@ -327,7 +328,8 @@ def _near(value: Any, random: random.Random) -> Any:
     if isinstance(value, bool):
         return not value
     if isinstance(value, int):
-        return random.choice([value + 1, value - 1, -value, value * 2, float(value), str(value)])
+        other = float(value) if abs(value) < 2**64 else 0.5
+        return random.choice([value + 1, value - 1, -value, value * 2, other, str(value)])
     if not value:
         return " "
     at = random.randrange(len(value))
