@@ -119,7 +119,7 @@ def read(path: Path) -> ExportedModule:
             module._params[name] = own
         for method in module.methods.values():
             for program in method._programs:
-                program.take(path, file.array(program.name).tobytes())
+                program.take(file.array(program.name).tobytes())
         return module
 
 
@@ -479,7 +479,7 @@ class _Program:
     def __init__(
         self, name: str, entry: _Part, platforms: tuple[str, ...], arrays: dict[str, Spec]
     ) -> None:
-        self.name = name
+        self.name, self._path = name, entry.path
         parts = entry.fields(
             *("sha256", "calling_convention", "kept", "global_constants", "constraints"),
             *("in", "out"),
@@ -522,12 +522,11 @@ class _Program:
         self._blob = b""
         self._exported: Any = None
 
-    def take(self, path: Path, blob: bytes) -> None:
+    def take(self, blob: bytes) -> None:
         """Take the bytes of the program, if they are the ones that were written."""
         if hashlib.sha256(blob).hexdigest() != self._sha256:
-            raise _damaged(
-                path, 8, f"{_shown(self.name)} with other bytes than written", "its SHA-256"
-            )
+            found = f"{_shown(self.name)} with other bytes than written"
+            raise _damaged(self._path, 8, found, "its SHA-256")
         self._blob = blob
 
     def transposed(self) -> tuple[list[Spec], list[Spec]]:
@@ -540,19 +539,31 @@ class _Program:
     def call(self, args: Sequence[Any]) -> list[Any]:
         """Run it on a flat list of arrays."""
         if self._exported is None:
-            scope = jax.export.SymbolicScope(self._constraints)
-            ins = [_struct(spec, scope) for spec in self.ins]
-            outs = [_struct(spec, scope) for spec in self.outs]
-
-            def nothing(*_: Any) -> tuple:
-                return tuple(jnp.zeros(o.shape, o.dtype) for o in outs)
-
-            jitted = jax.jit(nothing)
-            template = jax.export.export(jitted, platforms=self._platforms)(*ins)
+            try:
+                template = self._template()
+            except (ValueError, TypeError, NotImplementedError) as error:
+                raise ValueError(
+                    _message(
+                        f"called {_shown(self._fields['fun_name'])} of {self._path}",
+                        f"JAX does not take its shapes and constraints: {str(error)[:500]}",
+                        "export the model again",
+                    )
+                ) from error
             self._exported = dataclasses.replace(
                 template, mlir_module_serialized=self._blob, **self._fields
             )
         return list(self._exported.call(*args))
+
+    def _template(self) -> Any:
+        """Export a function that does nothing, with the same shapes."""
+        scope = jax.export.SymbolicScope(self._constraints)
+        ins = [_struct(spec, scope) for spec in self.ins]
+        outs = [_struct(spec, scope) for spec in self.outs]
+
+        def nothing(*_: Any) -> tuple:
+            return tuple(jnp.zeros(o.shape, o.dtype) for o in outs)
+
+        return jax.export.export(jax.jit(nothing), platforms=self._platforms)(*ins)
 
 
 def _differentiable(programs: Sequence[_Program], name: str) -> Callable:

@@ -350,6 +350,25 @@ def test_every_shape_that_jax_prints_is_read():
         assert named == {str(n) for n in (b, t, height) if re.search(rf"\b{n}\b", printed)}
 
 
+@pytest.mark.parametrize(
+    ("constraints", "text"),
+    [
+        (["3 >= 5"], "Unsatisfiable explicit constraint: 3 >= 5"),
+        (["b >= 5", "b <= 3"], "Unsatisfiable constraint"),
+        (["2*b + 1 == 3"], "Invalid equality constraint"),
+    ],
+)
+def test_constraints_that_jax_cannot_solve_are_an_error_of_the_call(constraints, text, tmp_path):
+    header, manifest, body = taken_apart(honest("plain"))
+    put(*PROGRAM, "constraints", constraints)(manifest)
+    with_manifest(header, manifest)
+    (tmp_path / "m").write_bytes(joined(header, body))
+    loaded = nn.load_exported(tmp_path / "m")
+    with pytest.raises(ValueError, match=text) as error:
+        loaded(np.ones((2, 3), np.float32))
+    assert str(tmp_path / "m") in str(error.value)
+
+
 # --------------------------------------------------------------------------------------------------
 # The header
 
