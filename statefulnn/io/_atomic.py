@@ -3,36 +3,147 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import hashlib
 import os
-import uuid
+import re
+import stat
 from collections.abc import Iterator
 from pathlib import Path
+
+from statefulnn.io._locks import marked, removed, sweep
+
+# Names of files may have 255 bytes, and a temporary name is longer than the name it stands for.
+_LONGEST = 200
+# What a file system answers that has no way to wait for the names in a folder.
+_UNFLUSHED = {errno.EINVAL, errno.ENOTSUP, errno.EACCES, errno.EPERM, errno.EBADF, errno.ENOSYS}
 
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Give a temporary file in the same folder, which takes the place of `path` at the end.
+    """Give a name for a new file on the same disk, which takes the place of `path` at the end.
 
-    It is on the disk before it gets its name, so that a crash leaves one of the two files. After an
-    exception the old one is as it was.
+    It is on the disk before it gets its name, so that a crash leaves one of the two files; what a killed
+    process leaves beside it goes with the next call for the same path. After an exception the old file is
+    as it was. A link stays a link, and the file it leads to is replaced.
+
+    Raises:
+        OSError: with `path`, if the folder is missing, may not be written, or the disk is full.
     """
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    target = Path(os.path.realpath(path))
+    before = _mode(path, target)
+    label = target.name
+    if len(os.fsencode(label)) > _LONGEST:
+        label = hashlib.sha256(os.fsencode(label)).hexdigest()[:16]
+    parts = re.compile(rf"\.{re.escape(label)}\.([0-9a-f]{{8}})\.(?:tmp|saving)")
+
+    def run_of(name: str) -> str | None:
+        match = parts.fullmatch(name)
+        return match[1] if match else None
+
+    def marker(run: str) -> Path:
+        return target.with_name(f".{label}.{run}.saving")
+
+    with naming(path, target.parent):
+        sweep(target.parent, run_of, marker, lambda names, _: names)
+        run, lock = marked(marker)
+        # In a folder of its own: a library may have temporary files too, beside the one it is told to write.
+        room = target.with_name(f".{label}.{run}.tmp")
+        try:
+            room.mkdir()
+            temporary = room / target.name
+            yield temporary
+            flushed(temporary)
+            # Libraries make files for the user alone; the old file says who is to read the new one.
+            os.chmod(temporary, lock.mode if before is None else stat.S_IMODE(before))
+            os.replace(temporary, target)
+            flushed(target.parent)
+        finally:
+            removed(room)
+            lock.close(remove=True)
+
+
+def _mode(path: Path, target: Path) -> int | None:
+    """Return the mode of the old file, None if there is none.
+
+    Raises:
+        OSError: for what no file can take the place of.
+    """
     try:
-        yield temporary
-        flushed(temporary)
-        os.replace(temporary, path)
-        flushed(path.parent)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            temporary.unlink()
+        mode = os.lstat(target).st_mode
+    except OSError:  # it is not there yet; making the new one says what else there is
+        return None
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if stat.S_ISLNK(mode):  # links that lead to each other
+        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path))
+    if not stat.S_ISREG(mode):
+        raise OSError(errno.EINVAL, "A pipe or a device cannot be replaced by a file", str(path))
+    return mode
+
+
+@contextlib.contextmanager
+def naming(path: Path, folder: Path) -> Iterator[None]:
+    """Let errors of the system name the path that the user gave, not the files that stand for it.
+
+    Args:
+        path: what the user gave.
+        folder: where files are made.
+    """
+    try:
+        yield
+    except OSError as error:
+        name = error.filename
+        ours = not isinstance(name, (str, bytes)) or folder in Path(os.fsdecode(name)).parents
+        if error.errno is None or not ours:
+            raise
+        raise _named(error.errno, path, folder) from None
+    except Exception as error:
+        # Libraries in Rust put the system's number into the text of their own error.
+        found = re.search(r"\(os error (\d+)\)", str(error))
+        if found is None:
+            raise
+        raise _named(int(found[1]), path, folder) from None
+
+
+def _named(number: int, path: Path, folder: Path) -> OSError:
+    if number == errno.ENOENT:
+        missing = next((p for p in (folder, *folder.parents) if p.parent.is_dir()), folder)
+        if not missing.exists():
+            text = f"No folder {str(missing)!r}, make it first with os.makedirs({str(folder)!r})"
+            return FileNotFoundError(number, text, str(path))
+    return OSError(number, os.strerror(number), str(path))  # of the class that fits the number
 
 
 def flushed(path: Path) -> None:
     """Wait until a file's contents, or a folder's names, are on the disk."""
-    if path.is_dir() and os.name == "nt":  # a folder cannot be opened there
+    folder = path.is_dir()
+    if folder and os.name == "nt":  # a folder cannot be opened there
         return
-    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        descriptor = os.open(path, os.O_RDONLY if folder else os.O_RDWR)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if not folder or error.errno not in _UNFLUSHED:
+            raise
+
+
+def content_of(path: Path, limit: int | None = None) -> bytes:
+    """Return what a file holds, without waiting for anybody who would write to a pipe.
+
+    Args:
+        path: the file.
+        limit: how many bytes to read at most; None for all.
+
+    Raises:
+        OSError: if it cannot be opened, or is no regular file.
+    """
+    flags = os.O_RDONLY | sum(getattr(os, n, 0) for n in ("O_CLOEXEC", "O_NONBLOCK", "O_BINARY"))
+    descriptor = os.open(path, flags)
+    with os.fdopen(descriptor, "rb") as file:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "not a regular file", str(path))
+        return file.read(-1 if limit is None else limit)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from statefulnn.core.box import from_numpy
-from statefulnn.core.errors import explain
+from statefulnn.core.errors import CheckpointError, StateDictError, explain
 from statefulnn.core.placement import META, resolve_device
 from statefulnn.io._snapshot import wanted
 from statefulnn.io._stored import jax_has
@@ -54,13 +54,67 @@ def arrays_of(
     arrays: dict[str, dict[str, Any]] = {label: {} for label in have}
     for label, values in have.items():
         for name, value in values.items():
-            dtype, shape = notes[label]["specs"][name]
-            array = np.zeros(shape, np.dtype(dtype)) if 0 in shape else found[label][name]
-            impl = notes[label]["keys"].get(name)
-            if impl is not None:
-                array = jax.random.wrap_key_data(jnp.asarray(array), impl=impl)
+            array = _as_noted(f"{label}.{name}", found.get(label, {}).get(name), notes[label], name)
+            if value is not None and not isinstance(value, np.ndarray):
+                _check_narrowing(f"{label}.{name}", array, value.dtype)
             arrays[label][name] = _placed_like(array, places[label, name], value)
     return arrays
+
+
+def _as_noted(label: str, array: Any, notes: Mapping[str, Any], name: str) -> Any:
+    """Return an array of the file as what the notes say it is.
+
+    Raises:
+        CheckpointError: if it is something else.
+    """
+    dtype, shape = notes["specs"][name]
+    impl = notes["keys"].get(name)
+    if 0 in shape:
+        return np.zeros(shape, np.dtype(dtype))
+    text = None
+    if impl is not None:
+        try:
+            array = jax.random.wrap_key_data(jnp.asarray(array), impl=impl)
+            text = str(array.dtype)
+        except (TypeError, ValueError):
+            text = f"no random keys of {impl!r}"
+    elif hasattr(array, "dtype"):
+        text = str(np.dtype(array.dtype).newbyteorder("="))
+        dtype = str(np.dtype(dtype).newbyteorder("="))
+    if text != dtype or list(array.shape) != shape:
+        raise CheckpointError(
+            explain(
+                f"read {label!r} from a checkpoint",
+                f"the file holds {text or 'no array'} of shape {getattr(array, 'shape', None)}, and the "
+                f"notes beside it say {dtype} of shape {tuple(shape)}",
+                "another step of the run",
+            )
+        )
+    return array
+
+
+def _check_narrowing(label: str, array: Any, dtype: Any) -> None:
+    """Raise if integers would be cut off.
+
+    Raises:
+        StateDictError: with the name and the values.
+    """
+    integers = all(jnp.issubdtype(d, jnp.integer) for d in (array.dtype, dtype))
+    if not integers or not array.size:
+        return
+    have, want = jnp.iinfo(array.dtype), jnp.iinfo(dtype)
+    if want.min <= have.min and have.max <= want.max:
+        return
+    low, high = int(array.min()), int(array.max())
+    if low < want.min or high > want.max:
+        raise StateDictError(
+            explain(
+                f"restored {label!r} of {array.dtype} into an array of {jnp.dtype(dtype)}",
+                f"it holds numbers from {low} to {high}, and there is room for {want.min} to {want.max}",
+                'build the object with the saved dtype; jax.config.update("jax_enable_x64", True) '
+                "allows 64 bits",
+            )
+        )
 
 
 def _place(device: Any, label: str, shape: tuple[int, ...], value: Any) -> Any:

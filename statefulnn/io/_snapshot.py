@@ -23,6 +23,7 @@ from statefulnn.core.module import Module
 from statefulnn.core.placement import is_meta
 from statefulnn.core.state_dict import _dtype_kind as dtype_kind
 from statefulnn.core.uninitialized import is_lazy
+from statefulnn.io._run_notes import stored_dtype
 
 
 @dataclass
@@ -300,6 +301,8 @@ def _storable(label: str, value: Any, name: str, keys: dict[str, str]) -> Any:
             raise _unsaved(label, "it is an array of no random keys")
         keys[name] = str(jax.random.key_impl(value))
         return jax.random.key_data(value)
+    if stored_dtype(str(value.dtype)) is None:
+        raise _unsaved(label, f"it is of dtype {value.dtype}")
     # What is not JAX's may change after this: a copy.
     return value if isinstance(value, jax.Array) else np.array(value)
 

@@ -19,8 +19,10 @@ import jax
 
 from statefulnn.core.errors import CheckpointError, StateDictError, explain
 from statefulnn.core.extras import import_extra
+from statefulnn.io._locks import LockFile
 from statefulnn.io._run_arrays import arrays_of
-from statefulnn.io._run_folder import close_at_exit, lock_of, silence
+from statefulnn.io._run_folder import check_files, close_at_exit, lock_of, silence
+from statefulnn.io._run_notes import FORMAT, is_number, read_notes
 from statefulnn.io._snapshot import (
     Report,
     compared,
@@ -29,8 +31,10 @@ from statefulnn.io._snapshot import (
     taken,
 )
 
-FORMAT = 1
 ARRAYS, NOTES, DELETED = "arrays", "statefulnn", ".deleted"
+
+
+_inherited: list[Any] = []
 
 
 @dataclass(frozen=True)
@@ -117,7 +121,8 @@ class Checkpointer:
         )
         silence()
         self._opened: Any = None
-        self._lock: Any = None
+        self._lock: LockFile | None = None
+        self._process = os.getpid()
 
     # ----------------------------------------------------------------------------------------------
     # Saving
@@ -187,6 +192,7 @@ class Checkpointer:
         Raises:
             CheckpointError: if it could not be written.
         """
+        self._notice_fork()
         if self._opened is None:
             return
         try:
@@ -199,6 +205,8 @@ class Checkpointer:
 
     def close(self) -> None:
         """Wait, and let go of the folder; a closed Checkpointer opens again when it is used.
+
+        In a forked process it does nothing: what is open is the parent's.
 
         Raises:
             CheckpointError: if the last step could not be written.
@@ -231,6 +239,7 @@ class Checkpointer:
             return []
         with self._surfacing("look for steps"):
             manager = self._manager()
+            check_files(self.folder)
             manager.reload()
             return sorted(manager.all_steps())
 
@@ -335,6 +344,7 @@ class Checkpointer:
             )
             wanted = args.PyTreeRestore(item=item, restore_args=tree, partial_restore=True)
             with self._surfacing(f"read step {step}"):
+                check_files(self.folder, step)
                 return self._manager().restore(step, args=args.Composite(**{ARRAYS: wanted}))[
                     ARRAYS
                 ]
@@ -361,18 +371,31 @@ class Checkpointer:
                 # A step that is being deleted would look complete: it is moved away first, then swept away.
                 todelete_subdir=DELETED,
                 # What a killed process left; a living one holds the lock.
-                cleanup_tmp_directories=self._lock is not None,
+                cleanup_tmp_directories=self._lock is not None and bool(self._lock.held),
             )
             with self._surfacing("open the folder"):
+                if self.folder.is_dir():
+                    check_files(self.folder)
                 self._opened = orbax.CheckpointManager(self.folder, options=options)
             close_at_exit(self)
         return self._opened
 
+    def _notice_fork(self) -> None:
+        """Forget in a forked process what is the parent's: its lock, and what its threads write."""
+        if self._process != os.getpid():
+            self._process = os.getpid()
+            _inherited.append(
+                self._opened
+            )  # what it does when it goes would wait for those threads
+            self._opened = self._lock = None
+
     def _own(self) -> None:
         """Take the folder for writing, or raise if another one writes there."""
+        self._notice_fork()
         if self._lock is not None or jax.process_index() != 0:
             return
-        self._lock = lock_of(self.folder)
+        with self._surfacing("lock the folder"):
+            self._lock = lock_of(self.folder)
         if self._opened is not None:
             # It was opened for reading; opened again, it cleans up what a killed process left.
             self._opened.close()
@@ -429,10 +452,10 @@ class Checkpointer:
         return found
 
     def _notes(self, step: int) -> dict[str, Any]:
-        args = self._orbax.args.Composite(**{NOTES: self._orbax.args.JsonRestore()})
+        path = self.folder / str(step) / NOTES / "metadata"
         with self._surfacing(f"read step {step}"):
-            content = self._manager().restore(step, args=args)[NOTES]
-        if not isinstance(content, dict) or content.get("format") != FORMAT:
+            content = read_notes(path) if path.parent.is_dir() else None
+        if content is None:
             raise CheckpointError(
                 explain(
                     f"read step {step} of {self.folder}",
@@ -456,8 +479,8 @@ class Checkpointer:
 
     def _score(self, metrics: Mapping[str, float] | None) -> Any:
         """Return what is large for a good step; None without the metric."""
-        value = (metrics or {}).get(self.best_by)
-        if value is None:
+        value = metrics.get(self.best_by) if isinstance(metrics, Mapping) else None
+        if not is_number(value):  # orbax hands on what a file says
             return None
         value = value if self.best_mode == "max" else -value
         return -math.inf if math.isnan(value) else value
@@ -477,7 +500,7 @@ class Checkpointer:
             raise CheckpointError(
                 explain(
                     f"could not {doing} in {self.folder}",
-                    f"{type(error).__name__}: {error}",
+                    f"{type(error).__name__}: {str(error)[:2000]}",
                     "look at the disk and the folder; steps that are complete are as they were: "
                     "checkpointer.steps()",
                 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import os
 import random
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ import pytest
 
 import statefulnn as nn
 from tests.devices import run_on_devices
+from tests.io.fuzzing import Fuzzer, changed_tree, dumps, run_fuzz
 
 ROOT = Path(__file__).resolve().parents[2]
 X = jnp.asarray(np.random.default_rng(0).standard_normal((32, 4)), jnp.float32)
@@ -677,6 +680,304 @@ def test_arrays_go_to_other_shardings_and_other_numbers_of_devices(before, after
     )
     run_on_devices(before, save)
     run_on_devices(after, restore)
+
+
+# --------------------------------------------------------------------------------------------------
+# Forked processes, file systems without locks
+
+FORKED = program(
+    "import time, warnings\n"
+    "warnings.simplefilter('ignore')  # JAX warns of every fork\n"
+    "model = nn.Linear(2, 2)\n"
+    "if sys.argv[2] == 'before':\n"
+    "    checkpointer = nn.Checkpointer(folder)\n"
+    "else:\n"
+    "    checkpointer = nn.Checkpointer(folder)\n"
+    "    checkpointer.save(0, model=model)\n"
+    "    checkpointer.wait()\n"
+    "if os.fork() == 0:\n"
+    "    time.sleep(3600)\n"
+    "if sys.argv[2] == 'before':\n"
+    "    checkpointer.save(0, model=model)\n"
+    "    checkpointer.wait()\n"
+    "print('ready', flush=True)\n"
+    "if sys.stdin.readline().strip() == 'close':\n"
+    "    checkpointer.close()\n"
+    "    print('closed', flush=True)\n"
+    "    sys.stdin.readline()\n"
+)
+
+
+@pytest.mark.parametrize("order", ["before", "after"])
+@pytest.mark.parametrize("end", ["close", "kill"])
+def test_a_folder_is_free_when_its_run_ends_though_a_forked_worker_lives(order, end, tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, "-c", FORKED, str(tmp_path), order],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
+    )
+    assert process.stdin is not None and process.stdout is not None
+    try:
+        assert process.stdout.readline() == "ready\n"
+        with nn.Checkpointer(tmp_path) as checkpointer:
+            with pytest.raises(nn.CheckpointError, match=f"where process {process.pid} saves"):
+                checkpointer.save(1, model=nn.Linear(2, 2))
+            if end == "close":
+                process.stdin.write("close\n")
+                process.stdin.flush()
+                assert process.stdout.readline() == "closed\n"
+            else:
+                process.kill()
+                process.wait()
+            checkpointer.save(1, model=nn.Linear(2, 2))
+            assert checkpointer.steps() == [0, 1]
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+
+def test_a_forked_child_may_look_and_leaves_the_run_to_its_parent(tmp_path):
+    code = program(
+        "import warnings\n"
+        "warnings.simplefilter('ignore')  # JAX warns of every fork\n"
+        "model = nn.Linear(300, 300)\n"
+        "checkpointer = nn.Checkpointer(folder, keep_last=None)\n"
+        "checkpointer.save(0, model=model, extra={'epoch': 3})\n"
+        "checkpointer.wait()\n"
+        "checkpointer.save(1, model=model)\n"
+        "os.makedirs(folder + '/.deleted/7')\n"
+        "child = os.fork()\n"
+        "if child == 0:\n"
+        "    assert 0 in checkpointer.steps() and checkpointer.metrics(0) == {}\n"
+        "    for write in (lambda: checkpointer.save(9, a=1), lambda: checkpointer.delete(0)):\n"
+        "        try:\n"
+        "            write()\n"
+        "        except nn.CheckpointError as error:\n"
+        "            assert f'where process {os.getppid()} saves' in str(error), error\n"
+        "        else:\n"
+        "            raise AssertionError('it wrote')\n"
+        "    checkpointer.close()\n"
+        "    assert os.path.exists(folder + '/.deleted/7')\n"
+        "    sys.exit(3)\n"
+        "assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 3\n"
+        "try:\n"
+        "    nn.Checkpointer(folder).save(2, model=model)\n"
+        "except nn.CheckpointError:\n"
+        "    checkpointer.save(2, model=model)\n"
+        "print(checkpointer.steps())\n"
+    )
+    out, err = start(code, str(tmp_path)).communicate(timeout=600)
+    assert out == "[0, 1, 2]\n" and not err, err
+
+
+def test_without_locks_a_run_is_saved_with_a_warning(tmp_path, monkeypatch):
+    from statefulnn.io import _locks
+
+    def refuse(_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(_locks, "_lock", refuse)
+    with nn.Checkpointer(tmp_path, keep_last=1) as checkpointer:
+        with pytest.warns(UserWarning, match="without locks"):
+            checkpointer.save(0, model=nn.Linear(1, 1))
+        checkpointer.save(1, model=nn.Linear(1, 1))
+        with pytest.raises(nn.CheckpointError, match=f"where process {os.getpid()} saves"):
+            nn.Checkpointer(tmp_path).save(2, model=nn.Linear(1, 1))
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".lock", "1"]
+
+
+# --------------------------------------------------------------------------------------------------
+# Folders of strangers
+
+
+class Strange(Fuzzer):
+    """Steps whose notes, or metrics, something else wrote."""
+
+    def setup(self) -> None:
+        self.model, self.order = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3)), nn.Generator(0)
+        self.model[1].weight = self.model[1].bias
+        self.model.keys = nn.Buffer(jax.random.split(jax.random.key(0), 2), persistent=False)
+        self.model.masks = nn.Generator(5)
+        with nn.Checkpointer(self.folder) as checkpointer:
+            checkpointer.save(
+                0,
+                metrics={"loss": 0.5},
+                model=self.model,
+                order=self.order,
+                extra={"epoch": [1, {"a": None}]},
+                table={"a": np.arange(3), "b": np.zeros((0, 2)), "c": "text"},
+            )
+        self.files = [self.folder / "0/statefulnn/metadata", self.folder / "0/metrics/metrics"]
+        self.honest = [file.read_text() for file in self.files]
+        self.load(self.folder)
+
+    def write(self, random: random.Random) -> tuple[Path, str]:
+        for file, text in zip(self.files, self.honest, strict=True):
+            file.write_text(text)
+        which = random.random() < 0.1
+        tree, change = changed_tree(json.loads(self.honest[which]), random)
+        self.files[which].write_text(dumps(tree))
+        return self.folder, ascii(f"{self.files[which].name}: {change}")
+
+    def load(self, path: Path) -> None:
+        checkpointer = nn.Checkpointer(path, keep_best=1)
+        assert checkpointer.steps() == [0]
+        checkpointer.best_step()
+        before = self.held()
+        try:
+            done = checkpointer.restore(
+                0,
+                model=self.model,
+                order=self.order,
+                device=lambda name, shape: None,
+                strict=False,
+            )
+            assert all(type(v) is float for v in done.metrics.values())
+            json.dumps([done.data.get("extra"), str(done.report)])
+        except BaseException:
+            after = self.held()
+            for left, right in zip(before, after, strict=True):
+                np.testing.assert_array_equal(left, right)
+            raise
+
+    def held(self) -> list[np.ndarray]:
+        state = [*self.model.state_dict().values(), jax.random.key_data(self.model.keys)]
+        return [np.array(v) for v in (*state, self.model.masks.state, self.order.state)]
+
+    def outcome(self, error: Exception, path: Path) -> str | None:
+        if type(error) is nn.StateDictError:
+            return "StateDictError"
+        return super().outcome(error, path)
+
+
+@pytest.mark.parametrize("count", [200, pytest.param(10_000, marks=pytest.mark.long)])
+def test_notes_that_something_else_wrote_are_read_or_refused(count):
+    outcomes = run_fuzz("tests.io.test_checkpointer:Strange", count=count, seed=1)
+    assert outcomes["loaded"] > count / 50 and outcomes["CheckpointError"] > count / 2, outcomes
+
+
+def changed_notes(folder: Path, change: Callable[[dict], object]) -> None:
+    path = folder / "0" / "statefulnn" / "metadata"
+    notes = json.loads(path.read_text())
+    change(notes)
+    path.write_text(json.dumps(notes))
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (lambda n: n.pop("metrics"), "the notes is"),
+        (lambda n: n["metrics"].update(loss="low"), r"metrics\['loss'\] is 'low'"),
+        (lambda n: n["objects"]["model"].update(kind="modules"), "of kind 'modules'"),
+        (lambda n: n["objects"]["model"].pop("ties"), "model is"),
+        (lambda n: n["objects"]["model"]["ties"].update(bias="gone"), "ties"),
+        (lambda n: n["objects"]["model"]["order"].append("more"), "each name once"),
+        (lambda n: n["objects"]["model"]["specs"].update(bias=["object", [1]]), "specs"),
+        (lambda n: n["objects"]["model"]["specs"].update(bias=["f4,f4", [1]]), "specs"),
+        (lambda n: n["objects"]["model"]["specs"].update(bias=["float32", [1] * 65]), "specs"),
+        (lambda n: n["objects"]["model"]["specs"].update(bias=["float32", [2**61, 4]]), "specs"),
+        (lambda n: n["objects"]["model"]["specs"].update(bias=["float32", [True]]), "specs"),
+        (lambda n: n["objects"]["model"]["modules"].update(a={"version": "2"}), "a version"),
+        (lambda n: n["objects"]["order"].update(state=[1, 2, 3, 2**32]), "four words"),
+        (lambda n: n["objects"]["order"].update(more=1), "order is"),
+        (lambda n: n["objects"].update({"a.b": {"kind": "plain", "value": 1}}), "without dots"),
+        (lambda n: n["objects"]["table"]["specs"].update(a=["int64", [4]]), "'table.a'"),
+        (lambda n: n["objects"]["table"]["specs"].update(a=["int32", [3]]), "'table.a'"),
+    ],
+)
+def test_notes_that_are_wrong_are_an_error_that_says_where(change, text, tmp_path):
+    model, order = nn.Linear(1, 1), nn.Generator(0)
+    with nn.Checkpointer(tmp_path) as checkpointer:
+        table = {"a": np.arange(3)}
+        checkpointer.save(0, metrics={"loss": 1}, model=model, order=order, table=table)
+        checkpointer.wait()
+        changed_notes(tmp_path, change)
+        before = model.state_dict()
+        with pytest.raises(nn.CheckpointError, match=text):
+            checkpointer.restore(model=model, order=order)
+        same(model.state_dict(), before)
+
+
+@pytest.mark.parametrize(
+    "file",
+    ["statefulnn/metadata", "metrics/metrics", "_CHECKPOINT_METADATA", "arrays/_METADATA"],
+)
+@pytest.mark.parametrize("kind", ["pipe", "link", "folder", "nothing"])
+def test_a_step_with_something_else_for_a_file_is_an_error_and_nobody_waits(file, kind, tmp_path):
+    model = nn.Linear(1, 1)
+    with nn.Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(0, metrics={"loss": 1}, model=model)
+    path = tmp_path / "0" / file
+    path.unlink()
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "link":
+        path.symlink_to("/dev/zero")
+    elif kind == "folder":
+        path.mkdir()
+    other = nn.Linear(1, 1)
+    before = other.state_dict()
+    try:
+        nn.Checkpointer(tmp_path).restore(model=other)
+    except nn.CheckpointError:
+        same(other.state_dict(), before)
+    else:  # the file is not needed
+        assert kind in ("folder", "nothing") and file != "statefulnn/metadata"
+        same(other.state_dict(), model.state_dict())
+
+
+@pytest.mark.parametrize("kind", ["pipe", "link"])
+def test_a_lock_that_is_no_file_is_an_error_and_what_it_leads_to_stays(kind, tmp_path):
+    folder, other = tmp_path / "run", tmp_path / "other"
+    folder.mkdir()
+    other.write_text("kept")
+    if kind == "pipe":
+        os.mkfifo(folder / ".lock")
+    else:
+        (folder / ".lock").symlink_to(other)
+    with pytest.raises(nn.CheckpointError, match=r"lock the folder(.|\n)*\.lock"):
+        nn.Checkpointer(folder).save(0, model=nn.Linear(1, 1))
+    assert other.read_text() == "kept"
+
+
+def test_integers_that_do_not_fit_are_an_error_that_names_them(tmp_path):
+    def holding(values: Any, dtype: Any) -> nn.Module:
+        module = nn.Module()
+        module.register_buffer("count", jnp.asarray(values, dtype))
+        return module
+
+    with nn.Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(0, model=holding([-3, 300], jnp.int32), wide={"count": np.array([2**40])})
+        for dtype in (jnp.int8, jnp.uint8, jnp.uint32, jnp.uint16):
+            other = holding([5, 6], dtype)
+            name = jnp.dtype(dtype).name
+            with pytest.raises(
+                nn.StateDictError, match=rf"'model.count' of int32 (.|\n)*{name}(.|\n)*-3 to 300"
+            ):
+                checkpointer.restore(model=other, strict=False)
+            assert other.count.tolist() == [5, 6]
+        other = holding([5, 6], jnp.int16)
+        checkpointer.restore(model=other, strict=False)
+        assert other.count.dtype == jnp.int16 and other.count.tolist() == [-3, 300]
+
+    with jax.enable_x64(True), nn.Checkpointer(tmp_path / "wide") as checkpointer:
+        checkpointer.save(0, small=holding([7], jnp.int64), large=holding([2**40], jnp.int64))
+    other = holding([5], jnp.int32)
+    nn.Checkpointer(tmp_path / "wide").restore(small=other, strict=False)
+    assert other.count.tolist() == [7]
+    with pytest.raises(nn.StateDictError, match=r"'large.count' of int64(.|\n)*jax_enable_x64"):
+        nn.Checkpointer(tmp_path / "wide").restore(small=other, large=other, strict=False)
+
+
+def test_arrays_of_dtypes_that_no_file_has_are_named_when_they_are_saved(tmp_path):
+    checkpointer = nn.Checkpointer(tmp_path)
+    for array in (np.array(["a"]), np.array([object()]), np.array([1], "M8[s]")):
+        with pytest.raises(nn.CheckpointError, match="'table.a'(.|\n)*of dtype"):
+            checkpointer.save(0, table={"a": array})
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_orbax_is_imported_when_a_checkpointer_is_made():
