@@ -13,6 +13,8 @@ from typing import Any
 from statefulnn.io._reading import broken, shown
 from statefulnn.io.placeholder import Placeholder
 
+_LONGEST_NAME = 100  # parts of it
+
 
 class Contents:
     """A value, with the containers in it and what is in these.
@@ -21,6 +23,7 @@ class Contents:
         path: the file, for messages.
         root: containers are of the classes dict, list, tuple, those of these that ``collections`` has,
             and Placeholder.
+        named: whether `name` will be asked.
 
     Attributes:
         root: the value.
@@ -32,14 +35,13 @@ class Contents:
         CheckpointError: for a container that holds itself. A Placeholder may: objects refer to each other.
     """
 
-    def __init__(self, path: Path, root: Any) -> None:
+    def __init__(self, path: Path, root: Any, named: bool = False) -> None:
         self.root = root
         self.leaves: list[Any] = []
         self.versions: list[dict] = []
         self.containers: list[Any] = []
-        self._place: dict[
-            int, tuple[int, Any]
-        ] = {}  # of a part: the container it was found in, its key
+        # Of a part: the container it was found in, and its key there.
+        self._place: dict[int, tuple[int, Any]] | None = {} if named else None
         seen: set[int] = set()
         roots = [root]
         for start in roots:  # it grows while it is gone through
@@ -72,15 +74,17 @@ class Contents:
                         roots += [key for key in part if type(key) is Placeholder]
                     for key, value in reversed(list(_parts(part))):
                         if not _is_plain(value):
-                            self._place.setdefault(id(value), (id(part), key))
+                            if self._place is not None:
+                                self._place.setdefault(id(value), (id(part), key))
                             todo.append((value, False))
 
     def name(self, leaf: Any) -> str:
         """Return the keys on the way to a leaf, with dots between them."""
         parts: list[str] = []
         at = id(leaf)
-        while at in self._place and len(parts) < 100:
-            at, key = self._place[at]
+        place = self._place or {}
+        while at in place and len(parts) < _LONGEST_NAME:
+            at, key = place[at]
             parts.append(str(key) if type(key) is str else shown(key))
         return ".".join(reversed(parts))
 

@@ -12,7 +12,7 @@ import numpy as np
 from statefulnn.core.box import from_numpy
 from statefulnn.core.placement import META, resolve_device
 from statefulnn.io._contents import Contents
-from statefulnn.io._reading import Budget, reading
+from statefulnn.io._reading import Budget, collector, reading
 from statefulnn.io._stored import ALIGNMENT, Stored, copied, jax_has, read
 
 Device = str | jax.Device | jax.sharding.Sharding | None
@@ -35,13 +35,13 @@ def placed(
         budget: pays for what is read.
     """
     with reading(path):
-        contents = Contents(path, root)
+        contents = Contents(path, root, named=callable(device))
     stored = [leaf for leaf in contents.leaves if type(leaf) is Stored]
     if callable(device):
         places = [resolve_device(device(contents.name(s), s.shape)) for s in stored]
     else:
         places = [resolve_device(device)] * len(stored)
-    with reading(path):
+    with reading(path), collector.paused():
         for s, place in zip(stored, places, strict=True):
             if place != META and not (mmap and s.as_it_lies):
                 budget.spend(s.nbytes)
@@ -50,14 +50,15 @@ def placed(
     for i, place in enumerate(places):
         if isinstance(arrays[i], np.ndarray) and jax_has(arrays[i].dtype):
             groups.setdefault(place, []).append(i)
-    for place, mine in groups.items():
-        if isinstance(place, jax.sharding.Sharding):
-            moved = [_spread(arrays[i], place) for i in mine]
-        else:  # one call for all arrays of a place
-            moved = from_numpy([arrays[i] for i in mine], place, copy=False)
-        for i, array in zip(mine, moved, strict=True):
-            arrays[i] = array
-    return contents.exchanged(dict(zip(map(id, stored), arrays, strict=True)))
+    with collector.paused():
+        for place, mine in groups.items():
+            if isinstance(place, jax.sharding.Sharding):
+                moved = [_spread(arrays[i], place) for i in mine]
+            else:  # one call for all arrays of a place
+                moved = from_numpy([arrays[i] for i in mine], place, copy=False)
+            for i, array in zip(mine, moved, strict=True):
+                arrays[i] = array
+        return contents.exchanged(dict(zip(map(id, stored), arrays, strict=True)))
 
 
 def _on_the_host(stored: list[Stored], places: list[Any], mmap: bool) -> list[Any]:

@@ -142,7 +142,7 @@ def _in_order(
             raise broken(path, _place(header, name), found, expected)
         start, stop = entry["data_offsets"]
         checked.append((start, stop, name, DTYPES[entry["dtype"]], tuple(entry["shape"])))
-    return sorted(checked, key=lambda item: item[:2])
+    return sorted(checked)  # names differ, so that dtypes are never compared
 
 
 def _wrong(name: str, entry: Any) -> tuple[str, str] | None:

@@ -35,6 +35,7 @@ _MOST_DIMENSIONS, _TOO_LARGE = 64, 1 << 63
 # A claimed length that is larger than this is held against the file before memory is taken for it.
 _SMALL = 1 << 16
 _LONGEST_LINE = 1 << 20
+_MOST_BUFFERS = 256  # that the system fills in one call
 
 
 class Source:
@@ -147,11 +148,12 @@ def misshapen(shape: Sequence[Any], itemsize: int) -> str:
     """
     if len(shape) > _MOST_DIMENSIONS:
         return f"{len(shape)} dimensions"
-    if not all(type(n) is int and 0 <= n < _TOO_LARGE for n in shape):
-        return "sizes that are none"
-    if math.prod(n for n in shape if n) * itemsize >= _TOO_LARGE:
-        return "more elements than there is memory anywhere"
-    return ""
+    nbytes = itemsize
+    for n in shape:
+        if type(n) is not int or not 0 <= n < _TOO_LARGE:
+            return "sizes that are none"
+        nbytes *= n or 1
+    return "more elements than there is memory anywhere" if nbytes >= _TOO_LARGE else ""
 
 
 class Stored:
@@ -163,9 +165,21 @@ class Stored:
         dtype, shape: what it is; `misshapen` has found nothing wrong.
         strides: bytes from one element to the next, for each dimension.
         conjugated, negated: what is to be done to the numbers, beside reading them.
+        nbytes: the bytes of its elements, each counted once.
+        as_it_lies: whether its elements lie behind one another as an array's in memory do, each as it is.
     """
 
-    __slots__ = ("conjugated", "dtype", "negated", "shape", "source", "start", "strides")
+    __slots__ = (
+        "as_it_lies",
+        "conjugated",
+        "dtype",
+        "nbytes",
+        "negated",
+        "shape",
+        "source",
+        "start",
+        "strides",
+    )
 
     def __init__(
         self,
@@ -178,45 +192,33 @@ class Stored:
         negated: bool = False,
     ) -> None:
         self.source, self.start, self.dtype, self.shape = source, start, dtype, shape
-        self.strides = _row_major(shape, dtype.itemsize) if strides is None else strides
-        self.conjugated, self.negated = conjugated, negated
-
-    @property
-    def size(self) -> int:
-        """How many elements it has."""
-        return math.prod(self.shape)
-
-    @property
-    def nbytes(self) -> int:
-        """The bytes of its elements, each counted once."""
-        return self.size * self.dtype.itemsize
-
-    @property
-    def as_it_lies(self) -> bool:
-        """Whether its elements lie behind one another as an array's in memory do, each as it is."""
-        if self.conjugated or self.negated:
-            return False
-        steps = zip(
-            self.shape, self.strides, _row_major(self.shape, self.dtype.itemsize), strict=True
+        self.strides, self.conjugated, self.negated = strides, conjugated, negated
+        self.nbytes = math.prod(shape) * dtype.itemsize
+        self.as_it_lies = not (conjugated or negated) and (
+            strides is None or _lie_together(shape, strides, dtype.itemsize)
         )
-        return all(a == b for n, a, b in steps if n != 1)
 
     @property
     def view(self) -> np.ndarray:
         """The array where it lies, through the map; a copy where its numbers are not those in the file."""
-        if not self.size:
+        if not self.nbytes:
             return np.empty(self.shape, self.dtype)
         lying = np.ndarray(self.shape, self.dtype, self.source.map, self.start, self.strides)
         lying = np.conjugate(lying) if self.conjugated else lying
         return np.negative(lying) if self.negated else lying
 
 
-def _row_major(shape: Sequence[int], itemsize: int) -> tuple[int, ...]:
-    strides, step = [], itemsize
-    for n in reversed(shape):
-        strides.append(step)
+def _lie_together(shape: Sequence[int], strides: Sequence[int], itemsize: int) -> bool:
+    step = itemsize
+    for n, stride in zip(reversed(shape), reversed(strides), strict=True):
+        if n != 1 and stride != step:
+            return False
         step *= n
-    return tuple(reversed(strides))
+    return True
+
+
+# A part of a file, from a byte on, and the memory it goes to.
+Piece = tuple[Source, int, np.ndarray]
 
 
 def jax_has(dtype: np.dtype) -> bool:
@@ -238,22 +240,21 @@ def read(stored: Iterable[Stored]) -> list[np.ndarray]:
         CheckpointError: if a file became shorter since it was opened.
     """
     arrays: list[np.ndarray] = []
-    pieces: list[tuple[Source, int, memoryview]] = []
+    pieces: list[Piece] = []
     for group in _grouped(stored):
-        lying = [s.as_it_lies for s in group]
-        room = sum(_padded(s.nbytes) for s, plain in zip(group, lying, strict=True) if plain)
-        block, at = host_memory(room), 0
-        for s, plain in zip(group, lying, strict=True):
-            if not plain or not s.nbytes:
+        block, at = host_memory(sum(_padded(s.nbytes) for s in group if s.as_it_lies)), 0
+        for s in group:
+            if not s.as_it_lies or not s.nbytes:
                 arrays.append(copied(s.view))
                 continue
-            own = block[at : at + s.nbytes]
-            at += _padded(s.nbytes)
-            arrays.append(own.view(s.dtype).reshape(s.shape))
+            end = at + s.nbytes
+            # One call, where slice, view and reshape are three: there may be many small arrays.
+            arrays.append(np.ndarray(s.shape, s.dtype, block, at))
             pieces += [
-                (s.source, s.start + i, own[i : i + _PIECE].data)
+                (s.source, s.start + i, block[at + i : min(at + i + _PIECE, end)])
                 for i in range(0, s.nbytes, _PIECE)
             ]
+            at += _padded(s.nbytes)
     _fill(pieces)
     return arrays
 
@@ -285,9 +286,9 @@ def host_memory(nbytes: int) -> np.ndarray:
     return np.frombuffer(block, np.uint8)
 
 
-def _fill(pieces: list[tuple[Source, int, memoryview]]) -> None:
+def _fill(pieces: list[Piece]) -> None:
     """Read the pieces, by several threads if there is enough to read."""
-    jobs: list[list[tuple[Source, int, memoryview]]] = [[]]
+    jobs: list[list[Piece]] = [[]]
     room = _PIECE
     for piece in pieces:
         if room < len(piece[2]) and jobs[-1]:
@@ -303,15 +304,38 @@ def _fill(pieces: list[tuple[Source, int, memoryview]]) -> None:
             pass
 
 
-def _read_pieces(pieces: list[tuple[Source, int, memoryview]]) -> None:
-    for source, at, memory in pieces:
+def _read_pieces(pieces: list[Piece]) -> None:
+    for source, at, memory in _in_runs(pieces):
         if not hasattr(os, "preadv"):  # Windows
-            memory[:] = memoryview(source.map)[at : at + len(memory)]
+            for part in memory:
+                part[:] = memoryview(source.map)[at : at + len(part)]
+                at += len(part)
             continue
-        done = 0
-        while done < len(memory):
-            count = os.preadv(source.descriptor, [memory[done:]], at + done)
+        while memory:
+            count = os.preadv(source.descriptor, memory, at)
             if not count:
-                wanted = f"{len(memory) - done} bytes more, as when it was opened"
-                raise broken(source.path, at + done, "the file ends", wanted)
-            done += count
+                wanted = f"{sum(map(len, memory))} bytes more, as when it was opened"
+                raise broken(source.path, at, "the file ends", wanted)
+            at += count
+            while memory and count >= len(memory[0]):
+                count -= len(memory.pop(0))
+            if memory:  # a call may stop in the middle
+                memory[0] = memory[0][count:]
+
+
+def _in_runs(pieces: list[Piece]) -> Iterator[tuple[Source, int, list[np.ndarray]]]:
+    """Put together what lies behind one another in a file: one call of the system reads it."""
+    run: list[np.ndarray] = []
+    begin = end = 0
+    last: Source | None = None
+    for source, at, memory in pieces:
+        if run and (source is not last or at != end or len(run) == _MOST_BUFFERS):
+            assert last is not None
+            yield last, begin, run
+            run = []
+        if not run:
+            begin = end = at
+        run.append(memory)
+        last, end = source, end + len(memory)
+    if run and last is not None:
+        yield last, begin, run

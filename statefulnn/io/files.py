@@ -22,7 +22,7 @@ from statefulnn.core.placement import is_meta
 from statefulnn.io._atomic import replacing
 from statefulnn.io._folders import OURS, opened
 from statefulnn.io._placing import Device, placed
-from statefulnn.io._reading import Budget, number_of_bytes, reading
+from statefulnn.io._reading import Budget, collector, number_of_bytes, reading
 from statefulnn.io._safetensors import DTYPES, NAMES, write
 from statefulnn.io._sharded import save_shards
 
@@ -153,7 +153,7 @@ def load(
     path = Path(path)
     limit = None if max_bytes is None else number_of_bytes(max_bytes, "nn.load: max_bytes")
     budget = Budget(path, limit)
-    with reading(path):
+    with reading(path), collector.paused():
         root = opened(path, budget, strict)
     if names is not None:
         if not isinstance(root, dict) or not all(isinstance(n, str) for n in root):
