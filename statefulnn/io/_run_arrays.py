@@ -12,6 +12,7 @@ import numpy as np
 from statefulnn.core.box import from_numpy
 from statefulnn.core.errors import CheckpointError, StateDictError, explain
 from statefulnn.core.placement import META, resolve_device
+from statefulnn.io._reading import shown
 from statefulnn.io._snapshot import wanted
 from statefulnn.io._stored import jax_has
 
@@ -84,7 +85,7 @@ def _as_noted(label: str, array: Any, notes: Mapping[str, Any], name: str) -> An
     if text != dtype or list(array.shape) != shape:
         raise CheckpointError(
             explain(
-                f"read {label!r} from a checkpoint",
+                f"read {shown(label)} from a checkpoint",
                 f"the file holds {text or 'no array'} of shape {getattr(array, 'shape', None)}, and the "
                 f"notes beside it say {dtype} of shape {tuple(shape)}",
                 "another step of the run",

@@ -86,6 +86,7 @@ class _Notes:
             if not label.isidentifier():
                 raise self._wrong(f"an object named {shown(label)}", "a name without dots")
             kind = note.get("kind")
+            label = label if len(label) <= 80 else f"{label[:60]} ..."
             if kind == "generator":
                 self._fields(label, note, {"kind", "state"})
                 self._need(_is_state(note["state"]), f"{label}.state", note["state"], _WORDS)

@@ -50,7 +50,9 @@ class Report:
     def __str__(self) -> str:
         lines = []
         for kind, names in vars(self).items():
-            lines += [f"    {kind}: {name}" for name in names[:8]]
+            # Names of a file may be as long as it likes.
+            short = [name if len(name) <= 400 else f"{name[:200]} ..." for name in names[:8]]
+            lines += [f"    {kind}: {name}" for name in short]
             if len(names) > 8:
                 lines.append(f"    {kind}: {len(names) - 8} more")
         return "\n".join(lines) or "    nothing"
