@@ -67,8 +67,8 @@ def reading(path: Path) -> Iterator[None]:
 class _Collector:
     """Python's garbage collector, which pauses while somebody in here builds many objects at once.
 
-    It would go through all objects of the process again and again, and none of the new ones is garbage: a file
-    of 20,000 arrays takes twice as long with it (``benchmarks/files.py``).
+    It would go through all objects of the process again and again, and none of the new ones is garbage: a
+    file of 20,000 arrays takes twice as long with it (``benchmarks/files.py``).
     """
 
     def __init__(self) -> None:
