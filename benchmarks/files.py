@@ -170,6 +170,47 @@ def part_torch(report: Report, quick: bool) -> None:
         report.target(f"{format} file of torch, time beside torch.load", ratio, 1.0, "x")
 
 
+def part_many(report: Report, quick: bool) -> None:
+    """Many small arrays: what counts is what each of them costs beside its bytes."""
+    if torch is None:
+        return
+    import safetensors.flax
+
+    took = {}
+    for count in (1000, 4000) if quick else (5000, 20_000):
+        arrays = {f"layers.{i}.weight": np.ones((4, 4), np.float32) for i in range(count)}
+        with folder() as place:
+            path, old = f"{place}/m.safetensors", f"{place}/m.pth"
+            nn.save(arrays, path)
+            torch.save(of_torch(arrays), old)
+            cases = [
+                Case("safetensors.torch.load_file", lambda: safetensors.torch.load_file(path)),
+                Case("safetensors.flax.load_file", lambda: safetensors.flax.load_file(path)),
+                Case("nn.load", lambda: nn.load(path)),
+                Case("nn.load, device='meta'", lambda: nn.load(path, device="meta")),
+            ]
+            timings = section(report, f"Loading {count:,} arrays of 64 bytes", cases, quick)
+            took[count] = timings["nn.load"].done
+            flax = timings["safetensors.flax.load_file"].done
+            if count >= 4000:
+                report.target(
+                    f"{count:,} arrays, time beside safetensors.flax", took[count] / flax, 2.0, "x"
+                )
+                report.target(
+                    f"{count:,} arrays, time beside safetensors.torch",
+                    timings["nn.load"].ratio_done,
+                    2.0,
+                    "x",
+                )
+            cases = [
+                Case("torch.load", functools.partial(torch.load, old)),
+                Case("nn.load", functools.partial(nn.load, old)),
+            ]
+            section(report, f"A file of torch.save of {count:,} arrays of 64 bytes", cases, quick)
+    few, many = took.values()
+    report.target("four times as many arrays, time", many / few, 5.0, "x")
+
+
 # How much more memory a process holds at most while it loads, beside the arrays.
 MEMORY = """
     import gc, sys
@@ -227,7 +268,13 @@ def part_memory(report: Report, quick: bool) -> None:
     report.numbers["memory"] = rows
 
 
-PARTS = {"save": part_save, "load": part_load, "torch": part_torch, "memory": part_memory}
+PARTS = {
+    "save": part_save,
+    "load": part_load,
+    "torch": part_torch,
+    "many": part_many,
+    "memory": part_memory,
+}
 
 
 def main(argv: list[str] | None = None) -> int:
