@@ -24,6 +24,7 @@ from statefulnn.core.errors import (
     ShapeError,
     explain,
 )
+from statefulnn.core.narrowing import check_jax_holds
 from statefulnn.core.placement import (
     META,
     elsewhere,
@@ -193,6 +194,7 @@ def as_array(value: Any, subject: Any = "a box") -> Any:
     if isinstance(value, Box):
         return value.value
     if isinstance(value, (np.ndarray, np.generic)):
+        check_jax_holds(value, lambda: f"what was written to {name_of(subject)}")
         return from_numpy(value)
     if isinstance(value, (bool, int, float, complex)):
         return jnp.asarray(value)

@@ -26,7 +26,7 @@ import numpy as np
 from statefulnn.core import compat, threefry
 from statefulnn.core.box import Box
 from statefulnn.core.compat import EAGER, current_trace
-from statefulnn.core.errors import MissingRngError, explain
+from statefulnn.core.errors import DtypeError, MissingRngError, explain
 from statefulnn.core.scope import Scope, value_changed
 
 _WAYS_OUT = (
@@ -151,7 +151,21 @@ class Generator(Box):
         return jnp.asarray(self.state)
 
     def set_state(self, state: Any) -> Generator:
-        """Continue from a state that `get_state` gave, and return the generator."""
+        """Continue from a state that `get_state` gave, and return the generator.
+
+        Raises:
+            DtypeError: for anything but four words, uint32.
+        """
+        have = (getattr(state, "dtype", None), getattr(state, "shape", None))
+        if have != (np.dtype(np.uint32), (4,)):
+            what = f"{have[0]}{list(have[1] or ())}" if have[0] else type(state).__name__
+            raise DtypeError(
+                explain(
+                    f"called Generator.set_state with {what}",
+                    "a state is four words, uint32[4]; others would be cut off, or be another stream",
+                    "pass what get_state() gave; np.asarray(words, np.uint32) of words that were stored",
+                )
+            )
         self.write(state)
         self._seed = None
         return self

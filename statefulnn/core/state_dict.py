@@ -20,6 +20,7 @@ from statefulnn.core.box import Box, Parameter, as_array
 from statefulnn.core.compat import Tracer
 from statefulnn.core.construction import DEFAULT_VERSION
 from statefulnn.core.errors import StateDictError, explain
+from statefulnn.core.narrowing import numbers_beyond, span
 from statefulnn.core.placement import is_meta
 from statefulnn.core.uninitialized import is_lazy
 
@@ -334,24 +335,6 @@ def _cast(value: Any, dtype: Any) -> Any:
     return value if value.dtype == dtype else value.astype(dtype)
 
 
-def numbers_beyond(value: Any, dtype: Any) -> tuple[int, int] | None:
-    """Return the lowest and the highest of some integers if a dtype has not both, else None.
-
-    The values are looked at only where the dtype is narrower than theirs, and where they are known.
-    """
-    if not (jnp.issubdtype(value.dtype, jnp.integer) and jnp.issubdtype(dtype, jnp.integer)):
-        return None
-    own, limits = jnp.iinfo(value.dtype), jnp.iinfo(dtype)
-    if limits.min <= own.min and own.max <= limits.max:
-        return None
-    if is_meta(value) or isinstance(value, Tracer) or value.size == 0:
-        return None
-    # JAX reduces no 64-bit integers where these are off, numpy always.
-    numbers = np.asarray(value) if getattr(value, "is_fully_addressable", True) else value
-    low, high = int(numbers.min()), int(numbers.max())
-    return None if limits.min <= low and high <= limits.max else (low, high)
-
-
 def _cut_off(key: str, given: Any, numbers: tuple[int, int], dtype: Any) -> str:
     """Say what would be lost of an entry, and what keeps it."""
     low, high = numbers
@@ -363,8 +346,7 @@ def _cut_off(key: str, given: Any, numbers: tuple[int, int], dtype: Any) -> str:
         if dtype != widest:
             remedy += ", and load with assign=True"
     limits = jnp.iinfo(dtype)
-    span = f"is {low}" if low == high else f"has integers from {low} to {high}"
-    return f'"{key}" {span}, and {dtype} has {limits.min} to {limits.max}: {remedy}'
+    return f'"{key}" {span(numbers)}, and {dtype} has {limits.min} to {limits.max}: {remedy}'
 
 
 def _equal(a: Any, b: Any) -> bool:

@@ -11,6 +11,7 @@ import numpy as np
 
 from statefulnn.core.box import from_numpy
 from statefulnn.core.errors import CheckpointError, StateDictError, explain
+from statefulnn.core.narrowing import numbers_beyond, span
 from statefulnn.core.placement import META, resolve_device
 from statefulnn.io._reading import shown
 from statefulnn.io._snapshot import wanted
@@ -100,18 +101,13 @@ def _check_narrowing(label: str, array: Any, dtype: Any) -> None:
     Raises:
         StateDictError: with the name and the values.
     """
-    integers = all(jnp.issubdtype(d, jnp.integer) for d in (array.dtype, dtype))
-    if not integers or not array.size:
-        return
-    have, want = jnp.iinfo(array.dtype), jnp.iinfo(dtype)
-    if want.min <= have.min and have.max <= want.max:
-        return
-    low, high = int(array.min()), int(array.max())
-    if low < want.min or high > want.max:
+    beyond = numbers_beyond(array, dtype)
+    if beyond is not None:
+        room = jnp.iinfo(dtype)
         raise StateDictError(
             explain(
                 f"restored {label!r} of {array.dtype} into an array of {jnp.dtype(dtype)}",
-                f"it holds numbers from {low} to {high}, and there is room for {want.min} to {want.max}",
+                f"it {span(beyond)}, and there is room for {room.min} to {room.max}",
                 'build the object with the saved dtype; jax.config.update("jax_enable_x64", True) '
                 "allows 64 bits",
             )

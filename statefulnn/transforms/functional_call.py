@@ -20,6 +20,7 @@ from statefulnn.core.generator import Generator, as_key, use_generator
 from statefulnn.core.graph import build_clones, merge, require_module
 from statefulnn.core.module import Module
 from statefulnn.core.moduledef import ModuleDef, differences, positions_of
+from statefulnn.core.narrowing import check_jax_holds
 from statefulnn.core.plan import build_plan, plan_of
 from statefulnn.core.scope import Scope
 from statefulnn.core.state_dict import _dtype_kind as dtype_kind
@@ -106,6 +107,8 @@ def _checked(name: str, value: Any, have: Any, function: str) -> Any:
         return None
     if isinstance(value, Box):
         value = value.value
+    if isinstance(value, (np.ndarray, np.generic)):
+        check_jax_holds(value, lambda: f"{name!r}, which was given to {function},")
     if isinstance(value, (np.ndarray, np.generic, float, int)):
         value = jnp.asarray(value)
     if not hasattr(value, "shape") or not hasattr(value, "dtype"):

@@ -35,6 +35,7 @@ from statefulnn.core.freeze import Freezer
 from statefulnn.core.generator import current_generator, next_key
 from statefulnn.core.module import Module, find_box, place_box
 from statefulnn.core.moduledef import ModuleDef
+from statefulnn.core.narrowing import check_jax_holds
 from statefulnn.core.scope import ModuleBase
 
 
@@ -264,6 +265,7 @@ def _unsorted(tree: Any, is_leaf: Callable[[Any], bool]) -> Any:
 
 def _array(leaf: Any, name: str, noun: str, did: str) -> Any:
     if isinstance(leaf, np.ndarray | np.generic) and leaf.dtype != object:
+        check_jax_holds(leaf, lambda: f"the {noun} {name!r}")
         return jnp.asarray(leaf)
     if isinstance(leaf, jax.Array | jax.ShapeDtypeStruct):
         return leaf

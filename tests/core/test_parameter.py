@@ -261,3 +261,45 @@ def test_a_weakly_typed_value_does_not_stay_weak():
     assert not p.value.weak_type
     p.value = jnp.asarray(2.0)
     assert not p.value.weak_type
+
+
+@pytest.mark.parametrize("dtype", ["int64", "uint64"])
+def test_integers_of_64_bits_that_jax_would_wrap_are_an_error_wherever_they_come_in(dtype):
+    large = np.array([3, 1 << 40], dtype)
+    module = nn.Module()
+    module.register_buffer("count", jnp.zeros(2, "int32" if dtype == "int64" else "uint32"))
+
+    def assign(value):
+        module.count = value
+
+    ways = {
+        "nn.Buffer": nn.Buffer,
+        "nn.Parameter": lambda v: nn.Parameter(v, requires_grad=False),
+        "register_buffer": lambda v: module.register_buffer("other", v),
+        "assignment": assign,
+        "functional_call": lambda v: nn.functional_call(module, {"count": v}, method="modules"),
+        "statefulize": lambda v: nn.statefulize(lambda params: 0, {"count": v}),
+    }
+    for name, way in ways.items():
+        with pytest.raises(nn.DtypeError, match=r"1099511627776(.|\n)*jax_enable_x64") as info:
+            way(large)
+        assert "Why: " in str(info.value), name
+    np.testing.assert_array_equal(module.count, [0, 0])
+    module.count = np.array([3, 4], dtype)  # what fits is taken
+    assert module.count.tolist() == [3, 4]
+    with jax.enable_x64(True):
+        assert nn.Buffer(large).value.tolist() == [3, 1 << 40]
+
+
+def test_a_generator_takes_only_what_its_state_is():
+    generator = nn.Generator(3)
+    before = generator.get_state().tolist()
+    for state in (
+        np.arange(4),
+        np.arange(4, dtype=np.int32),
+        np.arange(3, dtype=np.uint32),
+        [1, 2, 3, 4],
+    ):
+        with pytest.raises(nn.DtypeError, match=r"uint32\[4\]"):
+            generator.set_state(state)
+    assert generator.get_state().tolist() == before

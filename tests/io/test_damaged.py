@@ -58,10 +58,20 @@ DAMAGED = {
         made({"a": {**A, "shape": [0, 1 << 62, 1 << 62], "data_offsets": [0, 0]}}, b""),
         "more elements than there is",
     ),
-    "a size of 64 bits": (made({"a": {**A, "shape": [0, 1 << 63], "data_offsets": [0, 0]}}, b""), "sizes that"),
-    "a size of 4,000 digits": (made(b'{"a": {"dtype": "F32", "shape": [%s], "data_offsets": [0, 0]}}'
-                                    % (b"9" * 4000), b""), "a number of 13288 bits"),
-    "65 dimensions": (made({"a": {**A, "shape": [1] * 65, "data_offsets": [0, 4]}}, b"1234"), "65 dimensions"),
+    "a size of 64 bits": (
+        made({"a": {**A, "shape": [0, 1 << 63], "data_offsets": [0, 0]}}, b""),
+        "sizes that",
+    ),
+    "a size of 4,000 digits": (
+        made(
+            b'{"a": {"dtype": "F32", "shape": [%s], "data_offsets": [0, 0]}}' % (b"9" * 4000), b""
+        ),
+        "a number of 13288 bits",
+    ),
+    "65 dimensions": (
+        made({"a": {**A, "shape": [1] * 65, "data_offsets": [0, 4]}}, b"1234"),
+        "65 dimensions",
+    ),
     "offsets in the wrong order": (made({"a": {**A, "data_offsets": [16, 0]}}), "in -16 bytes"),
     "another number of bytes": (made({"a": {**A, "shape": [2, 3]}, "b": B}), "expected 24 bytes"),
     "three offsets": (made({"a": {**A, "data_offsets": [0, 8, 16]}}), "'a' with shape"),

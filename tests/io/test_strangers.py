@@ -24,7 +24,8 @@ from tests.io.test_torch_files import archive
 
 GLOBAL = {
     "tensor": b"ctorch._utils\n_rebuild_tensor_v2\n",
-    "storage": b"(X\x07\x00\x00\x00storagectorch\nFloatStorage\nX\x01\x00\x00\x000X\x03\x00\x00\x00cpuK\x04tQ",
+    "storage": b"(X\x07\x00\x00\x00storagectorch\nFloatStorage\nX\x01\x00\x00\x000"
+    b"X\x03\x00\x00\x00cpuK\x04tQ",
 }
 # A tensor of the storage "0", which has four floats: its offset, sizes and strides are to be filled in.
 TENSOR = b"\x80\x02" + GLOBAL["tensor"] + b"(" + GLOBAL["storage"] + b"%b(%bt(%bt\x89)tR."
@@ -306,7 +307,7 @@ def entries(count, last=""):
 SLOW = {
     "dimensions": lambda n: header_of(20 * n),
     "names": entries,
-    "names, the last twice": lambda n: entries(n, ',"%d":1' % (n - 1)),
+    "names, the last twice": lambda n: entries(n, f',"{n - 1}":1'),
 }
 
 

@@ -303,7 +303,9 @@ def test_archives_that_are_not_checkpoints(tmp_path):
     with pytest.raises(nn.CheckpointError, match="compressed"):
         nn.load(tmp_path / "c")
     (tmp_path / "p").write_bytes(pickle.dumps({"a": 1}))
-    with pytest.raises(nn.CheckpointError, match=r"pickle that torch.save did not write(.|\n)*pickle.load"):
+    with pytest.raises(
+        nn.CheckpointError, match=r"pickle that torch.save did not write(.|\n)*pickle.load"
+    ):
         nn.load(tmp_path / "p")
 
 

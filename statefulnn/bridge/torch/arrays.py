@@ -11,8 +11,8 @@ import torch
 
 from statefulnn.core.box import from_numpy, host_array
 from statefulnn.core.errors import DtypeError, explain
+from statefulnn.core.narrowing import numbers_beyond
 from statefulnn.core.placement import supported
-from statefulnn.core.state_dict import numbers_beyond
 
 # What numpy has no type for: read as integers of the same width, and named by JAX.
 _SAME_WIDTH = {

@@ -1,0 +1,62 @@
+"""Integers that a narrower dtype cannot hold: an error, since a cast would wrap them without a word."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from statefulnn.core.compat import Tracer
+from statefulnn.core.errors import DtypeError, explain
+
+
+def numbers_beyond(value: Any, dtype: Any) -> tuple[int, int] | None:
+    """Return the lowest and the highest of some integers if a dtype has not both, else None.
+
+    The values are looked at only where the dtype is narrower than theirs, and where they are known.
+    """
+    if not (jnp.issubdtype(value.dtype, jnp.integer) and jnp.issubdtype(dtype, jnp.integer)):
+        return None
+    own, limits = jnp.iinfo(value.dtype), jnp.iinfo(dtype)
+    if limits.min <= own.min and own.max <= limits.max:
+        return None
+    if isinstance(value, (jax.ShapeDtypeStruct, Tracer)) or value.size == 0:
+        return None
+    # JAX reduces no 64-bit integers where these are off, numpy always.
+    numbers = np.asarray(value) if getattr(value, "is_fully_addressable", True) else value
+    low, high = int(numbers.min()), int(numbers.max())
+    return None if limits.min <= low and high <= limits.max else (low, high)
+
+
+def span(numbers: tuple[int, int]) -> str:
+    """Say which integers there are, from the lowest and the highest."""
+    low, high = numbers
+    return f"is {low}" if low == high else f"has integers from {low} to {high}"
+
+
+def check_jax_holds(value: np.ndarray | np.generic, subject: Callable[[], str]) -> None:
+    """Raise if JAX, as it is set, has no dtype for the integers of an array of numpy's.
+
+    Args:
+        value: of 64 bits where JAX makes 32 of them, or of any other dtype.
+        subject: says what the array is for.
+
+    Raises:
+        DtypeError: if an integer would be cut off.
+    """
+    if value.dtype.itemsize < 8 or value.dtype.kind not in "iu":
+        return
+    dtype = jax.dtypes.canonicalize_dtype(value.dtype)
+    beyond = numbers_beyond(value, dtype)
+    if beyond is not None:
+        raise DtypeError(
+            explain(
+                f"{subject()} {span(beyond)}",
+                f"JAX's 64-bit types are off, and {dtype} has {jnp.iinfo(dtype).min} to "
+                f"{jnp.iinfo(dtype).max}: they would wrap",
+                'call jax.config.update("jax_enable_x64", True) before the model is built',
+            )
+        )
