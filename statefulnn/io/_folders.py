@@ -12,12 +12,10 @@ from typing import Any
 from statefulnn.core.errors import CheckpointError, explain
 from statefulnn.io._formats import is_torch
 from statefulnn.io._reading import Budget, broken, check_versions, parsed_json, shown
-from statefulnn.io._safetensors import File
+from statefulnn.io._safetensors import NOTE, File
 from statefulnn.io._stored import Source, Stored
 from statefulnn.io._torch_files import load_torch
 
-# What safetensors has no place for, as JSON in the metadata of the file.
-OURS = "statefulnn"
 INDEX_ENDS = ".index.json"
 # What the Hugging Face hub calls the file with a model, in the order in which they are taken.
 _NAMES = (
@@ -165,11 +163,11 @@ def _notes(path: Path, texts: Mapping[str, str], budget: Budget) -> dict[str, An
     """Return what `nn.save` noted; files of others have nothing."""
     kinds = {"order": list, "ties": dict, "values": dict, "modules": dict}
     notes = {key: kind() for key, kind in kinds.items()}
-    if OURS not in texts:
+    if NOTE not in texts:
         return notes
-    unread = broken(path, 8, f"metadata {OURS!r} that cannot be read", "what nn.save wrote")
+    unread = broken(path, 8, f"metadata {NOTE!r} that cannot be read", "what nn.save wrote")
     try:
-        found = parsed_json(path, 8, texts[OURS].encode(), budget)
+        found = parsed_json(path, 8, texts[NOTE].encode(), budget)
     except (CheckpointError, UnicodeEncodeError):
         raise unread from None
     if not isinstance(found, dict):

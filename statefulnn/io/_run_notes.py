@@ -6,7 +6,6 @@ Whoever can write to the folder can write anything there. So the notes are compa
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,13 +16,12 @@ import numpy as np
 from statefulnn.core.errors import CheckpointError
 from statefulnn.io._atomic import content_of
 from statefulnn.io._reading import Budget, broken, parsed_json, reading, shown
+from statefulnn.io._stored import misshapen
 
 FORMAT = 1
 
 # Where notes come from, JSON takes this many times its size at most, as `json.dumps` writes it.
 _MULTIPLE, _FLOOR = 32, 1 << 30
-# What numpy allows.
-_MOST_DIMENSIONS, _TOO_LARGE = 64, 1 << 63
 _OF_STATE = {
     *("kind", "order", "specs", "ties", "tied"),
     *("keys", "values", "modules", "generators", "buffers"),
@@ -169,11 +167,6 @@ def _is_spec(value: Any) -> bool:
     if not isinstance(value, list) or len(value) != 2 or not isinstance(value[0], str):
         return False
     dtype, shape = stored_dtype(value[0]), value[1]
-    if not isinstance(shape, list) or len(shape) > _MOST_DIMENSIONS:
+    if not isinstance(shape, list) or misshapen(shape, 16 if dtype is None else dtype.itemsize):
         return False
-    if not all(type(n) is int and 0 <= n < _TOO_LARGE for n in shape):
-        return False
-    if dtype is None and (not _is_key(value[0]) or 0 in shape):
-        return False
-    itemsize = 16 if dtype is None else dtype.itemsize
-    return math.prod(n for n in shape if n) * itemsize < _TOO_LARGE
+    return dtype is not None or (_is_key(value[0]) and 0 not in shape)

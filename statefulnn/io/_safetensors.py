@@ -48,6 +48,8 @@ DTYPES = {
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _RANK = {dtype: i for i, dtype in enumerate(DTYPES.values())}
+# What the format has no place for, `nn.save` writes as JSON into the metadata, under this name.
+NOTE = "statefulnn"
 _ENTRY = {"dtype", "shape", "data_offsets"}
 
 

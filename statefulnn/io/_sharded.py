@@ -21,11 +21,9 @@ from statefulnn.core.errors import CheckpointError
 from statefulnn.io._atomic import content_of, flushed, naming, replacing
 from statefulnn.io._locks import marked, removed, sweep
 from statefulnn.io._reading import Budget, parsed_json
-from statefulnn.io._safetensors import write
+from statefulnn.io._safetensors import NOTE, write
 
 INDEX = "model.safetensors.index.json"
-# What safetensors has no place for, as JSON in the metadata of the files.
-NOTE = "statefulnn"
 
 _SHARD = re.compile(r"model-([0-9a-f]{8})-\d{5,}-of-\d{5,}\.safetensors")
 _HIDDEN = re.compile(r"\.model-([0-9a-f]{8})\.(?:saving|tmp)")

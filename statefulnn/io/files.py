@@ -20,10 +20,10 @@ from statefulnn.core.generator import Generator
 from statefulnn.core.names import Filter, chosen
 from statefulnn.core.placement import is_meta
 from statefulnn.io._atomic import replacing
-from statefulnn.io._folders import OURS, opened
+from statefulnn.io._folders import opened
 from statefulnn.io._placing import Device, placed
 from statefulnn.io._reading import Budget, collector, number_of_bytes, reading
-from statefulnn.io._safetensors import DTYPES, NAMES, write
+from statefulnn.io._safetensors import DTYPES, NAMES, NOTE, write
 from statefulnn.io._sharded import save_shards
 
 # Endings that stand for other formats.
@@ -81,17 +81,17 @@ def save(
     path = Path(path)
     arrays, notes = _taken_apart(_part(_state_of(obj), names))
     texts = {str(k): v for k, v in (metadata or {}).items()}
-    wrong = next((k for k, v in texts.items() if not isinstance(v, str) or k == OURS), None)
+    wrong = next((k for k, v in texts.items() if not isinstance(v, str) or k == NOTE), None)
     if wrong is not None:
         raise CheckpointError(
             explain(
                 f"called nn.save with metadata {wrong!r}: {texts[wrong]!r}",
-                f"metadata of a safetensors file are texts, and {OURS!r} is taken",
+                f"metadata of a safetensors file are texts, and {NOTE!r} is taken",
                 "metadata={'epoch': str(epoch)}; numbers may also be entries of the state dict",
             )
         )
     # Readers of the Hugging Face hub ask for the format: torch's names and layouts.
-    texts = {"format": "pt", **texts, OURS: json.dumps(notes)}
+    texts = {"format": "pt", **texts, NOTE: json.dumps(notes)}
     if max_shard_size is not None:
         save_shards(path, arrays, texts, number_of_bytes(max_shard_size, "nn.save: max_shard_size"))
         return
@@ -106,7 +106,7 @@ def save(
             stacklevel=2,
         )
     with replacing(path) as temporary:
-        write(temporary, arrays, texts, OURS)
+        write(temporary, arrays, texts, NOTE)
 
 
 def load(
