@@ -13,7 +13,7 @@ from typing import Any
 from statefulnn.io._reading import broken, shown
 from statefulnn.io.placeholder import Placeholder
 
-_LONGEST_NAME = 100  # parts of it
+_LONGEST_NAME, _LONGEST_PART = 100, 1000  # parts of a name, letters of a part
 
 
 class Contents:
@@ -29,7 +29,7 @@ class Contents:
         root: the value.
         containers: each once, what is inside before what it is in.
         leaves: what is no container, each object once, in the order of the file.
-        versions: the ``_metadata`` of state dicts.
+        versions: the ``_metadata`` of state dicts, by their id.
 
     Raises:
         CheckpointError: for a container that holds itself. A Placeholder may: objects refer to each other.
@@ -38,7 +38,7 @@ class Contents:
     def __init__(self, path: Path, root: Any, named: bool = False) -> None:
         self.root = root
         self.leaves: list[Any] = []
-        self.versions: list[dict] = []
+        self.versions: dict[int, dict] = {}
         self.containers: list[Any] = []
         # Of a part: the container it was found in, and its key there.
         self._place: dict[int, tuple[int, Any]] | None = {} if named else None
@@ -48,35 +48,56 @@ class Contents:
             self._walk(path, start, seen, roots)
 
     def _walk(self, path: Path, start: Any, seen: set[int], roots: list[Any]) -> None:
+        """Go through a value depth first; what is inside of Placeholders is put off, as further roots."""
         unfinished: set[int] = set()
-        todo = [(start, False)]
-        while todo:
-            part, entered = todo.pop()
-            if entered:
+        way: list[tuple[Any, Iterator[tuple[Any, Any]]]] = []
+        parts = iter([(None, start)])
+        while True:
+            for key, part in parts:
+                if _is_plain(part):
+                    continue
+                if self._place is not None and way:
+                    self._place.setdefault(id(part), (id(way[-1][0]), key))
+                if id(part) in unfinished:
+                    raise broken(path, 0, "a container that holds itself", "data without circles")
+                if id(part) in seen:
+                    continue
+                seen.add(id(part))
+                if not isinstance(part, (dict, list, tuple)):
+                    self._take(part, roots)
+                    continue
+                if isinstance(part, dict):
+                    roots += [key for key in part if type(key) is Placeholder]
+                unfinished.add(id(part))
+                way.append((part, parts))
+                parts = self._parts(part)
+                break  # on with what is inside
+            else:
+                if not way:
+                    return
+                part, parts = way.pop()
                 unfinished.discard(id(part))
                 self.containers.append(part)
-            elif id(part) in unfinished:
-                raise broken(path, 0, "a container that holds itself", "data without circles")
-            elif id(part) not in seen and not _is_plain(part):
-                seen.add(id(part))
-                if isinstance(part, Placeholder):
-                    self.containers.append(part)
-                    inside = (part.args, part.kwargs, part.state, part.content)
-                    roots += [v for v in inside if v is not None]
-                elif not isinstance(part, (dict, list, tuple)):
-                    self.leaves.append(part)
-                else:
-                    unfinished.add(id(part))
-                    todo.append((part, True))
-                    if (versions := getattr(part, "_metadata", None)) is not None:
-                        self.versions.append(versions)
-                    if isinstance(part, dict):
-                        roots += [key for key in part if type(key) is Placeholder]
-                    for key, value in reversed(list(_parts(part))):
-                        if not _is_plain(value):
-                            if self._place is not None:
-                                self._place.setdefault(id(value), (id(part), key))
-                            todo.append((value, False))
+
+    def _take(self, part: Any, roots: list[Any]) -> None:
+        if isinstance(part, Placeholder):
+            self.containers.append(part)
+            inside = (part.args, part.kwargs, part.state, part.content)
+            roots += [v for v in inside if v is not None]
+        elif isinstance(part, (set, frozenset)):
+            roots += [v for v in part if type(v) is Placeholder]
+        else:
+            self.leaves.append(part)
+
+    def _parts(self, container: Any) -> Iterator[tuple[Any, Any]]:
+        if not isinstance(container, dict):
+            yield from enumerate(container)
+            return
+        yield from container.items()
+        versions = getattr(container, "_metadata", None)
+        if versions is not None:
+            self.versions[id(versions)] = versions
+            yield "_metadata", versions
 
     def name(self, leaf: Any) -> str:
         """Return the keys on the way to a leaf, with dots between them."""
@@ -85,7 +106,7 @@ class Contents:
         place = self._place or {}
         while at in place and len(parts) < _LONGEST_NAME:
             at, key = place[at]
-            parts.append(str(key) if type(key) is str else shown(key))
+            parts.append(key[:_LONGEST_PART] if type(key) is str else shown(key))
         return ".".join(reversed(parts))
 
     def exchanged(self, new: dict[int, Any]) -> Any:
@@ -113,17 +134,8 @@ class Contents:
         return done.get(id(self.root), self.root)
 
 
-def _parts(container: Any) -> Iterator[tuple[Any, Any]]:
-    if not isinstance(container, dict):
-        yield from enumerate(container)
-        return
-    yield from container.items()
-    if hasattr(container, "_metadata"):
-        yield "_metadata", container._metadata  # pyright: ignore[reportAttributeAccessIssue]
-
-
 def _is_plain(value: Any) -> bool:
     return value is None or type(value) in _PLAIN
 
 
-_PLAIN = {bool, int, float, complex, str, bytes, bytearray, set, frozenset}
+_PLAIN = {bool, int, float, complex, str, bytes, bytearray}

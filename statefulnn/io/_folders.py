@@ -74,15 +74,12 @@ def _file_in(folder: Path) -> Path:
         instead = f"nn.Checkpointer({str(folder)!r}).restore(...), which wrote it"
     else:
         instead = "name the file: nn.load(folder / name)"
-    error = FileNotFoundError(
-        explain(
-            f"found no model in the folder {folder}",
-            f"it holds {there or 'nothing'}; looked for {', '.join(_NAMES)}, and an index of these",
-            instead,
-        )
+    text = explain(
+        f"found no model in the folder {folder}",
+        f"it holds {there or 'nothing'}; looked for {', '.join(_NAMES)}, and an index of these",
+        instead,
     )
-    error.errno = errno.ENOENT
-    raise error
+    raise FileNotFoundError(errno.ENOENT, text, str(folder))
 
 
 def _has_model(folder: Path) -> bool:

@@ -12,8 +12,8 @@ import numpy as np
 from statefulnn.core.box import from_numpy
 from statefulnn.core.placement import META, resolve_device
 from statefulnn.io._contents import Contents
-from statefulnn.io._reading import Budget, collector, reading
-from statefulnn.io._stored import ALIGNMENT, Stored, copied, jax_has, read
+from statefulnn.io._reading import Budget, broken, collector, reading
+from statefulnn.io._stored import ALIGNMENT, Stored, check_booleans, copied, jax_has, read
 
 Device = str | jax.Device | jax.sharding.Sharding | None
 
@@ -80,6 +80,12 @@ def _on_the_host(stored: list[Stored], places: list[Any], mmap: bool) -> list[An
             to_read.append(i)
     for i, array in zip(to_read, read([stored[i] for i in to_read]), strict=True):
         arrays[i] = array
+    for s, array in zip(stored, arrays, strict=True):
+        if s.dtype == np.bool_ and isinstance(array, np.ndarray):
+            try:
+                check_booleans(array)
+            except ValueError as error:
+                raise broken(s.source.path, s.start, str(error), "booleans") from None
     return arrays
 
 

@@ -120,6 +120,11 @@ def _parsed(path: Path, header: bytes, budget: Budget) -> dict[str, Any]:
         return found
 
     entries = parsed_json(path, 8, header, budget, unique)
+    if b"\\u" in header:
+        try:
+            json.dumps(entries, ensure_ascii=False).encode()
+        except (UnicodeEncodeError, RecursionError):
+            raise broken(path, 8, "half of a surrogate pair", "a header in UTF-8") from None
     if not isinstance(entries, dict):
         raise broken(path, 8, f"a header of type {type(entries).__name__}", "a dict by name")
     return entries

@@ -208,6 +208,16 @@ class Stored:
         return np.negative(lying) if self.negated else lying
 
 
+def check_booleans(array: np.ndarray) -> None:
+    """Raise for booleans whose byte is neither 0 nor 1: what they count as depends on who looks.
+
+    Raises:
+        ValueError: if there is one.
+    """
+    if array.dtype == np.bool_ and array.size and array.view(np.uint8).max() > 1:
+        raise ValueError("a boolean that is neither 0 nor 1")
+
+
 def _lie_together(shape: Sequence[int], strides: Sequence[int], itemsize: int) -> bool:
     step = itemsize
     for n, stride in zip(reversed(shape), reversed(strides), strict=True):
@@ -323,9 +333,9 @@ def _read_pieces(pieces: list[Piece]) -> None:
                 memory[0] = memory[0][count:]
 
 
-def _in_runs(pieces: list[Piece]) -> Iterator[tuple[Source, int, list[np.ndarray]]]:
+def _in_runs(pieces: list[Piece]) -> Iterator[tuple[Source, int, list[Any]]]:
     """Put together what lies behind one another in a file: one call of the system reads it."""
-    run: list[np.ndarray] = []
+    run: list[Any] = []
     begin = end = 0
     last: Source | None = None
     for source, at, memory in pieces:

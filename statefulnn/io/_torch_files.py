@@ -59,10 +59,10 @@ def load_torch(source: Source, budget: Budget, strict: bool) -> Any:
     read = _zipped if head[:2] == b"PK" else _tarred if is_tar(head) else _legacy
     root, memory = read(source, machine)
     contents = Contents(source.path, root)
-    for versions in contents.versions:
+    for versions in contents.versions.values():
         check_versions(source.path, versions)
     done: dict[int, Any] = {}
-    once: dict[tuple, Stored] = {}  # a tensor under several names is one array
+    once: dict[tuple[str, str], Stored] = {}  # a tensor under several names is one array
     for leaf in contents.leaves:
         if type(leaf) is Tensor:
             if leaf.identity not in once:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import collections
 import math
 import re
+import sys
 from collections.abc import Callable
 from pathlib import PurePosixPath, PureWindowsPath
 from typing import Any
@@ -20,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from statefulnn.io._reading import OBJECT, shown
-from statefulnn.io._stored import misshapen
+from statefulnn.io._stored import check_booleans, misshapen
 from statefulnn.io._unpickling import Machine, Named
 from statefulnn.io.placeholder import Placeholder
 
@@ -52,6 +53,7 @@ _DTYPES = {
     "float8_e8m0fnu": np.dtype(jnp.float8_e8m0fnu),
 }
 
+_MOST_ARGUMENTS = 16  # that a builder of tensors has
 # Numbers and texts of a fixed length; what holds Python objects or fields is foreign.
 _NUMPY_CODES = re.compile(r"b1|[iu][1248]|f[248]|c(8|16)|[SU][1-9][0-9]{0,6}")
 
@@ -123,18 +125,10 @@ class Tensor:
         self.as_key = Placeholder("torch.Tensor", (self,))
 
     @property
-    def identity(self) -> tuple:
-        """Equal for tensors that are one array."""
-        return (
-            self.storage.key,
-            self.storage.first,
-            self.offset,
-            self.size,
-            self.stride,
-            self.dtype,
-            self.conjugated,
-            self.negated,
-        )
+    def identity(self) -> tuple[str, str]:
+        """Equal for tensors that are one array; texts, since tuples of numbers can be made to collide."""
+        whole = (self.storage.first, self.offset, self.size, self.stride)
+        return self.storage.key, f"{whole} {self.dtype} {self.conjugated} {self.negated}"
 
 
 def is_count(value: Any) -> bool:
@@ -232,11 +226,12 @@ def _typed_tensor(
     """A tensor; whether it wants gradients is up to the model it goes into, and hooks are code."""
     if type(storage) is not Storage or (dtype is not None and type(dtype) is not Dtype):
         return NotImplemented  # of a foreign kind
-    machine.budget.spend(4 * OBJECT)
+    dimensions = len(size) if type(size) in (tuple, list) else 0
+    machine.budget.spend(8 * OBJECT + OBJECT * dimensions)
     flags = {} if metadata is None else metadata
-    if type(flags) is not dict or not all(type(v) is bool for v in flags.values()):
+    if type(flags) is not dict or len(flags) > 2 or not flags.keys() <= {"conj", "neg"}:
         return NotImplemented
-    if not flags.keys() <= {"conj", "neg"}:
+    if not all(type(v) is bool for v in flags.values()):
         return NotImplemented
     return Tensor(
         storage,
@@ -258,11 +253,13 @@ def _parameter(
 def _of_type(machine: Machine, build: Any, kind: Any, args: Any, state: Any) -> Any:
     """A tensor without the attributes it had in Python; one of a foreign class is in its Placeholder."""
     known = isinstance(build, Named) and build.build in (_tensor, _typed_tensor)
-    if not known or type(args) is not tuple:
+    if not known or type(args) is not tuple or len(args) > _MOST_ARGUMENTS:
         return NotImplemented
     tensor = build.build(machine, *args)
-    if kind is _TENSOR_CLASS or not isinstance(kind, Placeholder):
-        return tensor if kind is _TENSOR_CLASS else NotImplemented
+    if kind is _TENSOR_CLASS or tensor is NotImplemented:
+        return tensor
+    if not isinstance(kind, Placeholder):
+        return NotImplemented
     foreign = machine.foreign(kind.name, (tensor,))
     foreign.state = state
     return foreign
@@ -307,7 +304,7 @@ def _counter(machine: Machine, counts: Any = None) -> Any:
 def _set(machine: Machine, members: Any = ()) -> Any:
     if type(members) not in (tuple, list, set, frozenset):
         return NotImplemented
-    return machine.members(list(members))
+    return machine.join(members, set())
 
 
 def _frozen(machine: Machine, members: Any = ()) -> Any:
@@ -342,7 +339,7 @@ def _path_of(kind: type) -> Callable[..., Any]:
     def path(machine: Machine, *parts: Any) -> Any:
         if not all(type(part) is str for part in parts):
             return NotImplemented
-        machine.budget.spend(4 * OBJECT + 4 * sum(map(len, parts)))
+        machine.budget.spend(4 * OBJECT * (1 + len(parts)) + 4 * sum(map(len, parts)))
         return kind(*parts)
 
     return path
@@ -430,8 +427,14 @@ def _array(machine: Machine, raw: Any, dtype: NumpyDtype, shape: Any, order: str
     wrong = misshapen(shape, itemsize)
     if wrong or math.prod(shape) * itemsize != len(raw):
         raise ValueError(f"a numpy array with {wrong or f'{len(raw)} bytes'} for {shown(shape)}")
-    machine.budget.spend(2 * OBJECT + len(raw))
-    return np.ndarray(shape, dtype.dtype, bytearray(raw), order="F" if order == "F" else "C")
+    machine.budget.spend(OBJECT * (2 + len(shape)) + len(raw))
+    array = np.ndarray(shape, dtype.dtype, bytearray(raw), order="F" if order == "F" else "C")
+    if dtype.dtype.kind == "U" and len(raw):
+        letters = np.frombuffer(raw, np.dtype(np.uint32).newbyteorder(dtype.dtype.byteorder))
+        if letters.max() > sys.maxunicode:
+            raise ValueError("a numpy array with letters that are none")
+    check_booleans(array)
+    return array
 
 
 _ARRAY_CLASS = Named("numpy.ndarray", lambda machine, *_: NotImplemented)

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import collections
 import pickletools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -119,9 +119,9 @@ class Machine:
         return self.stack.pop()
 
     def top(self) -> Any:
-        value = self.pop()
-        self.stack.append(value)
-        return value
+        if len(self.stack) <= (self.marks[-1] if self.marks else 0):
+            raise _Refused("nothing on the stack")
+        return self.stack[-1]
 
     def from_mark(self) -> list[Any]:
         """Take what was pushed since the last mark, and the mark."""
@@ -210,23 +210,23 @@ class Machine:
         target = self.top()
         if type(target) is not set:
             raise _Refused(f"members for a {type(target).__name__}")
-        target |= self.members(items)
+        self.join(items, target)
 
-    def members(self, items: list[Any]) -> set[Any]:
-        """Return values as a set, if each may be in one."""
-        self.budget.spend(OBJECT * len(items))
-        found: set[Any] = set()
+    def join(self, items: Iterable[Any], target: set[Any]) -> set[Any]:
+        """Put values into a set, if each may be in one, and return it."""
         for item in items:
-            found.add(self.key(item, found))
-        return found
+            self.budget.spend(OBJECT)
+            target.add(self.key(item, target))
+        return target
 
     def key(self, value: Any, among: Any) -> Any:
         """Return a value that is about to be hashed and compared with others, or raise."""
         if self.is_scalar(value) or type(value) is Placeholder:
             return value
         if type(value) is tuple and len(value) <= _LONGEST_KEY and all(map(self.is_scalar, value)):
-            # Tuples of numbers can be made to collide: the worst number of comparisons is paid for.
-            self.budget.spend(len(among))
+            # Tuples with several numbers can be made to collide: the worst number of comparisons is paid for.
+            if sum(type(v) not in (str, bytes) for v in value) > 1:
+                self.budget.spend(2 * len(among))
             return value
         found = getattr(value, "as_key", None)
         if found is None or (self.strict and type(found) is Placeholder):
@@ -274,6 +274,7 @@ class Machine:
     def call(self, function: Any, args: Any, kwargs: Any = None) -> None:
         if type(args) is not tuple or (kwargs is not None and type(kwargs) is not dict):
             raise _Refused("a call without a tuple of arguments")
+        self.budget.spend(8 * len(args))
         if isinstance(function, Named):
             made = NotImplemented if kwargs else function.build(self, *args)
             self.push(self.foreign(function.name, args, kwargs) if made is NotImplemented else made)
@@ -325,6 +326,7 @@ class Machine:
             raise _Refused(f"a state for a {type(target).__name__}")
 
     def outside(self, key: Any) -> None:
+        self.budget.spend(4 * OBJECT)
         self.push(self.persistent(key))
 
 
@@ -380,21 +382,21 @@ _OPERATIONS: dict[str, tuple[int, Callable[[Machine, Any], None]]] = {
     "BINBYTES8": (OBJECT, Machine.sized),
     "BYTEARRAY8": (OBJECT, Machine.sized),
     "EMPTY_TUPLE": (8, lambda m, _: m.push(())),
-    "TUPLE1": (OBJECT, lambda m, _: m.last_as_tuple(1)),
-    "TUPLE2": (OBJECT, lambda m, _: m.last_as_tuple(2)),
-    "TUPLE3": (OBJECT, lambda m, _: m.last_as_tuple(3)),
-    "TUPLE": (OBJECT, _marked(Machine.tuple_of)),
-    "EMPTY_LIST": (OBJECT, lambda m, _: m.push([])),
-    "LIST": (OBJECT, _marked(lambda m, items: m.push(items))),
+    "TUPLE1": (2 * OBJECT, lambda m, _: m.last_as_tuple(1)),
+    "TUPLE2": (2 * OBJECT, lambda m, _: m.last_as_tuple(2)),
+    "TUPLE3": (2 * OBJECT, lambda m, _: m.last_as_tuple(3)),
+    "TUPLE": (2 * OBJECT, _marked(Machine.tuple_of)),
+    "EMPTY_LIST": (2 * OBJECT, lambda m, _: m.push([])),
+    "LIST": (2 * OBJECT, _marked(lambda m, items: m.push(items))),
     "APPEND": (8, lambda m, _: m.append([m.pop()])),
     "APPENDS": (0, _marked(Machine.append)),
-    "EMPTY_DICT": (OBJECT, lambda m, _: m.push({})),
-    "DICT": (OBJECT, _marked(Machine.dict_of)),
+    "EMPTY_DICT": (2 * OBJECT, lambda m, _: m.push({})),
+    "DICT": (2 * OBJECT, _marked(Machine.dict_of)),
     "SETITEM": (0, Machine.set_item),
     "SETITEMS": (0, _marked(Machine.set_items)),
     "EMPTY_SET": (4 * OBJECT, lambda m, _: m.push(set())),
     "ADDITEMS": (0, _marked(Machine.add)),
-    "FROZENSET": (4 * OBJECT, _marked(lambda m, items: m.push(frozenset(m.members(items))))),
+    "FROZENSET": (4 * OBJECT, _marked(lambda m, items: m.push(frozenset(m.join(items, set()))))),
     "PUT": (OBJECT, Machine.remember),
     "BINPUT": (OBJECT, Machine.remember),
     "LONG_BINPUT": (OBJECT, Machine.remember),

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any, NoReturn
 
 from statefulnn.core.errors import CheckpointError, explain
 from statefulnn.io._reading import shown
 
-_SHOWN = 6
+_SHOWN, _LONGEST = 6, 500  # parts of a container, letters of a text
 
 
 class Placeholder:
@@ -55,7 +56,8 @@ class Placeholder:
             parts.append(f"state={_outline(self.state)}")
         if self.content is not None:
             parts.append(f"content={_outline(self.content)}")
-        return f"Placeholder({', '.join(parts)})"
+        text = f"Placeholder({', '.join(parts)})"
+        return text if len(text) <= _LONGEST else f"{text[:_LONGEST]} ...)"
 
     def __array__(self, *_: Any, **__: Any) -> NoReturn:
         raise self._refusal("used as an array")
@@ -88,7 +90,8 @@ class Placeholder:
 def _outline(value: Any) -> str:
     """Return a short text for a container: its first plain parts."""
     if isinstance(value, dict):
-        items = [f"{shown(k)}: {_brief(v)}" for k, v in list(value.items())[:_SHOWN]]
+        first = itertools.islice(value.items(), _SHOWN)
+        items = [f"{shown(k)}: {_brief(v)}" for k, v in first]
         return "{" + ", ".join(items + ["..."] * (len(value) > _SHOWN)) + "}"
     if isinstance(value, (list, tuple)):
         inside = ", ".join([_brief(v) for v in value[:_SHOWN]] + ["..."] * (len(value) > _SHOWN))
