@@ -10,9 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from statefulnn.io._reading import broken, shown
+from statefulnn.io._reading import Budget, broken, shown
 from statefulnn.io.placeholder import Placeholder
 
+_PART, _ENDLESS = 8, 1 << 62  # bytes of a part in its container; more parts than anybody counts
 _LONGEST_NAME, _LONGEST_PART = 100, 1000  # parts of a name, letters of a part
 
 
@@ -24,6 +25,8 @@ class Contents:
         root: containers are of the classes dict, list, tuple, those of these that ``collections`` has,
             and Placeholder.
         named: whether `name` will be asked.
+        budget: pays for the parts, each as often as somebody meets it who does not know that containers are
+            shared: 60 lists, each of the one before it twice, are 2**60 for ``repr`` and ``jax.tree.map``.
 
     Attributes:
         root: the value.
@@ -35,25 +38,42 @@ class Contents:
         CheckpointError: for a container that holds itself. A Placeholder may: objects refer to each other.
     """
 
-    def __init__(self, path: Path, root: Any, named: bool = False) -> None:
+    def __init__(
+        self, path: Path, root: Any, named: bool = False, budget: Budget | None = None
+    ) -> None:
         self.root = root
         self.leaves: list[Any] = []
         self.versions: dict[int, dict] = {}
         self.containers: list[Any] = []
         # Of a part: the container it was found in, and its key there.
         self._place: dict[int, tuple[int, Any]] | None = {} if named else None
-        seen: set[int] = set()
+        seen: dict[int, int] = {}
         roots = [root]
         for start in roots:  # it grows while it is gone through
-            self._walk(path, start, seen, roots)
+            count = self._walk(path, start, seen, roots)
+            if budget is not None:
+                budget.spend(_PART * count)
 
-    def _walk(self, path: Path, start: Any, seen: set[int], roots: list[Any]) -> None:
-        """Go through a value depth first; what is inside of Placeholders is put off, as further roots."""
+    def _walk(self, path: Path, start: Any, seen: dict[int, int], roots: list[Any]) -> int:
+        """Go through a value depth first; what is inside of Placeholders is put off, as further roots.
+
+        Args:
+            path: the file.
+            start: the value.
+            seen: the parts that were met already, by id, with the number of parts in them.
+            roots: takes what is put off.
+
+        Returns:
+            the number of parts, those of shared containers each time.
+        """
         unfinished: set[int] = set()
+        counts: list[int] = []  # of the containers on the way
+        count = 0
         way: list[tuple[Any, Iterator[tuple[Any, Any]]]] = []
         parts = iter([(None, start)])
         while True:
             for key, part in parts:
+                count += 1
                 if _is_plain(part):
                     continue
                 if self._place is not None and way:
@@ -61,8 +81,9 @@ class Contents:
                 if id(part) in unfinished:
                     raise broken(path, 0, "a container that holds itself", "data without circles")
                 if id(part) in seen:
+                    count = min(count + seen[id(part)], _ENDLESS)
                     continue
-                seen.add(id(part))
+                seen[id(part)] = 0
                 if not isinstance(part, (dict, list, tuple)):
                     self._take(part, roots)
                     continue
@@ -70,12 +91,15 @@ class Contents:
                     roots += [key for key in part if type(key) is Placeholder]
                 unfinished.add(id(part))
                 way.append((part, parts))
-                parts = self._parts(part)
+                counts.append(count)
+                parts, count = self._parts(part), 0
                 break  # on with what is inside
             else:
                 if not way:
-                    return
+                    return count
                 part, parts = way.pop()
+                seen[id(part)] = count
+                count = min(count + counts.pop(), _ENDLESS)
                 unfinished.discard(id(part))
                 self.containers.append(part)
 

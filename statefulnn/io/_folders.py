@@ -17,6 +17,7 @@ from statefulnn.io._stored import Source, Stored
 from statefulnn.io._torch_files import load_torch
 
 INDEX_ENDS = ".index.json"
+_INDEX = re.compile(r".*\.index(\.\w+)?\.json")  # also of a variant: .index.fp16.json
 # What the Hugging Face hub calls the file with a model, in the order in which they are taken.
 _NAMES = (
     "model.safetensors",
@@ -43,7 +44,7 @@ def opened(path: Path, budget: Budget, strict: bool) -> Any:
     if path.is_dir():
         path = _file_in(path)
     source = Source(path, budget)
-    if not path.name.endswith(INDEX_ENDS):
+    if not _INDEX.fullmatch(path.name):
         return load_torch(source, budget, strict) if is_torch(source) else _state(source, budget)
     text = source.read(0, source.size)
     try:
@@ -145,6 +146,10 @@ def _with_notes(
 ) -> OrderedDict[str, Any]:
     """Return arrays by name with what `nn.save` noted beside them: order, ties, plain data, versions."""
     notes = _notes(path, texts, budget)
+    twice = next((n for n in notes["values"] if n in stored), None)
+    if twice is not None:
+        what = f"{shown(twice)} as an array, and as a value of metadata {NOTE!r}"
+        raise broken(path, 8, what, "one of them")
     values = {**stored, **notes["values"]}
     for name, first in notes["ties"].items():
         if first in stored:

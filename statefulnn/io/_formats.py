@@ -31,6 +31,8 @@ _BEGINNINGS: list[tuple[bytes, str, str]] = [
     (b"BZh", "compressed by bzip2", "unpack it first: bzip2 -d, or tar -xjf"),
     (b"\xfd7zXZ\0", "compressed by xz", "unpack it first: xz -d, or tar -xJf"),
     (b"\x28\xb5\x2f\xfd", "compressed by zstd", "unpack it first: zstd -d"),
+    (b"\x89PNG", "a picture (PNG)", "a file of weights"),
+    (b"PK\x05\x06", "an empty archive", "download or save it again"),
     (b"7z\xbc\xaf\x27\x1c", "a 7z archive", "unpack it first: 7z x"),
     (
         b"version https://git-lfs",
@@ -66,11 +68,18 @@ def is_torch(source: Source) -> bool:
     # The length of a safetensors header may begin with the bytes of another format.
     if head[8:9] == b"{" and length <= min(LONGEST_HEADER, source.size - 8):
         return False
-    if head[:4] in (b"PK\x03\x04", b"PK\x05\x06") or head[257:262] == b"ustar":
+    if head[:4] == b"PK\x03\x04" or head[257:262] == b"ustar":
         return True
     known = _named(head)
     if known is not None:
         raise named(source.path, *known)
+    if head[8:9] != b"{" and length > LONGEST_HEADER and head[:1] != b"\x80":
+        what = "a text" if _is_text(head) else "of no format that is known here"
+        raise named(
+            source.path,
+            f"{what}: it begins with {head[:24]!r}",
+            "look at where it comes from: a failed download is often a message",
+        )
     if head[:1] == b"\x80" and length > LONGEST_HEADER:
         if not _begins_as_torch_does(head):
             raise named(
@@ -108,6 +117,10 @@ def _named(head: bytes) -> tuple[str, str] | None:
     if _is_onnx(head):
         return _ONNX
     return None
+
+
+def _is_text(head: bytes) -> bool:
+    return all(32 <= c < 127 or c in b"\t\r\n" for c in head[:200])
 
 
 def _is_msgpack(head: bytes) -> bool:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import json
+import operator
 import re
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sized
@@ -24,6 +25,9 @@ from statefulnn.core.errors import CheckpointError, explain
 # A small file may unpack to this much, and every file to this many times its size.
 _FLOOR = 64 << 20
 _MULTIPLE = 4
+# What describes arrays and other objects (pickles, lists of archives, JSON) turns into objects of Python's,
+# of which each takes many times its bytes: so much more is allowed for these parts.
+OF_OBJECTS = 16
 # An object of Python's takes about this many bytes.
 OBJECT = 64
 
@@ -99,18 +103,23 @@ class Budget:
 
     Args:
         path: the file, for the message.
-        limit: the bytes; None for 64 MiB and four times the size of all files that are opened with it.
+        limit: the bytes; None for 64 MiB and four times the size of all files that are opened with it, and
+            sixteen times the size of what describes objects in them.
     """
 
     def __init__(self, path: Path, limit: int | None = None) -> None:
         self.path, self.spent = path, 0
-        self._fixed = limit is not None
+        self.fixed = limit is not None
         self.limit = _FLOOR if limit is None else limit
 
     def opened(self, size: int) -> None:
         """Add to the limit what a file of this size is allowed."""
-        if not self._fixed:
-            self.limit += _MULTIPLE * size
+        self.allow(_MULTIPLE * size)
+
+    def allow(self, nbytes: int) -> None:
+        """Raise the limit, unless the user has set it."""
+        if not self.fixed:
+            self.limit += nbytes
 
     def spend(self, nbytes: int) -> None:
         """Count bytes that are about to be built.
@@ -179,6 +188,7 @@ def parsed_json(
     Raises:
         CheckpointError: with the byte at which it is no JSON.
     """
+    budget.allow(OF_OBJECTS * len(text))
     # Each value but the first of a container follows one of these.
     budget.spend(len(text) + OBJECT * sum(text.count(c) for c in (b"[", b"{", b",", b":")))
     try:
@@ -194,13 +204,12 @@ def parsed_json(
 def number_of_bytes(size: int | str, argument: str) -> int:
     """Return a number of bytes that was given as a number or as a text such as ``"5GB"``."""
     units = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-    found = (
-        re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Z]+)", size.upper()) if isinstance(size, str) else None
-    )
-    if found and found[2] in units:
-        return max(1, int(float(found[1]) * units[found[2]]))
-    if isinstance(size, int) and not isinstance(size, bool) and size > 0:
-        return size
+    if isinstance(size, str):
+        found = re.fullmatch(r"(\d{1,15}(?:\.\d{1,15})?)\s*([A-Z]+)", size.upper())
+        if found and found[2] in units:
+            return max(1, int(float(found[1]) * units[found[2]]))
+    elif hasattr(size, "__index__") and not isinstance(size, bool) and operator.index(size) > 0:
+        return operator.index(size)
     raise ValueError(f"{argument} must be a number of bytes or '5GB', got {size!r}")
 
 
@@ -216,6 +225,6 @@ def check_versions(path: Path, metadata: Mapping[Any, Any]) -> None:
     """
     for name, entry in metadata.items():
         known = isinstance(name, str) and isinstance(entry, Mapping)
-        if not known or not isinstance(entry.get("version", 0), (int, type(None))):
+        if not known or not isinstance(entry.get("version", 0), (int, float, type(None))):
             what = f"the version of a module {shown(name)} that is none"
             raise broken(path, 0, what, "a dict with a number as 'version'")

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from statefulnn.io._contents import Contents
-from statefulnn.io._formats import MAGIC, foreign_archive
-from statefulnn.io._reading import Budget, broken, check_versions, shown
+from statefulnn.io._formats import MAGIC, foreign_archive, named
+from statefulnn.io._reading import OF_OBJECTS, Budget, broken, check_versions, shown
 from statefulnn.io._stored import Source, Stored
 from statefulnn.io._torch_pickle import (
     ALL_NAMES,
@@ -58,7 +58,7 @@ def load_torch(source: Source, budget: Budget, strict: bool) -> Any:
     machine = Machine(source.path, names, storage_of, budget, strict)
     read = _zipped if head[:2] == b"PK" else _tarred if is_tar(head) else _legacy
     root, memory = read(source, machine)
-    contents = Contents(source.path, root)
+    contents = Contents(source.path, root, budget=budget)
     for versions in contents.versions.values():
         check_versions(source.path, versions)
     done: dict[int, Any] = {}
@@ -71,14 +71,14 @@ def load_torch(source: Source, budget: Budget, strict: bool) -> Any:
         elif type(leaf) in (Dtype, NumpyDtype):
             done[id(leaf)] = leaf.dtype
         elif type(leaf) in (Named, Storage):
-            named = type(leaf) is Named
+            is_name = type(leaf) is Named
             if strict:
-                what = "a function or class" if named else "a storage"
+                what = "a function or class" if is_name else "a storage"
                 expected = "tensors, numbers, texts and containers"
                 raise broken(source.path, 0, f"{what} as data", expected)
             done[id(leaf)] = (
                 Placeholder(leaf.name)
-                if named
+                if is_name
                 else Placeholder("torch.UntypedStorage", (leaf.key, leaf.numel))
             )
     for part in contents.containers:
@@ -152,6 +152,7 @@ class _Counted:
 
     def read(self, size: int = -1) -> bytes:
         found = self._reader.read(size)
+        self._budget.allow(OF_OBJECTS * len(found))
         self._budget.spend(_ENTRY * len(found))
         return found
 
@@ -197,9 +198,8 @@ def _behind(source: Source, at: int, dtype: np.dtype, end: int) -> tuple[int, in
 def _tarred(source: Source, machine: Machine) -> tuple[Any, Memory]:
     path, file = source.path, source.reader()
     members = _members(source, machine.budget)
-    missing = [name for name in ("storages", "tensors", "pickle") if name not in members]
-    if missing:
-        raise broken(path, 0, f"an archive without {missing[0]!r}", "what torch.save wrote")
+    if not {"storages", "tensors", "pickle"} <= members.keys():
+        raise named(path, "a tar archive that torch.save did not write", "unpack it: tar -xf")
 
     def next_object(kind: type, length: int | None = None) -> Any:
         at = file.tell()

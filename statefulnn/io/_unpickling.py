@@ -6,8 +6,8 @@ of whatever object a file can reach, hash and compare whatever it brings as a ke
 
 Here an object changes in four ways only. A list, a dict or a set that the same pickle made takes items. A
 `Placeholder` takes what it is given. An ``OrderedDict`` takes ``_metadata``, as torch writes it. A value with
-a method ``take_state`` checks what it takes. Keys are plain scalars, or short tuples of them: nothing else of
-a file is ever hashed or compared.
+a method ``take_state`` checks what it takes. Keys are plain scalars, or short tuples of them; a Placeholder
+stands in for any other. Nothing else of a file is ever hashed or compared.
 
 Source: pickletools.py of Python 3.11, which describes each operation.
 """
@@ -16,20 +16,21 @@ from __future__ import annotations
 
 import collections
 import pickletools
-from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
+from collections.abc import Callable, Iterable, Mapping, Sized
+from pathlib import Path, PurePath
 from typing import IO, Any
 
 import numpy as np
 
 from statefulnn.core.errors import CheckpointError, explain
-from statefulnn.io._reading import OBJECT, Budget, broken, shown
+from statefulnn.io._reading import OBJECT, OF_OBJECTS, Budget, broken, shown
 from statefulnn.io.placeholder import Placeholder
 
 _NEWEST_PROTOCOL = 5
 # A key that is a number has at most this many bits: longer ones could be made to collide in a dict.
 _LONGEST_NUMBER = 64
-_LONGEST_KEY = 8  # members of a tuple
+_LONGEST_KEY, _DEEPEST_KEY = 16, 3  # members of a tuple, and tuples in tuples
+_LONGEST_KEY_BITS = 1024
 _MOST_MEMO_BITS = 31
 
 
@@ -45,6 +46,11 @@ class Named:
 
     def __init__(self, name: str, build: Callable[..., Any]) -> None:
         self.name, self.build = name, build
+
+    @property
+    def as_key(self) -> Placeholder:
+        """What stands for it where it is the key of a dict."""
+        return Placeholder(self.name)
 
 
 class Machine:
@@ -85,9 +91,14 @@ class Machine:
         self.memo: dict[int, Any] = {}
         self.position = at
         budget = self.budget
+        multiple, before = (0 if budget.fixed else OF_OBJECTS), None
         try:
             for operation, argument, position in pickletools.genops(file):
-                self.position = at + (position or 0)
+                position = position or 0
+                # The more of the pickle has been read, the more may have been built of it.
+                budget.limit += multiple * (position - (position if before is None else before))
+                before = position
+                self.position = at + position
                 run = _OPERATIONS.get(operation.name)
                 if run is None:
                     raise _Refused(f"the operation {operation.name}")
@@ -219,30 +230,54 @@ class Machine:
             target.add(self.key(item, target))
         return target
 
-    def key(self, value: Any, among: Any) -> Any:
-        """Return a value that is about to be hashed and compared with others, or raise."""
-        if self.is_scalar(value) or type(value) is Placeholder:
+    def key(self, value: Any, among: Sized) -> Any:
+        """Return a value that may be hashed and compared with others: itself, or what stands in for it.
+
+        Args:
+            value: what a file has as a key, or as a member of a set.
+            among: the dict or set it goes into.
+
+        Raises:
+            _Refused: with ``strict=True``, for what is no plain scalar, or short tuple of these.
+        """
+        if self.is_scalar(value):
             return value
-        if type(value) is tuple and len(value) <= _LONGEST_KEY and all(map(self.is_scalar, value)):
-            # Tuples with several numbers can be made to collide: the worst number of comparisons is paid for.
-            if sum(type(v) not in (str, bytes) for v in value) > 1:
-                self.budget.spend(2 * len(among))
+        if self.strict and type(value) is not tuple:
+            raise _Refused(f"a key of type {type(value).__name__}")
+        if self.is_short(value):
+            # Several numbers can be made to collide: the worst number of comparisons is paid for.
+            self.budget.spend(4 * len(among))
             return value
+        if self.strict:
+            raise _Refused("a key that is a long tuple, or one of other things than scalars")
         found = getattr(value, "as_key", None)
-        if found is None or (self.strict and type(found) is Placeholder):
-            what = shown(value) if type(value) is int else f"of type {type(value).__name__}"
-            raise _Refused(f"a key {what}")
-        return found
+        if found is not None:
+            return found
+        # It keeps its place without being looked at: a Placeholder is hashed by its identity.
+        self.budget.spend(4 * OBJECT)
+        return Placeholder(f"a {type(value).__name__} as a key", (value,))
 
     def is_scalar(self, value: Any) -> bool:
         """Say whether a value is a number or a text, which takes no time to hash that is not paid for."""
-        if type(value) in (str, bytes):
+        if isinstance(value, (str, bytes)):  # those of numpy's, too
             self.budget.spend(len(value))  # what comparing it with an equal one takes
             return True
         if type(value) is int:
             return value.bit_length() <= _LONGEST_NUMBER
         of_numpy = isinstance(value, np.generic) and value.dtype.kind in "biuf"
-        return value is None or type(value) in (bool, float) or of_numpy
+        return value is None or type(value) in (bool, float, Placeholder) or of_numpy
+
+    def is_short(self, value: Any, depth: int = _DEEPEST_KEY) -> bool:
+        """Say whether a value is made of a few scalars, and nothing else."""
+        if type(value) in (tuple, frozenset):
+            inside = len(value) <= _LONGEST_KEY and depth > 0
+            return inside and all(self.is_scalar(v) or self.is_short(v, depth - 1) for v in value)
+        if isinstance(value, PurePath):
+            self.budget.spend(sum(map(len, value.parts)))
+            return True
+        if type(value) is int:
+            return value.bit_length() <= _LONGEST_KEY_BITS
+        return type(value) is complex or isinstance(value, np.complexfloating)
 
     # ----------------------------------------------------------------------------------------------
     # Names, calls and states
@@ -316,12 +351,11 @@ class Machine:
                 raise _Refused("a state for what is no object, or has one")
             target.state = state
         elif type(target) is collections.OrderedDict:
-            metadata = (
-                state.get("_metadata") if isinstance(state, dict) and len(state) == 1 else None
-            )
-            if not isinstance(metadata, dict):
-                raise _Refused("attributes of an OrderedDict, other than _metadata")
-            target._metadata = metadata  # pyright: ignore[reportAttributeAccessIssue]
+            known = isinstance(state, dict) and isinstance(state.get("_metadata"), dict)
+            if self.strict and (not known or len(state) != 1):
+                raise _Refused("a state of an OrderedDict other than _metadata")
+            if known:  # other attributes are left out, as those of tensors are
+                target._metadata = state["_metadata"]  # pyright: ignore[reportAttributeAccessIssue]
         else:
             raise _Refused(f"a state for a {type(target).__name__}")
 

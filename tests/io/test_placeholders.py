@@ -95,7 +95,9 @@ def test_weights_load_beside_foreign_objects(protocol, new, tmp_path):
         bytearray(b"xyz"),
         b"",
         np.dtype("<f4"),
-        {np.int64(3): "a", (1, "b"): "c"},
+        {np.int64(3): "a", (1, "b"): "c", ((1, 2), "x"): 0, 1j: 1, 1 << 100: 2, np.str_("n"): 3},
+        {frozenset([1]): 2, pathlib.PurePosixPath("/a/b"): 3},
+        {(i, j): i * j for i in range(30) for j in range(30)},
     ],
     ids=lambda v: f"{type(v).__name__}-{str(v)[:12]}",
 )
@@ -107,6 +109,25 @@ def test_values_of_python_and_numpy_come_back_as_they_were(value, protocol, tmp_
         np.testing.assert_array_equal(found, value)
     else:
         assert found == value
+
+
+def test_keys_that_are_no_scalars_are_stood_in_for(tmp_path):
+    deep = ((((1,),),),)
+    content = {
+        Colour.RED: 1,
+        deep: 2,
+        torch.Tensor: 3,
+        tuple(range(40)): torch.ones(2),
+        torch.ones(1): 4,
+    }
+    found = nn.load(saved(content, tmp_path / "x"))
+    keys = list(found)
+    assert keys[0].name.endswith("Colour") and keys[0].args == (1,)
+    assert keys[1].args == (deep,) and keys[2].name == "torch.Tensor"
+    assert keys[3].args == (tuple(range(40)),) and found[keys[3]].tolist() == [1.0, 1.0]
+    assert keys[4].args[0].tolist() == [1.0]
+    with pytest.raises(nn.CheckpointError):
+        nn.load(tmp_path / "x", strict=True)
 
 
 @PROTOCOLS
