@@ -13,7 +13,9 @@ from statefulnn.core.box import from_numpy
 from statefulnn.core.placement import META, resolve_device
 from statefulnn.io._contents import Contents
 from statefulnn.io._reading import Budget, broken, collector, reading
-from statefulnn.io._stored import ALIGNMENT, Stored, check_booleans, copied, jax_has, read
+from statefulnn.io._stored import ALIGNMENT, Stored, check_booleans, jax_has, read
+
+_ARRAY = 1024  # bytes that JAX takes for an array beside its numbers
 
 Device = str | jax.Device | jax.sharding.Sharding | None
 
@@ -42,62 +44,76 @@ def placed(
     else:
         places = [resolve_device(device)] * len(stored)
     with reading(path), collector.paused():
-        for s, place in zip(stored, places, strict=True):
-            if place != META and not (mmap and s.as_it_lies):
-                budget.spend(s.nbytes)
-        arrays = _on_the_host(stored, places, mmap)
+        arrays = _on_the_host(stored, places, mmap, budget)
     groups: dict[Any, list[int]] = {}
     for i, place in enumerate(places):
         if isinstance(arrays[i], np.ndarray) and jax_has(arrays[i].dtype):
             groups.setdefault(place, []).append(i)
+        elif arrays[i] is None:
+            arrays[i] = _spread(path, stored[i], place)
     with collector.paused():
-        for place, mine in groups.items():
-            if isinstance(place, jax.sharding.Sharding):
-                moved = [_spread(arrays[i], place) for i in mine]
-            else:  # one call for all arrays of a place
-                moved = from_numpy([arrays[i] for i in mine], place, copy=False)
+        for place, mine in groups.items():  # one call for all arrays of a place
+            moved = from_numpy([arrays[i] for i in mine], place, copy=False)
             for i, array in zip(mine, moved, strict=True):
                 arrays[i] = array
         return contents.exchanged(dict(zip(map(id, stored), arrays, strict=True)))
 
 
-def _on_the_host(stored: list[Stored], places: list[Any], mmap: bool) -> list[Any]:
-    """Return an array of numpy's for each, in memory or where it lies; on the meta device a shape."""
+def _on_the_host(stored: list[Stored], places: list[Any], mmap: bool, budget: Budget) -> list[Any]:
+    """Return an array of numpy's for each, in memory or where it lies; on the meta device a shape.
+
+    None stands for those of which each device reads its own part.
+    """
     arrays: list[Any] = [None] * len(stored)
     to_read: list[int] = []
     hosts: dict[Any, bool] = {}
     for i, (s, place) in enumerate(zip(stored, places, strict=True)):
+        budget.spend(_ARRAY)
         if place == META:
             arrays[i] = jax.ShapeDtypeStruct(s.shape, s.dtype)
             continue
-        if place not in hosts:
-            hosts[place] = _is_host(place)
-        if jax_has(s.dtype) and not hosts[place]:
-            arrays[i] = s.view  # each device takes its part from there
-        elif mmap and s.as_it_lies and s.start % ALIGNMENT == 0:
+        known = jax_has(s.dtype)
+        if mmap and s.as_it_lies and s.start % ALIGNMENT == 0:
             arrays[i] = s.view
         else:
+            budget.spend(s.nbytes)
+        if known and isinstance(place, jax.sharding.Sharding):
+            arrays[i] = None
+            continue
+        if place not in hosts:
+            hosts[place] = _is_host(place)
+        if known and not hosts[place]:
+            arrays[i] = s.view  # another device copies it from there
+        elif arrays[i] is None:
             to_read.append(i)
     for i, array in zip(to_read, read([stored[i] for i in to_read]), strict=True):
         arrays[i] = array
     for s, array in zip(stored, arrays, strict=True):
-        if s.dtype == np.bool_ and isinstance(array, np.ndarray):
-            try:
-                check_booleans(array)
-            except ValueError as error:
-                raise broken(s.source.path, s.start, str(error), "booleans") from None
+        if isinstance(array, np.ndarray):
+            _check(s, array)
     return arrays
 
 
-def _spread(view: np.ndarray, place: jax.sharding.Sharding) -> jax.Array:
-    part = lambda index: copied(view[index])
-    return jax.make_array_from_callback(view.shape, place, part)
+def _check(stored: Stored, array: np.ndarray) -> np.ndarray:
+    try:
+        check_booleans(array)
+    except ValueError as error:
+        raise broken(stored.source.path, stored.start, str(error), "booleans") from None
+    return array
+
+
+def _spread(path: Path, stored: Stored, place: jax.sharding.Sharding) -> jax.Array:
+    def part(index: tuple[slice, ...] | None) -> np.ndarray:
+        with reading(path):
+            return _check(stored, stored.part(index))
+
+    return jax.make_array_from_callback(stored.shape, place, part)
 
 
 def _is_host(place: Any) -> bool:
     """Say whether JAX takes an array of the host for one at this place, without a copy."""
     if isinstance(place, jax.sharding.Sharding):
-        return False
+        return True  # what JAX has no dtype for stays an array of numpy's
     if place is None:
         chosen = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]
         place = chosen or jax.default_backend()

@@ -63,6 +63,51 @@ def arrays_of(
     return arrays
 
 
+_MOST_WORDS = 16  # of a random key
+
+
+def check_shapes(notes: Mapping[str, Any], wanted: Mapping[str, Any], held: Any) -> None:
+    """Raise if the file has other shapes than the notes say, before memory is taken for them.
+
+    Args:
+        notes: what was saved, by object.
+        wanted: object -> name -> anything: what is about to be read.
+        held: object -> name -> what orbax says of an array, with its shape.
+
+    Raises:
+        CheckpointError: with the name and both shapes.
+    """
+    for label, names in wanted.items():
+        for name in names:
+            shape = tuple(getattr(held[label][name], "shape", ()))
+            storage = getattr(held[label][name], "storage", None)
+            chunk = tuple(getattr(storage, "chunk_shape", None) or shape)
+            words = int(
+                name in notes[label]["keys"]
+            )  # a random key has one dimension more, its words
+            saved = tuple(notes[label]["specs"][name][1])
+            fits = len(shape) == len(saved) + words and shape[: len(saved)] == saved
+            fits = fits and all(n <= _MOST_WORDS for n in shape[len(saved) :])
+            if (
+                not fits
+                or len(chunk) != len(shape)
+                or any(c > max(1, n) for c, n in zip(chunk, shape, strict=True))
+            ):
+                found = f"an array of shape {shape} in pieces of {chunk}"
+                raise _not_as_noted(f"{label}.{name}", found, notes[label], name)
+
+
+def _not_as_noted(label: str, held: str, notes: Mapping[str, Any], name: str) -> CheckpointError:
+    dtype, shape = notes["specs"][name]
+    return CheckpointError(
+        explain(
+            f"read {shown(label)} from a checkpoint",
+            f"the file holds {held}, and the notes beside it say {dtype} of shape {tuple(shape)}",
+            "another step of the run",
+        )
+    )
+
+
 def _as_noted(label: str, array: Any, notes: Mapping[str, Any], name: str) -> Any:
     """Return an array of the file as what the notes say it is.
 
@@ -84,14 +129,8 @@ def _as_noted(label: str, array: Any, notes: Mapping[str, Any], name: str) -> An
         text = str(np.dtype(array.dtype).newbyteorder("="))
         dtype = str(np.dtype(dtype).newbyteorder("="))
     if text != dtype or list(array.shape) != shape:
-        raise CheckpointError(
-            explain(
-                f"read {shown(label)} from a checkpoint",
-                f"the file holds {text or 'no array'} of shape {getattr(array, 'shape', None)}, and the "
-                f"notes beside it say {dtype} of shape {tuple(shape)}",
-                "another step of the run",
-            )
-        )
+        held = f"{text or 'no array'} of shape {getattr(array, 'shape', None)}"
+        raise _not_as_noted(label, held, notes, name)
     return array
 
 

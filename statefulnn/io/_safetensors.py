@@ -19,6 +19,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from statefulnn.core.errors import CheckpointError, explain
 from statefulnn.core.extras import import_extra
 from statefulnn.io._formats import LONGEST_HEADER
 from statefulnn.io._reading import Budget, broken, parsed_json, shown
@@ -203,7 +204,18 @@ def write(
     }
     blanks = -(8 + _header_length(arrays, metadata)) % ALIGNMENT
     metadata = {**metadata, note: metadata[note] + " " * blanks}
-    safetensors.serialize_file(specs, str(path), metadata=metadata)
+    try:
+        safetensors.serialize_file(specs, str(path), metadata=metadata)
+    except safetensors.SafetensorError as error:
+        if "os error" in str(error):
+            raise
+        raise CheckpointError(
+            explain(
+                f"called nn.save with {len(arrays)} arrays",
+                f"safetensors cannot write them: {error}",
+                "names and metadata of less than 100 MB; fewer arrays in a file: max_shard_size='5GB'",
+            )
+        ) from None
 
 
 def _header_length(arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> int:

@@ -23,6 +23,7 @@ from statefulnn.core.module import Module
 from statefulnn.core.placement import is_meta
 from statefulnn.core.state_dict import _dtype_kind as dtype_kind
 from statefulnn.core.uninitialized import is_lazy
+from statefulnn.io._plain import is_plain
 from statefulnn.io._run_notes import stored_dtype
 
 
@@ -310,12 +311,8 @@ def _storable(label: str, value: Any, name: str, keys: dict[str, str]) -> Any:
 
 
 def _plain(label: str, value: Any) -> Any:
-    try:
-        copy = json.loads(json.dumps(value))
-        if copy == value or value != value:
-            return copy
-    except (TypeError, ValueError):
-        pass
+    if is_plain(value):
+        return json.loads(json.dumps(value))  # a copy: the value may change before it is written
     raise _unsaved(label, f"it is of type {type(value).__name__}")
 
 

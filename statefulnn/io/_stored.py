@@ -35,6 +35,7 @@ _MOST_DIMENSIONS, _TOO_LARGE = 64, 1 << 63
 # A claimed length that is larger than this is held against the file before memory is taken for it.
 _SMALL = 1 << 16
 _LONGEST_LINE = 1 << 20
+_WASTE = 4  # times the bytes that are wanted, at most, are read where there are gaps between them
 _MOST_BUFFERS = 256  # that the system fills in one call
 
 
@@ -203,9 +204,76 @@ class Stored:
         """The array where it lies, through the map; a copy where its numbers are not those in the file."""
         if not self.nbytes:
             return np.empty(self.shape, self.dtype)
-        lying = np.ndarray(self.shape, self.dtype, self.source.map, self.start, self.strides)
+        strides = self._steps()
+        return self._as_meant(
+            np.ndarray(self.shape, self.dtype, self.source.map, self.start, strides)
+        )
+
+    def part(self, index: tuple[slice, ...] | None = None) -> np.ndarray:
+        """Return the array, or a part of it, in memory of its own that JAX takes over as it is.
+
+        Args:
+            index: a slice for each dimension, with steps of 1; None for all of it.
+
+        Raises:
+            CheckpointError: if the file became shorter since it was opened.
+        """
+        steps, start, shape = self._steps(), self.start, list(self.shape)
+        for i, piece in enumerate(index or ()):
+            first, stop, _ = piece.indices(shape[i])
+            start, shape[i] = start + first * steps[i], max(0, stop - first)
+        own = host_array(tuple(shape), self.dtype)
+        if own.size:
+            # Dimensions whose steps are larger come first; the order of those in memory does not matter.
+            order = sorted(range(len(shape)), key=lambda i: -steps[i])
+            _read_strided(
+                self.source,
+                start,
+                own.transpose(order),
+                [shape[i] for i in order],
+                [steps[i] for i in order],
+            )
+        return self._as_meant(own)
+
+    def _steps(self) -> tuple[int, ...]:
+        if self.strides is not None:
+            return self.strides
+        steps, step = [], self.dtype.itemsize
+        for n in reversed(self.shape):
+            steps.append(step)
+            step *= n
+        return tuple(reversed(steps))
+
+    def _as_meant(self, lying: np.ndarray) -> np.ndarray:
         lying = np.conjugate(lying) if self.conjugated else lying
         return np.negative(lying) if self.negated else lying
+
+
+def _read_strided(
+    source: Source, start: int, into: np.ndarray, shape: list[int], steps: list[int]
+) -> None:
+    """Read elements that lie at steps from each other; the largest steps come first.
+
+    What lies together but for small gaps is read with the gaps, in one call; wide gaps are left out.
+    """
+    wanted = span = into.itemsize
+    inner = len(shape)
+    while (
+        inner
+        and span + (shape[inner - 1] - 1) * steps[inner - 1] <= _WASTE * wanted * shape[inner - 1]
+    ):
+        inner -= 1
+        span += (shape[inner] - 1) * steps[inner]
+        wanted *= shape[inner]
+    for index in np.ndindex(*shape[:inner]):
+        at = start + sum(i * step for i, step in zip(index, steps, strict=False))
+        content = source.read(at, span)
+        if len(content) < span:
+            wanted_bytes = f"{span - len(content)} bytes more, as when it was opened"
+            raise broken(source.path, at + len(content), "the file ends", wanted_bytes)
+        into[index] = np.ndarray(
+            tuple(shape[inner:]), into.dtype, content, strides=tuple(steps[inner:])
+        )
 
 
 def check_booleans(array: np.ndarray) -> None:
@@ -236,13 +304,6 @@ def jax_has(dtype: np.dtype) -> bool:
     return jax.dtypes.canonicalize_dtype(dtype) == dtype
 
 
-def copied(view: np.ndarray) -> np.ndarray:
-    """Return a copy in memory that JAX takes over as it is."""
-    own = host_array(view.shape, view.dtype)
-    own[...] = view
-    return own
-
-
 def read(stored: Iterable[Stored]) -> list[np.ndarray]:
     """Return arrays of a file, or several, each in memory of its own that JAX takes over as it is.
 
@@ -255,7 +316,7 @@ def read(stored: Iterable[Stored]) -> list[np.ndarray]:
         block, at = host_memory(sum(_padded(s.nbytes) for s in group if s.as_it_lies)), 0
         for s in group:
             if not s.as_it_lies or not s.nbytes:
-                arrays.append(copied(s.view))
+                arrays.append(s.part())
                 continue
             end = at + s.nbytes
             # One call, where slice, view and reshape are three: there may be many small arrays.

@@ -20,7 +20,7 @@ import jax
 from statefulnn.core.errors import CheckpointError, StateDictError, explain
 from statefulnn.core.extras import import_extra
 from statefulnn.io._locks import LockFile
-from statefulnn.io._run_arrays import arrays_of
+from statefulnn.io._run_arrays import arrays_of, check_shapes
 from statefulnn.io._run_folder import check_files, close_at_exit, lock_of, silence
 from statefulnn.io._run_notes import FORMAT, is_number, read_notes
 from statefulnn.io._snapshot import (
@@ -345,6 +345,9 @@ class Checkpointer:
             wanted = args.PyTreeRestore(item=item, restore_args=tree, partial_restore=True)
             with self._surfacing(f"read step {step}"):
                 check_files(self.folder, step)
+                arrays = self.folder / str(step) / ARRAYS
+                held = self._orbax.PyTreeCheckpointHandler().metadata(arrays)
+                check_shapes(notes, item, getattr(held, "tree", held))
                 return self._manager().restore(step, args=args.Composite(**{ARRAYS: wanted}))[
                     ARRAYS
                 ]

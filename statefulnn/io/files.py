@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from numpy.ma import MaskedArray
 
 from statefulnn.core.box import Box
 from statefulnn.core.errors import CheckpointError, explain
@@ -22,7 +23,8 @@ from statefulnn.core.placement import is_meta
 from statefulnn.io._atomic import replacing
 from statefulnn.io._folders import opened
 from statefulnn.io._placing import Device, placed
-from statefulnn.io._reading import Budget, collector, number_of_bytes, reading
+from statefulnn.io._plain import is_plain
+from statefulnn.io._reading import Budget, check_versions, collector, number_of_bytes, reading
 from statefulnn.io._safetensors import DTYPES, NAMES, NOTE, write
 from statefulnn.io._sharded import save_shards
 
@@ -81,7 +83,8 @@ def save(
     path = Path(path)
     arrays, notes = _taken_apart(_part(_state_of(obj), names))
     texts = {str(k): v for k, v in (metadata or {}).items()}
-    wrong = next((k for k, v in texts.items() if not isinstance(v, str) or k == NOTE), None)
+    texts_only = lambda k, v: is_plain(k) and isinstance(v, str) and is_plain(v)
+    wrong = next((k for k, v in texts.items() if not texts_only(k, v) or k == NOTE), None)
     if wrong is not None:
         raise CheckpointError(
             explain(
@@ -147,6 +150,7 @@ def load(
         OSError: if it cannot be opened or read, with the path; FileNotFoundError if there is none.
         UnknownNameError: for `names` that match nothing.
         TypeError: for `names` where the file holds no dict.
+        ValueError: for a `max_bytes` that is no number of bytes.
 
     Example: see `save`.
     """
@@ -204,8 +208,11 @@ def _taken_apart(state: Mapping[str, Any]) -> tuple[dict[str, np.ndarray], dict[
     ties: dict[str, str] = {}
     values: dict[str, Any] = {}
     first: dict[int, str] = {}
-    for name, value in state.items():
-        if not isinstance(name, str) or name == "__metadata__":
+    items = list(
+        state.items()
+    )  # held: a mapping may make its values anew, and their ids come again
+    for name, value in items:
+        if not is_plain(name) or not isinstance(name, str) or name == "__metadata__":
             raise _unsaved(name, "names are texts")
         value = value.value if isinstance(value, Box) else value
         if not hasattr(value, "dtype"):
@@ -215,16 +222,26 @@ def _taken_apart(state: Mapping[str, Any]) -> tuple[dict[str, np.ndarray], dict[
         else:
             first[id(value)] = name
             arrays[name] = _stored(name, value)
-    notes = {"order": list(state), "ties": ties, "values": values}
-    return arrays, {**notes, "modules": getattr(state, "_metadata", {})}
+    versions = getattr(state, "_metadata", {})
+    try:
+        check_versions(Path(), versions)
+    except CheckpointError:
+        raise _unsaved("_metadata", "the versions of modules in it are no numbers") from None
+    notes = {"order": [name for name, _ in items], "ties": ties, "values": values}
+    return arrays, {**notes, "modules": versions}
 
 
 def _stored(name: str, value: Any) -> np.ndarray:
     """Return an array as the file holds it."""
     if is_meta(value):
         raise _unsaved(name, "it is on the meta device and has no numbers")
-    if jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
+    if isinstance(value, jax.Array) and jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
         raise _unsaved(name, "it is a typed random key: keep jax.random.key_data(key)")
+    if not isinstance(value.dtype, np.dtype) or isinstance(value, MaskedArray):
+        kind = f"{type(value).__module__}.{type(value).__qualname__}"
+        raise _unsaved(
+            name, f"it is a {kind}, and no array of JAX or numpy: convert it, np.asarray(...)"
+        )
     array = np.asarray(value)
     counter = name.rpartition(".")[2] == "num_batches_tracked"
     if counter and array.dtype == np.int32:  # torch counts in 64 bits
@@ -236,12 +253,10 @@ def _stored(name: str, value: Any) -> np.ndarray:
 
 
 def _plain(name: str, value: Any) -> Any:
-    try:
-        if json.loads(json.dumps(value)) == value:
-            return value
-    except (TypeError, ValueError):
-        pass
-    raise _unsaved(name, f"it is of type {type(value).__name__}, neither an array nor plain data")
+    if not is_plain(value):
+        what = f"it is of type {type(value).__name__}, neither an array nor plain data"
+        raise _unsaved(name, what)
+    return value
 
 
 def _unsaved(name: Any, why: str) -> CheckpointError:
@@ -249,6 +264,6 @@ def _unsaved(name: Any, why: str) -> CheckpointError:
         explain(
             f"called nn.save with an entry {name!r} that a file cannot hold",
             why,
-            "save arrays, numbers, texts, and lists and dicts of these",
+            "save arrays, numbers, texts, and lists and dicts of these (not tuples)",
         )
     )

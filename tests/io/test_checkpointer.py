@@ -1026,3 +1026,29 @@ def test_the_notes_are_json_that_others_can_read(tmp_path):
     notes = json.loads((tmp_path / "0" / "statefulnn" / "metadata").read_text())
     assert notes["objects"]["model"]["specs"]["weight"] == ["float32", [3, 2]]
     assert notes["metrics"] == {"loss": 1.5}
+
+
+def test_an_array_that_is_larger_than_its_notes_say_is_refused_before_it_is_read(
+    tmp_path, monkeypatch
+):
+    import orbax.checkpoint
+    import tensorstore
+
+    model = nn.Linear(3, 4)
+    with nn.Checkpointer(tmp_path / "run") as checkpointer:
+        checkpointer.save(1, model=model)
+    base = {"driver": "ocdbt", "base": f"file://{tmp_path}/run/1/arrays/"}
+    metadata = {
+        "shape": [9_000_000, 3],
+        "chunks": [9_000_000, 3],
+        "dtype": "<f4",
+        "fill_value": None,
+    }
+    metadata |= {"compressor": {"id": "zstd", "level": 1}, "dimension_separator": "."}
+    spec = {"driver": "zarr", "kvstore": {**base, "path": "model.weight/"}, "metadata": metadata}
+    opened = tensorstore.open({**spec, "create": True, "delete_existing": True}).result()
+    opened.write(np.zeros((9_000_000, 3), "f4")).result()
+    read = lambda *_, **__: pytest.fail("the array was read")
+    monkeypatch.setattr(orbax.checkpoint.CheckpointManager, "restore", read)
+    with pytest.raises(nn.CheckpointError, match=r"shape \(9000000, 3\)(.|\n)*shape \(4, 3\)"):
+        nn.Checkpointer(tmp_path / "run").restore(model=model)

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from collections import OrderedDict
 from pathlib import Path
@@ -201,7 +202,23 @@ def test_plain_data_are_kept_and_other_things_refused_before_anything_is_written
     assert found["epoch"] == 3 and found["notes"] == {"lr": [0.1, None]} and found["name"] == "x"
     assert safetensors.safe_open(tmp_path / "x", "np").metadata()["author"] == "me"
     before = (tmp_path / "x").read_bytes()
-    for bad in (object(), {1, 2}, (1, 2), nn.Linear, float("nan"), np.array(["text"])):
+    deep: list = []
+    for _ in range(100_000):
+        deep = [deep]
+    of_torch, masked = torch.ones(2), np.ma.masked_array([1.0, 2.0], [True, False])
+    for bad in (
+        object(),
+        {1, 2},
+        (1, 2),
+        [(1, 2)],
+        {1: 2},
+        nn.Linear,
+        np.array(["text"]),
+        "\ud800",
+    ):
+        with pytest.raises(nn.CheckpointError, match="an entry 'bad' that a file cannot hold"):
+            nn.save({"a": jnp.zeros(2), "bad": bad}, tmp_path / "x")
+    for bad in (deep, of_torch, masked, jax.random.key(0)):
         with pytest.raises(nn.CheckpointError, match="an entry 'bad' that a file cannot hold"):
             nn.save({"a": jnp.zeros(2), "bad": bad}, tmp_path / "x")
     with pytest.raises(nn.CheckpointError, match="typed random key"):
@@ -372,3 +389,108 @@ def test_a_counter_that_is_no_integer_keeps_its_numbers(tmp_path):
 def test_a_plain_ordered_dict_is_enough(tmp_path):
     nn.save(OrderedDict(b=np.ones(2, np.float32), a=np.zeros(1, np.int32)), tmp_path / "x")
     assert list(nn.load(tmp_path / "x")) == ["b", "a"]
+
+
+def test_values_that_a_mapping_makes_anew_are_no_ties(tmp_path):
+    class Lazy(dict):
+        def items(self):
+            for i in range(8):
+                yield str(i), np.full(3, i, ">f4")
+
+        __iter__ = lambda self: iter(map(str, range(8)))
+        __len__ = lambda self: 8
+
+    nn.save(Lazy(), tmp_path / "x")
+    assert {n: float(v[0]) for n, v in nn.load(tmp_path / "x").items()} == {
+        str(i): i for i in range(8)
+    }
+
+
+def test_not_a_number_is_a_number(tmp_path):
+    nn.save({"loss": float("nan"), "all": [float("inf")]}, tmp_path / "x")
+    found = nn.load(tmp_path / "x")
+    assert np.isnan(found["loss"]) and found["all"] == [float("inf")]
+
+
+@pytest.mark.parametrize("name", ["\ud800", "__metadata__"])
+def test_names_that_a_file_cannot_have(name, tmp_path):
+    with pytest.raises(nn.CheckpointError, match="names are texts"):
+        nn.save({name: jnp.ones(1)}, tmp_path / "x")
+    with pytest.raises(nn.CheckpointError, match="metadata of a safetensors file are texts"):
+        nn.save({"a": jnp.ones(1)}, tmp_path / "x", metadata={"b": "\udfff"})
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_part_of_a_state_dict_is_saved_and_loaded_by_pattern(tmp_path):
+    state = {"0.lora_A": jnp.ones(2), "0.weight": jnp.zeros(3), "1.q.lora_B.weight": jnp.ones(4)}
+    nn.save(state, tmp_path / "lora", names="lora_*")
+    assert sorted(nn.load(tmp_path / "lora")) == ["0.lora_A", "1.q.lora_B.weight"]
+    nn.save(state, tmp_path / "all")
+    assert list(nn.load(tmp_path / "all", names=["0.*", "1.q.lora_B.weight"])) == list(state)
+    for call in (nn.save, lambda s, p, names: nn.load(p, names=names)):
+        with pytest.raises(nn.UnknownNameError, match="'lora_C\\*'"):
+            call(state, tmp_path / "all", names="lora_C*")
+    model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1))
+    nn.save(model, tmp_path / "head", names="1.*")
+    assert model.load_state_dict(nn.load(tmp_path / "head"), strict=False).unexpected_keys == []
+
+
+@pytest.mark.parametrize("ending", [".pt", ".pth", ".bin", ".ckpt", ".npz", ".h5", ".onnx"])
+def test_an_ending_of_another_format_is_warned_of(ending, tmp_path):
+    with pytest.warns(UserWarning, match=r"in the format of safetensors(.|\n)*\.safetensors"):
+        nn.save({"a": jnp.ones(2)}, tmp_path / f"m{ending}")
+    assert nn.load(tmp_path / f"m{ending}")["a"].tolist() == [1.0, 1.0]
+
+
+VIEWS = {
+    "turned": lambda t: t.permute(2, 0, 1),
+    "every second": lambda t: t[::2, 1:, ::2],
+    "a column": lambda t: t[:, :, 3],
+    "a row": lambda t: t[1],
+    "expanded": lambda t: t[:1, :1].expand(4, 5, -1),
+    "windows": lambda t: t.reshape(-1).unfold(0, 5, 2),
+    "one number": lambda t: t[2, 1, 1],
+}
+
+
+@pytest.mark.parametrize("name", VIEWS)
+def test_views_of_every_kind_are_read_without_the_map(name, tmp_path, monkeypatch):
+    view = VIEWS[name](torch.arange(840.0).reshape(4, 14, 15))
+    torch.save({"v": view, "w": torch.arange(840.0)}, tmp_path / "x")
+    import statefulnn.io._stored as stored
+
+    monkeypatch.setattr(stored.Stored, "view", property(lambda s: pytest.fail("the map was read")))
+    np.testing.assert_array_equal(np.asarray(nn.load(tmp_path / "x")["v"]), view.numpy())
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    np.testing.assert_array_equal(
+        np.asarray(nn.load(tmp_path / "x", device=place)["v"]), view.numpy()
+    )
+
+
+SHRINK = """
+    import os, sys
+    import jax, numpy as np, torch, statefulnn as nn
+    path, how = sys.argv[1:]
+    whole = torch.randn(1000, 1000)
+    view = {"plain": whole, "turned": whole.t(), "negated": torch._neg_view(whole)}.get(how, whole)
+    torch.save({"w": view}, path)
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[0]) if how == "placed" else None
+
+    def cut(name, shape):
+        os.truncate(path, 3000)
+        return place
+
+    try:
+        nn.load(path, device=cut)
+    except nn.CheckpointError as error:
+        print("the file ends" in str(error))
+"""
+
+
+@pytest.mark.parametrize("how", ["plain", "turned", "negated", "placed"])
+def test_a_file_that_becomes_shorter_is_an_error_and_kills_nobody(how, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(SHRINK), str(tmp_path / "x"), how],
+        capture_output=True, text=True, timeout=900,
+    )  # fmt: skip
+    assert done.stdout == "True\n", done
