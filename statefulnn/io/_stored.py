@@ -1,8 +1,8 @@
 """Arrays that lie in a file: seen through a map of the file, or read into memory.
 
-Reading is what loading a model costs, so large parts are read by several threads, straight into memory of
-large pages: a quarter of the time that copying out of the map takes, and the file never counts as memory of
-the process. A map is for whoever wants a part of an array, or none of its own.
+Reading is what loading a model costs, so large parts are read by several threads, straight into the memory
+where they stay: a quarter of the time that copying out of a map of the file takes. The map is for whoever
+asks for arrays that stay in the file.
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ from statefulnn.io._reading import Budget, broken
 # JAX takes memory over as it is if it starts at a multiple of this.
 ALIGNMENT = 64
 _PIECE = 16 << 20  # bytes of one read
-_TOGETHER = 32 << 20  # bytes of arrays that share one block of memory
+# Bytes of arrays that share one block of memory: large enough for large pages, and small enough for the C
+# library to give out again what was freed (from 32 MiB on each block is new, and the system clears it first).
+_TOGETHER = 8 << 20
 
 
 # numpy has no arrays of more dimensions, and no sizes from here on.
@@ -313,7 +315,8 @@ def read(stored: Iterable[Stored]) -> list[np.ndarray]:
     arrays: list[np.ndarray] = []
     pieces: list[Piece] = []
     for group in _grouped(stored):
-        block, at = host_memory(sum(_padded(s.nbytes) for s in group if s.as_it_lies)), 0
+        room = sum(_padded(s.nbytes) for s in group if s.as_it_lies)
+        block, at = host_array((room,), np.uint8), 0
         for s in group:
             if not s.as_it_lies or not s.nbytes:
                 arrays.append(s.part())
@@ -346,15 +349,6 @@ def _grouped(stored: Iterable[Stored]) -> Iterator[list[Stored]]:
 
 def _padded(nbytes: int) -> int:
     return -(-nbytes // ALIGNMENT) * ALIGNMENT
-
-
-def host_memory(nbytes: int) -> np.ndarray:
-    """Return bytes of memory, from large pages where the system has them, aligned for JAX."""
-    if nbytes < _PIECE or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return host_array((nbytes,), np.uint8)
-    block = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    block.madvise(mmap.MADV_HUGEPAGE)
-    return np.frombuffer(block, np.uint8)
 
 
 def _fill(pieces: list[Piece]) -> None:

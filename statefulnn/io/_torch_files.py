@@ -119,7 +119,11 @@ def _zipped(source: Source, machine: Machine) -> tuple[Any, Memory]:
         if len(header) < 30 or header[:4] != b"PK\x03\x04":
             raise broken(path, at, f"no entry {shown(name)}", "the entry that the archive lists")
         if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size:
-            raise broken(path, at, f"{shown(name)}, compressed", "an entry as torch.save stores it")
+            raise named(
+                path,
+                f"an archive in which {shown(name)} is compressed, as torch.save does not do",
+                "in torch: torch.save(torch.load(path), other_path)",
+            )
         start = at + 30 + sum(struct.unpack("<HH", header[26:30]))
         if start + info.file_size > source.size:
             raise broken(
