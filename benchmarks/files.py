@@ -6,8 +6,8 @@
 
 `safetensors.torch.load_file` maps the file: it returns at once and reads a page when it is first used.
 `nn.load(..., mmap=True)` does that as well; `nn.load` alone reads everything into memory of its own, which is
-what `load_file` and a copy of each tensor do. Files are in the page cache in every row, and memory comes fresh
-from the system, as it does in a program that loads its model once: the C library is told not to keep what was
+what `load_file` and a copy of each tensor do. Files are in the page cache in every row, and memory comes
+fresh from the system, as it does in a program that loads its model once: the C library keeps nothing that was
 freed.
 """
 
