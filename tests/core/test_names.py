@@ -50,7 +50,6 @@ def test_no_filter_chooses_all_names() -> None:
         (lambda name: name.count(".") == 2, NAMES[:3]),
         (lambda name: False, []),
     ],
-    ids=str,
 )
 def test_a_filter_chooses_in_the_order_of_the_names(wanted: Any, expected: list[str]) -> None:
     assert chosen(iter(NAMES), wanted, "nn.save") == expected
@@ -134,13 +133,13 @@ def test_where_there_are_no_names_the_message_says_so() -> None:
     assert chosen([], lambda name: True, "nn.load") == []
 
 
-@pytest.mark.parametrize("wanted", [3, ["steps", 3], b"steps", [None], {1: "steps"}], ids=repr)
+@pytest.mark.parametrize("wanted", [3, ["steps", 3], b"steps", [None], {1: "steps"}])
 def test_a_filter_that_is_no_text_is_a_type_error(wanted: Any) -> None:
     with pytest.raises(TypeError, match=r"nn\.load was given [\s\S]*Instead: pass a name"):
         chosen(NAMES, wanted, "nn.load")
 
 
-@pytest.mark.parametrize("wanted", ["steps", ["s*"], lambda name: True], ids=str)
+@pytest.mark.parametrize("wanted", ["steps", ["s*"], lambda name: True])
 def test_names_that_are_no_texts_are_a_type_error(wanted: Any) -> None:
     names: list[Any] = ["steps", 3]
     with pytest.raises(TypeError, match="one of which is 3"):
