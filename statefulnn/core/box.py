@@ -22,6 +22,7 @@ from statefulnn.core.errors import (
     DtypeError,
     RegistrationError,
     ShapeError,
+    StateWriteError,
     explain,
 )
 from statefulnn.core.narrowing import check_jax_holds
@@ -80,12 +81,20 @@ class Box:
     def _set_static_part(self, like: Any) -> None:
         pass
 
-    @property
-    def value(self) -> Any:
-        """The array. Writing checks that the write will be kept."""
+    def out(self) -> Any:
+        """Return the array, and let the trace in force know that it has been read.
+
+        Every way on which an array leaves a box comes through here: reading `value`, flattening, copying
+        and pickling a box, taking a module apart.
+        """
         if current_trace() is not EAGER:
             self._read_in_trace()
         return self._value
+
+    @property
+    def value(self) -> Any:
+        """The array. Writing checks that the write will be kept."""
+        return self.out()
 
     @value.setter
     def value(self, new: Any) -> None:
@@ -225,6 +234,8 @@ class ArrayBox(Box):
     """A box that works where ``jax.numpy`` takes an array; arithmetic on it gives plain arrays."""
 
     __slots__ = ()
+    # An array of numpy's on the left leaves the operation to the box, as it does to an array of JAX's.
+    __array_priority__ = 100
 
     def __jax_array__(self) -> Any:
         value = self.value
@@ -307,21 +318,35 @@ class Buffer(ArrayBox):
         1
     """
 
-    __slots__ = ("persistent",)
+    __slots__ = ("_persistent",)
 
     def __init__(self, data: Any, *, persistent: bool = True) -> None:
         super().__init__(placed(as_array(data, "nn.Buffer"), place_in_force()))
-        self.persistent = persistent
+        self._persistent = bool(persistent)
 
     def _set_static_part(self, like: Any) -> None:
-        self.persistent = True
+        self._persistent = True
+
+    @property
+    def persistent(self) -> bool:
+        """Whether it is part of ``state_dict``; writing tells the module that has it."""
+        return self._persistent
+
+    @persistent.setter
+    def persistent(self, flag: bool) -> None:
+        if self._scope is not None or current_trace() is not EAGER:
+            check_write(self._scope, None, lambda: f"persistent of {self.label()}")
+        self._persistent = bool(flag)
+        module = self._home[0]() if isinstance(self._home, tuple) else None
+        if module is not None and real_dict(module)["_buffers"].get(self._home[1]) is self:
+            module._remember_persistence(self._home[1], self._persistent)
 
     def __deepcopy__(self, memo: dict) -> Buffer:
         with elsewhere():
-            return Buffer(self._value, persistent=self.persistent)
+            return Buffer(self.out(), persistent=self.persistent)
 
     def __reduce__(self) -> Any:
-        return functools.partial(Buffer, persistent=self.persistent), (self._value,)
+        return functools.partial(Buffer, persistent=self.persistent), (self.out(),)
 
     def __repr__(self) -> str:
         return f"Buffer containing:\n{self._value!r}"
@@ -350,7 +375,7 @@ class Parameter(ArrayBox):
         [3.0, 3.0, 3.0]
     """
 
-    __slots__ = ("_requires_grad", "grad")
+    __slots__ = ("_grad", "_requires_grad")
 
     def __init__(self, data: Any = None, requires_grad: bool = True) -> None:
         if data is None:
@@ -360,14 +385,34 @@ class Parameter(ArrayBox):
             _require_inexact(value)
         super().__init__(placed(value, place_in_force()))
         self._requires_grad = bool(requires_grad)
-        self.grad: Any = None
+        self._grad: Any = None
 
     def static_part(self) -> Any:
         return self._requires_grad
 
     def _set_static_part(self, like: Any) -> None:
         self._requires_grad = like
-        self.grad = None
+        self._grad = None
+
+    @property
+    def grad(self) -> Any:
+        """A gradient that somebody has noted here, None otherwise; nothing of this package does."""
+        return self._grad
+
+    @grad.setter
+    def grad(self, gradient: Any) -> None:
+        if self._scope is not None or current_trace() is not EAGER or isinstance(gradient, Tracer):
+            subject = f"the gradient (.grad) of {self.label()}"
+            check_write(self._scope, gradient, subject)
+            if gradient is not None and self._scope is not None and not self._scope.birth:
+                raise StateWriteError(
+                    explain(
+                        f"wrote to {subject} inside of a transformation",
+                        "gradients are no part of a module: nobody would collect it",
+                        "return it: loss, grads = nn.value_and_grad(f)(model); opt.step(grads)",
+                    )
+                )
+        self._grad = gradient
 
     @property
     def requires_grad(self) -> bool:
@@ -439,10 +484,10 @@ class Parameter(ArrayBox):
 
     def __deepcopy__(self, memo: dict) -> Parameter:
         with elsewhere():
-            return Parameter(self._value, self._requires_grad)
+            return Parameter(self.out(), self._requires_grad)
 
     def __reduce__(self) -> Any:
-        return Parameter, (self._value, self._requires_grad)
+        return Parameter, (self.out(), self._requires_grad)
 
     def __repr__(self) -> str:
         text = f"Parameter containing:\n{self._value!r}"

@@ -16,7 +16,7 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -43,6 +43,27 @@ def _entropy() -> int:
 def _state_from_seed(seed: int) -> np.ndarray:
     seed = int(seed) & 0xFFFFFFFFFFFFFFFF
     return np.array([seed >> 32, seed & 0xFFFFFFFF, 0, 0], np.uint32)
+
+
+class _Turns:
+    """The lock under which threads draw; a forked child has one of its own, which nobody holds."""
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+
+
+_turns = _Turns()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_turns.__init__)
+
+
+def _next_words(state: Any) -> tuple[tuple[int, int], np.ndarray]:
+    """Return the two words of the key of a state, and the next state, by numpy alone."""
+    k0, k1, high, low = (int(w) for w in np.asarray(state))
+    key = threefry.block(threefry.block((k0, k1), (0, high)), (0, low))
+    low = (low + 1) & 0xFFFFFFFF
+    high = (high + (low == 0)) & 0xFFFFFFFF
+    return key, np.array([k0, k1, high, low], np.uint32)
 
 
 def _state_from_key(key: Any) -> Any:
@@ -176,28 +197,34 @@ class Generator(Box):
         Raises:
             MissingRngError: where the advance would be lost or every lane would get the same key.
         """
-        key, state = advance(self.drawable_state())
-        self.advanced(state)
-        return key
+        return self.drawn(advance)
+
+    def drawn(self, kernel: Callable[[Any], tuple[Any, Any]]) -> Any:
+        """Draw with the state, put in the one after it, and return what was drawn.
+
+        Threads take turns, so that no two of them draw with the same state.
+
+        Args:
+            kernel: takes a state, returns what it drew and the next state.
+        """
+        with _turns.lock:
+            out, state = kernel(self.drawable_state())
+            self.advanced(state)
+        return out
 
     def next_words(self) -> tuple[int, int]:
         """Return the two words of a fresh key and advance the stream, without a compiled call.
 
         It is the key that `next_key` would give. Only where `is_concrete`.
         """
-        k0, k1, high, low = (int(w) for w in np.asarray(self.drawable_state()))
-        key = threefry.block(threefry.block((k0, k1), (0, high)), (0, low))
-        low = (low + 1) & 0xFFFFFFFF
-        high = (high + (low == 0)) & 0xFFFFFFFF
-        self.advanced(np.array([k0, k1, high, low], np.uint32))
-        return key
+        return self.drawn(_next_words)
 
     def is_concrete(self) -> bool:
         """Say whether the state is known here, and not a traced value."""
         return not isinstance(self._value, compat.Tracer)
 
     def drawable_state(self) -> Any:
-        """Return the state if a draw is legal here; a kernel that draws itself calls `advanced` after."""
+        """Return the state if a draw is legal here; `drawn` draws with it."""
         if current_trace() is not EAGER or self._scope is not None:
             _check_draw(self)
         return self.state

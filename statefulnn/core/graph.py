@@ -145,6 +145,8 @@ def split(module: Any) -> tuple[ModuleDef, list[Any]]:
     """
     require_module(module, "nn.split")
     plan = plan_of(module)
+    if current_trace() is not EAGER:
+        plan.note_read()
     return plan.moduledef, list(plan.leaves())
 
 

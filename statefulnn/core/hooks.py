@@ -42,9 +42,10 @@ from jax.experimental.xla_metadata import set_xla_metadata
 
 from statefulnn.core import compat
 from statefulnn.core.compat import EAGER, Tracer, current_trace
-from statefulnn.core.errors import DtypeError, ShapeError, explain
+from statefulnn.core.errors import DtypeError, ShapeError, TraceLeakError, explain
 from statefulnn.core.generator import Generator, current_generator, use_generator
 from statefulnn.core.graph import build_clones, own_scope
+from statefulnn.core.keeping import Kept, outside_of
 from statefulnn.core.plan import build_plan, plan_of
 from statefulnn.core.pytree import flatten_collecting, unflatten_with
 from statefulnn.core.registry import GLOBAL_HOOKS, HookDict
@@ -85,10 +86,7 @@ def add_hook(hooks: HookDict, hook: Any, prepend: bool = False) -> RemovableHand
         )
     number = _number()
     if prepend:
-        later = dict(hooks)
-        dict.clear(hooks)
-        hooks[number] = hook
-        hooks.update(later)
+        hooks.put_first(number, hook)
     else:
         hooks[number] = hook
     return RemovableHandle(hooks, number)
@@ -160,7 +158,7 @@ def call_with_hooks(module: Any, args: tuple, kwargs: dict) -> Any:
 def _call(module: Any, args: tuple, kwargs: dict, called: set[int]) -> Any:
     for hook, with_kwargs, _ in hooks_of(module, "_forward_pre_hooks"):
         if with_kwargs:
-            result = hook(module, args, kwargs)
+            result = _kept(hook, module, args, kwargs)
             if result is not None:
                 if not (isinstance(result, tuple) and len(result) == 2):
                     raise RuntimeError(
@@ -169,7 +167,7 @@ def _call(module: Any, args: tuple, kwargs: dict, called: set[int]) -> Any:
                     )
                 args, kwargs = result
         else:
-            result = hook(module, args)
+            result = _kept(hook, module, args)
             if result is not None:
                 args = result if isinstance(result, tuple) else (result,)
 
@@ -177,7 +175,8 @@ def _call(module: Any, args: tuple, kwargs: dict, called: set[int]) -> Any:
         out = module.forward(*args, **kwargs)
         for index, (hook, with_kwargs, _) in enumerate(hooks_of(module, "_forward_hooks")):
             called.add(index)
-            result = hook(module, args, kwargs, out) if with_kwargs else hook(module, args, out)
+            given = (args, kwargs, out) if with_kwargs else (args, out)
+            result = _kept(hook, module, *given)
             if result is not None:
                 out = result
         return out
@@ -189,6 +188,31 @@ def _call(module: Any, args: tuple, kwargs: dict, called: set[int]) -> Any:
     else:
         out = forward(*args)
     return _heard(module, out)
+
+
+def _kept(hook: Callable[..., Any], module: Any, *args: Any) -> Any:
+    """Call a hook, and raise if it has left a traced value in a container outside."""
+    if current_trace() is EAGER:
+        return hook(module, *args)
+    kept = Kept(outside_of(hook))
+    try:
+        result = hook(module, *args)
+    except BaseException:
+        if kept.traced() is not None:
+            kept.put_back()
+        raise
+    name = kept.traced()
+    if name is None:
+        return result
+    kept.put_back()
+    raise TraceLeakError(
+        explain(
+            f"a hook of {type(module).__name__} put a traced value into {name!r}, which lies outside",
+            "it is worth something only while JAX traces, and compiled code runs without the hook",
+            "out, features = nn.capture(model, ['name'])(x) returns what submodules give; or call the "
+            "model outside of nn.jit, nn.grad and nn.vmap",
+        )
+    )
 
 
 def _heard(module: Any, out: Any) -> Any:

@@ -27,7 +27,7 @@ from statefulnn.core.box import (
     filled,
     unwrap,
 )
-from statefulnn.core.compat import EAGER, current_trace, tracer_in
+from statefulnn.core.compat import EAGER, current_trace
 from statefulnn.core.construction import DEFAULT_VERSION, current_version
 from statefulnn.core.errors import (
     RegistrationError,
@@ -39,6 +39,7 @@ from statefulnn.core.errors import (
 from statefulnn.core.freeze import CONTAINERS, Freezer, find_hidden, hidden_member
 from statefulnn.core.graph import materialise
 from statefulnn.core.hooks import RemovableHandle, active, add_hook, call_with_hooks
+from statefulnn.core.keeping import Kept, holds_tracer
 from statefulnn.core.moduledef import COPIED
 from statefulnn.core.placement import META, cast, placed, resolve_device, supported
 from statefulnn.core.placement import device as device_type
@@ -63,7 +64,7 @@ from statefulnn.core.scope import (
 )
 from statefulnn.core.uninitialized import is_lazy
 
-_SLOTS = {"_cell": set_cell, "_home": set_home, "_plan": set_plan, "_shell": set_shell}
+_SLOTS = frozenset({"_cell", "_home", "_plan", "_shell"})
 _PLATFORMS = ("cpu", "gpu", "cuda", "rocm", "tpu", META)
 _REGISTRIES = ("_parameters", "_buffers", "_modules")
 
@@ -193,9 +194,16 @@ class Module(ModuleBase):
                     return self.forward(*args, **kwargs)
             elif scope is None and cell.captured is None:
                 Capture.note(cell)
-            out = call_with_hooks(self, args, kwargs)
-            if not eager:
-                _check_kept(self, scope)
+            if eager:
+                return call_with_hooks(self, args, kwargs)
+            kept = Kept(_static_attributes(self)) if scope is None else None
+            try:
+                out = call_with_hooks(self, args, kwargs)
+            except BaseException:
+                if kept is not None and kept.traced() is not None:
+                    kept.put_back()
+                raise
+            _check_kept(self, scope, kept)
             return out
         except Exception as error:
             if clock.captured:
@@ -240,8 +248,13 @@ class Module(ModuleBase):
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in _SLOTS:
-            _SLOTS[name](self, value)
-            return
+            raise RegistrationError(
+                explain(
+                    f"assigned the attribute {name!r} of a {type(self).__name__}",
+                    "nn.Module keeps something of its own under that name",
+                    f"another name, such as {name + '_'!r}",
+                )
+            )
         attributes = self.__dict__
         parameters = attributes.get("_parameters")
         if isinstance(value, (Box, Module, Ref)):
@@ -327,6 +340,7 @@ class Module(ModuleBase):
 
     def _register(self, name: str, value: Any) -> None:
         attributes = real_dict(self)
+        self._check_free(name, value)
         if isinstance(value, Parameter):
             registry = "_parameters"
         elif isinstance(value, Module):
@@ -350,6 +364,37 @@ class Module(ModuleBase):
         elif value._home is None or (isinstance(value._home, tuple) and value._home[0]() is None):
             set_home(value, (weakref.ref(self), name))
         attributes[registry][name] = value
+
+    def _check_free(self, name: str, value: Any) -> None:
+        """Raise if a member cannot have a name: it would not be found under it, or hide something."""
+        noun = "parameter" if isinstance(value, Parameter) else "buffer"
+        noun = "module" if isinstance(value, Module) else noun
+        if "." in name:
+            raise KeyError(f'{noun} name can\'t contain ".", got: {name}')
+        if name == "":
+            raise KeyError(f'{noun} name can\'t be empty string ""')
+        attributes = real_dict(self)
+        if any(name in attributes[registry] for registry in _REGISTRIES):
+            if isinstance(value, Buffer) and attributes["_modules"].get(name) is not None:
+                raise RegistrationError(
+                    explain(
+                        f"cannot assign a Buffer as child module {name!r} of {type(self).__name__} "
+                        "(torch.nn.Module or None expected)",
+                        "the module registered there would be lost",
+                        f"another name, or delete it first: del module.{name}",
+                    )
+                )
+            return
+        if hasattr(type(self), name):
+            raise KeyError(
+                explain(
+                    f"attribute {name!r} already exists: assigned a {noun} to it",
+                    f"{type(self).__name__}.{name} is an attribute of the class, which Python finds first",
+                    f"another name, or leave {name!r} out of the class; an annotation alone may stay",
+                )
+            )
+        if isinstance(value, Buffer) and name in attributes:
+            raise KeyError(f"attribute '{name}' already exists")
 
     def _adopt(self, box: Box, name: str) -> None:
         if box._home is None or (isinstance(box._home, tuple) and box._home[0]() is None):
@@ -1064,19 +1109,23 @@ def _is_array(value: Any) -> bool:
 
 def _check_static_value(module: Module, name: str, value: Any) -> None:
     """Raise if a plain attribute would hide a traced value, a module or a parameter."""
-    if tracer_in(value):
-        raise TraceLeakError(
-            explain(
-                f"assigned a traced value to the attribute {module._label(name)!r}",
-                "a plain attribute is static: the value would outlive the function being traced",
-                f"register it in __init__: self.register_buffer({name!r}, array, "
-                "persistent=False); or collect outputs of submodules with nn.capture",
-            )
-        )
+    if current_trace() is not EAGER and holds_tracer(value):
+        raise _traced_attribute(module, name)
     if isinstance(value, CONTAINERS):
         hidden = find_hidden(value)
         if hidden is not None:
             raise hidden_member(f"the {type(value).__name__} {module._label(name)!r}", hidden)
+
+
+def _traced_attribute(module: Module, name: str) -> TraceLeakError:
+    return TraceLeakError(
+        explain(
+            f"assigned a traced value to the attribute {module._label(name)!r}",
+            "a plain attribute is static: the value would outlive the function being traced",
+            f"register it in __init__: self.register_buffer({name!r}, array, "
+            "persistent=False); or collect outputs of submodules with nn.capture",
+        )
+    )
 
 
 def _uninitialized(module: Module, what: str) -> UninitializedModuleError:
@@ -1103,15 +1152,30 @@ def _array_over_parameter(module: Module, name: str, value: Any) -> Registration
     )
 
 
-def _check_kept(module: Module, scope: Any) -> None:
-    """Raise if forward left something in an attribute that would be lost, or outlive its trace."""
-    attributes = real_dict(module)
-    if scope is None:
-        # Assignments are checked where they are made; functools.cached_property writes past them.
-        for name, value in list(attributes.items()):
-            if tracer_in(value):
-                del attributes[name]
-                _check_static_value(module, name, value)
+def _static_attributes(module: Module) -> dict[str, Any]:
+    return {n: v for n, v in real_dict(module).items() if not isinstance(v, Registry)}
+
+
+def _check_kept(module: Module, scope: Any, kept: Kept | None) -> None:
+    """Raise if forward left something in an attribute that would be lost, or outlive its trace.
+
+    Args:
+        module: whose forward has run.
+        scope: its owner.
+        kept: of a module of the user's, what its attributes held before.
+    """
+    if kept is not None:
+        # Assignments are checked where they are made. Containers are changed in place, and
+        # functools.cached_property writes past the check.
+        found = _static_attributes(module)
+        name = next((n for n, v in found.items() if holds_tracer(v)), None)
+        if name is not None:
+            kept.put_back()
+            if name in kept.values:
+                real_dict(module)[name] = kept.values[name]
+            else:
+                del real_dict(module)[name]
+            raise _traced_attribute(module, name)
         return
     if scope.writable or scope.moduledef is None or not isinstance(module._home, int):
         return

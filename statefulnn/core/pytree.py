@@ -115,7 +115,7 @@ def flatten_box(box: Box) -> tuple[tuple, Any]:
     found = _collecting.found
     if found is not None:
         return _collect(box, found)
-    return (box._value,), (type(box), box.static_part())
+    return (box.out(),), (type(box), box.static_part())
 
 
 def unflatten_box(aux: Any, children: Any) -> Any:

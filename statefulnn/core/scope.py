@@ -12,10 +12,13 @@ and no traced value is written where it would outlive its trace.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import sys
+import threading
 import warnings
 import weakref
+from collections.abc import Iterator
 from typing import Any
 
 from statefulnn.core import compat
@@ -77,6 +80,23 @@ class Cell:
             self.captured.warn_of_structure(subject)
 
 
+class _Probes(threading.local):
+    running: bool = False
+
+
+_probes = _Probes()
+
+
+@contextlib.contextmanager
+def probing() -> Iterator[None]:
+    """Trace for the shapes alone: nothing is compiled of it, so what is read becomes no constant."""
+    before, _probes.running = _probes.running, True
+    try:
+        yield
+    finally:
+        _probes.running = before
+
+
 class Capture:
     """That traced code took a box or module of the user's in as a constant: where, and in which trace.
 
@@ -95,6 +115,8 @@ class Capture:
     @classmethod
     def note(cls, thing: Any) -> None:
         """Take note of a box or cell that is read where a staged trace may make it a constant."""
+        if _probes.running:
+            return
         staged = next(
             (t for t in compat.chain(current_trace()) if compat.kind(t) == "staged"), None
         )

@@ -31,9 +31,6 @@ def drawing(kernel: Callable[..., Any], static_argnums: tuple[int, ...] = ()) ->
     def call(rng: Any, *args: Any) -> Any:
         if rng is not None:
             return with_key(unwrap(rng), *args)
-        generator = drawing_generator()
-        out, state = advancing(generator.drawable_state(), *args)
-        generator.advanced(state)
-        return out
+        return drawing_generator().drawn(lambda state: advancing(state, *args))
 
     return call

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextvars
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -167,14 +167,19 @@ attend.defjvp(_attend_jvp, symbolic_zeros=True)
 # Dropout
 
 
-def take_draw(p: float, rng: Any) -> tuple[Any, Any, Any]:
-    """Return what a kernel needs to draw: a key or None, a generator's state or None, the generator."""
+def with_draw(p: float, rng: Any, kernel: Callable[[Any, Any], tuple[Any, Any]]) -> Any:
+    """Return what a kernel computes that may drop elements.
+
+    Args:
+        p: the share that is dropped.
+        rng: the key to draw with; None for the generator in force.
+        kernel: takes a key or None, and a generator's state or None; returns its output and the next state.
+    """
     if not p > 0:
-        return None, None, None
+        return kernel(None, None)[0]
     if rng is not None:
-        return unwrap(rng), None, None
-    generator = drawing_generator()
-    return None, generator.drawable_state(), generator
+        return kernel(unwrap(rng), None)[0]
+    return drawing_generator().drawn(lambda state: kernel(None, state))
 
 
 def kept_weights(key: Any, state: Any, p: Any, shape: Any, dtype: Any) -> tuple[Any, Any]:
@@ -387,13 +392,9 @@ def scaled_dot_product_attention(
         features = q.shape[-1] if q.ndim else 0
         scale = 1 / math.sqrt(features) if features else 1.0
     form = Form(float(scale), causal, bool(enable_gqa))
-    key_of_draw, state, generator = take_draw(dropout_p, rng)
-    out, state = _attention(
-        q, k, v, mask, key_of_draw, state, dropout_p, form, allowed_backends.get()
-    )
-    if generator is not None:
-        generator.advanced(state)
-    return out
+    backends = allowed_backends.get()
+    kernel = lambda key, state: _attention(q, k, v, mask, key, state, dropout_p, form, backends)
+    return with_draw(dropout_p, rng, kernel)
 
 
 _NAME = "F.scaled_dot_product_attention"

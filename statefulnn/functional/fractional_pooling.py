@@ -136,10 +136,7 @@ def _fractional_pool(
         return _with_samples(x, _checked_samples(samples, x, n, function), static)
     if rng is not None:
         return _with_key(x, unwrap(rng), static)
-    generator = drawing_generator()
-    out, state = _and_advance(x, generator.drawable_state(), static)
-    generator.advanced(state)
-    return out
+    return drawing_generator().drawn(lambda state: _and_advance(x, state, static))
 
 
 def _checked_samples(samples: Any, x: Any, n: int, function: str) -> Any:

@@ -28,8 +28,8 @@ from statefulnn.functional.attention import (
     kept_weights,
     masked_scores,
     softmax_of_scores,
-    take_draw,
     weighted_values,
+    with_draw,
 )
 from statefulnn.functional.linear import linear
 
@@ -284,13 +284,13 @@ def multi_head_attention_forward(
         bool(batch_first),
         allowed_backends.get(),
     )
-    key_of_draw, state, generator = take_draw(dropout_p if training else 0.0, rng)
-    out, weights, state = _multi_head(
-        array(query, "query", _NAME), arrays, key_of_draw, state, dropout_p, options
-    )
-    if generator is not None:
-        generator.advanced(state)
-    return out, weights
+
+    def kernel(key: Any, state: Any) -> tuple[tuple[Any, Any], Any]:
+        out, weights, state = _multi_head(q, arrays, key, state, dropout_p, options)
+        return (out, weights), state
+
+    q = array(query, "query", _NAME)
+    return with_draw(dropout_p if training else 0.0, rng, kernel)
 
 
 # --------------------------------------------------------------------------------------------------

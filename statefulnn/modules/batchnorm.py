@@ -10,7 +10,7 @@ import numpy as np
 
 from statefulnn import functional as F
 from statefulnn import init
-from statefulnn.core.box import from_numpy
+from statefulnn.core.box import filled as box_filled
 from statefulnn.core.errors import ShapeError, explain
 from statefulnn.core.module import Module
 from statefulnn.core.placement import is_meta, resolve_device
@@ -115,8 +115,7 @@ class _NormBase(Module):
 
 
 def _zero_count(device: Any = None) -> Any:
-    count = np.zeros((), jax.dtypes.canonicalize_dtype(np.int64))
-    return from_numpy(count, resolve_device(device))
+    return box_filled((), jax.dtypes.canonicalize_dtype(np.int64), resolve_device(device))
 
 
 class _BatchNorm(_NormBase):

@@ -392,6 +392,9 @@ def stack_module_state(models: Sequence[Module]) -> tuple[dict[str, Any], dict[s
                     "build them the same way and put them into the same mode",
                 )
             )
+    if current_trace() is not EAGER:
+        for plan in plans:
+            plan.note_read()
     stacked = [jnp.stack(values) for values in zip(*(p.leaves() for p in plans), strict=True)]
     return (
         _by_name(first, stacked, ("trainable", "frozen")),

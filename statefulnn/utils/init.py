@@ -17,6 +17,7 @@ from statefulnn.core.generator import rng_scope
 from statefulnn.core.module import Module
 from statefulnn.core.placement import META, elsewhere, is_meta, resolve_device
 from statefulnn.core.placement import device as device_type
+from statefulnn.core.scope import probing
 from statefulnn.modules.lazy import LazyModuleMixin
 
 
@@ -152,7 +153,8 @@ def _infer_shapes(module: Module, inputs: tuple, kwargs: dict[str, Any]) -> None
         with rng_scope(jax.random.key(0)), elsewhere():
             clone(*inputs, **kwargs)
 
-    jax.eval_shape(forward, inputs, kwargs)
+    with probing():
+        jax.eval_shape(forward, inputs, kwargs)
     for name in lazy:
         if name not in seen:
             raise UninitializedParameterError(
