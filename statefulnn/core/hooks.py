@@ -45,7 +45,7 @@ from statefulnn.core.compat import EAGER, Tracer, current_trace
 from statefulnn.core.errors import DtypeError, ShapeError, TraceLeakError, explain
 from statefulnn.core.generator import Generator, current_generator, use_generator
 from statefulnn.core.graph import build_clones, own_scope
-from statefulnn.core.keeping import Kept, outside_of
+from statefulnn.core.keeping import Kept, holds_tracer, outside_of
 from statefulnn.core.plan import build_plan, plan_of
 from statefulnn.core.pytree import flatten_collecting, unflatten_with
 from statefulnn.core.registry import GLOBAL_HOOKS, HookDict
@@ -74,6 +74,16 @@ class RemovableHandle:
         self.remove()
 
 
+class _OfTrace:
+    """A hook that was registered under a trace: what it closes over is mostly of that trace, too."""
+
+    def __init__(self, hook: Callable[..., Any]) -> None:
+        self.hook = hook
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.hook(*args, **kwargs)
+
+
 def add_hook(hooks: HookDict, hook: Any, prepend: bool = False) -> RemovableHandle:
     """Put a hook, (function, with_kwargs, always_call), at the end or the beginning."""
     if not callable(hook[0]):
@@ -84,6 +94,8 @@ def add_hook(hooks: HookDict, hook: Any, prepend: bool = False) -> RemovableHand
                 "pass a function",
             )
         )
+    if current_trace() is not EAGER:
+        hook = (_OfTrace(hook[0]), *hook[1:])
     number = _number()
     if prepend:
         hooks.put_first(number, hook)
@@ -191,10 +203,11 @@ def _call(module: Any, args: tuple, kwargs: dict, called: set[int]) -> Any:
 
 
 def _kept(hook: Callable[..., Any], module: Any, *args: Any) -> Any:
-    """Call a hook, and raise if it has left a traced value in a container outside."""
-    if current_trace() is EAGER:
+    """Call a hook, and raise if it has left a traced value in a container outside of the trace."""
+    if current_trace() is EAGER or isinstance(hook, _OfTrace):
         return hook(module, *args)
-    kept = Kept(outside_of(hook))
+    # What holds traced values already was made by traced code.
+    kept = Kept({n: v for n, v in outside_of(hook).items() if not holds_tracer(v)})
     try:
         result = hook(module, *args)
     except BaseException:

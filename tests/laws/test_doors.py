@@ -339,6 +339,18 @@ def test_a_hook_that_stores_what_is_traced_is_told_of_capture(kind):
     OUTSIDE.clear()
 
 
+def test_a_hook_of_a_module_that_the_traced_function_builds_may_collect_in_it():
+    def both(x):
+        model = nn.Sequential(nn.ReLU(), nn.Softplus())
+        found: list = []
+        model[0].register_forward_hook(lambda module, args, out: found.append(out))
+        return model(x), found[0]
+
+    out, hidden = jax.jit(both)(X - 2)
+    np.testing.assert_array_equal(hidden, np.zeros((4, 2)))
+    np.testing.assert_allclose(out, np.log(2) * np.ones((4, 2)), rtol=1e-6)
+
+
 # --------------------------------------------------------------------------------------------------
 # Threads, numpy, the meta device
 
