@@ -1,7 +1,7 @@
-"""What plain Python containers held before traced code ran, to be put back where it left a traced value.
+"""Records what plain Python containers held before traced code ran, to undo storing a traced value there.
 
-A list, a dict or an object of the user's takes whatever it is given, so nobody can stop a traced value at the
-line that stores it. It is found afterwards: the containers are as they were, and the error says so.
+A list, a dict or an object of the user's accepts anything, so the line that stores a traced value cannot be
+stopped. The value is found afterwards: the containers get back what they held, and the error says so.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 from statefulnn.core.compat import Tracer
 from statefulnn.core.scope import ModuleBase
 
-# Containers in containers are looked into so deep, and so many of them: beyond that nobody keeps features.
+# How deeply nested containers, and how many of them, are searched: nobody keeps features beyond that.
 _DEEPEST, _MOST = 8, 10_000
 
 
@@ -32,27 +32,27 @@ class Kept:
         self._contents = [(c, _content(c)) for value in values.values() for c in _containers(value)]
 
     def traced(self) -> str | None:
-        """Return the name of a value in which there is a traced value, None if there is none."""
+        """Return the name of a value that is or contains a traced value; None if there is none."""
         return next((name for name, value in self.values.items() if holds_tracer(value)), None)
 
     def put_back(self) -> None:
-        """Give every container what it held."""
+        """Give every container back what it held."""
         for container, content in self._contents:
             _fill(container, content)
 
 
 def holds_tracer(value: Any) -> bool:
-    """Say whether a value is a traced one, or a container in which there is one."""
+    """Say whether a value is traced, or a container with a traced value in it."""
     if isinstance(value, Tracer):
         return True
     return any(isinstance(v, Tracer) for c in _containers(value) for v in _members(c))
 
 
 def outside_of(function: Callable[..., Any]) -> dict[str, Any]:
-    """Return the containers that a function can reach beside its arguments, by name.
+    """Return the values in which a function can reach containers besides its arguments, by name.
 
-    These are what it closes over, globals that it names, arguments of a ``functools.partial``, and the
-    attributes of the object whose method it is.
+    These are the variables it closes over, the globals it names, the arguments of a ``functools.partial``,
+    and the object whose method it is.
     """
     if isinstance(function, functools.partial):
         arguments = {f"argument {i}": v for i, v in enumerate(function.args)}
@@ -84,7 +84,7 @@ def _is_container(value: Any) -> bool:
 
 
 def _is_record(value: Any) -> bool:
-    """Say whether a value is a plain object: what it holds is in its ``__dict__``, and nothing hides that."""
+    """Say whether a value is a plain object, which holds everything in its ``__dict__``."""
     kind = type(value)
     if dataclasses.is_dataclass(kind) or kind is types.SimpleNamespace:
         return hasattr(value, "__dict__")
@@ -104,7 +104,7 @@ def _members(container: Any) -> Iterator[Any]:
 
 
 def _containers(value: Any) -> Iterator[Any]:
-    """Yield a container and those in it, each once."""
+    """Yield a container and those inside it, each once."""
     seen: set[int] = set()
     todo = [(value, 0)]
     while todo and len(seen) < _MOST:

@@ -1,4 +1,4 @@
-"""Which dotted names a filter chooses: names, patterns, or a function of the name."""
+"""Finds the dotted names that a filter chooses: names, patterns, or a function of the name."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ Filter: TypeAlias = str | Iterable[str] | Callable[[str], bool] | None
 
 _WILDCARD = re.compile(r"[*?\[]")
 _SHOWN = 8  # names in a message
-_GUESSED = 3  # names that are compared with all others, which takes long
+_GUESSED = 3  # unknown names for which similar ones are searched, which takes long
 
 
 def chosen(names: Iterable[str], wanted: Filter, where: str) -> list[str]:
-    """Return the names that a filter chooses, in their own order.
+    """Return the names that a filter chooses, in the order of `names`.
 
-    A text without ``*``, ``?`` and ``[`` is one whole name. With them it is a pattern, as in a shell: one
-    without a dot is compared with each dotted part of a name, one with a dot with the whole name. A text
-    that is a name as it stands is taken for that name, whatever is in it.
+    A text without ``*``, ``?`` and ``[`` is one whole name. With them it is a pattern, as in a shell. A
+    pattern without a dot is compared with each dotted part of a name, one with a dot with the whole name. A
+    text that equals a name means that name, even if it looks like a pattern.
 
     Args:
         names: dotted names.
-        wanted: None for all; a name or a pattern; several of them; or a function that says of a name
+        wanted: None for all; a name or a pattern; several of them; or a function that says for a name
             whether it is wanted.
-        where: who asks, for the message.
+        where: the caller, for the message.
 
     Raises:
         UnknownNameError: for a name or a pattern that matches nothing. A function may match nothing.

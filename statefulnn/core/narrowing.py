@@ -1,4 +1,4 @@
-"""Integers that a narrower dtype cannot hold: an error, since a cast would wrap them without a word."""
+"""Finds integers that a narrower dtype cannot hold: a cast would wrap them silently."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from statefulnn.core.errors import DtypeError, explain
 
 
 def numbers_beyond(value: Any, dtype: Any) -> tuple[int, int] | None:
-    """Return the lowest and the highest of some integers if a dtype has not both, else None.
+    """Return the lowest and the highest of some integers if a dtype cannot hold both, else None.
 
-    The values are looked at only where the dtype is narrower than theirs, and where they are known.
+    The values are read only if the dtype is narrower than theirs, and if they are known.
     """
     if not (jnp.issubdtype(value.dtype, jnp.integer) and jnp.issubdtype(dtype, jnp.integer)):
         return None
@@ -25,27 +25,27 @@ def numbers_beyond(value: Any, dtype: Any) -> tuple[int, int] | None:
         return None
     if isinstance(value, (jax.ShapeDtypeStruct, Tracer)) or value.size == 0:
         return None
-    # JAX reduces no 64-bit integers where these are off, numpy always.
+    # Where JAX's 64-bit types are off, it cannot reduce such integers; numpy always can.
     numbers = np.asarray(value) if getattr(value, "is_fully_addressable", True) else value
     low, high = int(numbers.min()), int(numbers.max())
     return None if limits.min <= low and high <= limits.max else (low, high)
 
 
 def span(numbers: tuple[int, int]) -> str:
-    """Say which integers there are, from the lowest and the highest."""
+    """Describe integers by the lowest and the highest."""
     low, high = numbers
     return f"is {low}" if low == high else f"has integers from {low} to {high}"
 
 
 def check_jax_holds(value: np.ndarray | np.generic, subject: Callable[[], str]) -> None:
-    """Raise if JAX, as it is set, has no dtype for the integers of an array of numpy's.
+    """Raise if JAX, under its current settings, cannot hold the integers of a numpy array.
 
     Args:
-        value: of 64 bits where JAX makes 32 of them, or of any other dtype.
+        value: of any dtype; only 64-bit integers, which JAX may make 32-bit ones, are checked.
         subject: says what the array is for.
 
     Raises:
-        DtypeError: if an integer would be cut off.
+        DtypeError: if an integer would wrap.
     """
     if value.dtype.itemsize < 8 or value.dtype.kind not in "iu":
         return

@@ -1,4 +1,4 @@
-"""Files that are replaced as a whole: whoever reads sees the old one or the new one."""
+"""Replaces files as a whole: a reader sees the old one or the new one."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from pathlib import Path
 
 from statefulnn.io._locks import marked, removed, sweep
 
-# Names of files may have 255 bytes, and a temporary name is longer than the name it stands for.
+# File names may have 255 bytes, and a temporary name is longer than the final one.
 _LONGEST = 200
-# What a file system answers that has no way to wait for the names in a folder.
+# The errors of file systems that cannot wait until the names in a folder are on the disk.
 _UNFLUSHED = {errno.EINVAL, errno.ENOTSUP, errno.EACCES, errno.EPERM, errno.EBADF, errno.ENOSYS}
 
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Give a name for a new file on the same disk, which takes the place of `path` at the end.
+    """Yield a temporary name on the same disk; the new file there replaces `path` at the end.
 
-    It is on the disk before it gets its name, so that a crash leaves one of the two files; what a killed
-    process leaves beside it goes with the next call for the same path. After an exception the old file is
-    as it was. A link stays a link, and the file it leads to is replaced.
+    It is flushed to the disk before it gets its final name, so a crash leaves one of the two files. The next
+    call for the same path removes what a killed process has left. After an exception the old file is as it
+    was. A link stays a link, and the file it leads to is replaced.
 
     Raises:
         OSError: with `path`, if the folder is missing, may not be written, or the disk is full.
@@ -47,14 +47,14 @@ def replacing(path: Path) -> Iterator[Path]:
     with naming(path, target.parent):
         sweep(target.parent, run_of, marker, lambda names, _: names)
         run, lock = marked(marker)
-        # In a folder of its own: a library may have temporary files too, beside the one it is told to write.
+        # In a folder of its own: a library may make temporary files too, beside the one it is told to write.
         room = target.with_name(f".{label}.{run}.tmp")
         try:
             room.mkdir()
             temporary = room / target.name
             yield temporary
             flushed(temporary)
-            # Libraries make files for the user alone; the old file says who is to read the new one.
+            # Libraries make files that only the user may read; the new file takes the mode of the old one.
             os.chmod(temporary, lock.mode if before is None else stat.S_IMODE(before))
             os.replace(temporary, target)
             flushed(target.parent)
@@ -64,14 +64,14 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def _mode(path: Path, target: Path) -> int | None:
-    """Return the mode of the old file, None if there is none.
+    """Return the mode of the old file; None if there is none.
 
     Raises:
-        OSError: for what no file can take the place of.
+        OSError: if a file cannot replace what is there.
     """
     try:
         mode = os.lstat(target).st_mode
-    except OSError:  # it is not there yet; making the new one says what else there is
+    except OSError:  # it is not there yet; making the new one shows any other error
         return None
     if stat.S_ISDIR(mode):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
@@ -84,11 +84,11 @@ def _mode(path: Path, target: Path) -> int | None:
 
 @contextlib.contextmanager
 def naming(path: Path, folder: Path) -> Iterator[None]:
-    """Let errors of the system name the path that the user gave, not the files that stand for it.
+    """Make errors of the system name the path that the user gave, not the temporary files.
 
     Args:
         path: what the user gave.
-        folder: where files are made.
+        folder: where the temporary files are made.
     """
     try:
         yield
@@ -99,7 +99,7 @@ def naming(path: Path, folder: Path) -> Iterator[None]:
             raise
         raise _named(error.errno, path, folder) from None
     except Exception as error:
-        # Libraries in Rust put the system's number into the text of their own error.
+        # Libraries in Rust put the system's error number into the text of their own error.
         found = re.search(r"\(os error (\d+)\)", str(error))
         if found is None:
             raise
@@ -112,7 +112,7 @@ def _named(number: int, path: Path, folder: Path) -> OSError:
         if not missing.exists():
             text = f"No folder {str(missing)!r}, make it first with os.makedirs({str(folder)!r})"
             return FileNotFoundError(number, text, str(path))
-    return OSError(number, os.strerror(number), str(path))  # of the class that fits the number
+    return OSError(number, os.strerror(number), str(path))  # of the subclass for the number
 
 
 def flushed(path: Path) -> None:
@@ -132,14 +132,14 @@ def flushed(path: Path) -> None:
 
 
 def content_of(path: Path, limit: int | None = None) -> bytes:
-    """Return what a file holds, without waiting for anybody who would write to a pipe.
+    """Return what a file holds, and never wait for a writer, as opening a pipe would.
 
     Args:
         path: the file.
         limit: how many bytes to read at most; None for all.
 
     Raises:
-        OSError: if it cannot be opened, or is no regular file.
+        OSError: if it cannot be opened, or is not a regular file.
     """
     flags = os.O_RDONLY | sum(getattr(os, n, 0) for n in ("O_CLOEXEC", "O_NONBLOCK", "O_BINARY"))
     descriptor = os.open(path, flags)

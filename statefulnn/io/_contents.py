@@ -1,7 +1,7 @@
-"""What a file holds, as plain containers of leaves: found, and exchanged, without recursion.
+"""Finds and replaces the leaves in the containers that a file holds, without recursion.
 
-A file can nest containers as deep as it likes, and hold the same one in many places. So they are walked with
-a list of what is still to do, each once, and exchanged where they are.
+A file can nest containers as deeply as it likes, and hold the same one in many places. So each is visited
+once, with a list of what is still to do, and its leaves are replaced in place.
 """
 
 from __future__ import annotations
@@ -13,29 +13,29 @@ from typing import Any
 from statefulnn.io._reading import Budget, broken, shown
 from statefulnn.io.placeholder import Placeholder
 
-_PART, _ENDLESS = 8, 1 << 62  # bytes of a part in its container; more parts than anybody counts
+_PART, _ENDLESS = 8, 1 << 62  # bytes of a part in its container; a limit for counts of parts
 _LONGEST_NAME, _LONGEST_PART = 100, 1000  # parts of a name, letters of a part
 
 
 class Contents:
-    """A value, with the containers in it and what is in these.
+    """A value, the containers in it, and their contents.
 
     Args:
         path: the file, for messages.
-        root: containers are of the classes dict, list, tuple, those of these that ``collections`` has,
-            and Placeholder.
-        named: whether `name` will be asked.
-        budget: pays for the parts, each as often as somebody meets it who does not know that containers are
-            shared: 60 lists, each of the one before it twice, are 2**60 for ``repr`` and ``jax.tree.map``.
+        root: its containers are dicts, lists, tuples, their subclasses in ``collections``, and
+            Placeholders.
+        named: whether `name` will be called.
+        budget: pays for a part once for each path to it, as ``repr`` and ``jax.tree.map`` visit it: 60 lists,
+            of which each holds the one before it twice, have 2**60 parts for them.
 
     Attributes:
         root: the value.
-        containers: each once, what is inside before what it is in.
-        leaves: what is no container, each object once, in the order of the file.
+        containers: each once, an inner one before the outer one.
+        leaves: whatever is not a container, each object once, in the order of the file.
         versions: the ``_metadata`` of state dicts, by their id.
 
     Raises:
-        CheckpointError: for a container that holds itself. A Placeholder may: objects refer to each other.
+        CheckpointError: for a container that contains itself. A Placeholder may: objects refer to each other.
     """
 
     def __init__(
@@ -45,17 +45,17 @@ class Contents:
         self.leaves: list[Any] = []
         self.versions: dict[int, dict] = {}
         self.containers: list[Any] = []
-        # Of a part: the container it was found in, and its key there.
+        # For a part, by id: the container it was found in, and its key there.
         self._place: dict[int, tuple[int, Any]] | None = {} if named else None
         seen: dict[int, int] = {}
         roots = [root]
-        for start in roots:  # it grows while it is gone through
+        for start in roots:  # the list grows during the loop
             count = self._walk(path, start, seen, roots)
             if budget is not None:
                 budget.spend(_PART * count)
 
     def _walk(self, path: Path, start: Any, seen: dict[int, int], roots: list[Any]) -> int:
-        """Go through a value depth first; what is inside of Placeholders is put off, as further roots.
+        """Walk a value depth first; what is inside of Placeholders is put off, as further roots.
 
         Args:
             path: the file.
@@ -64,10 +64,10 @@ class Contents:
             roots: takes what is put off.
 
         Returns:
-            the number of parts, those of shared containers each time.
+            the number of parts; those of a shared container count each time.
         """
         unfinished: set[int] = set()
-        counts: list[int] = []  # of the containers on the way
+        counts: list[int] = []  # of the containers that enclose this one
         count = 0
         way: list[tuple[Any, Iterator[tuple[Any, Any]]]] = []
         parts = iter([(None, start)])
@@ -93,7 +93,7 @@ class Contents:
                 way.append((part, parts))
                 counts.append(count)
                 parts, count = self._parts(part), 0
-                break  # on with what is inside
+                break  # go on inside it
             else:
                 if not way:
                     return count
@@ -124,7 +124,7 @@ class Contents:
             yield "_metadata", versions
 
     def name(self, leaf: Any) -> str:
-        """Return the keys on the way to a leaf, with dots between them."""
+        """Return the keys on the path to a leaf, joined by dots."""
         parts: list[str] = []
         at = id(leaf)
         place = self._place or {}
@@ -134,7 +134,7 @@ class Contents:
         return ".".join(reversed(parts))
 
     def exchanged(self, new: dict[int, Any]) -> Any:
-        """Return the value with other leaves; `new` has them by the id of the old ones.
+        """Return the value with its leaves replaced; `new` has the new ones by the id of the old ones.
 
         Dicts, lists and Placeholders stay the same objects.
         """

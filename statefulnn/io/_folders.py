@@ -1,4 +1,4 @@
-"""Which file of a folder holds the model, and the files that an index names."""
+"""Finds the file of a folder that holds the model, and opens the files that an index names."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from statefulnn.io._stored import Source, Stored
 from statefulnn.io._torch_files import load_torch
 
 INDEX_ENDS = ".index.json"
-_INDEX = re.compile(r".*\.index(\.\w+)?\.json")  # also of a variant: .index.fp16.json
-# What the Hugging Face hub calls the file with a model, in the order in which they are taken.
+_INDEX = re.compile(r".*\.index(\.\w+)?\.json")  # also for variants: .index.fp16.json
+# The names of a model's file on the Hugging Face hub, in the order in which they are tried.
 _NAMES = (
     "model.safetensors",
     "diffusion_pytorch_model.safetensors",
@@ -28,13 +28,13 @@ _NAMES = (
     "adapter_model.bin",
 )
 _SHARD = re.compile(r"[^/\\:\0]+\.(safetensors|bin|pt|pth)")
-# How the system says that a name in an index is the name of no file.
+# The system's errors for a name in an index that is not the name of a file.
 _NO_FILE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP}
 _LISTED = 12
 
 
 def opened(path: Path, budget: Budget, strict: bool) -> Any:
-    """Return what a file holds, or several by their index, with a `Stored` for each array.
+    """Return what a file, or the files of an index, hold, with a `Stored` for each array.
 
     Args:
         path: a file, an index, or a folder.
@@ -50,7 +50,7 @@ def opened(path: Path, budget: Budget, strict: bool) -> Any:
     try:
         return _indexed(path, text, budget, strict)
     except CheckpointError:
-        # Somebody may have saved meanwhile: then the files are those of the next index.
+        # Somebody may have saved meanwhile: then the files belong to the next index.
         source = Source(path, budget)
         again = source.read(0, source.size)
         if again == text:
@@ -88,7 +88,7 @@ def _has_model(folder: Path) -> bool:
 
 
 def _indexed(path: Path, text: bytes, budget: Budget, strict: bool) -> OrderedDict[str, Any]:
-    """Return what the files of an index hold, each what the index says."""
+    """Return what the files of an index hold: from each file, the names the index assigns to it."""
     index = parsed_json(path, 0, text, budget)
     places = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(places, dict):
@@ -144,7 +144,7 @@ def _state(source: Source, budget: Budget) -> OrderedDict[str, Any]:
 def _with_notes(
     path: Path, stored: Mapping[str, Stored], texts: Mapping[str, str], budget: Budget
 ) -> OrderedDict[str, Any]:
-    """Return arrays by name with what `nn.save` noted beside them: order, ties, plain data, versions."""
+    """Return arrays by name, with the notes of `nn.save` applied: order, ties, plain data, versions."""
     notes = _notes(path, texts, budget)
     twice = next((n for n in notes["values"] if n in stored), None)
     if twice is not None:
@@ -162,7 +162,7 @@ def _with_notes(
 
 
 def _notes(path: Path, texts: Mapping[str, str], budget: Budget) -> dict[str, Any]:
-    """Return what `nn.save` noted; files of others have nothing."""
+    """Return the notes of `nn.save`; empty ones for other writers' files."""
     kinds = {"order": list, "ties": dict, "values": dict, "modules": dict}
     notes = {key: kind() for key, kind in kinds.items()}
     if NOTE not in texts:

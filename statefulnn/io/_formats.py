@@ -1,7 +1,7 @@
-"""Which format a file has: those that are read here, and a word on who reads the others.
+"""Recognises the format of a file: those that are read here, and others, with what reads them.
 
 People point `nn.load` at whatever they have downloaded. A file that is whole, but of another format, is not
-called damaged: its error says what it is and what reads it.
+called damaged: the error says what it is and what reads it.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from pathlib import Path
 from statefulnn.core.errors import CheckpointError, explain
 from statefulnn.io._stored import Source
 
-# So many bytes tell a format from others.
+# This many bytes tell one format from the others.
 HEAD = 4096
 # The first thing in a file of torch.save, before it was a zip archive.
 MAGIC = 0x1950A86A20F9469CFC6C
-# More than this is no header of a safetensors file: the format's own limit.
+# A safetensors header is never longer than this: the format's own limit.
 LONGEST_HEADER = 100_000_000
 
 _RESAVE = "and save it with nn.save"
@@ -58,14 +58,14 @@ def named(path: Path, what: str, instead: str) -> CheckpointError:
 
 
 def is_torch(source: Source) -> bool:
-    """Say whether a file is for `load_torch`, and not safetensors.
+    """Say whether a file is for `load_torch`, rather than safetensors.
 
     Raises:
         CheckpointError: for a file of a known format that neither reads.
     """
     head = source.read(0, HEAD)
     length = int.from_bytes(head[:8], "little")
-    # The length of a safetensors header may begin with the bytes of another format.
+    # The length of a safetensors header may look like the beginning of another format.
     if head[8:9] == b"{" and length <= min(LONGEST_HEADER, source.size - 8):
         return False
     if head[:4] == b"PK\x03\x04" or head[257:262] == b"ustar":
@@ -93,7 +93,7 @@ def is_torch(source: Source) -> bool:
 
 
 def _begins_as_torch_does(head: bytes) -> bool:
-    """Say whether the first pickle of a file is torch's number, or too damaged to tell."""
+    """Say whether the first pickle of a file is torch's magic number, or too damaged to tell."""
     try:
         for operation, argument, _ in pickletools.genops(io.BytesIO(head)):
             if operation.name not in ("PROTO", "FRAME"):
@@ -124,7 +124,7 @@ def _is_text(head: bytes) -> bool:
 
 
 def _is_msgpack(head: bytes) -> bool:
-    """A map whose first key is a text: 0x8n, or 0xde and 2 bytes; then 0xa0 to 0xbf, or 0xd9 and a byte."""
+    """A map whose first key is text: 0x8n, or 0xde and 2 bytes; then 0xa1 to 0xbf, or 0xd9 and a byte."""
     if not head or not (0x81 <= head[0] <= 0x8F or head[0] == 0xDE):
         return False
     key = head[1:] if head[0] != 0xDE else head[3:]
@@ -135,14 +135,14 @@ def _is_msgpack(head: bytes) -> bool:
 
 
 def _is_onnx(head: bytes) -> bool:
-    """A protobuf message: field 1 a version below 32, then a text (producer, or domain) or the graph."""
+    """A protobuf message: field 1 is a version below 32; a text (producer, domain) or the graph follows."""
     if len(head) < 8 or head[0] != 0x08 or not 1 <= head[1] < 32:
         return False
     return head[2] in (0x12, 0x1A, 0x22, 0x2A, 0x32, 0x3A, 0x42)
 
 
 def foreign_archive(path: Path, members: Collection[str]) -> CheckpointError | None:
-    """Return the error for a zip archive that torch.save did not write, None if it may have.
+    """Return the error for a zip archive that torch.save did not write; None if it may have.
 
     Args:
         members: the names in the archive.

@@ -1,8 +1,8 @@
-"""Locks that end with the process that took them, however it ends, and what is known by them.
+"""Locks that end with the process that took them, however it ends, and the cleanup that relies on them.
 
-A lock lies on an open file. The system drops it when the last copy of the open file is closed, and a forked
-process has a copy: so a child closes its copies first of all, and the owner unlocks before it closes. A file
-system may know no locks. Then nothing can be said about other processes, and nothing of theirs is removed.
+A lock belongs to an open file. The system drops it when the last copy of the open file is closed, and a
+forked process has a copy. So a child closes its copies at once, and the owner unlocks before it closes. Some
+file systems have no locks. Then nothing is known about other processes, and none of their files is removed.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
-# Threads open files here and others fork: a copy that nobody knows of would never be closed.
+# One thread may fork while another opens a file: the child's copy must be listed, or it is never closed.
 _guard = threading.RLock()
 _open: set[LockFile] = set()
 
 _BUSY = {errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES, errno.EDEADLK}
 _FLAGS = os.O_RDWR | sum(getattr(os, n, 0) for n in ("O_CLOEXEC", "O_NOFOLLOW", "O_NONBLOCK"))
-# What is locked of a file on Windows, where nobody else may read it: behind all that is written.
+# The byte that is locked on Windows, where others cannot read locked bytes: beyond all that is written.
 _PLACE = 1 << 30
-# More than this no writer notes in its marker.
+# No writer puts more than this into its marker.
 _LONGEST_NOTE = 1 << 24
 _TRIES = 100
 
 
 class LockFile:
-    """An open file to be locked, of this process alone.
+    """An open file to be locked, used by this process alone.
 
     Args:
         path: the file.
@@ -43,7 +43,7 @@ class LockFile:
 
     Attributes:
         held: whether the lock is taken; None where the file system has no locks.
-        mode: who may read and write it; of a new file, what this process gives to new files.
+        mode: its permissions; for a new file, those this process gives to new files.
     """
 
     def __init__(self, path: Path, flags: int = 0) -> None:
@@ -60,11 +60,11 @@ class LockFile:
             raise OSError(errno.EINVAL, "not a regular file", str(path))
 
     def take(self) -> bool | None:
-        """Take the lock if it is free; return what `held` is then."""
+        """Take the lock if it is free; return the new value of `held`."""
         with _guard:
             others = [f for f in _open if f is not self and f.path == self.path]
         if any(f.held is not False and f.is_there for f in others):
-            return False  # some file systems lock for a process, not for an open file
+            return False  # on some file systems a lock belongs to the process, not to the open file
         try:
             _lock(self.file)
             self.held = True
@@ -81,10 +81,10 @@ class LockFile:
             return False
 
     def close(self, *, remove: bool = False) -> None:
-        """Let go of the lock, in the process that took it; elsewhere do nothing.
+        """Release the lock, in the process that took it; in a forked child do nothing.
 
         Args:
-            remove: whether the file goes too, as long as it is locked.
+            remove: whether to remove the file too, before it is unlocked where the system allows that.
         """
         with _guard:
             if self not in _open:
@@ -101,7 +101,7 @@ class LockFile:
 
 
 def removed(path: Path) -> None:
-    """Remove a file, or a folder with all that is in it, as far as that is possible."""
+    """Remove a file, or a folder with everything in it, as far as possible."""
     with contextlib.suppress(OSError):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
@@ -134,7 +134,7 @@ def _unlock(file: IO[bytes]) -> None:
 
 
 def _in_child() -> None:
-    """Close the copies of a forked child, without unlocking: the locks are the parent's."""
+    """Close the copies in a forked child, without unlocking: the locks are the parent's."""
     for lock in list(_open):
         lock.held = False
         with contextlib.suppress(OSError):
@@ -150,7 +150,7 @@ if hasattr(os, "register_at_fork"):
 
 
 # --------------------------------------------------------------------------------------------------
-# Writers, and what those that were killed have left
+# Writers, and the files that killed ones have left
 
 
 def marked(marker: Callable[[str], Path]) -> tuple[str, LockFile]:
@@ -166,7 +166,7 @@ def marked(marker: Callable[[str], Path]) -> tuple[str, LockFile]:
         run = uuid.uuid4().hex[:8]
         with contextlib.suppress(FileExistsError):
             lock = LockFile(marker(run), os.O_CREAT | os.O_EXCL)
-            # Between making and locking it somebody may have swept it away, as that of a dead process.
+            # Before it was locked, another process may have removed it, taking its writer for dead.
             if lock.take() is not False and lock.path.exists():
                 return run, lock
             lock.close(remove=True)
@@ -179,17 +179,17 @@ def sweep(
     marker: Callable[[str], Path],
     rubbish: Callable[[list[str], bytes], list[str]],
 ) -> None:
-    """Remove what is left of writers that ended before they had cleaned up. It never raises.
+    """Remove the files of writers that ended without cleaning up. It never raises.
 
-    A writer has ended if its marker is gone, or can be locked. Those of other hosts count as alive where the
-    file system's locks say so.
+    A writer has ended if its marker is gone, or can be locked. Writers on other hosts are recognised as alive
+    if the file system's locks work across hosts.
 
     Args:
         folder: where the files are.
-        run_of: the name of the writer for a file's name; None for files of others.
+        run_of: the name of the writer for a file's name; None for other files.
         marker: the path of the marker for a writer's name.
-        rubbish: which files of a writer to remove, given all of them and what its marker says; it is called
-            when the writer is known to have ended.
+        rubbish: which files of a writer to remove, given all of them and the text of its marker; it is called
+            once the writer is known to have ended.
     """
     found: dict[str, list[str]] = {}
     try:
@@ -208,7 +208,7 @@ def sweep(
 
 @contextlib.contextmanager
 def _ended(marker: Path) -> Iterator[bytes | None]:
-    """Give what the marker of a writer says if the writer has ended, and remove it; else None."""
+    """Yield the text of a writer's marker if the writer has ended, and remove the marker; else yield None."""
     try:
         lock = LockFile(marker) if not _is_ours(marker) else None
     except FileNotFoundError:
@@ -227,6 +227,6 @@ def _ended(marker: Path) -> Iterator[bytes | None]:
 
 
 def _is_ours(marker: Path) -> bool:
-    """Say whether this process writes under a marker: where locks are a process's, asking would drop it."""
+    """Say whether a marker is this process's own: if locks are per process, opening it could drop them."""
     with _guard:
         return any(lock.path == marker for lock in _open)

@@ -1,4 +1,4 @@
-"""The arrays of a file, on their way to the devices where they belong."""
+"""Brings the arrays of a file to the devices where they belong."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from statefulnn.io._contents import Contents
 from statefulnn.io._reading import Budget, broken, collector, reading
 from statefulnn.io._stored import ALIGNMENT, Stored, check_booleans, jax_has, read
 
-_ARRAY = 1024  # bytes that JAX takes for an array beside its numbers
+_ARRAY = 1024  # bytes that JAX takes for an array besides its numbers
 
 Device = str | jax.Device | jax.sharding.Sharding | None
 
@@ -27,12 +27,12 @@ def placed(
     mmap: bool,
     budget: Budget,
 ) -> Any:
-    """Return what a file holds with an array for each `Stored`; one under several names is one array.
+    """Return what a file holds, with one array for each `Stored`, even if it has several names.
 
     Args:
         path: what the user asked for.
         root: containers with `Stored` in them.
-        device: where arrays go, or a function of name and shape that says it.
+        device: where arrays go, or a function of name and shape that returns this.
         mmap: whether arrays on the CPU may stay in the file.
         budget: pays for what is read.
     """
@@ -60,9 +60,9 @@ def placed(
 
 
 def _on_the_host(stored: list[Stored], places: list[Any], mmap: bool, budget: Budget) -> list[Any]:
-    """Return an array of numpy's for each, in memory or where it lies; on the meta device a shape.
+    """Return a numpy array for each, in memory or mapped from the file; on the meta device a shape.
 
-    None stands for those of which each device reads its own part.
+    None stands for arrays of which each device reads its own part.
     """
     arrays: list[Any] = [None] * len(stored)
     to_read: list[int] = []
@@ -83,7 +83,7 @@ def _on_the_host(stored: list[Stored], places: list[Any], mmap: bool, budget: Bu
         if place not in hosts:
             hosts[place] = _is_host(place)
         if known and not hosts[place]:
-            arrays[i] = s.view  # another device copies it from there
+            arrays[i] = s.view  # the other device copies it from there
         elif arrays[i] is None:
             to_read.append(i)
     for i, array in zip(to_read, read([stored[i] for i in to_read]), strict=True):
@@ -111,9 +111,9 @@ def _spread(path: Path, stored: Stored, place: jax.sharding.Sharding) -> jax.Arr
 
 
 def _is_host(place: Any) -> bool:
-    """Say whether JAX takes an array of the host for one at this place, without a copy."""
+    """Say whether JAX can use an array in host memory at this place without a copy."""
     if isinstance(place, jax.sharding.Sharding):
-        return True  # what JAX has no dtype for stays an array of numpy's
+        return True  # an array whose dtype JAX lacks stays a numpy array
     if place is None:
         chosen = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]
         place = chosen or jax.default_backend()

@@ -1,10 +1,10 @@
-"""Plain data: what JSON keeps exactly as it is."""
+"""Plain data: values that come back from JSON exactly as they were."""
 
 from __future__ import annotations
 
 from typing import Any
 
-_DEEPEST = 200  # containers in containers; what reads JSON stops at some depth, too
+_DEEPEST = 200  # containers in containers; JSON readers have such a limit, too
 
 
 def is_plain(value: Any, depth: int = _DEEPEST) -> bool:

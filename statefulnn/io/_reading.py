@@ -1,8 +1,8 @@
-"""What every reader of files stands on: one door for errors, one budget of memory, one way to quote a file.
+"""What all readers of files share: one door for errors, one budget of memory, one way to quote a file.
 
-A file may come from anybody. So whatever goes wrong while it is read leaves through `reading`, as one of few
-documented errors; what is built of it is counted in a `Budget`; and messages quote it with `shown`, since the
-text of a hostile value can be longer than memory.
+A file may come from anybody. So every error while it is read leaves through `reading`, as one of a few
+documented errors. What is built from it is counted in a `Budget`. Messages quote it with `shown`, since the
+text of a hostile value can be larger than memory.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from statefulnn.core.errors import CheckpointError, explain
 # A small file may unpack to this much, and every file to this many times its size.
 _FLOOR = 64 << 20
 _MULTIPLE = 4
-# What describes arrays and other objects (pickles, lists of archives, JSON) turns into objects of Python's,
-# of which each takes many times its bytes: so much more is allowed for these parts.
+# The parts that describe arrays and other objects (pickles, lists of archives, JSON) turn into Python
+# objects, each of which takes many times its bytes in the file. These parts may grow by this factor.
 OF_OBJECTS = 16
-# An object of Python's takes about this many bytes.
+# A Python object takes about this many bytes.
 OBJECT = 64
 
 
@@ -45,10 +45,10 @@ def broken(path: Path, offset: int, found: str, expected: str) -> CheckpointErro
 
 @contextlib.contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Let nothing out but the errors that are documented for reading a file.
+    """Let out only the errors that are documented for reading a file.
 
-    These are `CheckpointError`, ``MemoryError``, and ``OSError`` of the operating system with the path. Code
-    of the user's (functions of names, modules) is not called in here: its errors are its own.
+    These are `CheckpointError`, ``MemoryError``, and ``OSError`` of the operating system with the path. The
+    user's code (functions of names, modules) is not called in here, so its errors stay as they are.
 
     Args:
         path: what the user asked for.
@@ -64,14 +64,14 @@ def reading(path: Path) -> Iterator[None]:
             raise
         raise OSError(error.errno, error.strerror, str(path)) from error
     except Exception as error:
-        # A reader that did not foresee this. The text of the error may quote the file: its class has to do.
+        # No reader foresaw this. The error's text may quote the file, so only its class is shown.
         raise broken(path, 0, type(error).__name__, "a file that can be read") from error
 
 
 class _Collector:
-    """Python's garbage collector, which pauses while somebody in here builds many objects at once.
+    """Pauses Python's garbage collector while many objects are built at once.
 
-    It would go through all objects of the process again and again, and none of the new ones is garbage: a
+    It would go through all objects of the process again and again, though none of the new ones is garbage. A
     file of 20,000 arrays takes twice as long with it (``benchmarks/files.py``).
     """
 
@@ -80,7 +80,7 @@ class _Collector:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Pause it; of several threads the last that leaves turns it on again, if it was on."""
+        """Pause it. The last of several threads to leave turns it on again, if it was on."""
         with self._lock:
             if not self._inside:
                 self._was_on = gc.isenabled()
@@ -99,12 +99,12 @@ collector = _Collector()
 
 
 class Budget:
-    """How many bytes of memory a file may turn into: what is built, copied, expanded, each time it is.
+    """How many bytes of memory a file may turn into. Everything built, copied or expanded counts, each time.
 
     Args:
         path: the file, for the message.
-        limit: the bytes; None for 64 MiB and four times the size of all files that are opened with it, and
-            sixteen times the size of what describes objects in them.
+        limit: the bytes; None for 64 MiB plus four times the size of all files that are opened with it, plus
+            sixteen times the size of the parts of them that describe objects.
     """
 
     def __init__(self, path: Path, limit: int | None = None) -> None:
@@ -143,7 +143,7 @@ class Budget:
 
 
 def shown(value: Any) -> str:
-    """Return a short text for what a file holds; of anything but plain scalars only the type."""
+    """Return a short text for a value from a file: for large and unknown ones only type and size."""
     if isinstance(value, (str, bytes)):
         return repr(value) if len(value) <= 80 else f"{value[:60]!r} ..."
     if value is None or isinstance(value, (bool, float)):
@@ -176,17 +176,17 @@ def parsed_json(
     budget: Budget,
     pairs: Callable[[list[tuple[str, Any]]], Any] | None = None,
 ) -> Any:
-    """Return what a JSON text says.
+    """Return the value of a JSON text.
 
     Args:
         path: the file it is from.
-        at: its first byte there.
+        at: where in the file it begins, in bytes.
         text: UTF-8.
-        budget: pays for what it turns into, before it does.
-        pairs: makes an object of names and values; None for a dict.
+        budget: pays for what the text turns into, before it is parsed.
+        pairs: makes an object from names and values; None for a dict.
 
     Raises:
-        CheckpointError: with the byte at which it is no JSON.
+        CheckpointError: with the byte at which it stops being JSON.
     """
     budget.allow(OF_OBJECTS * len(text))
     # Each value but the first of a container follows one of these.
@@ -214,14 +214,14 @@ def number_of_bytes(size: int | str, argument: str) -> int:
 
 
 def check_versions(path: Path, metadata: Mapping[Any, Any]) -> None:
-    """Raise unless the versions of modules, beside a state dict, are what ``load_state_dict`` reads.
+    """Raise unless ``load_state_dict`` can read the versions of modules that come with a state dict.
 
     Args:
         path: the file.
         metadata: dotted name of a module -> a dict with its version, a number.
 
     Raises:
-        CheckpointError: if they are not.
+        CheckpointError: if it cannot.
     """
     for name, entry in metadata.items():
         known = isinstance(name, str) and isinstance(entry, Mapping)

@@ -1,7 +1,7 @@
-"""The notes of a step: JSON about everything but arrays, checked before anybody uses it.
+"""The notes of a step: JSON about everything but arrays, checked before it is used.
 
-Whoever can write to the folder can write anything there. So the notes are compared with what
-`_snapshot.taken` writes, once, where they are read: who uses them after that finds what the names say.
+Anybody who can write to the folder can write anything into them. So the notes are compared once, when they
+are read, with what `_snapshot.taken` writes. Code that uses them after that can rely on their form.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from statefulnn.io._stored import misshapen
 
 FORMAT = 1
 
-# Where notes come from, JSON takes this many times its size at most, as `json.dumps` writes it.
+# Notes that `json.dumps` wrote take at most this many times their size in memory.
 _MULTIPLE, _FLOOR = 32, 1 << 30
 _OF_STATE = {
     *("kind", "order", "specs", "ties", "tied"),
@@ -29,10 +29,10 @@ _OF_STATE = {
 
 
 def read_notes(path: Path) -> dict[str, Any] | None:
-    """Return the notes in a file, as `nn.Checkpointer` wrote them; None for those of another format.
+    """Return the notes in a file, as `nn.Checkpointer` wrote them; None for another format.
 
     Raises:
-        CheckpointError: if they are anything else.
+        CheckpointError: if they are not as it writes them.
         OSError: if the file cannot be read.
     """
     with reading(path):
@@ -48,7 +48,7 @@ def read_notes(path: Path) -> dict[str, Any] | None:
 
 
 def stored_dtype(text: Any) -> np.dtype | None:
-    """Return the dtype with this text if arrays of it can be stored, else None."""
+    """Return the dtype with this name if arrays of it can be stored, else None."""
     if not isinstance(text, str) or not re.fullmatch(r"[a-z]\w{2,30}|[<>][iufc]\d{1,2}", text):
         return None
     try:
@@ -66,7 +66,7 @@ def is_number(value: Any) -> TypeGuard[float]:
 
 
 class _Notes:
-    """The comparison of notes with what they must be.
+    """Compares notes with what they must be.
 
     Args:
         path: their file, for messages.
@@ -76,7 +76,7 @@ class _Notes:
         self.path = path
 
     def check(self, content: Mapping[str, Any]) -> None:
-        """Raise if the whole is not as it must be."""
+        """Raise if any part of the notes is not as it must be."""
         self._fields("the notes", content, {"format", "objects", "metrics"})
         self._by_name("metrics", content["metrics"], is_number, "a number")
         self._by_name("objects", content["objects"], lambda v: isinstance(v, dict), "a dict")

@@ -1,9 +1,9 @@
-"""One file in the safetensors format: its header checked, its arrays seen where they lie.
+"""One file in the safetensors format: checks its header, and finds where its arrays lie.
 
-A file is the length of the header (8 bytes, little-endian), the header (JSON: name -> dtype, shape, begin
-and end), and the arrays, one behind the other without gaps. The library `safetensors` writes it. It is
-read here, because its ``safe_open`` does not tell where an array lies: so it can neither be read by several
-threads into memory that JAX takes over, nor can an error say where in the file it is.
+A file consists of the length of the header (8 bytes, little-endian), the header (JSON: name -> dtype, shape,
+begin and end), and the arrays, one after the other without gaps. The library `safetensors` writes it. It is
+read here, because the library's ``safe_open`` does not tell where an array lies. Without that, several
+threads could not read an array into memory that JAX takes over, and an error could not give the place.
 
 Source: github.com/huggingface/safetensors, the section on the format.
 """
@@ -49,7 +49,7 @@ DTYPES = {
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _RANK = {dtype: i for i, dtype in enumerate(DTYPES.values())}
-# What the format has no place for, `nn.save` writes as JSON into the metadata, under this name.
+# `nn.save` writes what the format has no place for as JSON into the metadata, under this name.
 NOTE = "statefulnn"
 _ENTRY = {"dtype", "shape", "data_offsets"}
 
@@ -141,20 +141,20 @@ def _metadata(path: Path, header: bytes, found: Any) -> dict[str, str]:
 def _in_order(
     path: Path, header: bytes, entries: dict[str, Any]
 ) -> list[tuple[int, int, str, np.dtype, tuple[int, ...]]]:
-    """Return begin, end, name, dtype and shape of each array, as they lie."""
+    """Return begin, end, name, dtype and shape of each array, in the order of the file."""
     checked = []
     for name, entry in entries.items():
         wrong = _wrong(name, entry)
-        if wrong:  # only now: finding the place takes a search
+        if wrong:  # the place is only searched for when needed
             found, expected = wrong
             raise broken(path, _place(header, name), found, expected)
         start, stop = entry["data_offsets"]
         checked.append((start, stop, name, DTYPES[entry["dtype"]], tuple(entry["shape"])))
-    return sorted(checked)  # names differ, so that dtypes are never compared
+    return sorted(checked)  # names differ, so dtypes are never compared
 
 
 def _wrong(name: str, entry: Any) -> tuple[str, str] | None:
-    """Say what an entry of the header has, and what it should have; None if nothing is wrong."""
+    """Return what an entry of the header has and what it should have; None if nothing is wrong."""
     if not isinstance(entry, dict) or entry.keys() != _ENTRY:
         return f"the entry {shown(name)}", "a dtype, a shape and data_offsets"
     code, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
@@ -189,7 +189,7 @@ def write(
     Args:
         arrays: contiguous, and of dtypes that `DTYPES` has.
         metadata: texts for the header.
-        note: the name of one of them that may be followed by blanks, so that the first array begins at a
+        note: the name of the text that may be padded with blanks, so that the first array begins at a
             multiple of `ALIGNMENT`, as a mapped array must.
     """
     safetensors = import_extra("safetensors", "io", "called nn.save", "writes the file")
@@ -219,7 +219,7 @@ def write(
 
 
 def _header_length(arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> int:
-    """Return the bytes of the header that the library makes: sorted by dtype, then by name."""
+    """Return the length of the header that the library makes, sorted by dtype, then by name."""
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     at = 0
     for name, array in sorted(arrays.items(), key=lambda item: (-_RANK[item[1].dtype], item[0])):

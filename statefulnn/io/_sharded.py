@@ -1,10 +1,10 @@
-"""Several files with an index: the new ones take the place of the old ones when the index does.
+"""Several files with an index: replacing the index replaces the old files with the new ones.
 
-A save writes files that carry its own name, eight random digits, and then replaces the index. A marker of
-that name is locked all the while. So whoever saves later knows of each file whether it is live: the index
-names it, or the save that writes it goes on. All others go. The order of the questions matters: a save that
-was found to have ended replaces no index any more, so an index that is read afterwards names its files, or
-none ever will.
+A save writes files that carry its own name, eight random digits, and then replaces the index. A marker with
+that name is locked all the while. So a later save knows which files are live: those that the index names, and
+those of a save that is still running. It removes all others. The order of these checks matters. A save that
+has ended cannot replace the index any more. So if the index is read after that, it either names the files of
+that save, or no index ever will.
 """
 
 from __future__ import annotations
@@ -27,23 +27,23 @@ INDEX = "model.safetensors.index.json"
 
 _SHARD = re.compile(r"model-([0-9a-f]{8})-\d{5,}-of-\d{5,}\.safetensors")
 _HIDDEN = re.compile(r"\.model-([0-9a-f]{8})\.(?:saving|tmp)")
-# What other libraries call such files; an index that is replaced takes those along that it named.
+# Other libraries' names for such files. When an index is replaced, the files it named with them go too.
 _REPLACED = re.compile(r"model-[-\w]+\.safetensors")
 
 
 def save_shards(
     folder: Path, arrays: Mapping[str, np.ndarray], texts: dict[str, str], size: int
 ) -> None:
-    """Write files of a limited size, then their index; what the old index named goes last.
+    """Write files of a limited size, then their index; then remove the files that the old index named.
 
     Args:
-        folder: where they go; it is made if it is not there.
+        folder: where they go; it is made if it does not exist.
         arrays: as for `write`.
         texts: the metadata of each file, `NOTE` among them.
-        size: bytes of one file, unless a single array has more.
+        size: the most bytes of one file, unless a single array has more.
 
     Raises:
-        OSError: with the folder, if it may not be written, or the disk is full. What was there is as it was.
+        OSError: with the folder, if it may not be written, or the disk is full. What was there is unchanged.
     """
     shards = _divided(arrays, size)
     folder.mkdir(parents=True, exist_ok=True)
@@ -69,22 +69,22 @@ def save_shards(
             index = {"metadata": {"total_size": nbytes}, "weight_map": places}
             with replacing(folder / INDEX) as temporary:
                 temporary.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-                # Should this process be killed now, the next one knows what else is to go.
+                # If this process is killed now, the next save knows what else to remove.
                 replaced = json.dumps(sorted(shard_names(folder / INDEX) or ())).encode()
                 lock.file.write(replaced)
         finally:
             for name in _rubbish(folder, [], replaced):
                 removed(folder / name)
-            # From here on the files of this save are judged as everybody's: the index has the last word.
-            # Of several that end at once, the last one finds no marker and clears up after all.
+            # From here on the files of this save are treated like any others: the index decides.
+            # If several saves end at once, the last one finds no other marker and cleans up after all.
             lock.close(remove=True)
             _sweep(folder)
 
 
 def shard_names(index: Path) -> set[str] | None:
-    """Return the names of the files that an index names: none where there is no index.
+    """Return the names of the files that an index names; an empty set if there is no index.
 
-    None stands for an index that cannot be read, which says nothing about any file.
+    None means that the index cannot be read, so nothing is known about any file.
     """
     try:
         content = content_of(index)
@@ -120,7 +120,7 @@ def _run_of(name: str) -> str | None:
 
 
 def _sweep(folder: Path) -> None:
-    """Remove the files of saves that have ended, but for those that the index names."""
+    """Remove the files of saves that have ended, except those that the index names."""
     sweep(
         folder,
         _run_of,
@@ -130,12 +130,12 @@ def _sweep(folder: Path) -> None:
 
 
 def _rubbish(folder: Path, names: list[str], replaced: bytes) -> list[str]:
-    """Return which files of a save that has ended are to go.
+    """Return which files of a save that has ended are to be removed.
 
     Args:
         folder: where they are.
         names: the files it wrote.
-        replaced: as JSON, the files of the index that it replaced, or was about to.
+        replaced: as JSON, the files of the index that it replaced, or was about to replace.
     """
     hidden = [n for n in names if _HIDDEN.fullmatch(n)]
     live = shard_names(folder / INDEX)
@@ -143,7 +143,7 @@ def _rubbish(folder: Path, names: list[str], replaced: bytes) -> list[str]:
         return hidden
     try:
         noted = json.loads(replaced or b"[]")
-    except (ValueError, RecursionError):  # killed while it noted them
+    except (ValueError, RecursionError):  # it was killed while writing them
         noted = []
     old = [n for n in noted if isinstance(n, str) and _REPLACED.fullmatch(n)]
     return [n for n in {*names, *old} if n not in live]

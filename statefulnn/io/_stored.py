@@ -1,8 +1,8 @@
-"""Arrays that lie in a file: seen through a map of the file, or read into memory.
+"""Arrays in a file: seen through a map of the file, or read into memory.
 
-Reading is what loading a model costs, so large parts are read by several threads, straight into the memory
-where they stay: a quarter of the time that copying out of a map of the file takes. The map is for whoever
-asks for arrays that stay in the file.
+Most of the time of loading a model goes into reading. So several threads read large parts, straight into the
+memory where they stay, in a quarter of the time that copying out of a map of the file takes. The map is for
+users who ask for arrays that stay in the file.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ import numpy as np
 from statefulnn.core.box import host_array
 from statefulnn.io._reading import Budget, broken
 
-# JAX takes memory over as it is if it starts at a multiple of this.
+# JAX takes over memory as it is if it starts at a multiple of this.
 ALIGNMENT = 64
 _PIECE = 16 << 20  # bytes of one read
 # Bytes of arrays that share one block of memory: large enough for large pages, and small enough for the C
-# library to give out again what was freed (from 32 MiB on each block is new, and the system clears it first).
+# library to reuse freed blocks (from 32 MiB on each block is new, and the system clears it first).
 _TOGETHER = 8 << 20
 
 
-# numpy has no arrays of more dimensions, and no sizes from here on.
+# numpy has no arrays with more dimensions, nor with sizes this large.
 _MOST_DIMENSIONS, _TOO_LARGE = 64, 1 << 63
-# A claimed length that is larger than this is held against the file before memory is taken for it.
+# A claimed length larger than this is compared with the file before memory is taken for it.
 _SMALL = 1 << 16
 _LONGEST_LINE = 1 << 20
-_WASTE = 4  # times the bytes that are wanted, at most, are read where there are gaps between them
-_MOST_BUFFERS = 256  # that the system fills in one call
+_WASTE = 4  # at most this many times the wanted bytes are read where there are gaps between them
+_MOST_BUFFERS = 256  # the most buffers that the system fills in one call
 
 
 class Source:
@@ -46,18 +46,18 @@ class Source:
 
     Args:
         path: its name.
-        budget: what may be built of it.
+        budget: what may be built from it.
 
     Attributes:
         path: its name.
         size: its bytes.
-        map: its contents. Writing to the map changes this process's copy of a page, never the file. A file
-            that somebody shortens takes pages away from it, and whoever reads them is killed: what can be
-            read with `read` is not read from here.
+        map: its contents. Writing to the map changes this process's copy of a page, never the file. If
+            somebody shortens the file, pages vanish from the map, and a process that reads them is killed:
+            so whatever `read` can read is not read from here.
 
     Raises:
-        CheckpointError: for what is no file, such as a pipe, whose reading might never end.
-        OSError: if there is none, or it may not be read.
+        CheckpointError: for anything that is not a regular file, such as a pipe: reading it might never end.
+        OSError: if it does not exist, or may not be read.
     """
 
     def __init__(self, path: Path, budget: Budget) -> None:
@@ -75,7 +75,7 @@ class Source:
         self.map: Any = mmap.mmap(self.descriptor, 0, access=mmap.ACCESS_COPY) if self.size else b""
 
     def read(self, start: int, count: int) -> bytes:
-        """Return bytes of the file, fewer where it ends."""
+        """Return bytes of the file, fewer if it ends before."""
         count = min(count, self.size - start)
         if start < 0 or count <= 0:
             return b""
@@ -88,7 +88,7 @@ class Source:
         return b"".join(parts)
 
     def reader(self) -> Reader:
-        """Return the file for reading from its beginning, with a position of its own."""
+        """Return a reader at the beginning of the file, with a position of its own."""
         return Reader(_Raw(self))
 
     def __del__(self) -> None:
@@ -97,7 +97,7 @@ class Source:
 
 
 class _Raw(io.RawIOBase):
-    """The file of a `Source`; several of them do not move each other's position."""
+    """Reads the file of a `Source`, from a position of its own."""
 
     def __init__(self, source: Source) -> None:
         self.source, self.position = source, 0
@@ -126,28 +126,28 @@ class _Raw(io.RawIOBase):
 
 
 class Reader(io.BufferedReader):
-    """Reads a file without taking memory for more than it holds."""
+    """Reads a file, and takes no more memory than the file has bytes."""
 
     def __init__(self, raw: _Raw) -> None:
         super().__init__(raw)
         self._size = raw.source.size
 
     def read(self, size: int | None = -1, /) -> bytes:
-        """Return so many bytes, fewer where the file ends."""
+        """Return this many bytes, fewer if the file ends before."""
         if size is None or not 0 <= size <= _SMALL:
             rest = max(0, self._size - self.tell())
             size = rest if size is None or size < 0 else min(size, rest)
         return super().read(size)
 
     def readline(self, size: int | None = -1, /) -> bytes:
-        """Return the bytes to the end of the line, of a very long one its beginning."""
+        """Return the bytes up to the end of the line; of a very long line only the beginning."""
         return super().readline(_LONGEST_LINE)
 
 
 def misshapen(shape: Sequence[Any], itemsize: int) -> str:
     """Say why no array can have a shape; an empty text if one can.
 
-    Sizes are integers from 0 to 2**63, at most 64 of them. numpy multiplies them without the zeros.
+    There may be 64 sizes, integers from 0 to below 2**63. Zeros are left out of the product, as in numpy.
     """
     if len(shape) > _MOST_DIMENSIONS:
         return f"{len(shape)} dimensions"
@@ -165,11 +165,11 @@ class Stored:
     Attributes:
         source: the file.
         start: its first byte.
-        dtype, shape: what it is; `misshapen` has found nothing wrong.
+        dtype, shape: as of an array; `misshapen` has found nothing wrong.
         strides: bytes from one element to the next, for each dimension.
-        conjugated, negated: what is to be done to the numbers, beside reading them.
+        conjugated, negated: what is to be done to the numbers after reading them.
         nbytes: the bytes of its elements, each counted once.
-        as_it_lies: whether its elements lie behind one another as an array's in memory do, each as it is.
+        as_it_lies: whether the bytes in the file are those of a contiguous array in memory.
     """
 
     __slots__ = (
@@ -203,7 +203,7 @@ class Stored:
 
     @property
     def view(self) -> np.ndarray:
-        """The array where it lies, through the map; a copy where its numbers are not those in the file."""
+        """The array as a view of the map; a copy if it is conjugated or negated."""
         if not self.nbytes:
             return np.empty(self.shape, self.dtype)
         strides = self._steps()
@@ -212,13 +212,13 @@ class Stored:
         )
 
     def part(self, index: tuple[slice, ...] | None = None) -> np.ndarray:
-        """Return the array, or a part of it, in memory of its own that JAX takes over as it is.
+        """Return the array, or a part of it, in new memory that JAX can take over as it is.
 
         Args:
             index: a slice for each dimension, with steps of 1; None for all of it.
 
         Raises:
-            CheckpointError: if the file became shorter since it was opened.
+            CheckpointError: if the file has become shorter since it was opened.
         """
         steps, start, shape = self._steps(), self.start, list(self.shape)
         for i, piece in enumerate(index or ()):
@@ -226,7 +226,7 @@ class Stored:
             start, shape[i] = start + first * steps[i], max(0, stop - first)
         own = host_array(tuple(shape), self.dtype)
         if own.size:
-            # Dimensions whose steps are larger come first; the order of those in memory does not matter.
+            # Dimensions with larger steps come first; the order of the dimensions in memory does not matter.
             order = sorted(range(len(shape)), key=lambda i: -steps[i])
             _read_strided(
                 self.source,
@@ -254,9 +254,9 @@ class Stored:
 def _read_strided(
     source: Source, start: int, into: np.ndarray, shape: list[int], steps: list[int]
 ) -> None:
-    """Read elements that lie at steps from each other; the largest steps come first.
+    """Read elements that are steps apart, with the largest steps first.
 
-    What lies together but for small gaps is read with the gaps, in one call; wide gaps are left out.
+    Elements with small gaps between them are read with the gaps, in one call. Wide gaps are left out.
     """
     wanted = span = into.itemsize
     inner = len(shape)
@@ -279,7 +279,7 @@ def _read_strided(
 
 
 def check_booleans(array: np.ndarray) -> None:
-    """Raise for booleans whose byte is neither 0 nor 1: what they count as depends on who looks.
+    """Raise for booleans whose byte is neither 0 nor 1, since libraries differ in what they count as.
 
     Raises:
         ValueError: if there is one.
@@ -297,20 +297,20 @@ def _lie_together(shape: Sequence[int], strides: Sequence[int], itemsize: int) -
     return True
 
 
-# A part of a file, from a byte on, and the memory it goes to.
+# A file, the byte where a part of it starts, and the memory the part goes to.
 Piece = tuple[Source, int, np.ndarray]
 
 
 def jax_has(dtype: np.dtype) -> bool:
-    """Say whether JAX has a dtype, as it is set: those of 64 bits may be switched off."""
+    """Say whether JAX has a dtype under its current settings: 64-bit types may be off."""
     return jax.dtypes.canonicalize_dtype(dtype) == dtype
 
 
 def read(stored: Iterable[Stored]) -> list[np.ndarray]:
-    """Return arrays of a file, or several, each in memory of its own that JAX takes over as it is.
+    """Return arrays of one or several files, in new memory that JAX can take over as it is.
 
     Raises:
-        CheckpointError: if a file became shorter since it was opened.
+        CheckpointError: if a file has become shorter since it was opened.
     """
     arrays: list[np.ndarray] = []
     pieces: list[Piece] = []
@@ -322,7 +322,7 @@ def read(stored: Iterable[Stored]) -> list[np.ndarray]:
                 arrays.append(s.part())
                 continue
             end = at + s.nbytes
-            # One call, where slice, view and reshape are three: there may be many small arrays.
+            # One call instead of three (slice, view, reshape): there may be many small arrays.
             arrays.append(np.ndarray(s.shape, s.dtype, block, at))
             pieces += [
                 (s.source, s.start + i, block[at + i : min(at + i + _PIECE, end)])
@@ -334,7 +334,7 @@ def read(stored: Iterable[Stored]) -> list[np.ndarray]:
 
 
 def _grouped(stored: Iterable[Stored]) -> Iterator[list[Stored]]:
-    """Divide arrays into groups that share a block of memory, which is freed when the last of them is."""
+    """Divide arrays into groups. Each shares a block of memory, which is freed with its last array."""
     group: list[Stored] = []
     nbytes = 0
     for s in stored:
@@ -352,7 +352,7 @@ def _padded(nbytes: int) -> int:
 
 
 def _fill(pieces: list[Piece]) -> None:
-    """Read the pieces, by several threads if there is enough to read."""
+    """Read the pieces, with several threads if there is enough to read."""
     jobs: list[list[Piece]] = [[]]
     room = _PIECE
     for piece in pieces:
@@ -389,7 +389,7 @@ def _read_pieces(pieces: list[Piece]) -> None:
 
 
 def _in_runs(pieces: list[Piece]) -> Iterator[tuple[Source, int, list[Any]]]:
-    """Put together what lies behind one another in a file: one call of the system reads it."""
+    """Join pieces that follow one another in a file, so that one system call reads them."""
     run: list[Any] = []
     begin = end = 0
     last: Source | None = None

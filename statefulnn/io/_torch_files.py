@@ -1,7 +1,8 @@
-"""Files that torch.save wrote, read without torch: a pickle of containers, and the memory of storages.
+"""Reads files of torch.save without torch: a pickle of containers, and the memory of storages.
 
-There are three formats: a zip archive; before it a row of pickles with the storages behind them; and before
-that, up to torch 0.1.9, a tar archive. Sizes are checked against the file before memory is taken for them.
+There are three formats. The newest is a zip archive. Its predecessor is a series of pickles with the storages
+behind them. Up to torch 0.1.9 it was a tar archive. Sizes are compared with the file's before memory is
+taken for them.
 
 Source: torch/serialization.py of torch 2.13.
 """
@@ -34,11 +35,11 @@ from statefulnn.io._unpickling import Machine, Named
 from statefulnn.io.placeholder import Placeholder
 
 _PROTOCOL = 1001
-_BLOCK = 512  # of a tar archive
-# What Python notes about an entry of a zip archive takes about so many times the bytes of the entry.
+_BLOCK = 512  # bytes of a block of a tar archive
+# Python's record of an entry of a zip archive takes about this many times the bytes of the entry.
 _ENTRY = 20
 
-# Where the bytes of a storage are, by its key: the first, and how many.
+# Key of a storage -> where its bytes are: the first, and how many.
 Memory = dict[str, tuple[int, int]]
 
 
@@ -51,7 +52,7 @@ def load_torch(source: Source, budget: Budget, strict: bool) -> Any:
         strict: whether foreign classes are an error; otherwise they become a `Placeholder`.
 
     Raises:
-        CheckpointError: for files that are damaged, or hold anything but data.
+        CheckpointError: if the file is damaged, or holds anything but data.
     """
     head = source.read(0, _BLOCK)
     names = TENSOR_NAMES if strict else ALL_NAMES
@@ -88,7 +89,7 @@ def load_torch(source: Source, budget: Budget, strict: bool) -> Any:
 
 
 def is_tar(head: bytes) -> bool:
-    """Say whether a file that begins so is a tar archive."""
+    """Say whether a file with this beginning is a tar archive."""
     return head[257:262] == b"ustar"
 
 
@@ -144,7 +145,7 @@ def _zipped(source: Source, machine: Machine) -> tuple[Any, Memory]:
 
 
 class _Counted:
-    """What ``zipfile`` reads the list of an archive from: what it makes of it is paid for before."""
+    """The file from which ``zipfile`` reads the list of an archive; what that becomes is paid for first."""
 
     def __init__(self, source: Source, budget: Budget) -> None:
         self._reader, self._budget = source.reader(), budget
@@ -191,7 +192,7 @@ def _legacy(source: Source, machine: Machine) -> tuple[Any, Memory]:
 
 
 def _behind(source: Source, at: int, dtype: np.dtype, end: int) -> tuple[int, int]:
-    """Return where a storage is whose length stands at a byte of the file."""
+    """Return where a storage is whose length is written at byte `at` of the file."""
     numel = int.from_bytes(source.read(at, 8), "little", signed=True)
     nbytes = numel * dtype.itemsize
     if numel < 0 or at + 8 + nbytes > end:
@@ -272,12 +273,12 @@ def _tarred(source: Source, machine: Machine) -> tuple[Any, Memory]:
 
 
 def _members(source: Source, budget: Budget) -> dict[str, tuple[int, int]]:
-    """Return where the files of a tar archive are, by name: the first byte, and how many."""
+    """Return where the files in a tar archive are, by name: the first byte, and how many."""
     members: dict[str, tuple[int, int]] = {}
     at = 0
     while (header := source.read(at, _BLOCK)) and header[:1] != b"\0":
         try:
-            # The sum of the header's bytes, with blanks for itself.
+            # The sum of the header's bytes, with blanks instead of the checksum itself.
             checksum = int(header[148:156].strip(b" \0"), 8)
             size = int(header[124:136].strip(b" \0"), 8)
         except ValueError:
@@ -287,7 +288,7 @@ def _members(source: Source, budget: Budget) -> dict[str, tuple[int, int]]:
         start = at + _BLOCK
         if start + size > source.size:
             raise broken(source.path, at, f"{size} bytes", "no more than the file has")
-        if header[156:157] in (b"0", b"\0"):  # a file, and not a note about one
+        if header[156:157] in (b"0", b"\0"):  # a file, not an extra header for one
             budget.spend(_BLOCK)
             members[header[:100].rstrip(b"\0").decode("latin1")] = start, size
         at = start + -(-size // _BLOCK) * _BLOCK
@@ -306,7 +307,7 @@ def _stored(source: Source, tensor: Tensor, memory: Memory) -> Stored:
         )
     (first, nbytes), itemsize = memory[storage.key], tensor.dtype.itemsize
     have = nbytes // itemsize
-    # Of a tensor with another dtype than its storage, the storage counts bytes.
+    # If a tensor has another dtype than its storage, the storage counts bytes.
     offset = storage.first * storage.dtype.itemsize // itemsize + tensor.offset
     last = offset + sum((n - 1) * s for n, s in zip(tensor.size, tensor.stride, strict=True))
     if 0 not in tensor.size and last >= have:

@@ -1,8 +1,8 @@
 """The names that a file of torch.save may use, and what is built for each.
 
-Tensors and storages become notes of what they are, which nothing in a file can change; `_torch_files` makes
-arrays of them. The rest is plain data of Python and numpy. None of the classes and functions that a file
-names is ever looked up: a name is a key of the dict below, or it is foreign.
+Tensors and storages become descriptions, which nothing in a file can change; `_torch_files` makes arrays
+from them. The rest is plain data of Python and numpy. None of the classes and functions that a file names is
+ever looked up: a name is either a key of the dict `ALL_NAMES` below, or it is foreign.
 
 Source: torch/_utils.py, torch/_tensor.py and torch/storage.py of torch 2.13; numpy/_core of numpy 2.
 """
@@ -54,12 +54,12 @@ _DTYPES = {
 }
 
 _MOST_ARGUMENTS = 16  # that a builder of tensors has
-# Numbers and texts of a fixed length; what holds Python objects or fields is foreign.
+# Numbers and texts of a fixed length; dtypes with Python objects or fields are foreign.
 _NUMPY_CODES = re.compile(r"b1|[iu][1248]|f[248]|c(8|16)|[SU][1-9][0-9]{0,6}")
 
 
 class Dtype:
-    """Stands for a dtype of torch, or for the class of a storage of it."""
+    """Stands for a dtype of torch, or for the class of storages of that dtype."""
 
     __slots__ = ("dtype",)
 
@@ -73,13 +73,13 @@ class Dtype:
 
 
 class Storage:
-    """Memory that tensors see, known by its key.
+    """Memory that tensors view, identified by its key.
 
     Attributes:
         dtype: of its elements.
         key: its name in the file.
         numel: how many elements it has.
-        first: its own first element, in the storage that it is a part of.
+        first: where it begins in the storage it is a part of, in elements.
     """
 
     __slots__ = ("dtype", "first", "key", "numel")
@@ -89,10 +89,10 @@ class Storage:
 
 
 class Tensor:
-    """What a tensor sees of a storage, in elements.
+    """A tensor as a view of a storage; offset and stride count elements.
 
     Raises:
-        ValueError: for sizes that no tensor has.
+        ValueError: for values that no tensor has.
     """
 
     __slots__ = ("as_key", "conjugated", "dtype", "negated", "offset", "size", "storage", "stride")
@@ -121,12 +121,12 @@ class Tensor:
         self.storage, self.offset = storage, offset
         self.size, self.stride = tuple(size), tuple(stride)
         self.conjugated, self.negated = conjugated, negated
-        # What stands for it where it is the key of a dict: arrays are none.
+        # What stands for it where it is the key of a dict: arrays cannot be keys.
         self.as_key = Placeholder("torch.Tensor", (self,))
 
     @property
     def identity(self) -> tuple[str, str]:
-        """Equal for tensors that are one array; texts, since tuples of numbers can be made to collide."""
+        """Equal for tensors that are one array. It is text: tuples of numbers can be made to collide."""
         whole = (self.storage.first, self.offset, self.size, self.stride)
         return self.storage.key, f"{whole} {self.dtype} {self.conjugated} {self.negated}"
 
@@ -139,9 +139,9 @@ def is_count(value: Any) -> bool:
 def storage_of(key: tuple[Any, ...]) -> Any:
     """Return what a file of torch.save means by a key of something outside of its pickle.
 
-    The key is ``("storage", class, name, device, number of elements)``, and in old files a part of another
-    storage behind these: ``(name, first element, number of elements)``. Old files also refer to a class of a
-    module so, with its source: ``("module", class, file, text)``.
+    The key is ``("storage", class, name, device, number of elements)``. In old files a sixth entry may name a
+    part of that storage: ``(name, first element, number of elements)``. Old files also refer to the class of
+    a module in this way, with its source: ``("module", class, file, text)``.
     """
     if type(key) is tuple and len(key) == 4 and key[0] == "module":
         return key[1]
@@ -163,7 +163,7 @@ def storage_of(key: tuple[Any, ...]) -> Any:
 
 
 def storage_name(name: Any) -> str:
-    """Return the name of a storage, which old files have as a number."""
+    """Return the name of a storage as a text; in old files it is a number."""
     if is_count(name):
         return str(name)
     if type(name) is not str:
@@ -223,7 +223,7 @@ def _typed_tensor(
     dtype: Any,
     metadata: Any = None,
 ) -> Any:
-    """A tensor; whether it wants gradients is up to the model it goes into, and hooks are code."""
+    """A tensor. Its hooks are code and left out; whether it takes gradients is up to the model."""
     if type(storage) is not Storage or (dtype is not None and type(dtype) is not Dtype):
         return NotImplemented  # of a foreign kind
     dimensions = len(size) if type(size) in (tuple, list) else 0
@@ -251,7 +251,7 @@ def _parameter(
 
 
 def _of_type(machine: Machine, build: Any, kind: Any, args: Any, state: Any) -> Any:
-    """A tensor without the attributes it had in Python; one of a foreign class is in its Placeholder."""
+    """A tensor without its Python attributes; one of a foreign class is wrapped in a Placeholder."""
     known = isinstance(build, Named) and build.build in (_tensor, _typed_tensor)
     if not known or type(args) is not tuple or len(args) > _MOST_ARGUMENTS:
         return NotImplemented
@@ -272,7 +272,7 @@ _TENSOR_CLASS = Named("torch.Tensor", lambda machine, *_: NotImplemented)
 
 
 def _ordered(machine: Machine, pairs: Any = ()) -> Any:
-    """An OrderedDict; old versions of Python give its items as an argument."""
+    """An OrderedDict; old versions of Python pass its items as an argument."""
     made: collections.OrderedDict[Any, Any] = collections.OrderedDict()
     machine.budget.spend(3 * OBJECT)
     if type(pairs) not in (tuple, list) or not all(
@@ -286,7 +286,7 @@ def _ordered(machine: Machine, pairs: Any = ()) -> Any:
 
 
 def _defaulting(machine: Machine, *factory: Any) -> Any:
-    """A defaultdict: what it would call for a missing key is not called, the key is missing."""
+    """A defaultdict without its function: a missing key stays missing."""
     machine.budget.spend(4 * OBJECT)
     return collections.defaultdict(None)
 
@@ -320,7 +320,7 @@ def _complex(machine: Machine, real: Any = 0.0, imaginary: Any = 0.0) -> Any:
 
 
 def _bytes(kind: type) -> Callable[..., Any]:
-    """Bytes that have no operation of their own in old protocols: none, or a copy of others."""
+    """Bytes, which have no operation of their own in old protocols: empty, or a copy of others."""
 
     def build(machine: Machine, content: Any = b"", encoding: Any = "latin-1") -> Any:
         if type(content) is str and encoding == "latin-1":
@@ -334,7 +334,7 @@ def _bytes(kind: type) -> Callable[..., Any]:
 
 
 def _path_of(kind: type) -> Callable[..., Any]:
-    """A path is kept as one that only says where something was, and touches no disk."""
+    """A path becomes a pure path, which touches no disk."""
 
     def path(machine: Machine, *parts: Any) -> Any:
         if not all(type(part) is str for part in parts):
@@ -346,7 +346,7 @@ def _path_of(kind: type) -> Callable[..., Any]:
 
 
 class NumpyDtype:
-    """A dtype of numpy's: numbers, or texts of a fixed length."""
+    """A numpy dtype: numbers, or texts of a fixed length."""
 
     __slots__ = ("dtype",)
 
@@ -359,7 +359,7 @@ class NumpyDtype:
         return self.dtype
 
     def take_state(self, machine: Machine, state: Any) -> None:
-        """Take the order of the bytes; the rest says that there are no fields."""
+        """Take the byte order, and check that there are no fields."""
         known = type(state) is tuple and len(state) in (8, 9) and state[1] in ("<", ">", "|", "=")
         if not known or any(part is not None for part in state[2:5]):
             raise ValueError("a dtype with fields")
@@ -367,10 +367,10 @@ class NumpyDtype:
 
 
 class NumpyArray(Placeholder):
-    """An array of numpy's, which is empty until its state comes; one of objects stays a Placeholder.
+    """A numpy array, empty until its state comes; an array of objects stays a Placeholder.
 
     Attributes:
-        array: the array, None without numbers.
+        array: the array; None before its state has come, and for objects.
     """
 
     __slots__ = ("array",)
@@ -419,7 +419,7 @@ def _scalar(machine: Machine, dtype: Any, raw: Any = None) -> Any:
 
 
 def _array(machine: Machine, raw: Any, dtype: NumpyDtype, shape: Any, order: str) -> np.ndarray:
-    if type(raw) is str:  # of Python 2, where bytes were texts
+    if type(raw) is str:  # of Python 2, where texts were bytes
         raw = raw.encode("latin1")
     if type(raw) not in (bytes, bytearray) or type(shape) is not tuple:
         raise ValueError("a numpy array without bytes")
@@ -486,14 +486,14 @@ _MORE_BUILDERS: dict[str, Callable[..., Any]] = {
     },
 }
 
-# The classes of tensors in the tar format say what their storages say.
+# In the tar format a class of tensors stands for the same dtype as its class of storages.
 _TORCH_TYPES = {
     **_DTYPES,
     **_STORAGES,
     **{name.replace("Storage", "Tensor"): dtype for name, dtype in _STORAGES.items()},
 }
 
-# Full name -> what it stands for in a pickle: what torch writes for tensors, and what else is built.
+# Full name -> what it stands for in a pickle: first what torch writes for tensors, then all that is built.
 TENSOR_NAMES: dict[str, Any] = {
     **{name: Named(name, build) for name, build in _BUILDERS.items()},
     **{f"torch.{name}": Dtype(dtype) for name, dtype in _TORCH_TYPES.items()},

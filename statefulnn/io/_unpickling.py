@@ -1,13 +1,13 @@
-"""Runs a pickle without building anything but plain containers and what a closed list of names gives.
+"""Runs a pickle, and builds only plain containers and what a closed list of names stands for.
 
 A pickle is a program for a machine with a stack. ``pickletools`` of the standard library takes it apart into
-operations; what each may do is written here, because Python's own unpicklers do too much: they set attributes
-of whatever object a file can reach, hash and compare whatever it brings as a key, and count nothing.
+operations. What each may do is written here, because Python's own unpicklers do too much: they set attributes
+of any object that a file can reach, hash and compare anything that it uses as a key, and count nothing.
 
 Here an object changes in four ways only. A list, a dict or a set that the same pickle made takes items. A
 `Placeholder` takes what it is given. An ``OrderedDict`` takes ``_metadata``, as torch writes it. A value with
 a method ``take_state`` checks what it takes. Keys are plain scalars, or short tuples of them; a Placeholder
-stands in for any other. Nothing else of a file is ever hashed or compared.
+stands in for any other. Nothing else from a file is ever hashed or compared.
 
 Source: pickletools.py of Python 3.11, which describes each operation.
 """
@@ -27,7 +27,7 @@ from statefulnn.io._reading import OBJECT, OF_OBJECTS, Budget, broken, shown
 from statefulnn.io.placeholder import Placeholder
 
 _NEWEST_PROTOCOL = 5
-# A key that is a number has at most this many bits: longer ones could be made to collide in a dict.
+# An integer key has at most this many bits: longer ones could be made to collide in a dict.
 _LONGEST_NUMBER = 64
 _LONGEST_KEY, _DEEPEST_KEY = 16, 3  # members of a tuple, and tuples in tuples
 _LONGEST_KEY_BITS = 1024
@@ -35,11 +35,11 @@ _MOST_MEMO_BITS = 31
 
 
 class Named:
-    """A function or class of the closed list, as it lies on the stack.
+    """A function or class of the closed list, as an object on the stack.
 
     Attributes:
         name: what the pickle calls it.
-        build: makes a value of the arguments, or returns NotImplemented for what it does not know.
+        build: makes a value from the arguments, or returns NotImplemented if it does not know them.
     """
 
     __slots__ = ("build", "name")
@@ -54,12 +54,12 @@ class Named:
 
 
 class Machine:
-    """What runs the pickles of one file.
+    """Runs the pickles of one file.
 
     Args:
         path: the file, for messages.
         names: full name -> what it stands for: `Named`, or a value.
-        persistent: makes a value of the key of something outside of the pickle, such as a storage.
+        persistent: returns the value for a key of something outside of the pickle, such as a storage.
         budget: pays for what is built.
         strict: whether other names are an error; otherwise they become a `Placeholder`.
     """
@@ -80,14 +80,14 @@ class Machine:
         """Return what one pickle builds.
 
         Args:
-            file: it begins where this is.
-            at: the byte of the file with which positions in `file` begin.
+            file: the bytes of the pickle, or a file at its first byte.
+            at: the byte of the whole file at which `file` begins.
 
         Raises:
-            CheckpointError: for what is no pickle, or does what a pickle of data does not do.
+            CheckpointError: if it is not a pickle, or does what a pickle of data does not do.
         """
         self.stack: list[Any] = []
-        self.marks: list[int] = []  # how high the stack was
+        self.marks: list[int] = []  # the height of the stack at each mark
         self.memo: dict[int, Any] = {}
         self.position = at
         budget = self.budget
@@ -95,7 +95,7 @@ class Machine:
         try:
             for operation, argument, position in pickletools.genops(file):
                 position = position or 0
-                # The more of the pickle has been read, the more may have been built of it.
+                # The more of the pickle has been read, the more may have been built from it.
                 budget.limit += multiple * (position - (position if before is None else before))
                 before = position
                 self.position = at + position
@@ -135,7 +135,7 @@ class Machine:
         return self.stack[-1]
 
     def from_mark(self) -> list[Any]:
-        """Take what was pushed since the last mark, and the mark."""
+        """Take the mark, and what was pushed since, off the stack."""
         mark = self.marks.pop()
         items = self.stack[mark:]
         del self.stack[mark:]
@@ -160,7 +160,7 @@ class Machine:
         self.push(value)
 
     def old_text(self, value: str) -> None:
-        """A text of Python 2, where bytes were texts: pickletools has decoded it byte by byte."""
+        """A text of Python 2, where texts were bytes: pickletools has decoded it byte by byte."""
         raw = value.encode("latin-1")
         try:
             self.sized(raw.decode("utf-8"))
@@ -224,28 +224,28 @@ class Machine:
         self.join(items, target)
 
     def join(self, items: Iterable[Any], target: set[Any]) -> set[Any]:
-        """Put values into a set, if each may be in one, and return it."""
+        """Put values into a set, or what stands in for them, and return the set."""
         for item in items:
             self.budget.spend(OBJECT)
             target.add(self.key(item, target))
         return target
 
     def key(self, value: Any, among: Sized) -> Any:
-        """Return a value that may be hashed and compared with others: itself, or what stands in for it.
+        """Return the value itself if it may be hashed and compared, else what stands in for it.
 
         Args:
             value: what a file has as a key, or as a member of a set.
             among: the dict or set it goes into.
 
         Raises:
-            _Refused: with ``strict=True``, for what is no plain scalar, or short tuple of these.
+            _Refused: with ``strict=True``, unless it is a plain scalar or a short tuple of these.
         """
         if self.is_scalar(value):
             return value
         if self.strict and type(value) is not tuple:
             raise _Refused(f"a key of type {type(value).__name__}")
         if self.is_short(value):
-            # Several numbers can be made to collide: the worst number of comparisons is paid for.
+            # Several numbers can be made to collide, so the worst number of comparisons is paid for.
             self.budget.spend(4 * len(among))
             return value
         if self.strict:
@@ -253,14 +253,14 @@ class Machine:
         found = getattr(value, "as_key", None)
         if found is not None:
             return found
-        # It keeps its place without being looked at: a Placeholder is hashed by its identity.
+        # The value itself is not looked at: a Placeholder is hashed by its identity.
         self.budget.spend(4 * OBJECT)
         return Placeholder(f"a {type(value).__name__} as a key", (value,))
 
     def is_scalar(self, value: Any) -> bool:
-        """Say whether a value is a number or a text, which takes no time to hash that is not paid for."""
-        if isinstance(value, (str, bytes)):  # those of numpy's, too
-            self.budget.spend(len(value))  # what comparing it with an equal one takes
+        """Say whether a value is a number or a text, and pay for the time it takes to hash and compare."""
+        if isinstance(value, (str, bytes)):  # numpy's, too
+            self.budget.spend(len(value))  # the cost of comparing it with an equal one
             return True
         if type(value) is int:
             return value.bit_length() <= _LONGEST_NUMBER
@@ -314,7 +314,7 @@ class Machine:
             made = NotImplemented if kwargs else function.build(self, *args)
             self.push(self.foreign(function.name, args, kwargs) if made is NotImplemented else made)
         elif isinstance(function, Placeholder):
-            # What a Placeholder with arguments would return, and somebody calls, is called name().
+            # A Placeholder with arguments is a result. If it is called, the new one is named name().
             name = function.name if function.args is None else f"{function.name.rstrip('()')}()"
             self.budget.spend(len(name))
             self.push(self.foreign(name, args, kwargs))
@@ -331,13 +331,13 @@ class Machine:
         self.call(self.pop(), args, kwargs)
 
     def call_old(self, full: str) -> None:
-        """Protocol 0: the arguments are behind the mark, the class is named by the operation."""
+        """Protocol 0: the arguments are above the mark, the class is named by the operation."""
         args = tuple(self.from_mark())
         self.find(_full_name(full))
         self.call(self.pop(), args)
 
     def call_marked(self, _: None) -> None:
-        """Protocol 1: the class and the arguments are behind the mark."""
+        """Protocol 1: the class and the arguments are above the mark."""
         function, *args = self.from_mark()
         self.call(function, tuple(args))
 
@@ -365,11 +365,11 @@ class Machine:
 
 
 class _Refused(Exception):
-    """What a pickle of data does not do; `Machine.run` says where."""
+    """A pickle does what one of data does not do; `Machine.run` says where."""
 
 
 def _full_name(argument: str) -> str:
-    """Return the dotted name in the argument of an operation: module and name, with a blank between."""
+    """Return the dotted name for the argument of an operation: module and name, separated by a blank."""
     module, _, name = argument.partition(" ")
     return f"{module}.{name}"
 
@@ -379,11 +379,11 @@ def _push(machine: Machine, value: Any) -> None:
 
 
 def _marked(act: Callable[[Machine, list[Any]], None]) -> Callable[[Machine, Any], None]:
-    """Return an action on what is behind the mark."""
+    """Return an action on what is above the mark."""
     return lambda m, _: act(m, m.from_mark())
 
 
-# Name of the operation -> the bytes that it takes beside what its action counts, and the action.
+# Name of the operation -> the bytes it takes, besides those its action counts, and the action.
 _OPERATIONS: dict[str, tuple[int, Callable[[Machine, Any], None]]] = {
     "PROTO": (0, Machine.protocol),
     "FRAME": (0, lambda m, _: None),
@@ -397,7 +397,7 @@ _OPERATIONS: dict[str, tuple[int, Callable[[Machine, Any], None]]] = {
     "NEWFALSE": (8, lambda m, _: m.push(False)),
     "INT": (40, _push),
     "BININT": (40, _push),
-    "BININT1": (8, _push),  # Python has these numbers once
+    "BININT1": (8, _push),  # Python keeps one object for each of these numbers
     "BININT2": (40, _push),
     "LONG": (OBJECT, Machine.number),
     "LONG1": (OBJECT, Machine.number),

@@ -1,4 +1,4 @@
-"""nn.save and nn.load: whatever has a state dict, in one safetensors file or in several with an index."""
+"""nn.save and nn.load: anything with a state dict, in one safetensors file or in several with an index."""
 
 from __future__ import annotations
 
@@ -44,27 +44,27 @@ def save(
     metadata: Mapping[str, str] | None = None,
     max_shard_size: int | str | None = None,
 ) -> None:
-    """Write a state dict, or whatever has one, to a safetensors file.
+    """Write a state dict, or anything that has one, to a safetensors file.
 
-    The file is written beside the old one and takes its place at the end, so that a crash leaves one of
-    the two. A link is followed: what it points to is replaced. Tied parameters are stored once.
+    The file is written beside the old one and replaces it at the end, so a crash leaves one of the two. A
+    link is followed: what it points to is replaced. Tied parameters are stored once.
 
     Args:
         obj: a Module, Optimizer, Ensemble or Generator, or a dict of name -> array (numbers, texts and
             lists of these are kept as well).
-        path: the file; with `max_shard_size` the folder of the files and their index. The format is
-            safetensors whatever the file is called; a warning says so for the endings of other formats.
+        path: the file; with `max_shard_size` the folder for the files and their index. The format is
+            safetensors whatever the file is called; there is a warning for the endings of other formats.
         names: which entries to save: names and patterns such as ``"lora_*"`` (compared with each part of a
-            dotted name) or ``"head.*"`` (with the whole name), or a function of the name; None for all.
+            dotted name) or ``"head.*"`` (with the whole name); or a function of the name; None for all.
         metadata: texts to keep in the file.
-        max_shard_size: bytes, or a text such as ``"5GB"``: several files of at most this size, and an index
-            as on the Hugging Face hub, ``model.safetensors.index.json``.
+        max_shard_size: bytes, or a text such as ``"5GB"``. It makes several files of at most this size, and
+            an index as on the Hugging Face hub, ``model.safetensors.index.json``.
 
     Raises:
-        CheckpointError: for what a file cannot hold; nothing is written.
+        CheckpointError: if a file cannot hold an entry; nothing is written.
         UnknownNameError: for `names` that match nothing.
         OSError: if the disk is full, or the folder is missing or may not be written; what was there before
-            is as it was.
+            stays as it was.
         ImportError: if safetensors is not installed (extra ``io``).
 
     Source: github.com/huggingface/safetensors.
@@ -93,7 +93,7 @@ def save(
                 "metadata={'epoch': str(epoch)}; numbers may also be entries of the state dict",
             )
         )
-    # Readers of the Hugging Face hub ask for the format: torch's names and layouts.
+    # Libraries of the Hugging Face hub ask for this format: torch's names and layouts.
     texts = {"format": "pt", **texts, NOTE: json.dumps(notes)}
     if max_shard_size is not None:
         save_shards(path, arrays, texts, number_of_bytes(max_shard_size, "nn.save: max_shard_size"))
@@ -123,34 +123,34 @@ def load(
 ) -> Any:
     """Read a state dict from a safetensors file, from several with an index, or from a file of torch.save.
 
-    What torch wrote is read without torch, and without running any code it may hold.
+    A file of torch.save is read without torch, and without running any code in it.
 
     Args:
-        path: a file, an index (``*.index.json``), or a folder with one of the names of the Hugging Face hub,
+        path: a file, an index (``*.index.json``), or a folder with a file named as on the Hugging Face hub,
             such as ``model.safetensors`` or ``pytorch_model.bin``, or an index of these.
         device: where the arrays go: a device, its name, a ``Sharding``, or a function of name and shape
             that returns one; "meta" for shapes alone. Each device reads its own part of the file.
         names: which entries to read, as for `save`; None for all.
         mmap: whether arrays on the CPU may stay in the file, which is read when they are first used. Then
-            nobody may change it in place while they live (`save` does not: it makes a file of its own).
+            nobody may change it in place while they live (`save` does not: it makes a new file).
         strict: whether a file of torch.save that names anything but tensors, numbers, texts and containers
-            of these is an error. Otherwise arrays and numbers of numpy's, paths, counters and the like are
-            built, and a `Placeholder` stands for what is of another class.
+            of these is an error. Otherwise numpy arrays and numbers, paths, counters and the like are
+            built, and a `Placeholder` stands for an object of another class.
         max_bytes: how much memory the file may turn into, a number or a text such as ``"8GB"``; None for 64
-            MiB and four times its size.
+            MiB plus four times its size (more for the parts that describe objects).
 
     Returns:
         a dict by name, in the order it was saved, for ``load_state_dict``; from a file of torch.save
         whatever it holds, with arrays for tensors. Where JAX's 64-bit types are off, 64-bit arrays are
-        numpy's, so that nothing is cut off.
+        numpy arrays, so no digits are lost.
 
     Raises:
-        CheckpointError: for a file that is damaged, is of another format, would take more than `max_bytes`,
-            or with ``strict=True`` holds more than data; with the byte.
-        OSError: if it cannot be opened or read, with the path; FileNotFoundError if there is none.
+        CheckpointError: if the file is damaged, is of another format, would take more than `max_bytes`,
+            or with ``strict=True`` holds more than data. The message gives the byte.
+        OSError: if it cannot be opened or read, with the path; FileNotFoundError if it does not exist.
         UnknownNameError: for `names` that match nothing.
-        TypeError: for `names` where the file holds no dict.
-        ValueError: for a `max_bytes` that is no number of bytes.
+        TypeError: for `names` if the file does not hold a dict by name.
+        ValueError: for a `max_bytes` that is not a number of bytes.
 
     Example: see `save`.
     """
@@ -173,7 +173,7 @@ def load(
 
 
 def _part(state: Mapping[str, Any], names: Filter, where: str = "nn.save") -> Mapping[str, Any]:
-    """Return the entries that `names` asks for, with the versions of all modules."""
+    """Return the entries that `names` chooses, with the versions of all modules."""
     if names is None:
         return state
     part = OrderedDict((n, state[n]) for n in chosen(state, names, where))
@@ -203,14 +203,14 @@ def _state_of(obj: Any) -> Mapping[str, Any]:
 
 
 def _taken_apart(state: Mapping[str, Any]) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """Return the arrays to store, and the notes about what is no array."""
+    """Return the arrays to store, and the notes about everything else."""
     arrays: dict[str, np.ndarray] = {}
     ties: dict[str, str] = {}
     values: dict[str, Any] = {}
     first: dict[int, str] = {}
     items = list(
         state.items()
-    )  # held: a mapping may make its values anew, and their ids come again
+    )  # kept: a mapping may make new values each time, and ids would repeat
     for name, value in items:
         if not is_plain(name) or not isinstance(name, str) or name == "__metadata__":
             raise _unsaved(name, "names are texts")
@@ -232,7 +232,7 @@ def _taken_apart(state: Mapping[str, Any]) -> tuple[dict[str, np.ndarray], dict[
 
 
 def _stored(name: str, value: Any) -> np.ndarray:
-    """Return an array as the file holds it."""
+    """Return an array in the dtype and layout that the file holds."""
     if is_meta(value):
         raise _unsaved(name, "it is on the meta device and has no numbers")
     if isinstance(value, jax.Array) and jnp.issubdtype(value.dtype, jax.dtypes.prng_key):

@@ -1,4 +1,4 @@
-"""What stands in for an object of a foreign class in a file: it says what it stands for, and does nothing."""
+"""Stands in for an object of a foreign class in a file: it describes the object, and does nothing."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from typing import Any, NoReturn
 from statefulnn.core.errors import CheckpointError, explain
 from statefulnn.io._reading import shown
 
-_SHOWN, _LONGEST = 6, 500  # parts of a container, letters of a text
+_SHOWN, _LONGEST = 6, 500  # parts of a container, letters of a repr
 
 
 class Placeholder:
-    """Stands for an object in a file of ``torch.save`` whose class is not built.
+    """Stands for an object in a file of ``torch.save`` whose class `nn.load` does not build.
 
-    A file names classes and functions, and what to call them with. `nn.load` imports none of them and calls
-    none: where one is named that is not on its list, such as ``argparse.Namespace`` in a checkpoint of
-    Lightning, it leaves a Placeholder there. Two are equal if they are one object.
+    A file names classes and functions, and the arguments to call them with. `nn.load` imports and calls none
+    of them. For a name that is not on its list, such as ``argparse.Namespace`` in a checkpoint of Lightning,
+    it returns a Placeholder. Placeholders are compared by identity.
 
     Attributes:
         name: the class or function, with its module.
-        args: what it was to be called with; None for the class or function itself.
-        kwargs: the same by name.
-        state: the attributes the object had, mostly a dict; None without any.
+        args: the arguments it was to be called with; None for the class or function itself.
+        kwargs: the keyword arguments.
+        state: the attributes the object had, mostly a dict; None if it had none.
         content: what it held as a list or a dict; None if it held nothing.
 
     Example:
@@ -69,8 +69,8 @@ class Placeholder:
         raise self._refusal("called")
 
     def __getattr__(self, name: str) -> NoReturn:
-        # Only for what is no attribute of its own; AttributeError, so that hasattr() works.
-        if name.startswith("__") or name in self.__slots__:  # in a copy that is not finished
+        # Called only for missing attributes. An AttributeError, so that hasattr() works.
+        if name.startswith("__") or name in self.__slots__:  # in an unfinished copy
             raise AttributeError(name)
         message = f"a Placeholder for {shown(self.name)} has no attribute {name!r}"
         if isinstance(self.state, dict) and name in self.state:
