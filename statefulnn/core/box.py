@@ -22,7 +22,7 @@ from statefulnn.core.errors import (
     DtypeError,
     RegistrationError,
     ShapeError,
-    StateWriteError,
+    StructureChangeError,
     explain,
 )
 from statefulnn.core.narrowing import check_jax_holds
@@ -336,6 +336,14 @@ class Buffer(ArrayBox):
     def persistent(self, flag: bool) -> None:
         if self._scope is not None or current_trace() is not EAGER:
             check_write(self._scope, None, lambda: f"persistent of {self.label()}")
+            if isinstance(self._home, int):
+                raise StructureChangeError(
+                    explain(
+                        f"set persistent of {self.label()} inside of a transformation",
+                        "what a module has in its state dict is part of its structure, and would be lost",
+                        "set it outside",
+                    )
+                )
         self._persistent = bool(flag)
         module = self._home[0]() if isinstance(self._home, tuple) else None
         if module is not None and real_dict(module)["_buffers"].get(self._home[1]) is self:
@@ -404,14 +412,6 @@ class Parameter(ArrayBox):
         if self._scope is not None or current_trace() is not EAGER or isinstance(gradient, Tracer):
             subject = f"the gradient (.grad) of {self.label()}"
             check_write(self._scope, gradient, subject)
-            if gradient is not None and self._scope is not None and not self._scope.birth:
-                raise StateWriteError(
-                    explain(
-                        f"wrote to {subject} inside of a transformation",
-                        "gradients are no part of a module: nobody would collect it",
-                        "return it: loss, grads = nn.value_and_grad(f)(model); opt.step(grads)",
-                    )
-                )
         self._grad = gradient
 
     @property

@@ -25,7 +25,7 @@ import numpy as np
 from jax.core import Tracer
 from jax.extend.core import find_top_trace
 
-__all__ = ["EAGER", "Tracer", "chain", "current_trace", "kind", "trace_of"]
+__all__ = ["EAGER", "Tracer", "chain", "current_trace", "kind", "trace_of", "tracer_in"]
 
 
 def current_trace() -> Any:
@@ -102,3 +102,14 @@ def _kinds() -> dict[type, str]:
         jax.vmap(probe("batch"))(one)
         jax.eval_shape(probe("staged"), one)
     return found
+
+
+def tracer_in(value: Any) -> bool:
+    """Say whether a tracer sits in a value or, one level down, in a plain container."""
+    if isinstance(value, Tracer):
+        return True
+    if type(value) in (list, tuple, set, frozenset):
+        return any(isinstance(v, Tracer) for v in value)
+    if type(value) is dict:
+        return any(isinstance(v, Tracer) for v in value.values())
+    return False

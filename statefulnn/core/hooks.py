@@ -42,10 +42,9 @@ from jax.experimental.xla_metadata import set_xla_metadata
 
 from statefulnn.core import compat
 from statefulnn.core.compat import EAGER, Tracer, current_trace
-from statefulnn.core.errors import DtypeError, ShapeError, TraceLeakError, explain
+from statefulnn.core.errors import DtypeError, ShapeError, explain
 from statefulnn.core.generator import Generator, current_generator, use_generator
 from statefulnn.core.graph import build_clones, own_scope
-from statefulnn.core.keeping import Kept, holds_tracer, outside_of
 from statefulnn.core.plan import build_plan, plan_of
 from statefulnn.core.pytree import flatten_collecting, unflatten_with
 from statefulnn.core.registry import GLOBAL_HOOKS, HookDict
@@ -74,16 +73,6 @@ class RemovableHandle:
         self.remove()
 
 
-class _OfTrace:
-    """A hook that was registered under a trace: what it closes over is mostly of that trace, too."""
-
-    def __init__(self, hook: Callable[..., Any]) -> None:
-        self.hook = hook
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.hook(*args, **kwargs)
-
-
 def add_hook(hooks: HookDict, hook: Any, prepend: bool = False) -> RemovableHandle:
     """Put a hook, (function, with_kwargs, always_call), at the end or the beginning."""
     if not callable(hook[0]):
@@ -94,8 +83,6 @@ def add_hook(hooks: HookDict, hook: Any, prepend: bool = False) -> RemovableHand
                 "pass a function",
             )
         )
-    if current_trace() is not EAGER:
-        hook = (_OfTrace(hook[0]), *hook[1:])
     number = _number()
     if prepend:
         hooks.put_first(number, hook)
@@ -170,7 +157,7 @@ def call_with_hooks(module: Any, args: tuple, kwargs: dict) -> Any:
 def _call(module: Any, args: tuple, kwargs: dict, called: set[int]) -> Any:
     for hook, with_kwargs, _ in hooks_of(module, "_forward_pre_hooks"):
         if with_kwargs:
-            result = _kept(hook, module, args, kwargs)
+            result = hook(module, args, kwargs)
             if result is not None:
                 if not (isinstance(result, tuple) and len(result) == 2):
                     raise RuntimeError(
@@ -179,7 +166,7 @@ def _call(module: Any, args: tuple, kwargs: dict, called: set[int]) -> Any:
                     )
                 args, kwargs = result
         else:
-            result = _kept(hook, module, args)
+            result = hook(module, args)
             if result is not None:
                 args = result if isinstance(result, tuple) else (result,)
 
@@ -187,8 +174,7 @@ def _call(module: Any, args: tuple, kwargs: dict, called: set[int]) -> Any:
         out = module.forward(*args, **kwargs)
         for index, (hook, with_kwargs, _) in enumerate(hooks_of(module, "_forward_hooks")):
             called.add(index)
-            given = (args, kwargs, out) if with_kwargs else (args, out)
-            result = _kept(hook, module, *given)
+            result = hook(module, args, kwargs, out) if with_kwargs else hook(module, args, out)
             if result is not None:
                 out = result
         return out
@@ -200,32 +186,6 @@ def _call(module: Any, args: tuple, kwargs: dict, called: set[int]) -> Any:
     else:
         out = forward(*args)
     return _heard(module, out)
-
-
-def _kept(hook: Callable[..., Any], module: Any, *args: Any) -> Any:
-    """Call a hook, and raise if it has left a traced value in a container outside of the trace."""
-    if current_trace() is EAGER or isinstance(hook, _OfTrace):
-        return hook(module, *args)
-    # What holds traced values already was made by traced code.
-    kept = Kept({n: v for n, v in outside_of(hook).items() if not holds_tracer(v)})
-    try:
-        result = hook(module, *args)
-    except BaseException:
-        if kept.traced() is not None:
-            kept.put_back()
-        raise
-    name = kept.traced()
-    if name is None:
-        return result
-    kept.put_back()
-    raise TraceLeakError(
-        explain(
-            f"a hook of {type(module).__name__} put a traced value into {name!r}, which lies outside",
-            "it is worth something only while JAX traces, and compiled code runs without the hook",
-            "out, features = nn.capture(model, ['name'])(x) returns what submodules give; or call the "
-            "model outside of nn.jit, nn.grad and nn.vmap",
-        )
-    )
 
 
 def _heard(module: Any, out: Any) -> Any:

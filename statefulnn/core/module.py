@@ -27,7 +27,7 @@ from statefulnn.core.box import (
     filled,
     unwrap,
 )
-from statefulnn.core.compat import EAGER, current_trace
+from statefulnn.core.compat import EAGER, Tracer, current_trace, tracer_in
 from statefulnn.core.construction import DEFAULT_VERSION, current_version
 from statefulnn.core.errors import (
     RegistrationError,
@@ -39,7 +39,6 @@ from statefulnn.core.errors import (
 from statefulnn.core.freeze import CONTAINERS, Freezer, find_hidden, hidden_member
 from statefulnn.core.graph import materialise
 from statefulnn.core.hooks import RemovableHandle, active, add_hook, call_with_hooks
-from statefulnn.core.keeping import Kept, holds_tracer
 from statefulnn.core.moduledef import COPIED
 from statefulnn.core.placement import META, cast, placed, resolve_device, supported
 from statefulnn.core.placement import device as device_type
@@ -194,16 +193,9 @@ class Module(ModuleBase):
                     return self.forward(*args, **kwargs)
             elif scope is None and cell.captured is None:
                 Capture.note(cell)
-            if eager:
-                return call_with_hooks(self, args, kwargs)
-            kept = Kept(_static_attributes(self)) if scope is None else None
-            try:
-                out = call_with_hooks(self, args, kwargs)
-            except BaseException:
-                if kept is not None and kept.traced() is not None:
-                    kept.put_back()
-                raise
-            _check_kept(self, scope, kept)
+            out = call_with_hooks(self, args, kwargs)
+            if not eager:
+                _check_kept(self, scope)
             return out
         except Exception as error:
             if clock.captured:
@@ -385,7 +377,17 @@ class Module(ModuleBase):
                     )
                 )
             return
-        if hasattr(type(self), name):
+        own = next((vars(c)[name] for c in type(self).__mro__ if name in vars(c)), None)
+        found = any(name in vars(c) for c in type(self).__mro__)
+        if isinstance(own, property) and not isinstance(value, Module):
+            found = hasattr(self, name)  # as torch asks
+        elif isinstance(own, property):  # it may read the module that is registered under its name
+            attributes["_modules"][name] = value
+            try:
+                found = getattr(self, name, None) is not value
+            finally:
+                del attributes["_modules"][name]
+        if found:
             raise KeyError(
                 explain(
                     f"attribute {name!r} already exists: assigned a {noun} to it",
@@ -1109,12 +1111,26 @@ def _is_array(value: Any) -> bool:
 
 def _check_static_value(module: Module, name: str, value: Any) -> None:
     """Raise if a plain attribute would hide a traced value, a module or a parameter."""
-    if current_trace() is not EAGER and holds_tracer(value):
+    if tracer_in(value):
         raise _traced_attribute(module, name)
     if isinstance(value, CONTAINERS):
         hidden = find_hidden(value)
         if hidden is not None:
             raise hidden_member(f"the {type(value).__name__} {module._label(name)!r}", hidden)
+
+
+def _drop_tracers(container: Any) -> bool:
+    """Take the traced values out of a container; say whether that can be done."""
+    if isinstance(container, dict):
+        for key in [k for k, v in container.items() if isinstance(v, Tracer)]:
+            del container[key]
+    elif isinstance(container, list):
+        container[:] = [v for v in container if not isinstance(v, Tracer)]
+    elif isinstance(container, set):
+        container -= {v for v in container if isinstance(v, Tracer)}
+    else:
+        return False
+    return True
 
 
 def _traced_attribute(module: Module, name: str) -> TraceLeakError:
@@ -1152,30 +1168,17 @@ def _array_over_parameter(module: Module, name: str, value: Any) -> Registration
     )
 
 
-def _static_attributes(module: Module) -> dict[str, Any]:
-    return {n: v for n, v in real_dict(module).items() if not isinstance(v, Registry)}
-
-
-def _check_kept(module: Module, scope: Any, kept: Kept | None) -> None:
-    """Raise if forward left something in an attribute that would be lost, or outlive its trace.
-
-    Args:
-        module: whose forward has run.
-        scope: its owner.
-        kept: of a module of the user's, what its attributes held before.
-    """
-    if kept is not None:
-        # Assignments are checked where they are made. Containers are changed in place, and
-        # functools.cached_property writes past the check.
-        found = _static_attributes(module)
-        name = next((n for n, v in found.items() if holds_tracer(v)), None)
-        if name is not None:
-            kept.put_back()
-            if name in kept.values:
-                real_dict(module)[name] = kept.values[name]
-            else:
-                del real_dict(module)[name]
-            raise _traced_attribute(module, name)
+def _check_kept(module: Module, scope: Any) -> None:
+    """Raise if forward left something in an attribute that would be lost, or outlive its trace."""
+    attributes = real_dict(module)
+    if scope is None:
+        # Assignments are checked where they are made; functools.cached_property writes past them, and
+        # containers are changed in place.
+        for name, value in list(attributes.items()):
+            if tracer_in(value):
+                if isinstance(value, Tracer) or not _drop_tracers(value):
+                    del attributes[name]
+                raise _traced_attribute(module, name)
         return
     if scope.writable or scope.moduledef is None or not isinstance(module._home, int):
         return

@@ -175,10 +175,15 @@ class Capture:
             )
 
 
+# Modules of Python's that call back into this package for the user.
+_BETWEEN = {"copy", "copyreg", "pickle"}
+
+
 def _frames() -> Any:
     frame, level = sys._getframe(1), 1
     while frame is not None:
-        if not frame.f_globals.get("__name__", "").startswith(("statefulnn.", "jax.")):
+        name = frame.f_globals.get("__name__", "")
+        if not name.startswith(("statefulnn.", "jax.")) and name not in _BETWEEN:
             yield frame, level - 1
         frame, level = frame.f_back, level + 1
 

@@ -13,9 +13,9 @@ from typing import Any
 
 import jax
 
-from statefulnn.core.box import Box
+from statefulnn.core.box import Box, Parameter
 from statefulnn.core.compat import EAGER, current_trace
-from statefulnn.core.errors import StructureChangeError, explain
+from statefulnn.core.errors import StateWriteError, StructureChangeError, explain
 from statefulnn.core.generator import Generator, current_generator, use_generator
 from statefulnn.core.graph import build_clones
 from statefulnn.core.moduledef import ModuleDef, differences
@@ -135,6 +135,15 @@ def check_structure(
     moduledef: ModuleDef, modules: Sequence[Any], roots: Sequence[Any], boxes: Sequence[Box]
 ) -> None:
     """Raise if the clones are no longer what the ModuleDef says: the change would be lost."""
+    noted = [i for i, b in enumerate(boxes) if isinstance(b, Parameter) and b.grad is not None]
+    if noted:
+        raise StateWriteError(
+            explain(
+                f"left a gradient in .grad of {moduledef.leaf_names[noted[0]]!r} inside of a transformation",
+                "gradients are no part of a module: nobody would collect it",
+                "return it: loss, grads = nn.value_and_grad(f)(model); opt.step(grads)",
+            )
+        )
     unchanged = not any(m._cell.stamp for m in modules) and all(
         not copy for d in moduledef.nodes for _, _, copy in d.values
     )
