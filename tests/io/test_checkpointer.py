@@ -739,7 +739,7 @@ def test_a_folder_is_free_when_its_run_ends_though_a_forked_worker_lives(order, 
         process.communicate()
 
 
-def test_a_forked_child_may_look_and_leaves_the_run_to_its_parent(tmp_path):
+def test_a_forked_child_leaves_the_run_to_its_parent(tmp_path):
     code = program(
         "import warnings\n"
         "warnings.simplefilter('ignore')  # JAX warns of every fork\n"
@@ -748,20 +748,16 @@ def test_a_forked_child_may_look_and_leaves_the_run_to_its_parent(tmp_path):
         "checkpointer.save(0, model=model, extra={'epoch': 3})\n"
         "checkpointer.wait()\n"
         "checkpointer.save(1, model=model)\n"
+        "checkpointer.wait()\n"  # what threads of the parent hold while they write stays held in a child
         "os.makedirs(folder + '/.deleted/7')\n"
         "child = os.fork()\n"
         "if child == 0:\n"
-        "    assert 0 in checkpointer.steps() and checkpointer.metrics(0) == {}\n"
-        "    for write in (lambda: checkpointer.save(9, a=1), lambda: checkpointer.delete(0)):\n"
-        "        try:\n"
-        "            write()\n"
-        "        except nn.CheckpointError as error:\n"
-        "            assert f'where process {os.getppid()} saves' in str(error), error\n"
-        "        else:\n"
-        "            raise AssertionError('it wrote')\n"
+        "    try:\n"
+        "        checkpointer.save(9, a=1)\n"
+        "    except nn.CheckpointError as error:\n"
+        "        refused = f'where process {os.getppid()} saves' in str(error)\n"
         "    checkpointer.close()\n"
-        "    assert os.path.exists(folder + '/.deleted/7')\n"
-        "    sys.exit(3)\n"
+        "    os._exit(3 if refused and os.path.exists(folder + '/.deleted/7') else 4)\n"
         "assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 3\n"
         "try:\n"
         "    nn.Checkpointer(folder).save(2, model=model)\n"
