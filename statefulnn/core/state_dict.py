@@ -138,7 +138,7 @@ class _Loaded:
         self._found: set[str] = set()
 
     def met(self, owner: object) -> None:
-        """Take note that there is an entry for a box, or for the extra state of a module."""
+        """Record that there is an entry for a box, or for the extra state of a module."""
         self._there[id(owner)] = owner  # which also keeps its id from being used again
         self._found.update(self._missing.pop(id(owner), ()))
 

@@ -73,18 +73,17 @@ def _on_the_host(stored: list[Stored], places: list[Any], mmap: bool, budget: Bu
             arrays[i] = jax.ShapeDtypeStruct(s.shape, s.dtype)
             continue
         known = jax_has(s.dtype)
-        if mmap and s.as_it_lies and s.start % ALIGNMENT == 0:
+        if mmap and s.as_it_lies and s.start % ALIGNMENT == 0 and not _is_spread(place, known):
             arrays[i] = s.view
-        else:
-            budget.spend(s.nbytes)
-        if known and isinstance(place, jax.sharding.Sharding):
-            arrays[i] = None
+            continue
+        budget.spend(s.nbytes)
+        if _is_spread(place, known):
             continue
         if place not in hosts:
             hosts[place] = _is_host(place)
         if known and not hosts[place]:
             arrays[i] = s.view  # the other device copies it from there
-        elif arrays[i] is None:
+        else:
             to_read.append(i)
     for i, array in zip(to_read, read([stored[i] for i in to_read]), strict=True):
         arrays[i] = array
@@ -92,6 +91,10 @@ def _on_the_host(stored: list[Stored], places: list[Any], mmap: bool, budget: Bu
         if isinstance(array, np.ndarray):
             _check(s, array)
     return arrays
+
+
+def _is_spread(place: Any, known: bool) -> bool:
+    return known and isinstance(place, jax.sharding.Sharding)
 
 
 def _check(stored: Stored, array: np.ndarray) -> np.ndarray:
