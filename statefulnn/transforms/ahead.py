@@ -6,16 +6,13 @@ taken apart into such lists, and how what it wrote is put back; everything else 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from statefulnn.core.compat import EAGER, current_trace
 from statefulnn.core.errors import explain
 from statefulnn.core.moduledef import differences
-from statefulnn.core.pytree import flatten_collecting
-from statefulnn.transforms.lift import restore_output, write_back
-
-if TYPE_CHECKING:
-    from statefulnn.transforms.jit import JitFunction
+from statefulnn.transforms.dispatch import Dispatch
+from statefulnn.transforms.versions import Version
 
 
 class Lowered:
@@ -30,13 +27,12 @@ class Lowered:
         ((8, 4), True)
     """
 
-    def __init__(self, function: JitFunction, args: tuple, kwargs: dict[str, Any]) -> None:
-        known, jitted, dynamic = function._look_up(args, kwargs)
-        self._function, self._jitted = function, jitted
-        self._key = _key(function, jitted)
+    def __init__(self, function: Dispatch, args: tuple, kwargs: dict[str, Any]) -> None:
+        known, version, dynamic = function.look_up(args, kwargs)
+        self._function, self._version = function, version
         # Labels for errors: the leaves of the modules, then the other arrays.
         self._names = known.plan.moduledef.leaf_names
-        self._lowered = jitted.lower(known.plan.leaves(), dynamic)
+        self._lowered = version.lower(known.plan.leaves(), dynamic)
 
     def compile(self, *args: Any, **options: Any) -> Compiled:
         """Return the compiled function; the arguments are those of ``jax.stages.Lowered.compile``."""
@@ -81,19 +77,18 @@ class Compiled:
         Raises:
             TypeError: for others.
         """
-        lowered = self._lowered
-        function = lowered._function
-        if function._owner is not None:
-            args = (function._owner, *args)
-        known, jitted, dynamic = function._look_up(args, kwargs)
-        if jitted is not lowered._jitted and _key(function, jitted) != lowered._key:
-            raise _misfit(function, _changes(lowered._key, _key(function, jitted)))
-        plan = known.plan
+        lowered, function = self._lowered, self._lowered._function
+        if function.owner is not None:
+            args = (function.owner, *args)
+        known, version, dynamic = function.look_up(args, kwargs)
+        if version is not lowered._version:
+            changes = _changes(lowered._version, version)
+            if changes:
+                raise _misfit(function, changes)
         if current_trace() is not EAGER:
-            plan.note_read()
-        leaves = plan.leaves()
-        select = getattr(lowered._jitted, "select", None)
-        given = (leaves, dynamic) if select is None else select(leaves, dynamic)
+            known.plan.note_read()
+        leaves = known.plan.leaves()
+        given = version.given(leaves, dynamic)
         try:
             out, written = self._compiled(*given)
         except (TypeError, ValueError):
@@ -101,15 +96,12 @@ class Compiled:
             if changes:
                 raise _misfit(function, changes) from None
             raise
-        if written is None:
-            return out
-        ((number, values),) = written.items()
-        indices, described = function._results[number]
-        if indices:
-            write_back([plan.boxes[i] for i in indices], values)
-        if described is not None:
-            return restore_output(out, described, plan, flatten_collecting((args, kwargs))[2])
-        return out
+        # JAX keeps the dict in which a result comes for the next one: it is not to be emptied.
+        return (
+            out
+            if written is None
+            else function.finish(known, leaves, out, dict(written), args, kwargs)
+        )
 
     @property
     def out_info(self) -> Any:
@@ -143,28 +135,25 @@ def _flat(lists: Any) -> list[Any]:
     return [value for one in lists for value in one]
 
 
-def _key(function: JitFunction, jitted: Any) -> Any:
-    """Return what compiled code is for: ModuleDef, structure of the arguments, static arguments."""
-    return next(key for key, value in function._compiled.items() if value is jitted)
-
-
-def _changes(before: Any, after: Any) -> list[str]:
+def _changes(before: Version, after: Version) -> list[str]:
+    old, new = before.signature, after.signature
     changes = []
-    if before[0] is not after[0]:
-        changes = [f"{name}: {change}" for name, change in differences(before[0], after[0])]
-    if before[1] != after[1]:
-        changes.append(f"the arguments: {before[1]} -> {after[1]}")
-    if before[2] != after[2]:
+    if old.moduledef is not new.moduledef:
+        listed = differences(old.moduledef, new.moduledef)
+        changes = [f"{name}: {change}" for name, change in listed]
+    if old.treedef != new.treedef:
+        changes.append(f"the arguments: {old.treedef} -> {new.treedef}")
+    if old.has_generator != new.has_generator:
         changes.append("random numbers: a generator may be drawn from in one of the two only")
-    if before[3] != after[3]:
-        was = dict(before[3] or ())
-        names = [n for n, value in (after[3] or ()) if n not in was or was[n] != value]
+    if before.statics != after.statics:
+        was = dict(before.statics or ())
+        names = [n for n, value in (after.statics or ()) if n not in was or was[n] != value]
         changes.append(f"another value of the static argument {', '.join(map(repr, names))}")
     return changes
 
 
-def _misfit(function: JitFunction, changes: list[str]) -> TypeError:
-    name = getattr(function._function, "__name__", "a function")
+def _misfit(function: Dispatch, changes: list[str]) -> TypeError:
+    name = getattr(function.function, "__name__", "a function")
     listed = "\n".join(f"    {change}" for change in changes[:8])
     return TypeError(
         explain(

@@ -17,7 +17,7 @@ from statefulnn.core.hooks import listening, run_abstractly
 from statefulnn.core.module import Module
 from statefulnn.core.plan import plan_of
 from statefulnn.core.scope import ModuleBase
-from statefulnn.transforms.lift import Call, Written, run
+from statefulnn.transforms.lift import SplitCall, Writes
 
 
 def capture(
@@ -112,7 +112,7 @@ def capture(
         return out, {name: _one_or_all(calls) for name, calls in recorder.outputs.items()}
 
     def call_with_grads(*args: Any, **kwargs: Any) -> Any:
-        return _with_grads(recorded, Call(((module, *args), kwargs)))
+        return _with_grads(recorded, SplitCall(((module, *args), kwargs)))
 
     return call_with_grads if grads else call
 
@@ -226,14 +226,13 @@ def _(primals: tuple, tangents: tuple) -> tuple[Any, Any]:
     return _attach(*primals), tangents[0] + tangents[1]
 
 
-def _with_grads(recorded: Callable, call: Call) -> tuple[Any, dict[str, Any], Callable]:
+def _with_grads(recorded: Callable, call: SplitCall) -> tuple[Any, dict[str, Any], Callable]:
     """Call a module with probes at the outputs of its submodules, and differentiate by these.
 
     The shapes of the probes come from a silent, abstract run. Where that fails, or hooks change an
     output, the shapes seen in a first run are used in a second one: both are pure, and only what the
     last one wrote is written back.
     """
-    leaves = list(call.plan.leaves())
 
     def once(kinds: Any, probes: Any) -> tuple[Any, dict[str, list[_Kind]]]:
         recorders: list[_Recorder] = []
@@ -243,14 +242,7 @@ def _with_grads(recorded: Callable, call: Call) -> tuple[Any, dict[str, Any], Ca
             recorders.append(recorder)
             return jax.tree_util.tree_map(unwrap, (out, recorder.outputs), is_leaf=_is_member)
 
-        result, written = run(
-            function,
-            call.moduledef,
-            call.treedef,
-            call.generator is not None,
-            leaves,
-            call.dynamic,
-        )
+        result, written = call.run(function, call.leaves, call.dynamic)
         if written.out is not None:
             raise TypeError(
                 explain(
@@ -291,7 +283,7 @@ def _with_grads(recorded: Callable, call: Call) -> tuple[Any, dict[str, Any], Ca
             )
         )
     out, outputs, written = parts[0].joined(floating, rest)
-    call.write_back(written)
+    call.finish(None, written)
 
     def backward(cotangent: Any) -> dict[str, Any]:
         """Return the gradients with respect to the captured outputs."""
@@ -313,7 +305,7 @@ class _Parts:
         rest: all other arrays.
     """
 
-    def __init__(self, result: tuple[Any, dict[str, Any], Written]) -> None:
+    def __init__(self, result: tuple[Any, dict[str, Any], Writes]) -> None:
         self._leaves, self._treedef = jax.tree_util.tree_flatten(result)
         num_out = len(jax.tree_util.tree_leaves(result[0]))
         self._floating = [i for i in range(num_out) if _is_floating(self._leaves[i])]

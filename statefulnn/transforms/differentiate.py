@@ -20,7 +20,7 @@ from statefulnn.core.hooks import forward_mode_error, hooks_of
 from statefulnn.core.module import Module
 from statefulnn.core.pytree import flatten_collecting
 from statefulnn.core.scope import Scope
-from statefulnn.transforms.lift import Call, Written, restore_output, run, template
+from statefulnn.transforms.lift import SplitCall, Writes, template
 
 
 class Chosen:
@@ -64,7 +64,7 @@ class Differentiation:
         self.fun, self.has_aux, self._view = fun, has_aux, view
         self._several = not isinstance(argnums, int)
         numbers: Any = tuple(argnums) if not isinstance(argnums, int) else (argnums,)
-        self.call = Call((args, kwargs))
+        self.call = SplitCall((args, kwargs))
         self._targets = [_Target(self.call, args, n, fun) for n in numbers]
         # Positions to differentiate: among the leaves of modules, and among the other leaves.
         self._in_modules = sorted({p for t in self._targets for p in t.leaf_positions})
@@ -72,14 +72,14 @@ class Differentiation:
         if not self._in_modules and not self._in_arrays:
             raise _nothing_to_differentiate(fun, args, numbers)
         self._argument = args[numbers[0]]
-        self._leaves = list(self.call.plan.leaves())
+        self._leaves = self.call.leaves
         self._scope: Scope | None = None
         self.values = Chosen(
             [self._leaves[p] for p in self._in_modules]
             + [self.call.dynamic[p] for p in self._in_arrays]
         )
 
-    def __call__(self, chosen: Chosen) -> tuple[Any, tuple[Any, Written]]:
+    def __call__(self, chosen: Chosen) -> tuple[Any, tuple[Any, Writes]]:
         """Run the user's function, purely: return its output, and (aux, what it wrote)."""
         leaves, dynamic = list(self._leaves), list(self.call.dynamic)
         values = iter(chosen.values)
@@ -95,22 +95,13 @@ class Differentiation:
             outputs.append(_arrays(out, self.fun))
             return aux
 
-        call = self.call
-        aux, written = run(
-            body,
-            call.moduledef,
-            call.treedef,
-            call.generator is not None,
-            leaves,
-            dynamic,
-            on_scope=self._note_scope,
-        )
+        aux, written = self.call.run(body, leaves, dynamic, on_scope=self._note_scope)
         return self._view(outputs.pop()), (aux, written)
 
     def _note_scope(self, scope: Scope) -> None:
         self._scope = scope
 
-    def finish(self, effects: tuple[Any, Written]) -> Any:
+    def finish(self, effects: tuple[Any, Writes]) -> Any:
         """Write back what the function wrote, and return its aux output.
 
         Raises:
@@ -119,10 +110,7 @@ class Differentiation:
         aux, written = effects
         if not self._in_arrays and self._scope is not None and not self._scope.read:
             raise _never_read(self.fun, self._argument)
-        self.call.write_back(written)
-        if written.out is not None:
-            aux = restore_output(aux, written.out, self.call.plan, self.call.roots)
-        return aux
+        return self.call.finish(aux, written)
 
     def refuse_hooks(self) -> None:
         """Raise for modules with backward hooks, before ``jax.linearize``.
@@ -191,7 +179,7 @@ def _tangent_dtype(value: Any) -> Any:
 class _Target:
     """One argument to differentiate by."""
 
-    def __init__(self, call: Call, args: tuple, number: int, fun: Callable) -> None:
+    def __init__(self, call: SplitCall, args: tuple, number: int, fun: Callable) -> None:
         if not -len(args) <= number < len(args):
             raise TypeError(
                 explain(
@@ -202,7 +190,7 @@ class _Target:
                 )
             )
         self._call = call
-        self._template = template(call.treedef)[0][number % len(args)]
+        self._template = template(call.signature.treedef)[0][number % len(args)]
         marks = jax.tree_util.tree_leaves(self._template)
         roots = [call.roots[m.number] for m in marks if not m.is_leaf]
         # The trainable parameters of modules, and the other leaves.

@@ -1,15 +1,16 @@
 """The one mechanism under the stateful transforms: split, a plain JAX transform, write-back.
 
-`Call` takes the arguments of a call apart: the boxes of every module in them (each box once, also when
-several modules share it), the generator in force, and the other leaves. `Call.run` is the pure function
-of these that JAX transforms: it builds clones, runs the user's function on them and returns, beside the
-output, the values of the boxes that were written. `Call.write_back` puts those into the caller's boxes.
+`SplitCall` takes the arguments of a call apart: the boxes of every module in them (each box once, also
+when several modules share it), the generator in force, and the other leaves. `SplitCall.run` is the pure
+function of these that JAX transforms: it builds clones, runs the user's function on them and returns,
+beside the output, the values of the boxes that were written. `SplitCall.finish` puts those into the
+caller's boxes and the caller's own modules into the output. A transform is these three steps.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -24,7 +25,7 @@ from statefulnn.core.pytree import flatten_collecting, unflatten_with
 from statefulnn.core.scope import ModuleBase, Scope, check_write, clock, real_dict, value_changed
 
 
-class Written:
+class Writes:
     """The values a traced call wrote, and which leaves they belong to; a pytree.
 
     Attributes:
@@ -42,93 +43,120 @@ class Written:
 
 
 jax.tree_util.register_pytree_node(
-    Written,
+    Writes,
     lambda w: (w.values, (w.indices, w.out)),
-    lambda aux, values: Written(aux[0], values, aux[1]),
+    lambda aux, values: Writes(aux[0], values, aux[1]),
 )
 
 
-class Call:
+class Signature(NamedTuple):
+    """What traced code is made for; it refers to no module, and equal ones share compiled code.
+
+    Attributes:
+        moduledef: of all modules and boxes in the arguments, the generator in force last.
+        treedef: of the arguments ``(args, kwargs)``.
+        has_generator: whether there is a generator in force.
+    """
+
+    moduledef: ModuleDef
+    treedef: jax.tree_util.PyTreeDef
+    has_generator: bool
+
+    def run(
+        self,
+        f: Callable,
+        leaves: Sequence[Any],
+        dynamic: Sequence[Any],
+        *,
+        on_scope: Callable[[Scope], None] | None = None,
+        returned: Collection[int] = (),
+    ) -> tuple[Any, Writes]:
+        """Run a function on clones, as a pure function of arrays.
+
+        Args:
+            f: the user's function.
+            leaves: the arrays of the boxes, in leaf order.
+            dynamic: the other leaves of the arguments.
+            on_scope: is shown the scope of the clones after the call.
+            returned: leaf positions to return whether written or not.
+
+        Returns:
+            the output, and the values that were written.
+        """
+        scope = Scope(moduledef=self.moduledef)
+        roots, boxes, modules = build_clones(self.moduledef, leaves, scope)
+        arguments = roots[:-1] if self.has_generator else roots
+        args, kwargs = unflatten_with(self.treedef, dynamic, arguments)
+        with use_generator(roots[-1] if self.has_generator else None):
+            out = f(*args, **kwargs)
+        check_structure(self.moduledef, modules, roots, boxes)
+        if on_scope is not None:
+            on_scope(scope)
+        indices = tuple(
+            i
+            for i, (box, leaf) in enumerate(zip(boxes, leaves, strict=True))
+            if box._value is not leaf or i in returned
+        )
+        out, described = describe_output(out, modules, boxes)
+        return out, Writes(indices, [boxes[i]._value for i in indices], described)
+
+
+class SplitCall:
     """The arguments of one call, taken apart.
 
     Attributes:
         plan: of all modules and boxes in the arguments, and of the generator in force, as one.
         roots: these modules and boxes.
         dynamic: the other leaves.
-        treedef: how to put the arguments together again.
+        signature: the static rest.
     """
 
-    __slots__ = ("dynamic", "generator", "plan", "roots", "treedef")
+    __slots__ = ("dynamic", "plan", "roots", "signature")
 
-    def __init__(self, arguments: Any) -> None:
-        self.dynamic, self.treedef, self.roots = flatten_collecting(arguments)
-        self.generator = current_generator()
-        everything = self.roots if self.generator is None else [*self.roots, self.generator]
+    def __init__(self, arguments: tuple[tuple, dict[str, Any]]) -> None:
+        self.dynamic, treedef, self.roots = flatten_collecting(arguments)
+        generator = current_generator()
+        everything = self.roots if generator is None else [*self.roots, generator]
         self.plan: Plan = build_plan(everything)
+        self.signature = Signature(self.plan.moduledef, treedef, generator is not None)
         if current_trace() is not EAGER:
             self.plan.note_read()
 
     @property
     def moduledef(self) -> ModuleDef:
-        return self.plan.moduledef
+        return self.signature.moduledef
 
-    def positions_under(self, root: Any) -> list[int]:
+    @property
+    def leaves(self) -> list[Any]:
+        """The arrays of the boxes, in leaf order; a list of its own."""
+        return list(self.plan.leaves())
+
+    def run(
+        self,
+        f: Callable,
+        leaves: Sequence[Any],
+        dynamic: Sequence[Any],
+        *,
+        on_scope: Callable[[Scope], None] | None = None,
+    ) -> tuple[Any, Writes]:
+        """Run a function on clones: the pure function that JAX transforms; see `Signature.run`."""
+        return self.signature.run(f, leaves, dynamic, on_scope=on_scope)
+
+    def finish(self, out: Any, writes: Writes) -> Any:
+        """Put what a transformed call wrote into the caller's boxes, and return its output."""
+        if writes.indices:
+            write_back([self.plan.boxes[i] for i in writes.indices], writes.values)
+        if writes.out is not None:
+            return restore_output(out, writes.out, self.plan, self.roots)
+        return out
+
+    def positions_under(self, root: ModuleBase | Box) -> list[int]:
         """Return the leaf positions of the trainable parameters that a root owns, in its own order."""
         own = {id(box): i for i, box in enumerate(self.plan.boxes)}
         if isinstance(root, Box):
             return [own[id(root)]]
         plan = plan_of(root)
         return [own[id(box)] for box in plan.boxes[: plan.moduledef.count("trainable")]]
-
-    def write_back(self, written: Written) -> None:
-        """Put what a transformed call wrote into the caller's boxes."""
-        boxes = self.plan.boxes
-        if written.indices:
-            write_back([boxes[i] for i in written.indices], written.values)
-
-
-def run(
-    f: Callable,
-    moduledef: ModuleDef,
-    treedef: Any,
-    has_generator: bool,
-    leaves: Sequence[Any],
-    dynamic: Sequence[Any],
-    *,
-    on_scope: Callable[[Scope], None] | None = None,
-    returned: Collection[int] = (),
-) -> tuple[Any, Written]:
-    """Run a function on clones, as a pure function of arrays.
-
-    Args:
-        f: the user's function.
-        moduledef: of all roots in the arguments, the generator last if there is one.
-        treedef: of the arguments ``(args, kwargs)``.
-        has_generator: whether the last root is the generator in force.
-        leaves: the arrays of the boxes, in leaf order.
-        dynamic: the other leaves of the arguments.
-        on_scope: is shown the scope of the clones after the call.
-        returned: leaf positions to return whether written or not.
-
-    Returns:
-        the output, and the values that were written.
-    """
-    scope = Scope(moduledef=moduledef)
-    roots, boxes, modules = build_clones(moduledef, leaves, scope)
-    generator = roots.pop() if has_generator else None
-    args, kwargs = unflatten_with(treedef, dynamic, roots)
-    with use_generator(generator):
-        out = f(*args, **kwargs)
-    check_structure(moduledef, modules, roots if generator is None else [*roots, generator], boxes)
-    if on_scope is not None:
-        on_scope(scope)
-    indices = tuple(
-        i
-        for i, (box, leaf) in enumerate(zip(boxes, leaves, strict=True))
-        if box._value is not leaf or i in returned
-    )
-    out, described = describe_output(out, modules, boxes)
-    return out, Written(indices, [boxes[i]._value for i in indices], described)
 
 
 def check_structure(

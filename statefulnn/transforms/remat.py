@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from statefulnn.transforms.lift import Call, restore_output, run, unbound
+from statefulnn.transforms.lift import SplitCall, unbound
 
 
 def remat(fun: Callable | None = None, **options: Any) -> Any:
@@ -38,17 +38,8 @@ def remat(fun: Callable | None = None, **options: Any) -> Any:
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         if owner is not None:
             args = (owner, *args)
-        call = Call((args, kwargs))
-
-        def pure(leaves: list, dynamic: list) -> Any:
-            return run(
-                function, call.moduledef, call.treedef, call.generator is not None, leaves, dynamic
-            )
-
-        out, written = jax.checkpoint(pure, **options)(list(call.plan.leaves()), call.dynamic)
-        call.write_back(written)
-        if written.out is not None:
-            return restore_output(out, written.out, call.plan, call.roots)
-        return out
+        call = SplitCall((args, kwargs))
+        pure = functools.partial(call.run, function)
+        return call.finish(*jax.checkpoint(pure, **options)(call.leaves, call.dynamic))
 
     return wrapper

@@ -9,7 +9,7 @@ import jax
 
 from statefulnn.core.errors import StructureChangeError, explain
 from statefulnn.core.pytree import flatten_collecting, unflatten_with
-from statefulnn.transforms.lift import Call, Written, run
+from statefulnn.transforms.lift import SplitCall, Writes
 
 
 def scan(
@@ -49,11 +49,11 @@ def scan(
         >>> ys.shape, int(norm.num_batches_tracked)
         ((5, 3, 2), 5)
     """
-    call = Call(((init,), {}))
-    leaves = list(call.plan.leaves())
+    call = SplitCall(((init,), {}))
+    leaves = call.leaves
     start = call.dynamic
 
-    def step(leaves: list, dynamic: list, x: Any) -> tuple[list, Any, Written]:
+    def step(leaves: list, dynamic: list, x: Any) -> tuple[list, Any, Writes]:
         ys: list[Any] = []
 
         def body(carry: Any) -> list:
@@ -82,9 +82,7 @@ def scan(
             ys.append(result[1])
             return after[0]
 
-        new, written = run(
-            body, call.moduledef, call.treedef, call.generator is not None, leaves, dynamic
-        )
+        new, written = call.run(body, leaves, dynamic)
         return new, ys[0], written
 
     # Only what a step writes has to be carried; an abstract run tells what that is.
@@ -115,6 +113,5 @@ def scan(
         reverse=reverse,
         unroll=unroll,
     )
-    call.write_back(Written(tuple(indices), values))
-    (carry,), _ = unflatten_with(call.treedef, final, call.roots)
-    return carry, ys
+    (carry,), _ = unflatten_with(call.signature.treedef, final, call.roots)
+    return call.finish((carry, ys), Writes(tuple(indices), values))

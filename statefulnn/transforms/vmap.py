@@ -13,11 +13,9 @@ from statefulnn.core.compat import current_trace, trace_of
 from statefulnn.core.errors import MissingRngError, ShapeError, StateWriteError, explain
 from statefulnn.core.generator import Forbidden, advance, use_generator
 from statefulnn.transforms.lift import (
-    Call,
-    Written,
+    SplitCall,
+    Writes,
     leaves_below,
-    restore_output,
-    run,
     template,
     unbound,
 )
@@ -88,8 +86,8 @@ def vmap(
             several = isinstance(in_axes, (tuple, list))
             axes_given = (None, *(in_axes if several else (in_axes,) * len(args)))
             args = (owner, *args)
-        call = Call((args, kwargs))
-        moduledef, leaves = call.moduledef, list(call.plan.leaves())
+        call = SplitCall((args, kwargs))
+        moduledef, leaves = call.moduledef, call.leaves
         leaf_axes, dynamic_axes = _axes(call, axes_given, args, kwargs)
         size = _lanes(call, leaf_axes, dynamic_axes, axis_size)
         shared = {
@@ -103,9 +101,7 @@ def vmap(
         found: dict[str, Any] = {}
 
         def lane(leaves: list, dynamic: list) -> tuple[Any, list, list]:
-            out, written = run(
-                function, moduledef, call.treedef, call.generator is not None, leaves, dynamic
-            )
+            out, written = call.run(function, leaves, dynamic)
             differs = [trace_of(v) is current_trace() for v in written.values]
             found.update(indices=written.indices, differs=differs, out=written.out)
             by_lane = [v for v, d in zip(written.values, differs, strict=True) if d]
@@ -134,10 +130,7 @@ def vmap(
             elif axis is not None:
                 value = jnp.moveaxis(value, 0, axis) if differs else _repeat(value, size, axis)
             values.append(value)
-        call.write_back(Written(found["indices"], values))
-        if found["out"] is not None:
-            return restore_output(out, found["out"], call.plan, call.roots)
-        return out
+        return call.finish(out, Writes(found["indices"], values, found["out"]))
 
     return wrapper
 
@@ -151,7 +144,7 @@ def _without_randomness(fun: Callable) -> Callable:
     return wrapper
 
 
-def _axes(call: Call, in_axes: Any, args: tuple, kwargs: dict) -> tuple[list, list]:
+def _axes(call: SplitCall, in_axes: Any, args: tuple, kwargs: dict) -> tuple[list, list]:
     """Return the mapped axis of each leaf of the modules, and of each other leaf."""
     if isinstance(in_axes, (tuple, list)) and len(in_axes) != len(args):
         raise ValueError(
@@ -161,7 +154,7 @@ def _axes(call: Call, in_axes: Any, args: tuple, kwargs: dict) -> tuple[list, li
                 "pass an integer for all of them, or one entry for each",
             )
         )
-    shape_args, shape_kwargs = template(call.treedef)
+    shape_args, shape_kwargs = template(call.signature.treedef)
     axes = tuple(in_axes) if isinstance(in_axes, (tuple, list)) else (in_axes,) * len(args)
     none_too = {"is_leaf": lambda x: x is None}
     marks, chosen = [], []
@@ -196,7 +189,7 @@ def _axes(call: Call, in_axes: Any, args: tuple, kwargs: dict) -> tuple[list, li
     return leaf_axes, dynamic_axes
 
 
-def _lanes(call: Call, leaf_axes: list, dynamic_axes: list, axis_size: int | None) -> int:
+def _lanes(call: SplitCall, leaf_axes: list, dynamic_axes: list, axis_size: int | None) -> int:
     sizes: dict[int, str] = {}
     if axis_size is not None:
         sizes[axis_size] = "axis_size"
@@ -244,7 +237,7 @@ def _repeat(value: Any, size: int, axis: int) -> Any:
     return jnp.broadcast_to(value, shape)
 
 
-def _lanes_disagree(call: Call, position: int) -> StateWriteError:
+def _lanes_disagree(call: SplitCall, position: int) -> StateWriteError:
     return StateWriteError(
         explain(
             f"wrote to {call.moduledef.leaf_names[position]!r} under nn.vmap",

@@ -1,0 +1,109 @@
+"""When two functions are equal: the same code, reaching equal values.
+
+Two functions of one piece of source do the same if everything that they reach is the same: what they
+close over, their defaults, and the global names in their code. Numbers, strings and other functions are
+compared by value; modules and functions of known libraries never change. A function that reaches anything
+else (a model, a list, a class of the user's) equals only itself: such objects change in place.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+_LIBRARIES = sys.stdlib_module_names - {"__main__"} | {
+    "jax",
+    "jaxlib",
+    "numpy",
+    "optax",
+    "statefulnn",
+}
+_ATOMS = (str, bytes, bool, int, float, complex, type(None), type(...))
+# What a library is made of; an instance of one of its classes may hold anything of the user's.
+_PARTS = (
+    type,
+    types.ModuleType,
+    types.FunctionType,
+    types.BuiltinFunctionType,
+    np.ufunc,
+    jnp.ufunc,
+    jax.custom_jvp,
+    jax.custom_vjp,
+    type(jnp.tanh),
+    type(jnp.add),
+)
+
+
+class _OnlyItself(Exception):
+    """A function reaches something that only its identity tells; the message says what."""
+
+
+def key_of(function: Callable) -> tuple[Any, str]:
+    """Return a key that equal functions share, or None and the reason why there is none."""
+    try:
+        return _key(function, "it", []), ""
+    except _OnlyItself as error:
+        return None, str(error)
+
+
+def _key(value: Any, name: str, active: list[Any]) -> Any:
+    kind = type(value)
+    if kind in _ATOMS:
+        # repr tells 0.0 from -0.0, and one NaN is as good as another.
+        return (kind, repr(value) if kind in (float, complex) else value)
+    if kind in (tuple, frozenset):
+        return (kind, kind(_key(v, name, active) for v in value))
+    if isinstance(value, _PARTS) and _is_of_a_library(value):
+        return value
+    if kind is functools.partial:
+        parts = (value.func, value.args, *(x for item in value.keywords.items() for x in item))
+        return (kind, *(_key(part, name, active) for part in parts))
+    if kind is not types.FunctionType:
+        raise _OnlyItself(f"{name} is of type {kind.__name__}, which may change in place")
+    if value in active:  # it calls itself, or one that calls it
+        return ("above", active.index(value))
+    active.append(value)
+    try:
+        reached = [(n, _key(v, n, active)) for n, v in _reached(value)]
+        return (kind, value.__code__, *reached)
+    finally:
+        active.pop()
+
+
+def _is_of_a_library(part: Any) -> bool:
+    home = (
+        part.__name__ if isinstance(part, types.ModuleType) else getattr(part, "__module__", None)
+    )
+    if isinstance(part, np.ufunc):
+        home = "numpy"
+    return isinstance(home, str) and home.partition(".")[0] in _LIBRARIES
+
+
+def _reached(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
+    """Yield what a function closes over, its defaults, and the globals that its code names."""
+    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+        try:
+            yield f"{name!r}, which it closes over,", cell.cell_contents
+        except ValueError:  # not bound yet
+            raise _OnlyItself(f"{name!r}, which it closes over, has no value yet") from None
+    yield "a default", function.__defaults__ or ()
+    for name, value in (function.__kwdefaults__ or {}).items():
+        yield f"the default of {name!r}", value
+    for name in sorted(_names(function.__code__)):
+        if name in function.__globals__:
+            yield f"the global {name!r}, which it uses,", function.__globals__[name]
+
+
+def _names(code: types.CodeType) -> set[str]:
+    found = set(code.co_names)
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            found |= _names(constant)
+    return found

@@ -1,0 +1,352 @@
+"""The compiled code of one function: which versions there are, how one is made, when there are too many.
+
+Terms
+  version     a function compiled for one `Signature` and one value of its static arguments; `jax.jit`
+              inside of it compiles anew for other shapes and dtypes.
+
+Functions made anew that are equal (the same code, closing over equal values) share their versions, so
+``nn.jit(model)(x)`` in a loop compiles once. What compiles again and again says why, once.
+"""
+
+from __future__ import annotations
+
+import collections
+import functools
+import warnings
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from statefulnn.core.errors import RetraceWarning, explain
+from statefulnn.core.freeze import Freezer
+from statefulnn.core.hooks import active
+from statefulnn.core.plan import RETRACE_LIMIT
+from statefulnn.core.scope import ModuleBase, user_stack_level
+from statefulnn.transforms.function_keys import key_of
+from statefulnn.transforms.lift import Signature, leaves_below, template
+
+MOST_VERSIONS = 64  # of one function, and traces of one version, that are kept
+MOST_FUNCTIONS = 64  # whose versions are kept although the function that nn.jit returned is gone
+SHAPES_LIMIT = 16  # traces of one version before a warning
+
+
+class Options(NamedTuple):
+    """How a function is compiled: what `jit` was given beside it."""
+
+    static_argnums: frozenset[int]
+    static_argnames: frozenset[str]
+    donate: frozenset[int]
+    for_jax: dict[str, Any]
+
+
+class Statics(NamedTuple):
+    """The static arguments of a call, by position and by name."""
+
+    args: tuple[tuple[int, Any], ...]
+    kwargs: tuple[tuple[str, Any], ...]
+
+    def key(self) -> tuple:
+        """Return what tells them apart: names and frozen values."""
+        freezer = Freezer(lambda: "a static argument")
+        return tuple((where, freezer.freeze(value)) for group in self for where, value in group)
+
+    def bound(self, function: Callable) -> Callable:
+        """Return a function of the other arguments."""
+
+        @functools.wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            full = list(args)
+            for i, value in self.args:
+                full[i] = value
+            return function(*full, **kwargs, **dict(self.kwargs))
+
+        return call
+
+
+class Version:
+    """A function compiled for one signature and one value of its static arguments.
+
+    Attributes:
+        signature, statics: these; the static arguments frozen.
+        call: ``call(leaves, dynamic) -> (out, written)``. `written` is None, or a dict with one item: the
+            number of the trace, whose indices `Versions.results` has, and the values that were written.
+        traces: how often it has been traced.
+    """
+
+    __slots__ = (
+        "__weakref__",
+        "_make",
+        "_shapes",
+        "call",
+        "donation",
+        "signature",
+        "statics",
+        "traces",
+    )
+
+    def __init__(
+        self, signature: Signature, statics: tuple | None, donation: Donation | None
+    ) -> None:
+        self.signature, self.statics, self.donation = signature, statics, donation
+        self.traces = 0
+        self._shapes: list[tuple] = []
+        self.call: Any = None
+        self._make: Callable[[], Any] = lambda: None
+
+    def compiled_by(self, make: Callable[[], Any]) -> None:
+        """Take the function that makes `call`, and make it."""
+        self._make, self.call = make, make()
+
+    def given(self, leaves: Sequence[Any], dynamic: Sequence[Any]) -> tuple:
+        """Return the arguments as the jitted function takes them."""
+        return (leaves, dynamic) if self.donation is None else self.donation.select(leaves, dynamic)
+
+    def lower(self, leaves: Sequence[Any], dynamic: Sequence[Any]) -> Any:
+        jitted = self.call if self.donation is None else self.call.__wrapped__
+        return jitted.lower(*self.given(leaves, dynamic))
+
+    def note_trace(self, name: str, leaves: Sequence[Any], dynamic: Sequence[Any]) -> None:
+        """Count a trace; warn if there are many, and let go of old code if there are very many."""
+        self.traces += 1
+        before = self._shapes
+        self._shapes = [(jnp.shape(v), jnp.result_type(v)) for v in (*leaves, *dynamic)]
+        if self.traces == SHAPES_LIMIT:
+            changed = [
+                i for i, (a, b) in enumerate(zip(before, self._shapes, strict=True)) if a != b
+            ]
+            self._warn(name, changed)
+        if self.traces % MOST_VERSIONS == 0:
+            self.call = self._make()  # the calls to come; JAX drops the code of the old one
+
+    def _warn(self, name: str, changed: list[int]) -> None:
+        labels = [repr(n) for n in self.signature.moduledef.leaf_names]
+        marks = jax.tree_util.tree_flatten_with_path(template(self.signature.treedef))[0]
+        paths = {m.number: p for p, m in marks if m.is_leaf}
+        for number in sorted(paths):
+            (which, *path) = paths[number]
+            where = "kwargs" if which.idx else "args"
+            labels.append(f"{where}{jax.tree_util.keystr(tuple(path))}")
+        shown = ", ".join(f"{labels[i]} (last: {self._shapes[i][0]})" for i in changed[:4])
+        warn_of_compilations(
+            f"compiled {name} {self.traces} times",
+            f"each shape and dtype compiles anew, and these changed: {shown}"
+            if changed
+            else "shapes and dtypes are the same: a setting of JAX, or where arrays lie, changed",
+            "pad arrays to a few sizes (drop the last, smaller batch of an epoch)",
+        )
+
+
+class Versions:
+    """All versions of one function.
+
+    Attributes:
+        results: what each trace found out: which leaves it writes, and the modules in its output.
+        by_key: the versions by signature and static arguments, the one used last at the end.
+        counter: a list with one number, which counts the traces; that of the caller.
+    """
+
+    def __init__(self, function: Callable, options: Options, reason: str) -> None:
+        self._function = function
+        self._options = options
+        self._reason = reason  # why it shares nothing with an equal function
+        self.name = getattr(function, "__name__", "forward")
+        self.counter = [0]
+        self.results: list[tuple[tuple[int, ...], Any]] = []
+        self.by_key: collections.OrderedDict[Any, Version] = collections.OrderedDict()
+
+    def find(self, signature: Signature, statics: Statics | None) -> Version:
+        """Return the version for a signature and static arguments; make it if there is none."""
+        key = (signature, None if statics is None else statics.key())
+        version = self.by_key.get(key)
+        if version is None:
+            version = self.by_key[key] = self._made(signature, statics, key[1])
+            if len(self.by_key) > MOST_VERSIONS:
+                self.by_key.popitem(last=False)
+        self.by_key.move_to_end(key)
+        return version
+
+    def _made(self, signature: Signature, statics: Statics | None, frozen: tuple | None) -> Version:
+        self._warn_of_versions(signature, frozen)
+        function = self._function if statics is None else statics.bound(self._function)
+        name, numbers, results = self.name, self._options.donate, self.results
+        donation = Donation(signature, numbers) if numbers else None
+        returned = frozenset() if donation is None else donation.leaves
+        version = Version(signature, frozen, donation)
+        # Compiled code refers to what it is part of weakly: all of it goes when the last user does.
+        this, all_of_them = weakref.ref(version), weakref.ref(self)
+
+        def traced(leaves: Any, dynamic: Any) -> tuple[Any, Any]:
+            number = len(results)
+            results.append(((), None))
+            for known, noted in ((all_of_them(), ()), (this(), (name, leaves, dynamic))):
+                if known is not None:
+                    known.note_trace(*noted)
+            out, written = signature.run(function, leaves, dynamic, returned=returned)
+            if not written.indices and written.out is None:
+                return out, None
+            # The key of a dict is static, part of the output's structure. So the caller learns which
+            # trace a result is of without an array that says so: one function has several traces, and
+            # each may write other leaves.
+            results[number] = (written.indices, written.out)
+            return out, {number: written.values}
+
+        traced.__name__ = traced.__qualname__ = name
+
+        for_jax = self._options.for_jax
+
+        def make() -> Any:
+            # Each a function of its own: JAX finds code by the function, and drops it with it.
+            again = functools.wraps(traced)(lambda leaves, dynamic: traced(leaves, dynamic))
+            if donation is None:
+                return jax.jit(again, **for_jax)
+            return donation.compiled(again, for_jax)
+
+        version.compiled_by(make)
+        return version
+
+    def note_trace(self) -> None:
+        """Count a trace for the caller; warn if functions like this one are made anew again and again."""
+        self.counter[0] += 1
+        if self._reason and len(self.results) == 1:
+            _note_fresh(self, self._function, self._reason)
+
+    def _warn_of_versions(self, signature: Signature, frozen: tuple | None) -> None:
+        """Warn where static arguments, or the structure of the arguments, keep causing compilations."""
+        same = [v for v in self.by_key.values() if v.signature.moduledef is signature.moduledef]
+        alike = [v for v in same if v.signature == signature]
+        if frozen is not None and len(alike) == RETRACE_LIMIT:
+            last = dict(alike[-1].statics or ())
+            names = [n for n, value in frozen if last.get(n) != value]
+            warn_of_compilations(
+                f"compiled {self.name} for {RETRACE_LIMIT + 1} values of its static arguments; "
+                f"{', '.join(map(repr, names))} changed last",
+                "a static argument is compiled in, and every new value compiles the function again",
+                "pass numbers and arrays as ordinary arguments",
+            )
+        elif not alike and len({v.signature.treedef for v in same}) == RETRACE_LIMIT:
+            warn_of_compilations(
+                f"compiled {self.name} for {RETRACE_LIMIT + 1} structures of its arguments",
+                f"every new structure compiles the function again (last: {signature.treedef})",
+                "pass the same containers with the same keys at each call",
+            )
+
+
+class Donation:
+    """Which arguments of a version give their memory away.
+
+    Args:
+        signature: of the call.
+        numbers: the positional arguments that are donated.
+
+    Attributes:
+        leaves: the leaf positions that are donated.
+    """
+
+    def __init__(self, signature: Signature, numbers: frozenset[int]) -> None:
+        args, _ = template(signature.treedef)
+        chosen = [args[i] for i in sorted(numbers) if i < len(args)]
+        marks = jax.tree_util.tree_leaves(chosen)
+        roots = [m.number for m in marks if not m.is_leaf]
+        self.leaves = frozenset(leaves_below(signature.moduledef, roots))
+        self._dynamic = frozenset(m.number for m in marks if m.is_leaf)
+        self._num_leaves = signature.moduledef.num_leaves
+
+    def select(self, leaves: Sequence[Any], dynamic: Sequence[Any]) -> tuple[list, list]:
+        """Return the arrays that are donated, and the others."""
+        gone = [leaves[i] for i in sorted(self.leaves)]
+        gone += [dynamic[i] for i in sorted(self._dynamic)]
+        if len({id(v) for v in gone}) < len(gone):
+            gone = _distinct(gone)
+        kept = [v for i, v in enumerate(leaves) if i not in self.leaves]
+        kept += [v for i, v in enumerate(dynamic) if i not in self._dynamic]
+        return gone, kept
+
+    def _joined(self, gone: Sequence[Any], kept: Sequence[Any]) -> tuple[list, list]:
+        first, rest = iter(gone), iter(kept)
+        numbers = range(len(gone) + len(kept) - self._num_leaves)
+        leaves = [next(first if i in self.leaves else rest) for i in range(self._num_leaves)]
+        return leaves, [next(first if i in self._dynamic else rest) for i in numbers]
+
+    def compiled(self, traced: Callable, for_jax: dict[str, Any]) -> Any:
+        """Compile a function of ``(leaves, dynamic)`` so that it takes the memory it is given."""
+
+        @functools.wraps(traced)
+        def donating(gone: Any, kept: Any) -> Any:
+            return traced(*self._joined(gone, kept))
+
+        jitted = jax.jit(donating, donate_argnums=0, **for_jax)
+
+        def call(leaves: Any, dynamic: Any) -> Any:
+            return jitted(*self.select(leaves, dynamic))
+
+        call.__wrapped__ = jitted
+        return call
+
+
+def _distinct(arrays: list[Any]) -> list[Any]:
+    """Copy an array that several boxes hold: XLA takes a buffer once."""
+    seen: set[int] = set()
+    result = []
+    for array in arrays:
+        result.append(jnp.array(array) if id(array) in seen else array)
+        seen.add(id(array))
+    return result
+
+
+def warn_of_compilations(what: str, why: str, instead: str) -> None:
+    """Warn at the user's line that something keeps causing compilations."""
+    warnings.warn(explain(what, why, instead), RetraceWarning, stacklevel=user_stack_level())
+
+
+# --------------------------------------------------------------------------------------------------
+# Functions made anew
+
+# By the key of the function: its versions, and a reference to its owner, whose death removes the entry.
+_shared: collections.OrderedDict[Any, tuple[Versions, Any]] = collections.OrderedDict()
+# For each place in the source: the last function made there that shares nothing, and how many have died.
+_fresh: dict[tuple, tuple[weakref.ref, int]] = {}
+
+
+def versions_of(function: Callable, owner: ModuleBase | None, options: Options) -> Versions:
+    """Return the versions of a function: those of an equal one, if there is any.
+
+    Args:
+        function: the user's function.
+        owner: the module whose call or method it is; other modules have versions of their own.
+        options: how it is compiled.
+    """
+    key, reason = key_of(function)
+    # A listener (nn.capture) hears what is traced, and not what was compiled before.
+    if key is None or active.captures:
+        return Versions(function, options, reason)
+    for_jax = Freezer(lambda: "an option of nn.jit").freeze(options.for_jax)
+    key = (key, id(owner), *options[:3], for_jax)
+    versions, _ = _shared.get(key, (None, None))
+    if versions is None:
+        versions = Versions(function, options, "")
+        dies = None if owner is None else weakref.ref(owner, lambda _: _shared.pop(key, None))
+        _shared[key] = versions, dies
+        if len(_shared) > MOST_FUNCTIONS:
+            _shared.popitem(last=False)
+    return versions
+
+
+def _note_fresh(versions: Versions, function: Callable, reason: str) -> None:
+    """Count functions that are made at one place, used and thrown away; warn if that goes on."""
+    code = getattr(function, "__code__", None)
+    if code is None:
+        return
+    place = (code.co_filename, code.co_firstlineno, code.co_name)
+    last, died = _fresh.get(place, (None, 0))
+    died += last is not None and last() is None
+    _fresh[place] = (weakref.ref(versions), died)
+    if last is not None and last() is None and died == RETRACE_LIMIT:
+        warn_of_compilations(
+            f"made nn.jit of {versions.name!r} ({code.co_filename}:{code.co_firstlineno}) anew "
+            f"{died + 1} times",
+            f"each one compiles again: {reason}",
+            "call nn.jit once, outside of the loop, and pass what changes as arguments",
+        )
