@@ -36,6 +36,7 @@ from statefulnn.core.placement import (
 )
 from statefulnn.core.scope import (
     Capture,
+    ModuleBase,
     Scope,
     birth_scope,
     check_write,
@@ -128,20 +129,23 @@ class Box:
 
 
 def dotted_name(module_ref: Any, name: str) -> str:
-    """Follow the hints of where modules were registered up to the root; for messages only."""
-    parts, seen = [name], set()
+    """Return the name of a member of a module, from the root of its tree; for messages only."""
     module = module_ref()
-    while module is not None and id(module) not in seen:
+    return ".".join((*(() if module is None else path_of(module)), name))
+
+
+def path_of(module: ModuleBase) -> tuple[str, ...]:
+    """Follow the hints of where modules were registered up to the root; for messages only."""
+    parts, seen = [], set()
+    while id(module) not in seen:
         seen.add(id(module))
         home = module._home
-        if not isinstance(home, tuple):
-            break
-        parent = home[0]()
+        parent = home[0]() if isinstance(home, tuple) else None
         if parent is None or real_dict(parent)["_modules"].get(home[1]) is not module:
             break
         parts.append(home[1])
         module = parent
-    return ".".join(reversed(parts))
+    return tuple(reversed(parts))
 
 
 def _strong(value: Any) -> Any:

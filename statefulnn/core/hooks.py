@@ -45,6 +45,7 @@ from statefulnn.core.compat import EAGER, Tracer, current_trace
 from statefulnn.core.errors import DtypeError, ShapeError, explain
 from statefulnn.core.generator import Generator, current_generator, use_generator
 from statefulnn.core.graph import build_clones, own_scope
+from statefulnn.core.leaks import note_hook, watching_hooks
 from statefulnn.core.plan import build_plan, plan_of
 from statefulnn.core.pytree import flatten_collecting, unflatten_with
 from statefulnn.core.registry import GLOBAL_HOOKS, HookDict
@@ -156,6 +157,7 @@ def call_with_hooks(module: Any, args: tuple, kwargs: dict) -> Any:
 
 def _call(module: Any, args: tuple, kwargs: dict, called: set[int]) -> Any:
     for hook, with_kwargs, _ in hooks_of(module, "_forward_pre_hooks"):
+        note_hook(hook, "forward pre-hook", module)
         if with_kwargs:
             result = hook(module, args, kwargs)
             if result is not None:
@@ -174,6 +176,7 @@ def _call(module: Any, args: tuple, kwargs: dict, called: set[int]) -> Any:
         out = module.forward(*args, **kwargs)
         for index, (hook, with_kwargs, _) in enumerate(hooks_of(module, "_forward_hooks")):
             called.add(index)
+            note_hook(hook, "forward hook", module)
             result = hook(module, args, kwargs, out) if with_kwargs else hook(module, args, out)
             if result is not None:
                 out = result
@@ -410,10 +413,12 @@ class _Backward:
         def bwd(values, grads):
             shown = self.output_gradients(grads)
             module = self.module_with(values)
-            for hook, _, _ in self.before:
-                result = hook(module, shown)
-                if result is not None:
-                    shown = _replaced(result, shown, "backward pre-hook", "grad_output")
+            with watching_hooks():
+                for hook, _, _ in self.before:
+                    note_hook(hook, "backward pre-hook", module)
+                    result = hook(module, shown)
+                    if result is not None:
+                        shown = _replaced(result, shown, "backward pre-hook", "grad_output")
             grads = [
                 _like(shown[i], g, "backward pre-hook")
                 for i, g in zip(self.outputs.where, grads, strict=True)
@@ -445,7 +450,9 @@ class _Backward:
         module = self.module_with(values)
         given = any(g is not None for g in grad_inputs)
         for hook, _, _ in self.after:
-            result = hook(module, grad_inputs, grad_outputs)
+            with watching_hooks():
+                note_hook(hook, "backward hook", module)
+                result = hook(module, grad_inputs, grad_outputs)
             if result is None:
                 continue
             grad_inputs = _replaced(result, grad_inputs, "backward hook", "grad_input")

@@ -9,6 +9,7 @@ Source: ``torch.nn.Module``, whose methods these are, with the same meanings.
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,11 +24,11 @@ from statefulnn.core.box import (
     Box,
     Buffer,
     Parameter,
-    dotted_name,
     filled,
+    path_of,
     unwrap,
 )
-from statefulnn.core.compat import EAGER, Tracer, current_trace, tracer_in
+from statefulnn.core.compat import EAGER, current_trace, tracer_in
 from statefulnn.core.construction import DEFAULT_VERSION, current_version
 from statefulnn.core.errors import (
     RegistrationError,
@@ -39,6 +40,7 @@ from statefulnn.core.errors import (
 from statefulnn.core.freeze import CONTAINERS, Freezer, find_hidden, hidden_member
 from statefulnn.core.graph import materialise
 from statefulnn.core.hooks import RemovableHandle, active, add_hook, call_with_hooks
+from statefulnn.core.leaks import traced_call
 from statefulnn.core.moduledef import COPIED
 from statefulnn.core.placement import META, cast, placed, resolve_device, supported
 from statefulnn.core.placement import device as device_type
@@ -187,21 +189,31 @@ class Module(ModuleBase):
         try:
             cell = self._cell
             scope = cell.scope
-            eager = current_trace() is EAGER
-            if scope is None and eager:
-                if not (self._hooked or GLOBAL_CELL.stamp or active.captures):
+            if current_trace() is EAGER:
+                if scope is None and not (self._hooked or GLOBAL_CELL.stamp or active.captures):
                     return self.forward(*args, **kwargs)
-            elif scope is None and cell.captured is None:
+                return call_with_hooks(self, args, kwargs)
+            if scope is None and cell.captured is None:
                 Capture.note(cell)
-            out = call_with_hooks(self, args, kwargs)
-            if not eager:
-                _check_kept(self, scope)
+            kept = functools.partial(_traced_attribute, self) if scope is None else None
+            with traced_call(self, self._path(), kept):
+                out = call_with_hooks(self, args, kwargs)
+                if scope is not None:
+                    _check_kept(self, scope)
             return out
         except Exception as error:
             if clock.captured:
                 Capture.trace_failed()
             _locate(error, self)
             raise
+
+    def _path(self) -> tuple[str, ...]:
+        """Return the names that lead to the module from the root of its tree."""
+        home, scope = self._home, self._cell.scope
+        if not isinstance(home, int):
+            return path_of(self)
+        path = None if scope is None or scope.moduledef is None else scope.moduledef.paths[home]
+        return () if path is None else path[1:]
 
     # ----------------------------------------------------------------------------------------------
     # Attributes
@@ -318,17 +330,7 @@ class Module(ModuleBase):
 
     def _label(self, name: str) -> str:
         """Return the dotted name of an attribute, for messages."""
-        home = self._home
-        if isinstance(home, int):
-            scope = self._cell.scope
-            if scope is not None and scope.moduledef is not None:
-                path = scope.moduledef.paths[home]
-                if path is not None:
-                    return (
-                        ".".join((*path[1:], name)) if path[1:] else f"{type(self).__name__}.{name}"
-                    )
-        full = dotted_name(weakref.ref(self), name)
-        return full if "." in full else f"{type(self).__name__}.{name}"
+        return ".".join((*(self._path() or (type(self).__name__,)), name))
 
     def _register(self, name: str, value: Any) -> None:
         attributes = real_dict(self)
@@ -1119,20 +1121,6 @@ def _check_static_value(module: Module, name: str, value: Any) -> None:
             raise hidden_member(f"the {type(value).__name__} {module._label(name)!r}", hidden)
 
 
-def _drop_tracers(container: Any) -> bool:
-    """Take the traced values out of a container; say whether that can be done."""
-    if isinstance(container, dict):
-        for key in [k for k, v in container.items() if isinstance(v, Tracer)]:
-            del container[key]
-    elif isinstance(container, list):
-        container[:] = [v for v in container if not isinstance(v, Tracer)]
-    elif isinstance(container, set):
-        container -= {v for v in container if isinstance(v, Tracer)}
-    else:
-        return False
-    return True
-
-
 def _traced_attribute(module: Module, name: str) -> TraceLeakError:
     return TraceLeakError(
         explain(
@@ -1169,17 +1157,7 @@ def _array_over_parameter(module: Module, name: str, value: Any) -> Registration
 
 
 def _check_kept(module: Module, scope: Any) -> None:
-    """Raise if forward left something in an attribute that would be lost, or outlive its trace."""
-    attributes = real_dict(module)
-    if scope is None:
-        # Assignments are checked where they are made; functools.cached_property writes past them, and
-        # containers are changed in place.
-        for name, value in list(attributes.items()):
-            if tracer_in(value):
-                if isinstance(value, Tracer) or not _drop_tracers(value):
-                    del attributes[name]
-                raise _traced_attribute(module, name)
-        return
+    """Raise if forward changed something in place in an attribute of a clone that nobody collects."""
     if scope.writable or scope.moduledef is None or not isinstance(module._home, int):
         return
     d = scope.moduledef.nodes[module._home]

@@ -171,6 +171,7 @@ class Dispatch:
             version = self.versions.find(signature, statics)
             if version not in self._met:
                 self._met.add(version)
+                self.versions.note_use(map(id, roots))
                 self._counter[0] += version.traces > 0  # by an equal function, before this one
             if statics is None:
                 known.versions[treedef] = version

@@ -18,6 +18,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from statefulnn.core.box import Box
+from statefulnn.core.scope import ModuleBase
+
 _LIBRARIES = sys.stdlib_module_names - {"__main__"} | {
     "jax",
     "jaxlib",
@@ -41,40 +44,47 @@ _PARTS = (
 )
 
 
-class _OnlyItself(Exception):
-    """A function reaches something that only its identity tells; the message says what."""
+class FunctionKey:
+    """What a function is told by.
 
+    Attributes:
+        key: hashable; functions with equal keys do the same if `reason` is empty.
+        reason: why the function equals only itself, empty if it does not.
+        modules: the identities of the modules and boxes that it reaches.
+    """
 
-def key_of(function: Callable) -> tuple[Any, str]:
-    """Return a key that equal functions share, or None and the reason why there is none."""
-    try:
-        return _key(function, "it", []), ""
-    except _OnlyItself as error:
-        return None, str(error)
+    def __init__(self, function: Callable) -> None:
+        self.reason = ""
+        self.modules: list[int] = []
+        self._active: list[Any] = []
+        self.key = self._of(function, "it")
 
-
-def _key(value: Any, name: str, active: list[Any]) -> Any:
-    kind = type(value)
-    if kind in _ATOMS:
-        # repr tells 0.0 from -0.0, and one NaN is as good as another.
-        return (kind, repr(value) if kind in (float, complex) else value)
-    if kind in (tuple, frozenset):
-        return (kind, kind(_key(v, name, active) for v in value))
-    if isinstance(value, _PARTS) and _is_of_a_library(value):
-        return value
-    if kind is functools.partial:
-        parts = (value.func, value.args, *(x for item in value.keywords.items() for x in item))
-        return (kind, *(_key(part, name, active) for part in parts))
-    if kind is not types.FunctionType:
-        raise _OnlyItself(f"{name} is of type {kind.__name__}, which may change in place")
-    if value in active:  # it calls itself, or one that calls it
-        return ("above", active.index(value))
-    active.append(value)
-    try:
-        reached = [(n, _key(v, n, active)) for n, v in _reached(value)]
-        return (kind, value.__code__, *reached)
-    finally:
-        active.pop()
+    def _of(self, value: Any, name: str) -> Any:
+        kind = type(value)
+        if kind in _ATOMS:
+            # repr tells 0.0 from -0.0, and one NaN is as good as another.
+            return (kind, repr(value) if kind in (float, complex) else value)
+        if kind in (tuple, frozenset):
+            return (kind, kind(self._of(v, name) for v in value))
+        if isinstance(value, _PARTS) and _is_of_a_library(value):
+            return value
+        if kind is functools.partial:
+            parts = (value.func, value.args, *(x for item in value.keywords.items() for x in item))
+            return (kind, *(self._of(part, name) for part in parts))
+        if kind is not types.FunctionType:
+            if isinstance(value, (ModuleBase, Box)):
+                self.modules.append(id(value))
+            self.reason = (
+                self.reason or f"{name} is of type {kind.__name__}, which may change in place"
+            )
+            return id(value)
+        if value in self._active:  # it calls itself, or one that calls it
+            return ("above", self._active.index(value))
+        self._active.append(value)
+        try:
+            return (kind, value.__code__, *((n, self._of(v, n)) for n, v in _reached(value)))
+        finally:
+            self._active.pop()
 
 
 def _is_of_a_library(part: Any) -> bool:
@@ -92,7 +102,7 @@ def _reached(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
         try:
             yield f"{name!r}, which it closes over,", cell.cell_contents
         except ValueError:  # not bound yet
-            raise _OnlyItself(f"{name!r}, which it closes over, has no value yet") from None
+            yield f"{name!r}, which it closes over,", cell
     yield "a default", function.__defaults__ or ()
     for name, value in (function.__kwdefaults__ or {}).items():
         yield f"the default of {name!r}", value

@@ -19,6 +19,7 @@ from statefulnn.core.compat import EAGER, current_trace
 from statefulnn.core.errors import StateWriteError, StructureChangeError, explain
 from statefulnn.core.generator import Generator, current_generator, use_generator
 from statefulnn.core.graph import build_clones
+from statefulnn.core.leaks import outer_traces, watching
 from statefulnn.core.moduledef import ModuleDef, differences
 from statefulnn.core.plan import Plan, build_plan, plan_of
 from statefulnn.core.pytree import flatten_collecting, unflatten_with
@@ -59,7 +60,7 @@ class Signature(NamedTuple):
     """
 
     moduledef: ModuleDef
-    treedef: jax.tree_util.PyTreeDef
+    treedef: Any
     has_generator: bool
 
     def run(
@@ -87,7 +88,8 @@ class Signature(NamedTuple):
         roots, boxes, modules = build_clones(self.moduledef, leaves, scope)
         arguments = roots[:-1] if self.has_generator else roots
         args, kwargs = unflatten_with(self.treedef, dynamic, arguments)
-        with use_generator(roots[-1] if self.has_generator else None):
+        generator = roots[-1] if self.has_generator else None
+        with use_generator(generator), watching(outer_traces()):
             out = f(*args, **kwargs)
         check_structure(self.moduledef, modules, roots, boxes)
         if on_scope is not None:

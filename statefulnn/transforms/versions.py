@@ -14,7 +14,7 @@ import collections
 import functools
 import warnings
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -25,7 +25,7 @@ from statefulnn.core.freeze import Freezer
 from statefulnn.core.hooks import active
 from statefulnn.core.plan import RETRACE_LIMIT
 from statefulnn.core.scope import ModuleBase, user_stack_level
-from statefulnn.transforms.function_keys import key_of
+from statefulnn.transforms.function_keys import FunctionKey
 from statefulnn.transforms.lift import Signature, leaves_below, template
 
 MOST_VERSIONS = 64  # of one function, and traces of one version, that are kept
@@ -148,10 +148,10 @@ class Versions:
         counter: a list with one number, which counts the traces; that of the caller.
     """
 
-    def __init__(self, function: Callable, options: Options, reason: str) -> None:
+    def __init__(self, function: Callable, options: Options, key: FunctionKey) -> None:
         self._function = function
         self._options = options
-        self._reason = reason  # why it shares nothing with an equal function
+        self._key = key
         self.name = getattr(function, "__name__", "forward")
         self.counter = [0]
         self.results: list[tuple[tuple[int, ...], Any]] = []
@@ -181,9 +181,10 @@ class Versions:
         def traced(leaves: Any, dynamic: Any) -> tuple[Any, Any]:
             number = len(results)
             results.append(((), None))
-            for known, noted in ((all_of_them(), ()), (this(), (name, leaves, dynamic))):
-                if known is not None:
-                    known.note_trace(*noted)
+            versions, alive = all_of_them(), this()
+            if versions is not None and alive is not None:
+                versions.counter[0] += 1
+                alive.note_trace(name, leaves, dynamic)
             out, written = signature.run(function, leaves, dynamic, returned=returned)
             if not written.indices and written.out is None:
                 return out, None
@@ -207,11 +208,29 @@ class Versions:
         version.compiled_by(make)
         return version
 
-    def note_trace(self) -> None:
-        """Count a trace for the caller; warn if functions like this one are made anew again and again."""
-        self.counter[0] += 1
-        if self._reason and len(self.results) == 1:
-            _note_fresh(self, self._function, self._reason)
+    def note_use(self, modules: Iterable[int]) -> None:
+        """Note that a call is about to compile; warn if functions like this one are thrown away.
+
+        Args:
+            modules: the identities of the modules in the arguments.
+        """
+        code = getattr(self._function, "__code__", None)
+        if not self._key.reason or self.results or code is None:
+            return
+        # A function made at the same place for other modules has every reason to be compiled.
+        place = (code.co_filename, code.co_firstlineno, *self._key.modules, *modules)
+        last, died = _fresh.pop(place, (None, 0))
+        gone = last is not None and last() is None
+        _fresh[place] = (weakref.ref(self), died + gone)
+        if len(_fresh) > MOST_FUNCTIONS:
+            _fresh.popitem(last=False)
+        if gone and died + 1 == RETRACE_LIMIT:
+            warn_of_compilations(
+                f"made nn.jit of {self.name!r} ({code.co_filename}:{code.co_firstlineno}) anew "
+                f"{RETRACE_LIMIT + 1} times",
+                f"each one compiles again: {self._key.reason}",
+                "call nn.jit once, outside of the loop, and pass what changes as arguments",
+            )
 
     def _warn_of_versions(self, signature: Signature, frozen: tuple | None) -> None:
         """Warn where static arguments, or the structure of the arguments, keep causing compilations."""
@@ -306,8 +325,9 @@ def warn_of_compilations(what: str, why: str, instead: str) -> None:
 
 # By the key of the function: its versions, and a reference to its owner, whose death removes the entry.
 _shared: collections.OrderedDict[Any, tuple[Versions, Any]] = collections.OrderedDict()
-# For each place in the source: the last function made there that shares nothing, and how many have died.
-_fresh: dict[tuple, tuple[weakref.ref, int]] = {}
+# For places in the source and the modules in a call: the last function made there that shares nothing, and
+# how many before it have died.
+_fresh: collections.OrderedDict[tuple, tuple[weakref.ref, int]] = collections.OrderedDict()
 
 
 def versions_of(function: Callable, owner: ModuleBase | None, options: Options) -> Versions:
@@ -318,35 +338,17 @@ def versions_of(function: Callable, owner: ModuleBase | None, options: Options) 
         owner: the module whose call or method it is; other modules have versions of their own.
         options: how it is compiled.
     """
-    key, reason = key_of(function)
+    found = FunctionKey(function)
     # A listener (nn.capture) hears what is traced, and not what was compiled before.
-    if key is None or active.captures:
-        return Versions(function, options, reason)
+    if found.reason or active.captures:
+        return Versions(function, options, found)
     for_jax = Freezer(lambda: "an option of nn.jit").freeze(options.for_jax)
-    key = (key, id(owner), *options[:3], for_jax)
+    key = (found.key, id(owner), *options[:3], for_jax)
     versions, _ = _shared.get(key, (None, None))
     if versions is None:
-        versions = Versions(function, options, "")
+        versions = Versions(function, options, found)
         dies = None if owner is None else weakref.ref(owner, lambda _: _shared.pop(key, None))
         _shared[key] = versions, dies
         if len(_shared) > MOST_FUNCTIONS:
             _shared.popitem(last=False)
     return versions
-
-
-def _note_fresh(versions: Versions, function: Callable, reason: str) -> None:
-    """Count functions that are made at one place, used and thrown away; warn if that goes on."""
-    code = getattr(function, "__code__", None)
-    if code is None:
-        return
-    place = (code.co_filename, code.co_firstlineno, code.co_name)
-    last, died = _fresh.get(place, (None, 0))
-    died += last is not None and last() is None
-    _fresh[place] = (weakref.ref(versions), died)
-    if last is not None and last() is None and died == RETRACE_LIMIT:
-        warn_of_compilations(
-            f"made nn.jit of {versions.name!r} ({code.co_filename}:{code.co_firstlineno}) anew "
-            f"{died + 1} times",
-            f"each one compiles again: {reason}",
-            "call nn.jit once, outside of the loop, and pass what changes as arguments",
-        )
