@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import math
 import operator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -25,6 +26,7 @@ from statefulnn.core.errors import (
     StructureChangeError,
     explain,
 )
+from statefulnn.core.lending import lend
 from statefulnn.core.narrowing import check_jax_holds
 from statefulnn.core.placement import (
     META,
@@ -92,6 +94,10 @@ class Box:
             self._read_in_trace()
         return self._value
 
+    def lend(self) -> Any:
+        """Return the array to somebody who keeps it: a call that donates it leaves that one a copy."""
+        return lend(self.out())
+
     @property
     def value(self) -> Any:
         """The array. Writing checks that the write will be kept."""
@@ -99,7 +105,7 @@ class Box:
 
     @value.setter
     def value(self, new: Any) -> None:
-        self.write(new)
+        self.write(lend(unwrap(new)))  # the caller may keep it
 
     def write(self, new: Any) -> None:
         """Put another array into the box, which keeps its identity."""
@@ -203,6 +209,7 @@ def filled(shape: Any, dtype: Any, place: Any = None, value: float = 0) -> Any:
 def as_array(value: Any, subject: Any = "a box") -> Any:
     """Return `value` as a JAX array, or raise if it is none."""
     if isinstance(value, (jax.Array, jax.ShapeDtypeStruct)):
+        _check_not_deleted(value, subject)
         return value
     if isinstance(value, Box):
         return value.value
@@ -228,6 +235,26 @@ def as_array(value: Any, subject: Any = "a box") -> Any:
             "pass a jax.Array or a numpy array",
         )
     )
+
+
+def _check_not_deleted(value: Any, subject: Any) -> None:
+    if not isinstance(value, (Tracer, jax.ShapeDtypeStruct)) and value.is_deleted():
+        raise RuntimeError(
+            explain(
+                f"used an array that has been deleted as the value of {name_of(subject)}",
+                "its memory was given away, by a call with donate= or donate_argnums=",
+                "keep what outlives donation: module.state_dict(), copy.deepcopy(module), or a copy, "
+                "jnp.array(parameter.value)",
+            )
+        )
+
+
+def check_usable(value: Any, subject: Callable[[], str]) -> None:
+    """Raise if compiled code cannot use the value of a box: it has no numbers, or its memory is gone."""
+    if is_meta(value):
+        raise no_numbers(subject()) from None
+    if isinstance(value, jax.Array):
+        _check_not_deleted(value, subject)
 
 
 # What a traced function may ask without making the value a constant of the compiled code.
@@ -355,7 +382,7 @@ class Buffer(ArrayBox):
 
     def __deepcopy__(self, memo: dict) -> Buffer:
         with elsewhere():
-            return Buffer(self.out(), persistent=self.persistent)
+            return Buffer(self.lend(), persistent=self.persistent)
 
     def __reduce__(self) -> Any:
         return functools.partial(Buffer, persistent=self.persistent), (self.out(),)
@@ -474,7 +501,7 @@ class Parameter(ArrayBox):
         new = as_array(new, self.label)
         if self._requires_grad:
             _require_inexact(new)
-        Box.write(self, new)
+        Box.write(self, lend(new))
 
     def copy_(self, src: Any) -> Parameter:
         """Copy an array into the box, broadcast to its shape and cast to its dtype; return the box."""
@@ -488,7 +515,7 @@ class Parameter(ArrayBox):
 
     def __deepcopy__(self, memo: dict) -> Parameter:
         with elsewhere():
-            return Parameter(self.out(), self._requires_grad)
+            return Parameter(self.lend(), self._requires_grad)
 
     def __reduce__(self) -> Any:
         return Parameter, (self.out(), self._requires_grad)

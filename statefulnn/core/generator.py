@@ -235,7 +235,7 @@ class Generator(Box):
         value_changed()
 
     def __deepcopy__(self, memo: dict) -> Generator:
-        return _generator_with(self.state, self._seed)
+        return _generator_with(self.lend(), self._seed)
 
     def __reduce__(self) -> Any:
         return _generator_with, (self.state, self._seed)

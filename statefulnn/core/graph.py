@@ -23,6 +23,7 @@ from statefulnn.core.box import Box
 from statefulnn.core.compat import EAGER, current_trace
 from statefulnn.core.errors import ShapeError, explain
 from statefulnn.core.freeze import BoundMethod, copied
+from statefulnn.core.lending import lend
 from statefulnn.core.moduledef import HOOKS, ModuleDef, NodeDef, rank
 from statefulnn.core.plan import plan_of
 from statefulnn.core.registry import HookDict, Registry
@@ -145,9 +146,7 @@ def split(module: Any) -> tuple[ModuleDef, list[Any]]:
     """
     require_module(module, "nn.split")
     plan = plan_of(module)
-    if current_trace() is not EAGER:
-        plan.note_read()
-    return plan.moduledef, list(plan.leaves())
+    return plan.moduledef, plan.given_out()
 
 
 def merge(moduledef: ModuleDef, leaves: Sequence[Any]) -> Any:
@@ -172,7 +171,7 @@ def merge(moduledef: ModuleDef, leaves: Sequence[Any]) -> Any:
                 "pass the list that nn.split gave, changed in place or mapped one to one",
             )
         )
-    return build_clones(moduledef, leaves, own_scope(moduledef))[0][0]
+    return build_clones(moduledef, list(map(lend, leaves)), own_scope(moduledef))[0][0]
 
 
 def own_scope(moduledef: ModuleDef) -> Scope | None:

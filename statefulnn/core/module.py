@@ -428,7 +428,7 @@ class Module(ModuleBase):
                 )
             )
         if box is not None:
-            box.write(value)
+            box.value = value
             return
         self._check_static_write(name, None)
         box = Buffer(unwrap(value))

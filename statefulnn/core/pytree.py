@@ -17,6 +17,7 @@ from statefulnn.core.box import Box, Buffer, Parameter
 from statefulnn.core.compat import EAGER, current_trace, kind
 from statefulnn.core.freeze import copied
 from statefulnn.core.generator import Generator
+from statefulnn.core.lending import lend, note_rebuilt
 from statefulnn.core.moduledef import ModuleDef
 from statefulnn.core.plan import plan_of
 from statefulnn.core.scope import LOST_IN_RAW_TRANSFORM, Scope, set_shell
@@ -93,6 +94,8 @@ def unflatten_module(aux: Any, leaves: Any) -> Any:
     root = aux.nodes[aux.roots[0][1]]
     module = object.__new__(root.cls)
     set_shell(module, (aux, leaves, raw_scope(aux)))
+    if module._shell[2] is None:
+        note_rebuilt(module)
     if root.shadowing:
         # A class attribute of that name would answer in the shell's place.
         for name, value, copy in root.shadowing:
@@ -129,6 +132,7 @@ def unflatten_box(aux: Any, children: Any) -> Any:
     box = cls.clone_of(static, children[0], scope, 0)
     if scope is None:
         box._home = None
+        lend(children[0])
     return box
 
 

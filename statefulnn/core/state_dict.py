@@ -77,10 +77,10 @@ def save_own(module: Any, destination: dict, prefix: str, keep_vars: bool) -> No
     """Put the module's own parameters, persistent buffers and extra state into a dict."""
     for name, box in module._parameters.items():
         if box is not None:
-            destination[prefix + name] = box if keep_vars or is_lazy(box) else box.value
+            destination[prefix + name] = box if keep_vars or is_lazy(box) else box.lend()
     for name, box in module._buffers.items():
         if box is not None and name not in module._non_persistent_buffers_set:
-            destination[prefix + name] = box if keep_vars or is_lazy(box) else box.value
+            destination[prefix + name] = box if keep_vars or is_lazy(box) else box.lend()
     if _overrides(module, "get_extra_state"):
         destination[prefix + EXTRA_STATE] = module.get_extra_state()
 
@@ -307,7 +307,7 @@ def _put(box: Any, key: str, value: Any, assign: bool, loaded: _Loaded) -> str |
                 f'"{first}" and "{key}" are names of one {_kind(box)} and have different values in the '
                 "checkpoint: remove the wrong one, or load into a model where they are not tied"
             )
-    new = as_array(_cast(value, dtype))
+    new = as_array(_cast(value, dtype), box.label)
     if not assign:
         sharding = getattr(have, "sharding", None)
         if sharding is not None and getattr(have, "committed", False):
@@ -315,7 +315,7 @@ def _put(box: Any, key: str, value: Any, assign: bool, loaded: _Loaded) -> str |
     if isinstance(box, Parameter):
         box.data = new
     else:
-        box.write(new)
+        box.value = new
     return None
 
 

@@ -50,7 +50,7 @@ def _write(box: Any, values: Any) -> Any:
         values = from_numpy(
             values.astype(old.dtype, copy=False), old.sharding if placed else None, copy=False
         )
-    box.value = values
+    box.write(values)
     return box
 
 

@@ -14,9 +14,9 @@ from typing import Any
 import jax
 import numpy as np
 
+from statefulnn.core.box import check_usable
 from statefulnn.core.compat import EAGER, current_trace
 from statefulnn.core.generator import current_generator, streams
-from statefulnn.core.placement import is_meta, no_numbers
 from statefulnn.core.plan import Plan, build_plan, count_changes
 from statefulnn.core.pytree import flatten_collecting
 from statefulnn.core.scope import ModuleBase
@@ -126,10 +126,9 @@ class Dispatch:
         self.versions.counter = self._counter
         try:
             out, written = version.call(leaves, dynamic)
-        except TypeError:
+        except (TypeError, RuntimeError):
             for box, leaf in zip(known.plan.boxes, leaves, strict=True):
-                if is_meta(leaf):
-                    raise no_numbers(box.label()) from None
+                check_usable(leaf, box.label)
             raise
         return out if written is None else self.finish(known, leaves, out, written, args, kwargs)
 

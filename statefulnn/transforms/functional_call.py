@@ -279,9 +279,7 @@ def functionalize(module: Module, *, mutable: bool = False, method: str = "forwa
             )
         )
     plan = plan_of(module)
-    moduledef, own = plan.moduledef, list(plan.leaves())
-    if current_trace() is not EAGER:
-        plan.note_read()
+    moduledef, own = plan.moduledef, plan.given_out()
     fn = _pure_function(moduledef, own, method, mutable)
     params = _by_name(moduledef, own, ("trainable",))
     return (fn, params, _by_name(moduledef, own, ("buffer", "frozen"))) if mutable else (fn, params)

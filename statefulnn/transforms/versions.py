@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from statefulnn.core.errors import RetraceWarning, explain
 from statefulnn.core.freeze import Freezer
 from statefulnn.core.hooks import active
+from statefulnn.core.lending import donated
 from statefulnn.core.plan import RETRACE_LIMIT
 from statefulnn.core.scope import ModuleBase, user_stack_level
 from statefulnn.transforms.function_keys import FunctionKey
@@ -275,10 +276,8 @@ class Donation:
 
     def select(self, leaves: Sequence[Any], dynamic: Sequence[Any]) -> tuple[list, list]:
         """Return the arrays that are donated, and the others."""
-        gone = [leaves[i] for i in sorted(self.leaves)]
-        gone += [dynamic[i] for i in sorted(self._dynamic)]
-        if len({id(v) for v in gone}) < len(gone):
-            gone = _distinct(gone)
+        others = [dynamic[i] for i in sorted(self._dynamic)]
+        gone = donated(leaves, sorted(self.leaves), others)
         kept = [v for i, v in enumerate(leaves) if i not in self.leaves]
         kept += [v for i, v in enumerate(dynamic) if i not in self._dynamic]
         return gone, kept
@@ -303,16 +302,6 @@ class Donation:
 
         call.__wrapped__ = jitted
         return call
-
-
-def _distinct(arrays: list[Any]) -> list[Any]:
-    """Copy an array that several boxes hold: XLA takes a buffer once."""
-    seen: set[int] = set()
-    result = []
-    for array in arrays:
-        result.append(jnp.array(array) if id(array) in seen else array)
-        seen.add(id(array))
-    return result
 
 
 def warn_of_compilations(what: str, why: str, instead: str) -> None:
