@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import pickle
 
 import jax
 import jax.numpy as jnp
@@ -484,3 +485,179 @@ def test_bfloat16_parameters_stay_bfloat16():
 
 def test_repr_is_one_line():
     assert repr(nn.Optimizer(Net(), optax.adam(1e-3))) == "Optimizer(Net, 4 trainable parameters)"
+
+
+def square(seed: int = 0) -> nn.Sequential:
+    nn.manual_seed(seed)
+    return nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+
+
+def length(model):
+    return sum((p.value**2).sum() for p in model.parameters())
+
+
+def replace_parameter(model, opt):
+    model[1].weight = nn.Parameter(jnp.zeros((3, 3)))
+
+
+def replace_module(model, opt):
+    model[1] = nn.Linear(3, 3)
+
+
+def replace_by_another_shape(model, opt):
+    model[1] = nn.Linear(3, 1)
+
+
+def replace_frozen(model, opt):
+    model[1].weight = nn.Parameter(jnp.zeros((3, 3)), requires_grad=False)
+
+
+def make_tie(model, opt):
+    model[1].weight = model[0].weight
+
+
+def exchange(model, opt):
+    model[0].weight, model[1].weight = model[1].weight, model[0].weight
+
+
+def swap_model(model, opt):
+    opt.module = nn.Ref(copy.deepcopy(model))
+
+
+def swap_owned_model(model, opt):
+    opt.module = copy.deepcopy(model)
+
+
+REPLACEMENTS = {
+    replace_parameter: "replaced by another Parameter: '1.weight')",
+    replace_module: "replaced by another Parameter: '1.weight', '1.bias')",
+    replace_by_another_shape: "replaced by another Parameter: '1.weight', '1.bias')",
+    replace_frozen: "no longer trainable: '1.weight')",
+    make_tie: "no longer trainable: '1.weight')",
+    exchange: "replaced by another Parameter: '0.weight', '1.weight')",
+    swap_model: "replaced by another Parameter: '0.weight', '0.bias', '1.weight', '1.bias')",
+    swap_owned_model: "replaced by another Parameter: '0.weight', '0.bias', '1.weight', '1.bias')",
+}
+
+
+@pytest.mark.parametrize(
+    "replace, how",
+    diagonal(2, list(REPLACEMENTS), ["eager", "nn.jit", "optimizer alone", "donated"]),
+)
+def test_a_parameter_replaced_after_construction_is_an_error(replace, how):
+    def train_step(model, opt):
+        opt.step(nn.grad(length)(model))
+
+    steps = {
+        "eager": train_step,
+        "nn.jit": nn.jit(train_step),
+        "optimizer alone": lambda _, opt: of_optimizer(opt),
+        "donated": nn.jit(train_step, donate=(0, 1)),
+    }
+    of_optimizer = nn.jit(lambda opt: train_step(opt.module, opt))
+    model = square()
+    opt = nn.Optimizer(model, optax.adam(1e-2))
+    steps[how](model, opt)
+    replace(model, opt)
+    before = values(model), values(opt.module), {n: np.array(b) for n, b in opt.named_buffers()}
+    with pytest.raises(nn.StructureChangeError) as info:
+        steps[how](model, opt)
+    assert REPLACEMENTS[replace] in str(info.value)
+    assert "opt = nn.Optimizer(model, tx)" in str(info.value)
+    after = values(model), values(opt.module), {n: np.array(b) for n, b in opt.named_buffers()}
+    for a, b in zip(before, after, strict=True):
+        assert_close(a, b)
+    opt = nn.Optimizer(model, optax.adam(1e-2))  # the remedy
+    steps[how](model, opt)
+
+
+def test_a_broken_tie_is_an_error():
+    model = Tied()
+    opt = nn.Optimizer(model, optax.adam(1e-2))
+    model.b.weight = nn.Parameter(model.a.weight.value)
+    with pytest.raises(nn.StructureChangeError, match=r"trainable since then: 'b\.weight'"):
+        opt.step(some_grads(model))
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "nn.jit"])
+def test_a_parameter_of_another_shape_in_its_old_box_is_an_error(compiled):
+    model = square()
+    opt = nn.Optimizer(model, optax.sgd(0.1, momentum=0.9))
+    step = nn.jit(lambda opt, grads: opt.step(grads)) if compiled else nn.Optimizer.step
+    step(opt, some_grads(model))
+    model[1].bias.data = jnp.zeros((2, 3))
+    with pytest.raises(nn.StructureChangeError, match=r"'trace\.1\.bias' of shape \(3,\)"):
+        step(opt, some_grads(model))
+    assert opt.get_buffer("trace.1.bias").shape == (3,)
+
+
+def loaded_by_assignment(model, opt):
+    model.load_state_dict(square(1).state_dict(), assign=True)
+    return model, opt
+
+
+def through_a_raw_jit(model, opt):
+    opt = jax.jit(lambda opt: opt)(opt)
+    return opt.module, opt
+
+
+KEEPING = {
+    "cast": lambda model, opt: (model.bfloat16(), opt),
+    "moved": lambda model, opt: (model.to("cpu"), opt),
+    "emptied": lambda model, opt: (model.to_empty(device="cpu"), opt),
+    "loaded": loaded_by_assignment,
+    "frozen and unfrozen": lambda model, opt: (
+        model.requires_grad_(False).requires_grad_(True),
+        opt,
+    ),
+    "copied": lambda model, opt: copy.deepcopy((model, opt)),
+    "copied alone": lambda model, opt: ((twin := copy.deepcopy(opt)).module, twin),
+    "through a raw jax.jit": through_a_raw_jit,
+    "split and merged": lambda model, opt: (
+        (twin := nn.merge(*nn.split(opt))).module,
+        twin,
+    ),
+}
+
+
+@pytest.mark.parametrize("keep", KEEPING)
+def test_what_keeps_the_boxes_keeps_the_optimizer(keep):
+    model = square()
+    opt = nn.Optimizer(model, optax.adam(1e-2))
+    step = nn.jit(lambda model, opt: opt.step(nn.grad(length)(model)))
+    step(model, opt)
+    keys = list(opt.state_dict())
+    model, opt = KEEPING[keep](model, opt)
+    assert opt.module is model
+    assert list(opt.state_dict()) == keys
+    before = values(model)
+    step(model, opt)
+    opt.step(nn.grad(length)(model))
+    assert int(opt.get_buffer("count")) == 3
+    assert not np.array_equal(before["0.weight"], values(model)["0.weight"])
+
+
+def test_an_optimizer_of_a_transformation_that_can_be_pickled_refers_to_its_parameters_afterwards():
+    model = square()
+    tx = optax.GradientTransformation(no_slots, steepest)
+    model, opt = pickle.loads(pickle.dumps((model, nn.Optimizer(model, tx))))
+    opt.step(some_grads(model))
+    model[1] = nn.Linear(3, 3)
+    with pytest.raises(nn.StructureChangeError, match=r"'1\.weight'"):
+        opt.step(some_grads(model))
+
+
+def no_slots(params):
+    return ()
+
+
+def steepest(grads, state, params=None):
+    return jax.tree.map(jnp.negative, grads), state
+
+
+def test_references_to_the_parameters_are_no_further_leaves():
+    model = square()
+    opt = nn.Optimizer(model, optax.adam(1e-2))
+    slots = 2 * len(list(model.parameters())) + 1
+    assert len(jax.tree.leaves(opt)) == len(list(model.parameters())) + slots
+    assert list(opt.parameters()) == []
