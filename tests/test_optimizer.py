@@ -661,3 +661,91 @@ def test_references_to_the_parameters_are_no_further_leaves():
     slots = 2 * len(list(model.parameters())) + 1
     assert len(jax.tree.leaves(opt)) == len(list(model.parameters())) + slots
     assert list(opt.parameters()) == []
+
+
+EQUAL_WHEN_REBUILT = {
+    "adamw": lambda: optax.adamw(1e-2),
+    "chain": lambda: optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-2)),
+    "multi_transform": lambda: optax.multi_transform(
+        {"slow": optax.sgd(1e-3), "fast": optax.adam(1e-2)},
+        {"0.weight": "slow", "0.bias": "fast", "1.weight": "slow", "1.bias": "fast"},
+    ),
+    "multi_transform_of_a_function": lambda: optax.multi_transform(
+        {"slow": optax.sgd(1e-3), "fast": optax.adam(1e-2)},
+        lambda params: {name: "slow" if "weight" in name else "fast" for name in params},
+    ),
+    "partition": lambda: optax.partition(
+        {"slow": optax.sgd(1e-3), "still": optax.set_to_zero()},
+        {"0.weight": "slow", "0.bias": "still", "1.weight": "slow", "1.bias": "still"},
+    ),
+    "multi_steps": lambda: optax.MultiSteps(optax.adam(1e-2), 2).gradient_transformation(),
+    "masked_by_a_dict": lambda: optax.masked(
+        optax.adam(1e-2), {"0.weight": True, "0.bias": False, "1.weight": True, "1.bias": False}
+    ),
+    "decay_masked_by_a_dict": lambda: optax.adamw(
+        1e-2, mask={"0.weight": True, "0.bias": False, "1.weight": True, "1.bias": False}
+    ),
+    "decay_masked_by_a_function": lambda: optax.adamw(
+        1e-2, mask=lambda params: {name: p.ndim > 1 for name, p in params.items()}
+    ),
+    "inject_hyperparams": lambda: optax.inject_hyperparams(optax.adam)(learning_rate=1e-2),
+    "inject_a_schedule": lambda: optax.inject_hyperparams(optax.adam)(
+        learning_rate=optax.linear_schedule(1e-2, 0.0, 10)
+    ),
+    "schedule": lambda: optax.adamw(optax.cosine_decay_schedule(1e-2, 10)),
+    "joined_schedules": lambda: optax.sgd(
+        optax.join_schedules([optax.constant_schedule(0.1), optax.constant_schedule(0.01)], [5])
+    ),
+    "piecewise_schedule": lambda: optax.sgd(optax.piecewise_constant_schedule(0.1, {5: 0.1})),
+    "flatten": lambda: optax.flatten(optax.adam(1e-2)),
+    "apply_if_finite": lambda: optax.apply_if_finite(optax.adam(1e-2), 3),
+}
+
+
+@pytest.mark.parametrize("name", EQUAL_WHEN_REBUILT)
+def test_an_equal_transformation_built_again_compiles_nothing(name):
+    def step(opt, grads):
+        opt.step(grads)
+
+    compiled = nn.jit(step)
+    for _ in range(3):
+        model = square()
+        compiled(nn.Optimizer(model, EQUAL_WHEN_REBUILT[name]()), some_grads(model))
+    assert compiled.trace_count == 1
+
+
+DIFFERENT = {
+    "mask": lambda flag: optax.masked(optax.adam(1e-2), dict.fromkeys(NAMES, flag)),
+    "labels": lambda flag: optax.partition(
+        {True: optax.sgd(1e-3), False: optax.sgd(1e-2)}, dict.fromkeys(NAMES, flag)
+    ),
+    "inner_rate": lambda flag: optax.partition(
+        {"all": optax.sgd(1e-3 if flag else 1e-2)}, dict.fromkeys(NAMES, "all")
+    ),
+    "period": lambda flag: optax.MultiSteps(
+        optax.adam(1e-2), 2 if flag else 3
+    ).gradient_transformation(),
+    "schedule": lambda flag: optax.sgd(
+        optax.piecewise_constant_schedule(0.1, {1 if flag else 2: 0.1})
+    ),
+    "function": lambda flag: optax.adamw(
+        1e-2, mask=lambda params: {name: (p.ndim > 1) is flag for name, p in params.items()}
+    ),
+}
+NAMES = ["0.weight", "0.bias", "1.weight", "1.bias"]
+
+
+@pytest.mark.parametrize("name", DIFFERENT)
+def test_a_different_transformation_of_the_same_make_takes_its_own_steps(name):
+    for flag in (True, False):
+        model = square()
+        params = {name: p.value for name, p in model.named_parameters()}
+        opt, tx = nn.Optimizer(model, DIFFERENT[name](flag)), DIFFERENT[name](flag)
+        with jax.numpy_dtype_promotion("standard"):
+            state = tx.init(params)
+            for i in range(3):
+                grads = some_grads(model, i)
+                opt.step(grads)
+                updates, state = jax.jit(tx.update)(grads, state, params)
+                params = optax.apply_updates(params, updates)
+        assert_close(values(model), params, rtol=2e-6, atol=1e-7)
