@@ -121,12 +121,15 @@ class Optimizer(Module):
 
         with jax.numpy_dtype_promotion("standard"):
             state = tx.init({name: p.value for name, p in parameters.items()})
+        self._place(state, {id(p.value) for p in parameters.values()})
+
+    def _place(self, state: Any, held: set[int]) -> None:
+        """Put the arrays of optax's state into buffers; `held` are arrays that are in boxes already."""
         paths_and_leaves, treedef = jax.tree_util.tree_flatten_with_path(state)
         self._treedef = _treedefs.setdefault(treedef, treedef)
         # A slot is the path of a buffer, or None for a leaf that is no array and stays as it is.
         slots: list[tuple[str, ...] | None] = []
         constants = []
-        held = {id(p.value) for p in parameters.values()}
         names = _slot_names([path for path, leaf in paths_and_leaves if _is_array(leaf)])
         for _, leaf in paths_and_leaves:
             if _is_array(leaf):
