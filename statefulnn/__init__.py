@@ -24,6 +24,7 @@ from statefulnn.core.errors import (
     UninitializedModuleError,
     UninitializedParameterError,
     UnknownNameError,
+    UntrainedLeavesWarning,
     UnusedModuleError,
 )
 from statefulnn.core.generator import (

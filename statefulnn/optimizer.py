@@ -113,17 +113,23 @@ class Optimizer(Module):
                 )
             )
         self.module = Ref(module)
+        # The boxes themselves: a parameter of the same name may be another one by the time of a step.
+        for name, p in parameters.items():
+            setattr(self, _built_for(name), Ref(p))
         self.tx = tx
         self._names = tuple(parameters)
 
         with jax.numpy_dtype_promotion("standard"):
             state = tx.init({name: p.value for name, p in parameters.items()})
+        self._place(state, {id(p.value) for p in parameters.values()})
+
+    def _place(self, state: Any, held: set[int]) -> None:
+        """Put the arrays of optax's state into buffers; `held` are arrays that are in boxes already."""
         paths_and_leaves, treedef = jax.tree_util.tree_flatten_with_path(state)
         self._treedef = _treedefs.setdefault(treedef, treedef)
         # A slot is the path of a buffer, or None for a leaf that is no array and stays as it is.
         slots: list[tuple[str, ...] | None] = []
         constants = []
-        held = {id(p.value) for p in parameters.values()}
         names = _slot_names([path for path, leaf in paths_and_leaves if _is_array(leaf)])
         for _, leaf in paths_and_leaves:
             if _is_array(leaf):
@@ -158,8 +164,8 @@ class Optimizer(Module):
         Raises:
             UnknownNameError: for missing or unknown names.
             ShapeError, DtypeError: if a gradient does not fit its parameter.
-            StructureChangeError: if a parameter was added, removed, frozen or unfrozen since the
-                optimizer was built.
+            StructureChangeError: if a parameter was added, removed, replaced, frozen or unfrozen
+                since the optimizer was built.
 
         Example:
             >>> import jax.numpy as jnp, optax, statefulnn as nn
@@ -190,6 +196,39 @@ class Optimizer(Module):
             values = {name: (v + updates[name]).astype(v.dtype) for name, v in values.items()}
 
         leaves, treedef = jax.tree_util.tree_flatten(state)
+        boxes = self._boxes()
+        self._check_state(treedef, boxes, leaves)
+        for name, p in parameters.items():
+            p.value = values[name]
+        for box, new in zip(boxes, leaves, strict=True):
+            if box is not None and new is not box.value:
+                box.value = new
+
+    def _boxes(self) -> list[Any]:
+        return [None if path is None else find_box(self, path) for path in self._slots]
+
+    def _check_structure(self, parameters: Mapping[str, Parameter]) -> None:
+        kept = [n for n in self._names if n in parameters]
+        replaced = [n for n in kept if getattr(self, _built_for(n)) is not parameters[n]]
+        if tuple(parameters) == self._names and not replaced:
+            return
+        found = {
+            "no longer trainable": [n for n in self._names if n not in parameters],
+            "trainable since then": [n for n in parameters if n not in self._names],
+            "replaced by another Parameter": replaced,
+        }
+        parts = [f"{what}: {_listed(names)}" for what, names in found.items() if names]
+        raise StructureChangeError(
+            explain(
+                "stepped an Optimizer whose module has other trainable parameters than when it was "
+                f"built ({'; '.join(parts) or 'their order changed'})",
+                "the slots belong to the parameters of that time",
+                "build the optimizer after freezing, unfreezing, adding or replacing parameters: "
+                "opt = nn.Optimizer(model, tx)",
+            )
+        )
+
+    def _check_state(self, treedef: Any, boxes: list[Any], leaves: list[Any]) -> None:
         if treedef != self._treedef:
             raise StructureChangeError(
                 explain(
@@ -198,34 +237,17 @@ class Optimizer(Module):
                     "a transformation must keep the structure of its state, as jax.lax.scan asks too",
                 )
             )
-        for name, p in parameters.items():
-            p.value = values[name]
-        for box, new in zip(self._boxes(), leaves, strict=True):
-            if box is not None and new is not box.value:
-                box.value = new
-
-    def _boxes(self) -> list[Any]:
-        return [None if path is None else find_box(self, path) for path in self._slots]
-
-    def _check_structure(self, parameters: Mapping[str, Parameter]) -> None:
-        if tuple(parameters) == self._names:
-            return
-        gone = [n for n in self._names if n not in parameters]
-        new = [n for n in parameters if n not in self._names]
-        parts = []
-        if gone:
-            parts.append(f"no longer trainable: {_listed(gone)}")
-        if new:
-            parts.append(f"trainable since then: {_listed(new)}")
-        raise StructureChangeError(
-            explain(
-                "stepped an Optimizer whose module has other trainable parameters than when it was "
-                f"built ({'; '.join(parts) or 'their order changed'})",
-                "the slots belong to the parameters of that time",
-                "build the optimizer after freezing, unfreezing or adding parameters: "
-                "opt = nn.Optimizer(model, tx)",
-            )
-        )
+        for path, box, new in zip(self._slots, boxes, leaves, strict=True):
+            if path is not None and jnp.shape(new) != box.shape:
+                raise StructureChangeError(
+                    explain(
+                        f"a step would turn the slot {'.'.join(path)!r} of shape {box.shape} into one "
+                        f"of shape {jnp.shape(new)}",
+                        "the slots have the shapes that the parameters had when the optimizer was built",
+                        "build the optimizer after giving a parameter another shape: "
+                        "opt = nn.Optimizer(model, tx)",
+                    )
+                )
 
     def _checked(self, grads: Any, parameters: Mapping[str, Parameter]) -> dict[str, Any]:
         if not isinstance(grads, Mapping):
@@ -292,6 +314,11 @@ class Optimizer(Module):
 @jit
 def _compiled_step(opt: Optimizer, grads: Any, extra: Mapping[str, Any]) -> None:
     opt._step(grads, extra)
+
+
+def _built_for(name: str) -> str:
+    """Return the attribute that refers to the parameter which had a name when the optimizer was built."""
+    return f"built for {name}"
 
 
 def _trainable(module: Module) -> Iterator[tuple[str, Parameter]]:

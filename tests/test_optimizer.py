@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import pickle
 
 import jax
 import jax.numpy as jnp
@@ -484,3 +485,267 @@ def test_bfloat16_parameters_stay_bfloat16():
 
 def test_repr_is_one_line():
     assert repr(nn.Optimizer(Net(), optax.adam(1e-3))) == "Optimizer(Net, 4 trainable parameters)"
+
+
+def square(seed: int = 0) -> nn.Sequential:
+    nn.manual_seed(seed)
+    return nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+
+
+def length(model):
+    return sum((p.value**2).sum() for p in model.parameters())
+
+
+def replace_parameter(model, opt):
+    model[1].weight = nn.Parameter(jnp.zeros((3, 3)))
+
+
+def replace_module(model, opt):
+    model[1] = nn.Linear(3, 3)
+
+
+def replace_by_another_shape(model, opt):
+    model[1] = nn.Linear(3, 1)
+
+
+def replace_frozen(model, opt):
+    model[1].weight = nn.Parameter(jnp.zeros((3, 3)), requires_grad=False)
+
+
+def make_tie(model, opt):
+    model[1].weight = model[0].weight
+
+
+def exchange(model, opt):
+    model[0].weight, model[1].weight = model[1].weight, model[0].weight
+
+
+def swap_model(model, opt):
+    opt.module = nn.Ref(copy.deepcopy(model))
+
+
+def swap_owned_model(model, opt):
+    opt.module = copy.deepcopy(model)
+
+
+REPLACEMENTS = {
+    replace_parameter: "replaced by another Parameter: '1.weight')",
+    replace_module: "replaced by another Parameter: '1.weight', '1.bias')",
+    replace_by_another_shape: "replaced by another Parameter: '1.weight', '1.bias')",
+    replace_frozen: "no longer trainable: '1.weight')",
+    make_tie: "no longer trainable: '1.weight')",
+    exchange: "replaced by another Parameter: '0.weight', '1.weight')",
+    swap_model: "replaced by another Parameter: '0.weight', '0.bias', '1.weight', '1.bias')",
+    swap_owned_model: "replaced by another Parameter: '0.weight', '0.bias', '1.weight', '1.bias')",
+}
+
+
+@pytest.mark.parametrize(
+    "replace, how",
+    diagonal(2, list(REPLACEMENTS), ["eager", "nn.jit", "optimizer alone", "donated"]),
+)
+def test_a_parameter_replaced_after_construction_is_an_error(replace, how):
+    def train_step(model, opt):
+        opt.step(nn.grad(length)(model))
+
+    steps = {
+        "eager": train_step,
+        "nn.jit": nn.jit(train_step),
+        "optimizer alone": lambda _, opt: of_optimizer(opt),
+        "donated": nn.jit(train_step, donate=(0, 1)),
+    }
+    of_optimizer = nn.jit(lambda opt: train_step(opt.module, opt))
+    model = square()
+    opt = nn.Optimizer(model, optax.adam(1e-2))
+    steps[how](model, opt)
+    replace(model, opt)
+    before = values(model), values(opt.module), {n: np.array(b) for n, b in opt.named_buffers()}
+    with pytest.raises(nn.StructureChangeError) as info:
+        steps[how](model, opt)
+    assert REPLACEMENTS[replace] in str(info.value)
+    assert "opt = nn.Optimizer(model, tx)" in str(info.value)
+    after = values(model), values(opt.module), {n: np.array(b) for n, b in opt.named_buffers()}
+    for a, b in zip(before, after, strict=True):
+        assert_close(a, b)
+    opt = nn.Optimizer(model, optax.adam(1e-2))  # the remedy
+    steps[how](model, opt)
+
+
+def test_a_broken_tie_is_an_error():
+    model = Tied()
+    opt = nn.Optimizer(model, optax.adam(1e-2))
+    model.b.weight = nn.Parameter(model.a.weight.value)
+    with pytest.raises(nn.StructureChangeError, match=r"trainable since then: 'b\.weight'"):
+        opt.step(some_grads(model))
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "nn.jit"])
+def test_a_parameter_of_another_shape_in_its_old_box_is_an_error(compiled):
+    model = square()
+    opt = nn.Optimizer(model, optax.sgd(0.1, momentum=0.9))
+    step = nn.jit(lambda opt, grads: opt.step(grads)) if compiled else nn.Optimizer.step
+    step(opt, some_grads(model))
+    model[1].bias.data = jnp.zeros((2, 3))
+    with pytest.raises(nn.StructureChangeError, match=r"'trace\.1\.bias' of shape \(3,\)"):
+        step(opt, some_grads(model))
+    assert opt.get_buffer("trace.1.bias").shape == (3,)
+
+
+def loaded_by_assignment(model, opt):
+    model.load_state_dict(square(1).state_dict(), assign=True)
+    return model, opt
+
+
+def through_a_raw_jit(model, opt):
+    opt = jax.jit(lambda opt: opt)(opt)
+    return opt.module, opt
+
+
+KEEPING = {
+    "cast": lambda model, opt: (model.bfloat16(), opt),
+    "moved": lambda model, opt: (model.to("cpu"), opt),
+    "emptied": lambda model, opt: (model.to_empty(device="cpu"), opt),
+    "loaded": loaded_by_assignment,
+    "frozen and unfrozen": lambda model, opt: (
+        model.requires_grad_(False).requires_grad_(True),
+        opt,
+    ),
+    "copied": lambda model, opt: copy.deepcopy((model, opt)),
+    "copied alone": lambda model, opt: ((twin := copy.deepcopy(opt)).module, twin),
+    "through a raw jax.jit": through_a_raw_jit,
+    "split and merged": lambda model, opt: (
+        (twin := nn.merge(*nn.split(opt))).module,
+        twin,
+    ),
+}
+
+
+@pytest.mark.parametrize("keep", KEEPING)
+def test_what_keeps_the_boxes_keeps_the_optimizer(keep):
+    model = square()
+    opt = nn.Optimizer(model, optax.adam(1e-2))
+    step = nn.jit(lambda model, opt: opt.step(nn.grad(length)(model)))
+    step(model, opt)
+    keys = list(opt.state_dict())
+    model, opt = KEEPING[keep](model, opt)
+    assert opt.module is model
+    assert list(opt.state_dict()) == keys
+    before = values(model)
+    step(model, opt)
+    opt.step(nn.grad(length)(model))
+    assert int(opt.get_buffer("count")) == 3
+    assert not np.array_equal(before["0.weight"], values(model)["0.weight"])
+
+
+def test_an_optimizer_of_a_transformation_that_can_be_pickled_refers_to_its_parameters_afterwards():
+    model = square()
+    tx = optax.GradientTransformation(no_slots, steepest)
+    model, opt = pickle.loads(pickle.dumps((model, nn.Optimizer(model, tx))))
+    opt.step(some_grads(model))
+    model[1] = nn.Linear(3, 3)
+    with pytest.raises(nn.StructureChangeError, match=r"'1\.weight'"):
+        opt.step(some_grads(model))
+
+
+def no_slots(params):
+    return ()
+
+
+def steepest(grads, state, params=None):
+    return jax.tree.map(jnp.negative, grads), state
+
+
+def test_references_to_the_parameters_are_no_further_leaves():
+    model = square()
+    opt = nn.Optimizer(model, optax.adam(1e-2))
+    slots = 2 * len(list(model.parameters())) + 1
+    assert len(jax.tree.leaves(opt)) == len(list(model.parameters())) + slots
+    assert list(opt.parameters()) == []
+
+
+EQUAL_WHEN_REBUILT = {
+    "adamw": lambda: optax.adamw(1e-2),
+    "chain": lambda: optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-2)),
+    "multi_transform": lambda: optax.multi_transform(
+        {"slow": optax.sgd(1e-3), "fast": optax.adam(1e-2)},
+        {"0.weight": "slow", "0.bias": "fast", "1.weight": "slow", "1.bias": "fast"},
+    ),
+    "multi_transform_of_a_function": lambda: optax.multi_transform(
+        {"slow": optax.sgd(1e-3), "fast": optax.adam(1e-2)},
+        lambda params: {name: "slow" if "weight" in name else "fast" for name in params},
+    ),
+    "partition": lambda: optax.partition(
+        {"slow": optax.sgd(1e-3), "still": optax.set_to_zero()},
+        {"0.weight": "slow", "0.bias": "still", "1.weight": "slow", "1.bias": "still"},
+    ),
+    "multi_steps": lambda: optax.MultiSteps(optax.adam(1e-2), 2).gradient_transformation(),
+    "masked_by_a_dict": lambda: optax.masked(
+        optax.adam(1e-2), {"0.weight": True, "0.bias": False, "1.weight": True, "1.bias": False}
+    ),
+    "decay_masked_by_a_dict": lambda: optax.adamw(
+        1e-2, mask={"0.weight": True, "0.bias": False, "1.weight": True, "1.bias": False}
+    ),
+    "decay_masked_by_a_function": lambda: optax.adamw(
+        1e-2, mask=lambda params: {name: p.ndim > 1 for name, p in params.items()}
+    ),
+    "inject_hyperparams": lambda: optax.inject_hyperparams(optax.adam)(learning_rate=1e-2),
+    "inject_a_schedule": lambda: optax.inject_hyperparams(optax.adam)(
+        learning_rate=optax.linear_schedule(1e-2, 0.0, 10)
+    ),
+    "schedule": lambda: optax.adamw(optax.cosine_decay_schedule(1e-2, 10)),
+    "joined_schedules": lambda: optax.sgd(
+        optax.join_schedules([optax.constant_schedule(0.1), optax.constant_schedule(0.01)], [5])
+    ),
+    "piecewise_schedule": lambda: optax.sgd(optax.piecewise_constant_schedule(0.1, {5: 0.1})),
+    "flatten": lambda: optax.flatten(optax.adam(1e-2)),
+    "apply_if_finite": lambda: optax.apply_if_finite(optax.adam(1e-2), 3),
+}
+
+
+@pytest.mark.parametrize("name", EQUAL_WHEN_REBUILT)
+def test_an_equal_transformation_built_again_compiles_nothing(name):
+    def step(opt, grads):
+        opt.step(grads)
+
+    compiled = nn.jit(step)
+    for _ in range(3):
+        model = square()
+        compiled(nn.Optimizer(model, EQUAL_WHEN_REBUILT[name]()), some_grads(model))
+    assert compiled.trace_count == 1
+
+
+DIFFERENT = {
+    "mask": lambda flag: optax.masked(optax.adam(1e-2), dict.fromkeys(NAMES, flag)),
+    "labels": lambda flag: optax.partition(
+        {True: optax.sgd(1e-3), False: optax.sgd(1e-2)}, dict.fromkeys(NAMES, flag)
+    ),
+    "inner_rate": lambda flag: optax.partition(
+        {"all": optax.sgd(1e-3 if flag else 1e-2)}, dict.fromkeys(NAMES, "all")
+    ),
+    "period": lambda flag: optax.MultiSteps(
+        optax.adam(1e-2), 2 if flag else 3
+    ).gradient_transformation(),
+    "schedule": lambda flag: optax.sgd(
+        optax.piecewise_constant_schedule(0.1, {1 if flag else 2: 0.1})
+    ),
+    "function": lambda flag: optax.adamw(
+        1e-2, mask=lambda params: {name: (p.ndim > 1) is flag for name, p in params.items()}
+    ),
+}
+NAMES = ["0.weight", "0.bias", "1.weight", "1.bias"]
+
+
+@pytest.mark.parametrize("name", DIFFERENT)
+def test_a_different_transformation_of_the_same_make_takes_its_own_steps(name):
+    for flag in (True, False):
+        model = square()
+        params = {name: p.value for name, p in model.named_parameters()}
+        opt, tx = nn.Optimizer(model, DIFFERENT[name](flag)), DIFFERENT[name](flag)
+        with jax.numpy_dtype_promotion("standard"):
+            state = tx.init(params)
+            for i in range(3):
+                grads = some_grads(model, i)
+                opt.step(grads)
+                updates, state = jax.jit(tx.update)(grads, state, params)
+                params = optax.apply_updates(params, updates)
+        assert_close(values(model), params, rtol=2e-6, atol=1e-7)

@@ -86,3 +86,7 @@ class ConvergenceError(StatefulnnError, RuntimeError):
 
 class DivergenceWarning(RuntimeWarning):
     """Numbers of a task, or of a training run, that are no longer finite."""
+
+
+class UntrainedLeavesWarning(UserWarning):
+    """A gradient of a whole module that has frozen parameters or buffers, which hold zeros in it."""

@@ -8,19 +8,21 @@ Term
 from __future__ import annotations
 
 import threading
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 
 from statefulnn.core.box import Box, Buffer, Parameter
-from statefulnn.core.compat import EAGER, current_trace, kind
+from statefulnn.core.compat import EAGER, current_trace, is_forward_mode, kind, trace_of
+from statefulnn.core.errors import UntrainedLeavesWarning, explain
 from statefulnn.core.freeze import copied
 from statefulnn.core.generator import Generator
 from statefulnn.core.lending import lend, note_rebuilt
 from statefulnn.core.moduledef import ModuleDef
 from statefulnn.core.plan import plan_of
-from statefulnn.core.scope import LOST_IN_RAW_TRANSFORM, Scope, set_shell
+from statefulnn.core.scope import LOST_IN_RAW_TRANSFORM, Scope, set_shell, user_stack_level
 
 
 class Token(int):
@@ -93,8 +95,9 @@ def unflatten_module(aux: Any, leaves: Any) -> Any:
         return _collecting.table[aux]
     root = aux.nodes[aux.roots[0][1]]
     module = object.__new__(root.cls)
-    set_shell(module, (aux, leaves, raw_scope(aux)))
-    if module._shell[2] is None:
+    scope = raw_scope(aux, leaves)
+    set_shell(module, (aux, leaves, scope))
+    if scope is None:
         note_rebuilt(module)
     if root.shadowing:
         # A class attribute of that name would answer in the shell's place.
@@ -103,7 +106,7 @@ def unflatten_module(aux: Any, leaves: Any) -> Any:
     return module
 
 
-def raw_scope(moduledef: ModuleDef) -> Scope | None:
+def raw_scope(moduledef: ModuleDef, leaves: Sequence[Any]) -> Scope | None:
     """Return the owner of what JAX itself rebuilds: nobody under a trace, the user outside."""
     trace = current_trace()
     if trace is EAGER:
@@ -111,7 +114,37 @@ def raw_scope(moduledef: ModuleDef) -> Scope | None:
     scope = Scope(False, LOST_IN_RAW_TRANSFORM, moduledef)
     # jax.grad differentiates every leaf it is given; buffers and frozen parameters are constants.
     scope.stop_gradients = kind(trace) == "autodiff"
+    if scope.stop_gradients and not is_forward_mode(trace):
+        _warn_of_zeros(moduledef, leaves, trace)
     return scope
+
+
+def _warn_of_zeros(moduledef: ModuleDef, leaves: Sequence[Any], trace: Any) -> None:
+    """Warn if what is differentiated holds numbers that are not trained; Python does so once a line."""
+    start = moduledef.count("trainable")
+    untrained = [
+        i
+        for i, leaf in enumerate(leaves[start:], start)
+        if trace_of(leaf) is trace and jax.numpy.issubdtype(leaf.dtype, jax.numpy.inexact)
+    ]
+    if not untrained:
+        return
+    names = [moduledef.leaf_names[i] for i in untrained]
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    warnings.warn(
+        explain(
+            f"took the gradient of a whole {moduledef.nodes[0].cls.__name__} by a plain JAX "
+            "transformation (jax.grad, jax.vjp ...), with frozen parameters or buffers: "
+            f"{', '.join(map(repr, names[:5]))}{more}",
+            "the result holds zeros for them; an optimizer that works on the whole module, such as "
+            "optax.adamw, would still move them, by weight decay for instance",
+            "grads = nn.grad(loss)(model) and nn.Optimizer(model, tx).step(grads), which leave out what "
+            "is not trained; or jax.grad and optax over the params of "
+            "fn, params, state = nn.functionalize(model, mutable=True)",
+        ),
+        UntrainedLeavesWarning,
+        stacklevel=user_stack_level(),
+    )
 
 
 def flatten_box(box: Box) -> tuple[tuple, Any]:

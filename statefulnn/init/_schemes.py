@@ -208,7 +208,9 @@ def _mup(
     Options: `base`, the same model at the width where the learning rate was tuned; `readout`, the names of
     the last layers (``head``, ``lm_head``, ``readout``, ``fc``, ``classifier`` if left out). Returns the
     factors for Adam's learning rate by parameter name: base fan_in / fan_in for matrices whose input
-    grows with the width, 1 for all others. Scale attention by 1/head_dim instead of 1/√head_dim yourself.
+    grows with the width, 1 for all others. Scale attention by 1/head_dim instead of 1/√head_dim yourself,
+    and the logits by base width / width where the readout shares its weight with an embedding, whose
+    rules it then follows.
 
     Source: Yang et al. 2022 (arXiv 2203.03466), table 8; microsoft/mup.
     """
@@ -234,9 +236,12 @@ def _mup(
         )
     linear = {n: m for n, m in model.named_modules() if _is(m, "Linear")}
     last = _matching(linear, readout, r"(^|\.)(head|lm_head|readout|fc|classifier)$", "readout")
+    # By identity: a tied weight has several names, and at zero nothing would ever reach the embedding.
+    embedded = {id(m.weight) for m in model.modules() if _is(m, "Embedding", "EmbeddingBag")}
     for name, m in model.named_modules():
         if name in last:
-            draw.zeros_(m.weight)
+            if id(m.weight) not in embedded:
+                draw.zeros_(m.weight)
             _zero_bias(m)
         elif name in linear or _is(m, *_CONV):
             fan_in = math.prod(m.weight.shape[1:])
@@ -251,14 +256,9 @@ def _mup(
                 draw.zeros_(m.in_proj_bias)
         elif _is(m, *_NORM):
             _norm_to_identity(m)
-    embeddings = {
-        f"{n}.weight" if n else "weight"
-        for n, m in model.named_modules()
-        if _is(m, "Embedding", "EmbeddingBag")
-    }
     factors = {}
-    for name, shape in ours.items():
-        grown = len(shape) > 1 and name not in embeddings
+    for (name, shape), p in zip(ours.items(), model.parameters(), strict=True):
+        grown = len(shape) > 1 and id(p) not in embedded
         factors[name] = math.prod(shapes[name][1:]) / math.prod(shape[1:]) if grown else 1.0
     return factors
 

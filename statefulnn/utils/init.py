@@ -70,7 +70,8 @@ def materialize(
     Shapes come from `inputs` by ``jax.eval_shape``: nothing is computed. Values are drawn where they are
     to be, one parameter after the other: with a ``jax.sharding.Sharding`` each device draws its part,
     and the model is never whole on the host. They are what the layers' ``reset_parameters`` draw, the
-    children's before their parent's.
+    children's before their parent's, lazy layers last, in the order of the call: what building the model
+    with this seed gives. A tied parameter keeps what the module draws that had it first.
 
     Args:
         module: the model; it is changed in place.
@@ -110,8 +111,8 @@ def materialize(
     before = [(box, type(box), box._value) for box in boxes.values()]
     classes = [(m, type(m), dict(m.__dict__)) for m in module.modules()]
     try:
-        _infer_shapes(module, inputs, kwargs)
-        _draw_values(module, device)
+        called = _infer_shapes(module, inputs, kwargs)
+        _draw_values(module, device, called)
     except BaseException:
         for box, cls, value in before:
             if box._value is not value:
@@ -136,10 +137,11 @@ def _own(module: Module) -> dict[str, Box]:
 # Shapes
 
 
-def _infer_shapes(module: Module, inputs: tuple, kwargs: dict[str, Any]) -> None:
+def _infer_shapes(module: Module, inputs: tuple, kwargs: dict[str, Any]) -> list[Module]:
+    """Return the layers that were lazy, in the order in which a first call would initialise them."""
     lazy = {n: m for n, m in module.named_modules() if isinstance(m, LazyModuleMixin)}
     if not lazy:
-        return
+        return []
     seen: dict[str, tuple[tuple, dict]] = {}
 
     def forward(inputs: tuple, kwargs: dict) -> None:
@@ -164,8 +166,13 @@ def _infer_shapes(module: Module, inputs: tuple, kwargs: dict[str, Any]) -> None
                     "inputs that make forward call it, or an ordinary layer in its place",
                 )
             )
+    # One that has all its parameters from elsewhere draws nothing at its first call.
+    called: list[Any] = sorted(
+        (lazy[n] for n in seen), key=lambda m: not m.has_uninitialized_params()
+    )
     for name, (args, keywords) in seen.items():
         lazy[name]._infer_parameters(args, keywords)
+    return called
 
 
 def _note_inputs(module: Any, name: str, seen: dict) -> None:
@@ -187,26 +194,13 @@ def _struct(x: Any) -> Any:
 # Values
 
 
-def _draw_values(module: Module, device: Any) -> None:
+def _draw_values(module: Module, device: Any, called: list[Module]) -> None:
     missing = {id(b) for m in module.modules() for b in _own(m).values() if is_meta(b._value)}
     if not missing:
         return
-    order: list[tuple[str, Module]] = []  # children first, as `apply` goes
-    seen: set[int] = set()
-
-    def visit(name: str, m: Module) -> bool:
-        seen.add(id(m))
-        below = [
-            visit(f"{name}.{k}" if name else k, child)
-            for k, child in m._modules.items()
-            if child is not None and id(child) not in seen
-        ]
-        needed = any(below) or any(id(b) in missing for b in _own(m).values())
-        if needed:
-            order.append((name, m))
-        return needed
-
-    visit("", module)
+    order, parents = _construction_order(module, missing)
+    ranks = {id(m): rank for rank, m in enumerate(called)}
+    order.sort(key=lambda entry: ranks.get(id(entry[1]), -1))
     for name, m in order:
         if _reset_of(m) is None and any(id(b) in missing for b in _own(m).values()):
             raise UninitializedParameterError(
@@ -217,19 +211,69 @@ def _draw_values(module: Module, device: Any) -> None:
                     "device=...) and load_state_dict",
                 )
             )
-    kept = [
-        (box, box._value) for _, m in order for box in _own(m).values() if id(box) not in missing
-    ]
+    owners: dict[int, Module] = {}
+    for _, m in order:
+        for box in _own(m).values():
+            if id(box) not in owners or _home(box) is m:
+                owners[id(box)] = m
     for name, m in order:
         for key, box in _own(m).items():
             if is_meta(box._value):
                 _allocate(box, f"{name}.{key}" if name else key, device)
         reset = _reset_of(m)
-        if reset is not None:
-            reset()
-    for box, value in kept:  # what had values keeps them
-        if box._value is not value:
-            Box.write(box, value)
+        if reset is None:
+            continue
+        # The module drew for what it was built with, before it was given what belongs elsewhere.
+        kept = [
+            (box, box._value)
+            for below in m.modules()
+            for box in _own(below).values()
+            if id(box) not in missing or m not in _upwards(owners[id(box)], parents)
+        ]
+        reset()
+        for box, value in kept:
+            if box._value is not value:
+                Box.write(box, value)
+
+
+def _construction_order(
+    module: Module, missing: set[int]
+) -> tuple[list[tuple[str, Module]], dict[Module, Module]]:
+    """Return the modules that have something to draw, children first, and where each module belongs."""
+    order: list[tuple[str, Module]] = []
+    parents: dict[Module, Module] = {}
+    seen: set[Module] = set()
+
+    def visit(name: str, m: Module) -> bool:
+        seen.add(m)
+        needed = any(id(b) in missing for b in _own(m).values())
+        for key, child in m._modules.items():
+            if child is not None:
+                if child not in parents or _home(child) is m:
+                    parents[child] = m
+                if child not in seen:
+                    needed |= visit(f"{name}.{key}" if name else key, child)
+        if needed:
+            order.append((name, m))
+        return needed
+
+    visit("", module)
+    return order, parents
+
+
+def _home(member: Any) -> Any:
+    """Return the module in which a box or module was registered first, if that is known."""
+    return member._home[0]() if isinstance(member._home, tuple) else None
+
+
+def _upwards(module: Module, parents: dict[Module, Module]) -> set[Module]:
+    """Return a module and all those to which it belongs."""
+    found: set[Module] = set()
+    above: Module | None = module
+    while above is not None and above not in found:
+        found.add(above)
+        above = parents.get(above)
+    return found
 
 
 def _reset_of(module: Any) -> Callable | None:

@@ -38,9 +38,20 @@ class Net(nn.Module):
 
 X = jnp.asarray([1.0, 2.0])
 
+
+def warned(run):
+    """Take a gradient of the whole module, which has a place for the running mean: that warns."""
+
+    def run_and_see(f, m):
+        with pytest.warns(nn.UntrainedLeavesWarning, match="running_mean"):
+            return run(f, m)
+
+    return run_and_see
+
+
 RAW = {
     "jit": lambda f, m: jax.jit(f)(m),
-    "grad": lambda f, m: jax.grad(lambda m: (f(m), m.norm.scale.value.sum())[1])(m),
+    "grad": warned(lambda f, m: jax.grad(lambda m: (f(m), m.norm.scale.value.sum())[1])(m)),
     "vmap": lambda f, m: jax.vmap(lambda m: (f(m), m.norm.scale.value)[1])(
         jax.tree.map(lambda a: jnp.stack([a, a]), m)
     ),
@@ -48,15 +59,15 @@ RAW = {
         m, jnp.ones(3)
     ),
     "checkpoint": lambda f, m: jax.checkpoint(lambda m: (f(m), X)[1])(m),
-    "checkpoint under grad": lambda f, m: jax.grad(
-        jax.checkpoint(lambda m: (f(m), m.norm.scale.value.sum())[1])
-    )(m),
+    "checkpoint under grad": warned(
+        lambda f, m: jax.grad(jax.checkpoint(lambda m: (f(m), m.norm.scale.value.sum())[1]))(m)
+    ),
     "scan, as carry": lambda f, m: jax.lax.scan(
         lambda m, _: (f(m), (m, None))[1], m, None, length=2
     ),
     "cond": lambda f, m: jax.lax.cond(True, lambda m: (f(m), X)[1], lambda m: X, m),
     "jvp": lambda f, m: jax.jvp(lambda m: (f(m), m.norm.scale.value)[1], (m,), (m,)),
-    "vjp": lambda f, m: jax.vjp(lambda m: (f(m), m.norm.scale.value)[1], m),
+    "vjp": warned(lambda f, m: jax.vjp(lambda m: (f(m), m.norm.scale.value)[1], m)),
     "eval_shape": lambda f, m: jax.eval_shape(lambda m: (f(m), X)[1], m),
     "make_jaxpr": lambda f, m: jax.make_jaxpr(lambda m: (f(m), X)[1])(m),
     "jit of vmap": lambda f, m: jax.jit(lambda m: jax.vmap(lambda x: (f(m), x)[1])(jnp.ones(2)))(m),
