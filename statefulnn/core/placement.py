@@ -8,12 +8,14 @@ Terms
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import functools
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
+from statefulnn.core.compat import Tracer
 from statefulnn.core.construction import devices_in_force
 from statefulnn.core.errors import DtypeError, UninitializedParameterError, explain
 
@@ -152,6 +154,50 @@ def placed(value: Any, place: Any) -> Any:
             )
         )
     return jax.device_put(value, place)
+
+
+@functools.cache
+def _several_devices() -> bool:
+    return jax.device_count() > 1
+
+
+def placements_of(values: Sequence[Any]) -> tuple[Any, ...] | None:
+    """Return for each array its sharding if it lies on several devices; None if no array does."""
+    if not _several_devices():
+        return None
+    found = tuple(
+        v.sharding
+        if isinstance(v, jax.Array) and not isinstance(v, Tracer) and v.sharding.num_devices > 1
+        else None
+        for v in values
+    )
+    return found if any(found) else None
+
+
+def spread(values: Sequence[Any], placements: Sequence[Any]) -> list[tuple[int, Any]]:
+    """Return the arrays that nobody placed, put on all devices of the mesh that the others lie on.
+
+    A computation does so anyway; done beforehand, it is compiled once and not again for its own results.
+    """
+    meshes = {s.mesh for s in placements if isinstance(s, jax.sharding.NamedSharding)}
+    if len(meshes) != 1:
+        return []
+    everywhere = jax.sharding.NamedSharding(meshes.pop(), jax.sharding.PartitionSpec())
+    return [
+        (i, jax.device_put(v, everywhere))
+        for i, (v, s) in enumerate(zip(values, placements, strict=True))
+        if s is None and isinstance(v, jax.Array) and not isinstance(v, Tracer) and not v.committed
+    ]
+
+
+def kept_in_place(value: Any, sharding: Any) -> Any:
+    """Return a traced array with the sharding that its box has; None leaves the choice to XLA."""
+    if sharding is None or isinstance(sharding, jax.sharding.SingleDeviceSharding):
+        return value
+    mesh = getattr(sharding, "mesh", None)
+    if mesh is not None and jax.sharding.AxisType.Explicit in mesh.axis_types:
+        return jax.sharding.reshard(value, sharding)
+    return jax.lax.with_sharding_constraint(value, sharding)
 
 
 def cast(value: Any, dtype: Any) -> Any:

@@ -24,6 +24,7 @@ from statefulnn.core.errors import RetraceWarning, explain
 from statefulnn.core.freeze import BoundMethod, Freezer, HookFreezer, copied
 from statefulnn.core.generator import Generator
 from statefulnn.core.moduledef import COPIED, HOOKS, SHARED, ModuleDef, NodeDef, differences, rank
+from statefulnn.core.placement import placements_of, spread
 from statefulnn.core.registry import GLOBAL_CELL, GLOBAL_HOOKS, HookDict
 from statefulnn.core.scope import Cell, ModuleBase, clock, set_plan, user_stack_level
 from statefulnn.core.uninitialized import is_lazy
@@ -65,6 +66,7 @@ class Plan:
         "moduledef",
         "node_ids",
         "parameters",
+        "placements",
         "reference",
         "stamps",
         "watched",
@@ -73,6 +75,7 @@ class Plan:
     moduledef: ModuleDef
     boxes: list[Box]  # in leaf order
     parameters: list[Parameter]
+    placements: tuple[Any, ...] | None  # where the leaves lie, see `placements_of`
     reference: Any  # a weak reference to the plan itself
     generators: list[Generator]
     flags: list[bool]  # requires_grad of the parameters
@@ -118,6 +121,13 @@ class Plan:
                     with jax.ensure_compile_time_eval():  # also while somebody traces
                         b._value = jax.numpy.asarray(b._value)
             leaves = [b._value for b in self.boxes]
+            placements = placements_of(leaves)
+            if placements is not None:
+                for i, value in spread(leaves, placements):
+                    leaves[i] = self.boxes[i]._value = value
+                placements = placements_of(leaves)
+            if placements != self.placements:
+                self.placements = placements
             self.keep(leaves, before)
         return leaves
 
@@ -216,7 +226,7 @@ class _Builder:
         plan.closures = tuple(zip(*closures, strict=True)) if closures else None
         plan.node_ids = self.node_ids if watched else {}
         plan.checked_at = -1  # the first call compares the stamps once more
-        plan.cached_leaves = None
+        plan.cached_leaves = plan.placements = None
         plan.fresh, plan.changes = fresh, {}
         return plan
 

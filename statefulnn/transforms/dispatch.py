@@ -123,6 +123,8 @@ class Dispatch:
         leaves = known.plan.cached_leaves
         if leaves is None:
             leaves = known.plan.leaves()
+            if known.plan.placements is not version.placements:
+                known, version, dynamic = self.look_up(args, kwargs)
         self.versions.counter = self._counter
         try:
             out, written = version.call(leaves, dynamic)
@@ -164,10 +166,12 @@ class Dispatch:
         dynamic, treedef, roots = flatten_collecting((args, kwargs))
         generator = current_generator()
         known = self._known_of(roots if generator is None else [*roots, generator])
-        version = known.versions.get(treedef) if statics is None else None
-        if version is None:
-            signature = Signature(known.plan.moduledef, treedef, generator is not None)
-            version = self.versions.find(signature, statics)
+        plan, version = known.plan, known.versions.get(treedef) if statics is None else None
+        plan.leaves()  # finds out where they lie
+        if version is None or version.placements is not plan.placements:
+            signature = Signature(plan.moduledef, treedef, generator is not None)
+            version = self.versions.find(signature, statics, plan.placements)
+            plan.placements = version.placements  # equal ones are one object
             if version not in self._met:
                 self._met.add(version)
                 self.versions.note_use(map(id, roots))
