@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from statefulnn.core.baked_in import Capture
 from statefulnn.core.compat import EAGER, Tracer, current_trace
 from statefulnn.core.errors import (
     DtypeError,
@@ -25,9 +26,11 @@ from statefulnn.core.errors import (
     ShapeError,
     StructureChangeError,
     explain,
+    name_of,
 )
 from statefulnn.core.lending import lend
 from statefulnn.core.narrowing import check_jax_holds
+from statefulnn.core.ownership import ModuleBase, Scope, birth_scope, check_write, real_dict
 from statefulnn.core.placement import (
     META,
     elsewhere,
@@ -36,18 +39,7 @@ from statefulnn.core.placement import (
     place_in_force,
     placed,
 )
-from statefulnn.core.scope import (
-    Capture,
-    ModuleBase,
-    Scope,
-    birth_scope,
-    check_write,
-    clock,
-    name_of,
-    real_dict,
-    tick,
-    value_changed,
-)
+from statefulnn.core.stamps import clock, tick, value_changed
 
 
 class Box:

@@ -25,7 +25,7 @@ import numpy as np
 from statefulnn.core.box import Box
 from statefulnn.core.compat import Tracer
 from statefulnn.core.errors import RegistrationError, TraceLeakError, explain
-from statefulnn.core.scope import ModuleBase
+from statefulnn.core.ownership import ModuleBase
 
 
 class Identity:

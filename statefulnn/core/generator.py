@@ -27,7 +27,8 @@ from statefulnn.core import compat, threefry
 from statefulnn.core.box import Box
 from statefulnn.core.compat import EAGER, current_trace
 from statefulnn.core.errors import DtypeError, MissingRngError, explain
-from statefulnn.core.scope import Scope, value_changed
+from statefulnn.core.ownership import Scope
+from statefulnn.core.stamps import value_changed
 
 _WAYS_OUT = (
     "nn.jit, nn.vmap, nn.scan and nn.remat carry the generator as state; or pass a key: "

@@ -25,9 +25,10 @@ from statefulnn.core.errors import ShapeError, explain
 from statefulnn.core.freeze import BoundMethod, copied
 from statefulnn.core.lending import lend
 from statefulnn.core.moduledef import HOOKS, ModuleDef, NodeDef, rank
+from statefulnn.core.ownership import ModuleBase, Scope, set_cell, set_home, set_plan, set_shell
 from statefulnn.core.plan import plan_of
 from statefulnn.core.registry import HookDict, Registry
-from statefulnn.core.scope import Cell, ModuleBase, Scope, set_cell, set_home, set_plan, set_shell
+from statefulnn.core.stamps import Cell
 
 
 def build_clones(

@@ -28,8 +28,8 @@ import numpy as np
 from statefulnn.core import compat
 from statefulnn.core.compat import EAGER, Tracer, current_trace
 from statefulnn.core.errors import TraceLeakError, explain
+from statefulnn.core.ownership import ModuleBase, real_dict
 from statefulnn.core.registry import Registry
-from statefulnn.core.scope import ModuleBase, real_dict
 
 NEWEST = 1024  # members of a container that are looked at
 DEEPEST = 6  # steps from an attribute or a hook

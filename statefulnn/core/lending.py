@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from statefulnn.core.compat import EAGER, Tracer, current_trace
-from statefulnn.core.scope import value_changed
+from statefulnn.core.stamps import value_changed
 
 # By identity: what was lent; an entry goes with its array.
 _lent: dict[int, weakref.ref] = {}

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from statefulnn.core import state_dict as _state_dict
+from statefulnn.core.baked_in import Capture
 from statefulnn.core.box import (
     Box,
     Buffer,
@@ -39,9 +40,20 @@ from statefulnn.core.errors import (
 )
 from statefulnn.core.freeze import CONTAINERS, Freezer, find_hidden, hidden_member
 from statefulnn.core.graph import materialise
-from statefulnn.core.hooks import RemovableHandle, active, add_hook, call_with_hooks
+from statefulnn.core.hooks import RemovableHandle, add_hook, call_with_hooks
 from statefulnn.core.leaks import traced_call
+from statefulnn.core.listeners import active
 from statefulnn.core.moduledef import COPIED
+from statefulnn.core.ownership import (
+    ModuleBase,
+    birth_scope,
+    check_write,
+    real_dict,
+    set_cell,
+    set_home,
+    set_plan,
+    set_shell,
+)
 from statefulnn.core.placement import META, cast, placed, resolve_device, supported
 from statefulnn.core.placement import device as device_type
 from statefulnn.core.pytree import (
@@ -50,19 +62,7 @@ from statefulnn.core.pytree import (
     unflatten_module,
 )
 from statefulnn.core.registry import GLOBAL_CELL, GLOBAL_HOOKS, HookDict, Registry
-from statefulnn.core.scope import (
-    Capture,
-    Cell,
-    ModuleBase,
-    birth_scope,
-    check_write,
-    clock,
-    real_dict,
-    set_cell,
-    set_home,
-    set_plan,
-    set_shell,
-)
+from statefulnn.core.stamps import Cell, clock
 from statefulnn.core.uninitialized import is_lazy
 
 _SLOTS = frozenset({"_cell", "_home", "_plan", "_shell"})

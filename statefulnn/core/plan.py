@@ -20,13 +20,14 @@ import jax
 import numpy as np
 
 from statefulnn.core.box import Box, Parameter
-from statefulnn.core.errors import RetraceWarning, explain
+from statefulnn.core.errors import RetraceWarning, explain, user_stack_level
 from statefulnn.core.freeze import BoundMethod, Freezer, HookFreezer, copied
 from statefulnn.core.generator import Generator
 from statefulnn.core.moduledef import COPIED, HOOKS, SHARED, ModuleDef, NodeDef, differences, rank
+from statefulnn.core.ownership import ModuleBase, set_plan
 from statefulnn.core.placement import placements_of, spread
 from statefulnn.core.registry import GLOBAL_CELL, GLOBAL_HOOKS, HookDict
-from statefulnn.core.scope import Cell, ModuleBase, clock, set_plan, user_stack_level
+from statefulnn.core.stamps import Cell, clock
 from statefulnn.core.uninitialized import is_lazy
 
 # Attributes that live in a module's __dict__ but are not static attributes.

@@ -8,7 +8,8 @@ from typing import Any
 from statefulnn.core.box import Box
 from statefulnn.core.compat import EAGER, current_trace
 from statefulnn.core.errors import RegistrationError, explain
-from statefulnn.core.scope import Cell, ModuleBase, check_write
+from statefulnn.core.ownership import ModuleBase, check_write
+from statefulnn.core.stamps import Cell
 
 
 class Registry(dict):

@@ -19,7 +19,7 @@ from statefulnn.core.placement import (
     resolve_device,
     supported,
 )
-from statefulnn.core.scope import clock, tick
+from statefulnn.core.stamps import clock, tick
 
 
 class Uninitialized:

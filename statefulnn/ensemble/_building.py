@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from statefulnn.core.baked_in import Capture
 from statefulnn.core.box import from_numpy
 from statefulnn.core.compat import EAGER, Tracer, current_trace, trace_of
 from statefulnn.core.errors import DtypeError, ShapeError, UninitializedParameterError, explain
@@ -17,9 +18,9 @@ from statefulnn.core.freeze import Identity
 from statefulnn.core.generator import as_key, drawing_generator, rng_scope
 from statefulnn.core.module import Module
 from statefulnn.core.moduledef import ModuleDef, differences
+from statefulnn.core.ownership import set_home
 from statefulnn.core.placement import META, elsewhere, is_meta, place_in_force, placed
 from statefulnn.core.plan import plan_of
-from statefulnn.core.scope import Capture, set_home
 from statefulnn.core.uninitialized import is_lazy
 
 _UNTRACEABLE = (

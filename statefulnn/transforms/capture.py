@@ -13,10 +13,10 @@ from statefulnn.core import compat
 from statefulnn.core.box import Box, unwrap
 from statefulnn.core.errors import DtypeError, ShapeError, TraceLeakError, UnknownNameError, explain
 from statefulnn.core.graph import require_module
-from statefulnn.core.hooks import listening, run_abstractly
+from statefulnn.core.listeners import listening, run_abstractly
 from statefulnn.core.module import Module
+from statefulnn.core.ownership import ModuleBase
 from statefulnn.core.plan import plan_of
-from statefulnn.core.scope import ModuleBase
 from statefulnn.transforms.lift import SplitCall, Writes
 
 

@@ -16,10 +16,11 @@ import numpy as np
 
 from statefulnn.core.box import Box
 from statefulnn.core.errors import ShapeError, UnknownNameError, UnusedModuleError, explain
-from statefulnn.core.hooks import forward_mode_error, hooks_of
+from statefulnn.core.hooks import hooks_of
 from statefulnn.core.module import Module
+from statefulnn.core.ownership import Scope
 from statefulnn.core.pytree import flatten_collecting
-from statefulnn.core.scope import Scope
+from statefulnn.core.taps import forward_mode_error
 from statefulnn.transforms.lift import SplitCall, Writes, template
 
 

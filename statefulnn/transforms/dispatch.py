@@ -17,9 +17,9 @@ import numpy as np
 from statefulnn.core.box import check_usable
 from statefulnn.core.compat import EAGER, current_trace
 from statefulnn.core.generator import current_generator, streams
+from statefulnn.core.ownership import ModuleBase
 from statefulnn.core.plan import Plan, build_plan, count_changes
 from statefulnn.core.pytree import flatten_collecting
-from statefulnn.core.scope import ModuleBase
 from statefulnn.transforms.lift import Signature, restore_output, write_back
 from statefulnn.transforms.versions import Options, Statics, Version, versions_of
 

@@ -21,8 +21,8 @@ from statefulnn.core.graph import build_clones, merge, require_module
 from statefulnn.core.module import Module
 from statefulnn.core.moduledef import ModuleDef, differences, positions_of
 from statefulnn.core.narrowing import check_jax_holds
+from statefulnn.core.ownership import Scope
 from statefulnn.core.plan import build_plan, plan_of
-from statefulnn.core.scope import Scope
 from statefulnn.core.state_dict import _dtype_kind as dtype_kind
 from statefulnn.transforms.lift import check_structure
 

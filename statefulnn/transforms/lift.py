@@ -21,9 +21,10 @@ from statefulnn.core.generator import Generator, current_generator, use_generato
 from statefulnn.core.graph import build_clones
 from statefulnn.core.leaks import outer_traces, watching
 from statefulnn.core.moduledef import ModuleDef, differences
+from statefulnn.core.ownership import ModuleBase, Scope, check_write, real_dict
 from statefulnn.core.plan import Plan, build_plan, plan_of
 from statefulnn.core.pytree import flatten_collecting, unflatten_with
-from statefulnn.core.scope import ModuleBase, Scope, check_write, clock, real_dict, value_changed
+from statefulnn.core.stamps import clock, value_changed
 
 
 class Writes:

@@ -36,7 +36,7 @@ from statefulnn.core.generator import current_generator, next_key
 from statefulnn.core.module import Module, find_box, place_box
 from statefulnn.core.moduledef import ModuleDef
 from statefulnn.core.narrowing import check_jax_holds
-from statefulnn.core.scope import ModuleBase
+from statefulnn.core.ownership import ModuleBase
 
 
 def dotted(path: tuple) -> str:

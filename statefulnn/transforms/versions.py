@@ -20,13 +20,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from statefulnn.core.errors import RetraceWarning, explain
+from statefulnn.core.errors import RetraceWarning, explain, user_stack_level
 from statefulnn.core.freeze import Freezer
-from statefulnn.core.hooks import active
 from statefulnn.core.lending import donated
+from statefulnn.core.listeners import active
+from statefulnn.core.ownership import ModuleBase
 from statefulnn.core.placement import kept_in_place
 from statefulnn.core.plan import RETRACE_LIMIT
-from statefulnn.core.scope import ModuleBase, user_stack_level
 from statefulnn.transforms.function_keys import FunctionKey
 from statefulnn.transforms.lift import Signature, leaves_below, template
 

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from statefulnn.core.baked_in import probing
 from statefulnn.core.box import Box, filled
 from statefulnn.core.compat import EAGER, current_trace
 from statefulnn.core.errors import TraceLeakError, UninitializedParameterError, explain
@@ -17,7 +18,6 @@ from statefulnn.core.generator import rng_scope
 from statefulnn.core.module import Module
 from statefulnn.core.placement import META, elsewhere, is_meta, resolve_device
 from statefulnn.core.placement import device as device_type
-from statefulnn.core.scope import probing
 from statefulnn.modules.lazy import LazyModuleMixin
 
 
