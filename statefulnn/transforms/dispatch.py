@@ -161,6 +161,7 @@ class Dispatch:
     def look_up(self, args: tuple, kwargs: dict[str, Any]) -> tuple[KnownModules, Version, list]:
         """Return what a call needs: what is known of its modules, its version, the other leaves."""
         statics = None
+        self.versions.counter = self._counter
         if self.options.static_argnums or self.options.static_argnames:
             args, kwargs, statics = self._without_statics(args, kwargs)
         dynamic, treedef, roots = flatten_collecting((args, kwargs))
