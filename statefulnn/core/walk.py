@@ -33,7 +33,7 @@ def walk(
     """Yield what happens to each module, depth first: (ENTER, LEAVE, CALL or SEEN; label; module).
 
     Args:
-        root: the first module; it is entered also if it has its own version of the method.
+        root: the first module; its own version of the method, if it has one, is what asks.
         below: gives for a module and its label the labels and modules below, when it is entered.
         label: that of the root.
         method: modules with their own version of this method are not entered.
@@ -77,12 +77,12 @@ _under_way = _UnderWay()
 
 @contextlib.contextmanager
 def under_way(call: Hashable, root: Any) -> Iterator[set[int]]:
-    """Note that a module's method runs, and give the ids of those for which the same call runs already.
+    """Note that a call runs on a module in this thread; give the ids of those it was running on already.
 
-    Where modules with versions of their own lie on a cycle, this ends it.
+    Where modules with their own versions of a method lie on a cycle, this ends it.
     """
     roots = _under_way.roots.setdefault(call, [])
-    around = set(roots) - {id(root)}
+    around = set(roots)
     roots.append(id(root))
     try:
         yield around
