@@ -262,19 +262,15 @@ def _generator_with(state: Any, seed: int | None) -> Generator:
 def _check_draw(generator: Generator) -> None:
     scope = generator._scope
     owner = EAGER if scope is None else scope.trace
-    for trace in compat.chain(current_trace()):
-        if trace is owner:
-            if scope is not None and not scope.writable:
-                break
-            return
-        if compat.kind(trace) != "autodiff":
-            break
-    else:
-        trace = None
+    between = compat.between(current_trace(), owner)
+    around = compat.chain(current_trace()) if between is None else between
+    hindrance = next((t for t in around if compat.kind(t) not in ("autodiff", "unknown")), owner)
+    if between is not None and hindrance is owner and (scope is None or scope.writable):
+        return
     why = {
         "batch": "every lane would get the same numbers",
         "staged": "the numbers would be drawn once, while tracing, and come back at every call",
-    }.get("" if trace is None else compat.kind(trace), "nobody would keep the advanced generator")
+    }.get(compat.kind(hindrance), "nobody would keep the advanced generator")
     raise MissingRngError(
         explain("drew random numbers inside a plain JAX transformation", why, _WAYS_OUT)
     )

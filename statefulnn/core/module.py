@@ -64,6 +64,15 @@ from statefulnn.core.pytree import (
 from statefulnn.core.registry import GLOBAL_CELL, GLOBAL_HOOKS, HookDict, Registry
 from statefulnn.core.stamps import Cell, clock
 from statefulnn.core.uninitialized import is_lazy
+from statefulnn.core.walk import (
+    CALL,
+    ENTER,
+    LEAVE,
+    deepcopied,
+    leave_copies_to_reduction,
+    under_way,
+    walk,
+)
 
 _SLOTS = frozenset({"_cell", "_home", "_plan", "_shell"})
 _PLATFORMS = ("cpu", "gpu", "cuda", "rocm", "tpu", META)
@@ -148,6 +157,7 @@ class Module(ModuleBase):
         for name, value in vars(cls).items():
             if isinstance(value, (Box, Module)):
                 raise hidden_member(f"the class attribute '{cls.__name__}.{name}'", value)
+        leave_copies_to_reduction(cls)
         _register(cls)
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
@@ -696,16 +706,25 @@ class Module(ModuleBase):
     ) -> Iterator[tuple[str, Module]]:
         """Yield (dotted name, module) of this module and everything below."""
         memo = set() if memo is None else memo
-        if self in memo:
-            return
-        memo.add(self)
-        yield prefix, self
-        for name, module in list(self._modules.items()):
-            if module is not None:
-                path = f"{prefix}.{name}" if prefix else name
+        met = {id(module) for module in memo}
+
+        def below(module: Module, path: str) -> list[tuple[str, Module]]:
+            return [
+                (f"{path}.{name}" if path else name, child)
+                for name, child in module._modules.items()
+                if child is not None
+            ]
+
+        steps = walk(self, below, prefix, method="named_modules", met=met, once=remove_duplicate)
+        for event, path, module in steps:
+            if event is ENTER:
+                memo.add(module)
+                yield path, module
+            elif event is CALL:
                 yield from module.named_modules(memo, path, remove_duplicate)
-        if not remove_duplicate:
-            memo.discard(self)  # what remains is the path to here, so that a cycle still ends
+                met.update(map(id, memo))
+            elif event is LEAVE and not remove_duplicate:
+                memo.discard(module)  # what remains is the path to here, so that a cycle still ends
 
     def modules(self, remove_duplicate: bool = True) -> Iterator[Module]:
         """Yield this module and everything below, each once unless `remove_duplicate` is False."""
@@ -723,10 +742,12 @@ class Module(ModuleBase):
         """
         if not isinstance(mode, bool):
             raise ValueError("training mode is expected to be boolean")
-        self.training = mode
-        for module in self.children():
-            if module is not self:
-                module.train(mode)
+        with under_way(("train", mode), self) as met:
+            for event, _, module in walk(self, _children, method="train", met=met, once=True):
+                if event is ENTER:
+                    module.training = mode
+                elif event is CALL:
+                    module.train(mode)
         return self
 
     def eval(self) -> Self:
@@ -747,9 +768,12 @@ class Module(ModuleBase):
 
     def apply(self, fn: Callable[[Module], Any]) -> Self:
         """Call a function on every module, children first, and return the module."""
-        for module in self.children():
-            module.apply(fn)
-        fn(self)
+        with under_way(("apply", id(fn)), self) as met:
+            for event, _, module in walk(self, _children, method="apply", met=met):
+                if event is LEAVE:
+                    fn(module)
+                elif event is CALL:
+                    module.apply(fn)
         return self
 
     # ----------------------------------------------------------------------------------------------
@@ -866,7 +890,8 @@ class Module(ModuleBase):
 
         Returns:
             an ordered dict with an attribute ``_metadata`` (the version of each module). The arrays
-            are immutable, so the dict is a snapshot.
+            are immutable, so the dict is a snapshot. A cycle of modules ends where it would come back
+            to a module that it is in, so ``load_state_dict`` finds the same names.
         """
         return _state_dict.state_dict(self, destination, prefix, keep_vars)
 
@@ -1004,17 +1029,34 @@ class Module(ModuleBase):
         return ""
 
     def __repr__(self) -> str:
-        extra = self.extra_repr()
-        extra_lines = extra.split("\n") if extra else []
-        child_lines = []
-        for name, module in self._modules.items():
-            child_lines.append(f"({name}): " + _indented(repr(module)))
-        lines = extra_lines + child_lines
-        if not lines:
-            return f"{self._get_name()}()"
-        if len(extra_lines) == 1 and not child_lines:
-            return f"{self._get_name()}({extra_lines[0]})"
-        return f"{self._get_name()}(\n  " + "\n  ".join(lines) + "\n)"
+        lines: list[str] = []
+        open_: list[bool] = []  # whether the modules around are closed by a line of their own
+        with under_way("repr", self) as met:
+            met.add(id(None))
+            for event, name, module in walk(self, _shown, method="__repr__", met=met):
+                if event is LEAVE:
+                    if open_.pop():
+                        lines.append("  " * len(open_) + ")")
+                    continue
+                indent = "  " * len(open_)
+                start = f"{indent}({name}): " if open_ else ""
+                if event is ENTER:
+                    extra = module.extra_repr()
+                    inside = extra.split("\n") if extra else []
+                    open_.append(bool(module._modules) or len(inside) > 1)
+                    start += f"{module._get_name()}("
+                    if open_[-1]:
+                        lines += [start, *(f"{indent}  {line}" for line in inside)]
+                    else:
+                        lines.append(f"{start}{extra})")
+                elif event is CALL:
+                    lines.append(start + repr(module).replace("\n", f"\n{indent}"))
+                else:
+                    lines.append(start + ("None" if module is None else "..."))
+        return "\n".join(lines)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return deepcopied(self, memo)
 
     def __getstate__(self) -> dict[str, Any]:
         state = dict(self.__dict__)
@@ -1199,9 +1241,12 @@ def _locate(error: Exception, module: Module) -> None:
         return
 
 
-def _indented(text: str) -> str:
-    first, *rest = text.split("\n")
-    return "\n".join([first, *("  " + line for line in rest)])
+def _children(module: Module, _: str) -> list[tuple[str, Module]]:
+    return [("", child) for child in module.children()]
+
+
+def _shown(module: Module, _: str) -> list[tuple[str, Module | None]]:
+    return list(module._modules.items())
 
 
 def _global(name: str, hook: tuple, prepend: bool = False) -> RemovableHandle:

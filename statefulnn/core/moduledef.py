@@ -17,6 +17,8 @@ from statefulnn.core.generator import Generator
 # How a clone gets a static attribute: the same object, a copy, a copy as a dict of hooks.
 SHARED, COPIED, HOOKS = 0, 1, 2
 
+_SHOWN = 8  # names in a message: similar ones are searched for these, which takes long
+
 _KINDS = ("trainable", "frozen", "buffer", "generator")
 
 
@@ -67,6 +69,7 @@ class ModuleDef:
         "__weakref__",
         "_hash",
         "_names",
+        "_ranks",
         "boxes",
         "key",
         "nodes",
@@ -81,6 +84,9 @@ class ModuleDef:
         self.order = order
         self.key = key
         self._hash = hash(key)
+        self._ranks = [0] * len(boxes)
+        for number, (cls, static) in enumerate(boxes):
+            self._ranks[order[number]] = rank(cls, static)
         self._names: Any = None  # names are made when somebody asks for one
 
     def __hash__(self) -> int:
@@ -109,13 +115,6 @@ class ModuleDef:
         """Return "trainable", "frozen", "buffer" or "generator" for a leaf position."""
         return _KINDS[self._ranks[position]]
 
-    @property
-    def _ranks(self) -> list[int]:
-        ranks = [0] * len(self.boxes)
-        for number, (cls, static) in enumerate(self.boxes):
-            ranks[self.order[number]] = rank(cls, static)
-        return ranks
-
     def count(self, kind: str) -> int:
         """Return how many leaves are of a kind."""
         rank = _KINDS.index(kind)
@@ -142,58 +141,89 @@ class ModuleDef:
         return self._names
 
     def _name_everything(self) -> tuple[dict[str, int], list[str], list[tuple | None]]:
-        names: dict[str, int] = {}
-        first: list[str | None] = [None] * len(self.boxes)
-        paths: list[tuple | None] = [None] * len(self.nodes)
+        naming = _Naming(self)
         several = len(self.roots) > 1
-
-        def visit(node: int, prefix: str, path: tuple, active: frozenset, registered: bool) -> None:
-            if node in active:
-                return
-            if paths[node] is None:
-                paths[node] = path
-            d = self.nodes[node]
-            for registry in d.members[:2]:
-                for name, box in registry:
-                    if box is not None:
-                        label(prefix + name, box, registered)
-            active = active | {node}
-            for name, child in d.members[2]:
-                if child is not None:
-                    visit(child, f"{prefix}{name}.", (*path, name), active, registered)
-
-        def refer(node: int, prefix: str, path: tuple, done: set) -> None:
-            if node in done:
-                return
-            done.add(node)
-            d = self.nodes[node]
-            for name, what, number in d.references:
-                if what == "box":
-                    label(prefix + name, number, False)
-                else:
-                    visit(number, f"{prefix}{name}.", (*path, name), frozenset(), False)
-                    refer(number, f"{prefix}{name}.", (*path, name), done)
-            for name, child in d.members[2]:
-                if child is not None:
-                    refer(child, f"{prefix}{name}.", (*path, name), done)
-
-        def label(name: str, box: int, registered: bool) -> None:
-            position = self.order[box]
-            if registered:
-                names.setdefault(name, position)
-            if first[position] is None:
-                first[position] = name
-
         for number, (what, index) in enumerate(self.roots):
             prefix = f"[{number}]." if several else ""
             if what == "box":
-                label(f"[{number}]", index, False)
+                naming.label(f"[{number}]", index, False)
             else:
-                visit(index, prefix, (number,), frozenset(), number == 0 or several)
+                naming.visit(index, prefix, (number,), number == 0 or several)
         for number, (what, index) in enumerate(self.roots):
             if what == "node":
-                refer(index, f"[{number}]." if several else "", (number,), set())
-        return names, [n if n is not None else "?" for n in first], paths
+                naming.refer(index, f"[{number}]." if several else "", (number,))
+        return naming.names, [n if n is not None else "?" for n in naming.first], naming.paths
+
+
+class _Naming:
+    """Names the boxes and nodes of a ModuleDef, depth first and without recursion."""
+
+    def __init__(self, moduledef: ModuleDef) -> None:
+        self.nodes, self.order = moduledef.nodes, moduledef.order
+        self.names: dict[str, int] = {}
+        self.first: list[str | None] = [None] * len(moduledef.boxes)
+        self.paths: list[tuple | None] = [None] * len(moduledef.nodes)
+
+    def label(self, name: str, box: int, registered: bool) -> None:
+        position = self.order[box]
+        if registered:
+            self.names.setdefault(name, position)
+        if self.first[position] is None:
+            self.first[position] = name
+
+    def visit(self, root: int, prefix: str, path: tuple, registered: bool) -> None:
+        """Name a node and what is registered below it, under every name."""
+        around: set[int] = set()
+        todo: list[tuple | int] = [(root, prefix, path)]
+        while todo:
+            step = todo.pop()
+            if isinstance(step, int):
+                around.discard(step)  # what remains is the path to here, so that a cycle still ends
+                continue
+            node, prefix, path = step
+            # Without a registered name, what has a name gets no other.
+            if node in around or (not registered and self.paths[node] is not None):
+                continue
+            if self.paths[node] is None:
+                self.paths[node] = path
+            around.add(node)
+            parameters, buffers, children = self.nodes[node].members
+            for name, box in (*parameters, *buffers):
+                if box is not None:
+                    self.label(prefix + name, box, registered)
+            todo.append(node)
+            todo += _below(children, prefix, path)
+
+    def refer(self, root: int, prefix: str, path: tuple) -> None:
+        """Name what is referred to from a node or below it, and has no name yet."""
+        done: set[int] = set()
+        todo: list[tuple] = [("node", root, prefix, path)]
+        while todo:
+            what, number, prefix, path = todo.pop()
+            if what == "box":
+                self.label(prefix, number, False)
+                continue
+            if what == "reference":
+                self.visit(number, prefix, path, False)
+            if number not in done:
+                done.add(number)
+                d = self.nodes[number]
+                todo += [("node", *child) for child in _below(d.members[2], prefix, path)]
+                todo += [
+                    ("box", number, prefix + name, path)
+                    if what == "box"
+                    else ("reference", number, f"{prefix}{name}.", (*path, name))
+                    for name, what, number in reversed(d.references)
+                ]
+
+
+def _below(children: tuple, prefix: str, path: tuple) -> list[tuple[int, str, tuple]]:
+    """Return the children of a node with their prefixes and paths, the last one first."""
+    return [
+        (child, f"{prefix}{name}.", (*path, name))
+        for name, child in reversed(children)
+        if child is not None
+    ]
 
 
 def positions_of(moduledef: ModuleDef, names: Any, function: str) -> list[int]:
@@ -201,11 +231,10 @@ def positions_of(moduledef: ModuleDef, names: Any, function: str) -> list[int]:
     known = moduledef.names
     unknown = [n for n in names if n not in known]
     if unknown:
-        near = {n: difflib.get_close_matches(str(n), known, 1) for n in unknown}
-        shown = ", ".join(
-            f"{n!r}" + (f" (did you mean {near[n][0]!r}?)" if near[n] else "") for n in unknown
-        )
-        some = ", ".join(list(known)[:8]) + (", ..." if len(known) > 8 else "")
+        shown = ", ".join(_guessed(n, known) for n in unknown[:_SHOWN])
+        if len(unknown) > _SHOWN:
+            shown += f" and {len(unknown) - _SHOWN} more"
+        some = ", ".join(list(known)[:_SHOWN]) + (", ..." if len(known) > _SHOWN else "")
         raise UnknownNameError(
             explain(
                 f"{function} was given unknown names: {shown}",
@@ -214,6 +243,11 @@ def positions_of(moduledef: ModuleDef, names: Any, function: str) -> list[int]:
             )
         )
     return [known[n] for n in names]
+
+
+def _guessed(name: Any, known: dict[str, int]) -> str:
+    near = difflib.get_close_matches(str(name), known, 1)
+    return f"{name!r}" + (f" (did you mean {near[0]!r}?)" if near else "")
 
 
 def differences(before: ModuleDef, after: ModuleDef) -> list[tuple[str, str]]:
@@ -232,12 +266,12 @@ def differences(before: ModuleDef, after: ModuleDef) -> list[tuple[str, str]]:
             )
         for registry, noun in zip((0, 1, 2), ("parameter", "buffer", "module"), strict=True):
             a, b = dict(old.members[registry]), dict(new.members[registry])
-            for name in a.keys() - b.keys():
-                found.append((_dotted(path, name, before), f"{noun} removed"))
-            for name in b.keys() - a.keys():
-                found.append((_dotted(path, name, before), f"{noun} added"))
-            for name in a.keys() & b.keys():
-                if (a[name] is None) != (b[name] is None):
+            for name in sorted(a.keys() | b.keys()):
+                if name not in b:
+                    found.append((_dotted(path, name, before), f"{noun} removed"))
+                elif name not in a:
+                    found.append((_dotted(path, name, before), f"{noun} added"))
+                elif (a[name] is None) != (b[name] is None):
                     found.append((_dotted(path, name, before), f"{noun} set to or from None"))
                 elif registry == 2 and a[name] is not None:
                     continue

@@ -122,12 +122,8 @@ def check_write(scope: Scope | None, value: Any, subject: Any) -> None:
         if owner is None and scope.birth:
             owner = EAGER
 
-    between = []
-    for around in compat.chain(trace):
-        if around is owner:
-            break
-        between.append(around)
-    else:
+    between = compat.between(trace, owner)
+    if between is None:
         raise TraceLeakError(
             explain(
                 f"wrote to {name_of(subject)}",
@@ -148,7 +144,7 @@ def check_write(scope: Scope | None, value: Any, subject: Any) -> None:
         )
     if isinstance(value, Tracer):
         home = compat.trace_of(value)
-        if home in between or home not in compat.chain(owner):
+        if home in between or not compat.may_be_around(home, owner):
             raise TraceLeakError(
                 explain(
                     f"wrote a traced value to {name_of(subject)}",

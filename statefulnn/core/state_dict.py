@@ -7,6 +7,7 @@ them is enough, and those that are there have one value.
 
 from __future__ import annotations
 
+import bisect
 import itertools
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -23,6 +24,7 @@ from statefulnn.core.errors import StateDictError, explain
 from statefulnn.core.narrowing import numbers_beyond, span
 from statefulnn.core.placement import is_meta
 from statefulnn.core.uninitialized import is_lazy
+from statefulnn.core.walk import CALL, ENTER, LEAVE, overrides, under_way, walk
 
 EXTRA_STATE = "_extra_state"
 # Where a load keeps its `_Loaded`: the metadata of a module pass through what users override.
@@ -51,6 +53,25 @@ def state_dict(module: Any, destination: Any, prefix: str, keep_vars: bool) -> A
     if destination is None:
         destination = OrderedDict()
         destination._metadata = OrderedDict()  # pyright: ignore[reportAttributeAccessIssue]
+    result = destination
+    metadata: list[dict[str, Any]] = []  # of the modules that are not done
+    with under_way(("state_dict", id(destination)), module) as met:
+        for event, below, m in walk(module, _members, prefix, method="state_dict", met=met):
+            if event is ENTER:
+                metadata.append(_begin(m, destination, below, keep_vars))
+            elif event is LEAVE:
+                result = _end(m, destination, below, metadata.pop())
+            elif event is CALL:
+                m.state_dict(destination=destination, prefix=below, keep_vars=keep_vars)
+    return result
+
+
+def _members(module: Any, prefix: str) -> list[tuple[str, Any]]:
+    return [(f"{prefix}{name}.", m) for name, m in module._modules.items() if m is not None]
+
+
+def _begin(module: Any, destination: Any, prefix: str, keep_vars: bool) -> dict[str, Any]:
+    """Save what is the module's own; return its metadata."""
     metadata: dict[str, Any] = {"version": module._version}
     if module.init_version != DEFAULT_VERSION:
         metadata["init_version"] = module.init_version
@@ -59,11 +80,11 @@ def state_dict(module: Any, destination: Any, prefix: str, keep_vars: bool) -> A
     for hook, _, _ in list(_hooks(module, "_state_dict_pre_hooks")):
         hook(module, prefix, keep_vars)
     module._save_to_state_dict(destination, prefix, keep_vars)
-    for name, child in module._modules.items():
-        if child is not None:
-            child.state_dict(
-                destination=destination, prefix=f"{prefix}{name}.", keep_vars=keep_vars
-            )
+    return metadata
+
+
+def _end(module: Any, destination: Any, prefix: str, metadata: dict[str, Any]) -> Any:
+    """Call the hooks that come after the children; return the dict that they leave."""
     for hook, post, _ in list(_hooks(module, "_state_dict_hooks")):
         result = hook(module, destination, prefix, metadata)
         if post and result is not None:
@@ -81,7 +102,7 @@ def save_own(module: Any, destination: dict, prefix: str, keep_vars: bool) -> No
     for name, box in module._buffers.items():
         if box is not None and name not in module._non_persistent_buffers_set:
             destination[prefix + name] = box if keep_vars or is_lazy(box) else box.lend()
-    if _overrides(module, "get_extra_state"):
+    if overrides(module, "get_extra_state"):
         destination[prefix + EXTRA_STATE] = module.get_extra_state()
 
 
@@ -91,13 +112,23 @@ def load_state_dict(module: Any, given: Any, strict: bool, assign: bool) -> Inco
         raise TypeError(f"Expected state_dict to be dict-like, got {type(given)}.")
     metadata = getattr(given, "_metadata", None)
     state = OrderedDict(given)
+    for key in state:
+        if not isinstance(key, str):
+            raise TypeError(
+                explain(
+                    f"load_state_dict of {type(module).__name__} was given the key {key!r} of type "
+                    f"{type(key).__name__}",
+                    "entries are found by the dotted names of parameters and buffers",
+                    "use names such as 'fc.weight'; module.state_dict() shows them",
+                )
+            )
     missing: list[str] = []
     unexpected: list[str] = []
     errors: list[str] = []
     before = [(box, type(box), box._value) for box in _boxes(module)]
     loaded = _Loaded()
     try:
-        _load(module, state, "", metadata, assign, loaded, missing, unexpected, errors)
+        _load(module, state, metadata, assign, loaded, missing, unexpected, errors)
         loaded.settle(missing)
         if strict:
             if unexpected:
@@ -160,10 +191,49 @@ class _Loaded:
             self._found.clear()
 
 
+class _Entries:
+    """The entries of a state dict, in the order of their keys: what lies below a prefix is one slice."""
+
+    def __init__(self, state: dict[str, Any]) -> None:
+        self._state = state
+        self._keys = sorted(state)
+        self._place = {key: i for i, key in enumerate(state)}
+
+    def below(self, prefix: str) -> OrderedDict[str, Any]:
+        """Return all entries below a prefix."""
+        return self._in_order(self._keys[slice(*self._range(prefix))])
+
+    def of_module(self, prefix: str, children: Mapping[str, Any]) -> OrderedDict[str, Any]:
+        """Return the entries below a prefix that are not below a child."""
+        found: list[str] = []
+        i, end = self._range(prefix)
+        while i < end:
+            key = self._keys[i]
+            dot = key.find(".", len(prefix))
+            stop = i + 1 if dot < 0 else self._after(key[:dot], i, end)
+            if dot < 0 or children.get(key[len(prefix) : dot]) is None:
+                found += self._keys[i:stop]
+            i = stop
+        return self._in_order(found)
+
+    def _range(self, prefix: str) -> tuple[int, int]:
+        keys = self._keys
+        if not prefix:
+            return 0, len(keys)
+        start = bisect.bisect_left(keys, prefix)
+        return start, self._after(prefix[:-1], start, len(keys))
+
+    def _after(self, name: str, start: int, end: int) -> int:
+        # "/" comes right after ".".
+        return bisect.bisect_left(self._keys, f"{name}/", start, end)
+
+    def _in_order(self, keys: list[str]) -> OrderedDict[str, Any]:
+        return OrderedDict((k, self._state[k]) for k in sorted(keys, key=self._place.__getitem__))
+
+
 def _load(
     module: Any,
     state: dict[str, Any],
-    prefix: str,
     metadata: Any,
     assign: bool,
     loaded: _Loaded,
@@ -171,19 +241,32 @@ def _load(
     unexpected: list[str],
     errors: list[str],
 ) -> None:
-    local = {} if metadata is None else dict(metadata.get(prefix[:-1], {}))
-    local["assign_to_params_buffers"] = assign
-    local[_LOADED] = loaded
-    module._load_from_state_dict(state, prefix, local, True, missing, unexpected, errors)
-    below = _by_child(state, prefix) if module._modules else {}
-    for name, child in module._modules.items():
-        if child is not None:
-            part, inside = below.get(name, OrderedDict()), f"{prefix}{name}."
-            _load(child, part, inside, metadata, assign, loaded, missing, unexpected, errors)
+    entries = [_Entries(state)]
+    for event, prefix, m in walk(module, _members):
+        if event is ENTER:
+            local = {} if metadata is None else dict(metadata.get(prefix[:-1], {}))
+            local["assign_to_params_buffers"] = assign
+            local[_LOADED] = loaded
+            around = entries[-1]
+            hooked = "_load_state_dict_pre_hooks" in m.__dict__
+            if hooked or overrides(m, "_load_from_state_dict"):
+                # It may look at, and change, what goes to the modules below.
+                part = state if m is module else around.below(prefix)
+                m._load_from_state_dict(part, prefix, local, True, missing, unexpected, errors)
+                entries.append(_Entries(part) if m._modules else around)
+            else:
+                own = around.of_module(prefix, m._modules)
+                m._load_from_state_dict(own, prefix, local, True, missing, unexpected, errors)
+                entries.append(around)
+        elif event is LEAVE:
+            entries.pop()
+            _after_load(m, loaded, IncompatibleKeys(missing, unexpected))
+
+
+def _after_load(module: Any, loaded: _Loaded, incompatible: IncompatibleKeys) -> None:
     hooks = list(_hooks(module, "_load_state_dict_post_hooks"))
     if hooks:
-        loaded.settle(missing)
-    incompatible = IncompatibleKeys(missing, unexpected)
+        loaded.settle(incompatible.missing_keys)
     for hook, _, _ in hooks:
         if hook(module, incompatible) is not None:
             raise RuntimeError(
@@ -191,17 +274,6 @@ def _load(
                 "return new values, if incompatible_keys need to be modified, it should be done "
                 "inplace."
             )
-
-
-def _by_child(state: Mapping[str, Any], prefix: str) -> dict[str, OrderedDict[str, Any]]:
-    """Return the entries below each child, in one pass however many children there are."""
-    below: dict[str, OrderedDict[str, Any]] = {}
-    for key, value in state.items():
-        if key.startswith(prefix):
-            name, dot, _ = key[len(prefix) :].partition(".")
-            if dot:
-                below.setdefault(name, OrderedDict())[key] = value
-    return below
 
 
 def load_own(
@@ -238,7 +310,7 @@ def load_own(
             missing.append(key)
 
     extra = prefix + EXTRA_STATE
-    if _overrides(module, "set_extra_state"):
+    if overrides(module, "set_extra_state"):
         if extra in state:
             loaded.met(module)
             module.set_extra_state(state[extra])
@@ -384,11 +456,3 @@ def _boxes(module: Any) -> list[Box]:
 
 def _hooks(module: Any, name: str) -> Any:
     return module.__dict__.get(name, {}).values()
-
-
-def _overrides(module: Any, method: str) -> bool:
-    # The base class raises in both, so a subclass that defines one has its own code.
-    for cls in type(module).__mro__:
-        if method in cls.__dict__:
-            return cls.__module__ != "statefulnn.core.module"
-    return False
