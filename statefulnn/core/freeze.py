@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import collections
-import dataclasses
 import enum
 import functools
 import gc
@@ -21,15 +20,16 @@ import itertools
 import operator
 import pathlib
 import types
+import weakref
 from collections.abc import Callable, Hashable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from statefulnn.core.box import Box
-from statefulnn.core.compat import Tracer
+from statefulnn.core.compat import EAGER, Tracer, current_trace
 from statefulnn.core.errors import RegistrationError, TraceLeakError, explain
 from statefulnn.core.scope import ModuleBase
 
@@ -37,7 +37,7 @@ from statefulnn.core.scope import ModuleBase
 class Identity:
     """A key that is equal only for the same object; keeps the object alive."""
 
-    __slots__ = ("obj",)
+    __slots__ = ("__weakref__", "obj")
 
     def __init__(self, obj: Any) -> None:
         self.obj = obj
@@ -55,7 +55,15 @@ class Identity:
 # What plain containers are: a member in one of them would not be found.
 CONTAINERS = (list, tuple, dict, set, frozenset, collections.deque)
 # The same with the classes whose copies need their own methods, special ones first.
-_BASES = (collections.OrderedDict, collections.defaultdict, *CONTAINERS)
+_BASES = (
+    collections.OrderedDict,
+    collections.defaultdict,
+    list,
+    tuple,
+    dict,
+    set,
+    collections.deque,
+)
 # Objects that are containers by another name: a member in one of them is refused as well.
 _NAMESPACES = (
     types.SimpleNamespace,
@@ -72,8 +80,8 @@ _ATOMS = frozenset(
 
 # What nobody changes in place, by the package of its class, by its class, by a base of its class.
 _VALUE_PACKAGES = frozenset(
-    "jax jaxlib numpy ml_dtypes optax statefulnn typing enum re pathlib datetime decimal fractions uuid "
-    "operator functools logging weakref inspect ipaddress zoneinfo".split()
+    "jax jaxlib numpy ml_dtypes optax statefulnn typing enum re pathlib datetime decimal fractions "
+    "uuid operator functools logging weakref inspect ipaddress zoneinfo".split()
 )
 _VALUE_TYPES = frozenset(
     {object, property, staticmethod, classmethod, types.CodeType, types.GenericAlias}
@@ -90,13 +98,20 @@ _MEMBERS, _DEPTH, _BYTES = 1000, 8, 1 << 20
 mro_of: Callable[[type], tuple[type, ...]] = type.__dict__["__mro__"].__get__
 class_dict: Callable[[type], types.MappingProxyType[str, Any]] = type.__dict__["__dict__"].__get__
 _module_of: Callable[[type], object] = type.__dict__["__module__"].__get__
-code_of = operator.attrgetter("__code__")
+_maxlen: Callable[[Any], int | None] = collections.deque.__dict__["maxlen"].__get__
+_code = operator.attrgetter("__code__")
 _content = operator.attrgetter("cell_contents")
 
 
 def package_of(cls: type) -> str:
     """Return the name of the package that a class is from."""
     return str(_module_of(cls)).partition(".")[0]
+
+
+def _is_value(kind: type) -> bool:
+    if kind in _VALUE_TYPES or issubclass(kind, _VALUE_BASES):
+        return True
+    return package_of(kind) in _VALUE_PACKAGES and not hasattr(kind, "__dataclass_fields__")
 
 
 class Watch:
@@ -112,24 +127,23 @@ class Watch:
     _END = (object(),)
 
     def __init__(self) -> None:
-        self._notes: dict[tuple[str, Callable, int], tuple[Any, Any]] = {}
-        self._sealed: list[tuple[str, Callable, tuple, tuple]] | None = None
+        self._notes: dict[tuple[Any, Hashable], tuple[Any, Any]] = {}
+        self._sealed: tuple[list, list, list, list] | None = None
 
     def __bool__(self) -> bool:
         return bool(self._notes)
 
-    def note(self, what: str, read: Callable, subject: Any, held: Any, key: Any = None) -> None:
+    def note(self, read: Callable | None, subject: Any, held: Any, key: Hashable = None) -> None:
         """Note a subject; the first note counts, since something was frozen by then.
 
         Args:
-            what: what `read` gives: "members" (an iterable of them), "one" member, or "bytes".
-            read: reads the subject.
-            subject: a container, a function, a closure cell ...
+            read: reads the one object in the subject; None if the subject is a tuple of iterables.
+            subject: views of a container, a function, a closure cell ...
             held: what was read.
-            key: the object by which the subject is known, if not itself.
+            key: by what the subject is known, if not by its own identity.
         """
         self._sealed = None
-        self._notes.setdefault((what, read, id(subject if key is None else key)), (subject, held))
+        self._notes.setdefault((read, id(subject) if key is None else key), (subject, held))
 
     def add(self, other: Watch) -> None:
         """Take over the notes of another watch."""
@@ -139,88 +153,94 @@ class Watch:
 
     def unchanged(self) -> bool:
         """Say whether everything still holds what it held."""
-        sealed = self._sealed
-        if sealed is None:
-            sealed = self._seal()
+        views, reads, held, copies = self._sealed or self._seal()
+        chain = itertools.chain
         try:
-            for what, read, subjects, held in sealed:
-                now = map(read, subjects)
-                if what == "members":
-                    now = itertools.chain.from_iterable(
-                        itertools.chain.from_iterable(zip(now, itertools.repeat(self._END)))
-                    )
-                if not all(map(operator.eq if what == "bytes" else operator.is_, now, held)):
-                    return False
+            now = chain(chain.from_iterable(views), *itertools.starmap(map, reads))
+            return all(map(operator.is_, now, held)) and not (
+                copies and any(read(subject) != copy for read, subject, copy in copies)
+            )
         except (RuntimeError, ValueError):  # another thread adds members; a cell was emptied
             return False
-        return True
 
-    def _seal(self) -> list[tuple[str, Callable, tuple, tuple]]:
-        groups: dict[tuple[str, Callable], list[tuple[Any, Any]]] = {}
-        for (what, read, _), note in self._notes.items():
-            groups.setdefault((what, read), []).append(note)
-        sealed = []
-        for (what, read), notes in groups.items():
-            subjects, held = zip(*notes, strict=True)
-            if what == "members":
-                held = tuple(itertools.chain(*((*members, *self._END) for members in held)))
-            sealed.append((what, read, subjects, held))
-        self._sealed = sealed
-        return sealed
-
-
-class _Layout(NamedTuple):
-    """Where the instances of a class keep their attributes."""
-
-    base: (
-        type | None
-    )  # whose __new__ makes a plain one; None if Python cannot see all that they hold
-    holder: Any  # the descriptor of __dict__, None if they have none
-    slots: tuple[tuple[str, types.MemberDescriptorType], ...]
-    derived: frozenset[str]  # names of cached properties, which follow from the others
-    is_open: bool  # whether a member in them counts as one in a dict
-    fields: frozenset[str] | None  # of a frozen dataclass, which promises to stay as it is
+    def _seal(self) -> tuple[list, list, list, list]:
+        views, held, copies = [], [], []
+        reads: dict[Callable, list[tuple[Any, Any]]] = {}
+        for (read, _), (subject, was) in self._notes.items():
+            if read is None:
+                for view, members in zip(subject, was, strict=True):
+                    views += (view, self._END)
+                    held += (*members, *self._END)
+            elif read in (bytes, _array_key):
+                copies.append((read, subject, was))
+            else:
+                reads.setdefault(read, []).append((subject, was))
+        for notes in reads.values():
+            held += [was for _, was in notes]
+        subjects = [(read, [s for s, _ in notes]) for read, notes in reads.items()]
+        self._sealed = views, subjects, held, copies
+        return self._sealed
 
 
-def _layout(cls: type) -> _Layout:
-    found: dict[str, Any] = {}
-    slots = []
-    for owner in mro_of(cls):
-        for name, value in class_dict(owner).items():
-            found.setdefault(name, value)
-            if type(value) is types.MemberDescriptorType and name != "__dict__":
-                slots.append((name, value))
-    dataclass = "__dataclass_fields__" in found
-    frozen = dataclass and found["__dataclass_params__"].frozen
-    holder = found.get("__dict__")
-    kinds = (types.GetSetDescriptorType, types.MemberDescriptorType)
-    readable = holder is None or type(holder) in kinds
-    return _Layout(
-        _plain_base(cls, len(slots)) if readable and "__del__" not in found else None,
-        holder if readable else None,
-        tuple(slots),
-        frozenset(n for n, v in found.items() if type(v) is functools.cached_property),
-        dataclass or issubclass(cls, _NAMESPACES),
-        frozenset(found["__dataclass_fields__"]) if frozen else None,
-    )
+class _View:
+    """What is read of an object, as an iterable."""
+
+    __slots__ = ("read", "subject")
+
+    def __init__(self, read: Callable[[Any], Any], subject: Any) -> None:
+        self.read, self.subject = read, subject
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.read(self.subject))
 
 
-def _plain_base(cls: type, slots: int) -> type | None:
-    base = types.SimpleNamespace if issubclass(cls, types.SimpleNamespace) else object
-    try:
-        base.__new__(cls)
-    except TypeError:  # a class written in C
-        return None
-    # What is larger than its slots, __dict__ and __weakref__ has fields that only C can read.
-    word = object.__basicsize__ // 2
-    return None if cls.__basicsize__ > base.__basicsize__ + word * (slots + 2) else base
+class _Layout:
+    """Where the instances of a class keep their attributes.
+
+    Attributes:
+        base: whose ``__new__`` makes one, None if Python may not do it, or not see all of it.
+        holder: the descriptor of ``__dict__``, None if there is none.
+        slots: the other descriptors, by name.
+        derived: names of cached properties, which follow from the other attributes.
+        is_open: whether a module in one counts as in a dict.
+        fields: those of a frozen dataclass, which promises to stay as it is.
+    """
+
+    def __init__(self, cls: type) -> None:
+        found: dict[str, Any] = {}
+        for owner in mro_of(cls):
+            found = {**class_dict(owner), **found}
+        member = types.MemberDescriptorType
+        self.slots = {n: v for n, v in found.items() if type(v) is member and n != "__dict__"}
+        self.derived = {n for n, v in found.items() if type(v) is functools.cached_property}
+        dataclass = "__dataclass_fields__" in found
+        frozen = dataclass and found["__dataclass_params__"].frozen
+        self.fields = set(found["__dataclass_fields__"]) if frozen else None
+        self.is_open = dataclass or issubclass(cls, _NAMESPACES)
+        self.holder: Any = found.get("__dict__")
+        if type(self.holder) not in (member, types.GetSetDescriptorType):
+            self.holder = None
+        self.base: Any = types.SimpleNamespace if issubclass(cls, types.SimpleNamespace) else object
+        try:
+            if "__del__" in found or (self.holder is None and "__dict__" in found):
+                self.base = (
+                    None  # a copy would be finalised as well; a property hides the attributes
+                )
+            else:
+                self.base.__new__(cls)
+        except TypeError:  # a class written in C
+            self.base = None
 
 
+_layout: Callable[[type], _Layout] = functools.lru_cache(256)(_Layout)
 _UNSET = Identity("not set")
 
 
-def _slots(value: Any) -> tuple[Any, ...]:
-    return tuple(_slot(value, member) for _, member in _layout(type(value)).slots)
+def _state(value: Any) -> tuple[Any, ...]:
+    """Return the class of an object, its ``__dict__`` and what is in its slots."""
+    layout = _layout(type(value))
+    held = None if layout.holder is None else layout.holder.__get__(value)
+    return (type(value), held, *(_slot(value, s) for s in layout.slots.values()))
 
 
 def _slot(value: Any, member: types.MemberDescriptorType) -> Any:
@@ -246,12 +266,21 @@ def _array_key(value: np.ndarray) -> tuple:
     return (value.shape, value.dtype, value.tobytes())
 
 
-def _is_value(kind: type) -> bool:
-    return (
-        kind in _VALUE_TYPES
-        or issubclass(kind, _VALUE_BASES)
-        or package_of(kind) in _VALUE_PACKAGES
-    )
+class _SharedState:
+    """A key for an object that a function refers to, and for its content.
+
+    What changes while somebody traces is the same content still: functions may count their traces, or
+    collect shapes. What changes between two calls is another one.
+    """
+
+    __slots__ = ("__weakref__", "content", "obj")
+
+    def __init__(self, obj: Any, content: Hashable) -> None:
+        self.obj = obj
+        self.content = content
+
+
+_states: weakref.WeakValueDictionary[int, _SharedState] = weakref.WeakValueDictionary()
 
 
 class _CannotFreeze(Exception):
@@ -266,6 +295,7 @@ class Freezer:
         node_of: gives the number of a module of the same tree, None for any other: a bound method of
             such a module is followed to its clone.
         unwatched: whether somebody promises that nothing in it changes: all of it compares by value.
+        of_clone: whether the module is a clone.
     """
 
     def __init__(
@@ -273,10 +303,12 @@ class Freezer:
         where: Callable[[], str] | None = None,
         node_of: Callable[[Any], int | None] | None = None,
         unwatched: bool = False,
+        of_clone: bool = False,
     ) -> None:
         self.where = where or (lambda: "an attribute")
         self.node_of = node_of
         self.unwatched = unwatched
+        self.of_clone = of_clone
         self.watch = Watch()
         self.mutable = False
         self.rebinds = False  # a bound method of a module of the tree is inside
@@ -319,43 +351,48 @@ class Freezer:
         if issubclass(kind, (Box, ModuleBase)):
             raise hidden_member(self.where(), value)
         if issubclass(kind, np.generic):
-            return (kind, value.tobytes())
+            return (kind, value.dtype, value.tobytes())
         if issubclass(kind, functools.partial):
             return (kind, self._partial(value))
         if issubclass(kind, CONTAINERS):
             return self._container(value)
-        if package_of(kind) == "optax" and self.unwatched:
-            return self._object(value)
-        if _is_value(kind):
+        if _is_value(kind) and not (self.unwatched and package_of(kind) == "optax"):
             return self._identity(value)
         return self._object(value)
 
-    def _container(self, value: Any) -> Hashable:
-        # Subclasses (namedtuple, OrderedDict, defaultdict ...) keep their type in the key.
-        kind = type(value)
-        base = next(b for b in CONTAINERS if issubclass(kind, b))
-        key = _HANDLERS[base](self, value)
-        if issubclass(kind, collections.OrderedDict):  # it has an order of its own
-            order = tuple(collections.OrderedDict.keys(value))
-            self._changes("members", collections.OrderedDict.keys, value, order)
-            key = (key, tuple(map(self._key, order)))
-        return (kind, key, self._attributes(value, _layout(kind), ()))
-
     def _identity(self, value: Any) -> Hashable:
-        hidden = _in_callable(value)
-        if hidden is not None:
-            raise RegistrationError(
-                explain(
-                    f"kept a compiled function of a {type(hidden).__name__} in {self.where()}",
-                    "what it calls is not registered there: parameters(), state_dict() and compiled "
-                    "calls would miss it, and the function would go on with old values",
-                    "assign the layer, self.layer = layer, and compile the whole model, nn.jit(model); "
-                    "or call nn.jit(self.layer) outside",
-                )
-            )
+        # A compiled function calls what it was made of, and goes on with the old values of that.
+        for name in ("_owner", "__wrapped__"):
+            try:
+                self._compiled(object.__getattribute__(value, name))
+            except AttributeError:
+                continue
         return Identity(value)
 
-    def _nested(self, value: Any, tag: tuple, members: tuple) -> Hashable:
+    def _compiled(self, inner: Any) -> None:
+        try:
+            if issubclass(type(inner), ModuleBase):
+                raise hidden_member(self.where(), inner)
+            if type(inner) in _FUNCTIONS:
+                Freezer(self.where, None, True).freeze(inner)
+        except RegistrationError:
+            raise RegistrationError(
+                explain(
+                    f"kept a compiled function of a module in {self.where()}",
+                    "the module is not registered there: parameters(), state_dict() and compiled "
+                    "calls would miss it, and the function may go on with old values",
+                    "assign the layer, self.layer = layer, and compile the whole model, "
+                    "nn.jit(model); or call nn.jit(self.layer) outside",
+                )
+            ) from None
+
+    def _nested(
+        self,
+        value: Any,
+        tag: tuple,
+        members: tuple,
+        freeze: Callable[[Any], Hashable] | None = None,
+    ) -> Hashable:
         # A container that holds itself is named by its depth instead of being entered again.
         for depth, outer in enumerate(self._visiting):
             if outer is value:
@@ -363,7 +400,7 @@ class Freezer:
         self._charge(len(members))
         self._visiting.append(value)
         try:
-            return (*tag, *map(self.freeze, members))
+            return (*tag, *map(freeze or self.freeze, members))
         finally:
             self._visiting.pop()
 
@@ -375,43 +412,48 @@ class Freezer:
             if len(self._visiting) > self._deepest:
                 raise _CannotFreeze(f"it is nested deeper than {_DEPTH} levels")
 
-    def _key(self, key: Any) -> Hashable:
+    def _keys(self, keys: tuple) -> tuple[Hashable, ...]:
         # Clones share the keys of dicts and the members of sets: there an object is its identity.
         before, self._in_key = self._in_key, True
         try:
-            return self.freeze(key)
+            return tuple(map(self.freeze, keys))
         finally:
             self._in_key = before
 
-    def _changes(self, what: str, read: Callable, subject: Any, held: Any) -> None:
+    def _note(self, read: Callable | None, subject: Any, held: Any, key: Hashable = None) -> None:
         if not self.unwatched:
-            self.watch.note(what, read, subject, held)
+            self.watch.note(read, subject, held, key)
 
-    def _sequence(self, value: Any) -> Hashable:
-        base = next(b for b in (list, tuple, collections.deque) if issubclass(type(value), b))
-        members = tuple(base.__iter__(value))
-        if base is not tuple:
+    def _container(self, value: Any) -> Hashable:
+        # Read by the methods of the base class, since a subclass may have others of that name.
+        kind = type(value)
+        base = next(b for b in CONTAINERS if issubclass(kind, b))
+        keys, members, extra = (), (), ()
+        if base is dict:
+            items = tuple(dict.items(value))  # read once, so that the key and the watch agree
+            keys, members = tuple(k for k, _ in items), tuple(v for _, v in items)
+            views, held = (dict.keys(value), dict.values(value)), (keys, members)
+            if issubclass(kind, collections.OrderedDict):  # it has an order of its own
+                views = (collections.OrderedDict.keys(value), views[1])
+                held = (tuple(views[0]), members)
+                keys = (*keys, *held[0])
+        else:
+            members = tuple(base.__iter__(value))
+            views, held = (value if kind is base else _View(base.__iter__, value),), (members,)
+            if base in (set, frozenset):
+                keys, members = members, ()
+        if base not in (tuple, frozenset):
             self.mutable = True
-            self._changes("members", base.__iter__, value, members)
-        limit = (_maxlen(value),) if base is collections.deque else ()
-        return self._nested(value, (base, *limit), members)
-
-    def _dict(self, value: dict) -> Hashable:
-        self.mutable = True
-        items = tuple(dict.items(value))
-        self._changes("members", dict.keys, value, tuple(k for k, _ in items))
-        self._changes("members", dict.values, value, tuple(v for _, v in items))
-        keys = (self._key(k) for k, _ in items)
-        return self._nested(value, (dict, *keys), tuple(v for _, v in items))
-
-    def _set(self, value: Any) -> Hashable:
-        base = set if issubclass(type(value), set) else frozenset
-        members = tuple(base.__iter__(value))
-        if base is set:
-            self.mutable = True
-            self._changes("members", base.__iter__, value, members)
-        self._charge(len(members))
-        return (set, base is frozenset, frozenset(map(self._key, members)))
+            self._note(None, views, held, id(value))
+        if base is collections.deque:
+            extra = (_maxlen(value),)
+        names: Any = self._keys(keys)
+        if base in (set, frozenset):
+            names = (frozenset(names),)
+        if kind is not base:
+            # Known by a list, since the container itself is not to be met again in its attributes.
+            extra = (*extra, self._attributes(value, [], _layout(kind)))
+        return self._nested(value, (kind, *extra, *names), members)
 
     def _mapping_proxy(self, value: types.MappingProxyType) -> Hashable:
         return (types.MappingProxyType, self.freeze(_behind(value)))
@@ -419,7 +461,7 @@ class Freezer:
     def _bytearray(self, value: bytearray) -> Hashable:
         self.mutable = True
         content = bytes(value)
-        self._changes("bytes", bytes, value, content)
+        self._note(bytes, value, content)
         return (bytearray, content)
 
     def _slice(self, value: slice) -> Hashable:
@@ -430,10 +472,10 @@ class Freezer:
         self._charge(value.nbytes * _MEMBERS // _BYTES)
         if value.dtype.hasobject:
             members = tuple(_flat(value))
-            self._changes("members", _flat, value, members)
+            self._note(None, (_View(_flat, value),), (members,), id(value))
             return self._nested(value, (np.ndarray, value.shape), members)
         key = _array_key(value)
-        self._changes("bytes", _array_key, value, key)
+        self._note(_array_key, value, key)
         return (np.ndarray, key)
 
     def _jax_array(self, value: jax.Array) -> Hashable:
@@ -446,8 +488,7 @@ class Freezer:
         return (jax.Array, str(value.dtype), weak, host.shape, host.tobytes())
 
     def _object(self, value: Any) -> Hashable:
-        kind = type(value)
-        layout = _layout(kind)
+        layout = _layout(type(value))
         if layout.base is None:
             return self._unseen(value, "Python cannot read all that it holds")
         if self._in_key and layout.fields is None:
@@ -458,15 +499,15 @@ class Freezer:
         before = self.watch, self.objects, self.mutable, self.rebinds
         self.watch, self.objects = Watch(), dict(self.objects)
         self._deepest, self._room = len(self._visiting) + _DEPTH, _MEMBERS
-        why = ""
+        key, why = None, "it refers to a module or parameter"
         try:
             key = self._members(value, layout)
         except _CannotFreeze as error:
             why = str(error)
         except RegistrationError:
-            why = "it refers to a module or parameter"
+            pass
         self._deepest = None
-        if why:
+        if key is None:
             self.watch, self.objects, self.mutable, self.rebinds = before
             return self._unseen(value, why)
         before[0].add(self.watch)
@@ -474,40 +515,31 @@ class Freezer:
         return key
 
     def _members(self, value: Any, layout: _Layout) -> Hashable:
-        kind = type(value)
-        if layout.fields is None:
-            self._changes("one", type, value, kind)
-        key = self._attributes(value, layout, (kind,))
-        if key == (kind, ()) and not layout.is_open:
+        key = self._attributes(value, value, layout)
+        if key == (type(value), 0) and not layout.is_open:
             return Identity(value)  # what has no content stands for itself: a marker
         if not self.unwatched:
             self.objects[id(value)] = value
             self.mutable = self.mutable or layout.fields is None
         return key
 
-    def _attributes(self, value: Any, layout: _Layout, tag: tuple) -> Hashable:
-        members: list[tuple[Any, Any]] = []
-        note = self._changes if layout.fields is None else lambda *_: None
-        if layout.holder is not None:
-            read = layout.holder.__get__
-            held = read(value)
-            if held is not value:  # a dict may be its own __dict__
-                note("one", read, value, held)
-                members += dict.items(held)
-                note("members", dict.keys, held, tuple(n for n, _ in members))
-                note("members", dict.values, held, tuple(v for _, v in members))
-        if layout.slots:
-            slots = _slots(value)
-            note("members", _slots, value, slots)
-            members += [(n, v) for (n, _), v in zip(layout.slots, slots, strict=True)]
-        members = [
-            (n, v)
-            for n, v in members
-            if n not in layout.derived and (layout.fields is None or n in layout.fields)
-        ]
-        names = tuple(self._key(n) for n, _ in members)
-        # A container is visited already; its attributes are known by another object.
-        return self._nested(value if tag else members, (*tag, names), tuple(v for _, v in members))
+    def _attributes(self, value: Any, visited: Any, layout: _Layout) -> Hashable:
+        kind, held, *slots = state = _state(value)
+        members = dict(zip(layout.slots, slots, strict=True))
+        views: list[Any] = [_View(_state, value)]
+        seen: list[tuple] = [state]
+        if held is not None and held is not value:  # a dict may be its own __dict__
+            items = tuple(dict.items(held))
+            members.update(items)
+            views += (dict.keys(held), dict.values(held))
+            seen += (tuple(k for k, _ in items), tuple(v for _, v in items))
+        if layout.fields is None:
+            self._note(None, views, seen, (_state, id(value)))
+        else:
+            members = {n: v for n, v in members.items() if n in layout.fields}
+        names = [n for n in members if n not in layout.derived]
+        tag = (kind, len(names), *self._keys(tuple(names)))
+        return self._nested(visited, tag, tuple(members[n] for n in names))
 
     def _unseen(self, value: Any, why: str) -> Hashable:
         if self._deepest is not None:
@@ -516,41 +548,22 @@ class Freezer:
         return Identity(value)
 
     def _function(self, value: types.FunctionType) -> Hashable:
-        for depth, outer in enumerate(self._visiting):
-            if outer is value:
-                return ("cycle", depth)
-        self._visiting.append(value)
-        try:
-            return self._function_key(value)
-        finally:
-            self._visiting.pop()
-
-    def _function_key(self, value: types.FunctionType) -> Hashable:
         contents = []
         for cell, content in _closure(value):
             if content is not _UNSET:
-                self._changes("one", _content, cell, content)
-            contents.append(self._captured(content))
+                self._note(_content, cell, content)
+            contents.append(content)
         code = value.__code__
-        if str(value.__globals__.get("__name__")).partition(".")[0] not in _VALUE_PACKAGES:
-            self._changes(
-                "one", code_of, value, code
-            )  # tools that reload a file put another one in
-        return (
-            types.FunctionType,
-            code,
-            Identity(value.__globals__),
-            tuple(map(self._captured, value.__defaults__ or ())),
-            tuple((k, self._captured(v)) for k, v in (value.__kwdefaults__ or {}).items()),
-            tuple(contents),
-        )
+        self._note(_code, value, code)  # tools that reload a file put another one in
+        keywords = value.__kwdefaults__ or {}
+        captured = (*contents, *(value.__defaults__ or ()), *keywords.values())
+        tag = (types.FunctionType, code, Identity(value.__globals__), len(contents), *keywords)
+        return self._nested(value, tag, captured, self.captured)
 
-    def _captured(self, content: Any) -> Hashable:
+    def captured(self, content: Any) -> Hashable:
         # A module or parameter here would be invisible to everything that walks the tree.
         kind = type(content)
-        if (
-            kind in _ATOMS or kind in _FUNCTIONS or issubclass(kind, tuple)
-        ):  # named tuples of functions
+        if kind in _ATOMS or kind in _FUNCTIONS or issubclass(kind, tuple):  # named tuples too
             return self.freeze(content)
         hidden = find_hidden(content)
         if hidden is not None:
@@ -558,28 +571,30 @@ class Freezer:
             return Identity(content)
         return self._shared(content)
 
-    def _shared(self, content: Any) -> Hashable:
+    def _shared(self, value: Any) -> Hashable:
         # Clones use the function, and what it refers to, of the original: what can change there is
         # this one object. Where nobody changes it, its content is enough.
         before, self.mutable = self.mutable, False
-        key = self.freeze(content)
-        changes, self.mutable = self.mutable, before
-        if self.unwatched or not changes:
+        key = self.freeze(value)
+        changes, self.mutable = self.mutable and not self.unwatched, before
+        if not changes:
             return key
         self.mutable = True
-        return (Identity(content), key)
+        state = _states.get(id(value))
+        eager = current_trace() is EAGER
+        if state is None or state.obj is not value or (eager and state.content != key):
+            state = _states[id(value)] = _SharedState(value, key)
+        elif self.of_clone and not eager:
+            state.content = key
+        return state
 
     def _refuse_captured(self, member: Any) -> None:
         raise hidden_member(f"the closure of the function {self.where()}", member)
 
     def _partial(self, value: functools.partial) -> Hashable:
-        function, args, keywords = _parts(value)
-        return (
-            functools.partial,
-            self.freeze(function),
-            tuple(map(self._captured, args)),
-            tuple((k, self._captured(v)) for k, v in keywords.items()),
-        )
+        function, *rest = (value.func, *value.args, *value.keywords.values())
+        tag = (functools.partial, self.freeze(function), len(value.args), *value.keywords)
+        return (*tag, *map(self.captured, rest))
 
     def _method(self, value: types.MethodType) -> Hashable:
         owner, function = value.__self__, value.__func__
@@ -588,13 +603,13 @@ class Freezer:
             if node is not None:
                 self.rebinds = True
                 return (types.MethodType, self.freeze(function), node)
-        return (types.MethodType, self.freeze(function), self._captured(owner))
+        return (types.MethodType, self.freeze(function), self.captured(owner))
 
     def _builtin(self, value: types.BuiltinFunctionType) -> Hashable:
         owner = value.__self__
         if owner is None or _is_value(type(owner)):
             return Identity(value)
-        return (type(value), value.__name__, self._captured(owner))  # such as the `get` of a dict
+        return (type(value), value.__name__, self.captured(owner))  # such as the `get` of a dict
 
 
 class HookFreezer(Freezer):
@@ -603,23 +618,18 @@ class HookFreezer(Freezer):
     def _refuse_captured(self, member: Any) -> None:
         pass
 
-    def _shared(self, content: Any) -> Hashable:
-        return Identity(content)
+    def _shared(self, value: Any) -> Hashable:
+        return Identity(value)
 
     _object = _identity = _shared
 
 
 _FUNCTIONS = (float, complex, types.FunctionType, types.MethodType, functools.partial)
 
-_HANDLERS: dict[type, Callable[[Freezer, Any], Hashable]] = {
-    list: Freezer._sequence,
-    tuple: Freezer._sequence,
-    dict: Freezer._dict,
-    set: Freezer._set,
-    frozenset: Freezer._set,
+_HANDLERS: dict[type, Callable[[Any, Any], Hashable]] = {
+    **dict.fromkeys(CONTAINERS, Freezer._container),
     slice: Freezer._slice,
     bytearray: Freezer._bytearray,
-    collections.deque: Freezer._sequence,
     types.MappingProxyType: Freezer._mapping_proxy,
     np.ndarray: Freezer._ndarray,
     types.FunctionType: Freezer._function,
@@ -629,60 +639,24 @@ _HANDLERS: dict[type, Callable[[Freezer, Any], Hashable]] = {
     functools.partial: Freezer._partial,
 }
 
-_maxlen = collections.deque.__dict__["maxlen"].__get__
-
 
 def _behind(proxy: types.MappingProxyType) -> Any:
     return gc.get_referents(proxy)[0]
 
 
-def _parts(value: functools.partial) -> tuple[Any, tuple, dict[str, Any]]:
-    # A subclass may have a property of that name.
-    read = functools.partial.__dict__
-    return tuple(read[name].__get__(value) for name in ("func", "args", "keywords"))  # pyright: ignore
-
-
-def _elements(container: Any) -> Iterator[Any]:
-    base = next(b for b in CONTAINERS if issubclass(type(container), b))
-    if base is dict:
-        return itertools.chain(dict.keys(container), dict.values(container))
-    return base.__iter__(container)
-
-
 def find_hidden(value: Any, depth: int = 0) -> Any:
     """Return a module or box that sits inside plain containers, None if there is none."""
-    if issubclass(type(value), (ModuleBase, Box)):
+    kind = type(value)
+    if issubclass(kind, (ModuleBase, Box)):
         return value
-    if depth < 8 and issubclass(type(value), CONTAINERS):
-        for item in _elements(value):
+    if depth < 8 and issubclass(kind, CONTAINERS):
+        base = next(b for b in CONTAINERS if issubclass(kind, b))
+        items = (*dict.keys(value), *dict.values(value)) if base is dict else base.__iter__(value)
+        for item in items:
             found = find_hidden(item, depth + 1)
             if found is not None:
                 return found
     return None
-
-
-def _in_callable(value: Any, depth: int = 0) -> Any:
-    """Return a module or box that a compiled function calls, None if there is none."""
-    kind = type(value)
-    if depth == 8 or issubclass(kind, (ModuleBase, Box)):
-        return None if depth == 8 else value
-    parts: list[Any] = []
-    if kind is types.FunctionType:
-        parts = [*(content for _, content in _closure(value)), *(value.__defaults__ or ())]
-    elif kind is types.MethodType:
-        parts = [value.__self__, value.__func__]
-    elif issubclass(kind, functools.partial):
-        function, args, keywords = _parts(value)
-        parts = [function, *args, *keywords.values()]
-    elif issubclass(kind, CONTAINERS):
-        return find_hidden(value, depth)
-    elif package_of(kind) in _VALUE_PACKAGES and not issubclass(kind, type):
-        for name in ("_owner", "__wrapped__"):
-            try:
-                parts.append(object.__getattribute__(value, name))
-            except AttributeError:
-                continue
-    return next((f for f in (_in_callable(p, depth + 1) for p in parts) if f is not None), None)
 
 
 def hidden_member(where: str, value: Any) -> RegistrationError:
@@ -731,8 +705,6 @@ def copied(
     if kind is Identity:
         return value.obj
     again = functools.partial(copied, leaf=leaf, objects=objects, memo=memo)
-    if issubclass(kind, CONTAINERS):
-        return _copied_container(value, again, leaf, memo)
     if kind is types.MappingProxyType:
         return types.MappingProxyType(again(_behind(value)))
     if kind is bytearray or kind is np.ndarray:
@@ -741,54 +713,42 @@ def copied(
             for i, element in enumerate(_flat(value)):
                 new.reshape(-1)[i] = again(element)
         return new
-    layout = None if _is_value(kind) else _layout(kind)
-    if layout is None or layout.base is None:
-        return leaf(value)
-    if objects is not None and id(value) not in objects:
-        return Identity(value)
-    memo[id(value)] = new = layout.base.__new__(kind)
-    _copy_attributes(value, new, layout, again)
-    return new
-
-
-def _copied_container(
-    value: Any, again: Callable[[Any], Any], leaf: Callable[[Any], Any], memo: dict[int, Any]
-) -> Any:
-    # By the methods of the base class, since a subclass may have others of that name.
-    kind = type(value)
-    base = next(b for b in _BASES if issubclass(kind, b))
-    if base is frozenset:
-        return leaf(value)
+    base: Any = next((b for b in _BASES if issubclass(kind, b)), None)
     if base is tuple:
-        new = tuple.__new__(kind, [again(v) for v in tuple.__iter__(value)])
-    else:
+        new = base.__new__(kind, map(again, tuple.__iter__(value)))
+    elif base is not None:
         memo[id(value)] = new = base.__new__(kind)
-        if issubclass(base, dict):
-            for key in base.keys(value):
-                base.__setitem__(new, key, again(dict.__getitem__(value, key)))
-        elif base is set:
-            members = [leaf(v) for v in set.__iter__(value)]
-            same = all(map(operator.is_, members, set.__iter__(value)))
-            set.update(new, value if same else members)  # the former hashes nothing again
-        else:
-            if base is collections.deque:
-                base.__init__(new, (), _maxlen(value))
-            base.extend(new, [again(v) for v in base.__iter__(value)])
-    if kind not in CONTAINERS:
-        _copy_attributes(value, new, _layout(kind), again)
+        _fill(new, value, base, again)
+    elif _is_value(kind) or _layout(kind).base is None:
+        return leaf(value)
+    elif objects is not None and id(value) not in objects:
+        return Identity(value)
+    else:
+        memo[id(value)] = new = _layout(kind).base.__new__(kind)
+    if kind is not base:
+        _fill_attributes(new, value, _layout(kind), again)
     return new
 
 
-def _copy_attributes(value: Any, new: Any, layout: _Layout, again: Callable[[Any], Any]) -> None:
-    if layout.holder is not None:
-        held = layout.holder.__get__(value)
-        if held is value:
-            layout.holder.__set__(new, new)
-        else:
-            layout.holder.__get__(new).update(
-                {n: again(v) for n, v in dict.items(held) if n not in layout.derived}
-            )
-    for _, member in layout.slots:
-        content = _slot(value, member)
+def _fill(new: Any, value: Any, base: Any, again: Callable[[Any], Any]) -> None:
+    if issubclass(base, dict):
+        for key in base.keys(value):
+            base.__setitem__(new, key, again(dict.__getitem__(value, key)))
+    elif base is set:
+        set.update(new, value)  # hashes nothing again
+    else:
+        if base is collections.deque:
+            base.__init__(new, (), _maxlen(value))
+        base.extend(new, [again(v) for v in base.__iter__(value)])
+
+
+def _fill_attributes(new: Any, value: Any, layout: _Layout, again: Callable[[Any], Any]) -> None:
+    _, held, *slots = _state(value)
+    if held is value:
+        layout.holder.__set__(new, new)
+    elif held is not None:
+        kept = {n: again(v) for n, v in dict.items(held) if n not in layout.derived}
+        layout.holder.__get__(new).update(kept)
+    for member, content in zip(layout.slots.values(), slots, strict=True):
         if content is not _UNSET:
             member.__set__(new, again(content))

@@ -14,7 +14,7 @@ import threading
 import types
 import warnings
 import weakref
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import jax
@@ -29,7 +29,6 @@ from statefulnn.core.freeze import (
     Identity,
     Watch,
     class_dict,
-    code_of,
     copied,
     mro_of,
     package_of,
@@ -91,7 +90,7 @@ class Plan:
     cells: list[Cell]
     stamps: list[int]
     watched: list[_Watched]  # what the watch looks at; with `classes`, what is frozen again
-    classes: dict[type, _ClassContent]
+    classes: dict[type, Identity]
     watch: Watch
     checked_at: int
     cached_leaves: list[Any] | None
@@ -159,91 +158,56 @@ def _number(node_ids: dict[int, int], module: Any) -> int | None:
 def _frozen(
     value: Any,
     where: Callable[[], str],
-    node_of: Callable[[Any], int | None] | None = None,
-    unwatched: bool = False,
+    node_of: Callable[[Any], int | None],
+    unwatched: bool,
+    of_clone: bool,
 ) -> tuple[Freezer, Hashable]:
     if not isinstance(value, HookDict):
-        freezer = Freezer(where, node_of, unwatched)
+        freezer = Freezer(where, node_of, unwatched, of_clone)
         return freezer, freezer.freeze(value)
     # Handles number the hooks: two equal models have other numbers.
-    freezer = HookFreezer(where, node_of, unwatched)
+    freezer = HookFreezer(where, node_of)
     return freezer, tuple(map(freezer.freeze, value.values()))
 
 
-class _ClassContent:
-    """What the forward of a class may use of it: methods and attributes, of its bases too.
-
-    Of the classes of this package only which function `forward` is.
-    """
-
-    __slots__ = ("_hash", "_key")
-
-    def __init__(self, cls: type, watch: Watch) -> None:
-        hidden = {*cls._python_cache, *cls._unwatched, "_abc_impl"}  # pyright: ignore
-        forward = _forward(cls)
-        watch.note("one", _forward, cls, forward)
-        key = [("forward", _of_class(forward, watch))]
-        for base in mro_of(cls):
-            if base is object or package_of(base) == "statefulnn":
-                continue
-            content = class_dict(base)
-            watch.note("members", _VALUES, content, tuple(content.values()), key=base)
-            for name, value in content.items():
-                # Of the names that Python itself writes, only methods change what a module does.
-                if name not in hidden and (name[:2] != "__" or type(value) is types.FunctionType):
-                    key.append((name, _of_class(value, watch)))
-        self._key = tuple(key)
-        self._hash = hash(self._key)
-
-    def __eq__(self, other: object) -> bool:
-        return self is other or (type(other) is _ClassContent and self._key == other._key)
-
-    def __hash__(self) -> int:
-        return self._hash
+# What forward may use of a class, one key for equal ones; and what each class was seen to hold. Classes
+# live as long as JAX's registry of pytrees, which has each class of modules.
+_contents: weakref.WeakValueDictionary[Hashable, Identity] = weakref.WeakValueDictionary()
+_seen: dict[type, tuple[Identity, Watch]] = {}
 
 
-_VALUES = types.MappingProxyType.values
-_freeze_atom = Freezer().freeze
-# Classes live as long as JAX's registry of pytrees, which has each class of modules.
-_contents: dict[type, tuple[_ClassContent, Watch]] = {}
-
-
-def _content_of(cls: type, watch: Watch) -> _ClassContent:
-    known = _contents.get(cls)
+def _content_of(cls: Any, watch: Watch) -> Identity:
+    """Return a key for the methods and attributes of a class: of this package's classes, `forward`."""
+    known = _seen.get(cls)
     if known is None or not known[1].unchanged():
-        own = Watch()
-        content = _ClassContent(cls, own)
-        if known is not None and known[0] == content:
-            content = known[0]  # one object, so that ModuleDefs compare it by identity
-        known = _contents[cls] = content, own
+        freezer = HookFreezer()
+        hidden = {*cls._python_cache, *cls._unwatched, "_abc_impl"}
+        forward = _forward(cls)
+        freezer.watch.note(_forward, cls, forward)
+        found: list[tuple[str, Any]] = [("forward", forward)]
+        for base in mro_of(cls):
+            if base is not object and package_of(base) != "statefulnn":
+                content = class_dict(base)
+                members = tuple(content.items())
+                freezer.watch.note(None, (content.values(),), (tuple(v for _, v in members),), base)
+                found += [(n, v) for n, v in members if n not in hidden]
+        key = []
+        for name, value in found:
+            # Of the names that Python itself writes, only methods change what a module does.
+            if name[:2] != "__" or type(value) is types.FunctionType:
+                parts = _WRAPPERS.get(type(value), lambda v: (v,))(value)
+                key.append((name, type(value), *map(freezer.captured, parts)))
+        content = Identity(tuple(key))
+        known = _seen[cls] = _contents.setdefault(content.obj, content), freezer.watch
     watch.add(known[1])
     return known[0]
 
 
-def _of_class(value: Any, watch: Watch) -> Hashable:
-    kind = type(value)
-    if kind in (bool, int, float, complex, str, type(None)):
-        return _freeze_atom(value)
-    if kind is tuple:
-        return (tuple, *(_of_class(v, watch) for v in value))
-    return (Identity(value), *(_function_key(f, watch) for f in _functions_in(value)))
-
-
-def _functions_in(value: Any) -> Iterator[types.FunctionType]:
-    if type(value) is property:
-        found = (value.fget, value.fset)
-    else:
-        found = (getattr(value, "__func__", value) if type(value) in _METHODS else value,)
-    return (f for f in found if type(f) is types.FunctionType)
-
-
-_METHODS = (staticmethod, classmethod)
-
-
-def _function_key(function: types.FunctionType, watch: Watch) -> Hashable:
-    watch.note("one", code_of, function, function.__code__)
-    defaults = (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values())
-    return (function.__code__, *(_of_class(v, watch) for v in defaults))
+_WRAPPERS: dict[type, Callable[[Any], tuple[Any, ...]]] = {
+    staticmethod: lambda v: (v.__func__,),
+    classmethod: lambda v: (v.__func__,),
+    property: lambda v: (v.fget, v.fset),
+}
 
 
 class _Builder:
@@ -357,51 +321,41 @@ class _Builder:
 
     def _watch_all(
         self, nodes: list[NodeDef], attributes: list[list[tuple[str, Any]]]
-    ) -> tuple[Hashable, list[_Watched], dict[type, _ClassContent], Watch]:
+    ) -> tuple[Hashable, list[_Watched], dict[type, Identity], Watch]:
         watched: dict[int, _Watched] = {}  # by the identity of the value: some are shared by many
-        classes: dict[type, _ClassContent] = {}
+        classes: dict[type, Identity] = {}
         watch = Watch()
-        hooks = []
-        for name, table in GLOBAL_HOOKS.items():
-            if table:
-                again = functools.partial(_frozen, table, lambda: "a global hook")
-                hooks.append((name, self._watched(again, table, watched, watch)[1]))
+        hooks = NodeDef(ModuleBase)
+        tables = [(name, table) for name, table in GLOBAL_HOOKS.items() if table]
+        self._statics(hooks, tables, watched, watch, False)
         for module, d, rest in zip(self.modules, nodes, attributes, strict=True):
             cls = type(module)
             if cls not in classes:
                 classes[cls] = _content_of(cls, watch)
-            self._statics(cls, d, rest, watched, watch)
+            self._statics(d, rest, watched, watch, module._cell.scope is not None)
             d.statics = (*d.statics, (f"class {cls.__name__}", classes[cls]))
-        return tuple(hooks), [*watched.values()], classes, watch
-
-    def _watched(
-        self,
-        again: Callable[[], tuple[Freezer, Hashable]],
-        value: Any,
-        watched: dict[int, _Watched],
-        watch: Watch,
-    ) -> tuple[Freezer, Hashable]:
-        freezer, key = again()
-        if freezer.watch:
-            watched.setdefault(id(value), (again, key))
-            watch.add(freezer.watch)
-        return freezer, key
+        return hooks.statics, [*watched.values()], classes, watch
 
     def _statics(
         self,
-        cls: Any,
         d: NodeDef,
         rest: list[tuple[str, Any]],
         watched: dict[int, _Watched],
         watch: Watch,
+        of_clone: bool,
     ) -> None:
         statics, values, shadowing = [], [], []
+        cls = d.cls
+        promised = getattr(cls, "_unwatched", ())
         node_of = functools.partial(_number, self.node_ids)
         for name, value in sorted(rest, key=operator.itemgetter(0)):
-            unwatched = name in cls._unwatched
+            unwatched = name in promised
             where = functools.partial("'{}.{}'".format, cls.__name__, name)
-            again = functools.partial(_frozen, value, where, node_of, unwatched)
-            freezer, key = self._watched(again, value, watched, watch)
+            again = functools.partial(_frozen, value, where, node_of, unwatched, of_clone)
+            freezer, key = again()
+            if freezer.watch:
+                watched.setdefault(id(value), (again, key))
+                watch.add(freezer.watch)
             for kind, why in () if unwatched else freezer.unseen:
                 _warn_unseen(kind, why, where(), name)
             stored, copy = value, SHARED
