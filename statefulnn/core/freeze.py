@@ -99,7 +99,7 @@ mro_of: Callable[[type], tuple[type, ...]] = type.__dict__["__mro__"].__get__
 class_dict: Callable[[type], types.MappingProxyType[str, Any]] = type.__dict__["__dict__"].__get__
 _module_of: Callable[[type], object] = type.__dict__["__module__"].__get__
 _maxlen: Callable[[Any], int | None] = collections.deque.__dict__["maxlen"].__get__
-_code = operator.attrgetter("__code__")
+code_of = operator.attrgetter("__code__")
 _content = operator.attrgetter("cell_contents")
 
 
@@ -435,8 +435,8 @@ class Freezer:
             views, held = (dict.keys(value), dict.values(value)), (keys, members)
             if issubclass(kind, collections.OrderedDict):  # it has an order of its own
                 views = (collections.OrderedDict.keys(value), views[1])
-                held = (tuple(views[0]), members)
-                keys = (*keys, *held[0])
+                keys, by_key = tuple(views[0]), {id(k): v for k, v in items}
+                held, members = (keys, members), tuple(by_key.get(id(k)) for k in keys)
         else:
             members = tuple(base.__iter__(value))
             views, held = (value if kind is base else _View(base.__iter__, value),), (members,)
@@ -554,7 +554,7 @@ class Freezer:
                 self._note(_content, cell, content)
             contents.append(content)
         code = value.__code__
-        self._note(_code, value, code)  # tools that reload a file put another one in
+        self._note(code_of, value, code)  # tools that reload a file put another one in
         keywords = value.__kwdefaults__ or {}
         captured = (*contents, *(value.__defaults__ or ()), *keywords.values())
         tag = (types.FunctionType, code, Identity(value.__globals__), len(contents), *keywords)
@@ -715,7 +715,7 @@ def copied(
         return new
     base: Any = next((b for b in _BASES if issubclass(kind, b)), None)
     if base is tuple:
-        new = base.__new__(kind, map(again, tuple.__iter__(value)))
+        new = tuple.__new__(kind, map(again, tuple.__iter__(value)))  # pyright: ignore[reportArgumentType]
     elif base is not None:
         memo[id(value)] = new = base.__new__(kind)
         _fill(new, value, base, again)
@@ -725,7 +725,7 @@ def copied(
         return Identity(value)
     else:
         memo[id(value)] = new = _layout(kind).base.__new__(kind)
-    if kind is not base:
+    if kind not in CONTAINERS:
         _fill_attributes(new, value, _layout(kind), again)
     return new
 

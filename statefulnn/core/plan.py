@@ -29,6 +29,7 @@ from statefulnn.core.freeze import (
     Identity,
     Watch,
     class_dict,
+    code_of,
     copied,
     mro_of,
     package_of,
@@ -196,11 +197,20 @@ def _content_of(cls: Any, watch: Watch) -> Identity:
             # Of the names that Python itself writes, only methods change what a module does.
             if name[:2] != "__" or type(value) is types.FunctionType:
                 parts = _WRAPPERS.get(type(value), lambda v: (v,))(value)
-                key.append((name, type(value), *map(freezer.captured, parts)))
+                key.append((name, type(value), *(_of_class(part, freezer) for part in parts)))
         content = Identity(tuple(key))
         known = _seen[cls] = _contents.setdefault(content.obj, content), freezer.watch
     watch.add(known[1])
     return known[0]
+
+
+def _of_class(value: Any, freezer: Freezer) -> Hashable:
+    if type(value) is not types.FunctionType:
+        return freezer.captured(value)
+    # Not what a method closes over: a test that counts traces in a variable is no other class.
+    freezer.watch.note(code_of, value, value.__code__)
+    defaults = (value.__defaults__, *(value.__kwdefaults__ or {}).items())
+    return (Identity(value), value.__code__, freezer.captured(defaults))
 
 
 _WRAPPERS: dict[type, Callable[[Any], tuple[Any, ...]]] = {
