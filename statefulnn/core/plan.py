@@ -182,20 +182,21 @@ def _content_of(cls: Any, watch: Watch) -> Identity:
     known = _seen.get(cls)
     if known is None or not known[1].unchanged():
         freezer = HookFreezer()
-        hidden = {*cls._python_cache, *cls._unwatched, "_abc_impl"}
-        forward = _forward(cls)
-        freezer.watch.note(_forward, cls, forward)
-        found: list[tuple[str, Any]] = [("forward", forward)]
+        hidden = {*cls._python_cache, *cls._unwatched, "_abc_impl", "__init__"}
+        found: list[tuple[str, Any]] = []
         for base in mro_of(cls):
             if base is not object and package_of(base) != "statefulnn":
                 content = class_dict(base)
                 members = tuple(content.items())
                 freezer.watch.note(None, (content.values(),), (tuple(v for _, v in members),), base)
-                found += [(n, v) for n, v in members if n not in hidden]
+                found += members
+        if not any(name == "forward" for name, _ in found):
+            found.append(("forward", _forward(cls)))
+            freezer.watch.note(_forward, cls, found[-1][1])
         key = []
         for name, value in found:
             # Of the names that Python itself writes, only methods change what a module does.
-            if name[:2] != "__" or type(value) is types.FunctionType:
+            if name not in hidden and (name[:2] != "__" or type(value) is types.FunctionType):
                 parts = _WRAPPERS.get(type(value), lambda v: (v,))(value)
                 key.append((name, type(value), *(_of_class(part, freezer) for part in parts)))
         content = Identity(tuple(key))

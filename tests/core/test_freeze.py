@@ -79,7 +79,7 @@ class Hostile:
     def _refuse(self, *args):
         raise AssertionError("code of the object ran")
 
-    __eq__ = __hash__ = __getattr__ = __bool__ = __len__ = __iter__ = __repr__ = _refuse
+    __eq__ = __hash__ = __getattr__ = __bool__ = __len__ = __iter__ = _refuse
     __reduce_ex__ = __copy__ = __deepcopy__ = __setattr__ = __class_getitem__ = _refuse
 
     def __getattribute__(self, name):
@@ -94,6 +94,10 @@ class HostileDict(dict):
 
     __iter__ = __len__ = keys = values = items = get = __contains__ = __eq__ = copy = _refuse
     __setitem__ = update = __reduce_ex__ = _refuse
+
+
+class NamedList(list):
+    pass
 
 
 class HostileList(list):
@@ -244,7 +248,7 @@ CHANGES = {
         lambda v: setattr(v, "default_factory", list),
     ),
     "attribute of a list": (
-        lambda: type("Named", (list,), {})([1]),
+        lambda: NamedList([1]),
         lambda v: getattr(v, "a", 2.0),
         _attribute,
     ),
