@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import contextlib
 import enum
 import functools
 import gc
@@ -55,15 +56,7 @@ class Identity:
 # What plain containers are: a member in one of them would not be found.
 CONTAINERS = (list, tuple, dict, set, frozenset, collections.deque)
 # The same with the classes whose copies need their own methods, special ones first.
-_BASES = (
-    collections.OrderedDict,
-    collections.defaultdict,
-    list,
-    tuple,
-    dict,
-    set,
-    collections.deque,
-)
+_BASES = (collections.OrderedDict, collections.defaultdict, *CONTAINERS)
 # Objects that are containers by another name: a member in one of them is refused as well.
 _NAMESPACES = (
     types.SimpleNamespace,
@@ -222,13 +215,11 @@ class _Layout:
             self.holder = None
         self.base: Any = types.SimpleNamespace if issubclass(cls, types.SimpleNamespace) else object
         try:
+            # A copy would be finalised as well; a property of that name hides the attributes.
             if "__del__" in found or (self.holder is None and "__dict__" in found):
-                self.base = (
-                    None  # a copy would be finalised as well; a property hides the attributes
-                )
-            else:
-                self.base.__new__(cls)
-        except TypeError:  # a class written in C
+                raise TypeError
+            self.base.__new__(cls)
+        except TypeError:  # which a class written in C raises
             self.base = None
 
 
@@ -313,9 +304,7 @@ class Freezer:
         self.mutable = False
         self.rebinds = False  # a bound method of a module of the tree is inside
         self.objects: dict[int, Any] = {}  # plain objects that compare by value: clones get copies
-        self.unseen: list[
-            tuple[type, str]
-        ] = []  # classes whose instances may change unseen, and why
+        self.unseen: list[tuple[type, str]] = []  # whose instances may change unseen, and why
         self._visiting: list[Any] = []
         self._deepest: int | None = None  # inside of a plain object: how deep it may go
         self._room = 0  # and how many more members it may have
@@ -363,10 +352,8 @@ class Freezer:
     def _identity(self, value: Any) -> Hashable:
         # A compiled function calls what it was made of, and goes on with the old values of that.
         for name in ("_owner", "__wrapped__"):
-            try:
+            with contextlib.suppress(AttributeError):
                 self._compiled(object.__getattribute__(value, name))
-            except AttributeError:
-                continue
         return Identity(value)
 
     def _compiled(self, inner: Any) -> None:
@@ -386,13 +373,7 @@ class Freezer:
                 )
             ) from None
 
-    def _nested(
-        self,
-        value: Any,
-        tag: tuple,
-        members: tuple,
-        freeze: Callable[[Any], Hashable] | None = None,
-    ) -> Hashable:
+    def _nested(self, value: Any, tag: tuple, members: tuple, freeze: Any = None) -> Hashable:
         # A container that holds itself is named by its depth instead of being entered again.
         for depth, outer in enumerate(self._visiting):
             if outer is value:
@@ -454,9 +435,6 @@ class Freezer:
             # Known by a list, since the container itself is not to be met again in its attributes.
             extra = (*extra, self._attributes(value, [], _layout(kind)))
         return self._nested(value, (kind, *extra, *names), members)
-
-    def _mapping_proxy(self, value: types.MappingProxyType) -> Hashable:
-        return (types.MappingProxyType, self.freeze(_behind(value)))
 
     def _bytearray(self, value: bytearray) -> Hashable:
         self.mutable = True
@@ -582,7 +560,7 @@ class Freezer:
         self.mutable = True
         state = _states.get(id(value))
         eager = current_trace() is EAGER
-        if state is None or state.obj is not value or (eager and state.content != key):
+        if state is None or (eager and state.content != key):
             state = _states[id(value)] = _SharedState(value, key)
         elif self.of_clone and not eager:
             state.content = key
@@ -630,7 +608,7 @@ _HANDLERS: dict[type, Callable[[Any, Any], Hashable]] = {
     **dict.fromkeys(CONTAINERS, Freezer._container),
     slice: Freezer._slice,
     bytearray: Freezer._bytearray,
-    types.MappingProxyType: Freezer._mapping_proxy,
+    types.MappingProxyType: lambda f, v: (types.MappingProxyType, f.freeze(_behind(v))),
     np.ndarray: Freezer._ndarray,
     types.FunctionType: Freezer._function,
     types.MethodType: Freezer._method,
@@ -714,6 +692,8 @@ def copied(
                 new.reshape(-1)[i] = again(element)
         return new
     base: Any = next((b for b in _BASES if issubclass(kind, b)), None)
+    if base is frozenset:
+        return leaf(value)
     if base is tuple:
         new = tuple.__new__(kind, map(again, tuple.__iter__(value)))  # pyright: ignore[reportArgumentType]
     elif base is not None:

@@ -31,6 +31,7 @@ from statefulnn.core.freeze import (
     class_dict,
     code_of,
     copied,
+    find_hidden,
     mro_of,
     package_of,
 )
@@ -207,7 +208,7 @@ def _content_of(cls: Any, watch: Watch) -> Identity:
 
 def _of_class(value: Any, freezer: Freezer) -> Hashable:
     if type(value) is not types.FunctionType:
-        return freezer.captured(value)
+        return Identity(value) if find_hidden(value) is not None else freezer.captured(value)
     # Not what a method closes over: a test that counts traces in a variable is no other class.
     freezer.watch.note(code_of, value, value.__code__)
     defaults = (value.__defaults__, *(value.__kwdefaults__ or {}).items())
