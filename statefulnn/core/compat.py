@@ -85,7 +85,9 @@ def _private_parts() -> tuple[bool, bool]:
 
 EAGER = _plain_evaluation()
 _NESTING, _OWNERS = _private_parts()
-TELLS_OWNERS = _NESTING and _OWNERS  # whether a value of an outer trace can be told from one of an inner
+TELLS_OWNERS = (
+    _NESTING and _OWNERS
+)  # whether a value of an outer trace can be told from one of an inner
 if not _NESTING:
     _warn(
         "which traces are around a trace (Trace.parent_trace)",
