@@ -53,7 +53,7 @@ def current_trace() -> Any:
 def _warn(unknown: str, unchecked: str) -> None:
     warnings.warn(
         explain(
-            f"JAX {jax.__version__} does not tell {unknown}",
+            f"this JAX does not tell {unknown}",
             f"without that statefulnn does not notice {unchecked}; everything else works",
             "take the JAX that this statefulnn was made for, or a newer statefulnn, to be told",
         ),
