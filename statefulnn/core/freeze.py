@@ -153,9 +153,9 @@ class Watch:
                 now = read(subject)
                 if now is not was and (type(was) is not _Copy or was.content != now):
                     return False
-            return subjects == copies and all(
-                map(operator.is_, itertools.chain.from_iterable(views), held)
-            )
+            if subjects != copies:
+                return False
+            return not views or all(map(operator.is_, itertools.chain.from_iterable(views), held))
         except Exception:  # a thread adds members, a cell was emptied, a new value will not compare
             return False
 

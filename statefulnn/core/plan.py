@@ -213,8 +213,8 @@ def _of_class(value: Any, freezer: Freezer) -> Hashable:
     if type(value) is not types.FunctionType:
         return Identity(value) if find_hidden(value) is not None else freezer.captured(value)
     # Not what a method closes over: a test that counts traces in a variable is no other class.
-    if value.__globals__.get("__name__", "").partition(".")[0] != "statefulnn":
-        freezer.watch.note(code_of, value, value.__code__)
+    if not str(value.__globals__.get("__name__")).startswith("statefulnn."):
+        freezer.watch.note(code_of, value, value.__code__)  # tools that reload put another one in
     defaults = (value.__defaults__, *(value.__kwdefaults__ or {}).items())
     return (Identity(value), value.__code__, freezer.captured(defaults))
 
