@@ -121,7 +121,7 @@ class Watch:
 
     def __init__(self) -> None:
         self._notes: dict[tuple[Any, Hashable], tuple[Any, Any]] = {}
-        self._sealed: tuple[list, list, list, list] | None = None
+        self._sealed: tuple[list, list, list, list, list] | None = None
 
     def __bool__(self) -> bool:
         return bool(self._notes)
@@ -130,9 +130,10 @@ class Watch:
         """Note a subject; the first note counts, since something was frozen by then.
 
         Args:
-            read: reads the one object in the subject; None if the subject is a tuple of iterables.
+            read: reads the one object in the subject. None: the subject is a tuple of iterables;
+                `dict`: it is a mapping of names to things whose equality is good enough.
             subject: views of a container, a function, a closure cell ...
-            held: what was read.
+            held: what was read; a `_Copy` compares by equality, everything else by identity.
             key: by what the subject is known, if not by its own identity.
         """
         self._sealed = None
@@ -146,33 +147,40 @@ class Watch:
 
     def unchanged(self) -> bool:
         """Say whether everything still holds what it held."""
-        views, reads, held, copies = self._sealed or self._seal()
-        chain = itertools.chain
+        singles, subjects, copies, views, held = self._sealed or self._seal()
         try:
-            now = chain(chain.from_iterable(views), *itertools.starmap(map, reads))
-            return all(map(operator.is_, now, held)) and not (
-                copies and any(read(subject) != copy for read, subject, copy in copies)
-            )
-        except (RuntimeError, ValueError):  # another thread adds members; a cell was emptied
+            for read, subject, was in singles:
+                now = read(subject)
+                if now is not was and (type(was) is not _Copy or was.content != now):
+                    return False
+            if subjects != copies:
+                return False
+            return not views or all(map(operator.is_, itertools.chain.from_iterable(views), held))
+        except Exception:  # a thread adds members, a cell was emptied, a new value will not compare
             return False
 
-    def _seal(self) -> tuple[list, list, list, list]:
-        views, held, copies = [], [], []
-        reads: dict[Callable, list[tuple[Any, Any]]] = {}
+    def _seal(self) -> tuple[list, list, list, list, list]:
+        self._sealed = singles, subjects, copies, views, held = [], [], [], [], []
         for (read, _), (subject, was) in self._notes.items():
-            if read is None:
+            if read is dict:
+                subjects.append(subject)
+                copies.append(was)
+            elif read is not None:
+                singles.append((read, subject, was))
+            else:
                 for view, members in zip(subject, was, strict=True):
                     views += (view, self._END)
                     held += (*members, *self._END)
-            elif read in (bytes, _array_key):
-                copies.append((read, subject, was))
-            else:
-                reads.setdefault(read, []).append((subject, was))
-        for notes in reads.values():
-            held += [was for _, was in notes]
-        subjects = [(read, [s for s, _ in notes]) for read, notes in reads.items()]
-        self._sealed = views, subjects, held, copies
         return self._sealed
+
+
+class _Copy:
+    """What was in memory that Python does not see as objects: compared by its content."""
+
+    __slots__ = ("content",)
+
+    def __init__(self, content: Any) -> None:
+        self.content = content
 
 
 class _View:
@@ -439,7 +447,7 @@ class Freezer:
     def _bytearray(self, value: bytearray) -> Hashable:
         self.mutable = True
         content = bytes(value)
-        self._note(bytes, value, content)
+        self._note(bytes, value, _Copy(content))
         return (bytearray, content)
 
     def _slice(self, value: slice) -> Hashable:
@@ -453,7 +461,7 @@ class Freezer:
             self._note(None, (_View(_flat, value),), (members,), id(value))
             return self._nested(value, (np.ndarray, value.shape), members)
         key = _array_key(value)
-        self._note(_array_key, value, key)
+        self._note(_array_key, value, _Copy(key))
         return (np.ndarray, key)
 
     def _jax_array(self, value: jax.Array) -> Hashable:

@@ -203,9 +203,12 @@ def _content_of(cls: Any, watch: Watch) -> Identity:
         for base in mro_of(cls):
             if base is not object and package_of(base) != "statefulnn":
                 content = class_dict(base)
-                members = tuple(content.items())
-                freezer.watch.note(None, (content.values(),), (tuple(v for _, v in members),), base)
-                found += members
+                members = dict(content)
+                freezer.watch.note(dict, content, members, base)
+                found += members.items()
+                for name, value in members.items():
+                    if name[:2] != "__" and type(value) not in _EQUAL_IS_SAME:
+                        freezer.watch.note(operator.itemgetter(name), content, value, (base, name))
         if not any(name == "forward" for name, _ in found):
             found.append(("forward", _forward(cls)))
             freezer.watch.note(_forward, cls, found[-1][1])
@@ -225,11 +228,14 @@ def _of_class(value: Any, freezer: Freezer) -> Hashable:
     if type(value) is not types.FunctionType:
         return Identity(value) if find_hidden(value) is not None else freezer.captured(value)
     # Not what a method closes over: a test that counts traces in a variable is no other class.
-    freezer.watch.note(code_of, value, value.__code__)
+    if not str(value.__globals__.get("__name__")).startswith("statefulnn."):
+        freezer.watch.note(code_of, value, value.__code__)  # tools that reload put another one in
     defaults = (value.__defaults__, *(value.__kwdefaults__ or {}).items())
     return (Identity(value), value.__code__, freezer.captured(defaults))
 
 
+# Members of classes that are the same for us where they are equal: of numbers 1, 1.0 and True are.
+_EQUAL_IS_SAME = {str, type(None), types.FunctionType, staticmethod, classmethod, property, type}
 _WRAPPERS: dict[type, Callable[[Any], tuple[Any, ...]]] = {
     staticmethod: lambda v: (v.__func__,),
     classmethod: lambda v: (v.__func__,),
