@@ -359,7 +359,7 @@ class Freezer:
 
     def _identity(self, value: Any) -> Hashable:
         # A compiled function calls what it was made of, and goes on with the old values of that.
-        for name in ("_owner", "__wrapped__"):
+        for name in ("owner", "__wrapped__"):
             with contextlib.suppress(AttributeError):
                 self._compiled(object.__getattribute__(value, name))
         return Identity(value)
