@@ -76,6 +76,7 @@ from statefulnn.core.walk import (
 
 _SLOTS = frozenset({"_cell", "_home", "_plan", "_shell"})
 _PLATFORMS = ("cpu", "gpu", "cuda", "rocm", "tpu", META)
+_ELSEWHERE = "members that another module had first"  # in the state of a copy
 _REGISTRIES = ("_parameters", "_buffers", "_modules")
 
 
@@ -1063,26 +1064,39 @@ class Module(ModuleBase):
         for name, value in state.items():
             if isinstance(value, Registry) and not isinstance(value, HookDict):
                 state[name] = dict(value)
-        return state
+        # A member that another module had first is at home there, in a copy too.
+        elsewhere = [
+            (registry, name)
+            for registry in _REGISTRIES
+            for name, member in state[registry].items()
+            if isinstance(member, (Box, Module))
+            and isinstance(member._home, tuple)
+            and member._home[0]() not in (None, self)
+        ]
+        return {**state, _ELSEWHERE: elsewhere} if elsewhere else state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         cell = Cell(birth_scope())
         set_cell(self, cell)
         attributes = real_dict(self)
         attributes.clear()
+        elsewhere = state.get(_ELSEWHERE, ())
         for name, value in state.items():
+            if name == _ELSEWHERE:
+                continue
             if name in _REGISTRIES:
                 value = Registry(cell, value)
             elif isinstance(value, _PickledHooks):
                 value = HookDict(cell, value)
             attributes[name] = value
-        for name in ("_parameters", "_buffers"):
-            for key, box in attributes.get(name, {}).items():
-                if box is not None:
-                    box._home = (weakref.ref(self), key)
-        for key, module in attributes.get("_modules", {}).items():
-            if module is not None:
-                set_home(module, (weakref.ref(self), key))
+        for registry in _REGISTRIES:
+            for key, member in attributes.get(registry, {}).items():
+                if member is None or ((registry, key) in elsewhere and member._home is not None):
+                    continue
+                place = (weakref.ref(self), key)
+                set_home(member, place) if isinstance(member, Module) else setattr(
+                    member, "_home", place
+                )
         cell.touch()
 
     def compile(self, **kwargs: Any) -> Any:
