@@ -12,7 +12,7 @@ import numpy as np
 
 from statefulnn.core.baked_in import Capture
 from statefulnn.core.box import from_numpy
-from statefulnn.core.compat import EAGER, Tracer, current_trace, trace_of
+from statefulnn.core.compat import EAGER, Tracer, current_trace, trace_of, varies
 from statefulnn.core.errors import DtypeError, ShapeError, UninitializedParameterError, explain
 from statefulnn.core.freeze import Identity
 from statefulnn.core.generator import as_key, drawing_generator, rng_scope
@@ -104,8 +104,7 @@ def build(make_member: Callable[[], Any], n: int, key: Any) -> tuple[ModuleDef, 
             raise _changes(changed)
         # What does not depend on the key is the same for all members, and was meant to be unless another
         # call gives something else.
-        here = current_trace()
-        fixed = [j for j, v in enumerate(leaves) if trace_of(v) is not here]
+        fixed = [j for j, own in enumerate(varies(leaves, i)) if not own]
         same = [_equal(leaves[j], once_more[j]) for j in fixed]
         found.update(moduledef=moduledef, fixed=fixed)
         if eager:
