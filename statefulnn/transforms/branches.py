@@ -109,7 +109,7 @@ def _check_alike(call: SplitCall, names: tuple, first: tuple, other: tuple, indi
         values = {i: after.get(i, jax.typeof(call.leaves[i])) for i in indices}
         boxes.append({repr(call.moduledef.leaf_names[i]): described(v) for i, v in values.items()})
     for what, (a, b) in (("returned", outputs), ("left", boxes)):
-        for part in dict.fromkeys((*a, *b)):
+        for part in sorted(dict.fromkeys((*a, *b)), key=_WHOLE.__eq__):  # the parts first
             if a.get(part) != b.get(part):
                 left, right = a.get(part, "nothing"), b.get(part, "nothing")
                 raise StructureChangeError(
@@ -120,6 +120,9 @@ def _check_alike(call: SplitCall, names: tuple, first: tuple, other: tuple, indi
                         "make them agree: value.astype(dtype), jnp.zeros_like(value) for what is missing",
                     )
                 )
+
+
+_WHOLE = "the output, taken as a whole"
 
 
 class _Stand(NamedTuple):
@@ -144,7 +147,7 @@ def _parts(call: SplitCall, out: Any, writes: Writes) -> dict[str, Any]:
         for path, v in leaves
     }
     structure = jax.tree_util.tree_structure(out, is_leaf=lambda v: isinstance(v, _Stand))
-    return {**parts, "the output, taken as a whole": structure}
+    return {**parts, _WHOLE: structure}
 
 
 def _stand(call: SplitCall, item: tuple, arrays: Any) -> _Stand:
@@ -154,5 +157,6 @@ def _stand(call: SplitCall, item: tuple, arrays: Any) -> _Stand:
     number = item[1]
     if item[0] == "box":
         return _Stand(f"the box {call.moduledef.leaf_names[number]!r}", item)
-    name = call.moduledef.nodes[number].cls.__name__
-    return _Stand(f"module {number} ({name}) of the operands", item)
+    root, *names = call.moduledef.paths[number] or ("?",)
+    kind = call.moduledef.nodes[number].cls.__name__
+    return _Stand(f"the {kind} {'.'.join((f'[{root}]', *names))!r}", item)
