@@ -141,7 +141,9 @@ class Loop:
             shape = jnp.shape(value)
             lengths.setdefault(shape[0] if shape else None, f"{name} of shape {shape}")
         if len(lengths) > 1 or None in lengths:
-            listed = ", ".join(f"{n or 'no axis'} ({who})" for n, who in lengths.items())
+            listed = ", ".join(
+                f"{'no axis' if n is None else n} ({who})" for n, who in lengths.items()
+            )
             raise ShapeError(
                 explain(
                     f"a loop was given xs of these lengths: {listed}",

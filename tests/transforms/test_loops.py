@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import statefulnn as nn
@@ -383,6 +384,55 @@ def test_two_modules_that_share_a_submodule_in_one_carry(loop):
     assert_same_state(shared, n)
 
 
+@pytest.mark.parametrize("loop", LOOPS.values(), ids=LOOPS)
+def test_a_model_and_its_optimizer_train_in_a_loop(loop):
+    class Train(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = nn.Linear(2, 1)
+            self.optimizer = nn.Optimizer(self.model, optax.adam(1e-2))
+
+        def forward(self, x):
+            self.optimizer.step(nn.grad(lambda m: (m(x) ** 2).mean())(self.model))
+            return x
+
+    m = Train()
+    params = {name: p.value for name, p in m.model.named_parameters()}
+    nn.jit(lambda m: loop(m, X, 5)[1])(m)
+
+    tx = optax.adam(1e-2)
+    state = tx.init(params)
+    loss = lambda p: ((X @ p["weight"].T + p["bias"]) ** 2).mean()
+    with jax.numpy_dtype_promotion("standard"):  # optax mixes dtypes
+        for _ in range(5):
+            updates, state = tx.update(jax.grad(loss)(params), state)
+            params = optax.apply_updates(params, updates)
+    for name, p in m.model.named_parameters():
+        np.testing.assert_allclose(p, params[name], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("loop", [by_fori, by_scan], ids=["fori", "scan"])
+def test_a_backward_hook_acts_at_every_step(loop):
+    m, x = nn.Linear(2, 2), X
+    m.register_full_backward_hook(lambda module, grads, _: (grads[0] * 2,))
+    got = nn.grad(lambda x: loop(m, x, 3)[1].sum())(x)
+    w = np.asarray(m.weight)
+    expected = np.ones((3, 2)) @ w @ w @ w * 8  # each of three steps doubles what it hands back
+    np.testing.assert_allclose(got, expected, rtol=1e-5)
+
+
+def test_jax_s_own_leak_checker_finds_nothing():
+    with jax.checking_leaks():
+        m = Counter()
+        for loop in LOOPS.values():
+            nn.jit(lambda m, x, loop=loop: loop(m, x, 2)[1])(m, X)
+            loop(m, X, 1)
+        nn.map(m, XS)
+        nn.cond(True, m, m.step, X)
+        nn.associative_scan(Affine(), (X, X))
+    assert int(m.n) == 3 * len(LOOPS) + len(XS) + 1
+
+
 # --------------------------------------------------------------------------------------------------
 # nn.map
 
@@ -461,6 +511,13 @@ def test_each_call_of_a_map_has_its_own_dropout(batch_size):
     masks = [*np.asarray(f(drop, jnp.ones((7, 64)))), *np.asarray(f(drop, jnp.ones((7, 64))))]
     assert len({row.tobytes() for row in masks}) == 14
     assert f.trace_count == 1
+
+
+@pytest.mark.parametrize("batch_size", [None, 2])
+def test_keys_are_mapped_over_as_other_arrays(batch_size):
+    keys = jax.random.split(jax.random.key(0), 5)
+    got = nn.map(lambda key: jax.random.uniform(key), keys, batch_size=batch_size)
+    np.testing.assert_array_equal(got, [jax.random.uniform(key) for key in keys])
 
 
 def test_the_gradient_through_a_map_is_the_sum_over_its_calls():
