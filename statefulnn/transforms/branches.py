@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 
 import jax
 
+from statefulnn.core.baked_in import probing
 from statefulnn.core.errors import StructureChangeError, explain
 from statefulnn.core.pytree import unflatten_with
-from statefulnn.core.scope import probing
 from statefulnn.transforms.lift import SplitCall, Writes, several_unbound
 from statefulnn.transforms.scan import described
 

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from statefulnn.core.baked_in import probing
 from statefulnn.core.errors import StateWriteError, TraceLeakError, explain
-from statefulnn.core.scope import probing
 from statefulnn.transforms.lift import SplitCall, Writes, several_unbound
 from statefulnn.transforms.scan import Loop, scan
 from statefulnn.transforms.vmap import vmap

@@ -8,11 +8,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from statefulnn.core.baked_in import probing
 from statefulnn.core.errors import ShapeError, StateWriteError, StructureChangeError, explain
 from statefulnn.core.generator import Generator
 from statefulnn.core.module import Module
 from statefulnn.core.pytree import flatten_collecting, unflatten_with
-from statefulnn.core.scope import probing
 from statefulnn.transforms.lift import SplitCall, Writes, leaves_below, several_unbound
 
 
