@@ -216,6 +216,7 @@ from statefulnn.modules import (
 from statefulnn.optimizer import Optimizer
 from statefulnn.transforms.audit import audit
 from statefulnn.transforms.capture import capture
+from statefulnn.transforms.checkify import checkify
 from statefulnn.transforms.functional_call import (
     functional_call,
     functionalize,
@@ -225,6 +226,7 @@ from statefulnn.transforms.grad import grad, value_and_grad
 from statefulnn.transforms.jit import jit
 from statefulnn.transforms.remat import remat
 from statefulnn.transforms.scan import scan
+from statefulnn.transforms.shard_map import shard_map
 from statefulnn.transforms.statefulize import statefulize
 from statefulnn.transforms.vmap import vmap
 from statefulnn.utils import parameters_to_vector, vector_to_parameters
