@@ -217,6 +217,7 @@ from statefulnn.optimizer import Optimizer
 from statefulnn.transforms.audit import audit
 from statefulnn.transforms.capture import capture
 from statefulnn.transforms.checkify import checkify
+from statefulnn.transforms.custom_vjp import custom_vjp
 from statefulnn.transforms.functional_call import (
     functional_call,
     functionalize,

@@ -98,8 +98,8 @@ def shard_map(
             found[:] = [written]
             after = dict(zip(names, before, strict=True))
             for i, value in zip(written.indices, written.values, strict=True):
-                after[names[i]] = advance(before[i])[1] if i in own else value
-                _check_equal(names[i], after[names[i]], leaf_specs[i])
+                value = advance(before[i])[1] if i in own else value
+                after[names[i]] = _agreed(names[i], value, leaf_specs[i])
             return out, after
 
         body.__name__ = getattr(function, "__name__", "f")
@@ -171,12 +171,15 @@ def _of_device(state: Any, mesh: Any, axis_names: Set[Hashable]) -> Any:
     return Generator(jax.random.fold_in(advance(state)[0], jax.lax.axis_index(axes))).state
 
 
-def _check_equal(name: str, value: Any, spec: PartitionSpec) -> None:
-    """Raise if JAX knows that devices have different values where the spec says that they are equal."""
+def _agreed(name: str, value: Any, spec: PartitionSpec) -> Any:
+    """Return what is written to an array; raise if devices differ where the spec says they are equal."""
     kind = jax.typeof(value)
     varying = getattr(getattr(kind, "manual_axis_type", None), "varying", frozenset())
     split = {n for part in spec for n in (part if isinstance(part, tuple) else (part,))}
-    differs = sorted(map(str, varying - split))
+    alone = tuple(n for n in varying - split if jax.lax.axis_size(n) == 1)
+    if alone:  # JAX does not know that one device agrees with itself
+        value = jax.lax.psum(value, alone).astype(value.dtype)
+    differs = sorted(map(str, varying - split - {*alone}))
     if differs:
         raise StateWriteError(
             explain(
@@ -186,6 +189,7 @@ def _check_equal(name: str, value: Any, spec: PartitionSpec) -> None:
                 "axis_name does); or spread the array by in_specs; or put the layer into eval mode",
             )
         )
+    return value
 
 
 def _returned_module(function: Callable) -> TypeError:
