@@ -33,7 +33,8 @@ def shard_map(
 
     Inside, a module holds this device's part of its arrays. What is written to an array that is spread over
     the devices stays spread; what is written to a replicated one must be equal on all devices, so take
-    ``jax.lax.pmean`` or ``psum`` first. Both are written back.
+    ``jax.lax.pmean`` or ``psum`` first. Both are written back, as arrays on the mesh: with a model that lies
+    there already, ``model.to(NamedSharding(mesh, P()))``, the second call needs no compilation.
 
     Args:
         fun: the function of one device; for a Module or a method of one, the module is replicated.
@@ -98,8 +99,8 @@ def shard_map(
             found[:] = [written]
             after = dict(zip(names, before, strict=True))
             for i, value in zip(written.indices, written.values, strict=True):
-                value = advance(before[i])[1] if i in own else value
-                after[names[i]] = _agreed(names[i], value, leaf_specs[i])
+                if i not in own:
+                    after[names[i]] = _agreed(names[i], value, leaf_specs[i])
             return out, after
 
         body.__name__ = getattr(function, "__name__", "f")
@@ -107,9 +108,11 @@ def shard_map(
         mapped = jax.shard_map(
             body, in_specs=(by_name, dynamic_specs), out_specs=(out_specs, by_name), **given
         )
-        out, after = mapped(dict(zip(names, call.leaves, strict=True)), call.dynamic)
+        leaves = call.leaves
+        out, after = mapped(dict(zip(names, leaves, strict=True)), call.dynamic)
         indices = found[0].indices
-        return call.finish(out, Writes(indices, [after[names[i]] for i in indices]))
+        values = [advance(leaves[i])[1] if i in own else after[names[i]] for i in indices]
+        return call.finish(out, Writes(indices, values))
 
     return wrapper if owner is None else types.MethodType(wrapper, owner)
 
