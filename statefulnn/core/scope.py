@@ -325,8 +325,8 @@ def check_write(scope: Scope | None, value: Any, subject: Any) -> None:
                 "(jax.jit, lax.scan, lax.cond, jax.checkpoint, checkify ...)",
                 "the module is not an argument of that function: the write would happen once, while "
                 "tracing, and leave a dead tracer or a stale value behind",
-                "pass the module as an argument to nn.jit (nn.scan, nn.remat, nn.checkify), which writes back; "
-                "or return the new value and write it outside",
+                "pass the module as an argument to nn.jit (nn.scan, nn.remat, nn.checkify), which writes "
+                "back; or return the new value and write it outside",
             )
         )
     if isinstance(value, Tracer):
