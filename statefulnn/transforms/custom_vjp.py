@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -76,9 +77,9 @@ class custom_vjp:
     """
 
     def __init__(self, fun: Callable, nondiff_argnums: int | Iterable[int] = ()) -> None:
-        self.fun, self.owner = unbound(fun)
+        self.fun, self.__self__ = unbound(fun)  # as a method has it: nn.jit passes the module in
         numbers = (nondiff_argnums,) if isinstance(nondiff_argnums, int) else nondiff_argnums
-        self.nondiff_argnums = tuple(sorted(n + (self.owner is not None) for n in numbers))
+        self.nondiff_argnums = tuple(sorted(n + (self.__self__ is not None) for n in numbers))
         self.fwd: Callable | None = None
         self.bwd: Callable | None = None
         functools.update_wrapper(self, self.fun, updated=())
@@ -88,12 +89,15 @@ class custom_vjp:
         self.fwd, self.bwd = fwd, bwd
 
     def __get__(self, instance: Any, owner: type | None = None) -> Any:
-        return self if instance is None else functools.partial(self, instance)
+        return self if instance is None else types.MethodType(self, instance)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.__func__(*(() if self.__self__ is None else (self.__self__,)), *args, **kwargs)
+
+    def __func__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the function; if it is a module's, the module is the first argument."""
         if self.fwd is None or self.bwd is None:
             raise _no_rule(self.fun)
-        args = args if self.owner is None else (self.owner, *args)
         bound = inspect.signature(self.fun).bind(*args, **kwargs)
         bound.apply_defaults()
         if bound.kwargs:

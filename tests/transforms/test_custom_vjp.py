@@ -325,6 +325,13 @@ def test_a_module_and_a_method_are_their_own_first_argument():
         f.defvjp(lambda m, x: (m.forward(x), x), lambda x, g: (None, 4.0 * jnp.ones_like(x)))
         close(f(X), layer(X))
         close(jax.grad(lambda x, f=f: f(x).sum())(X), np.full((2, 3), 4.0))
+    model = Counted()
+    f = nn.custom_vjp(model)
+    f.defvjp(lambda m, x: (m(x), x), lambda x, g: (None, 4.0 * jnp.ones_like(x)))
+    compiled = nn.jit(f)
+    for _ in range(2):
+        close(compiled(X), f(X))
+    assert int(model.calls) == 4 and compiled.trace_count == 1
 
 
 def test_as_a_decorator_of_forward():
@@ -350,7 +357,8 @@ def test_as_a_decorator_of_forward():
         of_m, of_x = wrap(nn.grad(lambda m, x: m(x).sum(), argnums=(0, 1)))(model, X)
         close(of_m["1.w"], X.sum())
         close(of_x, np.full((2, 3), -2.0))
-    assert nn.jit(model)(X).shape == (2, 3)
+    close(nn.jit(model)(X), 2 * X)
+    close(nn.jit(model[1].forward)(X), 2 * X)
 
 
 def test_arguments_by_name_and_defaults():
