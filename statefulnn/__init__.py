@@ -217,6 +217,8 @@ from statefulnn.optimizer import Optimizer
 from statefulnn.transforms.audit import audit
 from statefulnn.transforms.branches import cond, switch
 from statefulnn.transforms.capture import capture
+from statefulnn.transforms.checkify import checkify
+from statefulnn.transforms.custom_vjp import custom_vjp
 from statefulnn.transforms.functional_call import (
     functional_call,
     functionalize,
@@ -227,6 +229,7 @@ from statefulnn.transforms.jit import jit
 from statefulnn.transforms.loops import associative_scan, fori_loop, while_loop
 from statefulnn.transforms.remat import remat
 from statefulnn.transforms.scan import scan
+from statefulnn.transforms.shard_map import shard_map
 from statefulnn.transforms.statefulize import statefulize
 from statefulnn.transforms.vmap import vmap
 from statefulnn.utils import parameters_to_vector, vector_to_parameters

@@ -11,6 +11,7 @@ from statefulnn.init._deprecated import sparse as sparse
 from statefulnn.init._deprecated import uniform as uniform
 from statefulnn.init._deprecated import xavier_normal as xavier_normal
 from statefulnn.init._deprecated import xavier_uniform as xavier_uniform
+from statefulnn.init._empty import empty_parameter as empty_parameter
 from statefulnn.init._initializers import calculate_gain as calculate_gain
 from statefulnn.init._initializers import constant_ as constant_
 from statefulnn.init._initializers import dirac_ as dirac_

@@ -8,7 +8,6 @@ from statefulnn import functional as F
 from statefulnn import init
 from statefulnn.core.errors import explain
 from statefulnn.core.module import Module
-from statefulnn.modules._empty import parameter
 from statefulnn.modules.linear import Linear
 
 
@@ -95,7 +94,7 @@ class MultiheadAttention(Module):
             )
 
         def weight(*shape: int) -> Any:
-            return parameter(shape, device, dtype)
+            return init.empty_parameter(shape, dtype, device)
 
         packed = self._qkv_same_embed_dim
         self.register_parameter(

@@ -14,7 +14,7 @@ from statefulnn.core.box import filled as box_filled
 from statefulnn.core.errors import ShapeError, explain
 from statefulnn.core.module import Module
 from statefulnn.core.placement import is_meta, resolve_device
-from statefulnn.modules._empty import filled, parameter
+from statefulnn.init._empty import filled
 
 
 class _NormBase(Module):
@@ -42,14 +42,14 @@ class _NormBase(Module):
         self.affine = affine
         self.track_running_stats = track_running_stats
         self.register_parameter(
-            "weight", parameter(num_features, device, dtype) if affine else None
+            "weight", init.empty_parameter(num_features, dtype, device) if affine else None
         )
         self.register_parameter(
-            "bias", parameter(num_features, device, dtype) if affine and bias else None
+            "bias", init.empty_parameter(num_features, dtype, device) if affine and bias else None
         )
         if track_running_stats:
-            self.register_buffer("running_mean", filled(num_features, 0, device, dtype))
-            self.register_buffer("running_var", filled(num_features, 1, device, dtype))
+            self.register_buffer("running_mean", filled(num_features, 0, dtype, device))
+            self.register_buffer("running_var", filled(num_features, 1, dtype, device))
             self.register_buffer("num_batches_tracked", _zero_count(device))
         else:
             self.register_buffer("running_mean", None)

@@ -10,7 +10,6 @@ from statefulnn.core.errors import explain
 from statefulnn.core.module import Module
 from statefulnn.functional._checks import numbers
 from statefulnn.functional.conv import check_padding_mode, conv_nd, padded
-from statefulnn.modules._empty import parameter
 
 Size = int | Sequence[int]
 
@@ -65,11 +64,12 @@ class _Convolution(Module):
         first, second = in_channels, out_channels
         if not self.transposed:
             first, second = second, first
-        self.weight = parameter((first, second // groups, *self.kernel_size), device, dtype)
-        if bias:
-            self.bias = parameter(out_channels, device, dtype)
-        else:
-            self.register_parameter("bias", None)
+        self.weight = init.empty_parameter(
+            (first, second // groups, *self.kernel_size), dtype, device
+        )
+        self.register_parameter(
+            "bias", init.empty_parameter(out_channels, dtype, device) if bias else None
+        )
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

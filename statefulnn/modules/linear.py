@@ -8,7 +8,6 @@ from statefulnn import functional as F
 from statefulnn import init
 from statefulnn.core.errors import explain
 from statefulnn.core.module import Module
-from statefulnn.modules._empty import parameter
 
 
 class Identity(Module):
@@ -64,11 +63,10 @@ class Linear(Module):
         super().__init__()
         self.in_features = in_features
         self.out_features = out_features
-        self.weight = parameter((out_features, in_features), device, dtype)
-        if bias:
-            self.bias = parameter(out_features, device, dtype)
-        else:
-            self.register_parameter("bias", None)
+        self.weight = init.empty_parameter((out_features, in_features), dtype, device)
+        self.register_parameter(
+            "bias", init.empty_parameter(out_features, dtype, device) if bias else None
+        )
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -130,11 +128,12 @@ class Bilinear(Module):
         self.in1_features = in1_features
         self.in2_features = in2_features
         self.out_features = out_features
-        self.weight = parameter((out_features, in1_features, in2_features), device, dtype)
-        if bias:
-            self.bias = parameter(out_features, device, dtype)
-        else:
-            self.register_parameter("bias", None)
+        self.weight = init.empty_parameter(
+            (out_features, in1_features, in2_features), dtype, device
+        )
+        self.register_parameter(
+            "bias", init.empty_parameter(out_features, dtype, device) if bias else None
+        )
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

@@ -11,7 +11,6 @@ from statefulnn import init
 from statefulnn.core.errors import explain
 from statefulnn.core.module import Module
 from statefulnn.functional.local_response_norm import cross_map_lrn2d
-from statefulnn.modules._empty import parameter
 
 
 def _shape(normalized_shape: Any) -> tuple[int, ...]:
@@ -60,9 +59,11 @@ class LayerNorm(Module):
         self.eps = eps
         self.elementwise_affine = elementwise_affine
         affine = elementwise_affine
-        self.register_parameter("weight", parameter(shape, device, dtype) if affine else None)
         self.register_parameter(
-            "bias", parameter(shape, device, dtype) if affine and bias else None
+            "weight", init.empty_parameter(shape, dtype, device) if affine else None
+        )
+        self.register_parameter(
+            "bias", init.empty_parameter(shape, dtype, device) if affine and bias else None
         )
         self.reset_parameters()
 
@@ -120,7 +121,7 @@ class RMSNorm(Module):
         self.eps = eps
         self.elementwise_affine = elementwise_affine
         self.register_parameter(
-            "weight", parameter(shape, device, dtype) if elementwise_affine else None
+            "weight", init.empty_parameter(shape, dtype, device) if elementwise_affine else None
         )
         self.reset_parameters()
 
@@ -194,10 +195,10 @@ class GroupNorm(Module):
         self.eps = eps
         self.affine = affine
         self.register_parameter(
-            "weight", parameter(num_channels, device, dtype) if affine else None
+            "weight", init.empty_parameter(num_channels, dtype, device) if affine else None
         )
         self.register_parameter(
-            "bias", parameter(num_channels, device, dtype) if affine and bias else None
+            "bias", init.empty_parameter(num_channels, dtype, device) if affine and bias else None
         )
         self.reset_parameters()
 

@@ -9,7 +9,6 @@ from statefulnn import functional as F
 from statefulnn import init as initializers
 from statefulnn.core.errors import explain
 from statefulnn.core.module import Module
-from statefulnn.modules._empty import parameter
 
 
 class ReLU(Module):
@@ -216,7 +215,7 @@ class PReLU(Module):
         super().__init__()
         self.num_parameters = num_parameters
         self.init = init
-        self.weight = parameter(num_parameters, device, dtype)
+        self.weight = initializers.empty_parameter(num_parameters, dtype, device)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

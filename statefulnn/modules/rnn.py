@@ -22,7 +22,6 @@ from statefulnn.functional.packed import (
     places,
 )
 from statefulnn.functional.recurrent import KINDS, recurrent
-from statefulnn.modules._empty import parameter
 
 _ROLES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")
 
@@ -112,7 +111,7 @@ class RNNBase(Module):
             for direction in directions:
                 for role, shape in shapes.items():
                     name = f"{role}_l{layer}{direction}"
-                    self.register_parameter(name, parameter(shape, device, dtype))
+                    self.register_parameter(name, init.empty_parameter(shape, dtype, device))
                 names.append(tuple(f"{role}_l{layer}{direction}" for role in shapes))
         self._all_weights = tuple(names)
         self.reset_parameters()

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from statefulnn import init
 from statefulnn.core.errors import explain
 from statefulnn.core.module import Module
 from statefulnn.functional.recurrent import recurrent_cell
-from statefulnn.modules._empty import parameter
 from statefulnn.modules.rnn import draw_parameters
 
 
@@ -46,14 +46,11 @@ class RNNCellBase(Module):
         self.hidden_size = hidden_size
         self.bias = bias
         gates = num_chunks * hidden_size
-        self.weight_ih = parameter((gates, input_size), device, dtype)
-        self.weight_hh = parameter((gates, hidden_size), device, dtype)
-        if bias:
-            self.bias_ih = parameter(gates, device, dtype)
-            self.bias_hh = parameter(gates, device, dtype)
-        else:
-            self.register_parameter("bias_ih", None)
-            self.register_parameter("bias_hh", None)
+        self.weight_ih = init.empty_parameter((gates, input_size), dtype, device)
+        self.weight_hh = init.empty_parameter((gates, hidden_size), dtype, device)
+        for name in ("bias_ih", "bias_hh"):
+            value = init.empty_parameter(gates, dtype, device) if bias else None
+            self.register_parameter(name, value)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

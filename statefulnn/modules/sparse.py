@@ -10,7 +10,6 @@ from statefulnn.core.box import Parameter
 from statefulnn.core.errors import explain
 from statefulnn.core.module import Module
 from statefulnn.functional._checks import array, shape_error
-from statefulnn.modules._empty import parameter
 
 
 class Embedding(Module):
@@ -64,7 +63,7 @@ class Embedding(Module):
         self.scale_grad_by_freq = scale_grad_by_freq
         self.sparse = sparse
         if _weight is None:
-            self.weight = parameter((num_embeddings, embedding_dim), device, dtype)
+            self.weight = init.empty_parameter((num_embeddings, embedding_dim), dtype, device)
             self.reset_parameters()
         else:
             self.weight = _given_table(_weight, num_embeddings, embedding_dim, "nn.Embedding")
@@ -197,7 +196,7 @@ class EmbeddingBag(Module):
         _check_size(num_embeddings, embedding_dim, "nn.EmbeddingBag")
         self.padding_idx = _row(padding_idx, num_embeddings, "nn.EmbeddingBag")
         if _weight is None:
-            self.weight = parameter((num_embeddings, embedding_dim), device, dtype)
+            self.weight = init.empty_parameter((num_embeddings, embedding_dim), dtype, device)
             self.reset_parameters()
         else:
             self.weight = _given_table(_weight, num_embeddings, embedding_dim, "nn.EmbeddingBag")

@@ -9,7 +9,7 @@ caller's boxes and the caller's own modules into the output. A transform is thes
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -370,6 +370,29 @@ def template(treedef: Any) -> Any:
     leaves = [Mark(True, i) for i in range(treedef.num_leaves)]
     roots = [Mark(False, i) for i in range(treedef.num_nodes)]
     return unflatten_with(treedef, leaves, roots)
+
+
+def spread(
+    prefix: Any, shape: Any, ends: Callable[[Any], bool] = lambda entry: entry is None
+) -> Iterator[tuple[Mark, Any]]:
+    """Yield each mark of a template with its entry in a tree that has entries, or ends, above the marks.
+
+    Args:
+        prefix: a tree like the template; what it has in a module's place is that module's entry.
+        shape: the template.
+        ends: says of a part of `prefix` whether it is the entry of every mark below.
+
+    Raises:
+        ValueError: if the trees do not fit.
+    """
+    if isinstance(shape, Mark):
+        yield shape, prefix
+    elif ends(prefix):
+        yield from ((mark, prefix) for mark in jax.tree_util.tree_leaves(shape))
+    else:
+        parts, treedef = jax.tree_util.tree_flatten(shape, is_leaf=lambda node: node is not shape)
+        for entry, part in zip(treedef.flatten_up_to(prefix), parts, strict=True):
+            yield from spread(entry, part, ends)
 
 
 def leaves_below(moduledef: ModuleDef, roots: Sequence[int]) -> list[int]:

@@ -1,0 +1,74 @@
+"""Arrays and parameters before they are initialised."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+
+from statefulnn.core import box
+from statefulnn.core.placement import elsewhere, place_in_force, resolve_device, supported
+
+
+def filled(shape: int | Sequence[int], value: float, dtype: Any = None, device: Any = None) -> Any:
+    """Return an array of one value.
+
+    Args:
+        shape: its shape.
+        value: the value.
+        dtype: its dtype; None for JAX's default float (float64 where 64 bits are enabled).
+        device: a device, a sharding or a platform's name; None leaves the choice to JAX.
+    """
+    dtype = supported(jnp.dtype(jnp.result_type(float) if dtype is None else dtype))
+    shape = (shape,) if isinstance(shape, int) else tuple(shape)
+    place = place_in_force() if device is None else resolve_device(device)
+    return box.filled(shape, dtype, place, value)
+
+
+def empty_parameter(
+    shape: int | Sequence[int],
+    dtype: Any = None,
+    device: Any = None,
+    requires_grad: bool = True,
+) -> box.Parameter:
+    """Return a Parameter that ``reset_parameters`` is to give its values; until then it is zeros.
+
+    It is what the layers of this package make their parameters of. It minds ``nn.device`` around it, the
+    meta device included, and compiles nothing.
+
+    Args:
+        shape: its shape, an integer for one axis.
+        dtype: its dtype; None for JAX's default float (float64 where 64 bits are enabled).
+        device: a device, a sharding or a platform's name; None for the ``nn.device`` block around, or JAX's
+            choice.
+        requires_grad: whether it is trained.
+
+    Returns:
+        a Parameter.
+
+    Source: ``torch.nn.Parameter(torch.empty(...))``, as torch's layers have it.
+
+    Example:
+        >>> import statefulnn as nn
+        >>> class Scale(nn.Module):
+        ...     def __init__(self, size, bias=True, device=None, dtype=None):
+        ...         super().__init__()
+        ...         self.weight = nn.init.empty_parameter(size, dtype, device)
+        ...         bias = nn.init.empty_parameter(size, dtype, device) if bias else None
+        ...         self.register_parameter("bias", bias)
+        ...         self.reset_parameters()
+        ...
+        ...     def reset_parameters(self):
+        ...         nn.init.ones_(self.weight)
+        ...         if self.bias is not None:
+        ...             nn.init.zeros_(self.bias)
+        >>> layer = Scale(3, bias=False)
+        >>> layer.weight.tolist(), layer.bias, Scale(3, device="meta").weight.shape
+        ([1.0, 1.0, 1.0], None, (3,))
+    """
+    value = filled(shape, 0, dtype, device)
+    if device is None:
+        return box.Parameter(value, requires_grad)
+    with elsewhere():  # what the caller says wins over the block around
+        return box.Parameter(value, requires_grad)
