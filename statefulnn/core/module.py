@@ -20,15 +20,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from statefulnn.core import state_dict as _state_dict
+from statefulnn.core.arrays import filled
 from statefulnn.core.baked_in import Capture
-from statefulnn.core.box import (
-    Box,
-    Buffer,
-    Parameter,
-    filled,
-    path_of,
-    unwrap,
-)
+from statefulnn.core.box import Box, path_of, unwrap
 from statefulnn.core.compat import EAGER, current_trace, tracer_in
 from statefulnn.core.construction import DEFAULT_VERSION, current_version
 from statefulnn.core.errors import (
@@ -54,6 +48,7 @@ from statefulnn.core.ownership import (
     set_plan,
     set_shell,
 )
+from statefulnn.core.parameter import Buffer, Parameter
 from statefulnn.core.placement import META, cast, placed, resolve_device, supported
 from statefulnn.core.placement import device as device_type
 from statefulnn.core.pytree import (

@@ -10,9 +10,9 @@ from __future__ import annotations
 import difflib
 from typing import Any
 
-from statefulnn.core.box import Parameter
 from statefulnn.core.errors import UnknownNameError, explain
 from statefulnn.core.generator import Generator
+from statefulnn.core.parameter import Parameter
 
 # How a clone gets a static attribute: the same object, a copy, a copy as a dict of hooks.
 SHARED, COPIED, HOOKS = 0, 1, 2

@@ -17,11 +17,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from statefulnn.core.box import Box, Parameter, as_array
+from statefulnn.core.arrays import as_array
+from statefulnn.core.box import Box
 from statefulnn.core.compat import Tracer
 from statefulnn.core.construction import DEFAULT_VERSION
 from statefulnn.core.errors import StateDictError, explain
 from statefulnn.core.narrowing import numbers_beyond, span
+from statefulnn.core.parameter import Parameter
 from statefulnn.core.placement import is_meta
 from statefulnn.core.uninitialized import is_lazy
 from statefulnn.core.walk import CALL, ENTER, LEAVE, overrides, under_way, walk

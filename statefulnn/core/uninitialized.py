@@ -9,9 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from statefulnn.core.box import Box, Buffer, Parameter, filled
+from statefulnn.core.arrays import filled
+from statefulnn.core.box import Box
 from statefulnn.core.compat import Tracer
 from statefulnn.core.errors import UninitializedParameterError, explain
+from statefulnn.core.parameter import Buffer, Parameter
 from statefulnn.core.placement import (
     META,
     is_meta,

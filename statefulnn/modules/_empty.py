@@ -7,7 +7,8 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from statefulnn.core import box
+from statefulnn.core import arrays
+from statefulnn.core.parameter import Parameter
 from statefulnn.core.placement import elsewhere, place_in_force, resolve_device, supported
 
 
@@ -23,13 +24,13 @@ def filled(shape: int | Sequence[int], value: float, device: Any = None, dtype: 
     dtype = supported(jnp.dtype(jnp.result_type(float) if dtype is None else dtype))
     shape = (shape,) if isinstance(shape, int) else tuple(shape)
     place = place_in_force() if device is None else resolve_device(device)
-    return box.filled(shape, dtype, place, value)
+    return arrays.filled(shape, dtype, place, value)
 
 
-def parameter(shape: int | Sequence[int], device: Any = None, dtype: Any = None) -> box.Parameter:
+def parameter(shape: int | Sequence[int], device: Any = None, dtype: Any = None) -> Parameter:
     """Return a Parameter of zeros, to be initialised by ``reset_parameters``."""
     value = filled(shape, 0, device, dtype)
     if device is None:
-        return box.Parameter(value)
+        return Parameter(value)
     with elsewhere():  # what the caller says wins over the block around
-        return box.Parameter(value)
+        return Parameter(value)
