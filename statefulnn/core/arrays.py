@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
+from statefulnn.core import refusals
 from statefulnn.core.compat import EAGER, Tracer, current_trace
-from statefulnn.core.errors import RegistrationError, explain, name_of
+from statefulnn.core.errors import name_of
 from statefulnn.core.narrowing import check_jax_holds
-from statefulnn.core.placement import META, is_meta, no_numbers
+from statefulnn.core.placement import META, Place, Value, is_meta
+from statefulnn.core.refusals import Subject
 
 
-def host_array(shape: Any, dtype: Any, empty: Any = np.empty) -> np.ndarray:
+def host_array(
+    shape: Sequence[int], dtype: DTypeLike, empty: Callable[..., np.ndarray] = np.empty
+) -> np.ndarray:
     """Return an uninitialised numpy array (with ``np.zeros``: of zeros) that JAX need not copy.
 
     The CPU backend takes memory over as it is if it starts at a multiple of 64 bytes.
@@ -28,7 +33,9 @@ def host_array(shape: Any, dtype: Any, empty: Any = np.empty) -> np.ndarray:
     return raw[start : start + nbytes].view(dtype).reshape(shape)
 
 
-def from_numpy(values: Any, device: Any = None, copy: bool = True) -> Any:
+def from_numpy(
+    values: np.ndarray | np.generic | list[np.ndarray], device: Place = None, copy: bool = True
+) -> Any:
     """Return a numpy array, or a list of them, on a device, without compiling anything for its shape.
 
     With ``copy=False`` the array may share memory with the numpy array, which nobody may write again.
@@ -38,7 +45,7 @@ def from_numpy(values: Any, device: Any = None, copy: bool = True) -> Any:
     return jax.device_put(jax.tree.map(np.array, values) if copy else values, device)
 
 
-def filled(shape: Any, dtype: Any, place: Any = None, value: float = 0) -> Any:
+def filled(shape: Sequence[int], dtype: DTypeLike, place: Place = None, value: float = 0) -> Any:
     """Return an array of one value at a place (what `resolve_device` gives), compiling nothing for it.
 
     On the meta device that is its shape alone. What lies on several devices is made there, at one
@@ -56,7 +63,7 @@ def filled(shape: Any, dtype: Any, place: Any = None, value: float = 0) -> Any:
     return from_numpy(values, place, copy=False)
 
 
-def as_array(value: Any, subject: Any = "a box") -> Any:
+def as_array(value: object, subject: Subject = "a box") -> Any:
     """Return `value`, which is no box, as a JAX array; raise if it is none."""
     if isinstance(value, (jax.Array, jax.ShapeDtypeStruct)):
         check_not_deleted(value, subject)
@@ -66,43 +73,26 @@ def as_array(value: Any, subject: Any = "a box") -> Any:
         return from_numpy(value)
     if isinstance(value, (bool, int, float, complex)):
         return jnp.asarray(value)
-    if hasattr(value, "__jax_array__"):
-        return value.__jax_array__()
+    convert = getattr(value, "__jax_array__", None)
+    if convert is not None:
+        return convert()
+    kind = type(value).__name__
     if isinstance(value, (list, tuple)):
-        raise RegistrationError(
-            explain(
-                f"wrote a {type(value).__name__} to {name_of(subject)}",
-                "only arrays can be held",
-                "convert it first: jnp.asarray(value)",
-            )
-        )
-    raise RegistrationError(
-        explain(
-            f"wrote an object of type {type(value).__name__} to {name_of(subject)}",
-            "only arrays can be held",
-            "pass a jax.Array or a numpy array",
-        )
-    )
+        raise refusals.sequence_for_an_array(kind, subject)
+    raise refusals.no_array(kind, subject)
 
 
-def check_not_deleted(value: Any, subject: Any) -> None:
-    if not isinstance(value, (Tracer, jax.ShapeDtypeStruct)) and value.is_deleted():
-        raise RuntimeError(
-            explain(
-                f"used an array that has been deleted as the value of {name_of(subject)}",
-                "its memory was given away, by a call with donate= or donate_argnums=",
-                "keep what outlives donation: module.state_dict(), copy.deepcopy(module), or a copy, "
-                "jnp.array(parameter.value)",
-            )
-        )
+def check_not_deleted(value: Value, subject: Subject) -> None:
+    """Raise if the memory of an array was given away."""
+    if isinstance(value, jax.Array) and not isinstance(value, Tracer) and value.is_deleted():
+        raise refusals.deleted_array(subject)
 
 
-def check_usable(value: Any, subject: Callable[[], str]) -> None:
+def check_usable(value: Value, subject: Callable[[], str]) -> None:
     """Raise if compiled code cannot use the value of a box: it has no numbers, or its memory is gone."""
     if is_meta(value):
-        raise no_numbers(subject()) from None
-    if isinstance(value, jax.Array):
-        check_not_deleted(value, subject)
+        raise refusals.no_numbers(subject()) from None
+    check_not_deleted(value, subject)
 
 
 def strong(value: Any) -> Any:

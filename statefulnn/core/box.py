@@ -8,13 +8,16 @@ What is held in boxes: parameters and buffers (`core.parameter`), states of gene
 
 from __future__ import annotations
 
-from typing import Any
+import weakref
+from collections.abc import Hashable
+from typing import Any, Self
 
 from statefulnn.core.arrays import as_array, strong
 from statefulnn.core.baked_in import Capture
 from statefulnn.core.compat import EAGER, Tracer, current_trace
 from statefulnn.core.lending import lend
 from statefulnn.core.ownership import ModuleBase, Scope, birth_scope, check_write, real_dict
+from statefulnn.core.placement import Value
 from statefulnn.core.stamps import value_changed
 
 
@@ -28,14 +31,14 @@ class Box:
     _home: Any  # a leaf position in the scope, or (weak reference to the module, attribute name)
     captured: Capture | None  # that traced code took the value as a constant
 
-    def __init__(self, value: Any) -> None:
+    def __init__(self, value: Value | None) -> None:
         self._value = strong(value)
         self._scope = birth_scope()
         self._home = None
         self.captured = None
 
     @classmethod
-    def clone_of(cls, like: Any, value: Any, scope: Scope | None, position: int) -> Any:
+    def clone_of(cls, like: Hashable, value: Value, scope: Scope | None, position: int) -> Self:
         """Build a box without checks; `like` is what `static_part` gave."""
         box = cls.__new__(cls)
         box._value = value
@@ -45,8 +48,8 @@ class Box:
         box._set_static_part(like)
         return box
 
-    def static_part(self) -> Any:
-        """Return what a clone needs beside the value; hashable."""
+    def static_part(self) -> Hashable:
+        """Return what a clone needs beside the value."""
         return None
 
     def _set_static_part(self, like: Any) -> None:
@@ -72,20 +75,24 @@ class Box:
         return self.out()
 
     @value.setter
-    def value(self, new: Any) -> None:
+    def value(self, new: object) -> None:
         self.write(lend(unwrap(new)))  # the caller may keep it
 
-    def write(self, new: Any) -> None:
+    def write(self, new: object) -> None:
         """Put another array into the box, which keeps its identity."""
-        new = as_array(unwrap(new), self.label)
-        if current_trace() is not EAGER or self._scope is not None or isinstance(new, Tracer):
-            check_write(self._scope, new, self.label)
+        array = as_array(unwrap(new), self.label)
+        # Eager writes of plain arrays to the user's boxes are always kept, and come often: no check.
+        if current_trace() is not EAGER or self._scope is not None or isinstance(array, Tracer):
+            check_write(self._scope, array, self.label)
         if self.captured is not None:
             self.captured.warn_of_value(self)
-        self._value = strong(new)
+        self._value = strong(array)
+        # Last, so that no cache made meanwhile takes the old value for the new one.
         value_changed()
 
     def _read_in_trace(self) -> None:
+        # The box of a clone is an argument of its trace: `nn.grad` asks whether it was read at all. The
+        # user's box is found through a closure, so its value may become a constant of compiled code.
         if self._scope is not None:
             self._scope.read = True
         elif self.captured is None and not isinstance(self._value, Tracer):
@@ -96,13 +103,12 @@ class Box:
         kind, home = type(self).__name__, self._home
         if isinstance(home, int):
             name = self._scope.name_of(home) if self._scope is not None else None
-            return f"{name!r} ({kind})" if name else f"a {kind}"
-        if home is None:
-            return f"a {kind}"
-        return f"{dotted_name(*home)!r} ({kind})"
+        else:
+            name = dotted_name(*home) if home else None
+        return f"{name!r} ({kind})" if name else f"a {kind}"
 
 
-def dotted_name(module_ref: Any, name: str) -> str:
+def dotted_name(module_ref: weakref.ref[ModuleBase], name: str) -> str:
     """Return the name of a member of a module, from the root of its tree; for messages only."""
     module = module_ref()
     return ".".join((*(() if module is None else path_of(module)), name))
@@ -115,6 +121,7 @@ def path_of(module: ModuleBase) -> tuple[str, ...]:
         seen.add(id(module))
         home = module._home
         parent = home[0]() if isinstance(home, tuple) else None
+        # A hint is not kept up to date: the parent may be gone, or have another module there by now.
         if parent is None or real_dict(parent)["_modules"].get(home[1]) is not module:
             break
         parts.append(home[1])

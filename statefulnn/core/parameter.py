@@ -11,19 +11,21 @@ from __future__ import annotations
 
 import functools
 import operator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
+from statefulnn.core import refusals
 from statefulnn.core.arrays import as_array
 from statefulnn.core.box import Box, unwrap
 from statefulnn.core.compat import EAGER, Tracer, current_trace
-from statefulnn.core.errors import DtypeError, ShapeError, StructureChangeError, explain
 from statefulnn.core.lending import lend
 from statefulnn.core.ownership import check_write, real_dict
-from statefulnn.core.placement import elsewhere, is_meta, no_numbers, place_in_force, placed
+from statefulnn.core.placement import Value, elsewhere, is_meta, place_in_force, placed
 from statefulnn.core.stamps import clock, tick
 
 # What a traced function may ask without making the value a constant of the compiled code.
@@ -40,10 +42,10 @@ class ArrayBox(Box):
     def __jax_array__(self) -> Any:
         value = self.value
         if is_meta(value):
-            raise no_numbers(self.label())
+            raise refusals.no_numbers(self.label())
         return value
 
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+    def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> np.ndarray:
         array = np.asarray(self.__jax_array__())
         return array if dtype is None else array.astype(dtype)
 
@@ -59,13 +61,13 @@ class ArrayBox(Box):
     def __len__(self) -> int:
         return len(self.value)
 
-    def __iter__(self) -> Any:
+    def __iter__(self) -> Iterator[Any]:
         return iter(self.value)
 
     def __getitem__(self, index: Any) -> Any:
         return self.value[index]
 
-    def __setitem__(self, index: Any, new: Any) -> None:
+    def __setitem__(self, index: Any, new: object) -> None:
         self.value = self.value.at[index].set(unwrap(new))
 
     def __bool__(self) -> bool:
@@ -120,7 +122,7 @@ class Buffer(ArrayBox):
 
     __slots__ = ("_persistent",)
 
-    def __init__(self, data: Any, *, persistent: bool = True) -> None:
+    def __init__(self, data: object, *, persistent: bool = True) -> None:
         super().__init__(placed(as_array(unwrap(data), "nn.Buffer"), place_in_force()))
         self._persistent = bool(persistent)
 
@@ -137,13 +139,7 @@ class Buffer(ArrayBox):
         if self._scope is not None or current_trace() is not EAGER:
             check_write(self._scope, None, lambda: f"persistent of {self.label()}")
             if isinstance(self._home, int):
-                raise StructureChangeError(
-                    explain(
-                        f"set persistent of {self.label()} inside of a transformation",
-                        "what a module has in its state dict is part of its structure, and would be lost",
-                        "set it outside",
-                    )
-                )
+                raise refusals.persistence_of_a_clone(self.label())
         self._persistent = bool(flag)
         module = self._home[0]() if isinstance(self._home, tuple) else None
         if module is not None and real_dict(module)["_buffers"].get(self._home[1]) is self:
@@ -185,17 +181,15 @@ class Parameter(ArrayBox):
 
     __slots__ = ("_grad", "_requires_grad")
 
-    def __init__(self, data: Any = None, requires_grad: bool = True) -> None:
-        if data is None:
-            data = jnp.zeros((0,))
-        value = as_array(unwrap(data), "nn.Parameter")
+    def __init__(self, data: object = None, requires_grad: bool = True) -> None:
+        value = as_array(jnp.zeros((0,)) if data is None else unwrap(data), "nn.Parameter")
         if requires_grad:
             _require_inexact(value)
         super().__init__(placed(value, place_in_force()))
         self._requires_grad = bool(requires_grad)
         self._grad: Any = None
 
-    def static_part(self) -> Any:
+    def static_part(self) -> bool:
         return self._requires_grad
 
     def _set_static_part(self, like: Any) -> None:
@@ -208,7 +202,7 @@ class Parameter(ArrayBox):
         return self._grad
 
     @grad.setter
-    def grad(self, gradient: Any) -> None:
+    def grad(self, gradient: object) -> None:
         if self._scope is not None or current_trace() is not EAGER or isinstance(gradient, Tracer):
             subject = f"the gradient (.grad) of {self.label()}"
             check_write(self._scope, gradient, subject)
@@ -233,32 +227,17 @@ class Parameter(ArrayBox):
             clock.structure = tick()
         return self
 
-    def write(self, new: Any) -> None:
+    def write(self, new: object) -> None:
         """Put another array of the same shape and dtype into the box."""
-        new = as_array(unwrap(new), self.label)
-        old = self._value
-        if new.shape != old.shape:
-            raise ShapeError(
-                explain(
-                    f"wrote an array of shape {new.shape} to {self.label()} of shape {old.shape}",
-                    "training keeps the shape of a parameter; another one is mostly a broadcast "
-                    "that was not meant",
-                    "write an array of the same shape, or p.data = array to replace it on purpose",
-                )
-            )
-        if new.dtype != old.dtype:
-            if new.weak_type and not jnp.issubdtype(new.dtype, jnp.complexfloating):
-                new = new.astype(old.dtype)
-            else:
-                raise DtypeError(
-                    explain(
-                        f"wrote an array of dtype {new.dtype} to {self.label()} of dtype {old.dtype}",
-                        "the parameter's dtype would drift silently",
-                        "cast it, p.value = array.astype(p.dtype), or p.data = array to replace it "
-                        "on purpose",
-                    )
-                )
-        super().write(new)
+        array, old = as_array(unwrap(new), self.label), self._value
+        if array.shape != old.shape:
+            raise refusals.other_shape(self.label(), array.shape, old.shape)
+        if array.dtype != old.dtype:
+            # What is weakly typed came from a Python number, and takes the parameter's dtype.
+            if not array.weak_type or jnp.issubdtype(array.dtype, jnp.complexfloating):
+                raise refusals.other_dtype(self.label(), array.dtype, old.dtype)
+            array = array.astype(old.dtype)
+        super().write(array)
 
     @property
     def data(self) -> Any:
@@ -266,16 +245,16 @@ class Parameter(ArrayBox):
         return self.value
 
     @data.setter
-    def data(self, new: Any) -> None:
-        new = as_array(unwrap(new), self.label)
+    def data(self, new: object) -> None:
+        array = as_array(unwrap(new), self.label)
         if self._requires_grad:
-            _require_inexact(new)
-        Box.write(self, lend(new))
+            _require_inexact(array)
+        Box.write(self, lend(array))
 
-    def copy_(self, src: Any) -> Parameter:
+    def copy_(self, src: object) -> Parameter:
         """Copy an array into the box, broadcast to its shape and cast to its dtype; return the box."""
-        src = as_array(unwrap(src), self.label)
-        Box.write(self, jnp.broadcast_to(src, self.shape).astype(self.dtype))
+        array = as_array(unwrap(src), self.label)
+        Box.write(self, jnp.broadcast_to(array, self.shape).astype(self.dtype))
         return self
 
     def detach(self) -> Any:
@@ -294,47 +273,40 @@ class Parameter(ArrayBox):
         return text if self._requires_grad else f"{text}, requires_grad=False"
 
 
-def _require_inexact(value: Any) -> None:
+def _require_inexact(value: Value) -> None:
     if hasattr(value, "dtype") and not jnp.issubdtype(value.dtype, jnp.inexact):
-        raise DtypeError(
-            explain(
-                f"made a trainable Parameter of dtype {value.dtype}",
-                "gradients exist for floating and complex dtypes only",
-                "nn.Parameter(array, requires_grad=False), or nn.Buffer(array)",
-            )
-        )
+        raise refusals.dtype_without_gradients(value.dtype)
 
 
 def _add_operators() -> None:
     # Arithmetic, comparison and matrix operators act on the array and give arrays; the in-place
     # forms write the box, which stays the same box.
 
-    def binary(op):
+    def binary(op: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
         return lambda self, other: op(self.__jax_array__(), unwrap(other))
 
-    def reflected(op):
+    def reflected(op: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
         return lambda self, other: op(unwrap(other), self.__jax_array__())
 
-    def in_place(op):
+    def in_place(op: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
         def method(self, other):
             self.value = op(self.value, unwrap(other))
             return self
 
         return method
 
-    for name in "add sub mul truediv floordiv mod pow matmul and or xor lshift rshift".split():
-        op = getattr(operator, name + "_" if name in ("and", "or") else name)
+    names = "add sub mul truediv floordiv mod pow matmul and or xor lshift rshift".split()
+    arithmetic = {n: getattr(operator, n + "_" if n in ("and", "or") else n) for n in names}
+    for name, op in {**arithmetic, "divmod": divmod}.items():
         setattr(ArrayBox, f"__{name}__", binary(op))
         setattr(ArrayBox, f"__r{name}__", reflected(op))
+    for name, op in arithmetic.items():
         setattr(ArrayBox, f"__i{name}__", in_place(op))
     for name in "eq ne lt le gt ge".split():
         setattr(ArrayBox, f"__{name}__", binary(getattr(operator, name)))
     for name in "neg pos abs invert".split():
         op = getattr(operator, name)
         setattr(ArrayBox, f"__{name}__", lambda self, op=op: op(self.value))
-    for name, function in (("divmod", divmod),):
-        setattr(ArrayBox, f"__{name}__", binary(function))
-        setattr(ArrayBox, f"__r{name}__", reflected(function))
     ArrayBox.__hash__ = object.__hash__
 
 
