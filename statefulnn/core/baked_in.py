@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from statefulnn.core.box import Box
 
 
+# For each thread: while one probes, another may compile.
 class _Probes(threading.local):
     running: bool = False
 

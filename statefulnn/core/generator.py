@@ -59,14 +59,10 @@ def _next_words(state: State) -> tuple[tuple[int, int], np.ndarray]:
     """Return the two words of the key of a state, and the next state, by numpy alone."""
     k0, k1, high, low = (int(w) for w in np.asarray(state))
     key = threefry.block(threefry.block((k0, k1), (0, high)), (0, low))
+    # The counter has 64 bits, in two words; `advance` does the same in compiled code.
     low = (low + 1) & 0xFFFFFFFF
     high = (high + (low == 0)) & 0xFFFFFFFF
     return key, np.array([k0, k1, high, low], np.uint32)
-
-
-def _state_from_key(key: Seed) -> jax.Array:
-    """Return the state of a fresh stream for a key, typed or raw, of any implementation."""
-    return jnp.concatenate([threefry.key_words(key), jnp.zeros(2, jnp.uint32)])
 
 
 def as_key(rng: object) -> Any:
@@ -121,11 +117,12 @@ class Generator(Box):
         elif hasattr(seed, "dtype"):
             # Whoever has a key at hand made the generator for here: it belongs to the trace in force.
             self._scope = None if current_trace() is EAGER else Scope()
-            self._value = _state_from_key(seed)
+            self._value = jnp.concatenate([threefry.key_words(seed), jnp.zeros(2, jnp.uint32)])
         else:
             raise threefry.no_key(repr(seed))
 
     def _set_static_part(self, like: Any) -> None:
+        # The seed says nothing of where a stream is; a clone has the state, and what was drawn goes on.
         self._seed = None
 
     def _read_in_trace(self) -> None:
@@ -210,6 +207,7 @@ class Generator(Box):
 
     def drawable_state(self) -> Any:
         """Return the state if a draw is legal here; `drawn` draws with it."""
+        # Eager draws from the user's generators are always legal, and come often.
         if current_trace() is not EAGER or self._scope is not None:
             _check_draw(self)
         return self.state
@@ -274,6 +272,7 @@ class Forbidden:
 NO_KEY = Forbidden(*refusals.NO_KEY)
 
 
+# One for each thread: a pure call forbids drawing in its own thread only.
 class _Streams(threading.local):
     current: Generator | Forbidden = default_generator
 

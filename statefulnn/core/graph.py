@@ -28,7 +28,7 @@ from statefulnn.core.moduledef import HOOKS, ModuleDef, NodeDef, rank
 from statefulnn.core.ownership import ModuleBase, Scope, set_cell, set_home, set_plan, set_shell
 from statefulnn.core.placement import Value
 from statefulnn.core.plan import plan_of
-from statefulnn.core.registry import HookDict, Registry
+from statefulnn.core.registry import REGISTRIES, HookDict, Registry
 from statefulnn.core.stamps import Cell
 
 M = TypeVar("M", bound=ModuleBase)
@@ -100,8 +100,7 @@ def fill(module: ModuleBase, d: NodeDef, modules: Sequence[Any], boxes: Sequence
 
     cell = module._cell
     attributes = module.__dict__
-    names = ("_parameters", "_buffers", "_modules")
-    for name, members, held in zip(names, d.members, (boxes, boxes, modules), strict=True):
+    for name, members, held in zip(REGISTRIES, d.members, (boxes, boxes, modules), strict=True):
         items = [(k, None if i is None else held[i]) for k, i in members]
         attributes[name] = Registry(cell, items)
     for name, what, i in d.references:
@@ -169,9 +168,7 @@ def merge(moduledef: ModuleDef, leaves: Sequence[Value]) -> Any:
 
 def own_scope(moduledef: ModuleDef) -> Scope | None:
     """Return the scope of clones that somebody collects: None outside every trace."""
-    if current_trace() is EAGER:
-        return None
-    return Scope(moduledef=moduledef)
+    return None if current_trace() is EAGER else Scope(moduledef=moduledef)
 
 
 def mutable(module: M) -> M:

@@ -61,7 +61,14 @@ from statefulnn.core.pytree import (
     flatten_module_with_keys,
     unflatten_module,
 )
-from statefulnn.core.registry import GLOBAL_CELL, GLOBAL_HOOKS, HookDict, Registry
+from statefulnn.core.registry import (
+    GLOBAL_CELL,
+    GLOBAL_HOOKS,
+    REGISTRIES,
+    BareHooks,
+    HookDict,
+    Registry,
+)
 from statefulnn.core.stamps import Cell, clock
 from statefulnn.core.uninitialized import is_lazy
 from statefulnn.core.walk import (
@@ -76,7 +83,6 @@ from statefulnn.core.walk import (
 
 _SLOTS = frozenset({"_cell", "_home", "_plan", "_shell"})
 _PLATFORMS = ("cpu", "gpu", "cuda", "rocm", "tpu", META)
-_REGISTRIES = ("_parameters", "_buffers", "_modules")
 
 
 class Ref:
@@ -238,7 +244,7 @@ class Module(ModuleBase):
         elif self._shell is not None:
             materialise(self)
             return getattr(self, name)
-        elif name in _REGISTRIES or name in ("training", "_cell"):
+        elif name in REGISTRIES or name in ("training", "_cell"):
             raise _uninitialized(self, f"read {name!r}")
         message = f"'{type(self).__name__}' object has no attribute '{name}'"
         if name in type(self)._python_cache:
@@ -271,14 +277,14 @@ class Module(ModuleBase):
             if attributes.get(name) is target:
                 return
             self._check_static_write(name, None)
-            for registry in _REGISTRIES:
+            for registry in REGISTRIES:
                 if name in attributes[registry]:
                     del attributes[registry][name]
             attributes[name] = target
             self._cell.touch()
             return
         if parameters is None:  # before super().__init__(), where plain attributes are fine
-            if name in _REGISTRIES or name == "training":
+            if name in REGISTRIES or name == "training":
                 raise _uninitialized(self, f"assigned {name!r}")
             _check_static_value(self, name, value)
             object.__setattr__(self, name, value)
@@ -341,7 +347,7 @@ class Module(ModuleBase):
         self._check_static_write(name, None)
         if name in attributes:
             del attributes[name]
-        for other in _REGISTRIES:
+        for other in REGISTRIES:
             if other != registry and name in attributes[other]:
                 del attributes[other][name]
         if isinstance(value, Buffer):
@@ -361,7 +367,7 @@ class Module(ModuleBase):
         if name == "":
             raise KeyError(f'{noun} name can\'t be empty string ""')
         attributes = real_dict(self)
-        if any(name in attributes[registry] for registry in _REGISTRIES):
+        if any(name in attributes[registry] for registry in REGISTRIES):
             if isinstance(value, Buffer) and attributes["_modules"].get(name) is not None:
                 raise refusals.assigned_over_module(
                     "Buffer", name, type(self).__name__, "another name"
@@ -412,7 +418,7 @@ class Module(ModuleBase):
 
     def __delattr__(self, name: str) -> None:
         attributes = self.__dict__
-        for registry in _REGISTRIES:
+        for registry in REGISTRIES:
             if name in attributes.get(registry, ()):
                 self._check_static_write(name, None)
                 del attributes[registry][name]
@@ -425,7 +431,7 @@ class Module(ModuleBase):
 
     def __dir__(self) -> list[str]:
         names = {*object.__dir__(self)}
-        for registry in _REGISTRIES:
+        for registry in REGISTRIES:
             names.update(self.__dict__.get(registry, ()))
         return sorted(n for n in names if not (n and n[0].isdigit()))
 
@@ -1035,9 +1041,9 @@ class Module(ModuleBase):
         attributes = real_dict(self)
         attributes.clear()
         for name, value in state.items():
-            if name in _REGISTRIES:
+            if name in REGISTRIES:
                 value = Registry(cell, value)
-            elif isinstance(value, _PickledHooks):
+            elif isinstance(value, BareHooks):
                 value = HookDict(cell, value)
             attributes[name] = value
         for name in ("_parameters", "_buffers"):
@@ -1054,24 +1060,6 @@ class Module(ModuleBase):
         from statefulnn.transforms.jit import jit  # the layer above: only this method reaches up
 
         return jit(self, **kwargs)
-
-
-class _PickledHooks(dict):
-    """What hooks are between `__getstate__` and `__setstate__`."""
-
-
-def _reduce_hooks(self: HookDict) -> Any:
-    return _PickledHooks, (dict(self),)
-
-
-def _deepcopy_hooks(self: HookDict, memo: dict) -> Any:
-    import copy
-
-    return _PickledHooks({k: copy.deepcopy(v, memo) for k, v in self.items()})
-
-
-HookDict.__reduce__ = _reduce_hooks  # pyright: ignore[reportAttributeAccessIssue]
-HookDict.__deepcopy__ = _deepcopy_hooks  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _register(cls: type) -> None:

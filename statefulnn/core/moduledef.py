@@ -87,6 +87,7 @@ class ModuleDef:
         self.boxes = boxes
         self.order = order
         self.key = key
+        # Hashed once: a key is a deep tuple, and JAX asks at each call.
         self._hash = hash(key)
         # By leaf position: a box says of what kind it is, and `order` says where it lies.
         self._ranks = [0] * len(boxes)
@@ -256,7 +257,8 @@ def differences(before: ModuleDef, after: ModuleDef) -> list[tuple[str, str]]:
         else:
             changes = [("", "module removed")]
         found += [(_dotted(path, name, before), change) for name, change in changes]
-    return found or [("", "which box or module sits where has changed (a tie was made or broken)")]
+    tie = "which box or module sits where has changed (a tie was made or broken)"
+    return found or [("", tie)]
 
 
 def _changes(

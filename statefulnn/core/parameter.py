@@ -141,6 +141,7 @@ class Buffer(ArrayBox):
             if isinstance(self._home, int):
                 raise refusals.persistence_of_a_clone(self.label())
         self._persistent = bool(flag)
+        # The module keeps the names of such buffers; the box may have left it since.
         module = self._home[0]() if isinstance(self._home, tuple) else None
         if module is not None and real_dict(module)["_buffers"].get(self._home[1]) is self:
             module._remember_persistence(self._home[1], self._persistent)
@@ -203,6 +204,7 @@ class Parameter(ArrayBox):
 
     @grad.setter
     def grad(self, gradient: object) -> None:
+        # No clone has it, so what traced code leaves here would be lost or outlive its trace.
         if self._scope is not None or current_trace() is not EAGER or isinstance(gradient, Tracer):
             subject = f"the gradient (.grad) of {self.label()}"
             check_write(self._scope, gradient, subject)
@@ -307,7 +309,6 @@ def _add_operators() -> None:
     for name in "neg pos abs invert".split():
         op = getattr(operator, name)
         setattr(ArrayBox, f"__{name}__", lambda self, op=op: op(self.value))
-    ArrayBox.__hash__ = object.__hash__
 
 
 _add_operators()

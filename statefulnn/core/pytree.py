@@ -84,9 +84,7 @@ def flatten_module(module: ModuleBase) -> tuple[Any, ModuleDef | Token]:
     shell = module._shell
     if shell is not None:
         return shell[1], shell[0]
-    plan = module._plan
-    if plan is None or not plan.valid():
-        plan = plan_of(module)
+    plan = plan_of(module)
     if current_trace() is not EAGER:
         plan.note_read()
     return plan.cached_leaves or plan.leaves(), plan.moduledef
@@ -164,10 +162,9 @@ def unflatten_box(aux: Any, children: Sequence[Any]) -> Any:
     if isinstance(aux, Token):
         return _collecting.table[aux]
     cls, static = aux
-    eager = current_trace() is EAGER
-    scope = None if eager else Scope(False, refusals.LOST_IN_RAW_TRANSFORM)
+    scope = None if current_trace() is EAGER else Scope(False, refusals.LOST_IN_RAW_TRANSFORM)
     box = cls.clone_of(static, children[0], scope, 0)
-    if eager:
+    if scope is None:
         box._home = None
         lend(children[0])  # the box that it comes from may hold the same array
     return box

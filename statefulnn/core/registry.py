@@ -13,6 +13,8 @@ from statefulnn.core.ownership import ModuleBase, check_write
 from statefulnn.core.refusals import Subject
 from statefulnn.core.stamps import Cell
 
+REGISTRIES = ("_parameters", "_buffers", "_modules")
+
 _MEMBERS = "the members of a module"
 _HOOKS = "the hooks of a module"
 
@@ -24,6 +26,9 @@ class Registry(dict):
     """
 
     __slots__ = ("__weakref__", "cell")
+
+    # Copies and pickles hold these; `Module.__setstate__` makes registries of them, with the new cell.
+    _bare: type[dict] = dict
 
     def __init__(self, cell: Cell, items: Iterable[tuple] | Mapping = ()) -> None:
         super().__init__(items)
@@ -90,18 +95,23 @@ class Registry(dict):
         self.update(other)
         return self
 
-    # Copies and pickles are plain dicts; `Module.__setstate__` makes registries of them, with the new cell.
     def __reduce__(self) -> Any:
-        return dict, (dict(self),)
+        return self._bare, (dict(self),)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> dict:
-        return {k: copy.deepcopy(v, memo) for k, v in self.items()}
+        return self._bare((k, copy.deepcopy(v, memo)) for k, v in self.items())
+
+
+class BareHooks(dict):
+    """What a `HookDict` is in a copy or pickle, before it belongs to a module again."""
 
 
 class HookDict(Registry):
     """The hooks of one kind, by number: (function, with_kwargs, always_call)."""
 
     __slots__ = ()
+
+    _bare = BareHooks
 
     def _check_member(self, name: Hashable, member: object) -> None:
         pass
