@@ -8,7 +8,7 @@ never objects of the engine.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TypeAlias
+from typing import TypeAlias, TypeVar
 
 from statefulnn.core.errors import (
     DtypeError,
@@ -34,6 +34,13 @@ Reason: TypeAlias = tuple[str, str]  # why something cannot work, and what does
 SHOWN = 8  # names in a message
 
 
+E = TypeVar("E", bound=Exception)
+
+
+def _refusal(error: type[E], what: str, why: str, instead: str) -> E:
+    return error(explain(what, why, instead))
+
+
 def listed(texts: Sequence[str], shown: int = SHOWN) -> str:
     """Return the first few texts in one line, and how many more there are."""
     more = f" and {len(texts) - shown} more" if len(texts) > shown else ""
@@ -45,84 +52,76 @@ def listed(texts: Sequence[str], shown: int = SHOWN) -> str:
 
 
 def sequence_for_an_array(kind: str, subject: Subject) -> RegistrationError:
-    return RegistrationError(
-        explain(
-            f"wrote a {kind} to {name_of(subject)}",
-            "only arrays can be held",
-            "convert it first: jnp.asarray(value)",
-        )
+    return _refusal(
+        RegistrationError,
+        f"wrote a {kind} to {name_of(subject)}",
+        "only arrays can be held",
+        "convert it first: jnp.asarray(value)",
     )
 
 
 def no_array(kind: str, subject: Subject) -> RegistrationError:
-    return RegistrationError(
-        explain(
-            f"wrote an object of type {kind} to {name_of(subject)}",
-            "only arrays can be held",
-            "pass a jax.Array or a numpy array",
-        )
+    return _refusal(
+        RegistrationError,
+        f"wrote an object of type {kind} to {name_of(subject)}",
+        "only arrays can be held",
+        "pass a jax.Array or a numpy array",
     )
 
 
 def deleted_array(subject: Subject) -> RuntimeError:
-    return RuntimeError(
-        explain(
-            f"used an array that has been deleted as the value of {name_of(subject)}",
-            "its memory was given away, by a call with donate= or donate_argnums=",
-            "keep what outlives donation: module.state_dict(), copy.deepcopy(module), or a copy, "
-            "jnp.array(parameter.value)",
-        )
+    return _refusal(
+        RuntimeError,
+        f"used an array that has been deleted as the value of {name_of(subject)}",
+        "its memory was given away, by a call with donate= or donate_argnums=",
+        "keep what outlives donation: module.state_dict(), copy.deepcopy(module), or a copy, "
+        "jnp.array(parameter.value)",
     )
 
 
 def other_shape(label: str, new: Shape, old: Shape) -> ShapeError:
-    return ShapeError(
-        explain(
-            f"wrote an array of shape {new} to {label} of shape {old}",
-            "training keeps the shape of a parameter; another one is mostly a broadcast "
-            "that was not meant",
-            "write an array of the same shape, or p.data = array to replace it on purpose",
-        )
+    return _refusal(
+        ShapeError,
+        f"wrote an array of shape {new} to {label} of shape {old}",
+        "training keeps the shape of a parameter; another one is mostly a broadcast "
+        "that was not meant",
+        "write an array of the same shape, or p.data = array to replace it on purpose",
     )
 
 
 def other_dtype(label: str, new: Dtype, old: Dtype) -> DtypeError:
-    return DtypeError(
-        explain(
-            f"wrote an array of dtype {new} to {label} of dtype {old}",
-            "the parameter's dtype would drift silently",
-            "cast it, p.value = array.astype(p.dtype), or p.data = array to replace it on purpose",
-        )
+    return _refusal(
+        DtypeError,
+        f"wrote an array of dtype {new} to {label} of dtype {old}",
+        "the parameter's dtype would drift silently",
+        "cast it, p.value = array.astype(p.dtype), or p.data = array to replace it on purpose",
     )
 
 
 def dtype_without_gradients(dtype: Dtype) -> DtypeError:
-    return DtypeError(
-        explain(
-            f"made a trainable Parameter of dtype {dtype}",
-            "gradients exist for floating and complex dtypes only",
-            "nn.Parameter(array, requires_grad=False), or nn.Buffer(array)",
-        )
+    return _refusal(
+        DtypeError,
+        f"made a trainable Parameter of dtype {dtype}",
+        "gradients exist for floating and complex dtypes only",
+        "nn.Parameter(array, requires_grad=False), or nn.Buffer(array)",
     )
 
 
 def integers_would_wrap(what: str, dtype: Dtype, lowest: int, highest: int) -> DtypeError:
-    return DtypeError(
-        explain(
-            what,
-            f"JAX's 64-bit types are off, and {dtype} has {lowest} to {highest}: they would wrap",
-            'call jax.config.update("jax_enable_x64", True) before the model is built',
-        )
+    return _refusal(
+        DtypeError,
+        what,
+        f"JAX's 64-bit types are off, and {dtype} has {lowest} to {highest}: they would wrap",
+        'call jax.config.update("jax_enable_x64", True) before the model is built',
     )
 
 
 def dtype_of_64_bits(dtype: Dtype) -> DtypeError:
-    return DtypeError(
-        explain(
-            f"asked for {dtype}",
-            "64-bit types are off in JAX, which would silently give 32 bits",
-            'jax.config.update("jax_enable_x64", True) at the start of the program',
-        )
+    return _refusal(
+        DtypeError,
+        f"asked for {dtype}",
+        "64-bit types are off in JAX, which would silently give 32 bits",
+        'jax.config.update("jax_enable_x64", True) at the start of the program',
     )
 
 
@@ -131,65 +130,59 @@ def dtype_of_64_bits(dtype: Dtype) -> DtypeError:
 
 
 def used_without_shape(label: str) -> UninitializedParameterError:
-    return UninitializedParameterError(
-        explain(
-            f"used {label}, which has no shape yet",
-            "a lazy module learns its sizes from its first input",
-            "call the model once on an example, outside nn.jit; or nn.materialize(model, *inputs), "
-            "which computes nothing",
-        )
+    return _refusal(
+        UninitializedParameterError,
+        f"used {label}, which has no shape yet",
+        "a lazy module learns its sizes from its first input",
+        "call the model once on an example, outside nn.jit; or nn.materialize(model, *inputs), "
+        "which computes nothing",
     )
 
 
 def read_without_shape(name: str, label: str) -> UninitializedParameterError:
-    return UninitializedParameterError(
-        explain(
-            f"read {name!r} of {label}",
-            "Can't access the shape or the values of an uninitialized parameter or buffer",
-            "call the model once on an example, or nn.materialize(model, *inputs)",
-        )
+    return _refusal(
+        UninitializedParameterError,
+        f"read {name!r} of {label}",
+        "Can't access the shape or the values of an uninitialized parameter or buffer",
+        "call the model once on an example, or nn.materialize(model, *inputs)",
     )
 
 
 def no_numbers(label: str) -> UninitializedParameterError:
-    return UninitializedParameterError(
-        explain(
-            f"computed with {label}, which is on the meta device",
-            "it has a shape and a dtype and no numbers",
-            "nn.materialize(module) draws initial values, load_state_dict(...) loads them; "
-            "jax.eval_shape(...) computes shapes alone",
-        )
+    return _refusal(
+        UninitializedParameterError,
+        f"computed with {label}, which is on the meta device",
+        "it has a shape and a dtype and no numbers",
+        "nn.materialize(module) draws initial values, load_state_dict(...) loads them; "
+        "jax.eval_shape(...) computes shapes alone",
     )
 
 
 def moved_from_meta() -> NotImplementedError:
-    return NotImplementedError(
-        explain(
-            "moved a parameter or buffer that is on the meta device",
-            "Cannot copy out of meta tensor; no data!",
-            "module.to_empty(device=...), or nn.materialize(module, device=...) which draws "
-            "initial values",
-        )
+    return _refusal(
+        NotImplementedError,
+        "moved a parameter or buffer that is on the meta device",
+        "Cannot copy out of meta tensor; no data!",
+        "module.to_empty(device=...), or nn.materialize(module, device=...) which draws "
+        "initial values",
     )
 
 
 def no_device(given: object) -> TypeError:
-    return TypeError(
-        explain(
-            f"was given {given!r} as a device",
-            "arrays are put on a jax.Device or a jax.sharding.Sharding",
-            'device=jax.devices()[0], device="cpu", or device="meta" for shapes alone',
-        )
+    return _refusal(
+        TypeError,
+        f"was given {given!r} as a device",
+        "arrays are put on a jax.Device or a jax.sharding.Sharding",
+        'device=jax.devices()[0], device="cpu", or device="meta" for shapes alone',
     )
 
 
 def absent_device(given: str, have: str, error: Exception) -> ValueError:
-    return ValueError(
-        explain(
-            f"was given {given!r} as a device",
-            f"JAX does not have it (it has {have}): {error}",
-            'a device that is there, or "meta"',
-        )
+    return _refusal(
+        ValueError,
+        f"was given {given!r} as a device",
+        f"JAX does not have it (it has {have}): {error}",
+        'a device that is there, or "meta"',
     )
 
 
@@ -213,68 +206,63 @@ LOST_AFTER_THE_CALL: Reason = (
 
 
 def write_would_be_lost(subject: Subject, lost: Reason | None) -> StateWriteError:
-    return StateWriteError(
-        explain(f"wrote to {name_of(subject)}", *(lost or LOST_IN_RAW_TRANSFORM))
-    )
+    why, instead = lost or LOST_IN_RAW_TRANSFORM
+    return _refusal(StateWriteError, f"wrote to {name_of(subject)}", why, instead)
 
 
 def change_in_place_would_be_lost(label: str, lost: Reason | None) -> StateWriteError:
-    return StateWriteError(explain(f"changed {label!r} in place", *(lost or LOST_IN_RAW_TRANSFORM)))
+    why, instead = lost or LOST_IN_RAW_TRANSFORM
+    return _refusal(StateWriteError, f"changed {label!r} in place", why, instead)
 
 
 def owner_has_ended(subject: Subject) -> TraceLeakError:
-    return TraceLeakError(
-        explain(
-            f"wrote to {name_of(subject)}",
-            "it belongs to a traced call that has ended, or to one that is not around this line",
-            "return values from the traced function instead of keeping its modules",
-        )
+    return _refusal(
+        TraceLeakError,
+        f"wrote to {name_of(subject)}",
+        "it belongs to a traced call that has ended, or to one that is not around this line",
+        "return values from the traced function instead of keeping its modules",
     )
 
 
 def write_while_tracing(subject: Subject) -> TraceLeakError:
-    return TraceLeakError(
-        explain(
-            f"wrote to {name_of(subject)} inside a function that JAX traces "
-            "(jax.jit, lax.scan, lax.cond, jax.checkpoint ...)",
-            "the module is not an argument of that function: the write would happen once, while "
-            "tracing, and leave a dead tracer or a stale value behind",
-            "pass the module as an argument to nn.jit (nn.scan, nn.remat), which writes back; "
-            "or return the new value and write it outside",
-        )
+    return _refusal(
+        TraceLeakError,
+        f"wrote to {name_of(subject)} inside a function that JAX traces "
+        "(jax.jit, lax.scan, lax.cond, jax.checkpoint ...)",
+        "the module is not an argument of that function: the write would happen once, while "
+        "tracing, and leave a dead tracer or a stale value behind",
+        "pass the module as an argument to nn.jit (nn.scan, nn.remat), which writes back; "
+        "or return the new value and write it outside",
     )
 
 
 def value_would_outlive_its_trace(subject: Subject) -> TraceLeakError:
-    return TraceLeakError(
-        explain(
-            f"wrote a traced value to {name_of(subject)}",
-            "the module lives outside the transformation that made the value, so the value "
-            "would outlive its trace",
-            "pass the module as an argument to nn.value_and_grad, nn.vmap or nn.jit, which "
-            "write back; or return the value (has_aux=True) and write it outside",
-        )
+    return _refusal(
+        TraceLeakError,
+        f"wrote a traced value to {name_of(subject)}",
+        "the module lives outside the transformation that made the value, so the value "
+        "would outlive its trace",
+        "pass the module as an argument to nn.value_and_grad, nn.vmap or nn.jit, which "
+        "write back; or return the value (has_aux=True) and write it outside",
     )
 
 
 def traced_attribute(label: str, name: str) -> TraceLeakError:
-    return TraceLeakError(
-        explain(
-            f"assigned a traced value to the attribute {label!r}",
-            "a plain attribute is static: the value would outlive the function being traced",
-            f"register it in __init__: self.register_buffer({name!r}, array, "
-            "persistent=False); or collect outputs of submodules with nn.capture",
-        )
+    return _refusal(
+        TraceLeakError,
+        f"assigned a traced value to the attribute {label!r}",
+        "a plain attribute is static: the value would outlive the function being traced",
+        f"register it in __init__: self.register_buffer({name!r}, array, "
+        "persistent=False); or collect outputs of submodules with nn.capture",
     )
 
 
 def persistence_of_a_clone(label: str) -> StructureChangeError:
-    return StructureChangeError(
-        explain(
-            f"set persistent of {label} inside of a transformation",
-            "what a module has in its state dict is part of its structure, and would be lost",
-            "set it outside",
-        )
+    return _refusal(
+        StructureChangeError,
+        f"set persistent of {label} inside of a transformation",
+        "what a module has in its state dict is part of its structure, and would be lost",
+        "set it outside",
     )
 
 
@@ -305,106 +293,96 @@ def stale_structure(subject: Subject, where: str) -> str:
 
 
 def before_super_init(cls: str, what: str) -> UninitializedModuleError:
-    return UninitializedModuleError(
-        explain(
-            f"{what} of {cls} before Module.__init__() call",
-            "nothing can be registered before the base class has made the registries",
-            f"call super().__init__() first in {cls}.__init__",
-        )
+    return _refusal(
+        UninitializedModuleError,
+        f"{what} of {cls} before Module.__init__() call",
+        "nothing can be registered before the base class has made the registries",
+        f"call super().__init__() first in {cls}.__init__",
     )
 
 
 def ref_to_something_else(kind: str) -> RegistrationError:
-    return RegistrationError(
-        explain(
-            f"made nn.Ref of an object of type {kind}",
-            "only modules and parameters are referred to",
-            "assign other objects as they are; put several modules into nn.ModuleList first",
-        )
+    return _refusal(
+        RegistrationError,
+        f"made nn.Ref of an object of type {kind}",
+        "only modules and parameters are referred to",
+        "assign other objects as they are; put several modules into nn.ModuleList first",
     )
 
 
 def reserved_attribute(name: str, cls: str) -> RegistrationError:
-    return RegistrationError(
-        explain(
-            f"assigned the attribute {name!r} of a {cls}",
-            "nn.Module keeps something of its own under that name",
-            f"another name, such as {name + '_'!r}",
-        )
+    return _refusal(
+        RegistrationError,
+        f"assigned the attribute {name!r} of a {cls}",
+        "nn.Module keeps something of its own under that name",
+        f"another name, such as {name + '_'!r}",
     )
 
 
 def array_over_parameter(kind: str, label: str, name: str) -> RegistrationError:
-    return RegistrationError(
-        explain(
-            f"cannot assign a {kind} as parameter {label!r} (nn.Parameter or None expected)",
-            "the parameter would become a plain array and never be trained again",
-            f"module.{name}.value = array to change its value, or "
-            f"module.{name} = nn.Parameter(array) to replace it",
-        )
+    return _refusal(
+        RegistrationError,
+        f"cannot assign a {kind} as parameter {label!r} (nn.Parameter or None expected)",
+        "the parameter would become a plain array and never be trained again",
+        f"module.{name}.value = array to change its value, or "
+        f"module.{name} = nn.Parameter(array) to replace it",
     )
 
 
 def assigned_over_module(kind: str, name: str, cls: str, instead: str) -> RegistrationError:
-    return RegistrationError(
-        explain(
-            f"cannot assign a {kind} as child module {name!r} of {cls} "
-            "(torch.nn.Module or None expected)",
-            "the module registered there would be lost",
-            f"{instead}, or delete it first: del module.{name}",
-        )
+    return _refusal(
+        RegistrationError,
+        f"cannot assign a {kind} as child module {name!r} of {cls} "
+        "(torch.nn.Module or None expected)",
+        "the module registered there would be lost",
+        f"{instead}, or delete it first: del module.{name}",
     )
 
 
 def buffer_without_array(kind: str, label: str) -> RegistrationError:
-    return RegistrationError(
-        explain(
-            f"cannot assign a {kind} as buffer {label!r} (an array, Buffer or None expected)",
-            "a buffer holds an array",
-            "assign jnp.asarray(value)",
-        )
+    return _refusal(
+        RegistrationError,
+        f"cannot assign a {kind} as buffer {label!r} (an array, Buffer or None expected)",
+        "a buffer holds an array",
+        "assign jnp.asarray(value)",
     )
 
 
 def name_in_the_class(name: str, noun: str, cls: str) -> KeyError:
-    return KeyError(
-        explain(
-            f"attribute {name!r} already exists: assigned a {noun} to it",
-            f"{cls}.{name} is an attribute of the class, which Python finds first",
-            f"another name, or leave {name!r} out of the class; an annotation alone may stay",
-        )
+    return _refusal(
+        KeyError,
+        f"attribute {name!r} already exists: assigned a {noun} to it",
+        f"{cls}.{name} is an attribute of the class, which Python finds first",
+        f"another name, or leave {name!r} out of the class; an annotation alone may stay",
     )
 
 
 def registered_something_else(
     kind: str, noun: str, name: str, required: str, instead: str
 ) -> RegistrationError:
-    return RegistrationError(
-        explain(
-            f"cannot assign '{kind}' object to {noun} '{name}'",
-            f"{required} required",
-            f"register_{noun}({name!r}, {instead})",
-        )
+    return _refusal(
+        RegistrationError,
+        f"cannot assign '{kind}' object to {noun} '{name}'",
+        f"{required} required",
+        f"register_{noun}({name!r}, {instead})",
     )
 
 
 def no_child(what: str, name: object) -> RegistrationError:
-    return RegistrationError(
-        explain(
-            what,
-            f"only modules can be children, and {name!r} would not be found in it",
-            "pass an instance of nn.Module; a plain function becomes one with nn.Lambda(fn)",
-        )
+    return _refusal(
+        RegistrationError,
+        what,
+        f"only modules can be children, and {name!r} would not be found in it",
+        "pass an instance of nn.Module; a plain function becomes one with nn.Lambda(fn)",
     )
 
 
 def not_in_a_box(kind: str, name: object) -> RegistrationError:
-    return RegistrationError(
-        explain(
-            f"put an object of type {kind} under {name!r} into a module's registry",
-            "parameters and buffers are held in boxes there",
-            f"setattr(module, {name!r}, value), or wrap it: nn.Parameter(value), nn.Buffer(value)",
-        )
+    return _refusal(
+        RegistrationError,
+        f"put an object of type {kind} under {name!r} into a module's registry",
+        "parameters and buffers are held in boxes there",
+        f"setattr(module, {name!r}, value), or wrap it: nn.Parameter(value), nn.Buffer(value)",
     )
 
 
@@ -413,22 +391,20 @@ def not_in_a_box(kind: str, name: object) -> RegistrationError:
 
 
 def no_module(kind: str, function: str, hint: str) -> TypeError:
-    return TypeError(
-        explain(
-            f"called {function} with an object of type {kind}",
-            "it works on modules",
-            f"pass {hint}",
-        )
+    return _refusal(
+        TypeError,
+        f"called {function} with an object of type {kind}",
+        "it works on modules",
+        f"pass {hint}",
     )
 
 
 def other_number_of_leaves(moduledef: str, given: int, expected: int) -> ShapeError:
-    return ShapeError(
-        explain(
-            f"merged {moduledef} with {given} leaves",
-            f"it has {expected} leaves",
-            "pass the list that nn.split gave, changed in place or mapped one to one",
-        )
+    return _refusal(
+        ShapeError,
+        f"merged {moduledef} with {given} leaves",
+        f"it has {expected} leaves",
+        "pass the list that nn.split gave, changed in place or mapped one to one",
     )
 
 
@@ -440,22 +416,20 @@ def unknown_names(
     function: str, unknown: Sequence[str], moduledef: str, known: Sequence[str]
 ) -> UnknownNameError:
     some = ", ".join(known[:SHOWN]) + (", ..." if len(known) > SHOWN else "")
-    return UnknownNameError(
-        explain(
-            f"{function} was given unknown names: {listed(unknown)}",
-            f"{moduledef} has {some or 'no parameters or buffers'}",
-            "use the names of named_parameters() and named_buffers()",
-        )
+    return _refusal(
+        UnknownNameError,
+        f"{function} was given unknown names: {listed(unknown)}",
+        f"{moduledef} has {some or 'no parameters or buffers'}",
+        "use the names of named_parameters() and named_buffers()",
     )
 
 
 def filter_of_no_text(what: str, where: str) -> TypeError:
-    return TypeError(
-        explain(
-            f"{where} was given {what}",
-            "names are texts, and a filter chooses among them",
-            'pass a name, a pattern such as "head.*", a list of both, or a function of the name',
-        )
+    return _refusal(
+        TypeError,
+        f"{where} was given {what}",
+        "names are texts, and a filter chooses among them",
+        'pass a name, a pattern such as "head.*", a list of both, or a function of the name',
     )
 
 
@@ -463,14 +437,11 @@ def nothing_chosen(
     unknown: Sequence[str], names: Sequence[str], near: Sequence[str], where: str
 ) -> UnknownNameError:
     of_them, all_names, guesses = (listed(list(map(repr, some))) for some in (unknown, names, near))
-    return UnknownNameError(
-        explain(
-            f"{where} was asked for {of_them}, of which there is none",
-            f"the names are {all_names}" if names else "there are no names",
-            f"did you mean {guesses}?"
-            if near
-            else 'one of these names, or a pattern such as "head.*"',
-        )
+    return _refusal(
+        UnknownNameError,
+        f"{where} was asked for {of_them}, of which there is none",
+        f"the names are {all_names}" if names else "there are no names",
+        f"did you mean {guesses}?" if near else 'one of these names, or a pattern such as "head.*"',
     )
 
 
@@ -479,12 +450,11 @@ def nothing_chosen(
 
 
 def key_of_no_text(cls: str, key: object, kind: str) -> TypeError:
-    return TypeError(
-        explain(
-            f"load_state_dict of {cls} was given the key {key!r} of type {kind}",
-            "entries are found by the dotted names of parameters and buffers",
-            "use names such as 'fc.weight'; module.state_dict() shows them",
-        )
+    return _refusal(
+        TypeError,
+        f"load_state_dict of {cls} was given the key {key!r} of type {kind}",
+        "entries are found by the dotted names of parameters and buffers",
+        "use names such as 'fc.weight'; module.state_dict() shows them",
     )
 
 
@@ -514,13 +484,12 @@ def entries_of_one_box_differ(first: str, key: str, noun: str) -> str:
 
 
 def state_dict_does_not_fit(cls: str, problems: Sequence[str]) -> StateDictError:
-    return StateDictError(
-        explain(
-            "\n\t".join([f"Error(s) in loading state_dict for {cls}:", *problems]),
-            "names, shapes and kinds of dtype have to match, integers have to fit, and names of "
-            "one parameter have one value; the module was left as it was",
-            "rename or reshape the entries, or pass strict=False to skip names that do not match",
-        )
+    return _refusal(
+        StateDictError,
+        "\n\t".join([f"Error(s) in loading state_dict for {cls}:", *problems]),
+        "names, shapes and kinds of dtype have to match, integers have to fit, and names of "
+        "one parameter have one value; the module was left as it was",
+        "rename or reshape the entries, or pass strict=False to skip names that do not match",
     )
 
 
@@ -536,7 +505,7 @@ NO_KEY = (
 
 
 def no_generator(what: str, why: str, instead: str) -> MissingRngError:
-    return MissingRngError(explain(what, why, instead))
+    return _refusal(MissingRngError, what, why, instead)
 
 
 def draw_in_a_plain_transformation(why: str) -> MissingRngError:
@@ -549,12 +518,11 @@ def draw_in_a_plain_transformation(why: str) -> MissingRngError:
 
 
 def no_generator_state(given: str) -> DtypeError:
-    return DtypeError(
-        explain(
-            f"called Generator.set_state with {given}",
-            "a state is four words, uint32[4]; others would be cut off, or be another stream",
-            "pass what get_state() gave; np.asarray(words, np.uint32) of words that were stored",
-        )
+    return _refusal(
+        DtypeError,
+        f"called Generator.set_state with {given}",
+        "a state is four words, uint32[4]; others would be cut off, or be another stream",
+        "pass what get_state() gave; np.asarray(words, np.uint32) of words that were stored",
     )
 
 
@@ -563,12 +531,11 @@ def no_generator_state(given: str) -> DtypeError:
 
 
 def hook_without_call(kind: str) -> TypeError:
-    return TypeError(
-        explain(
-            f"registered an object of type {kind} as a hook",
-            "a hook is called",
-            "pass a function",
-        )
+    return _refusal(
+        TypeError,
+        f"registered an object of type {kind} as a hook",
+        "a hook is called",
+        "pass a function",
     )
 
 
@@ -588,64 +555,58 @@ def hooks_see_no_output(cls: str) -> str:
 
 
 def outputs_differ(cls: str) -> ShapeError:
-    return ShapeError(
-        explain(
-            f"{cls} with backward hooks returned outputs of other shapes or types "
-            "when it was called again with the same arguments",
-            "the hooks are tied to the shape of the output",
-            "let the shapes of outputs depend on nothing but the arguments and the module",
-        )
+    return _refusal(
+        ShapeError,
+        f"{cls} with backward hooks returned outputs of other shapes or types "
+        "when it was called again with the same arguments",
+        "the hooks are tied to the shape of the output",
+        "let the shapes of outputs depend on nothing but the arguments and the module",
     )
 
 
 def forward_mode(cls: str) -> TypeError:
-    return TypeError(
-        explain(
-            f"differentiated {cls} in forward mode (jax.jvp, jax.jacfwd)",
-            "it has backward hooks, and forward mode has no cotangents to show them",
-            "remove the hooks (handle.remove()), or use reverse mode (jax.grad, jax.vjp)",
-        )
+    return _refusal(
+        TypeError,
+        f"differentiated {cls} in forward mode (jax.jvp, jax.jacfwd)",
+        "it has backward hooks, and forward mode has no cotangents to show them",
+        "remove the hooks (handle.remove()), or use reverse mode (jax.grad, jax.vjp)",
     )
 
 
 def gradient_of_nothing(cls: str) -> RuntimeError:
-    return RuntimeError(
-        explain(
-            f"a backward hook of {cls} returned a gradient where no input is differentiated",
-            "there is no gradient that it could replace",
-            "return None; or replace the gradient of the output, in a hook of "
-            "register_full_backward_pre_hook",
-        )
+    return _refusal(
+        RuntimeError,
+        f"a backward hook of {cls} returned a gradient where no input is differentiated",
+        "there is no gradient that it could replace",
+        "return None; or replace the gradient of the output, in a hook of "
+        "register_full_backward_pre_hook",
     )
 
 
 def gradient_of_no_array(hook: str, kind: str) -> TypeError:
-    return TypeError(
-        explain(
-            f"a {hook} replaced a gradient by an object of type {kind}",
-            "a gradient is an array",
-            "return a tuple of arrays, or None to keep the gradients as they are",
-        )
+    return _refusal(
+        TypeError,
+        f"a {hook} replaced a gradient by an object of type {kind}",
+        "a gradient is an array",
+        "return a tuple of arrays, or None to keep the gradients as they are",
     )
 
 
 def gradient_of_other_shape(hook: str, new: Shape, old: Shape) -> ShapeError:
-    return ShapeError(
-        explain(
-            f"a {hook} replaced a gradient of shape {old} by one of shape {new}",
-            "a gradient has the shape of the array it belongs to",
-            "return gradients of the same shapes, or None to keep them as they are",
-        )
+    return _refusal(
+        ShapeError,
+        f"a {hook} replaced a gradient of shape {old} by one of shape {new}",
+        "a gradient has the shape of the array it belongs to",
+        "return gradients of the same shapes, or None to keep them as they are",
     )
 
 
 def gradient_of_other_dtype(hook: str, new: Dtype, old: Dtype) -> DtypeError:
-    return DtypeError(
-        explain(
-            f"a {hook} replaced a gradient of dtype {old} by one of dtype {new}",
-            "a gradient has the dtype of the array it belongs to",
-            "cast it: gradient.astype(old.dtype)",
-        )
+    return _refusal(
+        DtypeError,
+        f"a {hook} replaced a gradient of dtype {old} by one of dtype {new}",
+        "a gradient has the dtype of the array it belongs to",
+        "cast it: gradient.astype(old.dtype)",
     )
 
 
