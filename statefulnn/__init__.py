@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING, Any
 
 from statefulnn import attention, functional, init, parameter, utils
 from statefulnn.core import errors
-from statefulnn.core.box import Buffer, Parameter
 from statefulnn.core.errors import (
     CheckpointError,
     ConvergenceError,
@@ -47,6 +46,7 @@ from statefulnn.core.module import (
     register_module_full_backward_pre_hook,
 )
 from statefulnn.core.moduledef import ModuleDef
+from statefulnn.core.parameter import Buffer, Parameter
 from statefulnn.core.placement import device
 from statefulnn.core.uninitialized import UninitializedBuffer, UninitializedParameter
 from statefulnn.modules import (

@@ -11,14 +11,19 @@ import threading
 import warnings
 import weakref
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from statefulnn.core import compat
+from statefulnn.core import compat, refusals
 from statefulnn.core.compat import current_trace
-from statefulnn.core.errors import StaleCaptureWarning, caller, explain, name_of, user_stack_level
-from statefulnn.core.stamps import clock
+from statefulnn.core.errors import StaleCaptureWarning, caller, user_stack_level
+from statefulnn.core.refusals import Subject
+from statefulnn.core.stamps import Cell, clock
+
+if TYPE_CHECKING:
+    from statefulnn.core.box import Box
 
 
+# For each thread: while one probes, another may compile.
 class _Probes(threading.local):
     running: bool = False
 
@@ -44,21 +49,23 @@ class Capture:
 
     __slots__ = ("things", "warned", "where")
 
+    # By trace, and not by the thing that is read: all that one compiled function took in shares the line
+    # that is named, and is forgotten together if the trace fails.
     _of_trace: weakref.WeakKeyDictionary[Any, Capture] = weakref.WeakKeyDictionary()
 
     def __init__(self) -> None:
         self.where = caller()
-        self.things: list[Any] = []
+        self.things: list[weakref.ref[Box | Cell]] = []
         self.warned = False
 
     @classmethod
-    def note(cls, thing: Any) -> None:
+    def note(cls, thing: Box | Cell) -> None:
         """Take note of a box or cell that is read where a staged trace may make it a constant."""
         if _probes.running:
             return
-        staged = next(
-            (t for t in compat.chain(current_trace()) if compat.kind(t) == "staged"), None
-        )
+        # Under autodiff or vmap alone nothing outlives the call.
+        traces = compat.chain(current_trace())
+        staged = next((t for t in traces if compat.kind(t) == "staged"), None)
         if staged is None:
             return
         capture = cls._of_trace.get(staged)
@@ -69,46 +76,36 @@ class Capture:
         clock.captured += 1
 
     @classmethod
-    def forget(cls, thing: Any) -> None:
+    def forget(cls, thing: Box | Cell) -> None:
         """The thing has changed, and that was said."""
         thing.captured = None
         clock.captured -= 1
 
     @classmethod
-    def trace_failed(cls) -> None:
-        """Forget what the current trace has captured: nothing will be compiled of it."""
-        for trace in compat.chain(current_trace()):
-            capture = cls._of_trace.pop(trace, None)
-            for reference in () if capture is None else capture.things:
-                thing = reference()
-                if thing is not None and thing.captured is capture:
-                    cls.forget(thing)
+    def forget_all_of(cls, trace: object) -> None:
+        """Forget what a trace has captured: nothing will be compiled of it."""
+        capture = cls._of_trace.pop(trace, None)
+        for reference in () if capture is None else capture.things:
+            thing = reference()
+            # It may have been captured again since, by a trace that does not fail.
+            if thing is not None and thing.captured is capture:
+                cls.forget(thing)
 
-    def warn_of_value(self, box: Any) -> None:
+    @classmethod
+    def trace_failed(cls) -> None:
+        """Forget what the current trace, and those around it, have captured."""
+        for trace in compat.chain(current_trace()):
+            cls.forget_all_of(trace)
+
+    def warn_of_value(self, box: Box) -> None:
         """Warn that a captured box was written."""
         Capture.forget(box)
-        warnings.warn(
-            explain(
-                f"wrote to {box.label()}",
-                f"compiled code took its old value as a constant at {self.where}, and will go on "
-                "using it",
-                "pass the module to the compiled function as an argument",
-            ),
-            StaleCaptureWarning,
-            stacklevel=user_stack_level(),
-        )
+        text = refusals.stale_value(box.label(), self.where)
+        warnings.warn(text, StaleCaptureWarning, stacklevel=user_stack_level())
 
-    def warn_of_structure(self, subject: Any) -> None:
+    def warn_of_structure(self, subject: Subject) -> None:
         """Warn that a captured module was changed; once for all modules of one compiled function."""
         if not self.warned:
             self.warned = True
-            warnings.warn(
-                explain(
-                    f"changed {name_of(subject)}",
-                    f"compiled code took the module in as it was at {self.where}, and will go on "
-                    "using that",
-                    "pass the module to the compiled function as an argument",
-                ),
-                StaleCaptureWarning,
-                stacklevel=user_stack_level(),
-            )
+            text = refusals.stale_structure(subject, self.where)
+            warnings.warn(text, StaleCaptureWarning, stacklevel=user_stack_level())

@@ -9,14 +9,18 @@ from __future__ import annotations
 import itertools
 import warnings
 import weakref
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from statefulnn.core import refusals
 from statefulnn.core.compat import EAGER, current_trace
-from statefulnn.core.errors import explain, user_stack_level
+from statefulnn.core.errors import user_stack_level
 from statefulnn.core.leaks import note_hook
 from statefulnn.core.listeners import active, heard
 from statefulnn.core.registry import GLOBAL_HOOKS, HookDict
 from statefulnn.core.taps import tapped
+
+if TYPE_CHECKING:
+    from statefulnn.core.module import Module
 
 _number = itertools.count().__next__
 
@@ -41,16 +45,10 @@ class RemovableHandle:
         self.remove()
 
 
-def add_hook(hooks: HookDict, hook: Any, prepend: bool = False) -> RemovableHandle:
+def add_hook(hooks: HookDict, hook: tuple, prepend: bool = False) -> RemovableHandle:
     """Put a hook, (function, with_kwargs, always_call), at the end or the beginning."""
     if not callable(hook[0]):
-        raise TypeError(
-            explain(
-                f"registered an object of type {type(hook[0]).__name__} as a hook",
-                "a hook is called",
-                "pass a function",
-            )
-        )
+        raise refusals.hook_without_call(type(hook[0]).__name__)
     number = _number()
     if prepend:
         hooks.put_first(number, hook)
@@ -59,14 +57,14 @@ def add_hook(hooks: HookDict, hook: Any, prepend: bool = False) -> RemovableHand
     return RemovableHandle(hooks, number)
 
 
-def hooks_of(module: Any, name: str) -> list[Any]:
+def hooks_of(module: Module, name: str) -> list[Any]:
     """Return global hooks, then the module's own."""
     own = module.__dict__.get(name)
     everywhere = GLOBAL_HOOKS[name]
     return [*everywhere.values(), *(own.values() if own else ())]
 
 
-def call_with_hooks(module: Any, args: tuple, kwargs: dict) -> Any:
+def call_with_hooks(module: Module, args: tuple, kwargs: dict) -> Any:
     """Call ``forward`` with every hook that applies."""
     if active.muted:
         return heard(module, module.forward(*args, **kwargs))
@@ -74,7 +72,8 @@ def call_with_hooks(module: Any, args: tuple, kwargs: dict) -> Any:
     try:
         return _call(module, args, kwargs, called)
     except Exception:
-        # always_call hooks that have not run yet still do, once; the first error propagates.
+        # always_call hooks that have not run yet still do, once; the first error propagates. One that
+        # raised is among those that have run: it is not asked to clean up after itself.
         for index, (hook, with_kwargs, always) in enumerate(hooks_of(module, "_forward_hooks")):
             if always and index not in called:
                 called.add(index)
@@ -84,15 +83,12 @@ def call_with_hooks(module: Any, args: tuple, kwargs: dict) -> Any:
                     else:
                         hook(module, args, None)
                 except Exception as error:
-                    warnings.warn(
-                        f"a forward hook with always_call=True raised {error!r}; the error that made "
-                        "forward fail is raised instead",
-                        stacklevel=user_stack_level(),
-                    )
+                    text = refusals.second_error_in_a_hook(error)
+                    warnings.warn(text, stacklevel=user_stack_level())
         raise
 
 
-def _call(module: Any, args: tuple, kwargs: dict, called: set[int]) -> Any:
+def _call(module: Module, args: tuple, kwargs: dict, called: set[int]) -> Any:
     for hook, with_kwargs, _ in hooks_of(module, "_forward_pre_hooks"):
         note_hook(hook, "forward pre-hook", module)
         if with_kwargs:
@@ -109,7 +105,9 @@ def _call(module: Any, args: tuple, kwargs: dict, called: set[int]) -> Any:
             if result is not None:
                 args = result if isinstance(result, tuple) else (result,)
 
-    def forward(*args):
+    # The forward hooks lie between the taps: what a backward hook sees as the output's gradient is that of
+    # what they made of it, as in torch. The taps may call this twice.
+    def forward(*args: Any) -> Any:
         out = module.forward(*args, **kwargs)
         for index, (hook, with_kwargs, _) in enumerate(hooks_of(module, "_forward_hooks")):
             called.add(index)
@@ -121,6 +119,7 @@ def _call(module: Any, args: tuple, kwargs: dict, called: set[int]) -> Any:
 
     before = hooks_of(module, "_backward_pre_hooks")
     after = hooks_of(module, "_backward_hooks")
+    # Without a trace nobody differentiates, so no backward pass will come.
     if (before or after) and current_trace() is not EAGER:
         out = tapped(module, args, kwargs, forward, before, after)
     else:

@@ -12,6 +12,7 @@ from jax.experimental.xla_metadata import set_xla_metadata
 
 from statefulnn.core.baked_in import Capture
 from statefulnn.core.compat import current_trace
+from statefulnn.core.ownership import ModuleBase
 
 
 class _Active(threading.local):
@@ -44,7 +45,7 @@ def listening(*listeners: Callable[[Any, Any], Any], silently: bool = False) -> 
         active.captures, active.muted = before
 
 
-def heard(module: Any, out: Any) -> Any:
+def heard(module: ModuleBase, out: Any) -> Any:
     """Show an output to the listeners; return it, or what they made of it."""
     for listener in active.captures:
         out = listener(module, out)
@@ -54,20 +55,12 @@ def heard(module: Any, out: Any) -> Any:
 def run_abstractly(function: Callable[[], Any]) -> None:
     """Run a function silently and without computing anything; no trace of it stays."""
 
-    def run():
+    def run() -> None:
         try:
             function()
         finally:
-            _forget_captures()
+            # Nothing will be compiled of this trace, so what it read may change without a warning.
+            Capture.forget_all_of(current_trace())
 
     with listening(silently=True):
         jax.eval_shape(run)
-
-
-def _forget_captures() -> None:
-    # Nothing will be compiled of the current trace, so what it read may change without a warning.
-    capture = Capture._of_trace.pop(current_trace(), None)
-    for reference in () if capture is None else capture.things:
-        thing = reference()
-        if thing is not None and thing.captured is capture:
-            Capture.forget(thing)

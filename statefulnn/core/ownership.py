@@ -11,12 +11,18 @@ where it would outlive its trace.
 from __future__ import annotations
 
 import weakref
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-from statefulnn.core import compat
+from statefulnn.core import compat, refusals
 from statefulnn.core.compat import EAGER, Tracer, current_trace
-from statefulnn.core.errors import StateWriteError, TraceLeakError, explain, name_of
+from statefulnn.core.refusals import Reason, Subject
 from statefulnn.core.stamps import Cell
+
+if TYPE_CHECKING:
+    from statefulnn.core.moduledef import ModuleDef
+
+# One active transformation of JAX's, which has no public class for it; `core.compat` asks about them.
+Trace: TypeAlias = object
 
 
 class Scope:
@@ -30,24 +36,16 @@ class Scope:
             it, they are the user's.
     """
 
-    __slots__ = (
-        "__weakref__",
-        "_trace",
-        "birth",
-        "lost",
-        "moduledef",
-        "read",
-        "stop_gradients",
-        "writable",
-    )
+    __slots__ = ("_trace", "birth", "lost", "moduledef", "read", "stop_gradients", "writable")
 
     def __init__(
         self,
         writable: bool = True,
-        lost: tuple[str, str] | None = None,
-        moduledef: Any = None,
+        lost: Reason | None = None,
+        moduledef: ModuleDef | None = None,
         birth: bool = False,
     ) -> None:
+        # Weak: a box that outlives its trace must not keep all that was traced alive.
         self._trace = weakref.ref(current_trace())
         self.birth = birth
         self.writable = writable
@@ -57,7 +55,7 @@ class Scope:
         self.stop_gradients = False
 
     @property
-    def trace(self) -> Any:
+    def trace(self) -> Trace | None:
         """The trace the scope was opened in, or None once it has ended."""
         return self._trace()
 
@@ -82,6 +80,7 @@ set_cell = ModuleBase.__dict__["_cell"].__set__
 set_home = ModuleBase.__dict__["_home"].__set__
 set_plan = ModuleBase.__dict__["_plan"].__set__
 set_shell = ModuleBase.__dict__["_shell"].__set__
+# `module.__dict__` builds what is still a shell; this does not.
 real_dict = ModuleBase.__dict__["__dict__"].__get__
 
 
@@ -90,18 +89,7 @@ def birth_scope() -> Scope | None:
     return None if current_trace() is EAGER else Scope(birth=True)
 
 
-# What a clone that JAX built, and not this package, answers to a write.
-LOST_IN_RAW_TRANSFORM = (
-    "this module was rebuilt by a plain JAX transformation (jax.jit, jax.grad, jax.vmap, "
-    "jax.tree.map ...), which never looks at it again, so the write would be lost",
-    "use nn.jit, nn.value_and_grad or nn.vmap, which write back; or a pure call, "
-    "functionalize(module, mutable=True); or return the updated module: "
-    "module = nn.mutable(module) first, write, and return it. "
-    "Call train() and eval() outside the transformation",
-)
-
-
-def check_write(scope: Scope | None, value: Any, subject: Any) -> None:
+def check_write(scope: Scope | None, value: object, subject: Subject) -> None:
     """Raise unless a box or module of `scope` may take `value` at this point of the program.
 
     Args:
@@ -115,42 +103,24 @@ def check_write(scope: Scope | None, value: Any, subject: Any) -> None:
             return
         owner = EAGER
     else:
+        # Law 4: whoever built these clones will not look at them again.
         if not scope.writable:
-            why, instead = scope.lost or LOST_IN_RAW_TRANSFORM
-            raise StateWriteError(explain(f"wrote to {name_of(subject)}", why, instead))
+            raise refusals.write_would_be_lost(subject, scope.lost)
         owner = scope.trace
+        # What user code built inside a trace and kept beyond it is the user's from then on.
         if owner is None and scope.birth:
             owner = EAGER
 
     between = compat.between(trace, owner)
     if between is None:
-        raise TraceLeakError(
-            explain(
-                f"wrote to {name_of(subject)}",
-                "it belongs to a traced call that has ended, or to one that is not around this line",
-                "return values from the traced function instead of keeping its modules",
-            )
-        )
+        raise refusals.owner_has_ended(subject)
+    # A staged function runs once and is called often, so even a plain value would come too late. Under
+    # autodiff and vmap the line runs at every call: there only traced values do harm.
     if any(compat.kind(t) == "staged" for t in between):
-        raise TraceLeakError(
-            explain(
-                f"wrote to {name_of(subject)} inside a function that JAX traces "
-                "(jax.jit, lax.scan, lax.cond, jax.checkpoint ...)",
-                "the module is not an argument of that function: the write would happen once, while "
-                "tracing, and leave a dead tracer or a stale value behind",
-                "pass the module as an argument to nn.jit (nn.scan, nn.remat), which writes back; "
-                "or return the new value and write it outside",
-            )
-        )
+        raise refusals.write_while_tracing(subject)
+    # Law 5: a value of a trace further in than the owner would still be there when that trace is over. A
+    # value of the owner's own trace, or of one around it, lives long enough.
     if isinstance(value, Tracer):
         home = compat.trace_of(value)
         if home in between or not compat.may_be_around(home, owner):
-            raise TraceLeakError(
-                explain(
-                    f"wrote a traced value to {name_of(subject)}",
-                    "the module lives outside the transformation that made the value, so the value "
-                    "would outlive its trace",
-                    "pass the module as an argument to nn.value_and_grad, nn.vmap or nn.jit, which "
-                    "write back; or return the value (has_aux=True) and write it outside",
-                )
-            )
+            raise refusals.value_would_outlive_its_trace(subject)

@@ -20,7 +20,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from statefulnn.core.box import Box, Parameter
+from statefulnn.core.box import Box
 from statefulnn.core.errors import RetraceWarning, explain, user_stack_level
 from statefulnn.core.freeze import (
     BoundMethod,
@@ -38,6 +38,7 @@ from statefulnn.core.freeze import (
 from statefulnn.core.generator import Generator
 from statefulnn.core.moduledef import COPIED, HOOKS, SHARED, ModuleDef, NodeDef, differences, rank
 from statefulnn.core.ownership import ModuleBase, set_plan
+from statefulnn.core.parameter import Parameter
 from statefulnn.core.placement import placements_of, spread
 from statefulnn.core.registry import GLOBAL_CELL, GLOBAL_HOOKS, HookDict
 from statefulnn.core.stamps import Cell, clock

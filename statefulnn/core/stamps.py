@@ -10,10 +10,13 @@ from __future__ import annotations
 import itertools
 from typing import TYPE_CHECKING, Any
 
+from statefulnn.core.refusals import Subject
+
 if TYPE_CHECKING:
     from statefulnn.core.baked_in import Capture
     from statefulnn.core.ownership import Scope
 
+# Counters and not `n += 1`: `next` is one step for threads, so no two changes get one stamp.
 tick = itertools.count(1).__next__
 value_tick = itertools.count(1).__next__
 
@@ -43,6 +46,7 @@ clock = Clock()
 
 def value_changed() -> None:
     """Drop every cached list of leaves; call after a box took another value."""
+    # The stamp first: a list that is gathered meanwhile is then seen to be old (`Plan.keep`).
     clock.values = value_tick()
     if clock.gathered:
         plans, clock.gathered = clock.gathered, []
@@ -62,8 +66,9 @@ class Cell:
         self.scope = scope
         self.captured: Capture | None = None
 
-    def touch(self, subject: Any = "a module") -> None:
+    def touch(self, subject: Subject = "a module") -> None:
         """Record a change that has just been made to the structure or to a static attribute."""
+        # After the change: a plan that is made meanwhile has the old stamp, and is made again.
         self.stamp = clock.structure = tick()
         if self.captured is not None:
             self.captured.warn_of_structure(subject)

@@ -11,20 +11,26 @@ import bisect
 import itertools
 from collections import OrderedDict
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
-from statefulnn.core.box import Box, Parameter, as_array
+from statefulnn.core import refusals
+from statefulnn.core.arrays import as_array
+from statefulnn.core.box import Box
 from statefulnn.core.compat import Tracer
 from statefulnn.core.construction import DEFAULT_VERSION
-from statefulnn.core.errors import StateDictError, explain
 from statefulnn.core.narrowing import numbers_beyond, span
-from statefulnn.core.placement import is_meta
-from statefulnn.core.uninitialized import is_lazy
+from statefulnn.core.parameter import Parameter
+from statefulnn.core.placement import Value, is_meta
+from statefulnn.core.uninitialized import Uninitialized, is_lazy
 from statefulnn.core.walk import CALL, ENTER, LEAVE, overrides, under_way, walk
+
+if TYPE_CHECKING:
+    from statefulnn.core.module import Module
 
 EXTRA_STATE = "_extra_state"
 # Where a load keeps its `_Loaded`: the metadata of a module pass through what users override.
@@ -48,7 +54,9 @@ class IncompatibleKeys(NamedTuple):
     __str__ = __repr__
 
 
-def state_dict(module: Any, destination: Any, prefix: str, keep_vars: bool) -> Any:
+def state_dict(
+    module: Module, destination: dict[str, Any] | None, prefix: str, keep_vars: bool
+) -> Any:
     """Collect the module's own entries, then its children's."""
     if destination is None:
         destination = OrderedDict()
@@ -66,24 +74,27 @@ def state_dict(module: Any, destination: Any, prefix: str, keep_vars: bool) -> A
     return result
 
 
-def _members(module: Any, prefix: str) -> list[tuple[str, Any]]:
+def _members(module: Module, prefix: str) -> list[tuple[str, Any]]:
     return [(f"{prefix}{name}.", m) for name, m in module._modules.items() if m is not None]
 
 
-def _begin(module: Any, destination: Any, prefix: str, keep_vars: bool) -> dict[str, Any]:
+def _begin(
+    module: Module, destination: dict[str, Any], prefix: str, keep_vars: bool
+) -> dict[str, Any]:
     """Save what is the module's own; return its metadata."""
     metadata: dict[str, Any] = {"version": module._version}
     if module.init_version != DEFAULT_VERSION:
         metadata["init_version"] = module.init_version
-    if hasattr(destination, "_metadata"):
-        destination._metadata[prefix[:-1]] = metadata
+    everywhere = getattr(destination, "_metadata", None)
+    if everywhere is not None:
+        everywhere[prefix[:-1]] = metadata
     for hook, _, _ in list(_hooks(module, "_state_dict_pre_hooks")):
         hook(module, prefix, keep_vars)
     module._save_to_state_dict(destination, prefix, keep_vars)
     return metadata
 
 
-def _end(module: Any, destination: Any, prefix: str, metadata: dict[str, Any]) -> Any:
+def _end(module: Module, destination: dict[str, Any], prefix: str, metadata: dict[str, Any]) -> Any:
     """Call the hooks that come after the children; return the dict that they leave."""
     for hook, post, _ in list(_hooks(module, "_state_dict_hooks")):
         result = hook(module, destination, prefix, metadata)
@@ -94,7 +105,7 @@ def _end(module: Any, destination: Any, prefix: str, metadata: dict[str, Any]) -
     return destination
 
 
-def save_own(module: Any, destination: dict, prefix: str, keep_vars: bool) -> None:
+def save_own(module: Module, destination: dict, prefix: str, keep_vars: bool) -> None:
     """Put the module's own parameters, persistent buffers and extra state into a dict."""
     for name, box in module._parameters.items():
         if box is not None:
@@ -106,7 +117,7 @@ def save_own(module: Any, destination: dict, prefix: str, keep_vars: bool) -> No
         destination[prefix + EXTRA_STATE] = module.get_extra_state()
 
 
-def load_state_dict(module: Any, given: Any, strict: bool, assign: bool) -> IncompatibleKeys:
+def load_state_dict(module: Module, given: object, strict: bool, assign: bool) -> IncompatibleKeys:
     """Load names into boxes, or raise and leave every box as it was."""
     if not isinstance(given, Mapping):
         raise TypeError(f"Expected state_dict to be dict-like, got {type(given)}.")
@@ -114,14 +125,7 @@ def load_state_dict(module: Any, given: Any, strict: bool, assign: bool) -> Inco
     state = OrderedDict(given)
     for key in state:
         if not isinstance(key, str):
-            raise TypeError(
-                explain(
-                    f"load_state_dict of {type(module).__name__} was given the key {key!r} of type "
-                    f"{type(key).__name__}",
-                    "entries are found by the dotted names of parameters and buffers",
-                    "use names such as 'fc.weight'; module.state_dict() shows them",
-                )
-            )
+            raise refusals.key_of_no_text(type(module).__name__, key, type(key).__name__)
     missing: list[str] = []
     unexpected: list[str] = []
     errors: list[str] = []
@@ -138,16 +142,9 @@ def load_state_dict(module: Any, given: Any, strict: bool, assign: bool) -> Inco
                 names = ", ".join(f'"{k}"' for k in missing)
                 errors.insert(0, f"Missing key(s) in state_dict: {names}. ")
         if errors:
-            listed = "\n\t".join(errors)
-            raise StateDictError(
-                explain(
-                    f"Error(s) in loading state_dict for {type(module).__name__}:\n\t{listed}",
-                    "names, shapes and kinds of dtype have to match, integers have to fit, and names of "
-                    "one parameter have one value; the module was left as it was",
-                    "rename or reshape the entries, or pass strict=False to skip names that do not match",
-                )
-            )
+            raise refusals.state_dict_does_not_fit(type(module).__name__, errors)
     except BaseException:
+        # All or nothing. A lazy parameter that was given a shape becomes a lazy one again.
         for box, cls, value in before:
             if box._value is not value:
                 box.__class__ = cls
@@ -232,9 +229,9 @@ class _Entries:
 
 
 def _load(
-    module: Any,
+    module: Module,
     state: dict[str, Any],
-    metadata: Any,
+    metadata: Mapping[str, Any] | None,
     assign: bool,
     loaded: _Loaded,
     missing: list[str],
@@ -263,7 +260,7 @@ def _load(
             _after_load(m, loaded, IncompatibleKeys(missing, unexpected))
 
 
-def _after_load(module: Any, loaded: _Loaded, incompatible: IncompatibleKeys) -> None:
+def _after_load(module: Module, loaded: _Loaded, incompatible: IncompatibleKeys) -> None:
     hooks = list(_hooks(module, "_load_state_dict_post_hooks"))
     if hooks:
         loaded.settle(incompatible.missing_keys)
@@ -277,7 +274,7 @@ def _after_load(module: Any, loaded: _Loaded, incompatible: IncompatibleKeys) ->
 
 
 def load_own(
-    module: Any,
+    module: Module,
     state: dict,
     prefix: str,
     local_metadata: dict,
@@ -331,7 +328,7 @@ def load_own(
                     unexpected.append(key)
 
 
-def _put(box: Any, key: str, value: Any, assign: bool, loaded: _Loaded) -> str | None:
+def _put(box: Box, key: str, value: Any, assign: bool, loaded: _Loaded) -> str | None:
     """Write one entry into its box; return what is wrong with it, None if nothing is."""
     if value is box:
         return None  # as it is, or as another name of it says
@@ -341,32 +338,25 @@ def _put(box: Any, key: str, value: Any, assign: bool, loaded: _Loaded) -> str |
         value = value.value
     arrays: Any = (jax.Array, np.ndarray, np.generic, jax.ShapeDtypeStruct)
     if not isinstance(value, arrays):
-        return (
-            f'While copying the parameter named "{key}", expected a jax or numpy array but received '
-            f"{type(value)}"
-        )
+        return refusals.entry_of_no_array(key, type(value))
     if is_meta(value) and not (assign or is_meta(box._value)):
         return f'"{key}" is on the meta device in the checkpoint, which has no data to copy'
-    if is_lazy(box):
+    if isinstance(box, Uninitialized):
         box.materialize(value.shape)
     have = box._value
     if tuple(value.shape) == (1,) and have.shape == ():
         value = value.reshape(())  # torch before 0.4 had no scalars
     if tuple(value.shape) != tuple(have.shape):
-        return (
-            f"size mismatch for {key}: copying a param with shape {tuple(value.shape)} from "
-            f"checkpoint, the shape in current model is {tuple(have.shape)}."
-        )
+        return refusals.entry_of_other_shape(key, tuple(value.shape), tuple(have.shape))
     if _dtype_kind(value.dtype) != _dtype_kind(have.dtype):
-        return (
-            f"dtype mismatch for {key}: copying an array of dtype {value.dtype} from checkpoint, the "
-            f"dtype in current model is {have.dtype}."
-        )
+        return refusals.entry_of_other_dtype(key, value.dtype, have.dtype)
     dtype = _kept_dtype(value, have, assign)
     beyond = numbers_beyond(value, dtype)
     if beyond is not None:
         return _cut_off(key, value.dtype, beyond, dtype)
 
+    # Tied names are several entries of one box. A later one is compared with the first as the checkpoint
+    # has it, both cast: what differs by its dtype alone is the same once it is here.
     first, earlier = loaded.first(box, key, value)
     if first != key:
         if earlier is value:
@@ -375,15 +365,14 @@ def _put(box: Any, key: str, value: Any, assign: bool, loaded: _Loaded) -> str |
         if not isinstance(earlier, Tracer) and not isinstance(value, Tracer):
             if _equal(_cast(earlier, _kept_dtype(earlier, have, assign)), _cast(value, dtype)):
                 return None
-            return (
-                f'"{first}" and "{key}" are names of one {_kind(box)} and have different values in the '
-                "checkpoint: remove the wrong one, or load into a model where they are not tied"
-            )
+            return refusals.entries_of_one_box_differ(first, key, _kind(box))
     new = as_array(_cast(value, dtype), box.label)
+    # The values are copied into the box, so they lie where it lies.
     if not assign:
         sharding = getattr(have, "sharding", None)
         if sharding is not None and getattr(have, "committed", False):
             new = jax.device_put(new, sharding)
+    # `data` takes another dtype too, which `assign` may bring; a buffer's `value` always does.
     if isinstance(box, Parameter):
         box.data = new
     else:
@@ -395,7 +384,7 @@ def _kind(box: Box) -> str:
     return "parameter" if isinstance(box, Parameter) else "buffer"
 
 
-def _kept_dtype(value: Any, have: Any, assign: bool) -> Any:
+def _kept_dtype(value: Value, have: Value, assign: bool) -> Any:
     """Return the dtype that an entry has in the box: with 64-bit types off JAX has fewer dtypes."""
     dtype = value.dtype if assign else have.dtype
     if is_meta(value) or (isinstance(value, jax.Array) and value.dtype == dtype):
@@ -403,11 +392,11 @@ def _kept_dtype(value: Any, have: Any, assign: bool) -> Any:
     return jax.dtypes.canonicalize_dtype(dtype)
 
 
-def _cast(value: Any, dtype: Any) -> Any:
+def _cast(value: Any, dtype: DTypeLike) -> Any:
     return value if value.dtype == dtype else value.astype(dtype)
 
 
-def _cut_off(key: str, given: Any, numbers: tuple[int, int], dtype: Any) -> str:
+def _cut_off(key: str, given: DTypeLike, numbers: tuple[int, int], dtype: DTypeLike) -> str:
     """Say what would be lost of an entry, and what keeps it."""
     low, high = numbers
     widest = jax.dtypes.canonicalize_dtype(given)
@@ -433,7 +422,7 @@ def _equal(a: Any, b: Any) -> bool:
     return np.array_equal(*map(np.asarray, both), equal_nan=jnp.issubdtype(a.dtype, jnp.inexact))
 
 
-def _dtype_kind(dtype: Any) -> str:
+def _dtype_kind(dtype: DTypeLike) -> str:
     for kind, parent in (
         ("bool", jnp.bool_),
         ("integer", jnp.integer),
@@ -445,7 +434,7 @@ def _dtype_kind(dtype: Any) -> str:
     return str(dtype)
 
 
-def _boxes(module: Any) -> list[Box]:
+def _boxes(module: Module) -> list[Box]:
     return [
         box
         for m in module.modules()
@@ -454,5 +443,5 @@ def _boxes(module: Any) -> list[Box]:
     ]
 
 
-def _hooks(module: Any, name: str) -> Any:
+def _hooks(module: Module, name: str) -> Any:
     return module.__dict__.get(name, {}).values()

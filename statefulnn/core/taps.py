@@ -26,16 +26,16 @@ Limitations
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from statefulnn.core import compat
+from statefulnn.core import compat, refusals
 from statefulnn.core.compat import Tracer, current_trace
-from statefulnn.core.errors import DtypeError, ShapeError, explain, user_stack_level
+from statefulnn.core.errors import user_stack_level
 from statefulnn.core.generator import Generator, current_generator, use_generator
 from statefulnn.core.graph import build_clones, own_scope
 from statefulnn.core.leaks import note_hook, watching_hooks
@@ -44,6 +44,9 @@ from statefulnn.core.ownership import Scope
 from statefulnn.core.plan import build_plan, plan_of
 from statefulnn.core.pytree import flatten_collecting, unflatten_with
 from statefulnn.core.stamps import value_changed
+
+if TYPE_CHECKING:
+    from statefulnn.core.module import Module
 
 
 class _Static:
@@ -56,51 +59,39 @@ class _Static:
 jax.tree_util.register_pytree_node(_Static, lambda s: ((), s.value), lambda v, _: _Static(v))
 
 
-def tapped(module: Any, args: tuple, kwargs: dict, forward: Any, before: list, after: list) -> Any:
+def tapped(
+    module: Module,
+    args: tuple,
+    kwargs: dict,
+    forward: Callable[..., Any],
+    before: list,
+    after: list,
+) -> Any:
+    """Call `forward` between the taps of a module that has backward hooks, and return the output."""
     _refuse_forward_mode(module)
     memory = _Memory(module, args, kwargs)
     expected = _probe(module, args, kwargs)
     if expected is None:
         expected = _Arrays(forward(*args))
         memory.restore()
+    # The probe, a clone in a trace of its own, may have seen other shapes than there are. What the first
+    # run shows is right, unless forward gives other shapes each time.
     for _ in range(2):
         out, found = _between_taps(module, args, kwargs, forward, before, after, expected)
         if found == expected:
             if expected.hidden:
-                warnings.warn(
-                    f"{type(module).__name__} has backward hooks, but its output is neither an array "
-                    "nor a tuple with an array in it: they do not fire. Return an array or a tuple "
-                    "of arrays.",
-                    stacklevel=user_stack_level(),
-                )
+                text = refusals.hooks_see_no_output(type(module).__name__)
+                warnings.warn(text, stacklevel=user_stack_level())
             return out
         memory.restore()
         expected = found
-    raise ShapeError(
-        explain(
-            f"{type(module).__name__} with backward hooks returned outputs of other shapes or types "
-            "when it was called again with the same arguments",
-            "the hooks are tied to the shape of the output",
-            "let the shapes of outputs depend on nothing but the arguments and the module",
-        )
-    )
+    raise refusals.outputs_differ(type(module).__name__)
 
 
-def forward_mode_error(module: Any) -> TypeError:
-    """Return the error for forward mode through a module with backward hooks."""
-    return TypeError(
-        explain(
-            f"differentiated {type(module).__name__} in forward mode (jax.jvp, jax.jacfwd)",
-            "it has backward hooks, and forward mode has no cotangents to show them",
-            "remove the hooks (handle.remove()), or use reverse mode (jax.grad, jax.vjp)",
-        )
-    )
-
-
-def _refuse_forward_mode(module: Any) -> None:
+def _refuse_forward_mode(module: Module) -> None:
     for trace in compat.chain(current_trace()):
         if compat.is_forward_mode(trace):
-            raise forward_mode_error(module)
+            raise refusals.forward_mode(type(module).__name__)
         if compat.kind(trace) == "autodiff":
             return  # reverse mode is nearer: its gradient may be differentiated in any mode
 
@@ -108,7 +99,7 @@ def _refuse_forward_mode(module: Any) -> None:
 class _Memory:
     """The values in the boxes of a call, to take back what a run of forward wrote."""
 
-    def __init__(self, module: Any, args: tuple, kwargs: dict) -> None:
+    def __init__(self, module: Module, args: tuple, kwargs: dict) -> None:
         roots = flatten_collecting((args, kwargs))[2]
         plan = build_plan((module, *roots)) if roots else plan_of(module)
         generator = current_generator()
@@ -131,7 +122,7 @@ class _Arrays:
         hidden: whether the only floating arrays are deeper in the output.
     """
 
-    def __init__(self, out: Any) -> None:
+    def __init__(self, out: object) -> None:
         items = _items(out)
         self.count = len(items)
         self.where = tuple(i for i, x in enumerate(items) if _differentiable(x))
@@ -143,19 +134,20 @@ class _Arrays:
         return isinstance(other, _Arrays) and vars(self) == vars(other)
 
 
-def _items(out: Any) -> list[Any]:
+def _items(out: object) -> list[Any]:
     return list(out) if isinstance(out, (tuple, list)) else [out]
 
 
-def _differentiable(x: Any) -> bool:
-    return hasattr(x, "dtype") and hasattr(x, "shape") and jnp.issubdtype(x.dtype, jnp.inexact)
+def _differentiable(x: object) -> TypeGuard[jax.Array]:
+    dtype = getattr(x, "dtype", None)
+    return dtype is not None and hasattr(x, "shape") and jnp.issubdtype(dtype, jnp.inexact)
 
 
 def _between_taps(
-    module: Any,
+    module: Module,
     args: tuple,
     kwargs: dict,
-    forward: Any,
+    forward: Callable[..., Any],
     before: list,
     after: list,
     expected: _Arrays,
@@ -166,7 +158,8 @@ def _between_taps(
     backward = _Backward(module, before, after, len(args), where, expected)
     rest = [x for i, x in enumerate(args) if i not in where]
     others = filter(_differentiable, jax.tree_util.tree_leaves((rest, kwargs)))
-    # What is no tracer is not differentiated.
+    # JAX runs a backward rule only if an argument of it is differentiated. So the tap is also given an empty
+    # piece of each array deeper in the arguments; what is no tracer is not differentiated.
     anchors = [(x if x.ndim else x[None])[:0] for x in others if isinstance(x, Tracer)]
     fires = any(isinstance(x, Tracer) for x in inputs) or anchors or backward.values
 
@@ -176,6 +169,7 @@ def _between_taps(
         args = tuple(inputs[where.index(i)] if i in where else x for i, x in enumerate(args))
     out = forward(*args)
     found = _Arrays(out)
+    # Slots of other shapes cannot carry the gradient: the caller tries again with what was found.
     if found != expected or not expected.where:
         return out, found
     items = _items(out)
@@ -197,7 +191,7 @@ class _Backward:
 
     def __init__(
         self,
-        module: Any,
+        module: Module,
         before: list,
         after: list,
         num_inputs: int,
@@ -224,6 +218,7 @@ class _Backward:
             return xs, slots()
 
         def fwd(xs, anchors, values):
+            # Which inputs are differentiated, known by `symbolic_zeros`: a hook sees None for others.
             flags = tuple(x.perturbed for x in xs)
             kept = [v.value for v in values]
             return ([x.value for x in xs], slots()), (_Static((flags, len(anchors))), kept)
@@ -240,6 +235,7 @@ class _Backward:
                 _like(result[i], g, "backward hook") if flag else g
                 for i, g, flag in zip(self.where, grad_inputs, flags, strict=True)
             ]
+            # None is no gradient: the anchors and the module's arrays get theirs from forward itself.
             return grads, [None] * num_anchors, [None] * len(values)
 
         tap.defvjp(fwd, bwd, symbolic_zeros=True)
@@ -270,28 +266,34 @@ class _Backward:
             ]
             if alone:
                 self.run_after(values, (None,) * self.num_inputs, self.output_gradients(grads))
+            # As the slots' gradient too, on which it reaches the input's tap when forward is done.
             return grads, [] if alone else grads, [None] * len(values)
 
         tap.defvjp(fwd, bwd)
         return tap
 
-    def module_with(self, values: Sequence[Any]) -> Any:
+    def module_with(self, values: Sequence[jax.Array]) -> Any:
         """Return the module that hooks are given: itself, or a copy with the values of a traced call."""
         if not values:
             return self.module
+        # The module's own boxes hold tracers of a forward pass that may be over.
         leaves = list(self._leaves)
         for i, value in zip(self._traced, values, strict=True):
             leaves[i] = value
-        scope = Scope(False, _CALL_IS_OVER, self._moduledef)
+        scope = Scope(False, refusals.LOST_AFTER_THE_CALL, self._moduledef)
         return build_clones(self._moduledef, leaves, scope)[0][0]
 
-    def output_gradients(self, grads: Sequence[Any]) -> tuple:
+    def output_gradients(self, grads: Sequence[jax.Array]) -> tuple:
+        """Return what hooks are shown: a gradient for each floating array, None for other items."""
         shown: list[Any] = [None] * self.outputs.count
         for i, g in zip(self.outputs.where, grads, strict=True):
             shown[i] = g
         return tuple(shown)
 
-    def run_after(self, values: Sequence[Any], grad_inputs: tuple, grad_outputs: tuple) -> tuple:
+    def run_after(
+        self, values: Sequence[jax.Array], grad_inputs: tuple, grad_outputs: tuple
+    ) -> tuple:
+        """Run the hooks that come after the module's gradient; return what they make of it."""
         module = self.module_with(values)
         given = any(g is not None for g in grad_inputs)
         for hook, _, _ in self.after:
@@ -302,26 +304,11 @@ class _Backward:
                 continue
             grad_inputs = _replaced(result, grad_inputs, "backward hook", "grad_input")
             if not given and any(g is not None for g in grad_inputs):
-                raise RuntimeError(
-                    explain(
-                        f"a backward hook of {type(module).__name__} returned a gradient where no "
-                        "input is differentiated",
-                        "there is no gradient that it could replace",
-                        "return None; or replace the gradient of the output, in a hook of "
-                        "register_full_backward_pre_hook",
-                    )
-                )
+                raise refusals.gradient_of_nothing(type(module).__name__)
         return grad_inputs
 
 
-_CALL_IS_OVER = (
-    "a backward hook runs after the traced call has given its state back, so the write would be lost",
-    "return what the hook computes: nn.capture(..., grads=True) gives gradients as results; or write to a "
-    "module outside of compiled code",
-)
-
-
-def _probe(module: Any, args: tuple, kwargs: dict) -> _Arrays | None:
+def _probe(module: Module, args: tuple, kwargs: dict) -> _Arrays | None:
     """Run forward silently on a clone to see what it returns; None if that fails."""
     dynamic, treedef, roots = flatten_collecting((args, kwargs))
     plan = build_plan((module, *roots)) if roots else plan_of(module)
@@ -352,14 +339,14 @@ def _probe(module: Any, args: tuple, kwargs: dict) -> _Arrays | None:
     return None
 
 
-def _dense(cotangent: Any) -> Any:
+def _dense(cotangent: jax.Array | jax.custom_derivatives.SymbolicZero) -> jax.Array:
     if not isinstance(cotangent, jax.custom_derivatives.SymbolicZero):
         return cotangent
     zero: Any = cotangent
     return jnp.zeros(zero.shape, zero.dtype)
 
 
-def _replaced(result: Any, old: tuple, what: str, name: str) -> tuple:
+def _replaced(result: object, old: tuple, what: str, name: str) -> tuple:
     result = tuple(result) if isinstance(result, (tuple, list)) else (result,)
     if len(result) != len(old):
         raise RuntimeError(
@@ -369,32 +356,14 @@ def _replaced(result: Any, old: tuple, what: str, name: str) -> tuple:
     return result
 
 
-def _like(new: Any, old: Any, what: str) -> Any:
+def _like(new: object, old: jax.Array, what: str) -> jax.Array:
     """Return what a hook put in the place of a gradient; None is zero, as in torch."""
     if new is None:
         return jnp.zeros_like(old)
     if not isinstance(new, (jax.Array, np.ndarray, np.generic)):
-        raise TypeError(
-            explain(
-                f"a {what} replaced a gradient by an object of type {type(new).__name__}",
-                "a gradient is an array",
-                "return a tuple of arrays, or None to keep the gradients as they are",
-            )
-        )
+        raise refusals.gradient_of_no_array(what, type(new).__name__)
     if new.shape != old.shape:
-        raise ShapeError(
-            explain(
-                f"a {what} replaced a gradient of shape {old.shape} by one of shape {new.shape}",
-                "a gradient has the shape of the array it belongs to",
-                "return gradients of the same shapes, or None to keep them as they are",
-            )
-        )
+        raise refusals.gradient_of_other_shape(what, new.shape, old.shape)
     if new.dtype != old.dtype and not getattr(new, "weak_type", False):
-        raise DtypeError(
-            explain(
-                f"a {what} replaced a gradient of dtype {old.dtype} by one of dtype {new.dtype}",
-                "a gradient has the dtype of the array it belongs to",
-                "cast it: gradient.astype(old.dtype)",
-            )
-        )
+        raise refusals.gradient_of_other_dtype(what, new.dtype, old.dtype)
     return jnp.asarray(new, old.dtype)

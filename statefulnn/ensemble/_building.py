@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from statefulnn.core.arrays import from_numpy
 from statefulnn.core.baked_in import Capture
-from statefulnn.core.box import from_numpy
 from statefulnn.core.compat import EAGER, Tracer, current_trace, trace_of, varies
 from statefulnn.core.errors import DtypeError, ShapeError, UninitializedParameterError, explain
 from statefulnn.core.freeze import Identity

@@ -22,9 +22,9 @@ from statefulnn.core.errors import (
 )
 from statefulnn.core.graph import build_clones
 from statefulnn.core.moduledef import ModuleDef
+from statefulnn.core.ownership import Scope
 from statefulnn.core.plan import build_plan
 from statefulnn.core.pytree import flatten_collecting, unflatten_with
-from statefulnn.core.ownership import Scope
 from statefulnn.transforms.differentiate import name_of
 from statefulnn.transforms.lift import Mark, SplitCall, Writes, spread, template, unbound
 
@@ -38,8 +38,8 @@ class custom_vjp:
     name -> array as ``nn.grad`` gives it, of which names may be missing; None for zeros.
 
     What is written to modules is written back, once, and passes no gradient on. Residuals may hold modules;
-    in `bwd` these are copies that can be read only. Under ``nn.shard_map`` the cotangent of a replicated array
-    is a ``jax.lax.psum``.
+    in `bwd` these are copies that can be read only. Under ``nn.shard_map`` the cotangent of a replicated
+    array is a ``jax.lax.psum``.
 
     Args:
         fun: a function of modules and arrays, a Module or a method of one; the module is the first argument

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from statefulnn.core.box import check_usable
+from statefulnn.core.arrays import check_usable
 from statefulnn.core.compat import EAGER, current_trace
 from statefulnn.core.generator import current_generator, streams
 from statefulnn.core.ownership import ModuleBase

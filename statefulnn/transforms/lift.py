@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from statefulnn.core.box import Box, Parameter
+from statefulnn.core.box import Box
 from statefulnn.core.compat import EAGER, current_trace
 from statefulnn.core.errors import StateWriteError, StructureChangeError, explain
 from statefulnn.core.generator import Generator, current_generator, use_generator
@@ -22,6 +22,7 @@ from statefulnn.core.graph import build_clones
 from statefulnn.core.leaks import outer_traces, watching
 from statefulnn.core.moduledef import ModuleDef, differences
 from statefulnn.core.ownership import ModuleBase, Scope, check_write, real_dict
+from statefulnn.core.parameter import Parameter
 from statefulnn.core.plan import Plan, build_plan, plan_of
 from statefulnn.core.pytree import flatten_collecting, unflatten_with
 from statefulnn.core.stamps import clock, value_changed

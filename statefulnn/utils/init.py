@@ -11,8 +11,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from statefulnn.core.arrays import filled
 from statefulnn.core.baked_in import probing
-from statefulnn.core.box import Box, filled
+from statefulnn.core.box import Box
 from statefulnn.core.compat import EAGER, current_trace
 from statefulnn.core.errors import TraceLeakError, UninitializedParameterError, explain
 from statefulnn.core.generator import rng_scope
