@@ -228,11 +228,11 @@ def write_while_tracing(subject: Subject) -> TraceLeakError:
     return _refusal(
         TraceLeakError,
         f"wrote to {name_of(subject)} inside a function that JAX traces "
-        "(jax.jit, lax.scan, lax.cond, jax.checkpoint ...)",
+        "(jax.jit, lax.scan, lax.cond, jax.checkpoint, checkify ...)",
         "the module is not an argument of that function: the write would happen once, while "
         "tracing, and leave a dead tracer or a stale value behind",
-        "pass the module as an argument to nn.jit (nn.scan, nn.remat), which writes back; "
-        "or return the new value and write it outside",
+        "pass the module as an argument to nn.jit (nn.scan, nn.cond, nn.checkify ...), which writes "
+        "back; or return the new value and write it outside",
     )
 
 
