@@ -382,7 +382,7 @@ def flex_attention(
         mask_sizes = (sizes[0] if batches > 1 else 1, sizes[1] if heads > 1 else 1, *sizes[2:])
         mask = _positions(block_mask.mask_mod, mask_sizes)
         scores = jnp.where(mask, scores, jnp.asarray(-jnp.inf, scores.dtype))
-    out = weighted_values(form, softmax_of_scores(scores, True), v).astype(q.dtype)
+    out = weighted_values(form, softmax_of_scores(scores), v).astype(q.dtype)
     if return_lse:
         return out, _log_sum(scores)
     if return_aux is None:

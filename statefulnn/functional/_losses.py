@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from statefulnn.functional._checks import require_float, shape_error, widened
 
@@ -73,10 +74,15 @@ def warn_of_broadcast(x: Any, y: Any, function: str) -> None:
 
 
 def hinge(x: Any) -> Any:
-    """Return ``max(x, 0)`` with derivative 1 at 0, as torch's ``clamp_min`` has it."""
-    return jnp.where(x < 0, jnp.zeros((), x.dtype), x)
+    """Return ``max(x, 0)`` with derivative 1 at 0 and 0 at NaN, as torch's ``clamp_min`` has it."""
+    return jnp.where(x >= 0, x, lax.stop_gradient(jnp.maximum(x, 0)))
+
+
+def signum(x: Any) -> Any:
+    """Return the sign of real numbers, 0 for NaN, as ``torch.sgn`` has it."""
+    return (x > 0).astype(x.dtype) - (x < 0).astype(x.dtype)
 
 
 def absolute(x: Any) -> Any:
-    """Return the absolute value, with derivative 0 at 0; that of ``jnp.abs`` is 1."""
-    return x * jnp.sign(x)
+    """Return the absolute value, with derivative 0 at 0 and NaN; that of ``jnp.abs`` at 0 is 1."""
+    return x * signum(x)

@@ -258,16 +258,21 @@ def _shifted(x: Any, axis: int, index: np.ndarray, weight: Any, period: tuple[in
 
 def _gathered(x: Any, axis: int, index: np.ndarray, weight: Any) -> Any:
     """Sum indexed reads, one for each tap; more than a few of them in one read."""
-    index = np.clip(index, 0, max(x.shape[axis] - 1, 0)).astype(np.int32)
-    if weight is None or len(index) <= 4:
-        parts = [_read(x, row, axis) for row in index]
-        if weight is None:
-            return parts[0]
-        weights = [_spread(row, axis, x.ndim, x.dtype) for row in weight]
-        return functools.reduce(lax.add, [p * w for p, w in zip(parts, weights, strict=True)])
-    parts = _read(x, index.T, axis)  # (*, after, taps, *)
-    shape = (*weight.T.shape, *(1,) * (x.ndim - axis - 1))
-    return (parts * weight.T.reshape(shape).astype(x.dtype)).sum(axis + 1)
+    at = np.clip(index, 0, max(x.shape[axis] - 1, 0)).astype(np.int32)
+    if weight is None:
+        return _read(x, at[0], axis)
+    # A tap that repeats the one before at weight 0 is none: infinity times 0 would be NaN.
+    none = (np.diff(index, axis=0, prepend=index[:1] - 1) == 0) & (weight == 0)
+
+    def weighted(part: Any, row: np.ndarray, none: np.ndarray) -> Any:
+        shape = (*row.shape, *(1,) * (x.ndim - axis - 1))
+        part = part * row.reshape(shape).astype(x.dtype)
+        return jnp.where(none.reshape(shape), 0, part) if none.any() else part
+
+    if len(index) > 4:
+        return weighted(_read(x, at.T, axis), weight.T, none.T).sum(axis + 1)  # (*, after, taps, *)
+    parts = [_read(x, row, axis) for row in at]
+    return functools.reduce(lax.add, map(weighted, parts, weight, none))
 
 
 def _read(x: Any, index: np.ndarray, axis: int) -> Any:

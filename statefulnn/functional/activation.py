@@ -151,9 +151,7 @@ def _softplus(x: Any, beta: float, threshold: float) -> Any:
     require_real_float(x, "input", "F.softplus")
     wide = widened(x)
     linear = wide * beta > threshold
-    # Zero where the line is taken, so that exp cannot overflow there and spoil the derivative.
-    scaled = jnp.where(linear, jnp.zeros((), wide.dtype), wide * beta)
-    soft = jnp.log1p(jnp.exp(scaled)) / jnp.asarray(beta, wide.dtype)
+    soft = -_log_sigmoid(wide * -beta) / jnp.asarray(beta, wide.dtype)
     return jnp.where(linear, wide, soft).astype(x.dtype)
 
 
@@ -352,8 +350,8 @@ def hardswish(input: Any, inplace: bool = False) -> Any:
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
 def _shrunk(x: Any, lambd: float, shift: float, function: str) -> Any:
     require_real_float(x, "input", function)
-    zero = lax.stop_gradient(x) * 0  # NaN stays NaN
-    return jnp.where(x > lambd, x - shift, jnp.where(x < -lambd, x + shift, zero))
+    rest = jnp.where(x == x, jnp.zeros((), x.dtype), lax.stop_gradient(x))  # NaN stays NaN
+    return jnp.where(x > lambd, x - shift, jnp.where(x < -lambd, x + shift, rest))
 
 
 def hardshrink(input: Any, lambd: float = 0.5) -> Any:

@@ -39,7 +39,6 @@ class Form(NamedTuple):
     scale: float
     causal: int | None = None  # position i sees positions up to i + causal
     grouped: bool = False  # each head of keys serves several of queries
-    safe: bool = True  # rows where everything is masked give 0, not NaN
 
 
 def _accumulated(x: Any) -> Any:
@@ -62,45 +61,38 @@ def masked_scores(form: Form, query: Any, key: Any, masks: Sequence[Any]) -> Any
         out = jnp.einsum("...ld,...sd->...ls", query, key, preferred_element_type=wide)
     if low:
         out = out * jnp.asarray(form.scale, wide)
-    nothing = jnp.asarray(-jnp.inf, wide)
     if form.causal is not None:
         rows = lax.broadcasted_iota(jnp.int32, out.shape[-2:], 0)
         columns = lax.broadcasted_iota(jnp.int32, out.shape[-2:], 1)
-        out = jnp.where(columns <= rows + form.causal, out, nothing)
+        masks = [columns <= rows + form.causal, *masks]
     for mask in masks:
-        if mask.dtype != jnp.bool_:
-            out = out + mask.astype(wide)
-        elif form.safe:  # True: take part
-            out = jnp.where(mask, out, nothing)
-        else:  # a sum, which also passes the NaN of a row where everything is masked back
-            out = out + jnp.where(mask, jnp.zeros((), wide), nothing)
+        if mask.dtype == jnp.bool_:  # True: take part
+            mask = jnp.where(mask, 0.0, -jnp.inf)
+        out = out + mask.astype(wide)  # a sum, and so NaN stays NaN, as in torch
     return out
 
 
-def _exponentials(scores: Any, safe: bool) -> tuple[Any, Any]:
-    """Return ``exp(scores - highest)`` and its sum over S; with `safe` the sum of no terms is 1."""
+def _exponentials(scores: Any) -> tuple[Any, Any]:
+    """Return ``exp(scores - highest)`` and its sum over S, 1 where everything is masked."""
     if scores.shape[-1]:
         highest = lax.stop_gradient(jnp.max(scores, -1, keepdims=True))
-        if safe:  # without a finite maximum nothing is subtracted
-            highest = jnp.where(highest == -jnp.inf, jnp.zeros((), scores.dtype), highest)
-        scores = scores - highest
+        # Without a finite maximum nothing is subtracted.
+        scores = scores - jnp.where(highest == -jnp.inf, jnp.zeros((), scores.dtype), highest)
     powers = jnp.exp(scores)
     total = jnp.sum(powers, -1, keepdims=True)
-    if safe:
-        total = jnp.where(total == 0, jnp.ones((), total.dtype), total)
-    return powers, total
+    return powers, jnp.where(total == 0, jnp.ones((), total.dtype), total)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
-def softmax_of_scores(scores: Any, safe: bool) -> Any:
-    """Return the softmax over the last axis; its derivative needs the result only."""
-    powers, total = _exponentials(scores, safe)
+@jax.custom_jvp
+def softmax_of_scores(scores: Any) -> Any:
+    """Return the softmax over the last axis, or 0 where everything is masked."""
+    powers, total = _exponentials(scores)
     return powers / total
 
 
 @softmax_of_scores.defjvp
-def _(safe: bool, primals: Any, tangents: Any) -> tuple[Any, Any]:
-    weights = softmax_of_scores(primals[0], safe)
+def _(primals: Any, tangents: Any) -> tuple[Any, Any]:
+    weights = softmax_of_scores(primals[0])  # of the result alone, so that nothing else is kept
     moved = weights * tangents[0]
     return weights, moved - weights * jnp.sum(moved, -1, keepdims=True)
 
@@ -119,7 +111,7 @@ def weighted_values(form: Form, weights: Any, value: Any) -> Any:
 
 
 def _by_weights(form: Form, query: Any, key: Any, value: Any, masks: Any, kept: Any) -> Any:
-    weights = softmax_of_scores(masked_scores(form, query, key, masks), form.safe)
+    weights = softmax_of_scores(masked_scores(form, query, key, masks))
     if kept is not None:
         weights = weights * kept.astype(weights.dtype)
     return weighted_values(form, weights, value).astype(value.dtype)
@@ -139,7 +131,7 @@ def attend(form: Form, query: Any, key: Any, value: Any, masks: Any, kept: Any) 
     """
     # The division comes after the product with the values, on L · Dv numbers and not on L · S. Under a
     # derivative the weights themselves are needed, and the division comes first.
-    powers, total = _exponentials(masked_scores(form, query, key, masks), form.safe)
+    powers, total = _exponentials(masked_scores(form, query, key, masks))
     if kept is not None:
         powers = powers * kept.astype(powers.dtype)
     return (weighted_values(form, powers, value) / total).astype(value.dtype)

@@ -86,17 +86,31 @@ def _ctc(
     loss = -jnp.logaddexp(ended, on_label)  # (N,)
 
     impossible = loss > -NEVER / 10
-    # torch's derivative is that of the loss after a log_softmax: with respect to log-probabilities it has
-    # their exponentials in addition, which a log_softmax before them takes out again.
-    norm = jnp.sum(jnp.where(running[:, :, None], jnp.exp(given), 0), (0, 2))
-    loss = loss + (norm - lax.stop_gradient(norm))
+    if not zero_infinity:
+        loss = jnp.where(impossible, jnp.inf, loss)
+    loss = _after_log_softmax(loss, given, running[:, :, None])
     if zero_infinity:
         loss = jnp.where(impossible, 0, loss)
-    else:
-        loss = loss * jnp.where(impossible, jnp.inf, 1)
     if reduction == "mean":
         loss = loss / jnp.maximum(lengths, 1).astype(loss.dtype)
     return reduced(loss, reduction).astype(dtype)
+
+
+@jax.custom_jvp
+def _after_log_softmax(loss: Any, log_probs: Any, running: Any) -> Any:
+    """Return the losses, with torch's derivative, which is that of losses after a log_softmax.
+
+    With respect to log-probabilities it has their exponentials in addition, which a log_softmax before them
+    takes out again. Where a loss is no number or infinite, all its derivatives are NaN.
+    """
+    return loss
+
+
+@_after_log_softmax.defjvp
+def _(primals: tuple, tangents: tuple) -> tuple[Any, Any]:
+    loss, log_probs, running = primals
+    extra = jnp.where(running, jnp.exp(log_probs) + (loss * 0)[:, None], 0)
+    return loss, tangents[0] + jnp.sum(extra * tangents[1], (0, 2))
 
 
 def _emissions(log_probs: Any, labels: Any) -> Any:

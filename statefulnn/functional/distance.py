@@ -21,7 +21,7 @@ from statefulnn.functional._checks import (
     shape_error,
     widened,
 )
-from statefulnn.functional._losses import together
+from statefulnn.functional._losses import signum, together
 
 
 def p_norm(x: Any, p: float, axes: tuple[int, ...], function: str) -> Any:
@@ -39,26 +39,49 @@ def p_norm(x: Any, p: float, axes: tuple[int, ...], function: str) -> Any:
             f"the {p}-norm of no numbers is not defined",
             "a positive, finite p, or vectors with elements",
         )
+    return _norm(x, p, axes)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
+def _norm(x: Any, p: float, axes: tuple[int, ...]) -> Any:
     total = functools.partial(jnp.sum, axis=axes, keepdims=True)
     if p == 2:
-        square = lax.real(x) ** 2 + lax.imag(x) ** 2 if jnp.iscomplexobj(x) else x * x
-        square = total(square)
-        apart = square != 0
-        return jnp.where(apart, jnp.sqrt(jnp.where(apart, square, 1)), 0)
-    nonzero = x != 0
+        return jnp.sqrt(
+            total(lax.real(x) ** 2 + lax.imag(x) ** 2 if jnp.iscomplexobj(x) else x * x)
+        )
+    size = lax.abs(x)
     if p == 0:
-        return total(nonzero.astype(lax.abs(x).dtype))
-    # The derivative of a complex magnitude is not a number at 0.
-    size = jnp.where(nonzero, lax.abs(jnp.where(nonzero, x, 1)), 0)
-    if p == 1:
-        return total(size)
+        return total((x != 0).astype(size.dtype))
     if math.isinf(p):
         return (jnp.max if p > 0 else jnp.min)(size, axis=axes, keepdims=True)
-    power = total(jnp.where(nonzero, jnp.where(nonzero, size, 1) ** p, 0.0**p if p > 0 else np.inf))
-    apart = (power != 0) & (power != np.inf)
-    root = jnp.where(apart, power, 1) ** (1 / p)
-    # What is left: all zeros for positive p, a zero for negative p, or an overflow.
-    return jnp.where(apart, root, jnp.where((power == 0) == (p > 0), 0, np.inf))
+    return total(size) if p == 1 else total(size**p) ** (1 / p)
+
+
+@_norm.defjvp
+def _norm_jvp(p: float, axes: tuple[int, ...], primals: tuple, tangents: tuple) -> tuple[Any, Any]:
+    (x,), (dx,) = primals, tangents
+    out = _norm(x, p, axes)
+    if p == 0:
+        return out, jnp.zeros_like(out)
+    moved = jnp.conj(_slope(x, out, p, axes)) * dx
+    return out, jnp.sum(lax.real(moved) if jnp.iscomplexobj(x) else moved, axes, keepdims=True)
+
+
+def _slope(x: Any, out: Any, p: float, axes: tuple[int, ...]) -> Any:
+    """Return the derivative of a norm by each number, 0 where it or the norm is 0.
+
+    Powers are of 1 there, for the sake of second derivatives. NaN and infinities go where they go in torch.
+    """
+    apart, nonzero = out != 0, x != 0
+    scale = jnp.where(apart, jnp.where(apart, out, 1) ** (1 - p), 0)
+    if p == 2:
+        return x * scale
+    size = lax.abs(jnp.where(nonzero, x, 1))
+    sign = x / size if jnp.iscomplexobj(x) else signum(x)
+    if math.isinf(p):
+        most = (lax.abs(x) == out) | (x != x)
+        return sign * most / jnp.sum(most, axes, keepdims=True, dtype=size.dtype)
+    return sign * jnp.where(nonzero, size ** (p - 1), 0) * scale
 
 
 def _degree(p: Any, function: str) -> float:
@@ -166,11 +189,11 @@ def _largest(x: Any) -> Any:
 
 @_largest.defjvp
 def _largest_jvp(primals: Any, tangents: Any) -> tuple[Any, Any]:
-    # torch.pdist gives each of equal magnitudes the whole derivative.
+    # torch.pdist gives each of equal magnitudes the whole derivative, and all of them NaN if one is.
     (x,), (slope,) = primals, tangents
     out = _largest(x)
-    at = lax.stop_gradient(jnp.where(jnp.abs(x) == out[..., None], jnp.sign(x), 0))
-    return out, jnp.sum(at * slope, -1)
+    below = jnp.minimum(jnp.ceil(jnp.abs(jnp.abs(x) - out[..., None])), 1)
+    return out, jnp.sum(lax.stop_gradient(jnp.sign(x) * (1 - below)) * slope, -1)
 
 
 @functools.partial(jax.jit, static_argnums=1)
@@ -188,6 +211,8 @@ def _pdist(x: Any, p: float) -> Any:
     wide = widened(x)
     # All pairs, then the upper half: XLA never stores the differences.
     apart = wide[:, None] - wide[None]
+    # That of infinity and itself would be NaN, also times a derivative of 0.
+    apart = jnp.where(jnp.eye(n, dtype=bool)[..., None], 0, apart)
     table = _largest(apart) if p == math.inf else p_norm(apart, p, (2,), function)[..., 0]
     first, second = np.triu_indices(n, 1)
     flat = (first * n + second).astype(np.int32)

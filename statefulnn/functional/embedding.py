@@ -26,9 +26,18 @@ def rows_of(input: Any, weight: Any, by_frequency: bool) -> Any:
         ones = jnp.ones(input.shape, weight.dtype)
         counts = jnp.zeros(num_rows, weight.dtype).at[index].add(ones, mode="drop")
         share = jnp.take(counts, index, mode="fill", fill_value=1)[..., None]
-        constant = lax.stop_gradient(out)
-        out = constant + (out - constant) / share
+        out = _shared(out, share)
     return out
+
+
+@jax.custom_jvp
+def _shared(rows: Any, share: Any) -> Any:
+    return rows
+
+
+@_shared.defjvp
+def _(primals: tuple, tangents: tuple) -> tuple[Any, Any]:
+    return primals[0], tangents[0] / primals[1]
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3))

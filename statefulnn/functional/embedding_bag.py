@@ -25,15 +25,27 @@ from statefulnn.functional.embedding import renormalise, rows_of
 def _first_maxima(table: Any, index: Any, counted: Any, bag: Any, bags: int) -> Any:
     # For each bag and column the place of the first of its largest entries, or -1 for an empty bag.
     rows = lax.stop_gradient(rows_of(index, table, False))  # (n, D)
-    # What is not a number is the largest: it shows. What is padding is the smallest.
-    rows = jnp.where(jnp.isnan(rows), jnp.inf, rows)
-    rows = jnp.where(counted[:, None], rows, -jnp.inf)
     place = jnp.arange(index.shape[0], dtype=jnp.int32)[:, None]
     nowhere = jnp.iinfo(jnp.int32).max
+    # What is not in the table is the largest: it shows. NaN is the largest where a bag begins with it, and
+    # else the smallest, because torch asks whether a number is larger than those before. So is padding.
+    start = jax.ops.segment_min(jnp.where(counted, place[:, 0], nowhere), bag, bags)
+    begins = place == jnp.take(start, bag, mode="clip")[:, None]
+    missing = ((index < 0) | (index >= table.shape[0]))[:, None]
+    rows = jnp.where(jnp.isnan(rows), jnp.where(begins | missing, jnp.inf, -jnp.inf), rows)
+    rows = jnp.where(counted[:, None], rows, -jnp.inf)
     most = jax.ops.segment_max(rows, bag, bags)  # (B, D)
     at_most = (rows == jnp.take(most, bag, axis=0, mode="clip")) & counted[:, None]
     first = jax.ops.segment_min(jnp.where(at_most, place, nowhere), bag, bags)
     return jnp.where(first < index.shape[0], first, -1)
+
+
+def _counted_rows(index: Any, table: Any, factors: Any, counted: Any, by_frequency: bool) -> Any:
+    """Return rows times their factors, and 0 for padding, whatever its row and factor are."""
+    rows = jnp.where(counted[..., None], widened(rows_of(index, table, by_frequency)), 0)
+    if factors is None:
+        return rows
+    return rows * jnp.where(counted, factors, 0).astype(rows.dtype)[..., None]
 
 
 @functools.partial(jax.jit, static_argnums=(4, 5, 6, 7))
@@ -51,9 +63,8 @@ def _embedding_bag(
     dtype = table.dtype
     if offsets is None and mode != "max":
         # Bags of one size: a sum over an axis, with no segments. (B, L) -> (B, D)
-        rows = widened(rows_of(input, table, by_frequency))
-        rows = rows if factors is None else rows * factors.astype(rows.dtype)[..., None]
-        total = jnp.sum(jnp.where(counted[..., None], rows, 0), 1)
+        rows = _counted_rows(input, table, factors, counted, by_frequency)
+        total = jnp.sum(rows, 1)
         number = jnp.sum(counted.astype(total.dtype), 1)
     else:
         if offsets is None:
@@ -74,9 +85,7 @@ def _embedding_bag(
             columns = jnp.arange(table.shape[1], dtype=chosen.dtype)
             out = table.at[chosen, columns].get(mode="fill", fill_value=jnp.nan)
             return jnp.where(first < 0, jnp.zeros((), dtype), out)
-        rows = widened(rows_of(input, table, by_frequency))
-        rows = rows if factors is None else rows * factors.astype(rows.dtype)[:, None]
-        rows = jnp.where(counted[:, None], rows, 0)
+        rows = _counted_rows(input, table, factors, counted, by_frequency)
         total = jax.ops.segment_sum(rows, bag, bags, indices_are_sorted=True)
         number = jax.ops.segment_sum(counted.astype(rows.dtype), bag, bags, indices_are_sorted=True)
     if mode == "mean":

@@ -253,9 +253,9 @@ def _poisson_nll(
     dtype, x, y = together("F.poisson_nll_loss", input=input, target=target)
     loss = jnp.exp(x) - y * x if log_input else x - y * jnp.log(x + eps)
     if full:
-        counts = jnp.where(y > 1, y, 2)  # a number whose logarithm has a derivative
+        counts = jnp.where(y <= 1, 2, y)  # a number whose logarithm has a derivative
         stirling = counts * jnp.log(counts) - counts + 0.5 * jnp.log(2 * math.pi * counts)
-        loss = loss + jnp.where(y > 1, stirling, 0)
+        loss = loss + jnp.where(y <= 1, 0, stirling)
     return reduced(loss, reduction).astype(dtype)
 
 
@@ -309,8 +309,8 @@ def _gaussian_nll(input: Any, target: Any, var: Any, full: bool, eps: float, red
     dtype, x, y = together(function, input=input, target=target)
     variance = _fitting_variance(input, var).astype(x.dtype)
     # Clamped in value only: the derivative with respect to the variance is that of a larger one.
-    clamped = jnp.maximum(lax.stop_gradient(variance), eps)
-    variance = clamped + (variance - lax.stop_gradient(variance))
+    still = lax.stop_gradient(variance)
+    variance = jnp.where(variance < eps, eps + (variance - still), variance)
     loss = 0.5 * (jnp.log(variance) + (x - y) ** 2 / variance)
     if full:
         loss = loss + 0.5 * math.log(2 * math.pi)

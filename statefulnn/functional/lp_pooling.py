@@ -13,22 +13,24 @@ from jax import lax
 from statefulnn.core.errors import explain
 from statefulnn.functional import _pool_lowering as lowering
 from statefulnn.functional._checks import widened
+from statefulnn.functional._losses import absolute, signum
 from statefulnn.functional.avg_pooling import average
 from statefulnn.functional.pooling import Size, require_kind, spatial, windows_of
+from statefulnn.functional.rectifier import relu
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def _lp_kernel(x: Any, norm_type: float, w: lowering.Windows) -> Any:
     if norm_type == np.inf:
-        return lowering.largest(lax.abs(x), w)
+        return lowering.largest(absolute(x), w)
     if norm_type == -np.inf:
-        return -lowering.largest(-lax.abs(x), w)
+        return -lowering.largest(-absolute(x), w)
     wide = widened(x)
     # As torch does: a window that hangs over the edge counts as a whole one of the same average.
     mean = average(_power(wide, norm_type), w, True, None)
     total = mean * np.asarray(len(w.taps), wide.dtype)
     # The slope of the power at 0 is infinite: times this one, which is 0 there, it is NaN as in torch.
-    total = lax.sign(total) * jax.nn.relu(lax.abs(total))
+    total = signum(total) * relu(absolute(total))
     return _power(total, 1 / norm_type).astype(x.dtype)
 
 

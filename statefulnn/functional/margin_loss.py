@@ -241,8 +241,8 @@ def _multi_margin(
     gap = margin - score[:, None] + x
     others = jnp.arange(classes, dtype=jnp.int32) != label[:, None]
     # Derivative 0 at the corner, and what is not a number leaves the sum: both as in torch.
-    terms = jnp.where((gap > 0) & others, gap if p == 1 else gap * gap, 0)
-    loss = jnp.sum(terms, 1) / classes
+    gap = jnp.where((gap > 0) & others, gap, 0)
+    loss = jnp.sum(gap if p == 1 else gap * gap, 1) / classes
     if weight is not None:
         loss = loss * jnp.take(weight.astype(x.dtype), label, mode="fill", fill_value=jnp.nan)
     loss = jnp.where(label < classes, loss, jnp.nan)

@@ -105,11 +105,11 @@ def _multi_head(
     # torch lets the hint stand in for the mask only where nothing else needs it.
     hint = options.causal and arrays.padding_mask is None and not options.need_weights
     masks = [] if hint else _masks(arrays, batch, heads, added)
-    form = Form(1 / math.sqrt(embed // heads), 0 if hint else None, safe=not options.need_weights)
+    form = Form(1 / math.sqrt(embed // heads), 0 if hint else None)
     shape = (batch, heads, q.shape[2], k.shape[2])
     kept, state = kept_weights(rng, state, p, shape, widened(q).dtype)
     if options.need_weights:
-        weights = softmax_of_scores(masked_scores(form, q, k, masks), form.safe)
+        weights = softmax_of_scores(masked_scores(form, q, k, masks))
         weights = (weights if kept is None else weights * kept).astype(q.dtype)
         out = weighted_values(form, weights, v).astype(q.dtype)
         weights = jnp.mean(weights, 1) if options.average else weights
@@ -213,8 +213,9 @@ def multi_head_attention_forward(
         out_proj_bias: ``(E,)`` or None.
         training: whether dropout applies.
         key_padding_mask: ``(N, S)`` or ``(S,)``: True leaves a position out; or numbers to add.
-        need_weights: also return the attention weights. A row where everything is masked is then
-            NaN, as in torch; without weights it attends to nothing and gives 0.
+        need_weights: also return the attention weights. A row where everything is masked attends to
+            nothing, with and without them: its weights are 0, and its gradients. In torch they are NaN
+            where the weights are asked for.
         attn_mask: ``(L, S)`` or ``(N num_heads, L, S)``: True leaves a pair out; or numbers to add.
         use_separate_proj_weight: take the next three weights in place of `in_proj_weight`.
         q_proj_weight: ``(E, E)``.

@@ -57,7 +57,6 @@ LAYERS = [
     attention(key_padding_mask=FLOAT_PADDING, attn_mask=FLOAT_MASK),
     attention(SELF, "self", attn_mask=CAUSAL, is_causal=True),
     attention(SELF, "self", attn_mask=CAUSAL, is_causal=True, need_weights=False),
-    attention(key_padding_mask=np.ones((3, 6), bool), note="all masked"),
     attention(key_padding_mask=np.ones((3, 6), bool), note="all masked", need_weights=False),
     attention(
         (QUERY, KEY, KEY), "key is value", attn_mask=BOOL_MASK, key_padding_mask=FLOAT_PADDING
