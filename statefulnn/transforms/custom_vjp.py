@@ -38,8 +38,8 @@ class custom_vjp:
     name -> array as ``nn.grad`` gives it, of which names may be missing; None for zeros.
 
     What is written to modules is written back, once, and passes no gradient on. Residuals may hold modules;
-    in `bwd` these are copies that can be read only. Under ``nn.shard_map`` the cotangent of a replicated array
-    is a ``jax.lax.psum``.
+    in `bwd` these are copies that can be read only. Under ``nn.shard_map`` the cotangent of a replicated
+    array is a ``jax.lax.psum``.
 
     Args:
         fun: a function of modules and arrays, a Module or a method of one; the module is the first argument
