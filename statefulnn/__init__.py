@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING, Any
 
 from statefulnn import attention, functional, init, parameter, utils
 from statefulnn.core import errors
-from statefulnn.core.box import Buffer, Parameter
 from statefulnn.core.errors import (
     CheckpointError,
     ConvergenceError,
@@ -47,6 +46,7 @@ from statefulnn.core.module import (
     register_module_full_backward_pre_hook,
 )
 from statefulnn.core.moduledef import ModuleDef
+from statefulnn.core.parameter import Buffer, Parameter
 from statefulnn.core.placement import device
 from statefulnn.core.uninitialized import UninitializedBuffer, UninitializedParameter
 from statefulnn.modules import (
@@ -215,6 +215,7 @@ from statefulnn.modules import (
 )
 from statefulnn.optimizer import Optimizer
 from statefulnn.transforms.audit import audit
+from statefulnn.transforms.branches import cond, switch
 from statefulnn.transforms.capture import capture
 from statefulnn.transforms.checkify import checkify
 from statefulnn.transforms.custom_vjp import custom_vjp
@@ -225,6 +226,7 @@ from statefulnn.transforms.functional_call import (
 )
 from statefulnn.transforms.grad import grad, value_and_grad
 from statefulnn.transforms.jit import jit
+from statefulnn.transforms.loops import associative_scan, fori_loop, while_loop
 from statefulnn.transforms.remat import remat
 from statefulnn.transforms.scan import scan
 from statefulnn.transforms.shard_map import shard_map
@@ -237,13 +239,16 @@ if TYPE_CHECKING:
     from statefulnn import bridge, curvature, func, meta
     from statefulnn.ensemble import Ensemble
     from statefulnn.io import Checkpointer, export, load, load_exported, save
+    from statefulnn.transforms.loops import map
 
 __version__ = "0.1.0"
 
-# Built on top, and imported when first used: modules, and names out of modules.
+# Built on top, and imported when first used: modules, and names out of modules. `map` is among them so that
+# ``from statefulnn import *`` leaves Python's own.
 _LATER = ("bridge", "curvature", "func", "io", "meta")
 _LATER_NAMES = {
     "Ensemble": "ensemble",
+    "map": "transforms.loops",
     **dict.fromkeys(("Checkpointer", "export", "load", "load_exported", "save"), "io"),
 }
 

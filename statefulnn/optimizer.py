@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from statefulnn.core.box import Buffer, Parameter
 from statefulnn.core.compat import EAGER, Tracer, current_trace
 from statefulnn.core.errors import (
     DtypeError,
@@ -25,6 +24,7 @@ from statefulnn.core.errors import (
 )
 from statefulnn.core.extras import import_extra
 from statefulnn.core.module import Module, Ref, find_box, place_box
+from statefulnn.core.parameter import Buffer, Parameter
 from statefulnn.core.plan import plan_of
 from statefulnn.transforms.jit import jit
 

@@ -7,10 +7,47 @@ does work; `explain` puts them together.
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable, Iterator
+from types import FrameType
+
 
 def explain(what: str, why: str, instead: str) -> str:
     """Join the three parts of a message: what was done, why it cannot work, what does work."""
     return f"{what}\n  Why: {why}\n  Instead: {instead}"
+
+
+def name_of(subject: str | Callable[[], str]) -> str:
+    """Return the name of what a message is about; a function that gives it is asked only then."""
+    return str(subject() if callable(subject) else subject)
+
+
+# Modules of Python's that call back into this package for the user.
+_BETWEEN = {"copy", "copyreg", "pickle"}
+
+
+def _frames() -> Iterator[tuple[FrameType, int]]:
+    frame: FrameType | None = sys._getframe(1)
+    level = 1
+    while frame is not None:
+        name = frame.f_globals.get("__name__", "")
+        if not name.startswith(("statefulnn.", "jax.")) and name not in _BETWEEN:
+            yield frame, level - 1
+        frame, level = frame.f_back, level + 1
+
+
+def caller() -> str:
+    """Return file:line of the nearest frame outside this package and JAX."""
+    for frame, _ in _frames():
+        return f"{frame.f_code.co_filename}:{frame.f_lineno}"
+    return "an unknown place"
+
+
+def user_stack_level() -> int:
+    """Return the `stacklevel` that points a warning of the calling function at the user's line."""
+    for _, level in _frames():
+        return level
+    return 2
 
 
 class StatefulnnError(Exception):

@@ -17,22 +17,20 @@ import contextlib
 import os
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeAlias, TypeGuard
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from statefulnn.core import compat, threefry
+from statefulnn.core import compat, refusals, threefry
 from statefulnn.core.box import Box
 from statefulnn.core.compat import EAGER, current_trace
-from statefulnn.core.errors import DtypeError, MissingRngError, explain
-from statefulnn.core.scope import Scope, value_changed
+from statefulnn.core.ownership import Scope
+from statefulnn.core.stamps import value_changed
 
-_WAYS_OUT = (
-    "nn.jit, nn.vmap, nn.scan and nn.remat carry the generator as state; or pass a key: "
-    "functional_call(..., rng=key), fn(params, x, rng=key), with nn.rng_scope(key)"
-)
+State: TypeAlias = jax.Array | np.ndarray  # uint32[4]: two words of key, two of counter
+Seed: TypeAlias = int | np.integer | np.ndarray | jax.Array  # an integer, or a random key
 
 
 def _entropy() -> int:
@@ -57,27 +55,23 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_turns.__init__)
 
 
-def _next_words(state: Any) -> tuple[tuple[int, int], np.ndarray]:
+def _next_words(state: State) -> tuple[tuple[int, int], np.ndarray]:
     """Return the two words of the key of a state, and the next state, by numpy alone."""
     k0, k1, high, low = (int(w) for w in np.asarray(state))
     key = threefry.block(threefry.block((k0, k1), (0, high)), (0, low))
+    # The counter has 64 bits, in two words; `advance` does the same in compiled code.
     low = (low + 1) & 0xFFFFFFFF
     high = (high + (low == 0)) & 0xFFFFFFFF
     return key, np.array([k0, k1, high, low], np.uint32)
 
 
-def _state_from_key(key: Any) -> Any:
-    """Return the state of a fresh stream for a key, typed or raw, of any implementation."""
-    return jnp.concatenate([threefry.key_words(key), jnp.zeros(2, jnp.uint32)])
-
-
-def as_key(rng: Any) -> Any:
+def as_key(rng: object) -> Any:
     """Return a random key for a key or an integer seed.
 
     Raises:
         TypeError: for anything else.
     """
-    if _is_integer(rng) and np.ndim(rng) == 0:
+    if _is_integer(rng):
         return jax.random.key(rng)
     if not hasattr(rng, "dtype"):
         raise threefry.no_key(repr(rng))
@@ -86,7 +80,7 @@ def as_key(rng: Any) -> Any:
 
 
 @jax.jit
-def advance(state: Any) -> tuple[Any, Any]:
+def advance(state: State) -> tuple[jax.Array, jax.Array]:
     """Return the next key of a generator state, uint32[4], and the state after it."""
     zero = np.uint32(0)
     key = threefry.hashed(threefry.hashed(state[:2], zero, state[2]), zero, state[3])
@@ -114,18 +108,21 @@ class Generator(Box):
 
     __slots__ = ("_seed",)
 
-    def __init__(self, seed: Any = None) -> None:
+    def __init__(self, seed: Seed | None = None) -> None:
         super().__init__(None)
         self._seed: int | None = None
-        if hasattr(seed, "dtype") and not (np.ndim(seed) == 0 and _is_integer(seed)):
+        seed = _entropy() if seed is None else seed
+        if _is_integer(seed):
+            self.manual_seed(seed)
+        elif hasattr(seed, "dtype"):
+            # Whoever has a key at hand made the generator for here: it belongs to the trace in force.
             self._scope = None if current_trace() is EAGER else Scope()
-            self._value = _state_from_key(seed)
+            self._value = jnp.concatenate([threefry.key_words(seed), jnp.zeros(2, jnp.uint32)])
         else:
-            if seed is not None and not _is_integer(seed):
-                raise threefry.no_key(repr(seed))
-            self.manual_seed(_entropy() if seed is None else seed)
+            raise threefry.no_key(repr(seed))
 
     def _set_static_part(self, like: Any) -> None:
+        # The seed says nothing of where a stream is; a clone has the state, and what was drawn goes on.
         self._seed = None
 
     def _read_in_trace(self) -> None:
@@ -135,15 +132,6 @@ class Generator(Box):
     def state(self) -> Any:
         """The state as an array, uint32[4]: two words of key, two of counter."""
         return self._value
-
-    @property
-    def value(self) -> Any:
-        """The state, as `get_state` gives it."""
-        return self.state
-
-    @value.setter
-    def value(self, new: Any) -> None:
-        self.write(new)
 
     def manual_seed(self, seed: int) -> Generator:
         """Start the stream that belongs to an integer, and return the generator."""
@@ -157,8 +145,7 @@ class Generator(Box):
 
     def seed(self) -> int:
         """Start a stream from a seed of the operating system, and return that seed."""
-        self.manual_seed(_entropy())
-        return self.initial_seed()
+        return self.manual_seed(_entropy()).initial_seed()
 
     def initial_seed(self) -> int:
         """Return the seed the stream was started with."""
@@ -171,7 +158,7 @@ class Generator(Box):
         """Return the state, uint32[4]."""
         return jnp.asarray(self.state)
 
-    def set_state(self, state: Any) -> Generator:
+    def set_state(self, state: State) -> Generator:
         """Continue from a state that `get_state` gave, and return the generator.
 
         Raises:
@@ -180,13 +167,7 @@ class Generator(Box):
         have = (getattr(state, "dtype", None), getattr(state, "shape", None))
         if have != (np.dtype(np.uint32), (4,)):
             what = f"{have[0]}{list(have[1] or ())}" if have[0] else type(state).__name__
-            raise DtypeError(
-                explain(
-                    f"called Generator.set_state with {what}",
-                    "a state is four words, uint32[4]; others would be cut off, or be another stream",
-                    "pass what get_state() gave; np.asarray(words, np.uint32) of words that were stored",
-                )
-            )
+            raise refusals.no_generator_state(what)
         self.write(state)
         self._seed = None
         return self
@@ -199,7 +180,7 @@ class Generator(Box):
         """
         return self.drawn(advance)
 
-    def drawn(self, kernel: Callable[[Any], tuple[Any, Any]]) -> Any:
+    def drawn(self, kernel: Callable[[State], tuple[Any, State]]) -> Any:
         """Draw with the state, put in the one after it, and return what was drawn.
 
         Threads take turns, so that no two of them draw with the same state.
@@ -209,7 +190,8 @@ class Generator(Box):
         """
         with _turns.lock:
             out, state = kernel(self.drawable_state())
-            self.advanced(state)
+            self._value = state
+            value_changed()
         return out
 
     def next_words(self) -> tuple[int, int]:
@@ -225,14 +207,10 @@ class Generator(Box):
 
     def drawable_state(self) -> Any:
         """Return the state if a draw is legal here; `drawn` draws with it."""
+        # Eager draws from the user's generators are always legal, and come often.
         if current_trace() is not EAGER or self._scope is not None:
             _check_draw(self)
         return self.state
-
-    def advanced(self, state: Any) -> None:
-        """Put in the state after a draw."""
-        self._value = state
-        value_changed()
 
     def __deepcopy__(self, memo: dict) -> Generator:
         return _generator_with(self.lend(), self._seed)
@@ -244,39 +222,38 @@ class Generator(Box):
         return f"Generator(state={self._value})"
 
 
-def _is_integer(seed: Any) -> bool:
-    if isinstance(seed, bool):
-        return False
-    return isinstance(seed, int) or (
-        hasattr(seed, "dtype") and jnp.issubdtype(seed.dtype, jnp.integer)
-    )
+def _is_integer(seed: Any) -> TypeGuard[int]:
+    if isinstance(seed, int):
+        return not isinstance(seed, bool)
+    dtype = getattr(seed, "dtype", None)
+    return dtype is not None and jnp.issubdtype(dtype, jnp.integer) and np.ndim(seed) == 0
 
 
-def _generator_with(state: Any, seed: int | None) -> Generator:
+def _generator_with(state: State, seed: int | None) -> Generator:
     generator = Generator(0)
     generator._value, generator._seed = state, seed
     return generator
 
 
 def _check_draw(generator: Generator) -> None:
+    """Raise unless every trace from here out to the owner of the generator is an autodiff trace.
+
+    Such a trace runs the function itself, once for each call, and the new state comes back through the
+    owner. Any other would repeat the numbers, in each lane or at each call.
+    """
     scope = generator._scope
     owner = EAGER if scope is None else scope.trace
-    for trace in compat.chain(current_trace()):
-        if trace is owner:
-            if scope is not None and not scope.writable:
-                break
-            return
-        if compat.kind(trace) != "autodiff":
-            break
-    else:
-        trace = None
+    between = compat.between(current_trace(), owner)
+    # Where the owner is not around at all, some trace out there still tells why the draw is wrong.
+    around = compat.chain(current_trace()) if between is None else between
+    hindrance = next((t for t in around if compat.kind(t) not in ("autodiff", "unknown")), owner)
+    if between is not None and hindrance is owner and (scope is None or scope.writable):
+        return
     why = {
         "batch": "every lane would get the same numbers",
         "staged": "the numbers would be drawn once, while tracing, and come back at every call",
-    }.get("" if trace is None else compat.kind(trace), "nobody would keep the advanced generator")
-    raise MissingRngError(
-        explain("drew random numbers inside a plain JAX transformation", why, _WAYS_OUT)
-    )
+    }.get(compat.kind(hindrance), "nobody would keep the advanced generator")
+    raise refusals.draw_in_a_plain_transformation(why)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -292,14 +269,10 @@ class Forbidden:
         self.parts = (what, why, instead)
 
 
-NO_KEY = Forbidden(
-    "drew random numbers in a pure call that was given no key",
-    "a pure function gives the same result for the same arguments, so it has no generator of its own",
-    "pass one: functional_call(..., rng=key), fn(params, x, rng=key); or call module.eval() first if "
-    "nothing should be random",
-)
+NO_KEY = Forbidden(*refusals.NO_KEY)
 
 
+# One for each thread: a pure call forbids drawing in its own thread only.
 class _Streams(threading.local):
     current: Generator | Forbidden = default_generator
 
@@ -324,7 +297,7 @@ def use_generator(generator: Generator | Forbidden | None) -> Iterator[None]:
         streams.current = before
 
 
-def rng_scope(key: Any) -> contextlib.AbstractContextManager[Any]:
+def rng_scope(key: Seed) -> contextlib.AbstractContextManager[Any]:
     """Make everything inside draw from a stream that starts at a key.
 
     Args:
@@ -345,12 +318,10 @@ def rng_scope(key: Any) -> contextlib.AbstractContextManager[Any]:
 
 def drawing_generator(generator: Generator | None = None) -> Generator:
     """Return the generator to draw from, or raise if there is none."""
-    if generator is None:
-        current = streams.current
-        if isinstance(current, Forbidden):
-            raise MissingRngError(explain(*current.parts))
-        return current
-    return generator
+    current = streams.current if generator is None else generator
+    if isinstance(current, Forbidden):
+        raise refusals.no_generator(*current.parts)
+    return current
 
 
 def next_key(generator: Generator | None = None) -> Any:
@@ -396,6 +367,6 @@ def get_rng_state() -> Any:
     return default_generator.get_state()
 
 
-def set_rng_state(state: Any) -> None:
+def set_rng_state(state: State) -> None:
     """Continue the default generator from a state that `get_rng_state` gave."""
     default_generator.set_state(state)

@@ -15,28 +15,32 @@ from __future__ import annotations
 
 import types
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 
+from statefulnn.core import refusals
 from statefulnn.core.box import Box
 from statefulnn.core.compat import EAGER, current_trace
-from statefulnn.core.errors import ShapeError, explain
 from statefulnn.core.freeze import BoundMethod, copied
 from statefulnn.core.lending import lend
 from statefulnn.core.moduledef import HOOKS, ModuleDef, NodeDef, rank
+from statefulnn.core.ownership import ModuleBase, Scope, set_cell, set_home, set_plan, set_shell
+from statefulnn.core.placement import Value
 from statefulnn.core.plan import plan_of
-from statefulnn.core.registry import HookDict, Registry
-from statefulnn.core.scope import Cell, ModuleBase, Scope, set_cell, set_home, set_plan, set_shell
+from statefulnn.core.registry import REGISTRIES, HookDict, Registry
+from statefulnn.core.stamps import Cell
+
+M = TypeVar("M", bound=ModuleBase)
 
 
 def build_clones(
     moduledef: ModuleDef,
-    leaves: Sequence[Any],
+    leaves: Sequence[object],
     scope: Scope | None,
     parameter_scope: Scope | None = None,
     buffer_scope: Scope | None = None,
-    into: Any = None,
+    into: ModuleBase | None = None,
 ) -> tuple[list[Any], list[Box], list[Any]]:
     """Build the modules of a ModuleDef around arrays.
 
@@ -52,24 +56,23 @@ def build_clones(
     """
     parameter_scope = scope if parameter_scope is None else parameter_scope
     buffer_scope = scope if buffer_scope is None else buffer_scope
+    stop = scope is not None and scope.stop_gradients
+    # Boxes are numbered as the walk met them, leaves by kind: `order` leads from one to the other.
     numbered: list[Any] = [None] * len(leaves)
     boxes: list[Any] = [None] * len(leaves)
-    stop = scope is not None and scope.stop_gradients
     for number, (cls, static) in enumerate(moduledef.boxes):
         position = moduledef.order[number]
-        value = leaves[position]
         group = rank(cls, static)
-        if stop and group and isinstance(value, jax.Array):
-            value = _stopped(value)
-        box = cls.clone_of(static, value, parameter_scope if group < 2 else buffer_scope, position)
-        numbered[number] = boxes[position] = box
+        # A raw jax.grad differentiates all leaves; what is not trained is a constant.
+        value = _stopped(leaves[position]) if stop and group else leaves[position]
+        owner = parameter_scope if group < 2 else buffer_scope
+        numbered[number] = boxes[position] = cls.clone_of(static, value, owner, position)
 
+    # All modules are there before the first is filled, so that shared ones and cycles need no thought.
     modules = []
     for index, d in enumerate(moduledef.nodes):
-        if into is not None and ("node", index) == moduledef.roots[0]:
-            module = into
-        else:
-            module = object.__new__(d.cls)
+        is_root = into is not None and ("node", index) == moduledef.roots[0]
+        module: Any = into if is_root else object.__new__(d.cls)
         set_shell(module, None)
         set_plan(module, None)
         set_home(module, index)
@@ -81,43 +84,37 @@ def build_clones(
     return roots, boxes, modules
 
 
-def _stopped(value: Any) -> Any:
-    if jax.numpy.issubdtype(value.dtype, jax.numpy.inexact):
+def _stopped(value: object) -> object:
+    if isinstance(value, jax.Array) and jax.numpy.issubdtype(value.dtype, jax.numpy.inexact):
         return jax.lax.stop_gradient(value)
     return value
 
 
-def fill(module: Any, d: NodeDef, modules: list[Any], boxes: list[Any]) -> None:
+def fill(module: ModuleBase, d: NodeDef, modules: Sequence[Any], boxes: Sequence[Box]) -> None:
     """Give a bare module the attributes of its node."""
+
+    def bound(value: Any) -> Any:
+        if type(value) is BoundMethod:
+            return types.MethodType(value.function, modules[value.node])
+        return value
+
     cell = module._cell
     attributes = module.__dict__
-    parameters, buffers, children = d.members
-    attributes["_parameters"] = Registry(
-        cell, [(k, None if i is None else boxes[i]) for k, i in parameters]
-    )
-    attributes["_buffers"] = Registry(
-        cell, [(k, None if i is None else boxes[i]) for k, i in buffers]
-    )
-    attributes["_modules"] = Registry(
-        cell, [(k, None if i is None else modules[i]) for k, i in children]
-    )
+    for name, members, held in zip(REGISTRIES, d.members, (boxes, boxes, modules), strict=True):
+        items = [(k, None if i is None else held[i]) for k, i in members]
+        attributes[name] = Registry(cell, items)
     for name, what, i in d.references:
         attributes[name] = boxes[i] if what == "box" else modules[i]
     for name, value, copy in d.values:
         if copy:
-            value = copied(value, lambda v: _rebind(v, modules))
+            # A ModuleDef is immutable, so each clone has what can change in place for itself.
+            value = copied(value, bound)
             if copy == HOOKS:
                 value = HookDict(cell, value)
         attributes[name] = value
 
 
-def _rebind(value: Any, modules: list[Any]) -> Any:
-    if type(value) is BoundMethod:
-        return types.MethodType(value.function, modules[value.node])
-    return value
-
-
-def materialise(module: Any) -> None:
+def materialise(module: ModuleBase) -> None:
     """Turn a shell into a module."""
     shell = module._shell
     if shell is None:
@@ -126,7 +123,7 @@ def materialise(module: Any) -> None:
     build_clones(moduledef, leaves, scope, into=module)
 
 
-def split(module: Any) -> tuple[ModuleDef, list[Any]]:
+def split(module: ModuleBase) -> tuple[ModuleDef, list[Any]]:
     """Return the static half of a module and its arrays.
 
     Args:
@@ -149,7 +146,7 @@ def split(module: Any) -> tuple[ModuleDef, list[Any]]:
     return plan.moduledef, plan.given_out()
 
 
-def merge(moduledef: ModuleDef, leaves: Sequence[Any]) -> Any:
+def merge(moduledef: ModuleDef, leaves: Sequence[Value]) -> Any:
     """Build a module from what `split` gave; inside a traced function it may be written.
 
     Args:
@@ -164,24 +161,17 @@ def merge(moduledef: ModuleDef, leaves: Sequence[Any]) -> Any:
     """
     leaves = list(leaves)
     if len(leaves) != moduledef.num_leaves:
-        raise ShapeError(
-            explain(
-                f"merged {moduledef!r} with {len(leaves)} leaves",
-                f"it has {moduledef.num_leaves} leaves",
-                "pass the list that nn.split gave, changed in place or mapped one to one",
-            )
-        )
+        raise refusals.other_number_of_leaves(repr(moduledef), len(leaves), moduledef.num_leaves)
+    # Whoever gave the leaves may still hold them.
     return build_clones(moduledef, list(map(lend, leaves)), own_scope(moduledef))[0][0]
 
 
 def own_scope(moduledef: ModuleDef) -> Scope | None:
     """Return the scope of clones that somebody collects: None outside every trace."""
-    if current_trace() is EAGER:
-        return None
-    return Scope(moduledef=moduledef)
+    return None if current_trace() is EAGER else Scope(moduledef=moduledef)
 
 
-def mutable(module: Any) -> Any:
+def mutable(module: M) -> M:
     """Return a copy of a module that may be written, for code that returns the updated module.
 
     Args:
@@ -200,24 +190,16 @@ def mutable(module: Any) -> Any:
     """
     require_module(module, "nn.mutable")
     shell = module._shell
-    if shell is not None:
-        moduledef, leaves = shell[:2]
-        if shell[2] is not None and shell[2].stop_gradients:
-            materialise(module)
-            moduledef, leaves = split(module)
-    else:
-        moduledef, leaves = split(module)
+    # A shell has its leaves at hand; only where gradients are to be stopped must it be looked into.
+    if shell is not None and shell[2] is not None and shell[2].stop_gradients:
+        materialise(module)
+        shell = None
+    moduledef, leaves = split(module) if shell is None else shell[:2]
     return merge(moduledef, list(leaves))
 
 
-def require_module(module: Any, function: str) -> None:
+def require_module(module: object, function: str) -> None:
     """Raise unless the argument is a Module."""
     if not isinstance(module, ModuleBase):
         hint = f"{module.__name__}(...)" if isinstance(module, type) else "an instance of nn.Module"
-        raise TypeError(
-            explain(
-                f"called {function} with an object of type {type(module).__name__}",
-                "it works on modules",
-                f"pass {hint}",
-            )
-        )
+        raise refusals.no_module(type(module).__name__, function, hint)

@@ -1,55 +1,26 @@
-"""Forward and backward hooks.
+"""Hooks: the tables that they are kept in, and the call of a module with all of them.
 
 Forward hooks are plain Python around ``forward``: under a compiled call they run once, while tracing.
-
-Backward hooks are taps: two identities with a custom derivative, one on the inputs and one on the
-outputs of a module. The output tap hands its cotangent to the input tap through the data flow, as the
-cotangent of a zero slot of the output's shape, so the pair works under jit, vmap, scan and checkpoint.
-The taps are also given the arrays of the module and of other arguments, so that the input tap fires when
-only these are differentiated, and the backward pass has their values.
-
-As in torch, hooks see the arrays among the positional arguments and the top level of a tuple that
-forward returns; an LSTM's state, a tuple in that tuple, passes by. A second derivative is the derivative
-of the gradient that the hooks made: ``jax.grad(jax.grad(f))`` and ``jax.hessian(f)`` agree with finite
-differences of ``jax.grad(f)``. (torch runs the hooks again in the second backward pass.)
-
-A hook is given the module itself if that holds no traced arrays. Else it is given a copy with the values
-that the module had when it was called, which may be read and not written: the call is over.
-
-Limitations
-  - Forward-mode differentiation (``jax.jvp``, ``jax.jacfwd``, ``jax.linearize``) through a module with
-    backward hooks is a TypeError; a cotangent does not exist there.
-  - The slots need the output's shape before forward has run, so forward runs twice while tracing, first
-    silently on a clone. Where that does not tell the shape (hooks further inside change it, forward
-    needs what clones lack), forward itself runs twice, with its forward hooks; what the first run wrote
-    to the module is taken back.
+Backward hooks run in the backward pass, see `core.taps`.
 """
 
 from __future__ import annotations
 
-import contextlib
 import itertools
-import threading
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-from jax.experimental.xla_metadata import set_xla_metadata
-
-from statefulnn.core import compat
-from statefulnn.core.compat import EAGER, Tracer, current_trace
-from statefulnn.core.errors import DtypeError, ShapeError, explain
-from statefulnn.core.generator import Generator, current_generator, use_generator
-from statefulnn.core.graph import build_clones, own_scope
-from statefulnn.core.leaks import note_hook, watching_hooks
-from statefulnn.core.plan import build_plan, plan_of
-from statefulnn.core.pytree import flatten_collecting, unflatten_with
+from statefulnn.core import refusals
+from statefulnn.core.compat import EAGER, current_trace
+from statefulnn.core.errors import user_stack_level
+from statefulnn.core.leaks import note_hook
+from statefulnn.core.listeners import active, heard
 from statefulnn.core.registry import GLOBAL_HOOKS, HookDict
-from statefulnn.core.scope import Capture, Scope, user_stack_level, value_changed
+from statefulnn.core.taps import tapped
+
+if TYPE_CHECKING:
+    from statefulnn.core.module import Module
 
 _number = itertools.count().__next__
 
@@ -74,16 +45,10 @@ class RemovableHandle:
         self.remove()
 
 
-def add_hook(hooks: HookDict, hook: Any, prepend: bool = False) -> RemovableHandle:
+def add_hook(hooks: HookDict, hook: tuple, prepend: bool = False) -> RemovableHandle:
     """Put a hook, (function, with_kwargs, always_call), at the end or the beginning."""
     if not callable(hook[0]):
-        raise TypeError(
-            explain(
-                f"registered an object of type {type(hook[0]).__name__} as a hook",
-                "a hook is called",
-                "pass a function",
-            )
-        )
+        raise refusals.hook_without_call(type(hook[0]).__name__)
     number = _number()
     if prepend:
         hooks.put_first(number, hook)
@@ -92,52 +57,23 @@ def add_hook(hooks: HookDict, hook: Any, prepend: bool = False) -> RemovableHand
     return RemovableHandle(hooks, number)
 
 
-class _Active(threading.local):
-    """Who listens to calls in this thread."""
-
-    # Functions (module, output) -> output, see transforms.capture.
-    captures: tuple[Callable[[Any, Any], Any], ...] = ()
-    muted: bool = False  # a probe is running: no hook fires
-
-
-active = _Active()
-
-
-@contextlib.contextmanager
-def listening(*listeners: Callable[[Any, Any], Any], silently: bool = False) -> Iterator[None]:
-    """Show every call of a module inside to listeners, which return its output or another one.
-
-    With ``silently=True`` no hook fires inside, and nobody else listens.
-    """
-    before = active.captures, active.muted
-    active.captures = listeners if silently else (*active.captures, *listeners)
-    active.muted = active.muted or silently
-    # JAX remembers what inner functions (jit, scan, checkpoint) were traced to. In a context of its own
-    # a silent run does not leave them behind without their hooks.
-    context = set_xla_metadata(statefulnn="silent") if silently else contextlib.nullcontext()
-    try:
-        with context:
-            yield
-    finally:
-        active.captures, active.muted = before
-
-
-def hooks_of(module: Any, name: str) -> list[Any]:
+def hooks_of(module: Module, name: str) -> list[Any]:
     """Return global hooks, then the module's own."""
     own = module.__dict__.get(name)
     everywhere = GLOBAL_HOOKS[name]
     return [*everywhere.values(), *(own.values() if own else ())]
 
 
-def call_with_hooks(module: Any, args: tuple, kwargs: dict) -> Any:
+def call_with_hooks(module: Module, args: tuple, kwargs: dict) -> Any:
     """Call ``forward`` with every hook that applies."""
     if active.muted:
-        return _heard(module, module.forward(*args, **kwargs))
+        return heard(module, module.forward(*args, **kwargs))
     called: set[int] = set()
     try:
         return _call(module, args, kwargs, called)
     except Exception:
-        # always_call hooks that have not run yet still do, once; the first error propagates.
+        # always_call hooks that have not run yet still do, once; the first error propagates. One that
+        # raised is among those that have run: it is not asked to clean up after itself.
         for index, (hook, with_kwargs, always) in enumerate(hooks_of(module, "_forward_hooks")):
             if always and index not in called:
                 called.add(index)
@@ -147,15 +83,12 @@ def call_with_hooks(module: Any, args: tuple, kwargs: dict) -> Any:
                     else:
                         hook(module, args, None)
                 except Exception as error:
-                    warnings.warn(
-                        f"a forward hook with always_call=True raised {error!r}; the error that made "
-                        "forward fail is raised instead",
-                        stacklevel=user_stack_level(),
-                    )
+                    text = refusals.second_error_in_a_hook(error)
+                    warnings.warn(text, stacklevel=user_stack_level())
         raise
 
 
-def _call(module: Any, args: tuple, kwargs: dict, called: set[int]) -> Any:
+def _call(module: Module, args: tuple, kwargs: dict, called: set[int]) -> Any:
     for hook, with_kwargs, _ in hooks_of(module, "_forward_pre_hooks"):
         note_hook(hook, "forward pre-hook", module)
         if with_kwargs:
@@ -172,7 +105,9 @@ def _call(module: Any, args: tuple, kwargs: dict, called: set[int]) -> Any:
             if result is not None:
                 args = result if isinstance(result, tuple) else (result,)
 
-    def forward(*args):
+    # The forward hooks lie between the taps: what a backward hook sees as the output's gradient is that of
+    # what they made of it, as in torch. The taps may call this twice.
+    def forward(*args: Any) -> Any:
         out = module.forward(*args, **kwargs)
         for index, (hook, with_kwargs, _) in enumerate(hooks_of(module, "_forward_hooks")):
             called.add(index)
@@ -184,394 +119,9 @@ def _call(module: Any, args: tuple, kwargs: dict, called: set[int]) -> Any:
 
     before = hooks_of(module, "_backward_pre_hooks")
     after = hooks_of(module, "_backward_hooks")
+    # Without a trace nobody differentiates, so no backward pass will come.
     if (before or after) and current_trace() is not EAGER:
-        out = _tapped(module, args, kwargs, forward, before, after)
+        out = tapped(module, args, kwargs, forward, before, after)
     else:
         out = forward(*args)
-    return _heard(module, out)
-
-
-def _heard(module: Any, out: Any) -> Any:
-    for listener in active.captures:
-        out = listener(module, out)
-    return out
-
-
-# --------------------------------------------------------------------------------------------------
-# Taps
-
-
-class _Static:
-    """A pytree without leaves that carries a Python value."""
-
-    def __init__(self, value: Any) -> None:
-        self.value = value
-
-
-jax.tree_util.register_pytree_node(_Static, lambda s: ((), s.value), lambda v, _: _Static(v))
-
-
-def _tapped(module: Any, args: tuple, kwargs: dict, forward: Any, before: list, after: list) -> Any:
-    _refuse_forward_mode(module)
-    memory = _Memory(module, args, kwargs)
-    expected = _probe(module, args, kwargs)
-    if expected is None:
-        expected = _Arrays(forward(*args))
-        memory.restore()
-    for _ in range(2):
-        out, found = _between_taps(module, args, kwargs, forward, before, after, expected)
-        if found == expected:
-            if expected.hidden:
-                warnings.warn(
-                    f"{type(module).__name__} has backward hooks, but its output is neither an array "
-                    "nor a tuple with an array in it: they do not fire. Return an array or a tuple "
-                    "of arrays.",
-                    stacklevel=user_stack_level(),
-                )
-            return out
-        memory.restore()
-        expected = found
-    raise ShapeError(
-        explain(
-            f"{type(module).__name__} with backward hooks returned outputs of other shapes or types "
-            "when it was called again with the same arguments",
-            "the hooks are tied to the shape of the output",
-            "let the shapes of outputs depend on nothing but the arguments and the module",
-        )
-    )
-
-
-def forward_mode_error(module: Any) -> TypeError:
-    """Return the error for forward mode through a module with backward hooks."""
-    return TypeError(
-        explain(
-            f"differentiated {type(module).__name__} in forward mode (jax.jvp, jax.jacfwd)",
-            "it has backward hooks, and forward mode has no cotangents to show them",
-            "remove the hooks (handle.remove()), or use reverse mode (jax.grad, jax.vjp)",
-        )
-    )
-
-
-def _refuse_forward_mode(module: Any) -> None:
-    for trace in compat.chain(current_trace()):
-        if compat.is_forward_mode(trace):
-            raise forward_mode_error(module)
-        if compat.kind(trace) == "autodiff":
-            return  # reverse mode is nearer: its gradient may be differentiated in any mode
-
-
-class _Memory:
-    """The values in the boxes of a call, to take back what a run of forward wrote."""
-
-    def __init__(self, module: Any, args: tuple, kwargs: dict) -> None:
-        roots = flatten_collecting((args, kwargs))[2]
-        plan = build_plan((module, *roots)) if roots else plan_of(module)
-        generator = current_generator()
-        boxes = plan.boxes if generator is None else [*plan.boxes, generator]
-        self._values = [(box, box._value) for box in boxes]
-
-    def restore(self) -> None:
-        for box, value in self._values:
-            box._value = value
-        value_changed()
-
-
-class _Arrays:
-    """Which items of an output hooks can see: the floating arrays at its top level.
-
-    Attributes:
-        count: how many items a tuple has; 1 for an array alone.
-        where: which of them are floating arrays.
-        shapes: their shapes and dtypes.
-        hidden: whether the only floating arrays are deeper in the output.
-    """
-
-    def __init__(self, out: Any) -> None:
-        items = _items(out)
-        self.count = len(items)
-        self.where = tuple(i for i, x in enumerate(items) if _differentiable(x))
-        self.shapes = tuple((items[i].shape, items[i].dtype) for i in self.where)
-        leaves = [] if self.where else jax.tree_util.tree_leaves(out)
-        self.hidden = any(map(_differentiable, leaves))
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Arrays) and vars(self) == vars(other)
-
-
-def _items(out: Any) -> list[Any]:
-    return list(out) if isinstance(out, (tuple, list)) else [out]
-
-
-def _differentiable(x: Any) -> bool:
-    return hasattr(x, "dtype") and hasattr(x, "shape") and jnp.issubdtype(x.dtype, jnp.inexact)
-
-
-def _between_taps(
-    module: Any,
-    args: tuple,
-    kwargs: dict,
-    forward: Any,
-    before: list,
-    after: list,
-    expected: _Arrays,
-) -> tuple[Any, _Arrays]:
-    """Run forward between the two taps; return the output and its arrays, tapped if as expected."""
-    where = tuple(i for i, x in enumerate(args) if _differentiable(x))
-    inputs = [jnp.asarray(args[i]) for i in where]
-    backward = _Backward(module, before, after, len(args), where, expected)
-    rest = [x for i, x in enumerate(args) if i not in where]
-    others = filter(_differentiable, jax.tree_util.tree_leaves((rest, kwargs)))
-    # What is no tracer is not differentiated.
-    anchors = [(x if x.ndim else x[None])[:0] for x in others if isinstance(x, Tracer)]
-    fires = any(isinstance(x, Tracer) for x in inputs) or anchors or backward.values
-
-    slots: list[Any] = []
-    if after and fires and expected.where:
-        inputs, slots = backward.input_tap()(inputs, anchors, backward.values)
-        args = tuple(inputs[where.index(i)] if i in where else x for i, x in enumerate(args))
-    out = forward(*args)
-    found = _Arrays(out)
-    if found != expected or not expected.where:
-        return out, found
-    items = _items(out)
-    tap = backward.output_tap(alone=not slots)
-    seen = tap([jnp.asarray(items[i]) for i in expected.where], slots, backward.values)
-    for i, x in zip(expected.where, seen, strict=True):
-        items[i] = x
-    if isinstance(out, (tuple, list)):
-        return (type(out)(*items) if hasattr(out, "_fields") else type(out)(items)), found
-    return items[0], found
-
-
-class _Backward:
-    """The hooks of one call, and the two taps that run them in the backward pass.
-
-    Attributes:
-        values: the traced arrays of the module; a tap that is given them knows them in its backward pass.
-    """
-
-    def __init__(
-        self,
-        module: Any,
-        before: list,
-        after: list,
-        num_inputs: int,
-        where: Sequence[int],
-        outputs: _Arrays,
-    ) -> None:
-        self.module = module
-        self.before, self.after = before, after
-        self.num_inputs, self.where = num_inputs, where
-        self.outputs = outputs
-        plan = plan_of(module)
-        self._moduledef, self._leaves = plan.moduledef, list(plan.leaves())
-        self._traced = [i for i, v in enumerate(self._leaves) if isinstance(v, Tracer)]
-        self.values = [self._leaves[i] for i in self._traced]
-
-    def input_tap(self) -> Any:
-        """Return the identity on ``(inputs, anchors, values)`` that gives ``(inputs, slots)``."""
-
-        def slots():
-            return [jnp.zeros(shape, dtype) for shape, dtype in self.outputs.shapes]
-
-        @jax.custom_vjp
-        def tap(xs, anchors, values):
-            return xs, slots()
-
-        def fwd(xs, anchors, values):
-            flags = tuple(x.perturbed for x in xs)
-            kept = [v.value for v in values]
-            return ([x.value for x in xs], slots()), (_Static((flags, len(anchors))), kept)
-
-        def bwd(residuals, cotangents):
-            static, values = residuals
-            flags, num_anchors = static.value
-            grad_inputs, grad_outputs = (list(map(_dense, c)) for c in cotangents)
-            shown: list[Any] = [None] * self.num_inputs
-            for i, g, flag in zip(self.where, grad_inputs, flags, strict=True):
-                shown[i] = g if flag else None
-            result = self.run_after(values, tuple(shown), self.output_gradients(grad_outputs))
-            grads = [
-                _like(result[i], g, "backward hook") if flag else g
-                for i, g, flag in zip(self.where, grad_inputs, flags, strict=True)
-            ]
-            return grads, [None] * num_anchors, [None] * len(values)
-
-        tap.defvjp(fwd, bwd, symbolic_zeros=True)
-        return tap
-
-    def output_tap(self, alone: bool) -> Any:
-        """Return the identity on outputs; `alone` if there is no input tap to run the hooks."""
-
-        @jax.custom_vjp
-        def tap(ys, slots, values):
-            return ys
-
-        def fwd(ys, slots, values):
-            return ys, values
-
-        def bwd(values, grads):
-            shown = self.output_gradients(grads)
-            module = self.module_with(values)
-            with watching_hooks():
-                for hook, _, _ in self.before:
-                    note_hook(hook, "backward pre-hook", module)
-                    result = hook(module, shown)
-                    if result is not None:
-                        shown = _replaced(result, shown, "backward pre-hook", "grad_output")
-            grads = [
-                _like(shown[i], g, "backward pre-hook")
-                for i, g in zip(self.outputs.where, grads, strict=True)
-            ]
-            if alone:
-                self.run_after(values, (None,) * self.num_inputs, self.output_gradients(grads))
-            return grads, [] if alone else grads, [None] * len(values)
-
-        tap.defvjp(fwd, bwd)
-        return tap
-
-    def module_with(self, values: Sequence[Any]) -> Any:
-        """Return the module that hooks are given: itself, or a copy with the values of a traced call."""
-        if not values:
-            return self.module
-        leaves = list(self._leaves)
-        for i, value in zip(self._traced, values, strict=True):
-            leaves[i] = value
-        scope = Scope(False, _CALL_IS_OVER, self._moduledef)
-        return build_clones(self._moduledef, leaves, scope)[0][0]
-
-    def output_gradients(self, grads: Sequence[Any]) -> tuple:
-        shown: list[Any] = [None] * self.outputs.count
-        for i, g in zip(self.outputs.where, grads, strict=True):
-            shown[i] = g
-        return tuple(shown)
-
-    def run_after(self, values: Sequence[Any], grad_inputs: tuple, grad_outputs: tuple) -> tuple:
-        module = self.module_with(values)
-        given = any(g is not None for g in grad_inputs)
-        for hook, _, _ in self.after:
-            with watching_hooks():
-                note_hook(hook, "backward hook", module)
-                result = hook(module, grad_inputs, grad_outputs)
-            if result is None:
-                continue
-            grad_inputs = _replaced(result, grad_inputs, "backward hook", "grad_input")
-            if not given and any(g is not None for g in grad_inputs):
-                raise RuntimeError(
-                    explain(
-                        f"a backward hook of {type(module).__name__} returned a gradient where no "
-                        "input is differentiated",
-                        "there is no gradient that it could replace",
-                        "return None; or replace the gradient of the output, in a hook of "
-                        "register_full_backward_pre_hook",
-                    )
-                )
-        return grad_inputs
-
-
-_CALL_IS_OVER = (
-    "a backward hook runs after the traced call has given its state back, so the write would be lost",
-    "return what the hook computes: nn.capture(..., grads=True) gives gradients as results; or write to a "
-    "module outside of compiled code",
-)
-
-
-def _probe(module: Any, args: tuple, kwargs: dict) -> _Arrays | None:
-    """Run forward silently on a clone to see what it returns; None if that fails."""
-    dynamic, treedef, roots = flatten_collecting((args, kwargs))
-    plan = build_plan((module, *roots)) if roots else plan_of(module)
-    generator = current_generator()
-    found: list[_Arrays] = []
-
-    def run(cut=lambda x: x):
-        leaves = [cut(v) for v in plan.leaves()]
-        clone, *others = build_clones(plan.moduledef, leaves, own_scope(plan.moduledef))[0]
-        args, kwargs = unflatten_with(treedef, [cut(x) for x in dynamic], others)
-        draws = None
-        if generator is not None:
-            draws = Generator.clone_of(None, generator.state, own_scope(plan.moduledef), 0)
-        with use_generator(draws):
-            found.append(_Arrays(clone.forward(*args, **kwargs)))
-
-    def stop(x):
-        return jax.lax.stop_gradient(x) if isinstance(x, jax.Array) else x
-
-    # A forward that looks at values may do so outside jit.
-    for attempt in (lambda: run_abstractly(run), lambda: run(stop)):
-        try:
-            with listening(silently=True):
-                attempt()
-        except Exception:
-            continue
-        return found[-1]
-    return None
-
-
-def run_abstractly(function: Callable[[], Any]) -> None:
-    """Run a function silently and without computing anything; no trace of it stays."""
-
-    def run():
-        try:
-            function()
-        finally:
-            _forget_captures()
-
-    with listening(silently=True):
-        jax.eval_shape(run)
-
-
-def _forget_captures() -> None:
-    # Nothing will be compiled of the current trace, so what it read may change without a warning.
-    capture = Capture._of_trace.pop(current_trace(), None)
-    for reference in () if capture is None else capture.things:
-        thing = reference()
-        if thing is not None and thing.captured is capture:
-            Capture.forget(thing)
-
-
-def _dense(cotangent: Any) -> Any:
-    if not isinstance(cotangent, jax.custom_derivatives.SymbolicZero):
-        return cotangent
-    zero: Any = cotangent
-    return jnp.zeros(zero.shape, zero.dtype)
-
-
-def _replaced(result: Any, old: tuple, what: str, name: str) -> tuple:
-    result = tuple(result) if isinstance(result, (tuple, list)) else (result,)
-    if len(result) != len(old):
-        raise RuntimeError(
-            f"{what} returned an invalid number of {name} gradients, got {len(result)}, but expected "
-            f"{len(old)}."
-        )
-    return result
-
-
-def _like(new: Any, old: Any, what: str) -> Any:
-    """Return what a hook put in the place of a gradient; None is zero, as in torch."""
-    if new is None:
-        return jnp.zeros_like(old)
-    if not isinstance(new, (jax.Array, np.ndarray, np.generic)):
-        raise TypeError(
-            explain(
-                f"a {what} replaced a gradient by an object of type {type(new).__name__}",
-                "a gradient is an array",
-                "return a tuple of arrays, or None to keep the gradients as they are",
-            )
-        )
-    if new.shape != old.shape:
-        raise ShapeError(
-            explain(
-                f"a {what} replaced a gradient of shape {old.shape} by one of shape {new.shape}",
-                "a gradient has the shape of the array it belongs to",
-                "return gradients of the same shapes, or None to keep them as they are",
-            )
-        )
-    if new.dtype != old.dtype and not getattr(new, "weak_type", False):
-        raise DtypeError(
-            explain(
-                f"a {what} replaced a gradient of dtype {old.dtype} by one of dtype {new.dtype}",
-                "a gradient has the dtype of the array it belongs to",
-                "cast it: gradient.astype(old.dtype)",
-            )
-        )
-    return jnp.asarray(new, old.dtype)
+    return heard(module, out)

@@ -28,8 +28,8 @@ import numpy as np
 from statefulnn.core import compat
 from statefulnn.core.compat import EAGER, Tracer, current_trace
 from statefulnn.core.errors import TraceLeakError, explain
+from statefulnn.core.ownership import ModuleBase, real_dict
 from statefulnn.core.registry import Registry
-from statefulnn.core.scope import ModuleBase, real_dict
 
 NEWEST = 1024  # members of a container that are looked at
 DEEPEST = 6  # steps from an attribute or a hook
@@ -119,7 +119,8 @@ class watching:
     def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
         around, _open.path = self._around
         _open.watch = around
-        leak = self._watch.end()
+        # Where JAX does not tell whose a value is, only the outermost trace is looked at.
+        leak = self._watch.end() if around is None or compat.TELLS_OWNERS else None
         if around is not None:
             around.inherit(self._watch)
         if leak is not None and kind is None:

@@ -16,7 +16,8 @@ import jax
 import jax.numpy as jnp
 
 from statefulnn.core.compat import EAGER, Tracer, current_trace
-from statefulnn.core.scope import value_changed
+from statefulnn.core.ownership import ModuleBase
+from statefulnn.core.stamps import value_changed
 
 # By identity: what was lent; an entry goes with its array.
 _lent: dict[int, weakref.ref] = {}
@@ -42,7 +43,7 @@ def lend(array: Any) -> Any:
     return array
 
 
-def note_rebuilt(module: Any) -> None:
+def note_rebuilt(module: ModuleBase) -> None:
     """Note that JAX has put a module together outside of every trace."""
     _rebuilt.append(weakref.ref(module))
     if len(_rebuilt) % 1024 == 0:

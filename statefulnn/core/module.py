@@ -18,56 +18,72 @@ from typing import Any, Self
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
+from statefulnn.core import refusals
 from statefulnn.core import state_dict as _state_dict
-from statefulnn.core.box import (
-    Box,
-    Buffer,
-    Parameter,
-    filled,
-    path_of,
-    unwrap,
-)
+from statefulnn.core.arrays import filled
+from statefulnn.core.baked_in import Capture
+from statefulnn.core.box import Box, path_of, unwrap
 from statefulnn.core.compat import EAGER, current_trace, tracer_in
 from statefulnn.core.construction import DEFAULT_VERSION, current_version
-from statefulnn.core.errors import (
-    RegistrationError,
-    StateWriteError,
-    TraceLeakError,
-    UninitializedModuleError,
-    explain,
-)
+from statefulnn.core.errors import RegistrationError, TraceLeakError, UninitializedModuleError
 from statefulnn.core.freeze import CONTAINERS, Freezer, find_hidden, hidden_member
 from statefulnn.core.graph import materialise
-from statefulnn.core.hooks import RemovableHandle, active, add_hook, call_with_hooks
+from statefulnn.core.hooks import RemovableHandle, add_hook, call_with_hooks
 from statefulnn.core.leaks import traced_call
+from statefulnn.core.listeners import active
 from statefulnn.core.moduledef import COPIED
-from statefulnn.core.placement import META, cast, placed, resolve_device, supported
-from statefulnn.core.placement import device as device_type
-from statefulnn.core.pytree import (
-    flatten_module,
-    flatten_module_with_keys,
-    unflatten_module,
-)
-from statefulnn.core.registry import GLOBAL_CELL, GLOBAL_HOOKS, HookDict, Registry
-from statefulnn.core.scope import (
-    Capture,
-    Cell,
+from statefulnn.core.ownership import (
     ModuleBase,
+    Scope,
     birth_scope,
     check_write,
-    clock,
     real_dict,
     set_cell,
     set_home,
     set_plan,
     set_shell,
 )
+from statefulnn.core.parameter import Buffer, Parameter
+from statefulnn.core.placement import (
+    META,
+    DeviceLike,
+    Value,
+    cast,
+    placed,
+    resolve_device,
+    supported,
+)
+from statefulnn.core.placement import device as device_type
+from statefulnn.core.pytree import (
+    flatten_module,
+    flatten_module_with_keys,
+    unflatten_module,
+)
+from statefulnn.core.registry import (
+    GLOBAL_CELL,
+    GLOBAL_HOOKS,
+    REGISTRIES,
+    BareHooks,
+    HookDict,
+    Registry,
+)
+from statefulnn.core.stamps import Cell, clock
 from statefulnn.core.uninitialized import is_lazy
+from statefulnn.core.walk import (
+    CALL,
+    ENTER,
+    LEAVE,
+    deepcopied,
+    leave_copies_to_reduction,
+    under_way,
+    walk,
+)
 
 _SLOTS = frozenset({"_cell", "_home", "_plan", "_shell"})
 _PLATFORMS = ("cpu", "gpu", "cuda", "rocm", "tpu", META)
-_REGISTRIES = ("_parameters", "_buffers", "_modules")
+_ELSEWHERE = "members that another module had first"  # in the state of a copy
 
 
 class Ref:
@@ -92,15 +108,9 @@ class Ref:
 
     __slots__ = ("target",)
 
-    def __init__(self, target: Any) -> None:
+    def __init__(self, target: Module | Box) -> None:
         if not isinstance(target, (Module, Box)):
-            raise RegistrationError(
-                explain(
-                    f"made nn.Ref of an object of type {type(target).__name__}",
-                    "only modules and parameters are referred to",
-                    "assign other objects as they are; put several modules into nn.ModuleList first",
-                )
-            )
+            raise refusals.ref_to_something_else(type(target).__name__)
         self.target = target
 
 
@@ -148,6 +158,7 @@ class Module(ModuleBase):
         for name, value in vars(cls).items():
             if isinstance(value, (Box, Module)):
                 raise hidden_member(f"the class attribute '{cls.__name__}.{name}'", value)
+        leave_copies_to_reduction(cls)
         _register(cls)
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
@@ -234,7 +245,7 @@ class Module(ModuleBase):
         elif self._shell is not None:
             materialise(self)
             return getattr(self, name)
-        elif name in _REGISTRIES or name in ("training", "_cell"):
+        elif name in REGISTRIES or name in ("training", "_cell"):
             raise _uninitialized(self, f"read {name!r}")
         message = f"'{type(self).__name__}' object has no attribute '{name}'"
         if name in type(self)._python_cache:
@@ -250,15 +261,9 @@ class Module(ModuleBase):
             materialise(self)
         return real_dict(self)
 
-    def __setattr__(self, name: str, value: Any) -> None:
+    def __setattr__(self, name: str, value: object) -> None:
         if name in _SLOTS:
-            raise RegistrationError(
-                explain(
-                    f"assigned the attribute {name!r} of a {type(self).__name__}",
-                    "nn.Module keeps something of its own under that name",
-                    f"another name, such as {name + '_'!r}",
-                )
-            )
+            raise refusals.reserved_attribute(name, type(self).__name__)
         attributes = self.__dict__
         parameters = attributes.get("_parameters")
         if isinstance(value, (Box, Module, Ref)):
@@ -273,14 +278,14 @@ class Module(ModuleBase):
             if attributes.get(name) is target:
                 return
             self._check_static_write(name, None)
-            for registry in _REGISTRIES:
+            for registry in REGISTRIES:
                 if name in attributes[registry]:
                     del attributes[registry][name]
             attributes[name] = target
             self._cell.touch()
             return
         if parameters is None:  # before super().__init__(), where plain attributes are fine
-            if name in _REGISTRIES or name == "training":
+            if name in REGISTRIES or name == "training":
                 raise _uninitialized(self, f"assigned {name!r}")
             _check_static_value(self, name, value)
             object.__setattr__(self, name, value)
@@ -296,19 +301,14 @@ class Module(ModuleBase):
                 self._write_buffer(name, value)
         elif name in attributes["_modules"]:
             if value is not None:
-                raise RegistrationError(
-                    explain(
-                        f"cannot assign a {type(value).__name__} as child module {name!r} of "
-                        f"{type(self).__name__} (torch.nn.Module or None expected)",
-                        "the module registered there would be lost",
-                        f"assign a Module or None, or delete it first: del module.{name}",
-                    )
+                raise refusals.assigned_over_module(
+                    type(value).__name__, name, type(self).__name__, "assign a Module or None"
                 )
             self._set_member("_modules", name, None)
         else:
             self._set_static(name, value)
 
-    def _set_static(self, name: str, value: Any) -> None:
+    def _set_static(self, name: str, value: object) -> None:
         attributes = real_dict(self)
         if name in attributes:
             old = attributes[name]
@@ -320,7 +320,7 @@ class Module(ModuleBase):
         object.__setattr__(self, name, value)
         self._cell.touch(lambda: repr(self._label(name)))
 
-    def _check_static_write(self, name: str, value: Any) -> None:
+    def _check_static_write(self, name: str, value: object) -> None:
         if name in type(self)._python_cache:
             return
         _check_static_value(self, name, value)
@@ -332,7 +332,7 @@ class Module(ModuleBase):
         """Return the dotted name of an attribute, for messages."""
         return ".".join((*(self._path() or (type(self).__name__,)), name))
 
-    def _register(self, name: str, value: Any) -> None:
+    def _register(self, name: str, value: Parameter | Buffer | Module) -> None:
         attributes = real_dict(self)
         self._check_free(name, value)
         if isinstance(value, Parameter):
@@ -348,7 +348,7 @@ class Module(ModuleBase):
         self._check_static_write(name, None)
         if name in attributes:
             del attributes[name]
-        for other in _REGISTRIES:
+        for other in REGISTRIES:
             if other != registry and name in attributes[other]:
                 del attributes[other][name]
         if isinstance(value, Buffer):
@@ -359,7 +359,7 @@ class Module(ModuleBase):
             set_home(value, (weakref.ref(self), name))
         attributes[registry][name] = value
 
-    def _check_free(self, name: str, value: Any) -> None:
+    def _check_free(self, name: str, value: Parameter | Buffer | Module) -> None:
         """Raise if a member cannot have a name: it would not be found under it, or hide something."""
         noun = "parameter" if isinstance(value, Parameter) else "buffer"
         noun = "module" if isinstance(value, Module) else noun
@@ -368,15 +368,10 @@ class Module(ModuleBase):
         if name == "":
             raise KeyError(f'{noun} name can\'t be empty string ""')
         attributes = real_dict(self)
-        if any(name in attributes[registry] for registry in _REGISTRIES):
+        if any(name in attributes[registry] for registry in REGISTRIES):
             if isinstance(value, Buffer) and attributes["_modules"].get(name) is not None:
-                raise RegistrationError(
-                    explain(
-                        f"cannot assign a Buffer as child module {name!r} of {type(self).__name__} "
-                        "(torch.nn.Module or None expected)",
-                        "the module registered there would be lost",
-                        f"another name, or delete it first: del module.{name}",
-                    )
+                raise refusals.assigned_over_module(
+                    "Buffer", name, type(self).__name__, "another name"
                 )
             return
         own = next((vars(c)[name] for c in type(self).__mro__ if name in vars(c)), None)
@@ -390,13 +385,7 @@ class Module(ModuleBase):
             finally:
                 del attributes["_modules"][name]
         if found:
-            raise KeyError(
-                explain(
-                    f"attribute {name!r} already exists: assigned a {noun} to it",
-                    f"{type(self).__name__}.{name} is an attribute of the class, which Python finds first",
-                    f"another name, or leave {name!r} out of the class; an annotation alone may stay",
-                )
-            )
+            raise refusals.name_in_the_class(name, noun, type(self).__name__)
         if isinstance(value, Buffer) and name in attributes:
             raise KeyError(f"attribute '{name}' already exists")
 
@@ -409,24 +398,17 @@ class Module(ModuleBase):
             check_write(self._cell.scope, box._value, lambda: repr(self._label(name)))
             box._scope = self._cell.scope
 
-    def _set_member(self, registry: str, name: str, value: Any) -> None:
+    def _set_member(self, registry: str, name: str, value: Box | Module | None) -> None:
         members = real_dict(self)[registry]
         if members.get(name, self) is value:
             return
         self._check_static_write(name, None)
         members[name] = value
 
-    def _write_buffer(self, name: str, value: Any) -> None:
+    def _write_buffer(self, name: str, value: object) -> None:
         box = real_dict(self)["_buffers"][name]
         if not _is_array(value):
-            raise RegistrationError(
-                explain(
-                    f"cannot assign a {type(value).__name__} as buffer {self._label(name)!r} "
-                    "(an array, Buffer or None expected)",
-                    "a buffer holds an array",
-                    "assign jnp.asarray(value)",
-                )
-            )
+            raise refusals.buffer_without_array(type(value).__name__, self._label(name))
         if box is not None:
             box.value = value
             return
@@ -437,7 +419,7 @@ class Module(ModuleBase):
 
     def __delattr__(self, name: str) -> None:
         attributes = self.__dict__
-        for registry in _REGISTRIES:
+        for registry in REGISTRIES:
             if name in attributes.get(registry, ()):
                 self._check_static_write(name, None)
                 del attributes[registry][name]
@@ -450,14 +432,14 @@ class Module(ModuleBase):
 
     def __dir__(self) -> list[str]:
         names = {*object.__dir__(self)}
-        for registry in _REGISTRIES:
+        for registry in REGISTRIES:
             names.update(self.__dict__.get(registry, ()))
         return sorted(n for n in names if not (n and n[0].isdigit()))
 
     # ----------------------------------------------------------------------------------------------
     # Registration by name
 
-    def _check_new_name(self, name: Any, noun: str, registry: str) -> None:
+    def _check_new_name(self, name: object, noun: str, registry: str) -> None:
         if "_parameters" not in self.__dict__:
             raise _uninitialized(self, f"registered the {noun} {name!r}")
         if not isinstance(name, str):
@@ -486,15 +468,15 @@ class Module(ModuleBase):
         elif isinstance(param, Parameter):
             self._register(name, param)
         else:
-            raise RegistrationError(
-                explain(
-                    f"cannot assign '{type(param).__name__}' object to parameter '{name}'",
-                    "nn.Parameter or None required",
-                    f"register_parameter({name!r}, nn.Parameter(array))",
-                )
+            raise refusals.registered_something_else(
+                type(param).__name__,
+                "parameter",
+                name,
+                "nn.Parameter or None",
+                "nn.Parameter(array)",
             )
 
-    def register_buffer(self, name: str, tensor: Any, persistent: bool = True) -> None:
+    def register_buffer(self, name: str, tensor: object, persistent: bool = True) -> None:
         """Add an array that is state but not trained, such as a running mean.
 
         Args:
@@ -510,12 +492,12 @@ class Module(ModuleBase):
         if tensor is None:
             self._set_member("_buffers", name, None)
         elif not _is_array(tensor) or isinstance(tensor, Parameter):
-            raise RegistrationError(
-                explain(
-                    f"cannot assign '{type(tensor).__name__}' object to buffer '{name}'",
-                    "a jax.Array, numpy array or None required",
-                    f"register_buffer({name!r}, jnp.asarray(value))",
-                )
+            raise refusals.registered_something_else(
+                type(tensor).__name__,
+                "buffer",
+                name,
+                "a jax.Array, numpy array or None",
+                "jnp.asarray(value)",
             )
         else:
             self._register(name, tensor if isinstance(tensor, Buffer) else Buffer(tensor))
@@ -536,15 +518,10 @@ class Module(ModuleBase):
             RegistrationError: if the name is no string or `module` no Module.
         """
         if module is not None and not isinstance(module, Module):
-            raise RegistrationError(
-                explain(
-                    f"{type(module).__name__} is not a Module subclass"
-                    if not isinstance(module, type)
-                    else f"added the class {module.__name__} as a module",
-                    f"only modules can be children, and {name!r} would not be found in it",
-                    "pass an instance of nn.Module; a plain function becomes one with nn.Lambda(fn)",
-                )
-            )
+            what = f"{type(module).__name__} is not a Module subclass"
+            if isinstance(module, type):
+                what = f"added the class {module.__name__} as a module"
+            raise refusals.no_child(what, name)
         self._check_new_name(name, "module", "_modules")
         if module is None:
             self._set_member("_modules", name, None)
@@ -696,16 +673,25 @@ class Module(ModuleBase):
     ) -> Iterator[tuple[str, Module]]:
         """Yield (dotted name, module) of this module and everything below."""
         memo = set() if memo is None else memo
-        if self in memo:
-            return
-        memo.add(self)
-        yield prefix, self
-        for name, module in list(self._modules.items()):
-            if module is not None:
-                path = f"{prefix}.{name}" if prefix else name
+        met = {id(module) for module in memo}
+
+        def below(module: Module, path: str) -> list[tuple[str, Module]]:
+            return [
+                (f"{path}.{name}" if path else name, child)
+                for name, child in module._modules.items()
+                if child is not None
+            ]
+
+        steps = walk(self, below, prefix, method="named_modules", met=met, once=remove_duplicate)
+        for event, path, module in steps:
+            if event is ENTER:
+                memo.add(module)
+                yield path, module
+            elif event is CALL:
                 yield from module.named_modules(memo, path, remove_duplicate)
-        if not remove_duplicate:
-            memo.discard(self)  # what remains is the path to here, so that a cycle still ends
+                met.update(map(id, memo))
+            elif event is LEAVE and not remove_duplicate:
+                memo.discard(module)  # what remains is the path to here, so that a cycle still ends
 
     def modules(self, remove_duplicate: bool = True) -> Iterator[Module]:
         """Yield this module and everything below, each once unless `remove_duplicate` is False."""
@@ -723,10 +709,12 @@ class Module(ModuleBase):
         """
         if not isinstance(mode, bool):
             raise ValueError("training mode is expected to be boolean")
-        self.training = mode
-        for module in self.children():
-            if module is not self:
-                module.train(mode)
+        with under_way(("train", mode), self) as met:
+            for event, _, module in walk(self, _children, method="train", met=met, once=True):
+                if event is ENTER:
+                    module.training = mode
+                elif event is CALL:
+                    module.train(mode)
         return self
 
     def eval(self) -> Self:
@@ -747,9 +735,12 @@ class Module(ModuleBase):
 
     def apply(self, fn: Callable[[Module], Any]) -> Self:
         """Call a function on every module, children first, and return the module."""
-        for module in self.children():
-            module.apply(fn)
-        fn(self)
+        with under_way(("apply", id(fn)), self) as met:
+            for event, _, module in walk(self, _children, method="apply", met=met):
+                if event is LEAVE:
+                    fn(module)
+                elif event is CALL:
+                    module.apply(fn)
         return self
 
     # ----------------------------------------------------------------------------------------------
@@ -798,14 +789,14 @@ class Module(ModuleBase):
                 )
         place = resolve_device(device)
 
-        def convert(value: Any) -> Any:
+        def convert(value: Value) -> Any:
             if dtype is not None and jnp.issubdtype(value.dtype, jnp.inexact):
                 value = cast(value, supported(dtype))
             return placed(value, place)
 
         return self._apply(convert)
 
-    def type(self, dst_type: Any) -> Self:
+    def type(self, dst_type: DTypeLike) -> Self:
         """Cast parameters and buffers of every dtype, and return the module."""
         return self._apply(lambda v: cast(v, supported(np.dtype(dst_type))))
 
@@ -829,7 +820,7 @@ class Module(ModuleBase):
         """Cast floating arrays to bfloat16."""
         return self._cast_floating(jnp.bfloat16)
 
-    def _cast_floating(self, dtype: Any) -> Self:
+    def _cast_floating(self, dtype: DTypeLike) -> Self:
         dtype = supported(np.dtype(dtype))
         return self._apply(lambda v: cast(v, dtype) if jnp.issubdtype(v.dtype, jnp.floating) else v)
 
@@ -841,7 +832,7 @@ class Module(ModuleBase):
         """Move parameters and buffers to a GPU."""
         return self.to(f"cuda:{device or 0}")
 
-    def to_empty(self, *, device: Any, recurse: bool = True) -> Self:
+    def to_empty(self, *, device: DeviceLike, recurse: bool = True) -> Self:
         """Put zeros in place of every parameter and buffer, on a device, and return the module.
 
         Args:
@@ -855,7 +846,11 @@ class Module(ModuleBase):
     # State
 
     def state_dict(
-        self, *, destination: Any = None, prefix: str = "", keep_vars: bool = False
+        self,
+        *,
+        destination: dict[str, Any] | None = None,
+        prefix: str = "",
+        keep_vars: bool = False,
     ) -> OrderedDict[str, Any]:
         """Return parameters and persistent buffers by dotted name, in torch's order and layout.
 
@@ -866,7 +861,8 @@ class Module(ModuleBase):
 
         Returns:
             an ordered dict with an attribute ``_metadata`` (the version of each module). The arrays
-            are immutable, so the dict is a snapshot.
+            are immutable, so the dict is a snapshot. A cycle of modules ends where it would come back
+            to a module that it is in, so ``load_state_dict`` finds the same names.
         """
         return _state_dict.state_dict(self, destination, prefix, keep_vars)
 
@@ -1004,43 +1000,73 @@ class Module(ModuleBase):
         return ""
 
     def __repr__(self) -> str:
-        extra = self.extra_repr()
-        extra_lines = extra.split("\n") if extra else []
-        child_lines = []
-        for name, module in self._modules.items():
-            child_lines.append(f"({name}): " + _indented(repr(module)))
-        lines = extra_lines + child_lines
-        if not lines:
-            return f"{self._get_name()}()"
-        if len(extra_lines) == 1 and not child_lines:
-            return f"{self._get_name()}({extra_lines[0]})"
-        return f"{self._get_name()}(\n  " + "\n  ".join(lines) + "\n)"
+        lines: list[str] = []
+        open_: list[bool] = []  # whether the modules around are closed by a line of their own
+        with under_way("repr", self) as met:
+            met.add(id(None))
+            for event, name, module in walk(self, _shown, method="__repr__", met=met):
+                if event is LEAVE:
+                    if open_.pop():
+                        lines.append("  " * len(open_) + ")")
+                    continue
+                indent = "  " * len(open_)
+                start = f"{indent}({name}): " if open_ else ""
+                if event is ENTER:
+                    extra = module.extra_repr()
+                    inside = extra.split("\n") if extra else []
+                    open_.append(bool(module._modules) or len(inside) > 1)
+                    start += f"{module._get_name()}("
+                    if open_[-1]:
+                        lines += [start, *(f"{indent}  {line}" for line in inside)]
+                    else:
+                        lines.append(f"{start}{extra})")
+                elif event is CALL:
+                    lines.append(start + repr(module).replace("\n", f"\n{indent}"))
+                else:
+                    lines.append(start + ("None" if module is None else "..."))
+        return "\n".join(lines)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return deepcopied(self, memo)
 
     def __getstate__(self) -> dict[str, Any]:
         state = dict(self.__dict__)
         for name, value in state.items():
             if isinstance(value, Registry) and not isinstance(value, HookDict):
                 state[name] = dict(value)
-        return state
+        # A member that another module had first is at home there, in a copy too.
+        elsewhere = [
+            (registry, name)
+            for registry in REGISTRIES
+            for name, member in state[registry].items()
+            if isinstance(member, (Box, Module))
+            and isinstance(member._home, tuple)
+            and member._home[0]() not in (None, self)
+        ]
+        return {**state, _ELSEWHERE: elsewhere} if elsewhere else state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         cell = Cell(birth_scope())
         set_cell(self, cell)
         attributes = real_dict(self)
         attributes.clear()
+        elsewhere = state.get(_ELSEWHERE, ())
         for name, value in state.items():
-            if name in _REGISTRIES:
+            if name == _ELSEWHERE:
+                continue
+            if name in REGISTRIES:
                 value = Registry(cell, value)
-            elif isinstance(value, _PickledHooks):
+            elif isinstance(value, BareHooks):
                 value = HookDict(cell, value)
             attributes[name] = value
-        for name in ("_parameters", "_buffers"):
-            for key, box in attributes.get(name, {}).items():
-                if box is not None:
-                    box._home = (weakref.ref(self), key)
-        for key, module in attributes.get("_modules", {}).items():
-            if module is not None:
-                set_home(module, (weakref.ref(self), key))
+        for registry in REGISTRIES:
+            for key, member in attributes.get(registry, {}).items():
+                if member is None or ((registry, key) in elsewhere and member._home is not None):
+                    continue
+                place = (weakref.ref(self), key)
+                set_home(member, place) if isinstance(member, Module) else setattr(
+                    member, "_home", place
+                )
         cell.touch()
 
     def compile(self, **kwargs: Any) -> Any:
@@ -1048,24 +1074,6 @@ class Module(ModuleBase):
         from statefulnn.transforms.jit import jit  # the layer above: only this method reaches up
 
         return jit(self, **kwargs)
-
-
-class _PickledHooks(dict):
-    """What hooks are between `__getstate__` and `__setstate__`."""
-
-
-def _reduce_hooks(self: HookDict) -> Any:
-    return _PickledHooks, (dict(self),)
-
-
-def _deepcopy_hooks(self: HookDict, memo: dict) -> Any:
-    import copy
-
-    return _PickledHooks({k: copy.deepcopy(v, memo) for k, v in self.items()})
-
-
-HookDict.__reduce__ = _reduce_hooks  # pyright: ignore[reportAttributeAccessIssue]
-HookDict.__deepcopy__ = _deepcopy_hooks  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _register(cls: type) -> None:
@@ -1106,12 +1114,12 @@ def _all_boxes(module: Module) -> list[tuple[str, Any]]:
     return [*module._parameters.items(), *module._buffers.items()]
 
 
-def _is_array(value: Any) -> bool:
+def _is_array(value: object) -> bool:
     arrays = (jax.Array, np.ndarray, np.generic, jax.ShapeDtypeStruct, Buffer, Parameter)
     return isinstance(value, arrays) or hasattr(value, "__jax_array__")
 
 
-def _check_static_value(module: Module, name: str, value: Any) -> None:
+def _check_static_value(module: Module, name: str, value: object) -> None:
     """Raise if a plain attribute would hide a traced value, a module or a parameter."""
     if tracer_in(value):
         raise _traced_attribute(module, name)
@@ -1122,41 +1130,18 @@ def _check_static_value(module: Module, name: str, value: Any) -> None:
 
 
 def _traced_attribute(module: Module, name: str) -> TraceLeakError:
-    return TraceLeakError(
-        explain(
-            f"assigned a traced value to the attribute {module._label(name)!r}",
-            "a plain attribute is static: the value would outlive the function being traced",
-            f"register it in __init__: self.register_buffer({name!r}, array, "
-            "persistent=False); or collect outputs of submodules with nn.capture",
-        )
-    )
+    return refusals.traced_attribute(module._label(name), name)
 
 
 def _uninitialized(module: Module, what: str) -> UninitializedModuleError:
-    name = type(module).__name__
-    return UninitializedModuleError(
-        explain(
-            f"{what} of {name} before Module.__init__() call",
-            "nothing can be registered before the base class has made the registries",
-            f"call super().__init__() first in {name}.__init__",
-        )
-    )
+    return refusals.before_super_init(type(module).__name__, what)
 
 
-def _array_over_parameter(module: Module, name: str, value: Any) -> RegistrationError:
-    label = module._label(name)
-    return RegistrationError(
-        explain(
-            f"cannot assign a {type(value).__name__} as parameter {label!r} "
-            "(nn.Parameter or None expected)",
-            "the parameter would become a plain array and never be trained again",
-            f"module.{name}.value = array to change its value, or "
-            f"module.{name} = nn.Parameter(array) to replace it",
-        )
-    )
+def _array_over_parameter(module: Module, name: str, value: object) -> RegistrationError:
+    return refusals.array_over_parameter(type(value).__name__, module._label(name), name)
 
 
-def _check_kept(module: Module, scope: Any) -> None:
+def _check_kept(module: Module, scope: Scope) -> None:
     """Raise if forward changed something in place in an attribute of a clone that nobody collects."""
     if scope.writable or scope.moduledef is None or not isinstance(module._home, int):
         return
@@ -1168,10 +1153,7 @@ def _check_kept(module: Module, scope: Any) -> None:
         if copy == COPIED and name in module.__dict__:
             freezer = Freezer(lambda name=name: repr(module._label(name)), lambda m: m._home)
             if freezer.freeze(module.__dict__[name]) != keys[name]:
-                why, instead = scope.lost
-                raise StateWriteError(
-                    explain(f"changed {module._label(name)!r} in place", why, instead)
-                )
+                raise refusals.change_in_place_would_be_lost(module._label(name), scope.lost)
 
 
 def _locate(error: Exception, module: Module) -> None:
@@ -1199,9 +1181,12 @@ def _locate(error: Exception, module: Module) -> None:
         return
 
 
-def _indented(text: str) -> str:
-    first, *rest = text.split("\n")
-    return "\n".join([first, *("  " + line for line in rest)])
+def _children(module: Module, _: str) -> list[tuple[str, Module]]:
+    return [("", child) for child in module.children()]
+
+
+def _shown(module: Module, _: str) -> list[tuple[str, Module | None]]:
+    return list(module._modules.items())
 
 
 def _global(name: str, hook: tuple, prepend: bool = False) -> RemovableHandle:

@@ -8,12 +8,11 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import TypeAlias
 
-from statefulnn.core.errors import UnknownNameError, explain
+from statefulnn.core import refusals
 
 Filter: TypeAlias = str | Iterable[str] | Callable[[str], bool] | None
 
 _WILDCARD = re.compile(r"[*?\[]")
-_SHOWN = 8  # names in a message
 _GUESSED = 3  # unknown names for which similar ones are searched, which takes long
 
 
@@ -56,15 +55,15 @@ def chosen(names: Iterable[str], wanted: Filter, where: str) -> list[str]:
         return names
     for name in names:
         if not isinstance(name, str):
-            raise _no_text(f"names, one of which is {name!r}", where)
+            raise refusals.filter_of_no_text(f"names, one of which is {name!r}", where)
     if callable(wanted):
         return [name for name in names if wanted(name)]
     if not isinstance(wanted, str) and not isinstance(wanted, Iterable):
-        raise _no_text(f"a filter of type {type(wanted).__name__}", where)
+        raise refusals.filter_of_no_text(f"a filter of type {type(wanted).__name__}", where)
     texts = [wanted] if isinstance(wanted, str) else list(wanted)
     for text in texts:
         if not isinstance(text, str):
-            raise _no_text(f"{text!r} in a filter", where)
+            raise refusals.filter_of_no_text(f"{text!r} in a filter", where)
 
     found: set[str] = set()
     unknown: list[str] = []
@@ -86,7 +85,7 @@ def chosen(names: Iterable[str], wanted: Filter, where: str) -> list[str]:
             unknown.append(text)
         found.update(matching)
     if unknown:
-        raise _unknown(unknown, names, where)
+        raise refusals.nothing_chosen(unknown, names, _similar(unknown, names), where)
     return [name for name in names if name in found]
 
 
@@ -98,17 +97,8 @@ def _by_part(names: Iterable[str]) -> dict[str, list[str]]:
     return by_part
 
 
-def _no_text(what: str, where: str) -> TypeError:
-    return TypeError(
-        explain(
-            f"{where} was given {what}",
-            "names are texts, and a filter chooses among them",
-            'pass a name, a pattern such as "head.*", a list of both, or a function of the name',
-        )
-    )
-
-
-def _unknown(unknown: Sequence[str], names: Sequence[str], where: str) -> UnknownNameError:
+def _similar(unknown: Sequence[str], names: Sequence[str]) -> list[str]:
+    """Return what may have been meant by the first few of some names that are not there."""
     near: dict[str, None] = {}
     for text in unknown[:_GUESSED]:
         below = f"{text}."
@@ -116,19 +106,4 @@ def _unknown(unknown: Sequence[str], names: Sequence[str], where: str) -> Unknow
             near[f"{below}*"] = None  # the name of a module
         else:
             near.update(dict.fromkeys(difflib.get_close_matches(text, names, 2)))
-    if near:
-        instead = f"did you mean {_listed(list(near))}?"
-    else:
-        instead = 'one of these names, or a pattern such as "head.*"'
-    return UnknownNameError(
-        explain(
-            f"{where} was asked for {_listed(unknown)}, of which there is none",
-            f"the names are {_listed(names)}" if names else "there are no names",
-            instead,
-        )
-    )
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(map(repr, names[:_SHOWN])) + more
+    return list(near)

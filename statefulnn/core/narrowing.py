@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
+from statefulnn.core import refusals
 from statefulnn.core.compat import Tracer
-from statefulnn.core.errors import DtypeError, explain
+
+IntegerArray: TypeAlias = jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct
 
 
-def numbers_beyond(value: Any, dtype: Any) -> tuple[int, int] | None:
+def numbers_beyond(value: IntegerArray, dtype: DTypeLike) -> tuple[int, int] | None:
     """Return the lowest and the highest of some integers if a dtype cannot hold both, else None.
 
     The values are read only if the dtype is narrower than theirs, and if they are known.
@@ -52,11 +55,6 @@ def check_jax_holds(value: np.ndarray | np.generic, subject: Callable[[], str]) 
     dtype = jax.dtypes.canonicalize_dtype(value.dtype)
     beyond = numbers_beyond(value, dtype)
     if beyond is not None:
-        raise DtypeError(
-            explain(
-                f"{subject()} {span(beyond)}",
-                f"JAX's 64-bit types are off, and {dtype} has {jnp.iinfo(dtype).min} to "
-                f"{jnp.iinfo(dtype).max}: they would wrap",
-                'call jax.config.update("jax_enable_x64", True) before the model is built',
-            )
-        )
+        limits = jnp.iinfo(dtype)
+        what = f"{subject()} {span(beyond)}"
+        raise refusals.integers_would_wrap(what, dtype, limits.min, limits.max)

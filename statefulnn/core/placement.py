@@ -8,19 +8,33 @@ Terms
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
-from typing import Any
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any, Final, Literal, Protocol, TypeAlias
 
 import jax
 import numpy as np
+from jax.typing import DTypeLike
 
+from statefulnn.core import refusals
+from statefulnn.core.compat import Tracer
 from statefulnn.core.construction import devices_in_force
-from statefulnn.core.errors import DtypeError, UninitializedParameterError, explain
-
-META = "meta"
 
 
-def is_meta(value: Any) -> bool:
+class Device(Protocol):
+    """A ``jax.Device``, which type checkers do not take for a class."""
+
+    id: int
+    platform: str
+
+
+META: Final = "meta"
+Place: TypeAlias = Device | jax.sharding.Sharding | Literal["meta"] | None
+# What a box holds: numbers, or a shape without them.
+Value: TypeAlias = jax.Array | np.ndarray | jax.ShapeDtypeStruct
+
+
+def is_meta(value: object) -> bool:
     """Say whether a box's value is a shape without numbers."""
     return isinstance(value, jax.ShapeDtypeStruct)
 
@@ -48,7 +62,7 @@ class device:
         'cpu'
     """
 
-    def __init__(self, device: Any, index: int | None = None) -> None:
+    def __init__(self, device: DeviceLike, index: int | None = None) -> None:
         if isinstance(device, str) and index is not None:
             device = f"{device}:{index}"
         self.place = resolve_device(device)
@@ -67,10 +81,10 @@ class device:
         devices_in_force.set((*devices_in_force.get(), self.place))
         return self
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, *_: object) -> None:
         devices_in_force.set(devices_in_force.get()[:-1])
 
-    def __eq__(self, other: Any) -> bool:
+    def __eq__(self, other: object) -> bool:
         return isinstance(other, device) and self.place == other.place
 
     def __hash__(self) -> int:
@@ -80,7 +94,11 @@ class device:
         return f"device({self.place!r})"
 
 
-def resolve_device(place: Any) -> Any:
+# What users name a place by.
+DeviceLike: TypeAlias = Place | device | str | int
+
+
+def resolve_device(place: object) -> Any:
     """Return the place for anything that users name one by; None if they leave the choice."""
     if place is None or isinstance(place, (jax.Device, jax.sharding.Sharding)):
         return place
@@ -89,13 +107,7 @@ def resolve_device(place: Any) -> Any:
     if isinstance(place, int):
         place = f"gpu:{place}"
     if not isinstance(place, str):
-        raise TypeError(
-            explain(
-                f"was given {place!r} as a device",
-                "arrays are put on a jax.Device or a jax.sharding.Sharding",
-                'device=jax.devices()[0], device="cpu", or device="meta" for shapes alone',
-            )
-        )
+        raise refusals.no_device(place)
     if place == META:
         return META
     platform, _, index = place.partition(":")
@@ -103,13 +115,7 @@ def resolve_device(place: Any) -> Any:
         return jax.devices(platform)[int(index or 0)]
     except (RuntimeError, IndexError, ValueError) as error:
         have = ", ".join(sorted({f"{d.platform}:{d.id}" for d in jax.devices()}))
-        raise ValueError(
-            explain(
-                f"was given {place!r} as a device",
-                f"JAX does not have it (it has {have}): {error}",
-                'a device that is there, or "meta"',
-            )
-        ) from None
+        raise refusals.absent_device(place, have, error) from None
 
 
 def place_in_force() -> Any:
@@ -119,7 +125,7 @@ def place_in_force() -> Any:
 
 
 @contextlib.contextmanager
-def elsewhere(place: Any = None) -> Iterator[None]:
+def elsewhere(place: Place = None) -> Iterator[None]:
     """Take another place, or None for JAX's choice, than what the blocks around say."""
     before = devices_in_force.get()
     if place is None and not before:
@@ -132,7 +138,7 @@ def elsewhere(place: Any = None) -> Iterator[None]:
         devices_in_force.set(before)
 
 
-def placed(value: Any, place: Any) -> Any:
+def placed(value: Value, place: Place) -> Any:
     """Return an array at a place, or only its shape and dtype there.
 
     Raises:
@@ -143,45 +149,66 @@ def placed(value: Any, place: Any) -> Any:
     if place == META:
         return jax.ShapeDtypeStruct(value.shape, value.dtype)
     if is_meta(value):
-        raise NotImplementedError(
-            explain(
-                "moved a parameter or buffer that is on the meta device",
-                "Cannot copy out of meta tensor; no data!",
-                "module.to_empty(device=...), or nn.materialize(module, device=...) which draws "
-                "initial values",
-            )
-        )
+        raise refusals.moved_from_meta()
     return jax.device_put(value, place)
 
 
-def cast(value: Any, dtype: Any) -> Any:
+@functools.cache
+def _several_devices() -> bool:
+    return jax.device_count() > 1
+
+
+def placements_of(values: Sequence[Value]) -> tuple[Any, ...] | None:
+    """Return for each array its sharding if it lies on several devices; None if no array does."""
+    if not _several_devices():
+        return None
+    found = tuple(
+        v.sharding
+        if isinstance(v, jax.Array) and not isinstance(v, Tracer) and v.sharding.num_devices > 1
+        else None
+        for v in values
+    )
+    return found if any(found) else None
+
+
+def spread(
+    values: Sequence[Value], placements: Sequence[jax.sharding.Sharding | None]
+) -> list[tuple[int, Any]]:
+    """Return the arrays that nobody placed, put on all devices of the mesh that the others lie on.
+
+    A computation does so anyway; done beforehand, it is compiled once and not again for its own results.
+    """
+    meshes = {s.mesh for s in placements if isinstance(s, jax.sharding.NamedSharding)}
+    if len(meshes) != 1:
+        return []
+    everywhere = jax.sharding.NamedSharding(meshes.pop(), jax.sharding.PartitionSpec())
+    return [
+        (i, jax.device_put(v, everywhere))
+        for i, (v, s) in enumerate(zip(values, placements, strict=True))
+        if s is None and isinstance(v, jax.Array) and not isinstance(v, Tracer) and not v.committed
+    ]
+
+
+def kept_in_place(value: jax.Array, sharding: jax.sharding.Sharding | None) -> Any:
+    """Return a traced array with the sharding that its box has; None leaves the choice to XLA."""
+    if sharding is None or isinstance(sharding, jax.sharding.SingleDeviceSharding):
+        return value
+    mesh = getattr(sharding, "mesh", None)
+    if mesh is not None and jax.sharding.AxisType.Explicit in mesh.axis_types:
+        return jax.sharding.reshard(value, sharding)
+    return jax.lax.with_sharding_constraint(value, sharding)
+
+
+def cast(value: Value, dtype: DTypeLike) -> Any:
     """Return an array, or a shape without numbers, in another dtype."""
-    if is_meta(value):
+    if isinstance(value, jax.ShapeDtypeStruct):
         return jax.ShapeDtypeStruct(value.shape, dtype)
     return value.astype(dtype)
-
-
-def no_numbers(label: str) -> UninitializedParameterError:
-    """Build the error for a computation with a shape that has no numbers."""
-    return UninitializedParameterError(
-        explain(
-            f"computed with {label}, which is on the meta device",
-            "it has a shape and a dtype and no numbers",
-            "nn.materialize(module) draws initial values, load_state_dict(...) loads them; "
-            "jax.eval_shape(...) computes shapes alone",
-        )
-    )
 
 
 def supported(dtype: np.dtype) -> np.dtype:
     """Return the dtype, or raise if it has 64 bits and JAX would silently give 32."""
     if dtype.itemsize == 8 * (1 + (dtype.kind == "c")) and dtype.kind in "fc":
         if not jax.config.jax_enable_x64:  # pyright: ignore[reportAttributeAccessIssue]
-            raise DtypeError(
-                explain(
-                    f"asked for {dtype}",
-                    "64-bit types are off in JAX, which would silently give 32 bits",
-                    'jax.config.update("jax_enable_x64", True) at the start of the program',
-                )
-            )
+            raise refusals.dtype_of_64_bits(dtype)
     return dtype

@@ -1,8 +1,9 @@
 """Plan: what a root keeps so that it is not walked at every call.
 
 A plan holds the ModuleDef of its roots, their boxes in leaf order and the stamps of their modules. It is
-right as long as the stamps are the same; whatever can change without a stamp (lists, dicts, closures) is
-frozen again and compared. It never refers to a module, so a model dies by reference count.
+right as long as the stamps are the same and a `Watch` sees no change in what can change without a stamp:
+lists, dicts, objects, closures, and the classes of the modules. It never refers to a module, so a model
+dies by reference count.
 """
 
 from __future__ import annotations
@@ -13,19 +14,34 @@ import threading
 import types
 import warnings
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
-from statefulnn.core.box import Box, Parameter
-from statefulnn.core.errors import RetraceWarning, explain
-from statefulnn.core.freeze import BoundMethod, Freezer, HookFreezer, copied
+from statefulnn.core.box import Box
+from statefulnn.core.errors import RetraceWarning, explain, user_stack_level
+from statefulnn.core.freeze import (
+    BoundMethod,
+    Freezer,
+    HookFreezer,
+    Identity,
+    Watch,
+    class_dict,
+    code_of,
+    copied,
+    find_hidden,
+    mro_of,
+    package_of,
+)
 from statefulnn.core.generator import Generator
 from statefulnn.core.moduledef import COPIED, HOOKS, SHARED, ModuleDef, NodeDef, differences, rank
+from statefulnn.core.ownership import ModuleBase, set_plan
+from statefulnn.core.parameter import Parameter
+from statefulnn.core.placement import placements_of, spread
 from statefulnn.core.registry import GLOBAL_CELL, GLOBAL_HOOKS, HookDict
-from statefulnn.core.scope import Cell, ModuleBase, clock, set_plan, user_stack_level
+from statefulnn.core.stamps import Cell, clock
 from statefulnn.core.uninitialized import is_lazy
 
 # Attributes that live in a module's __dict__ but are not static attributes.
@@ -40,7 +56,7 @@ _OUTSIDE_FORWARD = frozenset(
     }
 )
 
-_content = operator.attrgetter("cell_contents")
+_forward = operator.attrgetter("forward")
 
 RETRACE_LIMIT = 8  # changes of one attribute before a warning
 
@@ -58,29 +74,31 @@ class Plan:
         "changes",
         "cells",
         "checked_at",
-        "closures",
+        "classes",
         "flags",
         "fresh",
         "generators",
         "moduledef",
-        "node_ids",
         "parameters",
+        "placements",
         "reference",
         "stamps",
+        "watch",
         "watched",
     )
 
     moduledef: ModuleDef
     boxes: list[Box]  # in leaf order
     parameters: list[Parameter]
+    placements: tuple[Any, ...] | None  # where the leaves lie, see `placements_of`
     reference: Any  # a weak reference to the plan itself
     generators: list[Generator]
     flags: list[bool]  # requires_grad of the parameters
     cells: list[Cell]
     stamps: list[int]
-    watched: list[tuple[Any, Any, Any]]  # (value that can change in place, its key, its name)
-    closures: Any  # None, or the cells of closures and what was in them
-    node_ids: dict[int, int]
+    watched: list[_Watched]  # what the watch looks at; with `classes`, what is frozen again
+    classes: dict[type, Identity]
+    watch: Watch
     checked_at: int
     cached_leaves: list[Any] | None
     fresh: bool  # whether no other live plan had this ModuleDef
@@ -95,18 +113,20 @@ class Plan:
             if [p._requires_grad for p in self.parameters] != self.flags:
                 return False
             self.checked_at = now
-        if self.watched:
-            for value, key, where in self.watched:
-                if Freezer(where, self._node_of).freeze(value) != key:
-                    return False
-        if self.closures:
-            cells, contents = self.closures
-            if not all(map(operator.is_, map(_content, cells), contents)):
-                return False
-        return True
+        return self.watch.unchanged() or self._equal()
 
-    def _node_of(self, module: Any) -> int | None:
-        return self.node_ids.get(id(module))
+    def _equal(self) -> bool:
+        """Freeze again, and say whether all is equal to what it was; then that is watched."""
+        watch = Watch()
+        for again, key in self.watched:
+            freezer, new = again()
+            if new != key:
+                return False
+            watch.add(freezer.watch)
+        if any(_content_of(cls, watch) != content for cls, content in self.classes.items()):
+            return False
+        self.watch = watch
+        return True
 
     def leaves(self) -> list[Any]:
         """Return the arrays in leaf order; the list is shared, do not change it."""
@@ -118,6 +138,13 @@ class Plan:
                     with jax.ensure_compile_time_eval():  # also while somebody traces
                         b._value = jax.numpy.asarray(b._value)
             leaves = [b._value for b in self.boxes]
+            placements = placements_of(leaves)
+            if placements is not None:
+                for i, value in spread(leaves, placements):
+                    leaves[i] = self.boxes[i]._value = value
+                placements = placements_of(leaves)
+            if placements != self.placements:
+                self.placements = placements
             self.keep(leaves, before)
         return leaves
 
@@ -136,6 +163,85 @@ class Plan:
         clock.gathered.append(self.reference)
         if clock.values != as_of:  # another thread wrote meanwhile
             self.cached_leaves = None
+
+
+# A static attribute that can change in place: what freezes it again, and its key.
+_Watched = tuple[Callable[[], tuple[Freezer, Hashable]], Hashable]
+
+
+def _number(node_ids: dict[int, int], module: Any) -> int | None:
+    return node_ids.get(id(module))
+
+
+def _frozen(
+    value: Any,
+    where: Callable[[], str],
+    node_of: Callable[[Any], int | None],
+    unwatched: bool,
+    of_clone: bool,
+) -> tuple[Freezer, Hashable]:
+    if not isinstance(value, HookDict):
+        freezer = Freezer(where, node_of, unwatched, of_clone)
+        return freezer, freezer.freeze(value)
+    # Handles number the hooks: two equal models have other numbers.
+    freezer = HookFreezer(where, node_of)
+    return freezer, tuple(map(freezer.freeze, value.values()))
+
+
+# What forward may use of a class, one key for equal ones; and what each class was seen to hold. Classes
+# live as long as JAX's registry of pytrees, which has each class of modules.
+_contents: weakref.WeakValueDictionary[Hashable, Identity] = weakref.WeakValueDictionary()
+_seen: dict[type, tuple[Identity, Watch]] = {}
+
+
+def _content_of(cls: Any, watch: Watch) -> Identity:
+    """Return a key for the methods and attributes of a class: of this package's classes, `forward`."""
+    known = _seen.get(cls)
+    if known is None or not known[1].unchanged():
+        freezer = HookFreezer()
+        hidden = {*cls._python_cache, *cls._unwatched, "_abc_impl", "__init__"}
+        found: list[tuple[str, Any]] = []
+        for base in mro_of(cls):
+            if base is not object and package_of(base) != "statefulnn":
+                content = class_dict(base)
+                members = dict(content)
+                freezer.watch.note(dict, content, members, base)
+                found += members.items()
+                for name, value in members.items():
+                    if name[:2] != "__" and type(value) not in _EQUAL_IS_SAME:
+                        freezer.watch.note(operator.itemgetter(name), content, value, (base, name))
+        if not any(name == "forward" for name, _ in found):
+            found.append(("forward", _forward(cls)))
+            freezer.watch.note(_forward, cls, found[-1][1])
+        key = []
+        for name, value in found:
+            # Of the names that Python itself writes, only methods change what a module does.
+            if name not in hidden and (name[:2] != "__" or type(value) is types.FunctionType):
+                parts = _WRAPPERS.get(type(value), lambda v: (v,))(value)
+                key.append((name, type(value), *(_of_class(part, freezer) for part in parts)))
+        content = Identity(tuple(key))
+        known = _seen[cls] = _contents.setdefault(content.obj, content), freezer.watch
+    watch.add(known[1])
+    return known[0]
+
+
+def _of_class(value: Any, freezer: Freezer) -> Hashable:
+    if type(value) is not types.FunctionType:
+        return Identity(value) if find_hidden(value) is not None else freezer.captured(value)
+    # Not what a method closes over: a test that counts traces in a variable is no other class.
+    if not str(value.__globals__.get("__name__")).startswith("statefulnn."):
+        freezer.watch.note(code_of, value, value.__code__)  # tools that reload put another one in
+    defaults = (value.__defaults__, *(value.__kwdefaults__ or {}).items())
+    return (Identity(value), value.__code__, freezer.captured(defaults))
+
+
+# Members of classes that are the same for us where they are equal: of numbers 1, 1.0 and True are.
+_EQUAL_IS_SAME = {str, type(None), types.FunctionType, staticmethod, classmethod, property, type}
+_WRAPPERS: dict[type, Callable[[Any], tuple[Any, ...]]] = {
+    staticmethod: lambda v: (v.__func__,),
+    classmethod: lambda v: (v.__func__,),
+    property: lambda v: (v.fget, v.fset),
+}
 
 
 class _Builder:
@@ -182,10 +288,10 @@ class _Builder:
             nodes.append(d)
             todo += 1
 
-        watched: list[Any] = []
-        closures: list[Any] = []
-        for module, d, rest in zip(self.modules, nodes, attributes, strict=True):
-            self._statics(module, d, rest, watched, closures)
+        for _ in range(4):
+            hooks, watched, classes, watch = self._watch_all(nodes, attributes)
+            if not watched or watch.unchanged():
+                break  # else another thread changed something between its key and its copy
 
         boxes = tuple((type(b), b.static_part()) for b in self.boxes)
         ranks = [rank(cls, static) for cls, static in boxes]
@@ -194,7 +300,7 @@ class _Builder:
         for position, number in enumerate(by_rank):
             order[number] = position
 
-        key = (numbered, tuple(d.key for d in nodes), boxes, _global_hooks(closures))
+        key = (numbered, tuple(d.key for d in nodes), boxes, hooks)
         cells.append(GLOBAL_CELL)
         stamps.append(GLOBAL_CELL.stamp)
         with _intern_lock:
@@ -213,10 +319,9 @@ class _Builder:
         plan.flags = [p._requires_grad for p in plan.parameters]
         plan.cells, plan.stamps = cells, stamps
         plan.watched = watched
-        plan.closures = tuple(zip(*closures, strict=True)) if closures else None
-        plan.node_ids = self.node_ids if watched else {}
+        plan.classes, plan.watch = classes, watch
         plan.checked_at = -1  # the first call compares the stamps once more
-        plan.cached_leaves = None
+        plan.cached_leaves = plan.placements = None
         plan.fresh, plan.changes = fresh, {}
         return plan
 
@@ -248,37 +353,57 @@ class _Builder:
         d.references = tuple(references)
         return rest
 
-    def _statics(self, module: Any, d: NodeDef, rest: list, watched: list, closures: list) -> None:
+    def _watch_all(
+        self, nodes: list[NodeDef], attributes: list[list[tuple[str, Any]]]
+    ) -> tuple[Hashable, list[_Watched], dict[type, Identity], Watch]:
+        watched: dict[int, _Watched] = {}  # by the identity of the value: some are shared by many
+        classes: dict[type, Identity] = {}
+        watch = Watch()
+        hooks = NodeDef(ModuleBase)
+        tables = [(name, table) for name, table in GLOBAL_HOOKS.items() if table]
+        self._statics(hooks, tables, watched, watch, False)
+        for module, d, rest in zip(self.modules, nodes, attributes, strict=True):
+            cls = type(module)
+            if cls not in classes:
+                classes[cls] = _content_of(cls, watch)
+            self._statics(d, rest, watched, watch, module._cell.scope is not None)
+            d.statics = (*d.statics, (f"class {cls.__name__}", classes[cls]))
+        return hooks.statics, [*watched.values()], classes, watch
+
+    def _statics(
+        self,
+        d: NodeDef,
+        rest: list[tuple[str, Any]],
+        watched: dict[int, _Watched],
+        watch: Watch,
+        of_clone: bool,
+    ) -> None:
         statics, values, shadowing = [], [], []
-        cls = type(module)
-        unwatched = cls._unwatched
-        for name, value in sorted(rest):
-            hook = isinstance(value, HookDict)
-            make = HookFreezer if hook else Freezer
+        cls = d.cls
+        promised = getattr(cls, "_unwatched", ())
+        node_of = functools.partial(_number, self.node_ids)
+        for name, value in sorted(rest, key=operator.itemgetter(0)):
+            unwatched = name in promised
             where = functools.partial("'{}.{}'".format, cls.__name__, name)
-            freezer = make(where, self.node_ids_get)
-            if hook:
-                # Handles number the hooks: two equal models have other numbers.
-                key = tuple(freezer.freeze(h) for h in value.values())
+            again = functools.partial(_frozen, value, where, node_of, unwatched, of_clone)
+            freezer, key = again()
+            if freezer.watch:
+                watched.setdefault(id(value), (again, key))
+                watch.add(freezer.watch)
+            for kind, why in () if unwatched else freezer.unseen:
+                _warn_unseen(kind, why, where(), name)
+            stored, copy = value, SHARED
+            if isinstance(value, HookDict):
                 stored, copy = dict(value), HOOKS
-            else:
-                key = freezer.freeze(value)
-                copy = COPIED if freezer.mutable or freezer.rebinds else SHARED
-                stored = value
-                if freezer.mutable and name not in unwatched:
-                    watched.append((value, key, where))
-            if name not in unwatched:
-                closures.extend(freezer.closures)
+            elif freezer.mutable or freezer.rebinds:
+                copy = COPIED
             if copy:
-                stored = copied(stored, self._unbind)
+                stored = copied(stored, self._unbind, freezer.objects)
             statics.append((name, key))
             values.append((name, stored, copy))
             if hasattr(cls, name):
                 shadowing.append((name, stored, copy))
         d.statics, d.values, d.shadowing = tuple(statics), tuple(values), tuple(shadowing)
-
-    def node_ids_get(self, module: Any) -> int | None:
-        return self.node_ids.get(id(module))
 
     def _unbind(self, value: Any) -> Any:
         if type(value) is types.MethodType:
@@ -288,15 +413,24 @@ class _Builder:
         return value
 
 
-def _global_hooks(closures: list[Any]) -> Any:
-    freezer = HookFreezer(lambda: "a global hook")
-    key = tuple(
-        (name, tuple(freezer.freeze(h) for h in hooks.values()))
-        for name, hooks in GLOBAL_HOOKS.items()
-        if hooks
+_warned: weakref.WeakSet[type] = weakref.WeakSet()
+
+
+def _warn_unseen(cls: type, why: str, where: str, name: str) -> None:
+    """Warn, once for each class, that compiled code does not see what changes in its instances."""
+    if cls in _warned:
+        return
+    _warned.add(cls)
+    warnings.warn(
+        explain(
+            f"kept an object of type {cls.__name__} in {where}",
+            f"{why}, so it compares by identity: what changes in it goes unseen by compiled code",
+            "assign another object when it changes; or, if it does not matter to forward, say so in "
+            f"the class: _unwatched = ({name!r},)",
+        ),
+        UserWarning,
+        stacklevel=user_stack_level(),
     )
-    closures.extend(freezer.closures)
-    return key
 
 
 def build_plan(roots: Sequence[Any], untie: bool = False) -> Plan:

@@ -9,20 +9,26 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, TypeAlias
 
 import jax
 
-from statefulnn.core.box import Box, Buffer, Parameter
+from statefulnn.core import refusals
+from statefulnn.core.box import Box
 from statefulnn.core.compat import EAGER, current_trace, is_forward_mode, kind, trace_of
-from statefulnn.core.errors import UntrainedLeavesWarning, explain
+from statefulnn.core.errors import UntrainedLeavesWarning, user_stack_level
 from statefulnn.core.freeze import copied
 from statefulnn.core.generator import Generator
 from statefulnn.core.lending import lend, note_rebuilt
 from statefulnn.core.moduledef import ModuleDef
+from statefulnn.core.ownership import ModuleBase, Scope, Trace, set_shell
+from statefulnn.core.parameter import Buffer, Parameter
+from statefulnn.core.placement import Value
 from statefulnn.core.plan import plan_of
-from statefulnn.core.scope import LOST_IN_RAW_TRANSFORM, Scope, set_shell, user_stack_level
+
+# A jax.tree_util.PyTreeDef, which type checkers do not take for a class.
+Treedef: TypeAlias = Any
 
 
 class Token(int):
@@ -31,9 +37,11 @@ class Token(int):
     __slots__ = ()
 
 
+# The treedefs of calls are compared by their tokens; those of most calls are made once.
 _tokens = [Token(i) for i in range(64)]
 
 
+# JAX gives the functions of a node class no arguments of our own, so what they are to do is said here.
 class _Collecting(threading.local):
     found: list[Any] | None = None  # while flattening: collect modules and boxes instead of leaves
     table: Sequence[Any] = ()  # while unflattening: what tokens stand for
@@ -42,7 +50,7 @@ class _Collecting(threading.local):
 _collecting = _Collecting()
 
 
-def flatten_collecting(tree: Any) -> tuple[list[Any], Any, list[Any]]:
+def flatten_collecting(tree: object) -> tuple[list[Any], Treedef, list[Any]]:
     """Flatten a pytree; modules and boxes are not entered but returned beside the leaves."""
     before, _collecting.found = _collecting.found, []
     try:
@@ -52,7 +60,7 @@ def flatten_collecting(tree: Any) -> tuple[list[Any], Any, list[Any]]:
         _collecting.found = before
 
 
-def unflatten_with(treedef: Any, leaves: Any, table: Sequence[Any]) -> Any:
+def unflatten_with(treedef: Treedef, leaves: Iterable[Any], table: Sequence[Any]) -> Any:
     """Undo `flatten_collecting`, with other modules and boxes in the place of the collected ones."""
     before, _collecting.table = _collecting.table, table
     try:
@@ -61,57 +69,65 @@ def unflatten_with(treedef: Any, leaves: Any, table: Sequence[Any]) -> Any:
         _collecting.table = before
 
 
-def _collect(obj: Any, found: list[Any]) -> tuple[tuple, Token]:
+def _collect(obj: ModuleBase | Box, found: list[Any]) -> tuple[tuple, Token]:
     index = len(found)
     found.append(obj)
     return (), _tokens[index] if index < 64 else Token(index)
 
 
-def flatten_module(module: Any) -> tuple[Any, Any]:
+def flatten_module(module: ModuleBase) -> tuple[Any, ModuleDef | Token]:
+    """Return the leaves of a module and its ModuleDef, or what stands for it in `flatten_collecting`."""
     found = _collecting.found
     if found is not None:
         return _collect(module, found)
+    # Nobody has looked at a shell, so it is as it was built: most modules between two calls are.
     shell = module._shell
     if shell is not None:
         return shell[1], shell[0]
-    plan = module._plan
-    if plan is None or not plan.valid():
-        plan = plan_of(module)
+    plan = plan_of(module)
     if current_trace() is not EAGER:
         plan.note_read()
     return plan.cached_leaves or plan.leaves(), plan.moduledef
 
 
-def flatten_module_with_keys(module: Any) -> tuple[Any, Any]:
+def flatten_module_with_keys(module: ModuleBase) -> tuple[Any, ModuleDef | Token]:
+    """Do as `flatten_module` does, and name each leaf."""
     leaves, aux = flatten_module(module)
-    if type(aux) is Token:
+    if isinstance(aux, Token):
         return (), aux
     names = aux.leaf_names
     return [(jax.tree_util.GetAttrKey(n), v) for n, v in zip(names, leaves, strict=True)], aux
 
 
-def unflatten_module(aux: Any, leaves: Any) -> Any:
-    if type(aux) is Token:
+def unflatten_module(aux: ModuleDef | Token, leaves: Iterable[Any]) -> Any:
+    """Build a shell, or return what a token stands for.
+
+    A shell holds the leaves as JAX gave them, and they may be anything: JAX itself rebuilds trees of
+    booleans, None or its own markers. So nothing is read of them here, and a module that only passes
+    through costs no walk.
+    """
+    if isinstance(aux, Token):
         return _collecting.table[aux]
     root = aux.nodes[aux.roots[0][1]]
     module = object.__new__(root.cls)
     scope = raw_scope(aux, leaves)
     set_shell(module, (aux, leaves, scope))
+    # `jax.tree.map` may hand on arrays that the module it came from still holds.
     if scope is None:
         note_rebuilt(module)
-    if root.shadowing:
-        # A class attribute of that name would answer in the shell's place.
-        for name, value, copy in root.shadowing:
-            object.__setattr__(module, name, copied(value, lambda v: v) if copy else value)
+    # Any other attribute is asked of `Module.__getattr__`, which builds the module; but a class attribute
+    # of that name would answer in the shell's place.
+    for name, value, copy in root.shadowing:
+        object.__setattr__(module, name, copied(value, lambda v: v) if copy else value)
     return module
 
 
-def raw_scope(moduledef: ModuleDef, leaves: Sequence[Any]) -> Scope | None:
+def raw_scope(moduledef: ModuleDef, leaves: Iterable[Value]) -> Scope | None:
     """Return the owner of what JAX itself rebuilds: nobody under a trace, the user outside."""
     trace = current_trace()
     if trace is EAGER:
         return None
-    scope = Scope(False, LOST_IN_RAW_TRANSFORM, moduledef)
+    scope = Scope(False, refusals.LOST_IN_RAW_TRANSFORM, moduledef)
     # jax.grad differentiates every leaf it is given; buffers and frozen parameters are constants.
     scope.stop_gradients = kind(trace) == "autodiff"
     if scope.stop_gradients and not is_forward_mode(trace):
@@ -119,53 +135,38 @@ def raw_scope(moduledef: ModuleDef, leaves: Sequence[Any]) -> Scope | None:
     return scope
 
 
-def _warn_of_zeros(moduledef: ModuleDef, leaves: Sequence[Any], trace: Any) -> None:
+def _warn_of_zeros(moduledef: ModuleDef, leaves: Iterable[Value], trace: Trace) -> None:
     """Warn if what is differentiated holds numbers that are not trained; Python does so once a line."""
-    start = moduledef.count("trainable")
-    untrained = [
-        i
-        for i, leaf in enumerate(leaves[start:], start)
-        if trace_of(leaf) is trace and jax.numpy.issubdtype(leaf.dtype, jax.numpy.inexact)
+    names = [
+        moduledef.leaf_names[i]
+        for i, leaf in enumerate(leaves)
+        if moduledef.kind_of(i) != "trainable"
+        and trace_of(leaf) is trace
+        and jax.numpy.issubdtype(leaf.dtype, jax.numpy.inexact)
     ]
-    if not untrained:
-        return
-    names = [moduledef.leaf_names[i] for i in untrained]
-    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-    warnings.warn(
-        explain(
-            f"took the gradient of a whole {moduledef.nodes[0].cls.__name__} by a plain JAX "
-            "transformation (jax.grad, jax.vjp ...), with frozen parameters or buffers: "
-            f"{', '.join(map(repr, names[:5]))}{more}",
-            "the result holds zeros for them; an optimizer that works on the whole module, such as "
-            "optax.adamw, would still move them, by weight decay for instance",
-            "grads = nn.grad(loss)(model) and nn.Optimizer(model, tx).step(grads), which leave out what "
-            "is not trained; or jax.grad and optax over the params of "
-            "fn, params, state = nn.functionalize(model, mutable=True)",
-        ),
-        UntrainedLeavesWarning,
-        stacklevel=user_stack_level(),
-    )
+    if names:
+        text = refusals.gradient_with_zeros(moduledef.nodes[0].cls.__name__, names)
+        warnings.warn(text, UntrainedLeavesWarning, stacklevel=user_stack_level())
 
 
 def flatten_box(box: Box) -> tuple[tuple, Any]:
+    """Return the array of a box and its kind, or what stands for it in `flatten_collecting`."""
     found = _collecting.found
     if found is not None:
         return _collect(box, found)
     return (box.out(),), (type(box), box.static_part())
 
 
-def unflatten_box(aux: Any, children: Any) -> Any:
-    if type(aux) is Token:
+def unflatten_box(aux: Any, children: Sequence[Any]) -> Any:
+    """Build a box, or return what a token stands for."""
+    if isinstance(aux, Token):
         return _collecting.table[aux]
     cls, static = aux
-    scope = None
-    trace = current_trace()
-    if trace is not EAGER:
-        scope = Scope(False, LOST_IN_RAW_TRANSFORM)
+    scope = None if current_trace() is EAGER else Scope(False, refusals.LOST_IN_RAW_TRANSFORM)
     box = cls.clone_of(static, children[0], scope, 0)
     if scope is None:
         box._home = None
-        lend(children[0])
+        lend(children[0])  # the box that it comes from may hold the same array
     return box
 
 

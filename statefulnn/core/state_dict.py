@@ -7,22 +7,30 @@ them is enough, and those that are there have one value.
 
 from __future__ import annotations
 
+import bisect
 import itertools
 from collections import OrderedDict
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
-from statefulnn.core.box import Box, Parameter, as_array
+from statefulnn.core import refusals
+from statefulnn.core.arrays import as_array
+from statefulnn.core.box import Box
 from statefulnn.core.compat import Tracer
 from statefulnn.core.construction import DEFAULT_VERSION
-from statefulnn.core.errors import StateDictError, explain
 from statefulnn.core.narrowing import numbers_beyond, span
-from statefulnn.core.placement import is_meta
-from statefulnn.core.uninitialized import is_lazy
+from statefulnn.core.parameter import Parameter
+from statefulnn.core.placement import Value, is_meta
+from statefulnn.core.uninitialized import Uninitialized, is_lazy
+from statefulnn.core.walk import CALL, ENTER, LEAVE, overrides, under_way, walk
+
+if TYPE_CHECKING:
+    from statefulnn.core.module import Module
 
 EXTRA_STATE = "_extra_state"
 # Where a load keeps its `_Loaded`: the metadata of a module pass through what users override.
@@ -46,24 +54,48 @@ class IncompatibleKeys(NamedTuple):
     __str__ = __repr__
 
 
-def state_dict(module: Any, destination: Any, prefix: str, keep_vars: bool) -> Any:
+def state_dict(
+    module: Module, destination: dict[str, Any] | None, prefix: str, keep_vars: bool
+) -> Any:
     """Collect the module's own entries, then its children's."""
     if destination is None:
         destination = OrderedDict()
         destination._metadata = OrderedDict()  # pyright: ignore[reportAttributeAccessIssue]
+    result = destination
+    metadata: list[dict[str, Any]] = []  # of the modules that are not done
+    with under_way(("state_dict", id(destination)), module) as met:
+        for event, below, m in walk(module, _members, prefix, method="state_dict", met=met):
+            if event is ENTER:
+                metadata.append(_begin(m, destination, below, keep_vars))
+            elif event is LEAVE:
+                result = _end(m, destination, below, metadata.pop())
+            elif event is CALL:
+                m.state_dict(destination=destination, prefix=below, keep_vars=keep_vars)
+    return result
+
+
+def _members(module: Module, prefix: str) -> list[tuple[str, Any]]:
+    return [(f"{prefix}{name}.", m) for name, m in module._modules.items() if m is not None]
+
+
+def _begin(
+    module: Module, destination: dict[str, Any], prefix: str, keep_vars: bool
+) -> dict[str, Any]:
+    """Save what is the module's own; return its metadata."""
     metadata: dict[str, Any] = {"version": module._version}
     if module.init_version != DEFAULT_VERSION:
         metadata["init_version"] = module.init_version
-    if hasattr(destination, "_metadata"):
-        destination._metadata[prefix[:-1]] = metadata
+    everywhere = getattr(destination, "_metadata", None)
+    if everywhere is not None:
+        everywhere[prefix[:-1]] = metadata
     for hook, _, _ in list(_hooks(module, "_state_dict_pre_hooks")):
         hook(module, prefix, keep_vars)
     module._save_to_state_dict(destination, prefix, keep_vars)
-    for name, child in module._modules.items():
-        if child is not None:
-            child.state_dict(
-                destination=destination, prefix=f"{prefix}{name}.", keep_vars=keep_vars
-            )
+    return metadata
+
+
+def _end(module: Module, destination: dict[str, Any], prefix: str, metadata: dict[str, Any]) -> Any:
+    """Call the hooks that come after the children; return the dict that they leave."""
     for hook, post, _ in list(_hooks(module, "_state_dict_hooks")):
         result = hook(module, destination, prefix, metadata)
         if post and result is not None:
@@ -73,7 +105,7 @@ def state_dict(module: Any, destination: Any, prefix: str, keep_vars: bool) -> A
     return destination
 
 
-def save_own(module: Any, destination: dict, prefix: str, keep_vars: bool) -> None:
+def save_own(module: Module, destination: dict, prefix: str, keep_vars: bool) -> None:
     """Put the module's own parameters, persistent buffers and extra state into a dict."""
     for name, box in module._parameters.items():
         if box is not None:
@@ -81,23 +113,26 @@ def save_own(module: Any, destination: dict, prefix: str, keep_vars: bool) -> No
     for name, box in module._buffers.items():
         if box is not None and name not in module._non_persistent_buffers_set:
             destination[prefix + name] = box if keep_vars or is_lazy(box) else box.lend()
-    if _overrides(module, "get_extra_state"):
+    if overrides(module, "get_extra_state"):
         destination[prefix + EXTRA_STATE] = module.get_extra_state()
 
 
-def load_state_dict(module: Any, given: Any, strict: bool, assign: bool) -> IncompatibleKeys:
+def load_state_dict(module: Module, given: object, strict: bool, assign: bool) -> IncompatibleKeys:
     """Load names into boxes, or raise and leave every box as it was."""
     if not isinstance(given, Mapping):
         raise TypeError(f"Expected state_dict to be dict-like, got {type(given)}.")
     metadata = getattr(given, "_metadata", None)
     state = OrderedDict(given)
+    for key in state:
+        if not isinstance(key, str):
+            raise refusals.key_of_no_text(type(module).__name__, key, type(key).__name__)
     missing: list[str] = []
     unexpected: list[str] = []
     errors: list[str] = []
     before = [(box, type(box), box._value) for box in _boxes(module)]
     loaded = _Loaded()
     try:
-        _load(module, state, "", metadata, assign, loaded, missing, unexpected, errors)
+        _load(module, state, metadata, assign, loaded, missing, unexpected, errors)
         loaded.settle(missing)
         if strict:
             if unexpected:
@@ -107,16 +142,9 @@ def load_state_dict(module: Any, given: Any, strict: bool, assign: bool) -> Inco
                 names = ", ".join(f'"{k}"' for k in missing)
                 errors.insert(0, f"Missing key(s) in state_dict: {names}. ")
         if errors:
-            listed = "\n\t".join(errors)
-            raise StateDictError(
-                explain(
-                    f"Error(s) in loading state_dict for {type(module).__name__}:\n\t{listed}",
-                    "names, shapes and kinds of dtype have to match, integers have to fit, and names of "
-                    "one parameter have one value; the module was left as it was",
-                    "rename or reshape the entries, or pass strict=False to skip names that do not match",
-                )
-            )
+            raise refusals.state_dict_does_not_fit(type(module).__name__, errors)
     except BaseException:
+        # All or nothing. A lazy parameter that was given a shape becomes a lazy one again.
         for box, cls, value in before:
             if box._value is not value:
                 box.__class__ = cls
@@ -160,30 +188,82 @@ class _Loaded:
             self._found.clear()
 
 
+class _Entries:
+    """The entries of a state dict, in the order of their keys: what lies below a prefix is one slice."""
+
+    def __init__(self, state: dict[str, Any]) -> None:
+        self._state = state
+        self._keys = sorted(state)
+        self._place = {key: i for i, key in enumerate(state)}
+
+    def below(self, prefix: str) -> OrderedDict[str, Any]:
+        """Return all entries below a prefix."""
+        return self._in_order(self._keys[slice(*self._range(prefix))])
+
+    def of_module(self, prefix: str, children: Mapping[str, Any]) -> OrderedDict[str, Any]:
+        """Return the entries below a prefix that are not below a child."""
+        found: list[str] = []
+        i, end = self._range(prefix)
+        while i < end:
+            key = self._keys[i]
+            dot = key.find(".", len(prefix))
+            stop = i + 1 if dot < 0 else self._after(key[:dot], i, end)
+            if dot < 0 or children.get(key[len(prefix) : dot]) is None:
+                found += self._keys[i:stop]
+            i = stop
+        return self._in_order(found)
+
+    def _range(self, prefix: str) -> tuple[int, int]:
+        keys = self._keys
+        if not prefix:
+            return 0, len(keys)
+        start = bisect.bisect_left(keys, prefix)
+        return start, self._after(prefix[:-1], start, len(keys))
+
+    def _after(self, name: str, start: int, end: int) -> int:
+        # "/" comes right after ".".
+        return bisect.bisect_left(self._keys, f"{name}/", start, end)
+
+    def _in_order(self, keys: list[str]) -> OrderedDict[str, Any]:
+        return OrderedDict((k, self._state[k]) for k in sorted(keys, key=self._place.__getitem__))
+
+
 def _load(
-    module: Any,
+    module: Module,
     state: dict[str, Any],
-    prefix: str,
-    metadata: Any,
+    metadata: Mapping[str, Any] | None,
     assign: bool,
     loaded: _Loaded,
     missing: list[str],
     unexpected: list[str],
     errors: list[str],
 ) -> None:
-    local = {} if metadata is None else dict(metadata.get(prefix[:-1], {}))
-    local["assign_to_params_buffers"] = assign
-    local[_LOADED] = loaded
-    module._load_from_state_dict(state, prefix, local, True, missing, unexpected, errors)
-    below = _by_child(state, prefix) if module._modules else {}
-    for name, child in module._modules.items():
-        if child is not None:
-            part, inside = below.get(name, OrderedDict()), f"{prefix}{name}."
-            _load(child, part, inside, metadata, assign, loaded, missing, unexpected, errors)
+    entries = [_Entries(state)]
+    for event, prefix, m in walk(module, _members):
+        if event is ENTER:
+            local = {} if metadata is None else dict(metadata.get(prefix[:-1], {}))
+            local["assign_to_params_buffers"] = assign
+            local[_LOADED] = loaded
+            around = entries[-1]
+            hooked = "_load_state_dict_pre_hooks" in m.__dict__
+            if hooked or overrides(m, "_load_from_state_dict"):
+                # It may look at, and change, what goes to the modules below.
+                part = state if m is module else around.below(prefix)
+                m._load_from_state_dict(part, prefix, local, True, missing, unexpected, errors)
+                entries.append(_Entries(part) if m._modules else around)
+            else:
+                own = around.of_module(prefix, m._modules)
+                m._load_from_state_dict(own, prefix, local, True, missing, unexpected, errors)
+                entries.append(around)
+        elif event is LEAVE:
+            entries.pop()
+            _after_load(m, loaded, IncompatibleKeys(missing, unexpected))
+
+
+def _after_load(module: Module, loaded: _Loaded, incompatible: IncompatibleKeys) -> None:
     hooks = list(_hooks(module, "_load_state_dict_post_hooks"))
     if hooks:
-        loaded.settle(missing)
-    incompatible = IncompatibleKeys(missing, unexpected)
+        loaded.settle(incompatible.missing_keys)
     for hook, _, _ in hooks:
         if hook(module, incompatible) is not None:
             raise RuntimeError(
@@ -193,19 +273,8 @@ def _load(
             )
 
 
-def _by_child(state: Mapping[str, Any], prefix: str) -> dict[str, OrderedDict[str, Any]]:
-    """Return the entries below each child, in one pass however many children there are."""
-    below: dict[str, OrderedDict[str, Any]] = {}
-    for key, value in state.items():
-        if key.startswith(prefix):
-            name, dot, _ = key[len(prefix) :].partition(".")
-            if dot:
-                below.setdefault(name, OrderedDict())[key] = value
-    return below
-
-
 def load_own(
-    module: Any,
+    module: Module,
     state: dict,
     prefix: str,
     local_metadata: dict,
@@ -238,7 +307,7 @@ def load_own(
             missing.append(key)
 
     extra = prefix + EXTRA_STATE
-    if _overrides(module, "set_extra_state"):
+    if overrides(module, "set_extra_state"):
         if extra in state:
             loaded.met(module)
             module.set_extra_state(state[extra])
@@ -259,7 +328,7 @@ def load_own(
                     unexpected.append(key)
 
 
-def _put(box: Any, key: str, value: Any, assign: bool, loaded: _Loaded) -> str | None:
+def _put(box: Box, key: str, value: Any, assign: bool, loaded: _Loaded) -> str | None:
     """Write one entry into its box; return what is wrong with it, None if nothing is."""
     if value is box:
         return None  # as it is, or as another name of it says
@@ -269,32 +338,25 @@ def _put(box: Any, key: str, value: Any, assign: bool, loaded: _Loaded) -> str |
         value = value.value
     arrays: Any = (jax.Array, np.ndarray, np.generic, jax.ShapeDtypeStruct)
     if not isinstance(value, arrays):
-        return (
-            f'While copying the parameter named "{key}", expected a jax or numpy array but received '
-            f"{type(value)}"
-        )
+        return refusals.entry_of_no_array(key, type(value))
     if is_meta(value) and not (assign or is_meta(box._value)):
         return f'"{key}" is on the meta device in the checkpoint, which has no data to copy'
-    if is_lazy(box):
+    if isinstance(box, Uninitialized):
         box.materialize(value.shape)
     have = box._value
     if tuple(value.shape) == (1,) and have.shape == ():
         value = value.reshape(())  # torch before 0.4 had no scalars
     if tuple(value.shape) != tuple(have.shape):
-        return (
-            f"size mismatch for {key}: copying a param with shape {tuple(value.shape)} from "
-            f"checkpoint, the shape in current model is {tuple(have.shape)}."
-        )
+        return refusals.entry_of_other_shape(key, tuple(value.shape), tuple(have.shape))
     if _dtype_kind(value.dtype) != _dtype_kind(have.dtype):
-        return (
-            f"dtype mismatch for {key}: copying an array of dtype {value.dtype} from checkpoint, the "
-            f"dtype in current model is {have.dtype}."
-        )
+        return refusals.entry_of_other_dtype(key, value.dtype, have.dtype)
     dtype = _kept_dtype(value, have, assign)
     beyond = numbers_beyond(value, dtype)
     if beyond is not None:
         return _cut_off(key, value.dtype, beyond, dtype)
 
+    # Tied names are several entries of one box. A later one is compared with the first as the checkpoint
+    # has it, both cast: what differs by its dtype alone is the same once it is here.
     first, earlier = loaded.first(box, key, value)
     if first != key:
         if earlier is value:
@@ -303,15 +365,14 @@ def _put(box: Any, key: str, value: Any, assign: bool, loaded: _Loaded) -> str |
         if not isinstance(earlier, Tracer) and not isinstance(value, Tracer):
             if _equal(_cast(earlier, _kept_dtype(earlier, have, assign)), _cast(value, dtype)):
                 return None
-            return (
-                f'"{first}" and "{key}" are names of one {_kind(box)} and have different values in the '
-                "checkpoint: remove the wrong one, or load into a model where they are not tied"
-            )
+            return refusals.entries_of_one_box_differ(first, key, _kind(box))
     new = as_array(_cast(value, dtype), box.label)
+    # The values are copied into the box, so they lie where it lies.
     if not assign:
         sharding = getattr(have, "sharding", None)
         if sharding is not None and getattr(have, "committed", False):
             new = jax.device_put(new, sharding)
+    # `data` takes another dtype too, which `assign` may bring; a buffer's `value` always does.
     if isinstance(box, Parameter):
         box.data = new
     else:
@@ -323,7 +384,7 @@ def _kind(box: Box) -> str:
     return "parameter" if isinstance(box, Parameter) else "buffer"
 
 
-def _kept_dtype(value: Any, have: Any, assign: bool) -> Any:
+def _kept_dtype(value: Value, have: Value, assign: bool) -> Any:
     """Return the dtype that an entry has in the box: with 64-bit types off JAX has fewer dtypes."""
     dtype = value.dtype if assign else have.dtype
     if is_meta(value) or (isinstance(value, jax.Array) and value.dtype == dtype):
@@ -331,11 +392,11 @@ def _kept_dtype(value: Any, have: Any, assign: bool) -> Any:
     return jax.dtypes.canonicalize_dtype(dtype)
 
 
-def _cast(value: Any, dtype: Any) -> Any:
+def _cast(value: Any, dtype: DTypeLike) -> Any:
     return value if value.dtype == dtype else value.astype(dtype)
 
 
-def _cut_off(key: str, given: Any, numbers: tuple[int, int], dtype: Any) -> str:
+def _cut_off(key: str, given: DTypeLike, numbers: tuple[int, int], dtype: DTypeLike) -> str:
     """Say what would be lost of an entry, and what keeps it."""
     low, high = numbers
     widest = jax.dtypes.canonicalize_dtype(given)
@@ -361,7 +422,7 @@ def _equal(a: Any, b: Any) -> bool:
     return np.array_equal(*map(np.asarray, both), equal_nan=jnp.issubdtype(a.dtype, jnp.inexact))
 
 
-def _dtype_kind(dtype: Any) -> str:
+def _dtype_kind(dtype: DTypeLike) -> str:
     for kind, parent in (
         ("bool", jnp.bool_),
         ("integer", jnp.integer),
@@ -373,7 +434,7 @@ def _dtype_kind(dtype: Any) -> str:
     return str(dtype)
 
 
-def _boxes(module: Any) -> list[Box]:
+def _boxes(module: Module) -> list[Box]:
     return [
         box
         for m in module.modules()
@@ -382,13 +443,5 @@ def _boxes(module: Any) -> list[Box]:
     ]
 
 
-def _hooks(module: Any, name: str) -> Any:
+def _hooks(module: Module, name: str) -> Any:
     return module.__dict__.get(name, {}).values()
-
-
-def _overrides(module: Any, method: str) -> bool:
-    # The base class raises in both, so a subclass that defines one has its own code.
-    for cls in type(module).__mro__:
-        if method in cls.__dict__:
-            return cls.__module__ != "statefulnn.core.module"
-    return False

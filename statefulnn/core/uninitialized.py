@@ -8,18 +8,23 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
-from statefulnn.core.box import Box, Buffer, Parameter, filled
+from statefulnn.core import refusals
+from statefulnn.core.arrays import filled
+from statefulnn.core.box import Box
 from statefulnn.core.compat import Tracer
-from statefulnn.core.errors import UninitializedParameterError, explain
+from statefulnn.core.parameter import Buffer, Parameter
 from statefulnn.core.placement import (
     META,
+    DeviceLike,
+    Value,
     is_meta,
     place_in_force,
     resolve_device,
     supported,
 )
-from statefulnn.core.scope import clock, tick
+from statefulnn.core.stamps import clock, tick
 
 
 class Uninitialized:
@@ -27,7 +32,9 @@ class Uninitialized:
 
     __slots__ = ()
 
-    def materialize(self: Any, shape: Sequence[int], device: Any = None, dtype: Any = None) -> None:
+    def materialize(
+        self: Any, shape: Sequence[int], device: DeviceLike = None, dtype: DTypeLike | None = None
+    ) -> None:
         """Take a shape, and zeros for values; the object becomes an ordinary Parameter or Buffer.
 
         Args:
@@ -37,13 +44,12 @@ class Uninitialized:
         """
         like = self._value
         place = resolve_device(device)
-        dtype = like.dtype if dtype is None else supported(np.dtype(dtype))
+        kept = like.dtype if dtype is None else supported(np.dtype(dtype))
         if place is None and is_meta(like):
             place = META
         elif place is None and not isinstance(like, Tracer) and getattr(like, "committed", False):
             place = like.sharding
-        value = filled(shape, dtype, place)
-        Box.write(self, value)
+        Box.write(self, filled(shape, kept, place))
         becomes: Any = Parameter if isinstance(self, Parameter) else Buffer
         self.__class__ = becomes
         clock.structure = tick()
@@ -51,33 +57,20 @@ class Uninitialized:
     @property
     def value(self: Any) -> Any:
         """There is none: reading raises."""
-        raise UninitializedParameterError(
-            explain(
-                f"used {self.label()}, which has no shape yet",
-                "a lazy module learns its sizes from its first input",
-                "call the model once on an example, outside nn.jit; or nn.materialize(model, *inputs), "
-                "which computes nothing",
-            )
-        )
+        raise refusals.used_without_shape(self.label())
 
     def __getattr__(self: Any, name: str) -> Any:
         if name == "dtype":
             return self._value.dtype
         if name.startswith("__"):
             raise AttributeError(name)
-        raise UninitializedParameterError(
-            explain(
-                f"read {name!r} of {self.label()}",
-                "Can't access the shape or the values of an uninitialized parameter or buffer",
-                "call the model once on an example, or nn.materialize(model, *inputs)",
-            )
-        )
+        raise refusals.read_without_shape(name, self.label())
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__}>"
 
 
-def _empty(device: Any, dtype: Any) -> Any:
+def _empty(device: DeviceLike, dtype: DTypeLike | None) -> Any:
     dtype = supported(jnp.dtype(jnp.result_type(float) if dtype is None else dtype))
     place = place_in_force() if device is None else resolve_device(device)
     return filled((0,), dtype, place)
@@ -103,7 +96,9 @@ class UninitializedParameter(Uninitialized, Parameter):
 
     __slots__ = ()
 
-    def __init__(self, requires_grad: bool = True, device: Any = None, dtype: Any = None) -> None:
+    def __init__(
+        self, requires_grad: bool = True, device: DeviceLike = None, dtype: DTypeLike | None = None
+    ) -> None:
         Parameter.__init__(self, _empty(device, dtype), requires_grad)
 
     def __deepcopy__(self, memo: dict) -> UninitializedParameter:
@@ -137,8 +132,8 @@ class UninitializedBuffer(Uninitialized, Buffer):
     def __init__(
         self,
         requires_grad: bool = False,
-        device: Any = None,
-        dtype: Any = None,
+        device: DeviceLike = None,
+        dtype: DTypeLike | None = None,
         persistent: bool = True,
     ) -> None:
         Buffer.__init__(self, _empty(device, dtype), persistent=persistent)
@@ -150,19 +145,19 @@ class UninitializedBuffer(Uninitialized, Buffer):
         return _buffer_like, (self._value, self.persistent)
 
 
-def _parameter_like(value: Any, requires_grad: bool) -> UninitializedParameter:
+def _parameter_like(value: Value, requires_grad: bool) -> UninitializedParameter:
     box = UninitializedParameter(requires_grad)
     box._value = value
     return box
 
 
-def _buffer_like(value: Any, persistent: bool) -> UninitializedBuffer:
+def _buffer_like(value: Value, persistent: bool) -> UninitializedBuffer:
     box = UninitializedBuffer(persistent=persistent)
     box._value = value
     return box
 
 
-def is_lazy(param: Any) -> bool:
+def is_lazy(param: object) -> bool:
     """Say whether a parameter or buffer has no shape yet.
 
     Source: ``torch.nn.parameter.is_lazy``.
@@ -175,7 +170,7 @@ def is_lazy(param: Any) -> bool:
     return isinstance(param, Uninitialized)
 
 
-def _refuse(box: Any, _: Any = None) -> Any:
+def _refuse(box: Box, _: object = None) -> Any:
     return box.value  # raises, with the name
 
 

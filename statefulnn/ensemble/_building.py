@@ -10,16 +10,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from statefulnn.core.box import from_numpy
-from statefulnn.core.compat import EAGER, Tracer, current_trace, trace_of
+from statefulnn.core.arrays import from_numpy
+from statefulnn.core.baked_in import Capture
+from statefulnn.core.compat import EAGER, Tracer, current_trace, trace_of, varies
 from statefulnn.core.errors import DtypeError, ShapeError, UninitializedParameterError, explain
 from statefulnn.core.freeze import Identity
 from statefulnn.core.generator import as_key, drawing_generator, rng_scope
 from statefulnn.core.module import Module
 from statefulnn.core.moduledef import ModuleDef, differences
+from statefulnn.core.ownership import set_home
 from statefulnn.core.placement import META, elsewhere, is_meta, place_in_force, placed
 from statefulnn.core.plan import plan_of
-from statefulnn.core.scope import Capture, set_home
 from statefulnn.core.uninitialized import is_lazy
 
 _UNTRACEABLE = (
@@ -103,8 +104,7 @@ def build(make_member: Callable[[], Any], n: int, key: Any) -> tuple[ModuleDef, 
             raise _changes(changed)
         # What does not depend on the key is the same for all members, and was meant to be unless another
         # call gives something else.
-        here = current_trace()
-        fixed = [j for j, v in enumerate(leaves) if trace_of(v) is not here]
+        fixed = [j for j, own in enumerate(varies(leaves, i)) if not own]
         same = [_equal(leaves[j], once_more[j]) for j in fixed]
         found.update(moduledef=moduledef, fixed=fixed)
         if eager:

@@ -12,7 +12,7 @@ import numpy as np
 
 from statefulnn.core.box import Box
 from statefulnn.core.errors import explain
-from statefulnn.core.scope import ModuleBase
+from statefulnn.core.ownership import ModuleBase
 from statefulnn.transforms.vmap import vmap as mapped
 
 

@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from statefulnn.core.box import ArrayBox
 from statefulnn.core.compat import Tracer
 from statefulnn.core.errors import DtypeError, ShapeError, explain
+from statefulnn.core.parameter import ArrayBox
 
 LOW_PRECISION = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
 

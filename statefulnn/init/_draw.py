@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from statefulnn.core import threefry
-from statefulnn.core.box import host_array
+from statefulnn.core.arrays import host_array
 from statefulnn.core.compat import EAGER, current_trace
 from statefulnn.core.errors import ShapeError, explain
 from statefulnn.core.generator import Generator, drawing_generator

@@ -7,7 +7,8 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from statefulnn.core import box
+from statefulnn.core import arrays
+from statefulnn.core.parameter import Parameter
 from statefulnn.core.placement import elsewhere, place_in_force, resolve_device, supported
 
 
@@ -23,7 +24,7 @@ def filled(shape: int | Sequence[int], value: float, dtype: Any = None, device: 
     dtype = supported(jnp.dtype(jnp.result_type(float) if dtype is None else dtype))
     shape = (shape,) if isinstance(shape, int) else tuple(shape)
     place = place_in_force() if device is None else resolve_device(device)
-    return box.filled(shape, dtype, place, value)
+    return arrays.filled(shape, dtype, place, value)
 
 
 def empty_parameter(
@@ -31,7 +32,7 @@ def empty_parameter(
     dtype: Any = None,
     device: Any = None,
     requires_grad: bool = True,
-) -> box.Parameter:
+) -> Parameter:
     """Return a Parameter that ``reset_parameters`` is to give its values; until then it is zeros.
 
     It is what the layers of this package make their parameters of. It minds ``nn.device`` around it, the
@@ -69,6 +70,6 @@ def empty_parameter(
     """
     value = filled(shape, 0, dtype, device)
     if device is None:
-        return box.Parameter(value, requires_grad)
+        return Parameter(value, requires_grad)
     with elsewhere():  # what the caller says wins over the block around
-        return box.Parameter(value, requires_grad)
+        return Parameter(value, requires_grad)

@@ -9,7 +9,8 @@ from typing import Any, Literal
 import jax.numpy as jnp
 import numpy as np
 
-from statefulnn.core.box import Box, from_numpy, host_array
+from statefulnn.core.arrays import from_numpy, host_array
+from statefulnn.core.box import Box
 from statefulnn.core.compat import Tracer
 from statefulnn.core.errors import RegistrationError, ShapeError, explain
 from statefulnn.core.generator import Generator

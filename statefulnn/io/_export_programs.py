@@ -27,7 +27,7 @@ from statefulnn.core.plan import build_plan, plan_of
 from statefulnn.core.pytree import flatten_collecting
 from statefulnn.io import exported
 from statefulnn.io._export_tasks import Task
-from statefulnn.transforms.lift import run
+from statefulnn.transforms.lift import Signature
 
 _NO_RNG = Forbidden(
     "exported a module that draws random numbers",
@@ -78,7 +78,7 @@ def lowered(
                 else:
                     leaves[i] = Generator(jax.random.fold_in(key, number)).state
                     number += 1
-        out, written = run(function, moduledef, treedef, rng, leaves, rest)
+        out, written = Signature(moduledef, treedef, rng).run(function, leaves, rest)
         _check_output(task, out, written)
         names = [own.leaf_names[i] if i < count else "" for i in written.indices]
         kinds = [moduledef.kind_of(i) for i in written.indices]

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from statefulnn.core.box import from_numpy
+from statefulnn.core.arrays import from_numpy
 from statefulnn.core.placement import META, resolve_device
 from statefulnn.io._contents import Contents
 from statefulnn.io._reading import Budget, broken, collector, reading

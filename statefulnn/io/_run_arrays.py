@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from statefulnn.core.box import from_numpy
+from statefulnn.core.arrays import from_numpy
 from statefulnn.core.errors import CheckpointError, StateDictError, explain
 from statefulnn.core.narrowing import numbers_beyond, span
 from statefulnn.core.placement import META, resolve_device

@@ -21,7 +21,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from statefulnn.core.box import host_array
+from statefulnn.core.arrays import host_array
 from statefulnn.io._reading import Budget, broken
 
 # JAX takes over memory as it is if it starts at a multiple of this.

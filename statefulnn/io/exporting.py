@@ -19,11 +19,12 @@ import jax.numpy as jnp
 import numpy as np
 
 import statefulnn
+from statefulnn.core import refusals
 from statefulnn.core.compat import EAGER, current_trace
 from statefulnn.core.errors import CheckpointError, explain
 from statefulnn.core.graph import require_module
 from statefulnn.core.module import Module
-from statefulnn.core.placement import META, is_meta, no_numbers, resolve_device
+from statefulnn.core.placement import META, is_meta, resolve_device
 from statefulnn.core.plan import Plan, plan_of
 from statefulnn.io import exported
 from statefulnn.io._atomic import replacing
@@ -198,7 +199,7 @@ def _weights(plan: Plan) -> tuple[dict[str, np.ndarray], list, dict[str, str]]:
         if moduledef.kind_of(i) == "generator":
             continue
         if is_meta(value):
-            raise no_numbers(plan.boxes[i].label())
+            raise refusals.no_numbers(plan.boxes[i].label())
         if jnp.issubdtype(value.dtype, jax.dtypes.extended) or np.dtype(value.dtype) not in NAMES:
             raise refused(
                 f"with {name!r} of dtype {value.dtype}",

@@ -10,7 +10,7 @@ import numpy as np
 
 from statefulnn import functional as F
 from statefulnn import init
-from statefulnn.core.box import filled as box_filled
+from statefulnn.core.arrays import filled as box_filled
 from statefulnn.core.errors import ShapeError, explain
 from statefulnn.core.module import Module
 from statefulnn.core.placement import is_meta, resolve_device

@@ -12,9 +12,10 @@ from typing import Any, Self
 
 import numpy as np
 
-from statefulnn.core.box import Box, Parameter
+from statefulnn.core.box import Box
 from statefulnn.core.errors import RegistrationError, explain
 from statefulnn.core.module import Module
+from statefulnn.core.parameter import Parameter
 
 _ARRAYS = (np.ndarray, np.generic)
 

@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 
 from statefulnn import init
-from statefulnn.core.box import Parameter, unwrap
+from statefulnn.core.box import unwrap
 from statefulnn.core.errors import explain
 from statefulnn.core.generator import next_key
 from statefulnn.core.module import Module
+from statefulnn.core.parameter import Parameter
 from statefulnn.functional._checks import array, require_rank
 from statefulnn.functional.packed import (
     PackedSequence,

@@ -6,9 +6,9 @@ from typing import Any, Self
 
 from statefulnn import functional as F
 from statefulnn import init
-from statefulnn.core.box import Parameter
 from statefulnn.core.errors import explain
 from statefulnn.core.module import Module
+from statefulnn.core.parameter import Parameter
 from statefulnn.functional._checks import array, shape_error
 
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from statefulnn import functional as F
 from statefulnn import init
-from statefulnn.core.box import from_numpy
+from statefulnn.core.arrays import from_numpy
 from statefulnn.core.errors import ShapeError, explain
 from statefulnn.core.module import Module
 from statefulnn.core.placement import resolve_device, supported

@@ -13,10 +13,10 @@ from statefulnn.core import compat
 from statefulnn.core.box import Box, unwrap
 from statefulnn.core.errors import DtypeError, ShapeError, TraceLeakError, UnknownNameError, explain
 from statefulnn.core.graph import require_module
-from statefulnn.core.hooks import listening, run_abstractly
+from statefulnn.core.listeners import listening, run_abstractly
 from statefulnn.core.module import Module
+from statefulnn.core.ownership import ModuleBase
 from statefulnn.core.plan import plan_of
-from statefulnn.core.scope import ModuleBase
 from statefulnn.transforms.lift import SplitCall, Writes
 
 
@@ -137,7 +137,7 @@ class _Recorder:
         # The ModuleDefs of modules that were called and are not of the tree.
         self._elsewhere: set[Any] = set()
         self._expected = expected  # None, or a pair of kinds and the probes that fit them
-        self._here = list(compat.chain(compat.current_trace()))
+        self._here = compat.current_trace()
 
     def __call__(self, called: Any, out: Any) -> Any:
         name = self._names.get(id(called))
@@ -149,7 +149,7 @@ class _Recorder:
             out = self._with_probes(name, out)
         for leaf in jax.tree_util.tree_leaves(out):
             home = compat.trace_of(leaf)
-            if home is not None and home not in self._here:
+            if home is not None and not compat.may_be_around(home, self._here):
                 raise _inside(name)
         self.outputs.setdefault(name, []).append(out)
         return out

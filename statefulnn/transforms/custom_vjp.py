@@ -22,9 +22,9 @@ from statefulnn.core.errors import (
 )
 from statefulnn.core.graph import build_clones
 from statefulnn.core.moduledef import ModuleDef
+from statefulnn.core.ownership import Scope
 from statefulnn.core.plan import build_plan
 from statefulnn.core.pytree import flatten_collecting, unflatten_with
-from statefulnn.core.scope import Scope
 from statefulnn.transforms.differentiate import name_of
 from statefulnn.transforms.lift import Mark, SplitCall, Writes, spread, template, unbound
 

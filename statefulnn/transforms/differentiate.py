@@ -14,12 +14,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from statefulnn.core import refusals
 from statefulnn.core.box import Box
 from statefulnn.core.errors import ShapeError, UnknownNameError, UnusedModuleError, explain
-from statefulnn.core.hooks import forward_mode_error, hooks_of
+from statefulnn.core.hooks import hooks_of
 from statefulnn.core.module import Module
+from statefulnn.core.ownership import Scope
 from statefulnn.core.pytree import flatten_collecting
-from statefulnn.core.scope import Scope
 from statefulnn.transforms.lift import SplitCall, Writes, template
 
 
@@ -120,7 +121,7 @@ class Differentiation:
         for root in self.call.roots:
             for module in root.modules() if isinstance(root, Module) else ():
                 if hooks_of(module, "_backward_hooks") or hooks_of(module, "_backward_pre_hooks"):
-                    raise forward_mode_error(module)
+                    raise refusals.forward_mode(type(module).__name__)
 
     def show(self, tree: Any) -> Any:
         """Replace every `Chosen` in a result by the arguments it stands for, in the user's terms."""

@@ -14,12 +14,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from statefulnn.core.box import check_usable
+from statefulnn.core.arrays import check_usable
 from statefulnn.core.compat import EAGER, current_trace
 from statefulnn.core.generator import current_generator, streams
+from statefulnn.core.ownership import ModuleBase
 from statefulnn.core.plan import Plan, build_plan, count_changes
 from statefulnn.core.pytree import flatten_collecting
-from statefulnn.core.scope import ModuleBase
 from statefulnn.transforms.lift import Signature, restore_output, write_back
 from statefulnn.transforms.versions import Options, Statics, Version, versions_of
 
@@ -123,6 +123,8 @@ class Dispatch:
         leaves = known.plan.cached_leaves
         if leaves is None:
             leaves = known.plan.leaves()
+            if known.plan.placements is not version.placements:
+                known, version, dynamic = self.look_up(args, kwargs)
         self.versions.counter = self._counter
         try:
             out, written = version.call(leaves, dynamic)
@@ -159,15 +161,18 @@ class Dispatch:
     def look_up(self, args: tuple, kwargs: dict[str, Any]) -> tuple[KnownModules, Version, list]:
         """Return what a call needs: what is known of its modules, its version, the other leaves."""
         statics = None
+        self.versions.counter = self._counter
         if self.options.static_argnums or self.options.static_argnames:
             args, kwargs, statics = self._without_statics(args, kwargs)
         dynamic, treedef, roots = flatten_collecting((args, kwargs))
         generator = current_generator()
         known = self._known_of(roots if generator is None else [*roots, generator])
-        version = known.versions.get(treedef) if statics is None else None
-        if version is None:
-            signature = Signature(known.plan.moduledef, treedef, generator is not None)
-            version = self.versions.find(signature, statics)
+        plan, version = known.plan, known.versions.get(treedef) if statics is None else None
+        plan.leaves()  # finds out where they lie
+        if version is None or version.placements is not plan.placements:
+            signature = Signature(plan.moduledef, treedef, generator is not None)
+            version = self.versions.find(signature, statics, plan.placements)
+            plan.placements = version.placements  # equal ones are one object
             if version not in self._met:
                 self._met.add(version)
                 self.versions.note_use(map(id, roots))

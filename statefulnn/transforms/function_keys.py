@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from statefulnn.core.box import Box
-from statefulnn.core.scope import ModuleBase
+from statefulnn.core.ownership import ModuleBase
 
 _LIBRARIES = sys.stdlib_module_names - {"__main__"} | {
     "jax",

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from statefulnn.core.box import Box, Parameter
+from statefulnn.core.box import Box
 from statefulnn.core.compat import EAGER, current_trace
 from statefulnn.core.errors import DtypeError, ShapeError, UnknownNameError, explain
 from statefulnn.core.generator import Generator, as_key, use_generator
@@ -21,8 +21,9 @@ from statefulnn.core.graph import build_clones, merge, require_module
 from statefulnn.core.module import Module
 from statefulnn.core.moduledef import ModuleDef, differences, positions_of
 from statefulnn.core.narrowing import check_jax_holds
+from statefulnn.core.ownership import Scope
+from statefulnn.core.parameter import Parameter
 from statefulnn.core.plan import build_plan, plan_of
-from statefulnn.core.scope import Scope
 from statefulnn.core.state_dict import _dtype_kind as dtype_kind
 from statefulnn.transforms.lift import check_structure
 

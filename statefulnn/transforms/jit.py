@@ -10,7 +10,7 @@ import functools
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from statefulnn.core.scope import ModuleBase
+from statefulnn.core.ownership import ModuleBase
 from statefulnn.transforms.ahead import Lowered
 from statefulnn.transforms.dispatch import Dispatch
 from statefulnn.transforms.lift import unbound

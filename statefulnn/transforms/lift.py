@@ -14,16 +14,18 @@ from typing import Any, NamedTuple
 
 import jax
 
-from statefulnn.core.box import Box, Parameter
+from statefulnn.core.box import Box
 from statefulnn.core.compat import EAGER, current_trace
 from statefulnn.core.errors import StateWriteError, StructureChangeError, explain
 from statefulnn.core.generator import Generator, current_generator, use_generator
 from statefulnn.core.graph import build_clones
 from statefulnn.core.leaks import outer_traces, watching
 from statefulnn.core.moduledef import ModuleDef, differences
+from statefulnn.core.ownership import ModuleBase, Scope, check_write, real_dict
+from statefulnn.core.parameter import Parameter
 from statefulnn.core.plan import Plan, build_plan, plan_of
 from statefulnn.core.pytree import flatten_collecting, unflatten_with
-from statefulnn.core.scope import ModuleBase, Scope, check_write, clock, real_dict, value_changed
+from statefulnn.core.stamps import clock, value_changed
 
 
 class Writes:
@@ -71,6 +73,7 @@ class Signature(NamedTuple):
         *,
         on_scope: Callable[[Scope], None] | None = None,
         returned: Collection[int] = (),
+        lost: tuple[str, str] | None = None,
     ) -> tuple[Any, Writes]:
         """Run a function on clones, as a pure function of arrays.
 
@@ -80,11 +83,12 @@ class Signature(NamedTuple):
             dynamic: the other leaves of the arguments.
             on_scope: is shown the scope of the clones after the call.
             returned: leaf positions to return whether written or not.
+            lost: if the clones may only be read, why a write would be lost, and what to do instead.
 
         Returns:
             the output, and the values that were written.
         """
-        scope = Scope(moduledef=self.moduledef)
+        scope = Scope(lost is None, lost, self.moduledef)
         roots, boxes, modules = build_clones(self.moduledef, leaves, scope)
         arguments = roots[:-1] if self.has_generator else roots
         args, kwargs = unflatten_with(self.treedef, dynamic, arguments)
@@ -326,6 +330,21 @@ def unbound(fun: Any) -> tuple[Any, Any]:
     if not isinstance(owner, ModuleBase):
         return fun, None
     return (call_module if fun is owner else getattr(fun, "__func__", fun)), owner
+
+
+def several_unbound(functions: Sequence[Any]) -> tuple[list[Callable], tuple]:
+    """Apply `unbound` to each function; what comes back takes all owners first, then the arguments."""
+    pairs = [unbound(f) for f in functions]
+
+    def taking_owners(number: int, function: Callable) -> Callable:
+        def call(owners: tuple, *args: Any) -> Any:
+            owner = owners[number]
+            return function(*args) if owner is None else function(owner, *args)
+
+        return call
+
+    owners = tuple(owner for _, owner in pairs)
+    return [taking_owners(i, f) for i, (f, _) in enumerate(pairs)], owners
 
 
 def call_module(module: Any, *args: Any, **kwargs: Any) -> Any:

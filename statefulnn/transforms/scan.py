@@ -1,15 +1,19 @@
-"""nn.scan: a loop whose carry may hold modules."""
+"""nn.scan, and what all loops share: steps of a user's function, with modules that are carried or sliced."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
-from statefulnn.core.errors import StructureChangeError, explain
+from statefulnn.core.baked_in import probing
+from statefulnn.core.errors import ShapeError, StateWriteError, StructureChangeError, explain
+from statefulnn.core.generator import Generator
+from statefulnn.core.module import Module
 from statefulnn.core.pytree import flatten_collecting, unflatten_with
-from statefulnn.transforms.lift import SplitCall, Writes
+from statefulnn.transforms.lift import SplitCall, Writes, leaves_below, several_unbound
 
 
 def scan(
@@ -22,21 +26,28 @@ def scan(
 ) -> tuple[Any, Any]:
     """Run ``carry, y = f(carry, x)`` over the first axis of `xs`, as ``jax.lax.scan``, with modules.
 
-    What a step writes to a module in the carry is seen by the next one, and written back at the end.
+    What a step writes to a module in the carry is seen by the next one, and written back at the end. A
+    module in `xs` is a stack of modules: each of its arrays has the leading axis, a step gets one slice
+    as a module, and what it writes there goes into the stack. A generator that was not stacked is one
+    stream for all steps.
 
     Args:
-        f: one step.
+        f: one step; for a Module or a method of one, the module is carried.
         init: the first carry: arrays and modules in any pytree.
-        xs: arrays with a leading axis to step over.
+        xs: arrays with a leading axis to step over, and stacks of modules.
         length: the number of steps, if there are no `xs`.
         reverse: whether to go backwards.
         unroll: how many steps to compile into one.
 
     Returns:
-        ``(carry, ys)``; modules in the carry are the caller's own.
+        ``(carry, ys)``; modules in the carry are the caller's own, and so are slices of `xs` among the
+        outputs. Any other module in an output comes back as a stack of what it was after each step.
 
     Raises:
-        StructureChangeError: if a step returns a carry with other modules.
+        StructureChangeError: if a step returns a carry with other modules, or changes the shape or the
+            dtype of what it carries.
+        ShapeError: if a module is in the carry and in `xs`, or its arrays have no leading axis of the
+            length of the others.
 
     Source: ``jax.lax.scan``.
 
@@ -48,70 +59,228 @@ def scan(
         >>> _, ys = nn.scan(step, norm, jnp.ones((5, 3, 2)))
         >>> ys.shape, int(norm.num_batches_tracked)
         ((5, 3, 2), 5)
+        >>> layers = nn.vmap(lambda: nn.Linear(2, 2), axis_size=4)()
+        >>> h, _ = nn.scan(lambda h, layer: (layer(h), None), jnp.ones(2), layers)
+        >>> h.shape
+        (2,)
     """
-    call = SplitCall(((init,), {}))
-    leaves = call.leaves
-    start = call.dynamic
+    loop = Loop(_advance, (f,), init, xs)
+    loop.check_lengths(length)
+    loop.learn()
+    state, (ys, stacked) = jax.lax.scan(
+        loop.step, loop.start, loop.inputs, length=length, reverse=reverse, unroll=unroll
+    )
+    return loop.finish(state, ys, stacked)
 
-    def step(leaves: list, dynamic: list, x: Any) -> tuple[list, Any, Writes]:
-        ys: list[Any] = []
 
-        def body(carry: Any) -> list:
-            before = flatten_collecting(carry)
-            result = f(carry, x)
-            if not isinstance(result, tuple) or len(result) != 2:
-                raise TypeError(
+def _advance(f: Callable, carry: Any, x: Any) -> tuple[Any, Any]:
+    result = f(carry, x)
+    if not isinstance(result, tuple) or len(result) != 2:
+        raise TypeError(
+            explain(
+                f"a scanned function returned {type(result).__name__}",
+                "a step gives the next carry and an output",
+                "return a pair: return carry, y",
+            )
+        )
+    return result
+
+
+class Loop:
+    """The arguments of a loop, taken apart: some boxes are carried, some sliced, the rest constant.
+
+    Args:
+        advance: one step, ``advance(f, carry, x, *extra) -> (carry, y)``.
+        functions: the user's functions, the one of a step first; the owners of methods are carried.
+        carry: the first carry.
+        xs: what is stepped over.
+
+    Attributes:
+        call: all of it.
+        sliced: the leaf positions that have an axis to step over.
+    """
+
+    def __init__(
+        self, advance: Callable, functions: Sequence[Callable], carry: Any, xs: Any = None
+    ) -> None:
+        self._advance = advance
+        self._functions, owners = several_unbound(functions)
+        values, _, roots = flatten_collecting((owners, carry))
+        self.call = call = SplitCall((((owners, carry), xs), {}))
+        self._leaves, n = call.leaves, len(values)
+        self._dynamic = (
+            call.dynamic[:n],
+            call.dynamic[n:],
+        )  # of the carry, and of what is stepped over
+        kept = leaves_below(call.moduledef, range(len(roots)))
+        self.sliced = [
+            i
+            for i in leaves_below(call.moduledef, range(len(roots), len(call.roots)))
+            if not isinstance(call.plan.boxes[i], Generator) or jnp.ndim(self._leaves[i]) > 1
+        ]
+        # What a step writes, of which part is carried and part stacked; the others are constants.
+        self._written: tuple[int, ...] = ()
+        self._carried: list[int] = []
+        self._stacked: list[int] = []
+        for i in self.sliced:
+            if i in kept:
+                raise ShapeError(
                     explain(
-                        f"a scanned function returned {type(result).__name__}",
-                        "a step gives the next carry and an output",
-                        "return a pair: return carry, y",
+                        f"a loop was given {call.moduledef.leaf_names[i]!r} in its carry and in its xs",
+                        "what is carried is whole, what is in xs is cut into steps: it cannot be both",
+                        "pass the module in one place, and what steps share in a module of its own",
                     )
                 )
-            after = flatten_collecting(result[0])
+
+    def check_lengths(self, length: int | None = None) -> int:
+        """Return the number of steps, or raise if the arrays to step over do not have one length."""
+        names = self.call.moduledef.leaf_names
+        named = [(repr(names[i]), self._leaves[i]) for i in self.sliced]
+        lengths: dict[Any, str] = {} if length is None else {length: "length"}
+        for name, value in [*(("an array of xs", v) for v in self._dynamic[1]), *named]:
+            shape = jnp.shape(value)
+            lengths.setdefault(shape[0] if shape else None, f"{name} of shape {shape}")
+        if len(lengths) > 1 or None in lengths:
+            listed = ", ".join(
+                f"{'no axis' if n is None else n} ({who})" for n, who in lengths.items()
+            )
+            raise ShapeError(
+                explain(
+                    f"a loop was given xs of these lengths: {listed}",
+                    "each step takes one slice of the first axis of every array, also of every array of "
+                    "a module",
+                    "stack modules first, nn.vmap(make, axis_size=n)() or jax.tree.map(lambda *v: "
+                    "jnp.stack(v), *modules); put what all steps share into the carry",
+                )
+            )
+        return next(iter(lengths), 0)
+
+    def learn(self, *extra: Any) -> None:
+        """Find out by an abstract run what a step writes: only that has to be carried."""
+        leaves, sliced = list(self._leaves), {*self.sliced}
+        for i in sliced:
+            leaves[i] = _slice_of(leaves[i])
+        dynamic = [*self._dynamic[0], *map(_slice_of, self._dynamic[1])]
+        with probing():
+            *_, writes = jax.eval_shape(self._run, leaves, dynamic, *extra)
+        for i, new in zip(writes.indices, writes.values, strict=True):
+            old = leaves[i] if i in sliced else jax.typeof(leaves[i])
+            if (old.shape, old.dtype) != (new.shape, new.dtype):
+                raise StructureChangeError(
+                    explain(
+                        f"a step of a loop made {self.call.moduledef.leaf_names[i]!r} {described(new)}; "
+                        f"it was {described(old)}",
+                        "each step goes on with what the one before has left, and runs the same code",
+                        "keep shape and dtype: self.count = self.count + 1 for integers, "
+                        "value.astype(self.mean.dtype)",
+                    )
+                )
+        self._written, self._out = writes.indices, writes.out
+        self._carried = [i for i in writes.indices if i not in sliced]
+        self._stacked = [i for i in writes.indices if i in sliced]
+
+    @property
+    def start(self) -> tuple[list, list]:
+        """The first state of the loop: the values of boxes that are carried, and other arrays."""
+        return [self._leaves[i] for i in self._carried], self._dynamic[0]
+
+    @property
+    def inputs(self) -> tuple[list, list]:
+        """What is cut into steps: the values of boxes, and other arrays."""
+        return [self._leaves[i] for i in self.sliced], self._dynamic[1]
+
+    def step(
+        self, state: tuple[list, list], inputs: Any = ((), ()), *extra: Any
+    ) -> tuple[Any, Any]:
+        """Run one step, purely: return the next state, and (output, what it wrote to its slices)."""
+        leaves, dynamic = self._at(state, inputs)
+        new, y, writes = self._run(leaves, dynamic, *extra)
+        again = sorted({*writes.indices}.difference(self._written))
+        if again:
+            raise StateWriteError(
+                explain(
+                    f"a step of a loop wrote to {self.call.moduledef.leaf_names[again[0]]!r} when it "
+                    "was traced a second time, and not the first time",
+                    "the step depends on something in Python that it changes, and is not one function",
+                    "keep what changes in buffers",
+                )
+            )
+        values = dict(zip(writes.indices, writes.values, strict=True))
+        return (
+            ([values[i] for i in self._carried], new),
+            (y, [values[i] for i in self._stacked]),
+        )
+
+    def ask(self, state: tuple[list, list]) -> Any:
+        """Call the second function with the carry, for reading alone."""
+        run = self.call.signature.run
+        return run(lambda kept, _: self._functions[1](*kept), *self._at(state), lost=_READ_ONLY)[0]
+
+    def finish(self, state: tuple[list, list], ys: Any = None, stacked: Sequence[Any] = ()) -> Any:
+        """Write back what the loop wrote, and return its carry and its outputs."""
+        values, dynamic = state
+        everything = [*dynamic, *self._dynamic[1]]
+        ((_, carry), _), _ = unflatten_with(
+            self.call.signature.treedef, everything, self.call.roots
+        )
+        writes = Writes((*self._carried, *self._stacked), [*values, *stacked], self._out)
+        return carry, self.call.finish(ys, writes)
+
+    def _at(self, state: tuple[list, list], inputs: Any = ((), ())) -> tuple[list, list]:
+        leaves = list(self._leaves)
+        for positions, values in ((self._carried, state[0]), (self.sliced, inputs[0])):
+            for i, value in zip(positions, values, strict=True):
+                leaves[i] = value
+        return leaves, [*state[1], *inputs[1]]
+
+    def _run(self, leaves: list, dynamic: list, *extra: Any) -> tuple[list, Any, Writes]:
+        following: list[Any] = []
+
+        def body(kept: Any, x: Any) -> Any:
+            owners, carry = kept
+            before = flatten_collecting(carry)
+            new, y = self._advance(
+                lambda *args: self._functions[0](owners, *args), carry, x, *extra
+            )
+            after = flatten_collecting(new)
             same = len(before[2]) == len(after[2]) and all(
                 a is b for a, b in zip(before[2], after[2], strict=True)
             )
             if after[1] != before[1] or not same:
                 raise StructureChangeError(
                     explain(
-                        "a scanned function returned a carry of another structure, or other modules",
+                        "a step of a loop returned a carry of another structure, or other modules",
                         "each step goes on with the carry of the one before",
                         "return the same modules, changed in place, and arrays in the same places",
                     )
                 )
-            ys.append(result[1])
-            return after[0]
+            following.extend(after[0])
+            return _snapshot(y, x)
 
-        new, written = call.run(body, leaves, dynamic)
-        return new, ys[0], written
+        y, writes = self.call.signature.run(body, leaves, dynamic, returned=self._written)
+        return following, y, writes
 
-    # Only what a step writes has to be carried; an abstract run tells what that is.
-    first = None if xs is None else jax.tree_util.tree_map(lambda v: v[0], xs)
-    indices: list[int] = []
 
-    def discover(leaves: list, dynamic: list, x: Any) -> Any:
-        new, ys, written = step(leaves, dynamic, x)
-        indices[:] = written.indices
-        return new, ys
+_READ_ONLY = (
+    "the condition of a loop gives one boolean, and is asked once more than there are steps",
+    "write in the body, and let the condition read what it left",
+)
 
-    if xs is None or all(len(v) for v in jax.tree_util.tree_leaves(xs)):
-        jax.eval_shape(discover, leaves, start, first)
 
-    def carried(carry: tuple[list, list], x: Any) -> Any:
-        full = list(leaves)
-        for i, value in zip(indices, carry[0], strict=True):
-            full[i] = value
-        new, ys, written = step(full, carry[1], x)
-        values = dict(zip(written.indices, written.values, strict=True))
-        return ([values.get(i, full[i]) for i in indices], new), ys
+def _slice_of(value: Any) -> jax.ShapeDtypeStruct:
+    of = jax.typeof(value)
+    return jax.ShapeDtypeStruct(of.shape[1:], of.dtype, weak_type=of.weak_type)
 
-    (values, final), ys = jax.lax.scan(
-        carried,
-        ([leaves[i] for i in indices], start),
-        xs,
-        length=length,
-        reverse=reverse,
-        unroll=unroll,
-    )
-    (carry,), _ = unflatten_with(call.signature.treedef, final, call.roots)
-    return call.finish((carry, ys), Writes(tuple(indices), values))
+
+def _snapshot(y: Any, x: Any) -> Any:
+    """Copy the modules of an output that other steps will change; slices of `xs` stay what they are."""
+    leaves, treedef, found = flatten_collecting(y)
+    roots = [r for r in flatten_collecting(x)[2] if isinstance(r, Module)]
+    own = {id(m) for root in roots for m in root.modules()}
+    found = [m if id(m) in own else jax.tree.map(lambda v: v, m) for m in found]
+    return unflatten_with(treedef, leaves, found) if found else y
+
+
+def described(array: Any) -> str:
+    """Return the dtype and shape of an array for a message."""
+    return f"{array.dtype}{list(array.shape)}"

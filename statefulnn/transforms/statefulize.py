@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from statefulnn.core.box import Box, Buffer, Parameter, unwrap
+from statefulnn.core.box import Box, unwrap
 from statefulnn.core.errors import (
     MissingRngError,
     RegistrationError,
@@ -36,7 +36,8 @@ from statefulnn.core.generator import current_generator, next_key
 from statefulnn.core.module import Module, find_box, place_box
 from statefulnn.core.moduledef import ModuleDef
 from statefulnn.core.narrowing import check_jax_holds
-from statefulnn.core.scope import ModuleBase
+from statefulnn.core.ownership import ModuleBase
+from statefulnn.core.parameter import Buffer, Parameter
 
 
 def dotted(path: tuple) -> str:

@@ -20,12 +20,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from statefulnn.core.errors import RetraceWarning, explain
+from statefulnn.core.errors import RetraceWarning, explain, user_stack_level
 from statefulnn.core.freeze import Freezer
-from statefulnn.core.hooks import active
 from statefulnn.core.lending import donated
+from statefulnn.core.listeners import active
+from statefulnn.core.ownership import ModuleBase
+from statefulnn.core.placement import kept_in_place
 from statefulnn.core.plan import RETRACE_LIMIT
-from statefulnn.core.scope import ModuleBase, user_stack_level
 from statefulnn.transforms.function_keys import FunctionKey
 from statefulnn.transforms.lift import Signature, leaves_below, template
 
@@ -72,6 +73,7 @@ class Version:
 
     Attributes:
         signature, statics: these; the static arguments frozen.
+        placements: the shardings of the leaves that lie on several devices; what is written keeps them.
         call: ``call(leaves, dynamic) -> (out, written)``. `written` is None, or a dict with one item: the
             number of the trace, whose indices `Versions.results` has, and the values that were written.
         traces: how often it has been traced.
@@ -83,6 +85,7 @@ class Version:
         "_shapes",
         "call",
         "donation",
+        "placements",
         "signature",
         "statics",
         "traces",
@@ -94,6 +97,7 @@ class Version:
         self.signature, self.statics, self.donation = signature, statics, donation
         self.traces = 0
         self._shapes: list[tuple] = []
+        self.placements: tuple[Any, ...] | None = None
         self.call: Any = None
         self._make: Callable[[], Any] = lambda: None
 
@@ -158,12 +162,15 @@ class Versions:
         self.results: list[tuple[tuple[int, ...], Any]] = []
         self.by_key: collections.OrderedDict[Any, Version] = collections.OrderedDict()
 
-    def find(self, signature: Signature, statics: Statics | None) -> Version:
-        """Return the version for a signature and static arguments; make it if there is none."""
-        key = (signature, None if statics is None else statics.key())
+    def find(
+        self, signature: Signature, statics: Statics | None, placements: tuple[Any, ...] | None
+    ) -> Version:
+        """Return the version for a call; make it if there is none."""
+        key = (signature, None if statics is None else statics.key(), placements)
         version = self.by_key.get(key)
         if version is None:
             version = self.by_key[key] = self._made(signature, statics, key[1])
+            version.placements = placements
             if len(self.by_key) > MOST_VERSIONS:
                 self.by_key.popitem(last=False)
         self.by_key.move_to_end(key)
@@ -189,11 +196,15 @@ class Versions:
             out, written = signature.run(function, leaves, dynamic, returned=returned)
             if not written.indices and written.out is None:
                 return out, None
+            placements = () if alive is None else alive.placements or ()
+            values = list(written.values)
+            for at, i in enumerate(written.indices if placements else ()):
+                values[at] = kept_in_place(values[at], placements[i])
             # The key of a dict is static, part of the output's structure. So the caller learns which
             # trace a result is of without an array that says so: one function has several traces, and
             # each may write other leaves.
             results[number] = (written.indices, written.out)
-            return out, {number: written.values}
+            return out, {number: values}
 
         traced.__name__ = traced.__qualname__ = name
 

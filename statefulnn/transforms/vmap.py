@@ -8,8 +8,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from statefulnn.core.compat import current_trace, trace_of
+from statefulnn.core.compat import varies
 from statefulnn.core.errors import MissingRngError, ShapeError, StateWriteError, explain
 from statefulnn.core.generator import Forbidden, advance, use_generator
 from statefulnn.transforms.lift import (
@@ -100,9 +101,9 @@ def vmap(
                 leaves[i], leaf_axes[i] = _per_lane(state, size), 0
         found: dict[str, Any] = {}
 
-        def lane(leaves: list, dynamic: list) -> tuple[Any, list, list]:
+        def lane(leaves: list, dynamic: list, number: Any) -> tuple[Any, list, list]:
             out, written = call.run(function, leaves, dynamic)
-            differs = [trace_of(v) is current_trace() for v in written.values]
+            differs = varies(written.values, number)
             found.update(indices=written.indices, differs=differs, out=written.out)
             by_lane = [v for v, d in zip(written.values, differs, strict=True) if d]
             common = [v for v, d in zip(written.values, differs, strict=True) if not d]
@@ -111,11 +112,11 @@ def vmap(
         function = _without_randomness(one_lane) if randomness == "error" else one_lane
         out, by_lane, common = jax.vmap(
             lane,
-            in_axes=(leaf_axes, dynamic_axes),
+            in_axes=(leaf_axes, dynamic_axes, 0),
             out_axes=(out_axes, 0, None),
             axis_size=size,
             axis_name=axis_name,
-        )(leaves, call.dynamic)
+        )(leaves, call.dynamic, np.arange(size, dtype=np.int32))
 
         mapped, same = iter(by_lane), iter(common)
         values = []

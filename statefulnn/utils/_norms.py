@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from statefulnn import init
-from statefulnn.core.box import Buffer
 from statefulnn.core.errors import explain
+from statefulnn.core.parameter import Buffer
 from statefulnn.modules.conv_transpose import ConvTranspose1d, ConvTranspose2d, ConvTranspose3d
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from statefulnn.core.box import Parameter
 from statefulnn.core.errors import explain
 from statefulnn.core.module import Module
+from statefulnn.core.parameter import Parameter
 
 
 def parameter_of(

@@ -22,10 +22,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from statefulnn.core.box import Box, Parameter, unwrap
+from statefulnn.core.box import Box, unwrap
 from statefulnn.core.compat import EAGER, Tracer, current_trace
-from statefulnn.core.errors import DtypeError, explain
-from statefulnn.core.scope import ModuleBase, check_write, user_stack_level
+from statefulnn.core.errors import DtypeError, explain, user_stack_level
+from statefulnn.core.ownership import ModuleBase, check_write
+from statefulnn.core.parameter import Parameter
 
 
 def _wide(x: Any) -> Any:

@@ -11,8 +11,9 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from statefulnn.core.box import Parameter, unwrap
+from statefulnn.core.box import unwrap
 from statefulnn.core.errors import ShapeError, explain
+from statefulnn.core.parameter import Parameter
 
 
 def parameters_to_vector(parameters: Iterable[Any]) -> Any:

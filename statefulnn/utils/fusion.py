@@ -10,8 +10,9 @@ from typing import Any
 
 import jax
 
-from statefulnn.core.box import Parameter, unwrap
+from statefulnn.core.box import unwrap
 from statefulnn.core.errors import explain
+from statefulnn.core.parameter import Parameter
 
 
 def _require_fusible(layer: Any, bn: Any, function: str) -> None:

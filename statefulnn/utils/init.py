@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import copy
 import inspect
 from collections.abc import Callable
@@ -10,14 +11,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from statefulnn.core.box import Box, filled
+from statefulnn.core.arrays import filled
+from statefulnn.core.baked_in import probing
+from statefulnn.core.box import Box
 from statefulnn.core.compat import EAGER, current_trace
 from statefulnn.core.errors import TraceLeakError, UninitializedParameterError, explain
 from statefulnn.core.generator import rng_scope
 from statefulnn.core.module import Module
 from statefulnn.core.placement import META, elsewhere, is_meta, resolve_device
 from statefulnn.core.placement import device as device_type
-from statefulnn.core.scope import probing
+from statefulnn.core.walk import LEAVE, walk
 from statefulnn.modules.lazy import LazyModuleMixin
 
 
@@ -216,6 +219,16 @@ def _draw_values(module: Module, device: Any, called: list[Module]) -> None:
         for box in _own(m).values():
             if id(box) not in owners or _home(box) is m:
                 owners[id(box)] = m
+    # A module draws for what it was built with. What it was given later keeps the values that it has: what
+    # had numbers before, and what is tied and belongs elsewhere.
+    holders = collections.Counter(id(b) for _, m in order for b in _own(m).values())
+    boxes = {id(b): b for m in module.modules() for b in _own(m).values()}
+    kept = [(b, None) for i, b in boxes.items() if i not in missing]
+    kept += [
+        (b, _upwards(owners[i], parents))
+        for i, b in boxes.items()
+        if i in missing and holders[i] > 1
+    ]
     for name, m in order:
         for key, box in _own(m).items():
             if is_meta(box._value):
@@ -223,15 +236,9 @@ def _draw_values(module: Module, device: Any, called: list[Module]) -> None:
         reset = _reset_of(m)
         if reset is None:
             continue
-        # The module drew for what it was built with, before it was given what belongs elsewhere.
-        kept = [
-            (box, box._value)
-            for below in m.modules()
-            for box in _own(below).values()
-            if id(box) not in missing or m not in _upwards(owners[id(box)], parents)
-        ]
+        before = [(box, box._value) for box, above in kept if above is None or m not in above]
         reset()
-        for box, value in kept:
+        for box, value in before:
             if box._value is not value:
                 Box.write(box, value)
 
@@ -242,22 +249,22 @@ def _construction_order(
     """Return the modules that have something to draw, children first, and where each module belongs."""
     order: list[tuple[str, Module]] = []
     parents: dict[Module, Module] = {}
-    seen: set[Module] = set()
+    needed: set[Module] = set()
 
-    def visit(name: str, m: Module) -> bool:
-        seen.add(m)
-        needed = any(id(b) in missing for b in _own(m).values())
-        for key, child in m._modules.items():
-            if child is not None:
-                if child not in parents or _home(child) is m:
-                    parents[child] = m
-                if child not in seen:
-                    needed |= visit(f"{name}.{key}" if name else key, child)
-        if needed:
-            order.append((name, m))
-        return needed
+    def below(m: Any, name: str) -> list[tuple[str, Any]]:
+        children = [(k, child) for k, child in m._modules.items() if child is not None]
+        for _, child in children:
+            if child not in parents or _home(child) is m:
+                parents[child] = m
+        return [(f"{name}.{k}" if name else k, child) for k, child in children]
 
-    visit("", module)
+    for event, name, m in walk(module, below, once=True):
+        if event is LEAVE:
+            children = [child for child in m._modules.values() if child is not None]
+            own = any(id(b) in missing for b in _own(m).values())
+            if own or any(child in needed for child in children):
+                needed.add(m)
+                order.append((name, m))
     return order, parents
 
 

@@ -12,10 +12,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from statefulnn.core.box import Buffer, Parameter, unwrap
+from statefulnn.core.box import unwrap
 from statefulnn.core.errors import ShapeError, explain
 from statefulnn.core.generator import next_key
 from statefulnn.core.module import Module
+from statefulnn.core.parameter import Buffer, Parameter
 from statefulnn.utils._computed import Loading
 from statefulnn.utils._norms import (
     as_matrix,

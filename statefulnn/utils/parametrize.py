@@ -22,10 +22,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from statefulnn.core.box import Box, Buffer, Parameter, unwrap
+from statefulnn.core.box import Box, unwrap
 from statefulnn.core.compat import Tracer, chain, current_trace, kind
 from statefulnn.core.errors import RegistrationError, explain
 from statefulnn.core.module import Module
+from statefulnn.core.parameter import Buffer, Parameter
 from statefulnn.modules.containers import ModuleDict, ModuleList
 from statefulnn.utils._computed import (
     Computation,

@@ -20,9 +20,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from statefulnn import init
-from statefulnn.core.box import Buffer, Parameter, unwrap
+from statefulnn.core.box import unwrap
 from statefulnn.core.errors import explain
 from statefulnn.core.module import Module
+from statefulnn.core.parameter import Buffer, Parameter
 from statefulnn.utils._computed import add_computation, remove_computation
 from statefulnn.utils._pruned import HISTORY, Pruned, any_pruned, methods, pruned
 from statefulnn.utils._tensors import parameter_of

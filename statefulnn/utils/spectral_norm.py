@@ -11,9 +11,10 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from statefulnn.core.box import Buffer, Parameter, unwrap
+from statefulnn.core.box import unwrap
 from statefulnn.core.errors import ShapeError, explain
 from statefulnn.core.module import Module
+from statefulnn.core.parameter import Buffer, Parameter
 from statefulnn.utils._computed import (
     Computation,
     Loading,

@@ -9,8 +9,8 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
+from statefulnn.core.errors import user_stack_level
 from statefulnn.core.module import Module
-from statefulnn.core.scope import user_stack_level
 from statefulnn.transforms.functional_call import functional_call as _functional_call
 
 

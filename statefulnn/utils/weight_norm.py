@@ -10,10 +10,10 @@ import warnings
 from dataclasses import dataclass
 from typing import Any
 
-from statefulnn.core.box import Parameter, unwrap
-from statefulnn.core.errors import explain
+from statefulnn.core.box import unwrap
+from statefulnn.core.errors import explain, user_stack_level
 from statefulnn.core.module import Module
-from statefulnn.core.scope import user_stack_level
+from statefulnn.core.parameter import Parameter
 from statefulnn.utils._computed import (
     Computation,
     add_computation,

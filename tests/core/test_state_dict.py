@@ -489,7 +489,7 @@ def assert_loaded(model: nn.Module, state: dict[str, Any]) -> None:
         np.testing.assert_array_equal(np.asarray(value), state[name])
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 @drawn(data=st.data(), assign=st.booleans(), strict=st.booleans())
 def test_any_names_of_a_box_are_enough(data: Any, assign: bool, strict: bool) -> None:
     full, some = numbered(), {}
@@ -539,7 +539,7 @@ def test_a_file_in_which_torch_s_writer_left_out_ties_loads_strictly(tmp_path) -
         np.testing.assert_array_equal(np.asarray(ours.state_dict()[name]), value.numpy())
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 @drawn(data=st.data(), assign=st.booleans(), strict=st.booleans())
 def test_different_values_of_one_box_are_an_error_that_names_both(
     data: Any, assign: bool, strict: bool
@@ -810,7 +810,7 @@ def integers_and_dtypes(draw: Any) -> tuple[np.ndarray, str]:
     ), target
 
 
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 @drawn(integers_and_dtypes(), st.booleans(), st.booleans(), st.booleans())
 def test_integers_load_as_they_are_or_not_at_all(
     given: tuple[np.ndarray, str], x64: bool, assign: bool, device: bool

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import enum
+import threading
 import warnings
 
 import jax
@@ -290,7 +291,7 @@ def test_the_module_def_holds_a_copy_too():
     assert nn.merge(moduledef, leaves).inner.value == [2.0]
 
 
-def test_unknown_objects_compare_by_identity():
+def test_plain_objects_compare_by_value():
     class Opaque:
         def __init__(self, factor):
             self.factor = factor
@@ -298,9 +299,29 @@ def test_unknown_objects_compare_by_identity():
     m = Holder(Opaque(2.0), lambda v: v.factor)
     f = nn.jit(lambda m, x: m(x))
     f(m, X)
+    m.inner.value = Opaque(2.0)
     f(m, X)
     assert f.trace_count == 1
     m.inner.value = Opaque(5.0)
+    np.testing.assert_array_equal(np.asarray(f(m, X)), [5.0, 5.0])
+    m.inner.value.factor = 7.0
+    np.testing.assert_array_equal(np.asarray(f(m, X)), [7.0, 7.0])
+    assert f.trace_count == 3
+
+
+def test_objects_that_nobody_can_look_into_compare_by_identity_with_a_warning():
+    class Guarded:
+        def __init__(self, factor):
+            self.lock = threading.Lock()
+            self.factor = factor
+
+    m = Holder(Guarded(2.0), lambda v: v.factor)
+    f = nn.jit(lambda m, x: m(x))
+    with pytest.warns(UserWarning, match="Guarded"):
+        f(m, X)
+    f(m, X)
+    assert f.trace_count == 1
+    m.inner.value = Guarded(5.0)
     np.testing.assert_array_equal(np.asarray(f(m, X)), [5.0, 5.0])
     assert f.trace_count == 2
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 
-from statefulnn.core.box import from_numpy, host_array
+from statefulnn.core.arrays import from_numpy, host_array
 from statefulnn.core.errors import DtypeError, explain
 from statefulnn.core.narrowing import numbers_beyond
 from statefulnn.core.placement import supported

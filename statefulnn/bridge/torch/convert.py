@@ -18,9 +18,9 @@ from statefulnn.bridge.torch.operators import OPERATORS
 from statefulnn.bridge.torch.splitting import Splitter
 from statefulnn.bridge.torch.structures import CONSTANTS, map_leaves
 from statefulnn.bridge.torch.tracing import ConversionError, trace
-from statefulnn.core.box import Buffer, Parameter
 from statefulnn.core.errors import explain
 from statefulnn.core.module import Module
+from statefulnn.core.parameter import Buffer, Parameter
 from statefulnn.core.placement import device, elsewhere
 
 _HOOKS = (

@@ -1,0 +1,102 @@
+"""Arrays as boxes hold them: made without compiling anything, checked, never weakly typed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+
+from statefulnn.core import refusals
+from statefulnn.core.compat import EAGER, Tracer, current_trace
+from statefulnn.core.errors import name_of
+from statefulnn.core.narrowing import check_jax_holds
+from statefulnn.core.placement import META, Place, Value, is_meta
+from statefulnn.core.refusals import Subject
+
+
+def host_array(
+    shape: Sequence[int], dtype: DTypeLike, empty: Callable[..., np.ndarray] = np.empty
+) -> np.ndarray:
+    """Return an uninitialised numpy array (with ``np.zeros``: of zeros) that JAX need not copy.
+
+    The CPU backend takes memory over as it is if it starts at a multiple of 64 bytes.
+    """
+    dtype = np.dtype(dtype)
+    nbytes = math.prod(shape) * dtype.itemsize
+    raw = empty(nbytes + 64, np.uint8)
+    start = -raw.ctypes.data % 64
+    return raw[start : start + nbytes].view(dtype).reshape(shape)
+
+
+def from_numpy(
+    values: np.ndarray | np.generic | list[np.ndarray], device: Place = None, copy: bool = True
+) -> Any:
+    """Return a numpy array, or a list of them, on a device, without compiling anything for its shape.
+
+    With ``copy=False`` the array may share memory with the numpy array, which nobody may write again.
+    """
+    if current_trace() is not EAGER:
+        return jax.tree.map(jnp.asarray, values)
+    return jax.device_put(jax.tree.map(np.array, values) if copy else values, device)
+
+
+def filled(shape: Sequence[int], dtype: DTypeLike, place: Place = None, value: float = 0) -> Any:
+    """Return an array of one value at a place (what `resolve_device` gives), compiling nothing for it.
+
+    On the meta device that is its shape alone. What lies on several devices is made there, at one
+    compilation a shape, and is never whole on the host.
+    """
+    shape = tuple(shape)
+    if place == META:
+        return jax.ShapeDtypeStruct(shape, dtype)
+    if isinstance(place, jax.sharding.Sharding) and len(place.device_set) > 1:
+        return jnp.full(shape, value, dtype, device=place)
+    # Zeros of numpy's cost nothing until somebody reads them.
+    values = host_array(shape, dtype, np.zeros)
+    if value:
+        values[...] = value
+    return from_numpy(values, place, copy=False)
+
+
+def as_array(value: object, subject: Subject = "a box") -> Any:
+    """Return `value`, which is no box, as a JAX array; raise if it is none."""
+    if isinstance(value, (jax.Array, jax.ShapeDtypeStruct)):
+        check_not_deleted(value, subject)
+        return value
+    if isinstance(value, (np.ndarray, np.generic)):
+        check_jax_holds(value, lambda: f"what was written to {name_of(subject)}")
+        return from_numpy(value)
+    if isinstance(value, (bool, int, float, complex)):
+        return jnp.asarray(value)
+    convert = getattr(value, "__jax_array__", None)
+    if convert is not None:
+        return convert()
+    kind = type(value).__name__
+    if isinstance(value, (list, tuple)):
+        raise refusals.sequence_for_an_array(kind, subject)
+    raise refusals.no_array(kind, subject)
+
+
+def check_not_deleted(value: Value, subject: Subject) -> None:
+    """Raise if the memory of an array was given away."""
+    if isinstance(value, jax.Array) and not isinstance(value, Tracer) and value.is_deleted():
+        raise refusals.deleted_array(subject)
+
+
+def check_usable(value: Value, subject: Callable[[], str]) -> None:
+    """Raise if compiled code cannot use the value of a box: it has no numbers, or its memory is gone."""
+    if is_meta(value):
+        raise refusals.no_numbers(subject()) from None
+    check_not_deleted(value, subject)
+
+
+def strong(value: Any) -> Any:
+    """Return an array that is not weakly typed: compiled code for a weak one is another one."""
+    if getattr(value, "weak_type", False):
+        return jax.lax.convert_element_type(value, value.dtype)
+    return value

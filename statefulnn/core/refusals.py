@@ -1,0 +1,622 @@
+"""What the core says when it refuses something: one function for each refusal, named as what happened.
+
+A function returns the exception, or the text of a warning, and the code that refuses raises it there. So
+the texts are read side by side, and the code without them. They are given names, shapes and dtypes,
+never objects of the engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TypeAlias, TypeVar
+
+from statefulnn.core.errors import (
+    DtypeError,
+    MissingRngError,
+    RegistrationError,
+    ShapeError,
+    StateDictError,
+    StateWriteError,
+    StructureChangeError,
+    TraceLeakError,
+    UninitializedModuleError,
+    UninitializedParameterError,
+    UnknownNameError,
+    explain,
+    name_of,
+)
+
+Subject: TypeAlias = str | Callable[[], str]  # a name, or a function that gives it
+Shape: TypeAlias = tuple[int, ...]
+Dtype: TypeAlias = object  # whatever prints as its name
+Reason: TypeAlias = tuple[str, str]  # why something cannot work, and what does
+
+SHOWN = 8  # names in a message
+
+
+E = TypeVar("E", bound=Exception)
+
+
+def _refusal(error: type[E], what: str, why: str, instead: str) -> E:
+    return error(explain(what, why, instead))
+
+
+def listed(texts: Sequence[str], shown: int = SHOWN) -> str:
+    """Return the first few texts in one line, and how many more there are."""
+    more = f" and {len(texts) - shown} more" if len(texts) > shown else ""
+    return ", ".join(texts[:shown]) + more
+
+
+# --------------------------------------------------------------------------------------------------
+# Arrays and boxes
+
+
+def sequence_for_an_array(kind: str, subject: Subject) -> RegistrationError:
+    return _refusal(
+        RegistrationError,
+        f"wrote a {kind} to {name_of(subject)}",
+        "only arrays can be held",
+        "convert it first: jnp.asarray(value)",
+    )
+
+
+def no_array(kind: str, subject: Subject) -> RegistrationError:
+    return _refusal(
+        RegistrationError,
+        f"wrote an object of type {kind} to {name_of(subject)}",
+        "only arrays can be held",
+        "pass a jax.Array or a numpy array",
+    )
+
+
+def deleted_array(subject: Subject) -> RuntimeError:
+    return _refusal(
+        RuntimeError,
+        f"used an array that has been deleted as the value of {name_of(subject)}",
+        "its memory was given away, by a call with donate= or donate_argnums=",
+        "keep what outlives donation: module.state_dict(), copy.deepcopy(module), or a copy, "
+        "jnp.array(parameter.value)",
+    )
+
+
+def other_shape(label: str, new: Shape, old: Shape) -> ShapeError:
+    return _refusal(
+        ShapeError,
+        f"wrote an array of shape {new} to {label} of shape {old}",
+        "training keeps the shape of a parameter; another one is mostly a broadcast "
+        "that was not meant",
+        "write an array of the same shape, or p.data = array to replace it on purpose",
+    )
+
+
+def other_dtype(label: str, new: Dtype, old: Dtype) -> DtypeError:
+    return _refusal(
+        DtypeError,
+        f"wrote an array of dtype {new} to {label} of dtype {old}",
+        "the parameter's dtype would drift silently",
+        "cast it, p.value = array.astype(p.dtype), or p.data = array to replace it on purpose",
+    )
+
+
+def dtype_without_gradients(dtype: Dtype) -> DtypeError:
+    return _refusal(
+        DtypeError,
+        f"made a trainable Parameter of dtype {dtype}",
+        "gradients exist for floating and complex dtypes only",
+        "nn.Parameter(array, requires_grad=False), or nn.Buffer(array)",
+    )
+
+
+def integers_would_wrap(what: str, dtype: Dtype, lowest: int, highest: int) -> DtypeError:
+    return _refusal(
+        DtypeError,
+        what,
+        f"JAX's 64-bit types are off, and {dtype} has {lowest} to {highest}: they would wrap",
+        'call jax.config.update("jax_enable_x64", True) before the model is built',
+    )
+
+
+def dtype_of_64_bits(dtype: Dtype) -> DtypeError:
+    return _refusal(
+        DtypeError,
+        f"asked for {dtype}",
+        "64-bit types are off in JAX, which would silently give 32 bits",
+        'jax.config.update("jax_enable_x64", True) at the start of the program',
+    )
+
+
+# --------------------------------------------------------------------------------------------------
+# Parameters without a shape, or without numbers; devices
+
+
+def used_without_shape(label: str) -> UninitializedParameterError:
+    return _refusal(
+        UninitializedParameterError,
+        f"used {label}, which has no shape yet",
+        "a lazy module learns its sizes from its first input",
+        "call the model once on an example, outside nn.jit; or nn.materialize(model, *inputs), "
+        "which computes nothing",
+    )
+
+
+def read_without_shape(name: str, label: str) -> UninitializedParameterError:
+    return _refusal(
+        UninitializedParameterError,
+        f"read {name!r} of {label}",
+        "Can't access the shape or the values of an uninitialized parameter or buffer",
+        "call the model once on an example, or nn.materialize(model, *inputs)",
+    )
+
+
+def no_numbers(label: str) -> UninitializedParameterError:
+    return _refusal(
+        UninitializedParameterError,
+        f"computed with {label}, which is on the meta device",
+        "it has a shape and a dtype and no numbers",
+        "nn.materialize(module) draws initial values, load_state_dict(...) loads them; "
+        "jax.eval_shape(...) computes shapes alone",
+    )
+
+
+def moved_from_meta() -> NotImplementedError:
+    return _refusal(
+        NotImplementedError,
+        "moved a parameter or buffer that is on the meta device",
+        "Cannot copy out of meta tensor; no data!",
+        "module.to_empty(device=...), or nn.materialize(module, device=...) which draws "
+        "initial values",
+    )
+
+
+def no_device(given: object) -> TypeError:
+    return _refusal(
+        TypeError,
+        f"was given {given!r} as a device",
+        "arrays are put on a jax.Device or a jax.sharding.Sharding",
+        'device=jax.devices()[0], device="cpu", or device="meta" for shapes alone',
+    )
+
+
+def absent_device(given: str, have: str, error: Exception) -> ValueError:
+    return _refusal(
+        ValueError,
+        f"was given {given!r} as a device",
+        f"JAX does not have it (it has {have}): {error}",
+        'a device that is there, or "meta"',
+    )
+
+
+# --------------------------------------------------------------------------------------------------
+# Writes that would be lost, or would leak (laws 4, 5 and 8)
+
+LOST_IN_RAW_TRANSFORM: Reason = (
+    "this module was rebuilt by a plain JAX transformation (jax.jit, jax.grad, jax.vmap, "
+    "jax.tree.map ...), which never looks at it again, so the write would be lost",
+    "use nn.jit, nn.value_and_grad or nn.vmap, which write back; or a pure call, "
+    "functionalize(module, mutable=True); or return the updated module: "
+    "module = nn.mutable(module) first, write, and return it. "
+    "Call train() and eval() outside the transformation",
+)
+
+LOST_AFTER_THE_CALL: Reason = (
+    "a backward hook runs after the traced call has given its state back, so the write would be lost",
+    "return what the hook computes: nn.capture(..., grads=True) gives gradients as results; or write to a "
+    "module outside of compiled code",
+)
+
+
+def write_would_be_lost(subject: Subject, lost: Reason | None) -> StateWriteError:
+    why, instead = lost or LOST_IN_RAW_TRANSFORM
+    return _refusal(StateWriteError, f"wrote to {name_of(subject)}", why, instead)
+
+
+def change_in_place_would_be_lost(label: str, lost: Reason | None) -> StateWriteError:
+    why, instead = lost or LOST_IN_RAW_TRANSFORM
+    return _refusal(StateWriteError, f"changed {label!r} in place", why, instead)
+
+
+def owner_has_ended(subject: Subject) -> TraceLeakError:
+    return _refusal(
+        TraceLeakError,
+        f"wrote to {name_of(subject)}",
+        "it belongs to a traced call that has ended, or to one that is not around this line",
+        "return values from the traced function instead of keeping its modules",
+    )
+
+
+def write_while_tracing(subject: Subject) -> TraceLeakError:
+    return _refusal(
+        TraceLeakError,
+        f"wrote to {name_of(subject)} inside a function that JAX traces "
+        "(jax.jit, lax.scan, lax.cond, jax.checkpoint, checkify ...)",
+        "the module is not an argument of that function: the write would happen once, while "
+        "tracing, and leave a dead tracer or a stale value behind",
+        "pass the module as an argument to nn.jit (nn.scan, nn.cond, nn.checkify ...), which writes "
+        "back; or return the new value and write it outside",
+    )
+
+
+def value_would_outlive_its_trace(subject: Subject) -> TraceLeakError:
+    return _refusal(
+        TraceLeakError,
+        f"wrote a traced value to {name_of(subject)}",
+        "the module lives outside the transformation that made the value, so the value "
+        "would outlive its trace",
+        "pass the module as an argument to nn.value_and_grad, nn.vmap or nn.jit, which "
+        "write back; or return the value (has_aux=True) and write it outside",
+    )
+
+
+def traced_attribute(label: str, name: str) -> TraceLeakError:
+    return _refusal(
+        TraceLeakError,
+        f"assigned a traced value to the attribute {label!r}",
+        "a plain attribute is static: the value would outlive the function being traced",
+        f"register it in __init__: self.register_buffer({name!r}, array, "
+        "persistent=False); or collect outputs of submodules with nn.capture",
+    )
+
+
+def persistence_of_a_clone(label: str) -> StructureChangeError:
+    return _refusal(
+        StructureChangeError,
+        f"set persistent of {label} inside of a transformation",
+        "what a module has in its state dict is part of its structure, and would be lost",
+        "set it outside",
+    )
+
+
+# --------------------------------------------------------------------------------------------------
+# Changes of what compiled code took in as a constant (law 6): warnings
+
+_AS_AN_ARGUMENT = "pass the module to the compiled function as an argument"
+
+
+def stale_value(label: str, where: str) -> str:
+    return explain(
+        f"wrote to {label}",
+        f"compiled code took its old value as a constant at {where}, and will go on using it",
+        _AS_AN_ARGUMENT,
+    )
+
+
+def stale_structure(subject: Subject, where: str) -> str:
+    return explain(
+        f"changed {name_of(subject)}",
+        f"compiled code took the module in as it was at {where}, and will go on using that",
+        _AS_AN_ARGUMENT,
+    )
+
+
+# --------------------------------------------------------------------------------------------------
+# Registration (law 7)
+
+
+def before_super_init(cls: str, what: str) -> UninitializedModuleError:
+    return _refusal(
+        UninitializedModuleError,
+        f"{what} of {cls} before Module.__init__() call",
+        "nothing can be registered before the base class has made the registries",
+        f"call super().__init__() first in {cls}.__init__",
+    )
+
+
+def ref_to_something_else(kind: str) -> RegistrationError:
+    return _refusal(
+        RegistrationError,
+        f"made nn.Ref of an object of type {kind}",
+        "only modules and parameters are referred to",
+        "assign other objects as they are; put several modules into nn.ModuleList first",
+    )
+
+
+def reserved_attribute(name: str, cls: str) -> RegistrationError:
+    return _refusal(
+        RegistrationError,
+        f"assigned the attribute {name!r} of a {cls}",
+        "nn.Module keeps something of its own under that name",
+        f"another name, such as {name + '_'!r}",
+    )
+
+
+def array_over_parameter(kind: str, label: str, name: str) -> RegistrationError:
+    return _refusal(
+        RegistrationError,
+        f"cannot assign a {kind} as parameter {label!r} (nn.Parameter or None expected)",
+        "the parameter would become a plain array and never be trained again",
+        f"module.{name}.value = array to change its value, or "
+        f"module.{name} = nn.Parameter(array) to replace it",
+    )
+
+
+def assigned_over_module(kind: str, name: str, cls: str, instead: str) -> RegistrationError:
+    return _refusal(
+        RegistrationError,
+        f"cannot assign a {kind} as child module {name!r} of {cls} "
+        "(torch.nn.Module or None expected)",
+        "the module registered there would be lost",
+        f"{instead}, or delete it first: del module.{name}",
+    )
+
+
+def buffer_without_array(kind: str, label: str) -> RegistrationError:
+    return _refusal(
+        RegistrationError,
+        f"cannot assign a {kind} as buffer {label!r} (an array, Buffer or None expected)",
+        "a buffer holds an array",
+        "assign jnp.asarray(value)",
+    )
+
+
+def name_in_the_class(name: str, noun: str, cls: str) -> KeyError:
+    return _refusal(
+        KeyError,
+        f"attribute {name!r} already exists: assigned a {noun} to it",
+        f"{cls}.{name} is an attribute of the class, which Python finds first",
+        f"another name, or leave {name!r} out of the class; an annotation alone may stay",
+    )
+
+
+def registered_something_else(
+    kind: str, noun: str, name: str, required: str, instead: str
+) -> RegistrationError:
+    return _refusal(
+        RegistrationError,
+        f"cannot assign '{kind}' object to {noun} '{name}'",
+        f"{required} required",
+        f"register_{noun}({name!r}, {instead})",
+    )
+
+
+def no_child(what: str, name: object) -> RegistrationError:
+    return _refusal(
+        RegistrationError,
+        what,
+        f"only modules can be children, and {name!r} would not be found in it",
+        "pass an instance of nn.Module; a plain function becomes one with nn.Lambda(fn)",
+    )
+
+
+def not_in_a_box(kind: str, name: object) -> RegistrationError:
+    return _refusal(
+        RegistrationError,
+        f"put an object of type {kind} under {name!r} into a module's registry",
+        "parameters and buffers are held in boxes there",
+        f"setattr(module, {name!r}, value), or wrap it: nn.Parameter(value), nn.Buffer(value)",
+    )
+
+
+# --------------------------------------------------------------------------------------------------
+# Split, merge and names (law 10)
+
+
+def no_module(kind: str, function: str, hint: str) -> TypeError:
+    return _refusal(
+        TypeError,
+        f"called {function} with an object of type {kind}",
+        "it works on modules",
+        f"pass {hint}",
+    )
+
+
+def other_number_of_leaves(moduledef: str, given: int, expected: int) -> ShapeError:
+    return _refusal(
+        ShapeError,
+        f"merged {moduledef} with {given} leaves",
+        f"it has {expected} leaves",
+        "pass the list that nn.split gave, changed in place or mapped one to one",
+    )
+
+
+def pickled_moduledef() -> TypeError:
+    return TypeError("a ModuleDef refers to live classes and functions: pickle the module instead")
+
+
+def unknown_names(
+    function: str, unknown: Sequence[str], moduledef: str, known: Sequence[str]
+) -> UnknownNameError:
+    some = ", ".join(known[:SHOWN]) + (", ..." if len(known) > SHOWN else "")
+    return _refusal(
+        UnknownNameError,
+        f"{function} was given unknown names: {listed(unknown)}",
+        f"{moduledef} has {some or 'no parameters or buffers'}",
+        "use the names of named_parameters() and named_buffers()",
+    )
+
+
+def filter_of_no_text(what: str, where: str) -> TypeError:
+    return _refusal(
+        TypeError,
+        f"{where} was given {what}",
+        "names are texts, and a filter chooses among them",
+        'pass a name, a pattern such as "head.*", a list of both, or a function of the name',
+    )
+
+
+def nothing_chosen(
+    unknown: Sequence[str], names: Sequence[str], near: Sequence[str], where: str
+) -> UnknownNameError:
+    of_them, all_names, guesses = (listed(list(map(repr, some))) for some in (unknown, names, near))
+    return _refusal(
+        UnknownNameError,
+        f"{where} was asked for {of_them}, of which there is none",
+        f"the names are {all_names}" if names else "there are no names",
+        f"did you mean {guesses}?" if near else 'one of these names, or a pattern such as "head.*"',
+    )
+
+
+# --------------------------------------------------------------------------------------------------
+# State dicts
+
+
+def key_of_no_text(cls: str, key: object, kind: str) -> TypeError:
+    return _refusal(
+        TypeError,
+        f"load_state_dict of {cls} was given the key {key!r} of type {kind}",
+        "entries are found by the dotted names of parameters and buffers",
+        "use names such as 'fc.weight'; module.state_dict() shows them",
+    )
+
+
+def entry_of_no_array(key: str, kind: type) -> str:
+    return f'While copying the parameter named "{key}", expected a jax or numpy array but received {kind}'
+
+
+def entry_of_other_shape(key: str, given: Shape, have: Shape) -> str:
+    return (
+        f"size mismatch for {key}: copying a param with shape {given} from "
+        f"checkpoint, the shape in current model is {have}."
+    )
+
+
+def entry_of_other_dtype(key: str, given: Dtype, have: Dtype) -> str:
+    return (
+        f"dtype mismatch for {key}: copying an array of dtype {given} from checkpoint, the "
+        f"dtype in current model is {have}."
+    )
+
+
+def entries_of_one_box_differ(first: str, key: str, noun: str) -> str:
+    return (
+        f'"{first}" and "{key}" are names of one {noun} and have different values in the '
+        "checkpoint: remove the wrong one, or load into a model where they are not tied"
+    )
+
+
+def state_dict_does_not_fit(cls: str, problems: Sequence[str]) -> StateDictError:
+    return _refusal(
+        StateDictError,
+        "\n\t".join([f"Error(s) in loading state_dict for {cls}:", *problems]),
+        "names, shapes and kinds of dtype have to match, integers have to fit, and names of "
+        "one parameter have one value; the module was left as it was",
+        "rename or reshape the entries, or pass strict=False to skip names that do not match",
+    )
+
+
+# --------------------------------------------------------------------------------------------------
+# Random numbers (law 11)
+
+NO_KEY = (
+    "drew random numbers in a pure call that was given no key",
+    "a pure function gives the same result for the same arguments, so it has no generator of its own",
+    "pass one: functional_call(..., rng=key), fn(params, x, rng=key); or call module.eval() first if "
+    "nothing should be random",
+)
+
+
+def no_generator(what: str, why: str, instead: str) -> MissingRngError:
+    return _refusal(MissingRngError, what, why, instead)
+
+
+def draw_in_a_plain_transformation(why: str) -> MissingRngError:
+    return no_generator(
+        "drew random numbers inside a plain JAX transformation",
+        why,
+        "nn.jit, nn.vmap, nn.scan and nn.remat carry the generator as state; or pass a key: "
+        "functional_call(..., rng=key), fn(params, x, rng=key), with nn.rng_scope(key)",
+    )
+
+
+def no_generator_state(given: str) -> DtypeError:
+    return _refusal(
+        DtypeError,
+        f"called Generator.set_state with {given}",
+        "a state is four words, uint32[4]; others would be cut off, or be another stream",
+        "pass what get_state() gave; np.asarray(words, np.uint32) of words that were stored",
+    )
+
+
+# --------------------------------------------------------------------------------------------------
+# Hooks, and gradients of whole modules
+
+
+def hook_without_call(kind: str) -> TypeError:
+    return _refusal(
+        TypeError,
+        f"registered an object of type {kind} as a hook",
+        "a hook is called",
+        "pass a function",
+    )
+
+
+def second_error_in_a_hook(error: Exception) -> str:
+    return (
+        f"a forward hook with always_call=True raised {error!r}; the error that made "
+        "forward fail is raised instead"
+    )
+
+
+def hooks_see_no_output(cls: str) -> str:
+    return (
+        f"{cls} has backward hooks, but its output is neither an array "
+        "nor a tuple with an array in it: they do not fire. Return an array or a tuple "
+        "of arrays."
+    )
+
+
+def outputs_differ(cls: str) -> ShapeError:
+    return _refusal(
+        ShapeError,
+        f"{cls} with backward hooks returned outputs of other shapes or types "
+        "when it was called again with the same arguments",
+        "the hooks are tied to the shape of the output",
+        "let the shapes of outputs depend on nothing but the arguments and the module",
+    )
+
+
+def forward_mode(cls: str) -> TypeError:
+    return _refusal(
+        TypeError,
+        f"differentiated {cls} in forward mode (jax.jvp, jax.jacfwd)",
+        "it has backward hooks, and forward mode has no cotangents to show them",
+        "remove the hooks (handle.remove()), or use reverse mode (jax.grad, jax.vjp)",
+    )
+
+
+def gradient_of_nothing(cls: str) -> RuntimeError:
+    return _refusal(
+        RuntimeError,
+        f"a backward hook of {cls} returned a gradient where no input is differentiated",
+        "there is no gradient that it could replace",
+        "return None; or replace the gradient of the output, in a hook of "
+        "register_full_backward_pre_hook",
+    )
+
+
+def gradient_of_no_array(hook: str, kind: str) -> TypeError:
+    return _refusal(
+        TypeError,
+        f"a {hook} replaced a gradient by an object of type {kind}",
+        "a gradient is an array",
+        "return a tuple of arrays, or None to keep the gradients as they are",
+    )
+
+
+def gradient_of_other_shape(hook: str, new: Shape, old: Shape) -> ShapeError:
+    return _refusal(
+        ShapeError,
+        f"a {hook} replaced a gradient of shape {old} by one of shape {new}",
+        "a gradient has the shape of the array it belongs to",
+        "return gradients of the same shapes, or None to keep them as they are",
+    )
+
+
+def gradient_of_other_dtype(hook: str, new: Dtype, old: Dtype) -> DtypeError:
+    return _refusal(
+        DtypeError,
+        f"a {hook} replaced a gradient of dtype {old} by one of dtype {new}",
+        "a gradient has the dtype of the array it belongs to",
+        "cast it: gradient.astype(old.dtype)",
+    )
+
+
+def gradient_with_zeros(cls: str, names: Sequence[str]) -> str:
+    return explain(
+        f"took the gradient of a whole {cls} by a plain JAX transformation (jax.grad, jax.vjp ...), "
+        f"with frozen parameters or buffers: {listed(list(map(repr, names)), 5)}",
+        "the result holds zeros for them; an optimizer that works on the whole module, such as "
+        "optax.adamw, would still move them, by weight decay for instance",
+        "grads = nn.grad(loss)(model) and nn.Optimizer(model, tx).step(grads), which leave out what "
+        "is not trained; or jax.grad and optax over the params of "
+        "fn, params, state = nn.functionalize(model, mutable=True)",
+    )

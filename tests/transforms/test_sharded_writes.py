@@ -1,0 +1,93 @@
+"""On several devices a box has a placement, and what compiled code writes to it keeps it."""
+
+from __future__ import annotations
+
+from tests.devices import run_on_devices
+
+SETUP = """
+import jax, jax.numpy as jnp, numpy as np, optax, statefulnn as nn
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
+auto = jax.make_mesh((4,), ("d",), axis_types=(AxisType.Auto,))
+everywhere, rows = NamedSharding(auto, P()), NamedSharding(auto, P("d"))
+x = jax.device_put(jnp.arange(32.0).reshape(8, 4), rows)
+def step(m, o, x):
+    o.step(nn.grad(lambda m: (m(x) ** 2).sum())(m))
+"""
+
+
+def test_parameters_and_slots_keep_their_shardings_whatever_xla_would_choose():
+    run_on_devices(
+        4,
+        SETUP
+        + """
+one = nn.Linear(4, 8)
+state = {k: np.array(v) for k, v in one.state_dict().items()}
+m = nn.Linear(4, 8)
+m.load_state_dict(state)
+m.to(everywhere)
+opt, plain = nn.Optimizer(m, optax.adam(1e-2)), nn.Optimizer(one, optax.adam(1e-2))
+for name in ("mu", "nu"):
+    slot = opt.get_submodule(name)
+    slot.weight = jax.device_put(slot.weight, rows)
+f, g = nn.jit(step), nn.jit(step)
+for _ in range(3):
+    f(m, opt, x)
+    g(one, plain, np.asarray(x))
+    assert m.weight.sharding.is_equivalent_to(everywhere, 2), m.weight.sharding
+    assert opt.get_submodule("mu").weight.sharding.is_equivalent_to(rows, 2)
+assert f.trace_count == 1, f.trace_count
+for name, value in one.state_dict().items():
+    np.testing.assert_allclose(np.asarray(m.state_dict()[name]), np.asarray(value), rtol=1e-5, atol=1e-6)
+""",
+    )
+
+
+def test_a_parameter_that_was_put_elsewhere_stays_there_from_then_on():
+    run_on_devices(
+        4,
+        SETUP
+        + """
+m = nn.Linear(4, 8).to(everywhere)
+f = nn.jit(lambda m, x: setattr(m.weight, "value", m.weight * 0.5), donate=0)
+for sharding in (everywhere, rows, everywhere):
+    m.weight.value = jax.device_put(m.weight.value, sharding)
+    for _ in range(2):
+        f(m, x)
+        assert m.weight.sharding.is_equivalent_to(sharding, 2), (sharding, m.weight.sharding)
+assert f.trace_count == 2, f.trace_count
+""",
+    )
+
+
+def test_explicit_meshes_keep_shardings_too():
+    run_on_devices(
+        4,
+        SETUP
+        + """
+mesh = jax.make_mesh((4,), ("d",), axis_types=(AxisType.Explicit,))
+with jax.set_mesh(mesh):
+    w = jax.device_put(jnp.ones((8, 4)), NamedSharding(mesh, P("d", None)))
+    m = nn.Linear(4, 8, bias=False)
+    m.weight.data = w
+    f = nn.jit(lambda m: setattr(m.weight, "value", m.weight * 0.5))
+    for _ in range(2):
+        f(m)
+        assert m.weight.sharding.spec == P("d", None), m.weight.sharding
+    assert f.trace_count == 1
+""",
+    )
+
+
+def test_models_on_one_device_know_nothing_of_placements():
+    run_on_devices(
+        4,
+        SETUP
+        + """
+m = nn.BatchNorm1d(4)
+f = nn.jit(lambda m, x: m(x))
+for _ in range(3):
+    f(m, jnp.ones((8, 4)))
+assert f.trace_count == 1
+assert len(m.running_mean.sharding.device_set) == 1
+""",
+    )
