@@ -89,7 +89,7 @@ class custom_vjp:
         """Set the forward pass that keeps residuals, and the backward pass that uses them."""
         self.fwd, self.bwd = fwd, bwd
 
-    def __get__(self, instance: Any, owner: type | None = None) -> Any:
+    def __get__(self, instance: object, owner: type | None = None) -> Any:
         return self if instance is None else types.MethodType(self, instance)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -275,7 +275,7 @@ def _traced(fun: Callable, numbers: Sequence[int]) -> TypeError:
     )
 
 
-def _no_pair(fwd: Callable, result: Any) -> TypeError:
+def _no_pair(fwd: Callable, result: object) -> TypeError:
     return TypeError(
         explain(
             f"{name_of(fwd)} returned {type(result).__name__} as the forward pass of an nn.custom_vjp",
@@ -305,7 +305,7 @@ def _other_writes(names: Sequence[str]) -> StateWriteError:
     )
 
 
-def _wrong_entries(bwd: Callable, wanted: str, given: Any) -> TypeError:
+def _wrong_entries(bwd: Callable, wanted: str, given: object) -> TypeError:
     count = f" of length {len(given)}" if isinstance(given, (tuple, list)) else ""
     return TypeError(
         explain(
@@ -316,7 +316,7 @@ def _wrong_entries(bwd: Callable, wanted: str, given: Any) -> TypeError:
     )
 
 
-def _unknown_names(bwd: Callable, entry: Any, names: list[str]) -> UnknownNameError:
+def _unknown_names(bwd: Callable, entry: object, names: list[str]) -> UnknownNameError:
     got = sorted(entry) if isinstance(entry, Mapping) else type(entry).__name__
     return UnknownNameError(
         explain(

@@ -8,7 +8,7 @@ from collections.abc import Callable, Hashable, Iterator, Mapping, Set
 from typing import Any
 
 import jax
-from jax.sharding import PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from statefulnn.core.errors import StateWriteError, explain
 from statefulnn.core.generator import Generator, advance
@@ -22,9 +22,9 @@ _RANDOMNESS = ("different", "same")
 def shard_map(
     fun: Callable | None = None,
     *,
-    in_specs: Any,
+    in_specs: PartitionSpec | tuple[Any, ...] | list[Any] | None,
     out_specs: Any,
-    mesh: Any = None,
+    mesh: Mesh | AbstractMesh | None = None,
     axis_names: Set[Hashable] = frozenset(),
     check_vma: bool = True,
     randomness: str = "different",
@@ -79,7 +79,7 @@ def shard_map(
     @functools.wraps(function)
     def wrapper(*args: Any) -> Any:
         count = len(args) - (owner is not None)
-        specs = (in_specs,) * count if _is_spec(in_specs) else tuple(in_specs)
+        specs = tuple(in_specs) if isinstance(in_specs, (tuple, list)) else (in_specs,) * count
         specs = specs if owner is None else (None, *specs)
         call = SplitCall((args, {}))
         names = call.moduledef.leaf_names
@@ -88,7 +88,9 @@ def shard_map(
         own = own if randomness == "different" else set()
         found: list[Writes] = []
 
-        def body(modules: dict[str, Any], arrays: list[Any]) -> tuple[Any, dict[str, Any]]:
+        def body(
+            modules: dict[str, jax.Array], arrays: list[Any]
+        ) -> tuple[Any, dict[str, jax.Array]]:
             before = [modules[name] for name in names]
             leaves = [
                 _of_device(v, mesh, axis_names) if i in own else v for i, v in enumerate(before)
@@ -117,7 +119,7 @@ def shard_map(
     return wrapper if owner is None else types.MethodType(wrapper, owner)
 
 
-def _is_spec(entry: Any) -> bool:
+def _is_spec(entry: object) -> bool:
     return entry is None or isinstance(entry, PartitionSpec)
 
 
@@ -167,14 +169,16 @@ def _specs_of_module(call: SplitCall, root: Any, entry: Any) -> Iterator[tuple[i
             yield named[name], PartitionSpec() if spec is None else spec
 
 
-def _of_device(state: Any, mesh: Any, axis_names: Set[Hashable]) -> Any:
+def _of_device(
+    state: jax.Array, mesh: Mesh | AbstractMesh | None, axis_names: Set[Hashable]
+) -> jax.Array:
     """Return a generator state of this device's own."""
     mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
     axes = tuple(n for n in mesh.axis_names if not axis_names or n in axis_names)
     return Generator(jax.random.fold_in(advance(state)[0], jax.lax.axis_index(axes))).state
 
 
-def _agreed(name: str, value: Any, spec: PartitionSpec) -> Any:
+def _agreed(name: str, value: jax.Array, spec: PartitionSpec) -> jax.Array:
     """Return what is written to an array; raise if devices differ where the spec says they are equal."""
     kind = jax.typeof(value)
     varying = getattr(getattr(kind, "manual_axis_type", None), "varying", frozenset())
