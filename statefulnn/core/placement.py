@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any, Final, Literal, Protocol, TypeAlias
 
 import jax
@@ -171,22 +171,40 @@ def placements_of(values: Sequence[Value]) -> tuple[Any, ...] | None:
     return found if any(found) else None
 
 
-def spread(
-    values: Sequence[Value], placements: Sequence[jax.sharding.Sharding | None]
-) -> list[tuple[int, Any]]:
-    """Return the arrays that nobody placed, put on all devices of the mesh that the others lie on.
+def gathered(values: Sequence[Value], movable: Collection[int]) -> list[tuple[int, Any]]:
+    """Return the arrays that have to move so that one computation can take all of them, by position.
 
-    A computation does so anyway; done beforehand, it is compiled once and not again for its own results.
+    What nobody placed goes to all devices of the mesh that the others lie on. A computation does so anyway;
+    done beforehand, it is compiled once and not again for its own results. A generator that serves several
+    models comes from the devices of the last one, and goes where this one lies.
+
+    Args:
+        values: the arrays.
+        movable: which of them are generators.
     """
-    meshes = {s.mesh for s in placements if isinstance(s, jax.sharding.NamedSharding)}
-    if len(meshes) != 1:
+    if not _several_devices():
         return []
-    everywhere = jax.sharding.NamedSharding(meshes.pop(), jax.sharding.PartitionSpec())
-    return [
-        (i, jax.device_put(v, everywhere))
-        for i, (v, s) in enumerate(zip(values, placements, strict=True))
-        if s is None and isinstance(v, jax.Array) and not isinstance(v, Tracer) and not v.committed
-    ]
+    placed = {
+        i: v.sharding
+        for i, v in enumerate(values)
+        if isinstance(v, jax.Array) and not isinstance(v, Tracer) and v.committed
+    }
+    fixed = [s for i, s in placed.items() if i not in movable]
+    devices = [s.device_set for s in fixed]
+    moved: dict[int, Any] = {
+        i: jax.numpy.asarray(np.asarray(values[i]))
+        for i in movable
+        if i in placed and placed[i].device_set not in devices
+    }
+    for i in moved:
+        del placed[i]
+    meshes = {s.mesh for s in fixed if isinstance(s, jax.sharding.NamedSharding)}
+    if len(meshes) == 1 and all(d == devices[0] for d in devices):
+        everywhere = jax.sharding.NamedSharding(meshes.pop(), jax.sharding.PartitionSpec())
+        for i, value in enumerate(values):
+            if i not in placed and isinstance(value, jax.Array) and not isinstance(value, Tracer):
+                moved[i] = jax.device_put(moved.get(i, value), everywhere)
+    return list(moved.items())
 
 
 def kept_in_place(value: jax.Array, sharding: jax.sharding.Sharding | None) -> Any:

@@ -39,7 +39,7 @@ from statefulnn.core.generator import Generator
 from statefulnn.core.moduledef import COPIED, HOOKS, SHARED, ModuleDef, NodeDef, differences, rank
 from statefulnn.core.ownership import ModuleBase, set_plan
 from statefulnn.core.parameter import Parameter
-from statefulnn.core.placement import placements_of, spread
+from statefulnn.core.placement import gathered, placements_of
 from statefulnn.core.registry import GLOBAL_CELL, GLOBAL_HOOKS, HookDict
 from statefulnn.core.stamps import Cell, clock
 from statefulnn.core.uninitialized import is_lazy
@@ -138,11 +138,10 @@ class Plan:
                     with jax.ensure_compile_time_eval():  # also while somebody traces
                         b._value = jax.numpy.asarray(b._value)
             leaves = [b._value for b in self.boxes]
+            generators = range(len(leaves) - len(self.generators), len(leaves))  # they come last
+            for i, value in gathered(leaves, generators):
+                leaves[i] = self.boxes[i]._value = value
             placements = placements_of(leaves)
-            if placements is not None:
-                for i, value in spread(leaves, placements):
-                    leaves[i] = self.boxes[i]._value = value
-                placements = placements_of(leaves)
             if placements != self.placements:
                 self.placements = placements
             self.keep(leaves, before)

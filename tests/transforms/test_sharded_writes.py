@@ -91,3 +91,24 @@ assert f.trace_count == 1
 assert len(m.running_mean.sharding.device_set) == 1
 """,
     )
+
+
+def test_the_default_generator_serves_models_on_a_mesh_and_on_one_device():
+    run_on_devices(
+        4,
+        SETUP
+        + """
+other = NamedSharding(jax.make_mesh((2,), ("e",), devices=jax.devices()[2:]), P())
+spread_out = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5)).to(everywhere)
+apart = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5)).to(other)
+alone = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5))
+put = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5)).to(jax.devices()[1])
+calls = [nn.jit(m) for m in (spread_out, alone, apart, put)]
+ones, last = jnp.ones((8, 4)), jax.devices()[1]
+inputs = [x, ones, jax.device_put(ones, other), jax.device_put(ones, last)]
+for _ in range(3):
+    outs = [call(v) for call, v in zip(calls, inputs)]
+assert [len(m[0].weight.sharding.device_set) for m in (spread_out, alone, apart, put)] == [4, 1, 2, 1]
+assert [call.trace_count for call in calls] == [1, 1, 1, 1], [call.trace_count for call in calls]
+""",
+    )
