@@ -22,13 +22,14 @@ import jax
 from statefulnn.core.box import Box
 from statefulnn.core.compat import EAGER, current_trace
 from statefulnn.core.errors import ShapeError, explain
-from statefulnn.core.freeze import BoundMethod, copied
 from statefulnn.core.lending import lend
 from statefulnn.core.moduledef import HOOKS, ModuleDef, NodeDef, rank
+from statefulnn.core.objects import copied
 from statefulnn.core.ownership import ModuleBase, Scope, set_cell, set_home, set_plan, set_shell
 from statefulnn.core.plan import plan_of
 from statefulnn.core.registry import HookDict, Registry
 from statefulnn.core.stamps import Cell
+from statefulnn.core.static_keys import BoundMethod
 
 
 def build_clones(

@@ -38,12 +38,12 @@ from statefulnn.core.errors import (
     UninitializedModuleError,
     explain,
 )
-from statefulnn.core.freeze import CONTAINERS, Freezer, find_hidden, hidden_member
 from statefulnn.core.graph import materialise
 from statefulnn.core.hooks import RemovableHandle, add_hook, call_with_hooks
 from statefulnn.core.leaks import traced_call
 from statefulnn.core.listeners import active
 from statefulnn.core.moduledef import COPIED
+from statefulnn.core.objects import CONTAINERS
 from statefulnn.core.ownership import (
     ModuleBase,
     birth_scope,
@@ -63,6 +63,7 @@ from statefulnn.core.pytree import (
 )
 from statefulnn.core.registry import GLOBAL_CELL, GLOBAL_HOOKS, HookDict, Registry
 from statefulnn.core.stamps import Cell, clock
+from statefulnn.core.static_keys import KeyMaker, hidden_member, refuse_hidden
 from statefulnn.core.uninitialized import is_lazy
 from statefulnn.core.walk import (
     CALL,
@@ -1157,10 +1158,7 @@ def _check_static_value(module: Module, name: str, value: Any) -> None:
     """Raise if a plain attribute would hide a traced value, a module or a parameter."""
     if tracer_in(value):
         raise _traced_attribute(module, name)
-    if isinstance(value, CONTAINERS):
-        hidden = find_hidden(value)
-        if hidden is not None:
-            raise hidden_member(f"the {type(value).__name__} {module._label(name)!r}", hidden)
+    refuse_hidden(lambda: f"the {type(value).__name__} {module._label(name)!r}", value)
 
 
 def _traced_attribute(module: Module, name: str) -> TraceLeakError:
@@ -1208,8 +1206,8 @@ def _check_kept(module: Module, scope: Any) -> None:
     keys = dict(d.statics)
     for name, _, copy in d.values:
         if copy == COPIED and name in module.__dict__:
-            freezer = Freezer(lambda name=name: repr(module._label(name)), lambda m: m._home)
-            if freezer.freeze(module.__dict__[name]) != keys[name]:
+            keys_of = KeyMaker(lambda name=name: repr(module._label(name)), lambda m: m._home)
+            if keys_of.of(module.__dict__[name]) != keys[name]:
                 why, instead = scope.lost
                 raise StateWriteError(
                     explain(f"changed {module._label(name)!r} in place", why, instead)

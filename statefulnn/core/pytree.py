@@ -17,10 +17,10 @@ import jax
 from statefulnn.core.box import Box, Buffer, Parameter
 from statefulnn.core.compat import EAGER, current_trace, is_forward_mode, kind, trace_of
 from statefulnn.core.errors import UntrainedLeavesWarning, explain, user_stack_level
-from statefulnn.core.freeze import copied
 from statefulnn.core.generator import Generator
 from statefulnn.core.lending import lend, note_rebuilt
 from statefulnn.core.moduledef import ModuleDef
+from statefulnn.core.objects import copied
 from statefulnn.core.ownership import LOST_IN_RAW_TRANSFORM, Scope, set_shell
 from statefulnn.core.plan import plan_of
 

@@ -21,12 +21,12 @@ import jax
 import jax.numpy as jnp
 
 from statefulnn.core.errors import RetraceWarning, explain, user_stack_level
-from statefulnn.core.freeze import Freezer
 from statefulnn.core.lending import donated
 from statefulnn.core.listeners import active
 from statefulnn.core.ownership import ModuleBase
 from statefulnn.core.placement import kept_in_place
 from statefulnn.core.plan import RETRACE_LIMIT
+from statefulnn.core.static_keys import KeyMaker
 from statefulnn.transforms.function_keys import FunctionKey
 from statefulnn.transforms.lift import Signature, leaves_below, template
 
@@ -52,8 +52,8 @@ class Statics(NamedTuple):
 
     def key(self) -> tuple:
         """Return what tells them apart: names and frozen values."""
-        freezer = Freezer(lambda: "a static argument")
-        return tuple((where, freezer.freeze(value)) for group in self for where, value in group)
+        keys = KeyMaker(lambda: "a static argument")
+        return tuple((where, keys.of(value)) for group in self for where, value in group)
 
     def bound(self, function: Callable) -> Callable:
         """Return a function of the other arguments."""
@@ -342,7 +342,7 @@ def versions_of(function: Callable, owner: ModuleBase | None, options: Options) 
     # A listener (nn.capture) hears what is traced, and not what was compiled before.
     if found.reason or active.captures:
         return Versions(function, options, found)
-    for_jax = Freezer(lambda: "an option of nn.jit").freeze(options.for_jax)
+    for_jax = KeyMaker(lambda: "an option of nn.jit").of(options.for_jax)
     key = (found.key, id(owner), *options[:3], for_jax)
     versions, _ = _shared.get(key, (None, None))
     if versions is None:

@@ -324,8 +324,8 @@ def test_a_trace_looks_at_a_bounded_part_of_what_a_hook_reaches(monkeypatch):
     from statefulnn.core import leaks
 
     members = []
-    real = leaks._members
-    monkeypatch.setattr(leaks, "_members", lambda t: members.append(t) or real(t))
+    real = leaks._held
+    monkeypatch.setattr(leaks, "_held", lambda t: members.append(t) or real(t))
     huge = [[i] for i in range(100_000)]
     model = nn.Linear(2, 2)
     model.register_forward_hook(lambda m, i, o: huge and None)
