@@ -16,7 +16,7 @@ import numpy as np
 
 from statefulnn.core.compat import EAGER, current_trace
 from statefulnn.core.objects import CONTAINERS, Identity, class_dict, code_of, mro_of, package_of
-from statefulnn.core.static_keys import ClassKeyMaker, HookKeyMaker, find_hidden
+from statefulnn.core.static_keys import ClassKeyMaker, HookKeyMaker, KeyMaker, find_hidden
 from statefulnn.core.watch import Watch
 
 # One key for classes of equal content; and what each class was seen to hold. Classes live as long as
@@ -53,6 +53,17 @@ def class_key(cls: Any, watch: Watch) -> Identity:
     return known[0]
 
 
+def unchanged_classes() -> list[type]:
+    """Return the classes that hold what they held when somebody looked."""
+    return [cls for cls, (_, watch) in [*_seen.items()] if watch.unchanged()]
+
+
+def forget_changes(classes: list[type]) -> None:
+    """Take what has changed inside of the containers of classes while somebody traced as no change."""
+    for cls in classes:
+        class_key(cls, Watch())  # in a trace, see `KeyMaker.of_clone`
+
+
 def _members(cls: type, watch: Watch) -> list[tuple[str, object]]:
     """Return the names and members of a class and its bases; note them."""
     found: list[tuple[str, object]] = []
@@ -82,9 +93,9 @@ def _part(value: Any, watch: Watch) -> Hashable:
             watch.note(code_of, value, value.__code__)  # tools that reload put another one in
         defaults = (value.__defaults__, *(value.__kwdefaults__ or {}).items())
         key = (Identity(value), value.__code__, keys.of_captured(defaults))
-    elif issubclass(type(value), (*CONTAINERS, bytearray, np.ndarray)):
+    elif issubclass(type(value), (*CONTAINERS, np.ndarray)):
         keys = ClassKeyMaker(of_clone=current_trace() is not EAGER)
-        key = keys.tried(value, keys.of_captured)
+        key = keys.tried(value, KeyMaker.of_captured)
     else:
         key = keys.of_captured(value)
     watch.add(keys.watch)

@@ -6,8 +6,8 @@ each object is noted before anything can write to it, and looked at once, at the
 function, or, where JAX runs the function and not this package, of the outermost call of a module.
 
 What is reached from an attribute or a hook: containers, the attributes of objects, the variables a
-function closes over and the globals that it names. Of a long container the newest members are looked at.
-No code of the user's runs while looking, see `core.objects`.
+function closes over and the globals that it names. Of very many
+objects the newest are looked at. No code of the user's runs while looking, see `core.objects`.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from typing import Any
 import jax
 
 from statefulnn.core import compat
+from statefulnn.core.class_keys import forget_changes, unchanged_classes
 from statefulnn.core.compat import EAGER, Tracer, current_trace
 from statefulnn.core.errors import TraceLeakError, explain
-from statefulnn.core.objects import ATOMS, UNSET, fill, layout_of, package_of, state_of
+from statefulnn.core.objects import ATOMS, Content, content_of, layout_of, package_of, put
 from statefulnn.core.ownership import ModuleBase, real_dict
 from statefulnn.core.registry import Registry
 
-NEWEST = 1024  # members of a container that are looked at
 DEEPEST = 6  # steps from an attribute or a hook
 MOST = 2000  # objects that are noted for one module or hook
 
@@ -47,15 +47,15 @@ class Inventory:
     def __init__(self, outer: tuple[Any, ...] = ()) -> None:
         self._outer = outer
         # By identity: each object that was noted and what it held, each root, its error and how far to look.
-        self._notes: dict[int, tuple[Any, Held]] = {}
+        self._notes: dict[int, tuple[Any, Content]] = {}
         self._roots: dict[int, tuple[Any, _Error, int]] = {}
 
     def note(self, root: object, error: _Error, deepest: int = DEEPEST) -> None:
         """Note what can be reached from an object in some steps, as it is now."""
         if id(root) not in self._roots:
             self._roots[id(root)] = root, error, deepest
-            for thing, held in _reachable(root, deepest):
-                self._notes.setdefault(id(thing), (thing, held))
+            for thing, content in _reachable(root, deepest):
+                self._notes.setdefault(id(thing), (thing, content))
 
     def note_attributes(self, attributes: dict[str, Any], error: _Error) -> None:
         """Note the attributes of a module, and what can be reached from each that is no member."""
@@ -70,10 +70,11 @@ class Inventory:
         found = None
         for root, error, deepest in self._roots.values():
             for thing, now in list(_reachable(root, deepest)):
-                _, before = self._notes.get(id(thing), (None, None))
-                left = None if before is None else self._put_back(thing, before, now)
-                if left is not None and found is None:
-                    found = error(left)
+                _, before = self._notes.get(id(thing), (None, now))
+                left = [name for name, value in _new(now, before) if self._is_left(value)]
+                if left:
+                    _put_back(thing, before)
+                    found = found or error(str(left[0]))
         return found
 
     def inherit(self, inner: Inventory) -> None:
@@ -81,33 +82,13 @@ class Inventory:
         self._roots = {**inner._roots, **self._roots}
         self._notes = {**inner._notes, **self._notes}
 
-    def _put_back(self, thing: Any, before: Held, now: Held) -> str | None:
-        """Take out what was left in an object since it was noted; return a name of it."""
-        if isinstance(now, dict) and isinstance(before, dict):
-            left = [k for k, v in now.items() if before.get(k) is not v and self._is_left(v)]
-            for name in left:
-                _put(thing, name, before.get(name, UNSET))
-            return str(left[0]) if left else None
-        old = set(map(id, before))
-        gone = {id(v) for v in now if id(v) not in old and self._is_left(v)}
-        if not gone:
-            return None
-        # A member that was replaced, and none added: the old ones come back. Else the new ones go.
-        base = layout_of(type(thing)).container
-        kept = [v for v in base.__iter__(thing) if id(v) not in gone]
-        if base is not set and len(before) == base.__len__(thing):
-            kept = before
-        base.clear(thing)
-        fill(thing, base, (), kept)
-        return "a member"
-
     def _is_left(self, value: object, depth: int = 0) -> bool:
         if issubclass(type(value), Tracer):
             return compat.trace_of(value) not in self._outer
         if id(value) in self._notes or depth > DEEPEST:
             return False
         # An object put there since: it goes as a whole.
-        return any(self._is_left(part, depth + 1) for part in _parts(value))
+        return any(self._is_left(part, depth + 1) for part in _looked_into(value)[1])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -128,10 +109,11 @@ def watching(outer: tuple[Any, ...] = ()) -> Iterator[Inventory]:
     around, path = _open.inventory, _open.path
     inventory = Inventory(outer)
     _open.inventory, _open.path = inventory, ()
-    leak = None
+    leak, classes = None, unchanged_classes()
     try:
         yield inventory
     finally:
+        forget_changes(classes)
         _open.inventory, _open.path = around, path
         # Where JAX does not tell whose a value is, only the outermost trace is looked at.
         if around is None or compat.TELLS_OWNERS:
@@ -201,9 +183,6 @@ def _kept_by_hook(hook: object, kind: str, module: str) -> TraceLeakError:
 # --------------------------------------------------------------------------------------------------
 # Looking
 
-# What can be written to in an object: by name, or the members of a list, deque or set.
-Held = dict[Any, Any] | list[Any]
-
 _LIBRARIES = ("jax", "jaxlib", "numpy", "statefulnn")
 
 
@@ -216,69 +195,61 @@ class _Globals:
         self.values = function.__globals__
         self.names = function.__code__.co_names
 
+    def content(self) -> Content:
+        """Return the names that are bound, and their values, as if they were attributes."""
+        names = tuple(n for n in self.names if n in self.values)
+        return Content(names=names, attributes=tuple(self.values[n] for n in names))
 
-def _reachable(root: object, deepest: int) -> Iterator[tuple[Any, Held]]:
-    """Yield each object that can be reached from one, and what it holds."""
+
+def _reachable(root: object, deepest: int) -> Iterator[tuple[Any, Content]]:
+    """Yield each object that can be reached from one, and its content."""
     todo, seen = [(root, 0)], {}
     while todo and len(seen) < MOST:
         thing, depth = todo.pop()
-        if id(thing) not in seen and type(thing) not in ATOMS:
-            seen[id(thing)] = thing
-            yield thing, _held(thing)
-            if depth < deepest:
-                todo += [(part, depth + 1) for part in _parts(thing)]
+        if issubclass(type(thing), ModuleBase):
+            thing = real_dict(thing)
+        if id(thing) in seen or type(thing) in ATOMS:
+            continue
+        seen[id(thing)] = thing
+        try:
+            content, parts = _looked_into(thing)
+        except RuntimeError:  # another thread writes to it at the same time
+            continue
+        yield thing, content
+        if depth < deepest:
+            todo += [(part, depth + 1) for part in parts]
 
 
-def _parts(thing: object) -> list[Any]:
-    """Return the objects one step away."""
-    if type(thing) is types.FunctionType:
-        if str(thing.__module__).partition(".")[0] in _LIBRARIES:
-            return []
-        named = _Globals.of.setdefault(thing, _Globals(thing))
-        return [named, *(thing.__closure__ or ()), *(thing.__defaults__ or ()), thing.__dict__]
-    held = _held(thing)
-    if _is_closed(type(thing)):
-        return []
-    attributes = None if type(thing) is _Globals else state_of(thing)[1]
-    return [*(held.values() if isinstance(held, dict) else held), attributes]
-
-
-def _is_closed(kind: type) -> bool:
-    if issubclass(kind, (ModuleBase, tuple)) or kind is _Globals:
-        return False
-    return package_of(kind) in _LIBRARIES or issubclass(kind, (type, types.ModuleType, Registry))
-
-
-def _held(thing: Any) -> Held:
+def _looked_into(thing: Any) -> tuple[Content, tuple]:
+    """Return the content of an object, and the objects that are one step away from it."""
     kind = type(thing)
     if kind is _Globals:
-        return {n: thing.values[n] for n in thing.names if n in thing.values}
-    if kind in ATOMS or _is_closed(kind):
-        return []
-    layout = layout_of(kind)
-    base = layout.container
-    if base is None:
-        slots = {} if issubclass(kind, ModuleBase) else layout.slots
-        members = zip(slots, state_of(thing)[2:], strict=False)
-        return {name: value for name, value in members if value is not UNSET}
-    try:
-        if issubclass(base, dict):
-            return dict(itertools.islice(reversed(base.items(thing)), NEWEST))
-        newest = base.__iter__ if base in (tuple, set, frozenset) else base.__reversed__
-        return [*itertools.islice(newest(thing), NEWEST)][::-1]
-    except RuntimeError:  # another thread writes to it at the same time
-        return []
-
-
-def _put(thing: Any, name: Any, value: object) -> None:
-    """Give an object back what it held under a name, or nothing."""
-    if type(thing) is _Globals:
-        thing = thing.values
-    layout = layout_of(type(thing))
-    if layout.container is None:
-        slot = layout.slots[name]
-        slot.__delete__(thing) if value is UNSET else slot.__set__(thing, value)
-    elif value is UNSET:
-        layout.container.__delitem__(thing, name)
+        content = thing.content()
+    elif kind is types.FunctionType:
+        if str(thing.__module__).partition(".")[0] in _LIBRARIES:
+            return Content(), ()
+        named = _Globals.of.setdefault(thing, _Globals(thing))
+        cells, defaults = thing.__closure__ or (), thing.__defaults__ or ()
+        return Content(), (named, *cells, *defaults, thing.__dict__)
+    elif issubclass(kind, (type, types.ModuleType, Registry)) or (
+        package_of(kind) in _LIBRARIES and layout_of(kind).container is None
+    ):
+        return Content(), ()
     else:
-        layout.container.__setitem__(thing, name, value)
+        content = content_of(thing)
+    return content, content.members + content.attributes
+
+
+def _new(now: Content, before: Content) -> list[tuple[Any, Any]]:
+    """Return the name and value of what an object holds since."""
+    old = set(map(id, before.members + before.attributes))
+    return [(name, value) for name, value in now.items() if id(value) not in old]
+
+
+def _put_back(thing: Any, before: Content) -> None:
+    if type(thing) is not _Globals:
+        put(thing, before)
+        return
+    for name in thing.names:
+        thing.values.pop(name, None)
+    thing.values.update(zip(before.names, before.attributes, strict=True))

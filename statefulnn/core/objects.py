@@ -1,9 +1,10 @@
 """What an object holds: reading, filling and copying it without running its code.
 
 Terms
-  container   a list, tuple, dict, set, frozenset or deque, or an instance of a class derived from one.
-  attributes  what an object has in its ``__dict__`` and its slots; containers may have some too.
-  layout      where the instances of one class keep both.
+  container   a list, tuple, dict, set, frozenset, deque or bytearray, or what derives from one.
+  attributes  what an object has in its slots and its ``__dict__``; containers may have some too.
+  content     the keys and members of a container, and the attributes, by name.
+  layout      where the instances of one class keep their content.
   value       an object that nobody changes in place: a class, a path, a function of JAX ...
 
 The class of an object may be anybody's, and override ``__iter__``, ``__getattr__`` or ``__class__``. So
@@ -17,11 +18,12 @@ import collections
 import enum
 import functools
 import gc
+import itertools
 import operator
 import pathlib
 import types
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -45,9 +47,9 @@ class Identity:
         return repr(self.obj)
 
 
-UNSET = Identity("not set")  # stands for what an empty slot or variable holds
+UNSET: Any = object()  # stands for what an empty slot or variable holds
 
-CONTAINERS = (list, tuple, dict, set, frozenset, collections.deque)
+CONTAINERS = (list, tuple, dict, set, frozenset, collections.deque, bytearray)
 # Objects that are containers by another name.
 NAMESPACES = (
     types.SimpleNamespace,
@@ -140,6 +142,39 @@ class Layout:
 layout_of: Callable[[type], Layout] = functools.lru_cache(256)(Layout)
 
 
+class Content(NamedTuple):
+    """What an object holds at one moment: see the terms at the top of the file; slots come first."""
+
+    keys: tuple = ()
+    members: tuple = ()
+    names: tuple = ()
+    attributes: tuple = ()
+
+    def items(self) -> list[tuple[Any, Any]]:
+        """Return key and member, name and attribute; None is the key where there are none."""
+        members = itertools.zip_longest(self.keys, self.members)
+        return [*members, *zip(self.names, self.attributes, strict=True)]
+
+
+def content_of(value: Any) -> Content:
+    """Return what an object holds; everything of one dict is read at once, so that it agrees."""
+    layout = layout_of(type(value))
+    base = layout.container
+    keys = members = ()
+    if base is not None:
+        keys, members = (
+            _items(value, base) if issubclass(base, dict) else ((), base.__iter__(value))
+        )
+    _, held, *slots = state_of(value)
+    names, attributes = ((), ()) if held is None or held is value else _items(held, dict)
+    return Content(keys, tuple(members), (*layout.slots, *names), (*slots, *attributes))
+
+
+def _items(mapping: Any, base: Any) -> tuple[tuple, tuple]:
+    items = tuple(base.items(mapping))
+    return tuple(k for k, _ in items), tuple(v for _, v in items)
+
+
 def state_of(value: object) -> tuple[Any, ...]:
     """Return the class of an object, its ``__dict__`` (or None) and what is in its slots."""
     layout = layout_of(type(value))
@@ -154,50 +189,46 @@ def _in_slot(value: object, slot: types.MemberDescriptorType) -> object:
         return UNSET
 
 
-def content(value: Any, base: Any) -> tuple[tuple, tuple]:
-    """Return the keys and the members of a container; only dicts have keys.
-
-    Args:
-        value: the container.
-        base: the builtin class that it is of, `Layout.container`.
-    """
-    if not issubclass(base, dict):
-        return (), tuple(base.__iter__(value))
-    items = tuple(base.items(value))  # read once, so that keys and members agree
-    return tuple(k for k, _ in items), tuple(v for _, v in items)
-
-
-def read(value: Any) -> tuple[tuple, tuple, tuple, tuple]:
-    """Return what an object holds: keys and names, members and attributes, and what to watch.
-
-    Returns:
-        the keys of a dict and the names of attributes; the members of a container and the attributes;
-        iterables that read the object again; what these gave.
-    """
+def views_of(value: Any, content: Content) -> tuple[list[Iterable], tuple]:
+    """Return iterables that read an object again, and what all of them give as long as it holds a content."""
     layout = layout_of(type(value))
     base = layout.container
-    keys = members = looked = seen = ()
-    if base is not None:
-        keys, members = seen = content(value, base)
+    views: list[Iterable] = []
+    if base is not None and issubclass(base, dict):
+        views += (base.keys(value), base.values(value))
+    elif base is not None:
+        views.append(value if type(value) is base else View(base.__iter__, value))
+    seen = content.keys + content.members
+    if layout.slots or layout.holder is not None:
+        first = len(layout.slots)
+        _, held, *_ = state_of(value)
+        views.append(View(state_of, value))
+        seen += (type(value), held, *content.attributes[:first])
+        if held is not None and held is not value:
+            views += (dict.keys(held), dict.values(held))
+            seen += content.names[first:] + content.attributes[first:]
+    return views, seen
+
+
+def put(value: Any, content: Content) -> None:
+    """Give an object another content."""
+    layout = layout_of(type(value))
+    base = layout.container
+    if base is not None and base not in (tuple, frozenset):
+        base.clear(value)
         if issubclass(base, dict):
-            looked = base.keys(value), base.values(value)
+            for key, member in zip(content.keys, content.members, strict=True):
+                base.__setitem__(value, key, member)
         else:
-            looked = (value if type(value) is base else View(base.__iter__, value),)
-    if base in (set, frozenset):
-        members = (frozenset(value),)  # what compares without an order is one member
-    if type(value) in CONTAINERS:
-        return keys, members, looked, seen
-    _, held, *slots = state = state_of(value)
-    attributes = dict(zip(layout.slots, slots, strict=True))
-    looked, seen = (*looked, View(state_of, value)), (*seen, state)
-    if held is not None and held is not value:  # a dict may be its own __dict__
-        own = content(held, dict)
-        attributes.update(zip(*own, strict=True))
-        looked, seen = (*looked, dict.keys(held), dict.values(held)), (*seen, *own)
-    names = [n for n in attributes if n not in layout.derived]
-    if layout.fields is not None:
-        names = [n for n in names if n in layout.fields]
-    return (*keys, *names), (*members, *(attributes[n] for n in names)), looked, seen
+            (base.update if base is set else base.extend)(value, content.members)
+    _, held, *slots = state_of(value)
+    first = len(slots)
+    for slot, now, new in zip(layout.slots.values(), slots, content.attributes, strict=False):
+        if new is not now:
+            slot.__delete__(value) if new is UNSET else slot.__set__(value, new)
+    if held is not None and held is not value:
+        dict.clear(held)
+        dict.update(held, zip(content.names[first:], content.attributes[first:], strict=True))
 
 
 class View:
@@ -212,23 +243,14 @@ class View:
         return iter(self.read(self.subject))
 
 
-def fill(value: Any, base: Any, keys: Iterable, members: Iterable) -> None:
-    """Put members into an empty container that can be changed."""
-    if issubclass(base, dict):
-        for key, member in zip(keys, members, strict=True):
-            base.__setitem__(value, key, member)
-    else:
-        (base.update if base is set else base.extend)(value, members)
+def elements_of(array: np.ndarray) -> list[Any]:
+    """Return the elements of an array as a list."""
+    return array.ravel().tolist()
 
 
 def behind(proxy: types.MappingProxyType) -> Any:
     """Return the mapping that a read-only proxy shows."""
     return gc.get_referents(proxy)[0]
-
-
-def flat(array: np.ndarray) -> list[Any]:
-    """Return the elements of an array as a list."""
-    return array.ravel().tolist()
 
 
 def copied(
@@ -255,11 +277,9 @@ def copied(
     again = functools.partial(copied, leaf=leaf, objects=objects, memo=memo)
     if kind is types.MappingProxyType:
         return types.MappingProxyType(again(behind(value)))
-    if kind is bytearray or kind is np.ndarray:
+    if kind is np.ndarray:
         memo[id(value)] = new = value.copy()
-        for i, element in enumerate(
-            flat(value) if kind is np.ndarray and value.dtype.hasobject else ()
-        ):
+        for i, element in enumerate(elements_of(value) if value.dtype.hasobject else ()):
             new.reshape(-1)[i] = again(element)
         return new
     layout = layout_of(kind)
@@ -268,29 +288,18 @@ def copied(
         return leaf(value)
     if base is None and objects is not None and id(value) not in objects:
         return Identity(value)
+    keys, members, names, attributes = content_of(value)
     if base is tuple:
-        new = tuple.__new__(kind, map(again, tuple.__iter__(value)))  # pyright: ignore[reportArgumentType]
+        new = tuple.__new__(kind, map(again, members))  # pyright: ignore[reportArgumentType]
     else:
         memo[id(value)] = new = layout.base.__new__(kind)
-        if base is collections.deque:
-            base.__init__(new, (), maxlen_of(value))
-        if base is not None:
-            keys, members = content(value, base)
-            fill(new, base, keys, map(again, members))
-    if kind not in CONTAINERS:
-        _fill_attributes(new, value, layout, again)
-    return new
-
-
-def _fill_attributes(
-    new: object, value: object, layout: Layout, again: Callable[[object], object]
-) -> None:
-    _, held, *slots = state_of(value)
-    if held is value:  # a dict may be its own __dict__
+    if base is collections.deque:
+        base.__init__(new, (), maxlen_of(value))
+    if state_of(value)[1] is value:  # a dict may be its own __dict__
         layout.holder.__set__(new, new)
-    elif held is not None:
-        kept = {n: again(v) for n, v in dict.items(held) if n not in layout.derived}
-        layout.holder.__get__(new).update(kept)
-    for slot, member in zip(layout.slots.values(), slots, strict=True):
-        if member is not UNSET:
-            slot.__set__(new, again(member))
+    members = () if base is tuple else tuple(map(again, members))
+    kept = [
+        (n, again(v)) for n, v in zip(names, attributes, strict=True) if n not in layout.derived
+    ]
+    put(new, Content(keys, members, tuple(n for n, _ in kept), tuple(v for _, v in kept)))
+    return new

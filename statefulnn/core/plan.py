@@ -47,9 +47,6 @@ RETRACE_LIMIT = 8  # changes of one attribute before a warning
 _interned: weakref.WeakValueDictionary[Any, ModuleDef] = weakref.WeakValueDictionary()
 _intern_lock = threading.Lock()
 
-# Makes the key of a static attribute again.
-_MakeKey = Callable[[], tuple[KeyMaker, Hashable]]
-
 
 @dataclasses.dataclass(slots=True, weakref_slot=True, eq=False)
 class Plan:
@@ -60,9 +57,7 @@ class Plan:
         fresh: whether no other live plan had this ModuleDef.
         boxes: in leaf order.
         cells, stamps: of the modules.
-        watched: the static attributes that can change in place: what makes the key again, and the key.
-        classes: the classes of the modules, and their keys.
-        watch: what `watched` and `classes` look at.
+        watch: what can change in place: in static attributes, in the classes of the modules.
         flags: `requires_grad` of the parameters.
         cached_leaves: the arrays in leaf order, None if one may have changed.
         placements: where the leaves lie, see `placements_of`.
@@ -76,8 +71,6 @@ class Plan:
     boxes: list[Box]
     cells: list[Cell]
     stamps: list[int]
-    watched: list[tuple[_MakeKey, Hashable]]
-    classes: dict[type, Identity]
     watch: Watch
     parameters: list[Parameter] = dataclasses.field(init=False)
     generators: list[Generator] = dataclasses.field(init=False)
@@ -103,20 +96,7 @@ class Plan:
             if [p._requires_grad for p in self.parameters] != self.flags:
                 return False
             self.checked_at = now
-        return self.watch.unchanged() or self._equal()
-
-    def _equal(self) -> bool:
-        """Make the keys again, and say whether all are what they were; then that is watched."""
-        watch = Watch()
-        for make, key in self.watched:
-            maker, new = make()
-            if new != key:
-                return False
-            watch.add(maker.watch)
-        if any(class_key(cls, watch) != key for cls, key in self.classes.items()):
-            return False
-        self.watch = watch
-        return True
+        return self.watch.unchanged()
 
     def leaves(self) -> list[Any]:
         """Return the arrays in leaf order; the list is shared, do not change it."""
@@ -186,7 +166,7 @@ class _Builder:
         for _ in range(4):
             statics = _Statics(self._node_ids)
             hooks = statics.of_all(self._modules, self._nodes, self._attributes)
-            if not statics.watched or statics.watch.unchanged():
+            if statics.watch.unchanged():
                 break  # else another thread changed something between its key and its copy
 
         boxes = tuple((type(b), b.static_part()) for b in self._boxes)
@@ -200,16 +180,8 @@ class _Builder:
             if moduledef is None:
                 moduledef = ModuleDef(tuple(self._nodes), numbered, boxes, order, key)
                 _interned[key] = moduledef
-        return Plan(
-            moduledef,
-            fresh,
-            [self._boxes[number] for number in by_rank],
-            cells,
-            stamps,
-            [*statics.watched.values()],
-            statics.classes,
-            statics.watch,
-        )
+        in_order = [self._boxes[number] for number in by_rank]
+        return Plan(moduledef, fresh, in_order, cells, stamps, statics.watch)
 
     def _node(self, module: Any, where: Hashable = None) -> int:
         number = self._node_ids.get(id(module))
@@ -257,10 +229,8 @@ class _Statics:
     """Makes the keys and copies of the static attributes of some modules, and what watches them."""
 
     def __init__(self, node_ids: dict[int, int]) -> None:
-        # A function of its own: what makes a key again is kept, and must not lead back to here.
-        self._node_of: Callable[[object], int | None] = lambda module: node_ids.get(id(module))
-        self.watched: dict[int, tuple[_MakeKey, Hashable]] = {}  # by the value: many may share one
-        self.classes: dict[type, Identity] = {}
+        self._node_ids = node_ids
+        self._classes: dict[type, Identity] = {}
         self.watch = Watch()
 
     def of_all(self, modules: list[Any], nodes: list[NodeDef], attributes: list[list]) -> Hashable:
@@ -269,56 +239,44 @@ class _Statics:
         self._fill(hooks, [(name, table) for name, table in GLOBAL_HOOKS.items() if table], False)
         for module, d, own in zip(modules, nodes, attributes, strict=True):
             cls = type(module)
-            if cls not in self.classes:
-                self.classes[cls] = class_key(cls, self.watch)
+            if cls not in self._classes:
+                self._classes[cls] = class_key(cls, self.watch)
             self._fill(d, own, module._cell.scope is not None)
-            d.statics = (*d.statics, (f"class {cls.__name__}", self.classes[cls]))
+            d.statics = (*d.statics, (f"class {cls.__name__}", self._classes[cls]))
         return hooks.statics
 
     def _fill(self, d: NodeDef, attributes: Iterable[tuple[str, Any]], of_clone: bool) -> None:
         statics, values = [], []
         promised = getattr(d.cls, "_unwatched", ())
         for name, value in sorted(attributes, key=operator.itemgetter(0)):
-            unwatched = name in promised
             where = functools.partial("'{}.{}'".format, d.cls.__name__, name)
-            make = functools.partial(_key_of, value, where, self._node_of, unwatched, of_clone)
-            maker, key = make()
-            if not unwatched:
-                for kind, why in maker.unseen:
-                    _warn_unseen(kind, why, where(), name)
-                if maker.watch:
-                    self.watched.setdefault(id(value), (make, key))
-                    self.watch.add(maker.watch)
-            stored, copy = value, SHARED
+            unwatched, copy = name in promised, SHARED
             if isinstance(value, HookDict):
-                stored, copy = dict(value), HOOKS
-            elif maker.mutable or maker.rebinds:
-                copy = COPIED
+                # Handles number the hooks: two equal models have other numbers.
+                keys, stored, copy = HookKeyMaker(where, self._node_of), dict(value), HOOKS
+                key = tuple(map(keys.of, value.values()))
+            else:
+                keys, stored = KeyMaker(where, self._node_of, unwatched, of_clone), value
+                key = keys.of(value)
+                if keys.mutable or keys.rebinds:
+                    copy = COPIED
+            if not unwatched:
+                self.watch.add(keys.watch)
+                for kind, why in keys.unseen:
+                    _warn_unseen(kind, why, where(), name)
             if copy:
-                stored = copied(stored, self._unbind, maker.objects)
+                stored = copied(stored, self._unbind, keys.objects)
             statics.append((name, key))
             values.append((name, stored, copy))
         d.statics, d.values = tuple(statics), tuple(values)
         d.shadowing = tuple(item for item in values if hasattr(d.cls, item[0]))
 
+    def _node_of(self, module: object) -> int | None:
+        return self._node_ids.get(id(module))
+
     def _unbind(self, value: Any) -> Any:
         node = self._node_of(value.__self__) if type(value) is types.MethodType else None
         return value if node is None else BoundMethod(node, value.__func__)
-
-
-def _key_of(
-    value: Any,
-    where: Callable[[], str],
-    node_of: Callable[[object], int | None],
-    unwatched: bool,
-    of_clone: bool,
-) -> tuple[KeyMaker, Hashable]:
-    if not isinstance(value, HookDict):
-        maker = KeyMaker(where, node_of, unwatched, of_clone)
-        return maker, maker.of(value)
-    # Handles number the hooks: two equal models have other numbers.
-    maker = HookKeyMaker(where, node_of)
-    return maker, tuple(map(maker.of, value.values()))
 
 
 _warned: weakref.WeakSet[type] = weakref.WeakSet()

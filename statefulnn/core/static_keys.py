@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import dataclasses
 import functools
+import math
 import operator
 import types
 import weakref
@@ -34,13 +36,14 @@ from statefulnn.core.objects import (
     View,
     behind,
     code_of,
-    flat,
+    content_of,
+    elements_of,
     is_value,
     layout_of,
     maxlen_of,
     package_of,
-    read,
     state_of,
+    views_of,
 )
 from statefulnn.core.ownership import ModuleBase
 from statefulnn.core.watch import Watch
@@ -75,17 +78,16 @@ class _NotByValue(Exception):
     """Raised inside of an object that has to compare by identity; says why."""
 
 
+@dataclasses.dataclass(eq=False)
 class KeyMaker:
     """Makes the key of one static attribute; collects what has to be watched.
 
-    Args:
+    Attributes:
         where: gives the name of the attribute, for messages.
         node_of: gives the number of a module of the same tree, None for any other: a bound method of
             such a module is followed to its clone.
         unwatched: whether somebody promises that nothing in it changes: all of it compares by value.
         of_clone: whether the module is a clone.
-
-    Attributes:
         watch: what can change in place.
         mutable: whether clones need a copy.
         rebinds: whether a bound method of a module of the tree is inside.
@@ -93,25 +95,19 @@ class KeyMaker:
         unseen: the classes of objects that may change unseen, and why.
     """
 
-    def __init__(
-        self,
-        where: Callable[[], str] = lambda: "an attribute",
-        node_of: Callable[[Any], int | None] = lambda module: None,
-        unwatched: bool = False,
-        of_clone: bool = False,
-    ) -> None:
-        self.where = where
-        self.node_of = node_of
-        self.unwatched = unwatched
-        self.of_clone = of_clone
-        self.watch = Watch()
-        self.mutable = self.rebinds = False
-        self.objects: dict[int, object] = {}
-        self.unseen: list[tuple[type, str]] = []
-        self._visiting: list[object] = []
-        self._deepest: int | None = None  # while by value is only a try: how deep it may go
-        self._room = 0  # and how many more members there may be
-        self._in_key = False
+    where: Callable[[], str] = lambda: "an attribute"
+    node_of: Callable[[Any], int | None] = lambda module: None
+    unwatched: bool = False
+    of_clone: bool = False
+    watch: Watch = dataclasses.field(default_factory=Watch)
+    mutable: bool = False
+    rebinds: bool = False
+    objects: dict[int, object] = dataclasses.field(default_factory=dict)
+    unseen: list[tuple[type, str]] = dataclasses.field(default_factory=list)
+    _visiting: list[object] = dataclasses.field(default_factory=list)
+    _deepest: float = math.inf  # while by value is only a try: how deep it may go
+    _room: float = math.inf  # and how many more members there may be
+    _in_key: bool = False
 
     def of(self, value: Any) -> Hashable:
         """Return the key of a value."""
@@ -133,7 +129,8 @@ class KeyMaker:
     def _jax_array(self, value: jax.Array) -> Hashable:
         # By value, so that a rebuilt equal model shares compiled code; such arrays become constants.
         is_key = jnp.issubdtype(value.dtype, jax.dtypes.extended)
-        data = jax.random.key_data(value) if is_key else value
+        with jax.ensure_compile_time_eval():  # also while somebody traces
+            data = jax.random.key_data(value) if is_key else value
         self._charge(data.nbytes * _MEMBERS // _BYTES)
         host = np.asarray(data)
         weak = not is_key and value.weak_type
@@ -180,13 +177,7 @@ class KeyMaker:
     # ----------------------------------------------------------------------------------------------
     # What holds other objects
 
-    def _nested(
-        self,
-        value: object,
-        tag: tuple,
-        members: tuple,
-        key: Callable[[Any], Hashable] | None = None,
-    ) -> Hashable:
+    def _nested(self, value: object, tag: tuple, members: tuple, key: Any = None) -> Hashable:
         # A container that holds itself is named by its depth instead of being entered again.
         for depth, outer in enumerate(self._visiting):
             if outer is value:
@@ -200,11 +191,10 @@ class KeyMaker:
 
     def _charge(self, members: int) -> None:
         self._room -= members
-        if self._deepest is not None:
-            if self._room < 0:
-                raise _NotByValue(f"it holds more than {_MEMBERS} objects, or large arrays")
-            if len(self._visiting) > self._deepest:
-                raise _NotByValue(f"it is nested deeper than {_DEPTH} levels")
+        if self._room < 0:
+            raise _NotByValue(f"it holds more than {_MEMBERS} objects, or large arrays")
+        if len(self._visiting) > self._deepest:
+            raise _NotByValue(f"it is nested deeper than {_DEPTH} levels")
 
     def _keys(self, keys: tuple) -> tuple[Hashable, ...]:
         # Clones share the keys of dicts and the members of sets: there an object is its identity.
@@ -214,42 +204,40 @@ class KeyMaker:
         finally:
             self._in_key = before
 
-    def _held(self, value: Any) -> Hashable:
+    def _content(self, value: Any) -> Hashable:
         """Return the key by value of a container, or of an object with attributes."""
         layout = layout_of(type(value))
-        base = layout.container
-        keys, members, looked, seen = read(value)
+        base, content = layout.container, content_of(value)
         if layout.changes:
-            self.watch.note_members(id(value), looked, seen)
-        if not keys and base is None and not layout.is_open:
-            return Identity(value)  # what has no content stands for itself: a marker
-        if base is not None or not self.unwatched:
-            self.mutable = self.mutable or layout.changes
-        if base is None and not self.unwatched:
-            self.objects[id(value)] = value
-        length = maxlen_of(value) if base is collections.deque else None
-        return self._nested(value, (type(value), length, len(keys), *self._keys(keys)), members)
+            self.watch.note_members(id(value), *views_of(value, content))
+        if base is None:
+            if not content.names and not layout.is_open:
+                return Identity(value)  # what has no content stands for itself: a marker
+            if not self.unwatched:
+                self.objects[id(value)] = value
+        copied = not self.unwatched if base is None else base not in (tuple, frozenset)
+        self.mutable = self.mutable or (copied and layout.changes)
 
-    def _frozenset(self, value: frozenset) -> Hashable:
-        self._charge(len(value))
-        return (frozenset, frozenset(self._keys(tuple(value))))
+        keys, members, names, attributes = content
+        tag: tuple = (type(value), maxlen_of(value) if base is collections.deque else None)
+        if base in (set, frozenset):
+            tag, members = (*tag, frozenset(self._keys(members))), ()
+        kept = {n: v for n, v in zip(names, attributes, strict=True) if n not in layout.derived}
+        if layout.fields is not None:
+            kept = {n: v for n, v in kept.items() if n in layout.fields}
+        tag = (*tag, len(kept), *self._keys((*keys, *kept)))
+        return self._nested(value, tag, (*members, *kept.values()))
 
     def _proxy(self, value: types.MappingProxyType) -> Hashable:
         return (types.MappingProxyType, self.of(behind(value)))
-
-    def _bytearray(self, value: bytearray) -> Hashable:
-        self.mutable = True
-        held = bytes(value)
-        self.watch.note_members(id(value), (value,), (tuple(held),))
-        return (bytearray, held)
 
     def _ndarray(self, value: np.ndarray) -> Hashable:
         self.mutable = True
         self._charge(value.nbytes * _MEMBERS // _BYTES)
         if value.dtype.hasobject:
-            members = tuple(flat(value))
-            self.watch.note_members(id(value), (View(flat, value),), (members,))
-            return self._nested(value, (np.ndarray, value.shape), members)
+            elements = tuple(elements_of(value))
+            self.watch.note_members(id(value), [View(elements_of, value)], elements)
+            return self._nested(value, (np.ndarray, value.shape), elements)
         key = _array_key(value)
         self.watch.note(lambda array: _array_key(array) == key, value, True, id(value))
         return (np.ndarray, key)
@@ -260,33 +248,32 @@ class KeyMaker:
             return self._unseen(value, "Python cannot read all that it holds")
         if self._in_key and layout.fields is None:
             return Identity(value)
-        if layout.is_open or self._deepest is not None:
-            return self._held(value)
+        if layout.is_open or self._deepest < math.inf:
+            return self._content(value)
         # Plain objects may be anything, a trainer with the model in it: then all of it is left alone.
-        return self.tried(value, self._held)
+        return self.tried(value, KeyMaker._content)
 
-    def tried(self, value: object, by_value: Callable[[Any], Hashable]) -> Hashable:
+    def tried(self, value: object, by_value: Callable[[KeyMaker, Any], Hashable]) -> Hashable:
         """Return the key by value if it may have one, and else its identity."""
-        before = self.watch, self.objects, self.mutable, self.rebinds
-        self.watch, self.objects = Watch(), dict(self.objects)
-        self._deepest, self._room = len(self._visiting) + _DEPTH, _MEMBERS
-        why = "it refers to a module or parameter"
+        trial = dataclasses.replace(
+            self,
+            watch=Watch(),
+            objects=dict(self.objects),
+            _deepest=len(self._visiting) + _DEPTH,
+            _room=_MEMBERS,
+        )
         try:
-            key = by_value(value)
-            before[0].add(self.watch)
-            self.watch = before[0]
-            return key
+            key = by_value(trial, value)
         except _NotByValue as error:
-            why = str(error)
+            return self._unseen(value, str(error))
         except RegistrationError:
-            pass
-        finally:
-            self._deepest = None
-        self.watch, self.objects, self.mutable, self.rebinds = before
-        return self._unseen(value, why)
+            return self._unseen(value, "it refers to a module or parameter")
+        self.watch.add(trial.watch)
+        self.objects, self.mutable, self.rebinds = trial.objects, trial.mutable, trial.rebinds
+        return key
 
     def _unseen(self, value: object, why: str) -> Hashable:
-        if self._deepest is not None:
+        if self._deepest < math.inf:
             raise _NotByValue(f"it holds an object of type {type(value).__name__}")
         self.unseen.append((type(value), why))
         return Identity(value)
@@ -310,14 +297,16 @@ class KeyMaker:
     def of_captured(self, value: Any) -> Hashable:
         """Return the key of something that a function refers to."""
         kind = type(value)
-        if kind in ATOMS or kind in _FUNCTIONS or issubclass(kind, tuple):  # named tuples too
-            return self.of(value)
-        # A module or parameter here would be invisible to everything that walks the tree.
-        hidden = find_hidden(value)
+        if kind in ATOMS:
+            return (kind, value)
+        # A module or parameter here would be invisible to everything that walks the tree. Clones have the
+        # function itself, so a method of a module would be the original's.
+        hidden = find_hidden(value.__self__ if kind is types.MethodType else value)
         if hidden is not None:
             self._refuse_captured(hidden)
             return Identity(value)
-        return self._shared(value)
+        by_value = kind in _FUNCTIONS or issubclass(kind, tuple)
+        return self.of(value) if by_value else self._shared(value)
 
     def _refuse_captured(self, member: object) -> None:
         raise hidden_member(f"the closure of the function {self.where()}", member)
@@ -340,9 +329,8 @@ class KeyMaker:
         return state
 
     def _partial(self, value: functools.partial) -> Hashable:
-        function, *rest = (value.func, *value.args, *value.keywords.values())
-        tag = (type(value), functools.partial, self.of(function), len(value.args), *value.keywords)
-        return (*tag, *map(self.of_captured, rest))
+        parts = (value.func, *value.args, *value.keywords.values())
+        return (type(value), len(value.args), *value.keywords, *map(self.of_captured, parts))
 
     def _method(self, value: types.MethodType) -> Hashable:
         owner = value.__self__
@@ -383,9 +371,7 @@ _FUNCTIONS = (float, complex, types.FunctionType, types.MethodType, functools.pa
 _METHODS: dict[type, str] = {
     float: "_number",
     complex: "_number",
-    frozenset: "_frozenset",
     slice: "_slice",
-    bytearray: "_bytearray",
     types.MappingProxyType: "_proxy",
     np.ndarray: "_ndarray",
     types.FunctionType: "_function",
@@ -400,7 +386,7 @@ _METHODS_BY_BASE: dict[type, str] = {
     ModuleBase: "_member",
     np.generic: "_scalar",
     functools.partial: "_partial",
-    **dict.fromkeys(CONTAINERS, "_held"),
+    **dict.fromkeys(CONTAINERS, "_content"),
 }
 
 
@@ -434,7 +420,7 @@ def refuse_hidden(where: Callable[[], str], value: Any) -> None:
     if kind in _PLAIN:
         return
     if issubclass(kind, functools.partial) or (callable(value) and _method_for(kind) == "_value"):
-        KeyMaker(where, lambda module: 0).of(value)
+        KeyMaker(where).of(value)
     hidden = find_hidden(value)
     if hidden is not None:
         raise hidden_member(where(), hidden)
@@ -447,8 +433,8 @@ def find_hidden(value: Any, depth: int = 0) -> Any:
         return value
     layout = layout_of(kind)
     if depth < _DEPTH and (layout.container is not None or layout.is_open):
-        keys, members, *_ = read(value)
-        for item in (*keys, *members):
+        content = content_of(value)
+        for item in (*content.keys, *content.members, *content.attributes):
             found = None if type(item) in _PLAIN else find_hidden(item, depth + 1)
             if found is not None:
                 return found

@@ -28,8 +28,8 @@ class Watch:
         self._many: dict[Hashable, tuple] = {}
         self._sealed: tuple[list, list, list, list, list] | None = None
 
-    def __bool__(self) -> bool:
-        return bool(self._single or self._mappings or self._many)
+    def __len__(self) -> int:
+        return len(self._single) + len(self._mappings) + len(self._many)
 
     def note(
         self, read: Callable[[Any], object], subject: object, held: object, key: Hashable = None
@@ -41,8 +41,8 @@ class Watch:
         """
         self._add(self._single, key or (read, id(subject)), (read, subject, held))
 
-    def note_members(self, key: Hashable, views: Iterable, held: Iterable[tuple]) -> None:
-        """Note a thing with many members: iterables that read it, and what each of them gave."""
+    def note_members(self, key: Hashable, views: Iterable[Iterable], held: tuple) -> None:
+        """Note a thing with many members: iterables that read it, and what all of them gave."""
         self._add(self._many, key, (views, held))
 
     def note_mapping(self, key: Hashable, mapping: Mapping, copy: Mapping) -> None:
@@ -88,5 +88,5 @@ class Watch:
             copies.append(copy)
         for subject, was in self._many.values():
             views += (*subject, self._END)
-            held += (*itertools.chain.from_iterable(was), *self._END)
+            held += (*was, *self._END)
         return self._sealed
