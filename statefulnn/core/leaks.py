@@ -73,7 +73,7 @@ class Inventory:
                 _, before = self._notes.get(id(thing), (None, now))
                 left = [name for name, value in _new(now, before) if self._is_left(value)]
                 if left:
-                    _put_back(thing, before)
+                    _put_back(thing, before, left)
                     found = found or error(str(left[0]))
         return found
 
@@ -241,15 +241,16 @@ def _looked_into(thing: Any) -> tuple[Content, tuple]:
 
 
 def _new(now: Content, before: Content) -> list[tuple[Any, Any]]:
-    """Return the name and value of what an object holds since."""
+    """Return what an object holds since, with its key or name if it has one."""
     old = set(map(id, before.members + before.attributes))
-    return [(name, value) for name, value in now.items() if id(value) not in old]
+    items = itertools.zip_longest(now.keys + now.names, now.members + now.attributes)
+    return [(name, value) for name, value in items if id(value) not in old]
 
 
-def _put_back(thing: Any, before: Content) -> None:
+def _put_back(thing: Any, before: Content, left: list[Any]) -> None:
     if type(thing) is not _Globals:
         put(thing, before)
         return
-    for name in thing.names:
-        thing.values.pop(name, None)
-    thing.values.update(zip(before.names, before.attributes, strict=True))
+    old = dict(zip(before.names, before.attributes, strict=True))
+    for name in left:  # and nothing else: many programs share a module's globals
+        thing.values.pop(name) if name not in old else thing.values.update({name: old[name]})

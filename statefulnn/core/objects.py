@@ -18,7 +18,6 @@ import collections
 import enum
 import functools
 import gc
-import itertools
 import operator
 import pathlib
 import types
@@ -59,7 +58,9 @@ NAMESPACES = (
     collections.ChainMap,
 )
 # Classes written in C that Python classes derive from, special ones first.
-_BASES = (collections.OrderedDict, collections.defaultdict, *CONTAINERS, types.SimpleNamespace)
+_BASES: tuple[Any, ...] = (
+    *(collections.OrderedDict, collections.defaultdict, *CONTAINERS, types.SimpleNamespace),
+)
 
 # Classes of values that hold nothing else and are hashed by what they are.
 ATOMS = frozenset(
@@ -150,28 +151,23 @@ class Content(NamedTuple):
     names: tuple = ()
     attributes: tuple = ()
 
-    def items(self) -> list[tuple[Any, Any]]:
-        """Return key and member, name and attribute; None is the key where there are none."""
-        members = itertools.zip_longest(self.keys, self.members)
-        return [*members, *zip(self.names, self.attributes, strict=True)]
-
 
 def content_of(value: Any) -> Content:
-    """Return what an object holds; everything of one dict is read at once, so that it agrees."""
-    layout = layout_of(type(value))
+    """Return what an object holds."""
+    layout, held = layout_of(type(value)), _dict_of(value)
     base = layout.container
-    keys = members = ()
-    if base is not None:
-        keys, members = (
-            _items(value, base) if issubclass(base, dict) else ((), base.__iter__(value))
-        )
-    _, held, *slots = state_of(value)
-    names, attributes = ((), ()) if held is None or held is value else _items(held, dict)
-    return Content(keys, tuple(members), (*layout.slots, *names), (*slots, *attributes))
+    keys = members = names = attributes = ()
+    if base is not None and issubclass(base, dict):
+        keys, members = _items(value, base)
+    elif base is not None:
+        members = tuple(base.__iter__(value))
+    if held is not None:
+        names, attributes = _items(held, dict)
+    return Content(keys, members, (*layout.slots, *names), state_of(value)[2:] + attributes)
 
 
 def _items(mapping: Any, base: Any) -> tuple[tuple, tuple]:
-    items = tuple(base.items(mapping))
+    items = tuple(base.items(mapping))  # read once, so that keys and members agree
     return tuple(k for k, _ in items), tuple(v for _, v in items)
 
 
@@ -189,10 +185,15 @@ def _in_slot(value: object, slot: types.MemberDescriptorType) -> object:
         return UNSET
 
 
+def _dict_of(value: object) -> dict[str, Any] | None:
+    held = state_of(value)[1]
+    return None if held is value else held  # a dict may be its own __dict__
+
+
 def views_of(value: Any, content: Content) -> tuple[list[Iterable], tuple]:
-    """Return iterables that read an object again, and what all of them give as long as it holds a content."""
-    layout = layout_of(type(value))
-    base = layout.container
+    """Return iterables that read an object again, and what all of them give while the content is this."""
+    layout, held = layout_of(type(value)), _dict_of(value)
+    base, first = layout.container, len(layout.slots)
     views: list[Iterable] = []
     if base is not None and issubclass(base, dict):
         views += (base.keys(value), base.values(value))
@@ -200,35 +201,37 @@ def views_of(value: Any, content: Content) -> tuple[list[Iterable], tuple]:
         views.append(value if type(value) is base else View(base.__iter__, value))
     seen = content.keys + content.members
     if layout.slots or layout.holder is not None:
-        first = len(layout.slots)
-        _, held, *_ = state_of(value)
         views.append(View(state_of, value))
-        seen += (type(value), held, *content.attributes[:first])
-        if held is not None and held is not value:
-            views += (dict.keys(held), dict.values(held))
-            seen += content.names[first:] + content.attributes[first:]
+        seen += (*state_of(value)[:2], *content.attributes[:first])
+    if held is not None:
+        views += (dict.keys(held), dict.values(held))
+        seen += content.names[first:] + content.attributes[first:]
     return views, seen
 
 
 def put(value: Any, content: Content) -> None:
-    """Give an object another content."""
-    layout = layout_of(type(value))
-    base = layout.container
-    if base is not None and base not in (tuple, frozenset):
+    """Give an object another content, without a moment at which what stays is missing."""
+    layout, held = layout_of(type(value)), _dict_of(value)
+    base, first = layout.container, len(layout.slots)
+    if base is not None and issubclass(base, dict):
+        _put_items(value, base, content.keys, content.members)
+    elif base not in (None, tuple, frozenset):
         base.clear(value)
-        if issubclass(base, dict):
-            for key, member in zip(content.keys, content.members, strict=True):
-                base.__setitem__(value, key, member)
-        else:
-            (base.update if base is set else base.extend)(value, content.members)
-    _, held, *slots = state_of(value)
-    first = len(slots)
-    for slot, now, new in zip(layout.slots.values(), slots, content.attributes, strict=False):
-        if new is not now:
+        (base.update if base is set else base.extend)(value, content.members)
+    now = state_of(value)[2:]
+    for slot, old, new in zip(layout.slots.values(), now, content.attributes, strict=False):
+        if new is not old:
             slot.__delete__(value) if new is UNSET else slot.__set__(value, new)
-    if held is not None and held is not value:
-        dict.clear(held)
-        dict.update(held, zip(content.names[first:], content.attributes[first:], strict=True))
+    if held is not None:
+        _put_items(held, dict, content.names[first:], content.attributes[first:])
+
+
+def _put_items(mapping: Any, base: Any, keys: tuple, members: tuple) -> None:
+    items = dict(zip(keys, members, strict=True))
+    for key in [k for k in base.keys(mapping) if k not in items]:
+        base.__delitem__(mapping, key)
+    for key, member in items.items():
+        base.__setitem__(mapping, key, member)
 
 
 class View:
@@ -290,16 +293,13 @@ def copied(
         return Identity(value)
     keys, members, names, attributes = content_of(value)
     if base is tuple:
-        new = tuple.__new__(kind, map(again, members))  # pyright: ignore[reportArgumentType]
+        new, members = tuple.__new__(kind, map(again, members)), ()  # pyright: ignore[reportArgumentType]
     else:
         memo[id(value)] = new = layout.base.__new__(kind)
     if base is collections.deque:
         base.__init__(new, (), maxlen_of(value))
-    if state_of(value)[1] is value:  # a dict may be its own __dict__
+    if layout.holder is not None and layout.holder.__get__(value) is value:
         layout.holder.__set__(new, new)
-    members = () if base is tuple else tuple(map(again, members))
-    kept = [
-        (n, again(v)) for n, v in zip(names, attributes, strict=True) if n not in layout.derived
-    ]
-    put(new, Content(keys, members, tuple(n for n, _ in kept), tuple(v for _, v in kept)))
+    kept = {n: again(v) for n, v in zip(names, attributes, strict=True) if n not in layout.derived}
+    put(new, Content(keys, tuple(map(again, members)), tuple(kept), tuple(kept.values())))
     return new
