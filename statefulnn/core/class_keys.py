@@ -53,6 +53,20 @@ def class_key(cls: Any, watch: Watch) -> Identity:
     return known[0]
 
 
+def containers_of(cls: type) -> dict[str, Any]:
+    """Return the containers among the attributes of a class of the user's, by name."""
+    return {
+        name: value
+        for base in _own_bases(cls)
+        for name, value in class_dict(base).items()
+        if name[:2] != "__" and issubclass(type(value), CONTAINERS)
+    }
+
+
+def _own_bases(cls: type) -> list[type]:
+    return [b for b in mro_of(cls) if b is not object and package_of(b) != "statefulnn"]
+
+
 def unchanged_classes() -> list[type]:
     """Return the classes that hold what they held when somebody looked."""
     return [cls for cls, (_, watch) in [*_seen.items()] if watch.unchanged()]
@@ -67,9 +81,7 @@ def forget_changes(classes: list[type]) -> None:
 def _members(cls: type, watch: Watch) -> list[tuple[str, object]]:
     """Return the names and members of a class and its bases; note them."""
     found: list[tuple[str, object]] = []
-    for base in mro_of(cls):
-        if base is object or package_of(base) == "statefulnn":
-            continue
+    for base in _own_bases(cls):
         content = class_dict(base)
         members = dict(content)
         watch.note_mapping(base, content, members)

@@ -6,8 +6,8 @@ each object is noted before anything can write to it, and looked at once, at the
 function, or, where JAX runs the function and not this package, of the outermost call of a module.
 
 What is reached from an attribute or a hook: containers, the attributes of objects, the variables a
-function closes over and the globals that it names. Of very many
-objects the newest are looked at. No code of the user's runs while looking, see `core.objects`.
+function closes over and the globals that it names. Of very many objects the newest are looked at. No code
+of the user's runs while looking, see `core.objects`.
 """
 
 from __future__ import annotations
@@ -23,12 +23,13 @@ from typing import Any
 import jax
 
 from statefulnn.core import compat
-from statefulnn.core.class_keys import forget_changes, unchanged_classes
+from statefulnn.core.class_keys import containers_of, forget_changes, unchanged_classes
 from statefulnn.core.compat import EAGER, Tracer, current_trace
 from statefulnn.core.errors import TraceLeakError, explain
 from statefulnn.core.objects import ATOMS, Content, content_of, layout_of, package_of, put
 from statefulnn.core.ownership import ModuleBase, real_dict
 from statefulnn.core.registry import Registry
+from statefulnn.core.static_keys import traced_value
 
 DEEPEST = 6  # steps from an attribute or a hook
 MOST = 2000  # objects that are noted for one module or hook
@@ -57,9 +58,18 @@ class Inventory:
             for thing, content in _reachable(root, deepest):
                 self._notes.setdefault(id(thing), (thing, content))
 
-    def note_attributes(self, attributes: dict[str, Any], error: _Error) -> None:
-        """Note the attributes of a module, and what can be reached from each that is no member."""
-        if id(attributes) not in self._roots:
+    def note_attributes(self, module: ModuleBase, error: _Error | None) -> None:
+        """Note the attributes of a module and its class, and what can be reached from each.
+
+        Args:
+            error: for the module's own; None if somebody else looks at these.
+        """
+        attributes, cls = real_dict(module), type(module)
+        if id(attributes) in self._roots:
+            return
+        for name, value in containers_of(cls).items():
+            self.note(value, lambda _, name=name: traced_value(f"'{cls.__name__}.{name}'"))
+        if error is not None:
             self.note(attributes, error, 0)
             for name, value in attributes.items():
                 if type(value) not in ATOMS:
@@ -113,11 +123,11 @@ def watching(outer: tuple[Any, ...] = ()) -> Iterator[Inventory]:
     try:
         yield inventory
     finally:
-        forget_changes(classes)
         _open.inventory, _open.path = around, path
         # Where JAX does not tell whose a value is, only the outermost trace is looked at.
         if around is None or compat.TELLS_OWNERS:
             leak = inventory.end()
+        forget_changes(classes)
         if around is not None:
             around.inherit(inventory)
     if leak is not None:  # after an error of the function's own, that one is raised
@@ -153,8 +163,7 @@ def traced_call(module: ModuleBase, path: tuple[str, ...], error: _Error | None)
     """
     with contextlib.ExitStack() as stack:
         inventory = _open.inventory or stack.enter_context(watching())
-        if error is not None:
-            inventory.note_attributes(real_dict(module), error)
+        inventory.note_attributes(module, error)
         outside = _open.path
         inner = path[len(outside) :] if path[: len(outside)] == outside else path
         if inner and any(compat.kind(t) == "staged" for t in compat.chain(current_trace())):

@@ -127,7 +127,7 @@ class Layout:
         self.holder: Any = found.get("__dict__")
         if type(self.holder) not in (member, types.GetSetDescriptorType):
             self.holder = None
-        self.base: Any = next((b for b in _BASES if issubclass(cls, b)), object)
+        self.base: Any = next(b for b in (*_BASES, object) if issubclass(cls, b))
         self.container: Any = self.base if issubclass(self.base, CONTAINERS) else None
         fixed = self.container in (tuple, frozenset) and not self.slots and self.holder is None
         self.changes = self.fields is None and not fixed
@@ -135,7 +135,7 @@ class Layout:
             # A copy would be finalised as well; a property of that name hides the attributes.
             if "__del__" in found or (self.holder is None and "__dict__" in found):
                 raise TypeError
-            self.base.__new__(cls)
+            _ = self.base.__new__(cls)  # pyright: ignore[reportArgumentType]
         except TypeError:  # which a class written in C raises
             self.base = None
 
@@ -152,7 +152,7 @@ class Content(NamedTuple):
     attributes: tuple = ()
 
 
-def content_of(value: Any) -> Content:
+def content_of(value: object) -> Content:
     """Return what an object holds."""
     layout, held = layout_of(type(value)), _dict_of(value)
     base = layout.container
@@ -166,7 +166,7 @@ def content_of(value: Any) -> Content:
     return Content(keys, members, (*layout.slots, *names), state_of(value)[2:] + attributes)
 
 
-def _items(mapping: Any, base: Any) -> tuple[tuple, tuple]:
+def _items(mapping: object, base: Any) -> tuple[tuple, tuple]:
     items = tuple(base.items(mapping))  # read once, so that keys and members agree
     return tuple(k for k, _ in items), tuple(v for _, v in items)
 
@@ -209,7 +209,7 @@ def views_of(value: Any, content: Content) -> tuple[list[Iterable], tuple]:
     return views, seen
 
 
-def put(value: Any, content: Content) -> None:
+def put(value: object, content: Content) -> None:
     """Give an object another content, without a moment at which what stays is missing."""
     layout, held = layout_of(type(value)), _dict_of(value)
     base, first = layout.container, len(layout.slots)
@@ -217,7 +217,7 @@ def put(value: Any, content: Content) -> None:
         _put_items(value, base, content.keys, content.members)
     elif base not in (None, tuple, frozenset):
         base.clear(value)
-        (base.update if base is set else base.extend)(value, content.members)
+        (base.extend if hasattr(base, "extend") else base.update)(value, content.members)
     now = state_of(value)[2:]
     for slot, old, new in zip(layout.slots.values(), now, content.attributes, strict=False):
         if new is not old:
@@ -226,7 +226,7 @@ def put(value: Any, content: Content) -> None:
         _put_items(held, dict, content.names[first:], content.attributes[first:])
 
 
-def _put_items(mapping: Any, base: Any, keys: tuple, members: tuple) -> None:
+def _put_items(mapping: object, base: Any, keys: tuple, members: tuple) -> None:
     items = dict(zip(keys, members, strict=True))
     for key in [k for k in base.keys(mapping) if k not in items]:
         base.__delitem__(mapping, key)

@@ -141,13 +141,13 @@ class _Builder:
     def __init__(self, untie: bool = False) -> None:
         self._untie = untie
         self._modules: list[Any] = []
-        self._node_ids: dict[int, int] = {}
+        self._node_ids: dict[Hashable, int] = {}
         self._boxes: list[Box] = []
         self._box_ids: dict[Hashable, int] = {}
         self._nodes: list[NodeDef] = []
         self._attributes: list[list[tuple[str, Any]]] = []  # the static ones of each module
 
-    def build(self, roots: Sequence[Any]) -> Plan:
+    def build(self, roots: Sequence[ModuleBase | Box]) -> Plan:
         numbered = tuple(
             ("box", self._box(r, id(r))) if isinstance(r, Box) else ("node", self._node(r))
             for r in roots
@@ -155,9 +155,7 @@ class _Builder:
         cells, stamps = [], []
         for module in self._modules:  # the list grows while it is walked
             cells.append(module._cell)
-            stamps.append(
-                module._cell.stamp
-            )  # before reading: a change meanwhile is seen next time
+            stamps.append(module._cell.stamp)  # first: a change meanwhile is seen next time
             self._nodes.append(NodeDef(type(module)))
             self._attributes.append(self._walk(module, self._nodes[-1], len(self._nodes) - 1))
         cells.append(GLOBAL_CELL)
@@ -183,24 +181,15 @@ class _Builder:
         in_order = [self._boxes[number] for number in by_rank]
         return Plan(moduledef, fresh, in_order, cells, stamps, statics.watch)
 
-    def _node(self, module: Any, where: Hashable = None) -> int:
-        number = self._node_ids.get(id(module))
-        if number is None:
-            number = self._node_ids[id(module)] = len(self._modules)
-            self._modules.append(module)
-        return number
+    def _node(self, module: ModuleBase, where: Hashable = None) -> int:
+        return _numbered(self._node_ids, id(module), self._modules, module)
 
     def _box(self, box: Box, where: Hashable) -> int:
-        key = where if self._untie else id(box)
-        number = self._box_ids.get(key)
-        if number is None:
-            number = self._box_ids[key] = len(self._boxes)
-            if is_lazy(box):
-                _ = box.value  # raises: it has no shape to compile for
-            self._boxes.append(box)
-        return number
+        if is_lazy(box):
+            _ = box.value  # raises: it has no shape to compile for
+        return _numbered(self._box_ids, where if self._untie else id(box), self._boxes, box)
 
-    def _walk(self, module: Any, d: NodeDef, index: int) -> list[tuple[str, Any]]:
+    def _walk(self, module: ModuleBase, d: NodeDef, index: int) -> list[tuple[str, Any]]:
         """Number the members of a module; return its static attributes."""
         attributes = module.__dict__
 
@@ -211,7 +200,7 @@ class _Builder:
         box, node = self._box, self._node
         d.members = members("_parameters", box), members("_buffers", box), members("_modules", node)
         rest, references = [], []
-        hidden = _NOT_STATIC.union(type(module)._python_cache)
+        hidden = _NOT_STATIC.union(getattr(type(module), "_python_cache", ()))
         for name, value in attributes.items():
             if name in hidden:
                 continue
@@ -225,10 +214,18 @@ class _Builder:
         return rest
 
 
+def _numbered(numbers: dict[Hashable, int], key: Hashable, things: list, thing: object) -> int:
+    """Return the number of a thing; put it at the end of the list if it has none yet."""
+    if key not in numbers:
+        numbers[key] = len(things)
+        things.append(thing)
+    return numbers[key]
+
+
 class _Statics:
     """Makes the keys and copies of the static attributes of some modules, and what watches them."""
 
-    def __init__(self, node_ids: dict[int, int]) -> None:
+    def __init__(self, node_ids: dict[Hashable, int]) -> None:
         self._node_ids = node_ids
         self._classes: dict[type, Identity] = {}
         self.watch = Watch()
@@ -287,24 +284,25 @@ def _warn_unseen(cls: type, why: str, where: str, name: str) -> None:
     if cls in _warned:
         return
     _warned.add(cls)
-    warnings.warn(
-        explain(
-            f"kept an object of type {cls.__name__} in {where}",
-            f"{why}, so it compares by identity: what changes in it goes unseen by compiled code",
-            "assign another object when it changes; or, if it does not matter to forward, say so in "
-            f"the class: _unwatched = ({name!r},)",
-        ),
+    _warn(
         UserWarning,
-        stacklevel=user_stack_level(),
+        f"kept an object of type {cls.__name__} in {where}",
+        f"{why}, so it compares by identity: what changes in it goes unseen by compiled code",
+        "assign another object when it changes; or, if it does not matter to forward, say so in "
+        f"the class: _unwatched = ({name!r},)",
     )
 
 
-def build_plan(roots: Sequence[Any], untie: bool = False) -> Plan:
+def _warn(category: type[Warning], what: str, why: str, instead: str) -> None:
+    warnings.warn(explain(what, why, instead), category, stacklevel=user_stack_level())
+
+
+def build_plan(roots: Sequence[ModuleBase | Box], untie: bool = False) -> Plan:
     """Walk modules and boxes together: what they share is one node, one leaf."""
     return _Builder(untie).build(roots)
 
 
-def plan_of(module: Any) -> Plan:
+def plan_of(module: ModuleBase) -> Plan:
     """Return the plan of a module, walking it only if something has changed."""
     plan = module._plan
     if plan is None or not plan.valid():
@@ -323,14 +321,11 @@ def count_changes(before: Plan, after: Plan) -> None:
     for name, change in differences(before.moduledef, after.moduledef):
         after.changes[name] = count = after.changes.get(name, 0) + 1
         if count == RETRACE_LIMIT:
-            warnings.warn(
-                explain(
-                    f"{name!r} changed {count} times (last: {change})",
-                    "it is a static attribute, part of the compiled code, and every new value "
-                    "compiles the model again",
-                    f"make it a buffer: self.register_buffer({name.rpartition('.')[2]!r}, array, "
-                    "persistent=False)",
-                ),
+            _warn(
                 RetraceWarning,
-                stacklevel=user_stack_level(),
+                f"{name!r} changed {count} times (last: {change})",
+                "it is a static attribute, part of the compiled code, and every new value compiles "
+                "the model again",
+                f"make it a buffer: self.register_buffer({name.rpartition('.')[2]!r}, array, "
+                "persistent=False)",
             )

@@ -109,7 +109,7 @@ class KeyMaker:
     _room: float = math.inf  # and how many more members there may be
     _in_key: bool = False
 
-    def of(self, value: Any) -> Hashable:
+    def of(self, value: object) -> Hashable:
         """Return the key of a value."""
         kind = type(value)
         return (kind, value) if kind in ATOMS else getattr(self, _method_for(kind))(value)
@@ -136,7 +136,7 @@ class KeyMaker:
         weak = not is_key and value.weak_type
         return (jax.Array, str(value.dtype), weak, host.shape, host.tobytes())
 
-    def _value(self, value: Any) -> Hashable:
+    def _value(self, value: object) -> Hashable:
         if self.unwatched and package_of(type(value)) == "optax":
             return self._object(value)
         # A compiled function calls what it was made of, and goes on with the old values of that.
@@ -165,14 +165,7 @@ class KeyMaker:
         raise hidden_member(self.where(), value)
 
     def _tracer(self, value: object) -> Hashable:
-        raise TraceLeakError(
-            explain(
-                f"kept a traced value in {self.where()}",
-                "it would outlive the function being traced",
-                "register it: self.register_buffer(name, array, persistent=False); or collect "
-                "outputs with nn.capture",
-            )
-        )
+        raise traced_value(self.where())
 
     # ----------------------------------------------------------------------------------------------
     # What holds other objects
@@ -204,7 +197,7 @@ class KeyMaker:
         finally:
             self._in_key = before
 
-    def _content(self, value: Any) -> Hashable:
+    def _content(self, value: object) -> Hashable:
         """Return the key by value of a container, or of an object with attributes."""
         layout = layout_of(type(value))
         base, content = layout.container, content_of(value)
@@ -355,7 +348,7 @@ class ClassKeyMaker(KeyMaker):
     def _object(self, value: object) -> Hashable:
         return Identity(value)
 
-    _value = _object
+    _value = _tracer = _object
 
 
 class HookKeyMaker(ClassKeyMaker):
@@ -410,7 +403,7 @@ class BoundMethod:
 # Members where nothing looks for them
 
 
-def refuse_hidden(where: Callable[[], str], value: Any) -> None:
+def refuse_hidden(where: Callable[[], str], value: object) -> None:
     """Raise if a module or parameter sits in a value that is about to be a static attribute.
 
     Containers and namespaces are looked into, partial and compiled functions. What other objects and
@@ -426,7 +419,7 @@ def refuse_hidden(where: Callable[[], str], value: Any) -> None:
         raise hidden_member(where(), hidden)
 
 
-def find_hidden(value: Any, depth: int = 0) -> Any:
+def find_hidden(value: object, depth: int = 0) -> Any:
     """Return a module or box that sits inside containers, None if there is none."""
     kind = type(value)
     if issubclass(kind, (ModuleBase, Box)):
@@ -451,5 +444,17 @@ def hidden_member(where: str, value: object) -> RegistrationError:
             "it is not registered there: parameters(), state_dict() and compiled calls would miss it",
             f"use {container}, or assign it to an attribute of its own; if it belongs to another "
             "module and is only referred to, self.name = nn.Ref(value)",
+        )
+    )
+
+
+def traced_value(where: str) -> TraceLeakError:
+    """Build the error for a traced value that sits where it would stay."""
+    return TraceLeakError(
+        explain(
+            f"kept a traced value in {where}",
+            "it would outlive the function being traced",
+            "register it: self.register_buffer(name, array, persistent=False); or collect outputs with "
+            "nn.capture",
         )
     )

@@ -23,6 +23,7 @@ class Watch:
     _END = (object(),)
 
     def __init__(self) -> None:
+        # By kind, since each kind has its own way to be compared with few steps of Python.
         self._single: dict[Hashable, tuple] = {}
         self._mappings: dict[Hashable, tuple] = {}
         self._many: dict[Hashable, tuple] = {}
@@ -63,7 +64,7 @@ class Watch:
     def unchanged(self) -> bool:
         """Say whether everything still holds what it held."""
         single, mappings, copies, views, held = self._sealed or self._seal()
-        try:
+        try:  # in the order of what is asked most often of models that people write
             for read, subject, was in single:
                 if read(subject) is not was:
                     return False

@@ -121,6 +121,31 @@ def test_a_value_left_in_an_attribute_raises_and_the_attribute_is_as_it_was(log,
     assert shown(model.log) == before
 
 
+@pytest.mark.parametrize("kind", [list, dict])
+@pytest.mark.parametrize(
+    "trace", ["raw jit", "nn.jit of the model", "nn.jit of a function", "nn.grad"]
+)
+def test_a_value_left_in_a_container_of_the_class_raises_and_is_taken_out(kind, trace):
+    class Keeper(nn.Linear):
+        log = kind()
+
+        def forward(self, x):
+            (append if kind is list else put)(self.log, x * self.weight[0])
+            return super().forward(x)
+
+    calls = {
+        "raw jit": lambda m: jax.jit(m)(X),
+        "nn.jit of the model": lambda m: nn.jit(m)(X),
+        "nn.jit of a function": lambda m: nn.jit(lambda m, x: m(x))(m, X),
+        "nn.grad": lambda m: nn.grad(lambda m: m(X).sum())(m),
+    }
+    model = Keeper(2, 2)
+    for _ in range(2):
+        with pytest.raises(nn.errors.TraceLeakError, match="'Keeper.log'"):
+            calls[trace](model)
+        assert Keeper.log == kind()
+
+
 HOOK_STORES = {
     "dict.update": (dict, lambda s: lambda m, i, o: s.update(f=o)),
     "list.append": (list, lambda s: lambda m, i, o: s.append(o)),
