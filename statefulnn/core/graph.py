@@ -22,14 +22,15 @@ import jax
 from statefulnn.core import refusals
 from statefulnn.core.box import Box
 from statefulnn.core.compat import EAGER, current_trace
-from statefulnn.core.freeze import BoundMethod, copied
 from statefulnn.core.lending import lend
 from statefulnn.core.moduledef import HOOKS, ModuleDef, NodeDef, rank
+from statefulnn.core.objects import copied
 from statefulnn.core.ownership import ModuleBase, Scope, set_cell, set_home, set_plan, set_shell
 from statefulnn.core.placement import Value
 from statefulnn.core.plan import plan_of
 from statefulnn.core.registry import REGISTRIES, HookDict, Registry
 from statefulnn.core.stamps import Cell
+from statefulnn.core.static_keys import BoundMethod
 
 M = TypeVar("M", bound=ModuleBase)
 

@@ -28,12 +28,12 @@ from statefulnn.core.box import Box, path_of, unwrap
 from statefulnn.core.compat import EAGER, current_trace, tracer_in
 from statefulnn.core.construction import DEFAULT_VERSION, current_version
 from statefulnn.core.errors import RegistrationError, TraceLeakError, UninitializedModuleError
-from statefulnn.core.freeze import CONTAINERS, Freezer, find_hidden, hidden_member
 from statefulnn.core.graph import materialise
 from statefulnn.core.hooks import RemovableHandle, add_hook, call_with_hooks
 from statefulnn.core.leaks import traced_call
 from statefulnn.core.listeners import active
 from statefulnn.core.moduledef import COPIED
+from statefulnn.core.objects import CONTAINERS
 from statefulnn.core.ownership import (
     ModuleBase,
     Scope,
@@ -70,6 +70,7 @@ from statefulnn.core.registry import (
     Registry,
 )
 from statefulnn.core.stamps import Cell, clock
+from statefulnn.core.static_keys import KeyMaker, hidden_member, refuse_hidden
 from statefulnn.core.uninitialized import is_lazy
 from statefulnn.core.walk import (
     CALL,
@@ -1123,10 +1124,7 @@ def _check_static_value(module: Module, name: str, value: object) -> None:
     """Raise if a plain attribute would hide a traced value, a module or a parameter."""
     if tracer_in(value):
         raise _traced_attribute(module, name)
-    if isinstance(value, CONTAINERS):
-        hidden = find_hidden(value)
-        if hidden is not None:
-            raise hidden_member(f"the {type(value).__name__} {module._label(name)!r}", hidden)
+    refuse_hidden(lambda: f"the {type(value).__name__} {module._label(name)!r}", value)
 
 
 def _traced_attribute(module: Module, name: str) -> TraceLeakError:
@@ -1151,8 +1149,8 @@ def _check_kept(module: Module, scope: Scope) -> None:
     keys = dict(d.statics)
     for name, _, copy in d.values:
         if copy == COPIED and name in module.__dict__:
-            freezer = Freezer(lambda name=name: repr(module._label(name)), lambda m: m._home)
-            if freezer.freeze(module.__dict__[name]) != keys[name]:
+            keys_of = KeyMaker(lambda name=name: repr(module._label(name)), lambda m: m._home)
+            if keys_of.of(module.__dict__[name]) != keys[name]:
                 raise refusals.change_in_place_would_be_lost(module._label(name), scope.lost)
 
 

@@ -8,55 +8,40 @@ dies by reference count.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import operator
 import threading
 import types
 import warnings
 import weakref
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
 from statefulnn.core.box import Box
+from statefulnn.core.class_keys import class_key
 from statefulnn.core.errors import RetraceWarning, explain, user_stack_level
-from statefulnn.core.freeze import (
-    BoundMethod,
-    Freezer,
-    HookFreezer,
-    Identity,
-    Watch,
-    class_dict,
-    code_of,
-    copied,
-    find_hidden,
-    mro_of,
-    package_of,
-)
 from statefulnn.core.generator import Generator
 from statefulnn.core.moduledef import COPIED, HOOKS, SHARED, ModuleDef, NodeDef, differences, rank
+from statefulnn.core.objects import Identity, copied
 from statefulnn.core.ownership import ModuleBase, set_plan
 from statefulnn.core.parameter import Parameter
 from statefulnn.core.placement import gathered, placements_of
 from statefulnn.core.registry import GLOBAL_CELL, GLOBAL_HOOKS, HookDict
 from statefulnn.core.stamps import Cell, clock
+from statefulnn.core.static_keys import BoundMethod, HookKeyMaker, KeyMaker
 from statefulnn.core.uninitialized import is_lazy
+from statefulnn.core.watch import Watch
 
-# Attributes that live in a module's __dict__ but are not static attributes.
-_STRUCTURE = frozenset({"_parameters", "_buffers", "_modules"})
-# Hooks of state_dict and friends: they never run inside compiled code, so they are no part of a ModuleDef.
-_OUTSIDE_FORWARD = frozenset(
-    {
-        "_state_dict_hooks",
-        "_state_dict_pre_hooks",
-        "_load_state_dict_pre_hooks",
-        "_load_state_dict_post_hooks",
-    }
+# Attributes that live in a module's __dict__ but are not static attributes. Hooks of state_dict and
+# friends never run inside compiled code, so they are no part of a ModuleDef.
+_NOT_STATIC = frozenset(
+    "_parameters _buffers _modules _state_dict_hooks _state_dict_pre_hooks "
+    "_load_state_dict_pre_hooks _load_state_dict_post_hooks".split()
 )
-
-_forward = operator.attrgetter("forward")
 
 RETRACE_LIMIT = 8  # changes of one attribute before a warning
 
@@ -64,45 +49,44 @@ _interned: weakref.WeakValueDictionary[Any, ModuleDef] = weakref.WeakValueDictio
 _intern_lock = threading.Lock()
 
 
+@dataclasses.dataclass(slots=True, weakref_slot=True, eq=False)
 class Plan:
-    """What is remembered of a set of roots: see the terms at the top of the file."""
+    """What is remembered of a set of roots: see the terms at the top of the file.
 
-    __slots__ = (
-        "__weakref__",
-        "boxes",
-        "cached_leaves",
-        "changes",
-        "cells",
-        "checked_at",
-        "classes",
-        "flags",
-        "fresh",
-        "generators",
-        "moduledef",
-        "parameters",
-        "placements",
-        "reference",
-        "stamps",
-        "watch",
-        "watched",
-    )
+    Attributes:
+        moduledef: the static half of the roots.
+        fresh: whether no other live plan had this ModuleDef.
+        boxes: in leaf order.
+        cells, stamps: of the modules.
+        watch: what can change in place: in static attributes, in the classes of the modules.
+        flags: `requires_grad` of the parameters.
+        cached_leaves: the arrays in leaf order, None if one may have changed.
+        placements: where the leaves lie, see `placements_of`.
+        checked_at: the clock when the stamps were compared last.
+        changes: how often each attribute led to a ModuleDef not seen before.
+        reference: a weak reference to the plan itself.
+    """
 
     moduledef: ModuleDef
-    boxes: list[Box]  # in leaf order
-    parameters: list[Parameter]
-    placements: tuple[Any, ...] | None  # where the leaves lie, see `placements_of`
-    reference: Any  # a weak reference to the plan itself
-    generators: list[Generator]
-    flags: list[bool]  # requires_grad of the parameters
+    fresh: bool
+    boxes: list[Box]
     cells: list[Cell]
     stamps: list[int]
-    watched: list[_Watched]  # what the watch looks at; with `classes`, what is frozen again
-    classes: dict[type, Identity]
     watch: Watch
-    checked_at: int
-    cached_leaves: list[Any] | None
-    fresh: bool  # whether no other live plan had this ModuleDef
-    changes: dict[str, int]  # how often each attribute led to a ModuleDef not seen before
+    parameters: list[Parameter] = dataclasses.field(init=False)
+    generators: list[Generator] = dataclasses.field(init=False)
+    flags: list[bool] = dataclasses.field(init=False)
+    cached_leaves: list[Any] | None = None
+    placements: tuple[Any, ...] | None = None
+    checked_at: int = -1  # the first call compares the stamps once more
+    changes: dict[str, int] = dataclasses.field(default_factory=dict)
+    reference: Any = None
+
+    def __post_init__(self) -> None:
+        self.parameters = [b for b in self.boxes if isinstance(b, Parameter)]
+        self.generators = [b for b in self.boxes if isinstance(b, Generator)]
+        self.flags = [p._requires_grad for p in self.parameters]
+        self.reference = weakref.ref(self)
 
     def valid(self) -> bool:
         """Say whether nothing structural or static has changed since the plan was made."""
@@ -113,20 +97,7 @@ class Plan:
             if [p._requires_grad for p in self.parameters] != self.flags:
                 return False
             self.checked_at = now
-        return self.watch.unchanged() or self._equal()
-
-    def _equal(self) -> bool:
-        """Freeze again, and say whether all is equal to what it was; then that is watched."""
-        watch = Watch()
-        for again, key in self.watched:
-            freezer, new = again()
-            if new != key:
-                return False
-            watch.add(freezer.watch)
-        if any(_content_of(cls, watch) != content for cls, content in self.classes.items()):
-            return False
-        self.watch = watch
-        return True
+        return self.watch.unchanged()
 
     def leaves(self) -> list[Any]:
         """Return the arrays in leaf order; the list is shared, do not change it."""
@@ -164,252 +135,145 @@ class Plan:
             self.cached_leaves = None
 
 
-# A static attribute that can change in place: what freezes it again, and its key.
-_Watched = tuple[Callable[[], tuple[Freezer, Hashable]], Hashable]
-
-
-def _number(node_ids: dict[int, int], module: Any) -> int | None:
-    return node_ids.get(id(module))
-
-
-def _frozen(
-    value: Any,
-    where: Callable[[], str],
-    node_of: Callable[[Any], int | None],
-    unwatched: bool,
-    of_clone: bool,
-) -> tuple[Freezer, Hashable]:
-    if not isinstance(value, HookDict):
-        freezer = Freezer(where, node_of, unwatched, of_clone)
-        return freezer, freezer.freeze(value)
-    # Handles number the hooks: two equal models have other numbers.
-    freezer = HookFreezer(where, node_of)
-    return freezer, tuple(map(freezer.freeze, value.values()))
-
-
-# What forward may use of a class, one key for equal ones; and what each class was seen to hold. Classes
-# live as long as JAX's registry of pytrees, which has each class of modules.
-_contents: weakref.WeakValueDictionary[Hashable, Identity] = weakref.WeakValueDictionary()
-_seen: dict[type, tuple[Identity, Watch]] = {}
-
-
-def _content_of(cls: Any, watch: Watch) -> Identity:
-    """Return a key for the methods and attributes of a class: of this package's classes, `forward`."""
-    known = _seen.get(cls)
-    if known is None or not known[1].unchanged():
-        freezer = HookFreezer()
-        hidden = {*cls._python_cache, *cls._unwatched, "_abc_impl", "__init__"}
-        found: list[tuple[str, Any]] = []
-        for base in mro_of(cls):
-            if base is not object and package_of(base) != "statefulnn":
-                content = class_dict(base)
-                members = dict(content)
-                freezer.watch.note(dict, content, members, base)
-                found += members.items()
-                for name, value in members.items():
-                    if name[:2] != "__" and type(value) not in _EQUAL_IS_SAME:
-                        freezer.watch.note(operator.itemgetter(name), content, value, (base, name))
-        if not any(name == "forward" for name, _ in found):
-            found.append(("forward", _forward(cls)))
-            freezer.watch.note(_forward, cls, found[-1][1])
-        key = []
-        for name, value in found:
-            # Of the names that Python itself writes, only methods change what a module does.
-            if name not in hidden and (name[:2] != "__" or type(value) is types.FunctionType):
-                parts = _WRAPPERS.get(type(value), lambda v: (v,))(value)
-                key.append((name, type(value), *(_of_class(part, freezer) for part in parts)))
-        content = Identity(tuple(key))
-        known = _seen[cls] = _contents.setdefault(content.obj, content), freezer.watch
-    watch.add(known[1])
-    return known[0]
-
-
-def _of_class(value: Any, freezer: Freezer) -> Hashable:
-    if type(value) is not types.FunctionType:
-        return Identity(value) if find_hidden(value) is not None else freezer.captured(value)
-    # Not what a method closes over: a test that counts traces in a variable is no other class.
-    if not str(value.__globals__.get("__name__")).startswith("statefulnn."):
-        freezer.watch.note(code_of, value, value.__code__)  # tools that reload put another one in
-    defaults = (value.__defaults__, *(value.__kwdefaults__ or {}).items())
-    return (Identity(value), value.__code__, freezer.captured(defaults))
-
-
-# Members of classes that are the same for us where they are equal: of numbers 1, 1.0 and True are.
-_EQUAL_IS_SAME = {str, type(None), types.FunctionType, staticmethod, classmethod, property, type}
-_WRAPPERS: dict[type, Callable[[Any], tuple[Any, ...]]] = {
-    staticmethod: lambda v: (v.__func__,),
-    classmethod: lambda v: (v.__func__,),
-    property: lambda v: (v.fget, v.fset),
-}
-
-
 class _Builder:
     """Walks roots once and makes their plan."""
 
     def __init__(self, untie: bool = False) -> None:
-        self.untie = untie
-        self.modules: list[Any] = []
-        self.node_ids: dict[int, int] = {}
-        self.boxes: list[Box] = []
-        self.box_ids: dict[Any, int] = {}
+        self._untie = untie
+        self._modules: list[Any] = []
+        self._node_ids: dict[Hashable, int] = {}
+        self._boxes: list[Box] = []
+        self._box_ids: dict[Hashable, int] = {}
+        self._nodes: list[NodeDef] = []
+        self._attributes: list[list[tuple[str, Any]]] = []  # the static ones of each module
 
-    def node(self, module: Any) -> int:
-        number = self.node_ids.get(id(module))
-        if number is None:
-            number = self.node_ids[id(module)] = len(self.modules)
-            self.modules.append(module)
-        return number
-
-    def box(self, box: Box, where: Any) -> int:
-        key = where if self.untie else id(box)
-        number = self.box_ids.get(key)
-        if number is None:
-            number = self.box_ids[key] = len(self.boxes)
-            if is_lazy(box):
-                _ = box.value  # raises: it has no shape to compile for
-            self.boxes.append(box)
-        return number
-
-    def build(self, roots: Sequence[Any]) -> Plan:
+    def build(self, roots: Sequence[ModuleBase | Box]) -> Plan:
         numbered = tuple(
-            ("box", self.box(r, id(r))) if isinstance(r, Box) else ("node", self.node(r))
+            ("box", self._box(r, id(r))) if isinstance(r, Box) else ("node", self._node(r))
             for r in roots
         )
-        nodes, stamps, cells, todo = [], [], [], 0
-        attributes = []
-        while todo < len(self.modules):  # the list grows while it is walked
-            module = self.modules[todo]
-            cell = module._cell
-            cells.append(cell)
-            stamps.append(cell.stamp)  # before reading: a change meanwhile is seen next time
-            d = NodeDef(type(module))
-            attributes.append(self._members(module, d, todo))
-            nodes.append(d)
-            todo += 1
-
-        for _ in range(4):
-            hooks, watched, classes, watch = self._watch_all(nodes, attributes)
-            if not watched or watch.unchanged():
-                break  # else another thread changed something between its key and its copy
-
-        boxes = tuple((type(b), b.static_part()) for b in self.boxes)
-        ranks = [rank(cls, static) for cls, static in boxes]
-        by_rank = sorted(range(len(ranks)), key=ranks.__getitem__)
-        order = [0] * len(ranks)
-        for position, number in enumerate(by_rank):
-            order[number] = position
-
-        key = (numbered, tuple(d.key for d in nodes), boxes, hooks)
+        cells, stamps = [], []
+        for module in self._modules:  # the list grows while it is walked
+            cells.append(module._cell)
+            stamps.append(module._cell.stamp)  # first: a change meanwhile is seen next time
+            self._nodes.append(NodeDef(type(module)))
+            self._attributes.append(self._walk(module, self._nodes[-1], len(self._nodes) - 1))
         cells.append(GLOBAL_CELL)
         stamps.append(GLOBAL_CELL.stamp)
+
+        for _ in range(4):
+            statics = _Statics(self._node_ids)
+            hooks = statics.of_all(self._modules, self._nodes, self._attributes)
+            if statics.watch.unchanged():
+                break  # else another thread changed something between its key and its copy
+
+        boxes = tuple((type(b), b.static_part()) for b in self._boxes)
+        ranks = [rank(cls, static) for cls, static in boxes]
+        by_rank = sorted(range(len(ranks)), key=ranks.__getitem__)
+        order = tuple(sorted(range(len(ranks)), key=by_rank.__getitem__))  # the inverse
+        key = (numbered, tuple(d.key for d in self._nodes), boxes, hooks)
         with _intern_lock:
             moduledef = _interned.get(key)
             fresh = moduledef is None
             if moduledef is None:
-                moduledef = ModuleDef(tuple(nodes), numbered, boxes, tuple(order), key)
+                moduledef = ModuleDef(tuple(self._nodes), numbered, boxes, order, key)
                 _interned[key] = moduledef
+        in_order = [self._boxes[number] for number in by_rank]
+        return Plan(moduledef, fresh, in_order, cells, stamps, statics.watch)
 
-        plan = Plan()
-        plan.reference = weakref.ref(plan)
-        plan.moduledef = moduledef
-        plan.boxes = [self.boxes[number] for number in by_rank]
-        plan.parameters = [b for b in plan.boxes if isinstance(b, Parameter)]
-        plan.generators = [b for b in plan.boxes if isinstance(b, Generator)]
-        plan.flags = [p._requires_grad for p in plan.parameters]
-        plan.cells, plan.stamps = cells, stamps
-        plan.watched = watched
-        plan.classes, plan.watch = classes, watch
-        plan.checked_at = -1  # the first call compares the stamps once more
-        plan.cached_leaves = plan.placements = None
-        plan.fresh, plan.changes = fresh, {}
-        return plan
+    def _node(self, module: ModuleBase, where: Hashable = None) -> int:
+        return _numbered(self._node_ids, id(module), self._modules, module)
 
-    def _members(self, module: Any, d: NodeDef, index: int) -> list[tuple[str, Any]]:
+    def _box(self, box: Box, where: Hashable) -> int:
+        if is_lazy(box):
+            _ = box.value  # raises: it has no shape to compile for
+        return _numbered(self._box_ids, where if self._untie else id(box), self._boxes, box)
+
+    def _walk(self, module: ModuleBase, d: NodeDef, index: int) -> list[tuple[str, Any]]:
+        """Number the members of a module; return its static attributes."""
         attributes = module.__dict__
-        number, box = self.node, self.box
-        d.members = (
-            tuple(
-                (k, None if p is None else box(p, (index, k)))
-                for k, p in attributes["_parameters"].items()
-            ),
-            tuple(
-                (k, None if b is None else box(b, (index, k)))
-                for k, b in attributes["_buffers"].items()
-            ),
-            tuple((k, None if m is None else number(m)) for k, m in attributes["_modules"].items()),
-        )
+
+        def members(registry: str, number: Callable[[Any, Hashable], int]) -> tuple:
+            items = attributes[registry].items()
+            return tuple((k, None if v is None else number(v, (index, k))) for k, v in items)
+
+        box, node = self._box, self._node
+        d.members = members("_parameters", box), members("_buffers", box), members("_modules", node)
         rest, references = [], []
-        hidden = type(module)._python_cache
+        hidden = _NOT_STATIC.union(getattr(type(module), "_python_cache", ()))
         for name, value in attributes.items():
-            if name in _STRUCTURE or name in _OUTSIDE_FORWARD or name in hidden:
+            if name in hidden:
                 continue
             if isinstance(value, Box):
                 references.append((name, "box", box(value, (index, name))))
             elif isinstance(value, ModuleBase):
-                references.append((name, "node", number(value)))
+                references.append((name, "node", node(value)))
             else:
                 rest.append((name, value))
         d.references = tuple(references)
         return rest
 
-    def _watch_all(
-        self, nodes: list[NodeDef], attributes: list[list[tuple[str, Any]]]
-    ) -> tuple[Hashable, list[_Watched], dict[type, Identity], Watch]:
-        watched: dict[int, _Watched] = {}  # by the identity of the value: some are shared by many
-        classes: dict[type, Identity] = {}
-        watch = Watch()
-        hooks = NodeDef(ModuleBase)
-        tables = [(name, table) for name, table in GLOBAL_HOOKS.items() if table]
-        self._statics(hooks, tables, watched, watch, False)
-        for module, d, rest in zip(self.modules, nodes, attributes, strict=True):
-            cls = type(module)
-            if cls not in classes:
-                classes[cls] = _content_of(cls, watch)
-            self._statics(d, rest, watched, watch, module._cell.scope is not None)
-            d.statics = (*d.statics, (f"class {cls.__name__}", classes[cls]))
-        return hooks.statics, [*watched.values()], classes, watch
 
-    def _statics(
-        self,
-        d: NodeDef,
-        rest: list[tuple[str, Any]],
-        watched: dict[int, _Watched],
-        watch: Watch,
-        of_clone: bool,
-    ) -> None:
-        statics, values, shadowing = [], [], []
-        cls = d.cls
-        promised = getattr(cls, "_unwatched", ())
-        node_of = functools.partial(_number, self.node_ids)
-        for name, value in sorted(rest, key=operator.itemgetter(0)):
-            unwatched = name in promised
-            where = functools.partial("'{}.{}'".format, cls.__name__, name)
-            again = functools.partial(_frozen, value, where, node_of, unwatched, of_clone)
-            freezer, key = again()
-            if freezer.watch:
-                watched.setdefault(id(value), (again, key))
-                watch.add(freezer.watch)
-            for kind, why in () if unwatched else freezer.unseen:
-                _warn_unseen(kind, why, where(), name)
-            stored, copy = value, SHARED
+def _numbered(numbers: dict[Hashable, int], key: Hashable, things: list, thing: object) -> int:
+    """Return the number of a thing; put it at the end of the list if it has none yet."""
+    if key not in numbers:
+        numbers[key] = len(things)
+        things.append(thing)
+    return numbers[key]
+
+
+class _Statics:
+    """Makes the keys and copies of the static attributes of some modules, and what watches them."""
+
+    def __init__(self, node_ids: dict[Hashable, int]) -> None:
+        self._node_ids = node_ids
+        self._classes: dict[type, Identity] = {}
+        self.watch = Watch()
+
+    def of_all(self, modules: list[Any], nodes: list[NodeDef], attributes: list[list]) -> Hashable:
+        """Fill the nodes; return the key of the hooks that fire for every module."""
+        hooks = NodeDef(ModuleBase)
+        self._fill(hooks, [(name, table) for name, table in GLOBAL_HOOKS.items() if table], False)
+        for module, d, own in zip(modules, nodes, attributes, strict=True):
+            cls = type(module)
+            if cls not in self._classes:
+                self._classes[cls] = class_key(cls, self.watch)
+            self._fill(d, own, module._cell.scope is not None)
+            d.statics = (*d.statics, (f"class {cls.__name__}", self._classes[cls]))
+        return hooks.statics
+
+    def _fill(self, d: NodeDef, attributes: Iterable[tuple[str, Any]], of_clone: bool) -> None:
+        statics, values = [], []
+        promised = getattr(d.cls, "_unwatched", ())
+        for name, value in sorted(attributes, key=operator.itemgetter(0)):
+            where = functools.partial("'{}.{}'".format, d.cls.__name__, name)
+            unwatched, copy = name in promised, SHARED
             if isinstance(value, HookDict):
-                stored, copy = dict(value), HOOKS
-            elif freezer.mutable or freezer.rebinds:
-                copy = COPIED
+                # Handles number the hooks: two equal models have other numbers.
+                keys, stored, copy = HookKeyMaker(where, self._node_of), dict(value), HOOKS
+                key = tuple(map(keys.of, value.values()))
+            else:
+                keys, stored = KeyMaker(where, self._node_of, unwatched, of_clone), value
+                key = keys.of(value)
+                if keys.mutable or keys.rebinds:
+                    copy = COPIED
+            if not unwatched:
+                self.watch.add(keys.watch)
+                for kind, why in keys.unseen:
+                    _warn_unseen(kind, why, where(), name)
             if copy:
-                stored = copied(stored, self._unbind, freezer.objects)
+                stored = copied(stored, self._unbind, keys.objects)
             statics.append((name, key))
             values.append((name, stored, copy))
-            if hasattr(cls, name):
-                shadowing.append((name, stored, copy))
-        d.statics, d.values, d.shadowing = tuple(statics), tuple(values), tuple(shadowing)
+        d.statics, d.values = tuple(statics), tuple(values)
+        d.shadowing = tuple(item for item in values if hasattr(d.cls, item[0]))
+
+    def _node_of(self, module: object) -> int | None:
+        return self._node_ids.get(id(module))
 
     def _unbind(self, value: Any) -> Any:
-        if type(value) is types.MethodType:
-            node = self.node_ids.get(id(value.__self__))
-            if node is not None:
-                return BoundMethod(node, value.__func__)
-        return value
+        node = self._node_of(value.__self__) if type(value) is types.MethodType else None
+        return value if node is None else BoundMethod(node, value.__func__)
 
 
 _warned: weakref.WeakSet[type] = weakref.WeakSet()
@@ -420,24 +284,25 @@ def _warn_unseen(cls: type, why: str, where: str, name: str) -> None:
     if cls in _warned:
         return
     _warned.add(cls)
-    warnings.warn(
-        explain(
-            f"kept an object of type {cls.__name__} in {where}",
-            f"{why}, so it compares by identity: what changes in it goes unseen by compiled code",
-            "assign another object when it changes; or, if it does not matter to forward, say so in "
-            f"the class: _unwatched = ({name!r},)",
-        ),
+    _warn(
         UserWarning,
-        stacklevel=user_stack_level(),
+        f"kept an object of type {cls.__name__} in {where}",
+        f"{why}, so it compares by identity: what changes in it goes unseen by compiled code",
+        "assign another object when it changes; or, if it does not matter to forward, say so in "
+        f"the class: _unwatched = ({name!r},)",
     )
 
 
-def build_plan(roots: Sequence[Any], untie: bool = False) -> Plan:
+def _warn(category: type[Warning], what: str, why: str, instead: str) -> None:
+    warnings.warn(explain(what, why, instead), category, stacklevel=user_stack_level())
+
+
+def build_plan(roots: Sequence[ModuleBase | Box], untie: bool = False) -> Plan:
     """Walk modules and boxes together: what they share is one node, one leaf."""
     return _Builder(untie).build(roots)
 
 
-def plan_of(module: Any) -> Plan:
+def plan_of(module: ModuleBase) -> Plan:
     """Return the plan of a module, walking it only if something has changed."""
     plan = module._plan
     if plan is None or not plan.valid():
@@ -456,14 +321,11 @@ def count_changes(before: Plan, after: Plan) -> None:
     for name, change in differences(before.moduledef, after.moduledef):
         after.changes[name] = count = after.changes.get(name, 0) + 1
         if count == RETRACE_LIMIT:
-            warnings.warn(
-                explain(
-                    f"{name!r} changed {count} times (last: {change})",
-                    "it is a static attribute, part of the compiled code, and every new value "
-                    "compiles the model again",
-                    f"make it a buffer: self.register_buffer({name.rpartition('.')[2]!r}, array, "
-                    "persistent=False)",
-                ),
+            _warn(
                 RetraceWarning,
-                stacklevel=user_stack_level(),
+                f"{name!r} changed {count} times (last: {change})",
+                "it is a static attribute, part of the compiled code, and every new value compiles "
+                "the model again",
+                f"make it a buffer: self.register_buffer({name.rpartition('.')[2]!r}, array, "
+                "persistent=False)",
             )

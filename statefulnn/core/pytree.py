@@ -18,10 +18,10 @@ from statefulnn.core import refusals
 from statefulnn.core.box import Box
 from statefulnn.core.compat import EAGER, current_trace, is_forward_mode, kind, trace_of
 from statefulnn.core.errors import UntrainedLeavesWarning, user_stack_level
-from statefulnn.core.freeze import copied
 from statefulnn.core.generator import Generator
 from statefulnn.core.lending import lend, note_rebuilt
 from statefulnn.core.moduledef import ModuleDef
+from statefulnn.core.objects import copied
 from statefulnn.core.ownership import ModuleBase, Scope, Trace, set_shell
 from statefulnn.core.parameter import Buffer, Parameter
 from statefulnn.core.placement import Value

@@ -14,10 +14,10 @@ from statefulnn.core.arrays import from_numpy
 from statefulnn.core.baked_in import Capture
 from statefulnn.core.compat import EAGER, Tracer, current_trace, trace_of, varies
 from statefulnn.core.errors import DtypeError, ShapeError, UninitializedParameterError, explain
-from statefulnn.core.freeze import Identity
 from statefulnn.core.generator import as_key, drawing_generator, rng_scope
 from statefulnn.core.module import Module
 from statefulnn.core.moduledef import ModuleDef, differences
+from statefulnn.core.objects import Identity
 from statefulnn.core.ownership import set_home
 from statefulnn.core.placement import META, elsewhere, is_meta, place_in_force, placed
 from statefulnn.core.plan import plan_of

@@ -31,13 +31,13 @@ from statefulnn.core.errors import (
     StructureChangeError,
     explain,
 )
-from statefulnn.core.freeze import Freezer
 from statefulnn.core.generator import current_generator, next_key
 from statefulnn.core.module import Module, find_box, place_box
 from statefulnn.core.moduledef import ModuleDef
 from statefulnn.core.narrowing import check_jax_holds
 from statefulnn.core.ownership import ModuleBase
 from statefulnn.core.parameter import Buffer, Parameter
+from statefulnn.core.static_keys import KeyMaker
 
 
 def dotted(path: tuple) -> str:
@@ -138,7 +138,7 @@ class Statefulized(Module):
         in_mode = getattr(self._fn, "in_mode", None)
         fn = self._fn if in_mode is None else in_mode(mode)
         super().train(mode)
-        if Freezer().freeze(fn) != Freezer().freeze(self._fn):  # an equal one is no change
+        if KeyMaker().of(fn) != KeyMaker().of(self._fn):  # an equal one is no change
             self._fn = fn
         return self
 

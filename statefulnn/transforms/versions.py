@@ -20,13 +20,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from statefulnn.core.errors import RetraceWarning, explain, user_stack_level
-from statefulnn.core.freeze import Freezer
+from statefulnn.core.errors import RetraceWarning, StructureChangeError, explain, user_stack_level
 from statefulnn.core.lending import donated
 from statefulnn.core.listeners import active
+from statefulnn.core.objects import copied
 from statefulnn.core.ownership import ModuleBase
 from statefulnn.core.placement import kept_in_place
 from statefulnn.core.plan import RETRACE_LIMIT
+from statefulnn.core.static_keys import KeyMaker
 from statefulnn.transforms.function_keys import FunctionKey
 from statefulnn.transforms.lift import Signature, leaves_below, template
 
@@ -51,19 +52,36 @@ class Statics(NamedTuple):
     kwargs: tuple[tuple[str, Any], ...]
 
     def key(self) -> tuple:
-        """Return what tells them apart: names and frozen values."""
-        freezer = Freezer(lambda: "a static argument")
-        return tuple((where, freezer.freeze(value)) for group in self for where, value in group)
+        """Return what tells them apart: names and keys."""
+        return self._key_and_objects()[0]
+
+    def _key_and_objects(self) -> tuple[tuple, dict[int, object]]:
+        keys = KeyMaker(lambda: "a static argument")
+        key = tuple((where, keys.of(value)) for group in self for where, value in group)
+        return key, keys.objects
 
     def bound(self, function: Callable) -> Callable:
-        """Return a function of the other arguments."""
+        """Return a function of the other arguments; it keeps copies, since the caller may change his."""
+        key, objects = self._key_and_objects()
+        kept = copied(tuple(self), lambda value: value, objects)
 
         @functools.wraps(function)
         def call(*args: Any, **kwargs: Any) -> Any:
+            statics = Statics(*copied(kept, lambda value: value))
             full = list(args)
-            for i, value in self.args:
+            for i, value in statics.args:
                 full[i] = value
-            return function(*full, **kwargs, **dict(self.kwargs))
+            out = function(*full, **kwargs, **dict(statics.kwargs))
+            if statics.key() != key:
+                raise StructureChangeError(
+                    explain(
+                        f"{getattr(function, '__name__', 'a function')} changed a static argument",
+                        "it is compiled in, and a copy: the change would happen once, while tracing, "
+                        "and be lost",
+                        "return what has changed, or change the argument outside, before the call",
+                    )
+                )
+            return out
 
         return call
 
@@ -72,7 +90,7 @@ class Version:
     """A function compiled for one signature and one value of its static arguments.
 
     Attributes:
-        signature, statics: these; the static arguments frozen.
+        signature, statics: these; of the static arguments the key.
         placements: the shardings of the leaves that lie on several devices; what is written keeps them.
         call: ``call(leaves, dynamic) -> (out, written)``. `written` is None, or a dict with one item: the
             number of the trace, whose indices `Versions.results` has, and the values that were written.
@@ -176,13 +194,13 @@ class Versions:
         self.by_key.move_to_end(key)
         return version
 
-    def _made(self, signature: Signature, statics: Statics | None, frozen: tuple | None) -> Version:
-        self._warn_of_versions(signature, frozen)
+    def _made(self, signature: Signature, statics: Statics | None, key: tuple | None) -> Version:
+        self._warn_of_versions(signature, key)
         function = self._function if statics is None else statics.bound(self._function)
         name, numbers, results = self.name, self._options.donate, self.results
         donation = Donation(signature, numbers) if numbers else None
         returned = frozenset() if donation is None else donation.leaves
-        version = Version(signature, frozen, donation)
+        version = Version(signature, key, donation)
         # Compiled code refers to what it is part of weakly: all of it goes when the last user does.
         this, all_of_them = weakref.ref(version), weakref.ref(self)
 
@@ -244,13 +262,13 @@ class Versions:
                 "call nn.jit once, outside of the loop, and pass what changes as arguments",
             )
 
-    def _warn_of_versions(self, signature: Signature, frozen: tuple | None) -> None:
+    def _warn_of_versions(self, signature: Signature, statics: tuple | None) -> None:
         """Warn where static arguments, or the structure of the arguments, keep causing compilations."""
         same = [v for v in self.by_key.values() if v.signature.moduledef is signature.moduledef]
         alike = [v for v in same if v.signature == signature]
-        if frozen is not None and len(alike) == RETRACE_LIMIT:
+        if statics is not None and len(alike) == RETRACE_LIMIT:
             last = dict(alike[-1].statics or ())
-            names = [n for n, value in frozen if last.get(n) != value]
+            names = [n for n, value in statics if last.get(n) != value]
             warn_of_compilations(
                 f"compiled {self.name} for {RETRACE_LIMIT + 1} values of its static arguments; "
                 f"{', '.join(map(repr, names))} changed last",
@@ -342,7 +360,7 @@ def versions_of(function: Callable, owner: ModuleBase | None, options: Options) 
     # A listener (nn.capture) hears what is traced, and not what was compiled before.
     if found.reason or active.captures:
         return Versions(function, options, found)
-    for_jax = Freezer(lambda: "an option of nn.jit").freeze(options.for_jax)
+    for_jax = KeyMaker(lambda: "an option of nn.jit").of(options.for_jax)
     key = (found.key, id(owner), *options[:3], for_jax)
     versions, _ = _shared.get(key, (None, None))
     if versions is None:

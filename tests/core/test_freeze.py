@@ -378,7 +378,7 @@ def test_a_config_that_many_modules_share_is_watched_once():
     config = types.SimpleNamespace(a=2.0, sizes=[1, 2, 3])
     many = nn.ModuleList([Reader(config, read_a) for _ in range(100)])
     one = nn.ModuleList([Reader(config, read_a)])
-    assert len(plan_of(many).watched) == len(plan_of(one).watched)
+    assert len(plan_of(many).watch) == len(plan_of(one).watch)
     f = nn.jit(lambda m, x: sum(c(x) for c in m))
     f(many, X)
     config.a = 5.0
@@ -583,48 +583,90 @@ def test_an_object_with_a_finaliser_is_not_copied():
     assert not gone
 
 
-@pytest.mark.parametrize(
-    "hide",
-    [
-        lambda m: types.SimpleNamespace(a=m),
-        lambda m: argparse.Namespace(a=m),
-        lambda m: collections.UserDict(a=m),
-        lambda m: collections.ChainMap({}, {"a": m}),
-        lambda m: types.MappingProxyType({"a": m}),
-        lambda m: [types.SimpleNamespace(a=[m])],
-    ],
-    ids=["SimpleNamespace", "Namespace", "UserDict", "ChainMap", "proxy", "nested"],
-)
-@pytest.mark.parametrize("member", [lambda: nn.Linear(2, 2), lambda: nn.Parameter(jnp.ones(2))])
-def test_a_member_hidden_in_a_namespace_is_refused(hide, member):
-    m = Reader(hide(member()), read_a)
+NAMESPACES = {
+    "SimpleNamespace": lambda m: types.SimpleNamespace(a=m),
+    "Namespace": lambda m: argparse.Namespace(a=m),
+    "UserDict": lambda m: collections.UserDict(a=m),
+    "ChainMap": lambda m: collections.ChainMap({}, {"a": m}),
+    "dataclass": Data,
+    "partial": lambda m: functools.partial(lambda m, x: m, m),
+    "nested": lambda m: [types.SimpleNamespace(a=[m])],
+    "in a tuple of namespaces": lambda m: (1, types.SimpleNamespace(a={"b": m})),
+}
+MEMBERS = {"module": lambda: nn.Linear(2, 2), "parameter": lambda: nn.Parameter(jnp.ones(2))}
+
+
+@pytest.mark.parametrize("hide", NAMESPACES)
+@pytest.mark.parametrize("member", MEMBERS)
+def test_a_member_hidden_in_a_namespace_is_refused_when_it_is_assigned(hide, member):
+    m = Reader(3, read_a)
+    with pytest.raises(nn.RegistrationError, match=r"'Reader\.value'"):
+        m.value = NAMESPACES[hide](MEMBERS[member]())
+    assert m.value == 3
+
+
+@pytest.mark.parametrize("hide", ["SimpleNamespace", "UserDict", "dataclass"])
+@pytest.mark.parametrize("used_before", [False, True])
+def test_a_member_put_into_a_namespace_later_is_refused_at_the_next_split(hide, used_before):
+    m = Reader(NAMESPACES[hide]([]), read_a)
+    if used_before:
+        nn.split(m)
+    held = m.value["a"] if hide == "UserDict" else m.value.a
+    held.append(nn.Linear(2, 2))
     with pytest.raises(nn.RegistrationError, match="value"):
         nn.split(m)
 
 
-@pytest.mark.parametrize(
-    "compiled",
-    [
-        nn.jit,
-        jax.jit,
-        lambda layer: nn.jit(layer.forward),
-        lambda layer: jax.jit(layer.forward),
-        lambda layer: jax.jit(lambda x: layer(x)),
-        lambda layer: functools.partial(nn.jit(layer)),
-        lambda layer: jax.jit(functools.partial(lambda layer, x: layer(x), layer)),
-        lambda layer: [nn.jit(layer)],
-    ],
-    ids=[
-        *("nn.jit", "jax.jit", "nn.jit of a method", "jax.jit of a method", "jax.jit of a lambda"),
-        *("partial", "jax.jit of a partial", "in a list"),
-    ],
-)
-def test_a_compiled_layer_as_an_attribute_is_refused(compiled):
+def test_a_member_behind_a_read_only_proxy_is_refused():
+    m = Reader(types.MappingProxyType({"a": nn.Linear(2, 2)}), read_a)
+    with pytest.raises(nn.RegistrationError, match="value"):
+        nn.split(m)
+
+
+COMPILED = {
+    "nn.jit": nn.jit,
+    "jax.jit": jax.jit,
+    "nn.jit of a method": lambda layer: nn.jit(layer.forward),
+    "jax.jit of a method": lambda layer: jax.jit(layer.forward),
+    "jax.jit of a lambda": lambda layer: jax.jit(lambda x: layer(x)),
+    "partial": lambda layer: functools.partial(nn.jit(layer)),
+    "jax.jit of a partial": lambda layer: jax.jit(
+        functools.partial(lambda layer, x: layer(x), layer)
+    ),
+}
+
+
+@pytest.mark.parametrize("compiled", COMPILED)
+def test_a_compiled_layer_is_refused_when_it_is_assigned(compiled):
     m = Reader(None, None)
-    m.layer = compiled(nn.Linear(2, 2))
+    with pytest.raises(nn.RegistrationError, match=r"self\.layer = layer") as info:
+        m.layer = COMPILED[compiled](nn.Linear(2, 2))
+    assert "'Reader.layer'" in str(info.value)
+    assert not hasattr(m, "layer")
+
+
+@pytest.mark.parametrize("compiled", COMPILED)
+def test_a_compiled_layer_in_a_list_is_refused_at_the_next_split(compiled):
+    m = Reader(None, None)
+    m.layers = [COMPILED[compiled](nn.Linear(2, 2))]
     with pytest.raises(nn.RegistrationError, match=r"self\.layer = layer") as info:
         nn.split(m)
-    assert "'Reader.layer'" in str(info.value)
+    assert "'Reader.layers'" in str(info.value)
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [lambda m: functools.partial(m, 2.0), lambda m: lambda: m(2.0)],
+    ids=["partial", "closure"],
+)
+def test_a_method_of_the_module_itself_inside_of_a_function_is_refused(wrap):
+    # A clone would call the method of the original, with the original's weights.
+    m = nn.Linear(2, 2)
+    with pytest.raises(nn.RegistrationError, match="call"):
+        m.call = wrap(m.forward)
+        nn.split(m)
+    m.call = m.forward
+    nn.split(m)
 
 
 @pytest.mark.parametrize(
@@ -649,6 +691,11 @@ def test_a_typed_key_is_a_static_attribute_by_value():
         assert f.trace_count == traces
     other = Reader(jax.random.key(0, impl="rbg"), m.read)
     assert nn.split(other)[0] is not nn.split(build(0))[0]
+
+
+def test_a_typed_key_in_a_list_is_compared_inside_of_a_trace_too():
+    m = Reader([jax.random.key(0)], lambda keys: jax.random.normal(keys[0]))
+    np.testing.assert_allclose(np.asarray(nn.jit(m)(X)), np.asarray(m(X)), rtol=1e-6)
 
 
 LABELS = {"weight": "a", "bias": "b"}
@@ -686,6 +733,63 @@ def test_optimizers_of_other_settings_differ():
 
 # --------------------------------------------------------------------------------------------------
 # Classes
+
+
+CONTAINERS_OF_A_CLASS = {
+    "list": (lambda: [2.0], lambda v: v.__setitem__(0, 5.0)),
+    "dict": (lambda: {0: 2.0}, lambda v: v.__setitem__(0, 5.0)),
+    "array": (lambda: np.asarray([2.0]), lambda v: v.__setitem__(0, 5.0)),
+    "deque": (lambda: collections.deque([2.0]), lambda v: v.__setitem__(0, 5.0)),
+    "list that grows": (lambda: [2.0], lambda v: v.insert(0, 5.0)),
+    "list in a tuple": (lambda: ([2.0],), lambda v: v[0].__setitem__(0, 5.0)),
+}
+
+
+@pytest.mark.parametrize("compiled", [nn.jit, jax.jit], ids=["nn.jit", "jax.jit"])
+@pytest.mark.parametrize("case", CONTAINERS_OF_A_CLASS)
+def test_a_change_inside_of_an_attribute_of_the_class_is_seen(case, compiled):
+    make, change = CONTAINERS_OF_A_CLASS[case]
+
+    def forward(self, x):
+        return x * np.ravel(self.table[0])[0]
+
+    cls = new_class(table=make(), forward=forward)
+    m = nn.Sequential(cls())
+    f = compiled(lambda m, x: m(x))
+    for factor in (2.0, 2.0, 5.0, 5.0):
+        if factor == 5.0 and not hasattr(cls, "changed"):
+            change(cls.table)
+            cls.changed = True
+        np.testing.assert_array_equal(np.asarray(f(m, X)), np.full(2, factor))
+
+
+def test_a_long_table_of_a_class_is_not_compared_at_each_call():
+    cls = new_class(table=list(range(5000)), forward=lambda self, x: x * self.table[2])
+    m = cls()
+    f = nn.jit(m)
+    np.testing.assert_array_equal(np.asarray(f(X)), [2.0, 2.0])
+    before = len(plan_of(m).watch)
+    cls.table = [*range(10_000)]
+    f(X)
+    assert len(plan_of(m).watch) == before
+
+
+def test_a_class_that_collects_its_instances_or_traces_compiles_once():
+    def init(self):
+        nn.Module.__init__(self)
+        self.instances.append(self)
+
+    def forward(self, x):
+        self.traces.append(1)
+        return x
+
+    cls = new_class(__init__=init, forward=forward, instances=[], traces=[])
+    m = cls()
+    f = nn.jit(m)
+    for _ in range(3):
+        f(X)
+        cls()
+    assert f.trace_count == 1
 
 
 def new_class(**content):

@@ -63,6 +63,13 @@ LOGS = {
         lambda log, x: setattr(log, "y", x),
     ),
     "UserDict": (collections.UserDict, put),
+    "plain object": (Plain, lambda log, x: setattr(log, "value", x)),
+    "new attribute of a plain object": (Plain, lambda log, x: setattr(log, "late", [x])),
+    "slots": (Slotted, lambda log, x: setattr(log, "value", x)),
+    "object in an object": (
+        lambda: types.SimpleNamespace(trainer=Plain()),
+        lambda log, x: setattr(log.trainer, "value", {"y": (1, x)}),
+    ),
     "long list": (lambda: list(range(5000)), append),
 }
 
@@ -80,8 +87,10 @@ TRACES = {
 
 def shown(log):
     """Return the content of an object as plain values, to compare."""
-    if isinstance(log, (Record, types.SimpleNamespace)):
-        return vars(log)
+    if isinstance(log, (Record, Plain, types.SimpleNamespace)):
+        return {name: shown(value) for name, value in vars(log).items()}
+    if isinstance(log, Slotted):
+        return getattr(log, "value", "nothing")
     return log.data if isinstance(log, collections.UserDict) else log
 
 
@@ -110,6 +119,31 @@ def test_a_value_left_in_an_attribute_raises_and_the_attribute_is_as_it_was(log,
         TRACES[trace](model)
     assert model.log is kept
     assert shown(model.log) == before
+
+
+@pytest.mark.parametrize("kind", [list, dict])
+@pytest.mark.parametrize(
+    "trace", ["raw jit", "nn.jit of the model", "nn.jit of a function", "nn.grad"]
+)
+def test_a_value_left_in_a_container_of_the_class_raises_and_is_taken_out(kind, trace):
+    class Keeper(nn.Linear):
+        log = kind()
+
+        def forward(self, x):
+            (append if kind is list else put)(self.log, x * self.weight[0])
+            return super().forward(x)
+
+    calls = {
+        "raw jit": lambda m: jax.jit(m)(X),
+        "nn.jit of the model": lambda m: nn.jit(m)(X),
+        "nn.jit of a function": lambda m: nn.jit(lambda m, x: m(x))(m, X),
+        "nn.grad": lambda m: nn.grad(lambda m: m(X).sum())(m),
+    }
+    model = Keeper(2, 2)
+    for _ in range(2):
+        with pytest.raises(nn.errors.TraceLeakError, match="'Keeper.log'"):
+            calls[trace](model)
+        assert Keeper.log == kind()
 
 
 HOOK_STORES = {
@@ -323,11 +357,11 @@ def test_looking_runs_no_code_of_the_user():
 def test_a_trace_looks_at_a_bounded_part_of_what_a_hook_reaches(monkeypatch):
     from statefulnn.core import leaks
 
-    members = []
-    real = leaks._members
-    monkeypatch.setattr(leaks, "_members", lambda t: members.append(t) or real(t))
+    looked_into = []
+    real = leaks._looked_into
+    monkeypatch.setattr(leaks, "_looked_into", lambda t: looked_into.append(t) or real(t))
     huge = [[i] for i in range(100_000)]
     model = nn.Linear(2, 2)
     model.register_forward_hook(lambda m, i, o: huge and None)
     nn.jit(model)(X)
-    assert len(members) < 10 * leaks.MOST
+    assert len(looked_into) < 10 * leaks.MOST
