@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from statefulnn.core.graph import require_module
 from statefulnn.core.module import Module
@@ -46,7 +48,7 @@ class AuditReport:
         return "\n".join(lines)
 
 
-def audit(model: Module, *inputs: Any, rng: Any = None, **kwargs: Any) -> AuditReport:
+def audit(model: Module, *inputs: Any, rng: ArrayLike | None = None, **kwargs: Any) -> AuditReport:
     """Look for parameters that never get a gradient, such as those of a layer whose output is dropped.
 
     The gradient is that of a random projection of all floating outputs, on one call with `inputs`. The
@@ -98,8 +100,9 @@ def audit(model: Module, *inputs: Any, rng: Any = None, **kwargs: Any) -> AuditR
     return AuditReport(unused, zero, frozen, used)
 
 
-def _reached(fn: Any, params: dict[str, Any]) -> set[str]:
+def _reached(fn: Callable, params: dict[str, jax.Array]) -> set[str]:
     """Return the names whose arrays the output of a function depends on, by its jaxpr."""
+    # A gradient of zero would not tell: a parameter may be used, and have no slope at this point.
     names, _ = zip(*sorted(params.items()), strict=True) if params else ((), ())
     jaxpr = jax.make_jaxpr(fn)(params).jaxpr
     needed = {id(v) for v in jaxpr.outvars}

@@ -87,7 +87,7 @@ class FunctionKey:
             self._active.pop()
 
 
-def _is_of_a_library(part: Any) -> bool:
+def _is_of_a_library(part: object) -> bool:
     home = (
         part.__name__ if isinstance(part, types.ModuleType) else getattr(part, "__module__", None)
     )
