@@ -506,10 +506,12 @@ def write_without_order(what: str) -> StateWriteError:
     return StateWriteError(explain(f"{what}, in nn.associative_scan", *NO_ORDER))
 
 
-def branches_differ(one: str, other: str, part: str) -> StructureChangeError:
+def branches_differ(
+    names: tuple[str, str], did: str, found: tuple[object, object], part: str
+) -> StructureChangeError:
     return StructureChangeError(
         explain(
-            f"{one} in {part}, and {other}",
+            f"{names[0]} {did} {found[0]} in {part}, and {names[1]} {did} {found[1]}",
             "which one runs is decided when the compiled code runs, so all of them give "
             "arrays of the same shapes and dtypes in the same places",
             "make them agree: value.astype(dtype), jnp.zeros_like(value) for what is missing",
