@@ -82,6 +82,8 @@ def audit(model: Module, *inputs: Any, rng: ArrayLike | None = None, **kwargs: A
     draw, project = jax.random.split(key)
     fn, params, state = functionalize(model, mutable=True)
 
+    # A random projection, since the gradient of a plain sum may be zero for a parameter that is in use: the
+    # outputs of a softmax add up to 1 whatever the weights are.
     def projected(params: dict) -> Any:
         out, _ = fn(params, state, *inputs, rng=draw, **kwargs)
         total = jnp.zeros((), jnp.float32)
@@ -105,6 +107,7 @@ def _reached(fn: Callable, params: dict[str, jax.Array]) -> set[str]:
     # A gradient of zero would not tell: a parameter may be used, and have no slope at this point.
     names, _ = zip(*sorted(params.items()), strict=True) if params else ((), ())
     jaxpr = jax.make_jaxpr(fn)(params).jaxpr
+    # From the outputs backwards, as reverse mode goes.
     needed = {id(v) for v in jaxpr.outvars}
     for eqn in reversed(jaxpr.eqns):
         if any(id(v) in needed for v in eqn.outvars):
@@ -113,7 +116,8 @@ def _reached(fn: Callable, params: dict[str, jax.Array]) -> set[str]:
 
 
 def _needed_inputs(eqn: Any, needed: set[int]) -> list[int]:
-    # A call's inputs count only if they reach one of its outputs that is needed.
+    # A call's inputs count only if they reach one of its outputs that is needed: each layer is a call, and
+    # may return more than the model uses. Of any other equation all inputs count.
     inner = eqn.params.get("jaxpr")
     if eqn.primitive.name not in ("pjit", "jit") or inner is None:
         return [id(v) for v in eqn.invars]

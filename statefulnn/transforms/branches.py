@@ -110,6 +110,7 @@ def _check_alike(
     boxes = []
     for _, writes in (first, other):
         after = dict(zip(writes.indices, writes.values, strict=True))
+        # What a branch does not write it leaves as it was.
         values = {i: after.get(i, jax.typeof(call.leaves[i])) for i in indices}
         boxes.append({repr(call.moduledef.leaf_names[i]): described(v) for i, v in values.items()})
     for what, (a, b) in (("returned", outputs), ("left", boxes)):

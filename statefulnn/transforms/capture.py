@@ -137,8 +137,8 @@ class _Recorder:
             if name and (wanted is None or name in wanted)
         }
         self._modules = {id(m): m for m in module.modules()}
-        # The ModuleDefs of modules that were called and are not of the tree. A clone is another object than the
-        # module it was made of, and has its ModuleDef: so `require` can say why a name was not met.
+        # The ModuleDefs of modules that were called and are not of the tree. A clone is another object than
+        # the module it was made of, but has its ModuleDef: so `require` can say why a name was not met.
         self._elsewhere: set[Any] = set()
         self._expected = expected
         self._here = compat.current_trace()

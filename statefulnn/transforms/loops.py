@@ -210,6 +210,7 @@ def associative_scan(fn: Callable, elems: PyTree, reverse: bool = False, axis: i
         call.signature.run(body, call.leaves, (), lost=refusals.NO_ORDER)
         return combined.pop()
 
+    # An abstract run first: what is wrong is said once, and not in the middle of JAX's tree of calls.
     try:
         with probing():  # JAX may call it outside of every trace, where a closure could write
             jax.eval_shape(pure, elems, elems)

@@ -63,7 +63,7 @@ class Statefulized(Module):
         did: what was called, for messages.
     """
 
-    # With underscores, so that few names are lost for parameters, which are named by the keys of a user's tree.
+    # With underscores, so that few names are lost for parameters: those are keys of a user's tree.
     _fn: Any = None
     _trees: Any = ()
     _rng: str = ""
@@ -303,6 +303,7 @@ def _difference(tree: _Tree, new: PyTree) -> str:
 
 def _takes_rng(fn: Callable) -> str:
     """Return "required" or "optional" for a function with a keyword ``rng``, "" for others."""
+    # Nothing is drawn for a function that takes no key: a draw advances the generator for everybody.
     if not getattr(fn, "takes_rng", True):
         return ""
     try:
