@@ -6,11 +6,14 @@ taken apart into such lists, and how what it wrote is put back; everything else 
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import Any
 
+import jax
+
 from statefulnn.core.compat import EAGER, current_trace
-from statefulnn.core.errors import explain
 from statefulnn.core.moduledef import differences
+from statefulnn.transforms import refusals
 from statefulnn.transforms.dispatch import Dispatch
 from statefulnn.transforms.versions import Version
 
@@ -68,7 +71,7 @@ class Compiled:
         1
     """
 
-    def __init__(self, lowered: Lowered, compiled: Any) -> None:
+    def __init__(self, lowered: Lowered, compiled: jax.stages.Compiled) -> None:
         self._lowered, self._compiled = lowered, compiled
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -84,7 +87,7 @@ class Compiled:
         if version is not lowered._version:
             changes = _changes(lowered._version, version)
             if changes:
-                raise _misfit(function, changes)
+                raise refusals.other_arguments(_name_of(function), changes)
         if current_trace() is not EAGER:
             known.plan.note_read()
         leaves = known.plan.leaves()
@@ -92,9 +95,10 @@ class Compiled:
         try:
             out, written = self._compiled(*given)
         except (TypeError, ValueError):
+            # JAX knows the arrays by their place in flat lists; what it found is said again by name.
             changes = self._other_arrays(given, [*leaves, *dynamic], lowered._names)
             if changes:
-                raise _misfit(function, changes) from None
+                raise refusals.other_arguments(_name_of(function), changes) from None
             raise
         # JAX keeps the dict in which a result comes for the next one: it is not to be emptied.
         return (
@@ -108,8 +112,11 @@ class Compiled:
         """Shapes and dtypes of what the function returns."""
         return self._lowered.out_info
 
-    def _other_arrays(self, given: Any, arrays: list[Any], names: list[str]) -> list[str]:
+    def _other_arrays(
+        self, given: Iterable[Sequence], arrays: list[Any], names: list[str]
+    ) -> list[str]:
         """Return how arrays differ from those it was lowered for."""
+        # By identity: what is donated comes in another order than the leaves.
         labels = {id(v): f"argument {i - len(names)}" for i, v in enumerate(arrays)}
         labels |= {id(v): repr(n) for v, n in zip(arrays, names, strict=False)}
         (infos, _) = self._compiled.args_info
@@ -131,11 +138,12 @@ class Compiled:
         return f"Compiled({self._lowered._function!r})"
 
 
-def _flat(lists: Any) -> list[Any]:
+def _flat(lists: Iterable[Iterable]) -> list[Any]:
     return [value for one in lists for value in one]
 
 
 def _changes(before: Version, after: Version) -> list[str]:
+    """Return how a call differs from the one that was lowered, apart from its arrays."""
     old, new = before.signature, after.signature
     changes = []
     if old.moduledef is not new.moduledef:
@@ -152,14 +160,5 @@ def _changes(before: Version, after: Version) -> list[str]:
     return changes
 
 
-def _misfit(function: Dispatch, changes: list[str]) -> TypeError:
-    name = getattr(function.function, "__name__", "a function")
-    listed = "\n".join(f"    {change}" for change in changes[:8])
-    return TypeError(
-        explain(
-            f"called {name}, compiled ahead of time, with other arguments:\n{listed}",
-            "it is compiled for one structure, and one shape and dtype of each array",
-            "call nn.jit(f) itself, which compiles when needed; or f.lower(...).compile() for these "
-            "arguments",
-        )
-    )
+def _name_of(function: Dispatch) -> str:
+    return getattr(function.function, "__name__", "a function")

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from statefulnn.core.graph import require_module
 from statefulnn.core.module import Module
@@ -46,7 +48,7 @@ class AuditReport:
         return "\n".join(lines)
 
 
-def audit(model: Module, *inputs: Any, rng: Any = None, **kwargs: Any) -> AuditReport:
+def audit(model: Module, *inputs: Any, rng: ArrayLike | None = None, **kwargs: Any) -> AuditReport:
     """Look for parameters that never get a gradient, such as those of a layer whose output is dropped.
 
     The gradient is that of a random projection of all floating outputs, on one call with `inputs`. The
@@ -80,6 +82,8 @@ def audit(model: Module, *inputs: Any, rng: Any = None, **kwargs: Any) -> AuditR
     draw, project = jax.random.split(key)
     fn, params, state = functionalize(model, mutable=True)
 
+    # A random projection, since the gradient of a plain sum may be zero for a parameter that is in use: the
+    # outputs of a softmax add up to 1 whatever the weights are.
     def projected(params: dict) -> Any:
         out, _ = fn(params, state, *inputs, rng=draw, **kwargs)
         total = jnp.zeros((), jnp.float32)
@@ -98,10 +102,12 @@ def audit(model: Module, *inputs: Any, rng: Any = None, **kwargs: Any) -> AuditR
     return AuditReport(unused, zero, frozen, used)
 
 
-def _reached(fn: Any, params: dict[str, Any]) -> set[str]:
+def _reached(fn: Callable, params: dict[str, jax.Array]) -> set[str]:
     """Return the names whose arrays the output of a function depends on, by its jaxpr."""
+    # A gradient of zero would not tell: a parameter may be used, and have no slope at this point.
     names, _ = zip(*sorted(params.items()), strict=True) if params else ((), ())
     jaxpr = jax.make_jaxpr(fn)(params).jaxpr
+    # From the outputs backwards, as reverse mode goes.
     needed = {id(v) for v in jaxpr.outvars}
     for eqn in reversed(jaxpr.eqns):
         if any(id(v) in needed for v in eqn.outvars):
@@ -110,7 +116,8 @@ def _reached(fn: Any, params: dict[str, Any]) -> set[str]:
 
 
 def _needed_inputs(eqn: Any, needed: set[int]) -> list[int]:
-    # A call's inputs count only if they reach one of its outputs that is needed.
+    # A call's inputs count only if they reach one of its outputs that is needed: each layer is a call, and
+    # may return more than the model uses. Of any other equation all inputs count.
     inner = eqn.params.get("jaxpr")
     if eqn.primitive.name not in ("pjit", "jit") or inner is None:
         return [id(v) for v in eqn.invars]

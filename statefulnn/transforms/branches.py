@@ -7,15 +7,17 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+from jax.typing import ArrayLike
 
 from statefulnn.core.baked_in import probing
-from statefulnn.core.errors import StructureChangeError, explain
 from statefulnn.core.pytree import unflatten_with
+from statefulnn.transforms import refusals
 from statefulnn.transforms.lift import SplitCall, Writes, several_unbound
 from statefulnn.transforms.scan import described
+from statefulnn.transforms.types import PyTree
 
 
-def cond(pred: Any, true_fun: Callable, false_fun: Callable, *operands: Any) -> Any:
+def cond(pred: ArrayLike, true_fun: Callable, false_fun: Callable, *operands: PyTree) -> PyTree:
     """Run one of two functions on the operands, as ``jax.lax.cond``, with modules.
 
     What the function that ran wrote to its modules is written back. A box that only the other one writes
@@ -50,7 +52,7 @@ def cond(pred: Any, true_fun: Callable, false_fun: Callable, *operands: Any) -> 
     return _branched(choose, ("true_fun", "false_fun"), (true_fun, false_fun), operands)
 
 
-def switch(index: Any, branches: Sequence[Callable], *operands: Any) -> Any:
+def switch(index: ArrayLike, branches: Sequence[Callable], *operands: PyTree) -> PyTree:
     """Run the function with this number on the operands, as ``jax.lax.switch``, with modules.
 
     See `cond`. An index that is too small or too large chooses the first or the last function.
@@ -89,9 +91,9 @@ def _branched(
     branches, owners = several_unbound(functions)
     call = SplitCall(((owners, *operands), {}))
     run, leaves = call.signature.run, call.leaves
-    with (
-        probing()
-    ):  # to learn which boxes each branch writes: all return the values of all of these
+    # The branches of a conditional return the same arrays, but each may write other boxes. So a first,
+    # abstract run tells which boxes any of them writes; then each returns the values of all of these.
+    with probing():
         tried = [jax.eval_shape(functools.partial(run, b), leaves, call.dynamic) for b in branches]
     indices = sorted({i for _, writes in tried for i in writes.indices})
     for name, one in zip(names[1:], tried[1:], strict=True):
@@ -100,26 +102,22 @@ def _branched(
     return call.finish(*choose(*pure, leaves, call.dynamic))
 
 
-def _check_alike(call: SplitCall, names: tuple, first: tuple, other: tuple, indices: list) -> None:
+def _check_alike(
+    call: SplitCall, names: tuple[str, str], first: tuple, other: tuple, indices: list[int]
+) -> None:
     """Raise if two branches do not return, or leave in boxes, arrays of one structure and type."""
     outputs = [_parts(call, *tried) for tried in (first, other)]
     boxes = []
     for _, writes in (first, other):
         after = dict(zip(writes.indices, writes.values, strict=True))
+        # What a branch does not write it leaves as it was.
         values = {i: after.get(i, jax.typeof(call.leaves[i])) for i in indices}
         boxes.append({repr(call.moduledef.leaf_names[i]): described(v) for i, v in values.items()})
     for what, (a, b) in (("returned", outputs), ("left", boxes)):
         for part in sorted(dict.fromkeys((*a, *b)), key=_WHOLE.__eq__):  # the parts first
             if a.get(part) != b.get(part):
-                left, right = a.get(part, "nothing"), b.get(part, "nothing")
-                raise StructureChangeError(
-                    explain(
-                        f"{names[0]} {what} {left} in {part}, and {names[1]} {what} {right}",
-                        "which one runs is decided when the compiled code runs, so all of them give "
-                        "arrays of the same shapes and dtypes in the same places",
-                        "make them agree: value.astype(dtype), jnp.zeros_like(value) for what is missing",
-                    )
-                )
+                found = a.get(part, "nothing"), b.get(part, "nothing")
+                raise refusals.branches_differ(names, what, found, part)
 
 
 _WHOLE = "the output, taken as a whole"
@@ -129,14 +127,15 @@ class _Stand(NamedTuple):
     """Stands for a module or box in a branch's output; compares by which one it is."""
 
     what: str
-    key: Any
+    key: object
 
     def __str__(self) -> str:
         return self.what
 
 
-def _parts(call: SplitCall, out: Any, writes: Writes) -> dict[str, Any]:
+def _parts(call: SplitCall, out: PyTree, writes: Writes) -> dict[str, object]:
     """Return what stands in each part of a branch's output, by the path of the part."""
+    # Modules are gone from the output by now: the description says where they were, and which.
     if writes.out is not None:
         count, *items = writes.out.items
         stands = [_stand(call, item, out) for item in items]
@@ -150,7 +149,7 @@ def _parts(call: SplitCall, out: Any, writes: Writes) -> dict[str, Any]:
     return {**parts, _WHOLE: structure}
 
 
-def _stand(call: SplitCall, item: tuple, arrays: Any) -> _Stand:
+def _stand(call: SplitCall, item: tuple, arrays: Sequence[jax.Array]) -> _Stand:
     if item[0] == "new":
         held = ", ".join(described(v) for v in arrays[item[2] : item[3]])
         return _Stand(f"a new {item[1]!r} of {held}", (item[1], held))

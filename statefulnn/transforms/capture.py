@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, TypeAlias, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -11,13 +11,14 @@ import numpy as np
 
 from statefulnn.core import compat
 from statefulnn.core.box import Box, unwrap
-from statefulnn.core.errors import DtypeError, ShapeError, TraceLeakError, UnknownNameError, explain
 from statefulnn.core.graph import require_module
 from statefulnn.core.listeners import listening, run_abstractly
 from statefulnn.core.module import Module
 from statefulnn.core.ownership import ModuleBase
 from statefulnn.core.plan import plan_of
+from statefulnn.transforms import refusals
 from statefulnn.transforms.lift import SplitCall, Writes
+from statefulnn.transforms.types import PyTree, TreeDef
 
 
 def capture(
@@ -90,15 +91,11 @@ def capture(
         known = {name for name, _ in module.named_modules(remove_duplicate=False)} - {""}
         unknown = [n for n in wanted if n not in known]
         if unknown or not wanted:
-            raise UnknownNameError(
-                explain(
-                    f"nn.capture was asked for {unknown or 'no names'}",
-                    f"{type(module).__name__} has the submodules {sorted(known)}",
-                    "use the names of named_modules()",
-                )
-            )
+            raise refusals.no_such_submodules(unknown, type(module).__name__, sorted(known))
 
-    def recorded(target: Module, expected: Any, args: tuple, kwargs: dict) -> Any:
+    def recorded(
+        target: Module, expected: tuple[_Kinds, _Probes] | None, args: tuple, kwargs: dict
+    ) -> tuple[PyTree, _Recorder]:
         recorder = _Recorder(target, wanted, expected)
         function = target if method == "forward" else getattr(target, method)
         with listening(recorder):
@@ -125,32 +122,40 @@ class _Recorder:
         kinds: for each name what its outputs are like, a list of `_Kind`.
     """
 
-    def __init__(self, module: Module, wanted: tuple[str, ...] | None, expected: Any) -> None:
-        self.outputs: dict[str, list[Any]] = {}
-        self.kinds: dict[str, list[_Kind]] = {}
+    def __init__(
+        self,
+        module: Module,
+        wanted: tuple[str, ...] | None,
+        expected: tuple[_Kinds, _Probes] | None,
+    ) -> None:
+        self.outputs: dict[str, list[PyTree]] = {}
+        self.kinds: _Kinds = {}
+        # Reversed, so that of several names of a shared module the first one stays.
         self._names = {
             id(m): name
             for name, m in reversed(list(module.named_modules(remove_duplicate=False)))
             if name and (wanted is None or name in wanted)
         }
         self._modules = {id(m): m for m in module.modules()}
-        # The ModuleDefs of modules that were called and are not of the tree.
+        # The ModuleDefs of modules that were called and are not of the tree. A clone is another object than
+        # the module it was made of, but has its ModuleDef: so `require` can say why a name was not met.
         self._elsewhere: set[Any] = set()
-        self._expected = expected  # None, or a pair of kinds and the probes that fit them
+        self._expected = expected
         self._here = compat.current_trace()
 
-    def __call__(self, called: Any, out: Any) -> Any:
+    def __call__(self, called: Module, out: PyTree) -> PyTree:
         name = self._names.get(id(called))
         if name is None:
             if called._cell.scope is not None and id(called) not in self._modules:
                 self._elsewhere.add(plan_of(called).moduledef)
             return out
         if self._expected is not None:
-            out = self._with_probes(name, out)
+            out = self._with_probes(name, out, *self._expected)
+        # An output of an inner trace would be a dead tracer by the time it is returned.
         for leaf in jax.tree_util.tree_leaves(out):
             home = compat.trace_of(leaf)
             if home is not None and not compat.may_be_around(home, self._here):
-                raise _inside(name)
+                raise refusals.captured_inside(name)
         self.outputs.setdefault(name, []).append(out)
         return out
 
@@ -161,13 +166,13 @@ class _Recorder:
             for number, name in self._names.items():
                 here = plan_of(self._modules[number]).moduledef
                 if name in missing and here in self._elsewhere:
-                    raise _inside(name)
+                    raise refusals.captured_inside(name)
 
-    def _with_probes(self, name: str, out: Any) -> Any:
+    def _with_probes(self, name: str, out: PyTree, kinds: _Kinds, probes: _Probes) -> PyTree:
+        """Note of what kind an output is; attach the probes that were made for it, if it is of the kind."""
         leaves, treedef = jax.tree_util.tree_flatten(out, is_leaf=_is_member)
         leaves = list(map(unwrap, leaves))
         kind = _Kind(leaves, treedef)
-        kinds, probes = self._expected
         number = len(self.kinds.setdefault(name, []))
         self.kinds[name].append(kind)
         if kinds.get(name, ())[number : number + 1] == [kind]:
@@ -176,47 +181,42 @@ class _Recorder:
         return jax.tree_util.tree_unflatten(treedef, leaves)
 
 
-def _inside(name: str) -> TraceLeakError:
-    return TraceLeakError(
-        explain(
-            f"nn.capture met {name!r} inside an inner transformation (vmap, scan, grad, remat ...)",
-            "its output does not exist outside of it",
-            "capture inside the inner function and return the outputs from it, or leave the name out: "
-            "nn.capture(model, names=[...])",
-        )
-    )
-
-
 class _Kind:
     """The structure of an output, and which of its leaves are floating arrays of what shape."""
 
-    def __init__(self, leaves: list[Any], treedef: Any) -> None:
+    def __init__(self, leaves: list[Any], treedef: TreeDef) -> None:
         self.treedef = treedef
         self.floating = [(i, x.shape, x.dtype) for i, x in enumerate(leaves) if _is_floating(x)]
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, _Kind) and vars(self) == vars(other)
 
-    def zeros(self) -> list[Any]:
+    def zeros(self) -> list[jax.Array]:
         return [jnp.zeros(shape, dtype) for _, shape, dtype in self.floating]
 
-    def filled(self, gradients: list[Any]) -> Any:
+    def filled(self, gradients: list[jax.Array]) -> PyTree:
+        """Return the output's structure with gradients in it, and None for what is not floating."""
         leaves: list[Any] = [None] * self.treedef.num_leaves
         for (i, _, _), gradient in zip(self.floating, gradients, strict=True):
             leaves[i] = gradient
         return jax.tree_util.tree_unflatten(self.treedef, leaves)
 
 
-def _is_floating(x: Any) -> bool:
+# By name and call: of what kind the outputs are, and for each floating array in them a probe.
+_Kinds: TypeAlias = dict[str, list[_Kind]]
+_Probes: TypeAlias = dict[str, list[list[jax.Array]]]
+
+
+def _is_floating(x: object) -> TypeGuard[jax.Array]:
     return isinstance(x, (jax.Array, np.ndarray)) and jnp.issubdtype(x.dtype, jnp.inexact)
 
 
-def _is_member(x: Any) -> bool:
+def _is_member(x: object) -> bool:
     return isinstance(x, (Box, ModuleBase))
 
 
 @jax.custom_jvp
-def _attach(x: Any, probe: Any) -> Any:
+def _attach(x: jax.Array, probe: jax.Array) -> jax.Array:
     """Return x, with the derivative of ``x + probe``; the sum itself would lose the sign of zeros."""
     return x
 
@@ -234,7 +234,7 @@ def _with_grads(recorded: Callable, call: SplitCall) -> tuple[Any, dict[str, Any
     last one wrote is written back.
     """
 
-    def once(kinds: Any, probes: Any) -> tuple[Any, dict[str, list[_Kind]]]:
+    def once(kinds: _Kinds, probes: _Probes) -> tuple[Any, _Kinds]:
         recorders: list[_Recorder] = []
 
         def function(*args: Any, **kwargs: Any) -> Any:
@@ -244,27 +244,25 @@ def _with_grads(recorded: Callable, call: SplitCall) -> tuple[Any, dict[str, Any
 
         result, written = call.run(function, call.leaves, call.dynamic)
         if written.out is not None:
-            raise TypeError(
-                explain(
-                    "nn.capture(grads=True) met an output that holds a module",
-                    "gradients are those of arrays",
-                    "return the module's arrays, or capture without grads=True",
-                )
-            )
+            raise refusals.module_captured()
         return (*result, written), recorders[0].kinds
 
-    found: list[Any] = []
+    found: list[_Kinds] = []  # by each run
     try:
         run_abstractly(lambda: found.append(once({}, {})[1]))
     except Exception:  # the run below says what is wrong
         found.append({})
 
     for _ in range(2):
-        kinds: dict[str, list[_Kind]] = found[-1]
+        # The probes are zeros, which change no output; the derivative by a probe is the gradient that
+        # arrives where it is attached.
+        kinds: _Kinds = found[-1]
         zeros = {name: [kind.zeros() for kind in calls] for name, calls in kinds.items()}
         parts: list[_Parts] = []
 
-        def differentiable(probes: Any, kinds: Any = kinds, parts: Any = parts) -> Any:
+        def differentiable(
+            probes: _Probes, kinds: _Kinds = kinds, parts: list[_Parts] = parts
+        ) -> tuple[list[jax.Array], list[jax.Array]]:
             result, seen = once(kinds, probes)
             found.append(seen)
             parts.append(_Parts(result))
@@ -274,18 +272,11 @@ def _with_grads(recorded: Callable, call: SplitCall) -> tuple[Any, dict[str, Any
         if found[-1] == kinds:
             break
     else:
-        raise ShapeError(
-            explain(
-                "nn.capture(grads=True) called a module again with the same arguments, and its "
-                "submodules returned outputs of other shapes",
-                "gradients have the shapes of the outputs",
-                "let the shapes of outputs depend on nothing but the arguments and the module",
-            )
-        )
+        raise refusals.other_shapes_the_second_time()
     out, outputs, written = parts[0].joined(floating, rest)
     call.finish(None, written)
 
-    def backward(cotangent: Any) -> dict[str, Any]:
+    def backward(cotangent: PyTree) -> dict[str, PyTree]:
         """Return the gradients with respect to the captured outputs."""
         (gradients,) = pullback(_matched(cotangent, out))
         return {
@@ -299,6 +290,8 @@ def _with_grads(recorded: Callable, call: SplitCall) -> tuple[Any, dict[str, Any
 
 class _Parts:
     """What a call returned, ``(out, outputs, written)``, taken apart for `jax.vjp`.
+
+    Only `out` gets a cotangent, and only its floating arrays can have one: the rest is auxiliary.
 
     Attributes:
         floating: the floating arrays in out.
@@ -328,14 +321,15 @@ def _one_or_all(calls: list[Any]) -> Any:
     return calls[0] if len(calls) == 1 else tuple(calls)
 
 
-def _matched(cotangent: Any, out: Any) -> list[Any]:
+def _matched(cotangent: PyTree, out: PyTree) -> list[jax.Array]:
     """Return the arrays of a cotangent that belong to the floating arrays of an output."""
+    # The cotangent comes first: one None in it may stand for a whole part of the output.
     given, treedef = jax.tree_util.tree_flatten(cotangent, is_leaf=lambda x: x is None)
     try:
         parts = treedef.flatten_up_to(out)
     except ValueError:
         raise _other_structure(cotangent, out) from None
-    matched: list[Any] = []
+    matched: list[jax.Array] = []
     for value, part in zip(given, parts, strict=True):
         wanted = [x for x in jax.tree_util.tree_leaves(part) if _is_floating(x)]
         if value is None:
@@ -347,40 +341,23 @@ def _matched(cotangent: Any, out: Any) -> list[Any]:
     return matched
 
 
-def _other_structure(cotangent: Any, out: Any) -> TypeError:
-    return TypeError(
-        explain(
-            f"backward was given a cotangent of type {type(cotangent).__name__} and structure "
-            f"{jax.tree_util.tree_structure(cotangent)}",
-            f"the output of the captured call is of type {type(out).__name__} and structure "
-            f"{jax.tree_util.tree_structure(out)}",
-            "pass the gradient of a loss with respect to the output: "
-            "backward(jax.grad(loss_fn)(out))",
-        )
+def _other_structure(cotangent: PyTree, out: PyTree) -> TypeError:
+    given, own = (
+        f"type {type(tree).__name__} and structure {jax.tree_util.tree_structure(tree)}"
+        for tree in (cotangent, out)
     )
+    return refusals.cotangent_of_other_structure(given, own)
 
 
-def _checked(value: Any, out: Any) -> Any:
+def _checked(value: PyTree, out: jax.Array) -> jax.Array:
+    # A Python number fits every dtype, as in arithmetic.
     weak = isinstance(value, (int, float, complex))
     if not weak and not hasattr(value, "dtype"):
         raise _other_structure(value, out)
     shape, dtype = jnp.shape(value), jnp.result_type(value)
     if shape != out.shape:
-        raise ShapeError(
-            explain(
-                f"backward was given a cotangent of shape {shape}",
-                f"the output of the captured call has shape {out.shape}",
-                "pass the gradient of a loss with respect to the output; for the gradient of the sum "
-                "of all outputs, jnp.ones_like(out)",
-            )
-        )
+        raise refusals.cotangent_of_other_shape(shape, out.shape)
     weak = weak or getattr(value, "weak_type", False)
     if dtype != out.dtype and not weak:
-        raise DtypeError(
-            explain(
-                f"backward was given a cotangent of dtype {dtype}",
-                f"the output of the captured call has dtype {out.dtype}",
-                "cast it: cotangent.astype(out.dtype)",
-            )
-        )
+        raise refusals.cotangent_of_other_dtype(dtype, out.dtype)
     return jnp.asarray(value, out.dtype)

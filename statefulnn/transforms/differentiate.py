@@ -8,28 +8,38 @@ user's terms: a module stands for a dict of dotted name -> array.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
-from statefulnn.core import refusals
 from statefulnn.core.box import Box
-from statefulnn.core.errors import ShapeError, UnknownNameError, UnusedModuleError, explain
 from statefulnn.core.hooks import hooks_of
 from statefulnn.core.module import Module
 from statefulnn.core.ownership import Scope
 from statefulnn.core.pytree import flatten_collecting
-from statefulnn.transforms.lift import SplitCall, Writes, template
+from statefulnn.core.refusals import forward_mode
+from statefulnn.transforms import refusals
+from statefulnn.transforms.lift import Mark, SplitCall, Writes, template
+from statefulnn.transforms.types import PyTree
+
+# Where a differentiated array is: "leaf" and its position among the leaves of modules, or "array" and that
+# among the other leaves.
+Place: TypeAlias = tuple[str, int]
 
 
 class Chosen:
-    """The arrays that are differentiated, each once; a pytree node, so that results can be found."""
+    """The arrays that are differentiated, each once; a pytree node of its own.
+
+    What JAX makes of it has the same node in it, wherever that ends up: a gradient is one, a Jacobian has one
+    for each output, a Hessian one in each array of the outer one. So `Differentiation.show` finds them all.
+    """
 
     __slots__ = ("values",)
 
-    def __init__(self, values: Sequence[Any]) -> None:
+    def __init__(self, values: Sequence[jax.Array]) -> None:
         self.values = values
 
 
@@ -64,14 +74,16 @@ class Differentiation:
     ) -> None:
         self.fun, self.has_aux, self._view = fun, has_aux, view
         self._several = not isinstance(argnums, int)
-        numbers: Any = tuple(argnums) if not isinstance(argnums, int) else (argnums,)
+        numbers = (argnums,) if isinstance(argnums, int) else tuple(argnums)
         self.call = SplitCall((args, kwargs))
         self._targets = [_Target(self.call, args, n, fun) for n in numbers]
-        # Positions to differentiate: among the leaves of modules, and among the other leaves.
+        # Positions to differentiate: among the leaves of modules, and among the other leaves. Sets, since two
+        # arguments may share a parameter: it is one array, and its gradient the sum over both.
         self._in_modules = sorted({p for t in self._targets for p in t.leaf_positions})
         self._in_arrays = sorted({p for t in self._targets for p in t.array_positions})
         if not self._in_modules and not self._in_arrays:
-            raise _nothing_to_differentiate(fun, args, numbers)
+            kind = type(args[numbers[0]]).__name__
+            raise refusals.nothing_to_differentiate(name_of(fun), kind)
         self._argument = args[numbers[0]]
         self._leaves = self.call.leaves
         self._scope: Scope | None = None
@@ -88,8 +100,9 @@ class Differentiation:
             leaves[p] = next(values)
         for p in self._in_arrays:
             dynamic[p] = next(values)
-        outputs: list[Any] = []
+        outputs: list[PyTree] = []
 
+        # `run` returns what is handed back as it is, aux. The output that is differentiated goes beside it.
         def body(*args: Any, **kwargs: Any) -> Any:
             out = self.fun(*args, **kwargs)
             out, aux = _pair(out, self.fun) if self.has_aux else (out, None)
@@ -109,8 +122,9 @@ class Differentiation:
             UnusedModuleError: if the function never read the module it is differentiated by.
         """
         aux, written = effects
+        # Gradients by arrays may well be zero. A module nobody read is nearly always the wrong module.
         if not self._in_arrays and self._scope is not None and not self._scope.read:
-            raise _never_read(self.fun, self._argument)
+            raise refusals.never_read(name_of(self.fun), type(self._argument).__name__)
         return self.call.finish(aux, written)
 
     def refuse_hooks(self) -> None:
@@ -121,15 +135,14 @@ class Differentiation:
         for root in self.call.roots:
             for module in root.modules() if isinstance(root, Module) else ():
                 if hooks_of(module, "_backward_hooks") or hooks_of(module, "_backward_pre_hooks"):
-                    raise refusals.forward_mode(type(module).__name__)
+                    raise forward_mode(type(module).__name__)
 
-    def show(self, tree: Any) -> Any:
+    def show(self, tree: PyTree) -> PyTree:
         """Replace every `Chosen` in a result by the arguments it stands for, in the user's terms."""
 
-        def one(node: Any) -> Any:
-            return self._in_user_terms(node) if isinstance(node, Chosen) else node
-
-        return jax.tree_util.tree_map(one, tree, is_leaf=lambda x: isinstance(x, Chosen))
+        is_chosen = lambda node: isinstance(node, Chosen)
+        shown = lambda node: self._in_user_terms(node) if is_chosen(node) else node
+        return jax.tree_util.tree_map(shown, tree, is_leaf=is_chosen)
 
     def _in_user_terms(self, chosen: Chosen) -> Any:
         values = [self.show(v) for v in chosen.values]
@@ -138,42 +151,30 @@ class Differentiation:
         shown = tuple(t.shown(of_leaf, of_array) for t in self._targets)
         return shown if self._several else shown[0]
 
-    def take(self, given: Any, what: str) -> Chosen:
+    def take(self, given: PyTree, what: str) -> Chosen:
         """Return arrays in the user's terms (a tangent, a vector) as `Chosen`: the inverse of `show`."""
         targets = given if self._several else (given,)
         if not isinstance(targets, (tuple, list)) or len(targets) != len(self._targets):
-            raise TypeError(
-                explain(
-                    f"gave {what} of type {type(given).__name__} for {len(self._targets)} arguments",
-                    "there is one for each argument that is differentiated",
-                    "pass a tuple with one entry for each",
-                )
-            )
-        found: dict[tuple[str, int], Any] = {}
+            raise refusals.not_one_for_each(what, type(given).__name__, len(self._targets))
+        found: dict[Place, ArrayLike] = {}
         for target, value in zip(self._targets, targets, strict=True):
             target.take(value, found, what)
-        wanted = [("leaf", p) for p in self._in_modules] + [("array", p) for p in self._in_arrays]
+        places = [("leaf", p) for p in self._in_modules] + [("array", p) for p in self._in_arrays]
         values = []
-        for mark, have in zip(wanted, self.values.values, strict=True):
-            value = found[mark]
-            if jnp.shape(value) != jnp.shape(have):
-                raise ShapeError(
-                    explain(
-                        f"gave {what} of shape {jnp.shape(value)} for an array of shape "
-                        f"{jnp.shape(have)}{self._name_of(mark)}",
-                        "it has the shape of what it belongs to",
-                        "pass an array of the same shape",
-                    )
+        for place, own in zip(places, self.values.values, strict=True):
+            value = found[place]
+            if jnp.shape(value) != jnp.shape(own):
+                name = self.call.moduledef.leaf_names[place[1]] if place[0] == "leaf" else None
+                raise refusals.direction_of_other_shape(
+                    what, jnp.shape(value), jnp.shape(own), name
                 )
-            values.append(jnp.asarray(value, _tangent_dtype(have)))
+            values.append(jnp.asarray(value, _tangent_dtype(own)))
         return Chosen(values)
 
-    def _name_of(self, mark: tuple[str, int]) -> str:
-        return f", {self.call.moduledef.leaf_names[mark[1]]!r}" if mark[0] == "leaf" else ""
 
-
-def _tangent_dtype(value: Any) -> Any:
+def _tangent_dtype(value: ArrayLike) -> np.dtype:
     dtype = jnp.result_type(value)
+    # An integer has no direction to go to: JAX's tangent of it has a dtype without numbers.
     return dtype if jnp.issubdtype(dtype, jnp.inexact) else jax.dtypes.float0
 
 
@@ -182,14 +183,7 @@ class _Target:
 
     def __init__(self, call: SplitCall, args: tuple, number: int, fun: Callable) -> None:
         if not -len(args) <= number < len(args):
-            raise TypeError(
-                explain(
-                    f"differentiated argument {number} of {name_of(fun)}, called with {len(args)} "
-                    "positional arguments",
-                    "there is no such argument",
-                    "pass it by position, or choose another one with argnums",
-                )
-            )
+            raise refusals.no_such_argument(name_of(fun), number, len(args))
         self._call = call
         self._template = template(call.signature.treedef)[0][number % len(args)]
         marks = jax.tree_util.tree_leaves(self._template)
@@ -198,10 +192,10 @@ class _Target:
         self.leaf_positions = [p for root in roots for p in call.positions_under(root)]
         self.array_positions = [m.number for m in marks if m.is_leaf]
 
-    def shown(self, of_leaf: Mapping[int, Any], of_array: Mapping[int, Any]) -> Any:
+    def shown(self, of_leaf: Mapping[int, PyTree], of_array: Mapping[int, PyTree]) -> PyTree:
         """Return the argument with other values in the place of what is differentiated."""
 
-        def one(mark: Any) -> Any:
+        def one(mark: Mark) -> PyTree:
             if mark.is_leaf:
                 return of_array[mark.number]
             names = self._names(self._call.roots[mark.number])
@@ -211,19 +205,13 @@ class _Target:
 
         return jax.tree_util.tree_map(one, self._template)
 
-    def take(self, given: Any, found: dict[tuple[str, int], Any], what: str) -> None:
+    def take(self, given: PyTree, found: dict[Place, ArrayLike], what: str) -> None:
         """Note the values of an argument in the user's terms under their positions."""
         marks, treedef = jax.tree_util.tree_flatten(self._template)
         try:
             parts = treedef.flatten_up_to(given)
         except ValueError as error:
-            raise TypeError(
-                explain(
-                    f"gave {what} of another structure than the argument ({error})",
-                    "each array of the argument has its own",
-                    "pass the argument's structure, with a dict of name -> array for a module",
-                )
-            ) from None
+            raise refusals.direction_of_other_structure(what, error) from None
         for mark, value in zip(marks, parts, strict=True):
             if mark.is_leaf:
                 found["array", mark.number] = value
@@ -234,16 +222,10 @@ class _Target:
                 continue
             if not isinstance(value, Mapping) or value.keys() != names.keys():
                 got = sorted(value) if isinstance(value, Mapping) else type(value).__name__
-                raise UnknownNameError(
-                    explain(
-                        f"gave {what} {got} for a module",
-                        f"its trainable parameters are {sorted(names)}",
-                        "pass a dict with one array for each of them",
-                    )
-                )
+                raise refusals.direction_of_other_names(what, got, sorted(names))
             found.update({("leaf", names[name]): v for name, v in value.items()})
 
-    def _names(self, root: Any) -> Any:
+    def _names(self, root: Module | Box) -> int | dict[str, int]:
         """Return the leaf position of each trainable parameter by name; of a box, the position."""
         if isinstance(root, Box):
             return self._call.positions_under(root)[0]
@@ -263,43 +245,27 @@ def name_of(fun: Callable) -> str:
 def real_scalar(fun: Callable) -> Callable[[Any], Any]:
     """Return a check that a loss is a real scalar; it returns the loss."""
 
-    def view(loss: Any) -> Any:
+    def view(loss: PyTree) -> PyTree:
         shape = getattr(loss, "shape", None if not isinstance(loss, (int, float)) else ())
         if shape != ():
-            what = f"an array of shape {shape}" if shape is not None else f"a {type(loss).__name__}"
-            hint = "return loss.mean()" if shape is not None else "return the scalar loss"
-            if isinstance(loss, tuple):
-                hint = "return the loss alone, or pass has_aux=True to return (loss, aux)"
-            raise TypeError(
-                explain(f"{name_of(fun)} returned {what}", "a gradient is that of a scalar", hint)
-            )
+            is_tuple = isinstance(loss, tuple)
+            raise refusals.no_scalar(name_of(fun), type(loss).__name__, shape, is_tuple)
         if not jnp.issubdtype(jnp.result_type(loss), jnp.floating):
-            raise TypeError(
-                explain(
-                    f"{name_of(fun)} returned a loss of dtype {jnp.result_type(loss)}",
-                    "a gradient is that of a real number",
-                    "compute the loss in a floating dtype",
-                )
-            )
+            raise refusals.no_real_loss(name_of(fun), jnp.result_type(loss))
         return loss
 
     return view
 
 
-def _pair(out: Any, fun: Callable) -> tuple:
+def _pair(out: PyTree, fun: Callable) -> tuple:
     if not isinstance(out, tuple) or len(out) != 2:
-        raise TypeError(
-            explain(
-                f"{name_of(fun)} returned {type(out).__name__} with has_aux=True",
-                "the loss and the auxiliary output are needed",
-                "return a pair: return loss, aux",
-            )
-        )
+        raise refusals.no_aux(name_of(fun), type(out).__name__)
     return out
 
 
-def _arrays(out: Any, fun: Callable) -> Any:
+def _arrays(out: PyTree, fun: Callable) -> PyTree:
     """Return a differentiated output with the values of its boxes; it cannot hold modules."""
+    # Nearly every output is one array: no need to flatten it.
     if isinstance(out, (jax.Array, np.ndarray, float)):
         return out
     if isinstance(out, Box):
@@ -307,39 +273,9 @@ def _arrays(out: Any, fun: Callable) -> Any:
     found = flatten_collecting(out)[2]
     for obj in found:
         if not isinstance(obj, Box):
-            raise TypeError(
-                explain(
-                    f"{name_of(fun)} returned a {type(obj).__name__} as its differentiated output",
-                    "a derivative is that of arrays",
-                    "return arrays; has_aux=True passes anything else through: return out, model",
-                )
-            )
+            raise refusals.module_as_output(name_of(fun), type(obj).__name__)
     if not found:
         return out
     return jax.tree_util.tree_map(
         lambda x: x.value if isinstance(x, Box) else x, out, is_leaf=lambda x: isinstance(x, Box)
-    )
-
-
-def _nothing_to_differentiate(
-    fun: Callable, args: tuple, numbers: tuple[int, ...]
-) -> UnusedModuleError:
-    return UnusedModuleError(
-        explain(
-            f"differentiated {name_of(fun)} with respect to {type(args[numbers[0]]).__name__}",
-            "it has no trainable parameters and holds no arrays, so the gradient is empty",
-            "unfreeze what is to be trained, module.requires_grad_(True), or choose another argument "
-            "with argnums",
-        )
-    )
-
-
-def _never_read(fun: Callable, argument: Any) -> UnusedModuleError:
-    return UnusedModuleError(
-        explain(
-            f"differentiated {name_of(fun)} with respect to {type(argument).__name__}",
-            "it never read a parameter of that argument, so every gradient would be zero; it probably "
-            "uses a module from outside",
-            "use the argument inside the function: def loss_fn(model, x): return model(x).mean()",
-        )
     )

@@ -9,19 +9,24 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
+from jax.typing import ArrayLike
 
 from statefulnn.core.arrays import check_usable
+from statefulnn.core.box import Box
 from statefulnn.core.compat import EAGER, current_trace
-from statefulnn.core.generator import current_generator, streams
+from statefulnn.core.generator import Forbidden, Generator, current_generator, streams
 from statefulnn.core.ownership import ModuleBase
 from statefulnn.core.plan import Plan, build_plan, count_changes
 from statefulnn.core.pytree import flatten_collecting
 from statefulnn.transforms.lift import Signature, restore_output, write_back
+from statefulnn.transforms.types import PyTree, TreeDef
 from statefulnn.transforms.versions import Options, Statics, Version, versions_of
+
+_Owner = TypeVar("_Owner")
 
 
 class KnownModules:
@@ -31,13 +36,18 @@ class KnownModules:
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
-        self.versions: dict[Any, Version] = {}  # by the structure of the arguments
-        self.references: list[Any] = []
-        self.targets: dict[int, list[Any]] = {}  # for each kind of result, the boxes it writes
+        self.versions: dict[TreeDef, Version] = {}  # by the structure of the arguments
+        self.references: list[weakref.ref] = []
+        self.targets: dict[int, list[Box]] = {}  # by the number of a trace, the boxes it writes
 
 
 class RecentCall:
     """A recent call with modules and arrays by position, to recognise the next one like it.
+
+    What a call needs beside its arrays depends on its modules and on how the arguments are put together. The
+    same modules have the same plan, while that is valid; an array or a number is one leaf, whatever its
+    value, and ``jax.jit`` tells shapes apart by itself. So the identities of the modules and the types of the
+    others are enough, and nothing has to be flattened.
 
     Attributes:
         count: how many arguments it had; -1 once a module of it has died.
@@ -48,28 +58,38 @@ class RecentCall:
     __slots__ = ("__weakref__", "count", "generator", "known", "references", "version", "wants")
 
     def __init__(
-        self, wants: tuple[Any, ...], generator: Any, known: KnownModules, version: Version
+        self,
+        wants: tuple[int | type, ...],
+        generator: Generator | Forbidden,
+        known: KnownModules,
+        version: Version,
     ) -> None:
         self.count = len(wants)
         self.wants = wants
         self.generator = generator
-        self.known: Any = known
+        self.known: Any = known  # `KnownModules`, None once it is forgotten
         self.version = version
-        self.references: list[Any] = []
+        self.references: list[weakref.ref] = []
 
     def forget(self) -> None:
         """Match no call any more, and let go of the boxes."""
         self.count, self.known = -1, None
 
 
-def _when_dead(objects: list[Any], owner: Any, forget: Callable[[Any], Any]) -> list[Any]:
+def _when_dead(
+    objects: Sequence[object], owner: _Owner, forget: Callable[[_Owner], object]
+) -> list[weakref.ref]:
     """Return weak references to objects; when one of them dies, `owner` forgets.
+
+    Modules are found again by their ids, and Python gives the id of a dead object to a new one: what is kept
+    under an id has to go with the object. A strong reference would guard the id too, and keep the model's
+    memory for as long as the compiled function lives.
 
     The owner is referred to weakly as well: a cycle would keep arrays until the garbage collector runs.
     """
     reference = weakref.ref(owner)
 
-    def callback(_: Any) -> None:
+    def callback(_: weakref.ref) -> None:
         alive = reference()
         if alive is not None:
             forget(alive)
@@ -91,12 +111,16 @@ class Dispatch:
         self.owner = owner
         self.options = options
         self.versions = versions_of(function, owner, options)
+        # The versions may be shared with equal functions, the count of traces is this one's: before each call
+        # it is lent to the versions, which count there.
         self._counter = [0]
         self._met: weakref.WeakSet[Version] = weakref.WeakSet()
-        self._known: dict[Any, KnownModules] = {}  # by the identities of the modules
+        self._known: dict[tuple[int, ...], KnownModules] = {}  # by the identities of the modules
         self._recent: list[RecentCall] = []
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        # Everything down to `version.call` is paid for by every step of a training loop: no functions are
+        # called that need not be, and no list is built that is there already.
         if self.owner is not None:
             args = (self.owner, *args)
         known: Any = None
@@ -113,6 +137,8 @@ class Dispatch:
                         elif id(arg) != want:
                             break
                     else:
+                        # The same modules; whether they are still what the code was compiled for, the
+                        # plan knows (law 9).
                         if recent.known.plan.valid():
                             known, version = recent.known, recent.version
                         break
@@ -120,15 +146,19 @@ class Dispatch:
             known, version, dynamic = self.look_up(args, kwargs)
         if current_trace() is not EAGER:
             known.plan.note_read()
+        # The list is the plan's own, and shared by all calls until somebody writes: a call that only reads
+        # gathers nothing, and JAX finds the very same arrays. Nobody changes it in place.
         leaves = known.plan.cached_leaves
         if leaves is None:
             leaves = known.plan.leaves()
+            # Only gathering tells where the arrays lie, and a version is for one placement of them.
             if known.plan.placements is not version.placements:
                 known, version, dynamic = self.look_up(args, kwargs)
         self.versions.counter = self._counter
         try:
             out, written = version.call(leaves, dynamic)
         except (TypeError, RuntimeError):
+            # JAX does not know which array is whose: an error about one that is deleted names the parameter.
             for box, leaf in zip(known.plan.boxes, leaves, strict=True):
                 check_usable(leaf, box.label)
             raise
@@ -137,12 +167,12 @@ class Dispatch:
     def finish(
         self,
         known: KnownModules,
-        leaves: Sequence[Any],
-        out: Any,
-        written: dict[int, list[Any]],
+        leaves: Sequence[jax.Array],
+        out: PyTree,
+        written: dict[int, list[jax.Array]],
         args: tuple,
         kwargs: dict[str, Any],
-    ) -> Any:
+    ) -> PyTree:
         """Put what a version wrote into the boxes, and the caller's own modules into its output."""
         number, values = written.popitem()
         plan, targets = known.plan, known.targets.get(number)
@@ -152,13 +182,16 @@ class Dispatch:
         if targets:
             stamp = write_back(targets, values)
             if stamp is not None and indices[-1] == len(indices) - 1:
-                # The first leaves were written, usually all but the generator: no need to gather.
+                # The first leaves were written, usually all but the generator: no need to gather. The next
+                # step of a training loop finds its list of leaves made.
                 plan.keep([*values, *leaves[len(indices) :]], stamp)
         if described is not None:
             return restore_output(out, described, plan, flatten_collecting((args, kwargs))[2])
         return out
 
-    def look_up(self, args: tuple, kwargs: dict[str, Any]) -> tuple[KnownModules, Version, list]:
+    def look_up(
+        self, args: tuple, kwargs: dict[str, Any]
+    ) -> tuple[KnownModules, Version, list[ArrayLike]]:
         """Return what a call needs: what is known of its modules, its version, the other leaves."""
         statics = None
         self.versions.counter = self._counter
@@ -166,6 +199,7 @@ class Dispatch:
             args, kwargs, statics = self._without_statics(args, kwargs)
         dynamic, treedef, roots = flatten_collecting((args, kwargs))
         generator = current_generator()
+        # As in `SplitCall`: the generator in force is the last root.
         known = self._known_of(roots if generator is None else [*roots, generator])
         plan, version = known.plan, known.versions.get(treedef) if statics is None else None
         plan.leaves()  # finds out where they lie
@@ -183,12 +217,12 @@ class Dispatch:
             self._remember(args, roots, known, version)
         return known, version, dynamic
 
-    def _known_of(self, everything: list[Any]) -> KnownModules:
+    def _known_of(self, everything: list[ModuleBase | Box]) -> KnownModules:
         key = tuple(map(id, everything))
         known = self._known.get(key)
         if known is None or not known.plan.valid():
             stale, known = known, KnownModules(build_plan(everything))
-            if stale is not None:
+            if stale is not None:  # the modules have changed: the cause of a compilation, perhaps
                 count_changes(stale.plan, known.plan)
             known.references = _when_dead(
                 everything, self, lambda owner: owner._known.pop(key, None)
@@ -197,11 +231,13 @@ class Dispatch:
         return known
 
     def _remember(self, args: tuple, roots: list, known: KnownModules, version: Version) -> None:
+        # Of these types alone it is certain that one object is one leaf, or one module.
         if not all(isinstance(a, (ModuleBase, jax.Array, np.ndarray, int, float)) for a in args):
             return
         wants = tuple(id(a) if isinstance(a, ModuleBase) else type(a) for a in args)
         recent = RecentCall(wants, streams.current, known, version)
         recent.references = _when_dead(roots, recent, RecentCall.forget)
+        # A few, since they are tried one after the other: training and evaluation alternate, for instance.
         others = [r for r in self._recent if r.count >= 0 and r.wants != wants]
         self._recent = [recent, *others[:3]]
 
@@ -212,6 +248,7 @@ class Dispatch:
         numbers = {n % len(args) if args else n for n in self.options.static_argnums}
         static_args = tuple((i, args[i]) for i in sorted(numbers) if i < len(args))
         static_kwargs = tuple((k, kwargs[k]) for k in sorted(names & set(kwargs)))
+        # None in their place keeps the positions of the others, and holds no leaf.
         args = tuple(None if i in numbers else a for i, a in enumerate(args))
         kwargs = {k: v for k, v in kwargs.items() if k not in names}
         return args, kwargs, Statics(static_args, static_kwargs)

@@ -56,7 +56,7 @@ class FunctionKey:
     def __init__(self, function: Callable) -> None:
         self.reason = ""
         self.modules: list[int] = []
-        self._active: list[Any] = []
+        self._active: list[types.FunctionType] = []  # those whose parts are being looked at
         self.key = self._of(function, "it")
 
     def _of(self, value: Any, name: str) -> Any:
@@ -72,6 +72,8 @@ class FunctionKey:
             parts = (value.func, value.args, *(x for item in value.keywords.items() for x in item))
             return (kind, *(self._of(part, name) for part in parts))
         if kind is not types.FunctionType:
+            # The key is then compared with no other one; what else is reached is looked through all the same,
+            # for its modules.
             if isinstance(value, (ModuleBase, Box)):
                 self.modules.append(id(value))
             self.reason = (
@@ -87,7 +89,7 @@ class FunctionKey:
             self._active.pop()
 
 
-def _is_of_a_library(part: Any) -> bool:
+def _is_of_a_library(part: object) -> bool:
     home = (
         part.__name__ if isinstance(part, types.ModuleType) else getattr(part, "__module__", None)
     )
@@ -112,6 +114,8 @@ def _reached(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
 
 
 def _names(code: types.CodeType) -> set[str]:
+    # Names of attributes are among them. A global that happens to have such a name is compared as well, which
+    # at worst tells functions apart that do the same. Inner functions have code of their own.
     found = set(code.co_names)
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):

@@ -7,7 +7,7 @@ and may run in several threads.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +15,7 @@ import numpy as np
 
 from statefulnn.core.box import Box
 from statefulnn.core.compat import EAGER, current_trace
-from statefulnn.core.errors import DtypeError, ShapeError, UnknownNameError, explain
-from statefulnn.core.generator import Generator, as_key, use_generator
+from statefulnn.core.generator import Generator, Seed, as_key, use_generator
 from statefulnn.core.graph import build_clones, merge, require_module
 from statefulnn.core.module import Module
 from statefulnn.core.moduledef import ModuleDef, differences, positions_of
@@ -25,18 +24,12 @@ from statefulnn.core.ownership import Scope
 from statefulnn.core.parameter import Parameter
 from statefulnn.core.plan import build_plan, plan_of
 from statefulnn.core.state_dict import _dtype_kind as dtype_kind
+from statefulnn.transforms import refusals
 from statefulnn.transforms.lift import check_structure
+from statefulnn.transforms.types import PyTree
 
-_PURE = (
-    "the call is pure: it returns its output only, so the new value would be lost",
-    "functional_call(..., mutable=True) or functionalize(module, mutable=True), which return the new "
-    "state; or module.eval() first, if nothing should change; batch normalisation can do without: "
-    "nn.func.with_batch_norm(module, 'batch' or 'frozen')",
-)
-_PARAMETER = (
-    "a pure call gives back new buffers, but no new parameters: the write would be lost",
-    "keep what forward changes in a buffer, or call the module under nn.jit, which writes back",
-)
+# A key, a seed, or a generator to go on with; None for a call that draws nothing.
+Randomness: TypeAlias = Seed | Generator | None
 
 
 def _pure_call(
@@ -45,22 +38,28 @@ def _pure_call(
     names: Mapping[str, int],
     args: tuple,
     kwargs: dict,
-    rng: Any,
+    rng: Randomness,
     method: str,
     writable: tuple[str, ...],
-) -> tuple[Any, list[Any]]:
+) -> tuple[PyTree, list[Any]]:
     """Run a method on a clone; return its output and the values of all leaves after it."""
-    parameters = Scope(False, _PARAMETER if writable else _PURE, moduledef)
-    buffers = Scope(bool(writable), _PURE, moduledef)
+    # The modules of the clone, its parameters and its buffers have owners of their own: each knows whether it
+    # may be written, and what to say if it may not.
+    parameters = Scope(
+        False, refusals.PURE_BUT_FOR_BUFFERS if writable else refusals.PURE, moduledef
+    )
+    buffers = Scope(bool(writable), refusals.PURE, moduledef)
     absent = {i for i, v in enumerate(leaves) if v is None}
     scope = Scope(moduledef=moduledef)
     roots, boxes, modules = build_clones(moduledef, leaves, scope, parameters, buffers)
     # A module around a pure function hands on the generator in force: see transforms/statefulize.py.
     generator = Generator(rng) if not isinstance(rng, Generator | None) else rng
     if isinstance(rng, Generator) and moduledef.count("generator"):
-        rng = rng.next_key()
+        rng = rng.next_key()  # only if somebody needs it: to draw advances the generator
     for i, box in enumerate(boxes):
         if isinstance(box, Generator):
+            # A generator may be advanced even in a pure call: its stream starts at the key and ends with the
+            # call. Without a key every call would draw the same numbers, so a draw is refused.
             box._scope = Scope(moduledef=moduledef)
             if rng is not None:  # a module's own generators follow the key as well
                 box._value = Generator(jax.random.fold_in(as_key(rng), i)).state
@@ -68,6 +67,8 @@ def _pure_call(
                 box._scope.writable = False
         elif isinstance(box, Parameter) and moduledef.kind_of(i) in writable:
             box._scope = buffers
+    # None for an array stands for a parameter or buffer that is not there, as in torch: a layer without bias.
+    # The clone is built around all names, and loses these; so its structure is not the ModuleDef's.
     for name, i in names.items():
         if i in absent:
             path, _, last = name.rpartition(".")
@@ -82,17 +83,11 @@ def _pure_call(
     return out, [box._value for box in boxes]
 
 
-def _merged(dicts: Any) -> dict[str, Any]:
+def _merged(dicts: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     if isinstance(dicts, Mapping):
         return dict(dicts)
     if not isinstance(dicts, Sequence) or not all(isinstance(d, Mapping) for d in dicts):
-        raise TypeError(
-            explain(
-                f"functional_call was given parameters of type {type(dicts).__name__}",
-                "it finds arrays by name",
-                "pass a dict of name -> array, or a tuple of such dicts",
-            )
-        )
+        raise refusals.no_dicts(type(dicts).__name__)
     merged: dict[str, Any] = {}
     for d in dicts:
         twice = merged.keys() & d.keys()
@@ -102,8 +97,8 @@ def _merged(dicts: Any) -> dict[str, Any]:
     return merged
 
 
-def _checked(name: str, value: Any, have: Any, function: str) -> Any:
-    """Return the array to use under a name, or raise if it does not fit."""
+def _checked(name: str, value: object, own: Any, function: str) -> Any:
+    """Return the array to use under a name, or raise if it does not fit the module's own."""
     if value is None:
         return None
     if isinstance(value, Box):
@@ -112,43 +107,24 @@ def _checked(name: str, value: Any, have: Any, function: str) -> Any:
         check_jax_holds(value, lambda: f"{name!r}, which was given to {function},")
     if isinstance(value, (np.ndarray, np.generic, float, int)):
         value = jnp.asarray(value)
-    if not hasattr(value, "shape") or not hasattr(value, "dtype"):
-        raise TypeError(
-            explain(
-                f"{function} was given an object of type {type(value).__name__} for {name!r}",
-                "parameters and buffers are arrays",
-                "pass a jax.Array or a numpy array",
-            )
-        )
-    if value.shape != have.shape:
-        hint = "pass an array of the same shape"
-        if value.shape[1:] == have.shape:
-            hint = "for parameters stacked along a leading axis, call it under jax.vmap(in_axes=0)"
-        raise ShapeError(
-            explain(
-                f"{function} was given {name!r} with shape {value.shape}",
-                f"the module has shape {have.shape} there",
-                hint,
-            )
-        )
-    if dtype_kind(value.dtype) != dtype_kind(have.dtype):
-        raise DtypeError(
-            explain(
-                f"{function} was given {name!r} with dtype {value.dtype}",
-                f"the module has dtype {have.dtype} there",
-                "cast it: array.astype(...)",
-            )
-        )
+    shape, dtype = getattr(value, "shape", None), getattr(value, "dtype", None)
+    if shape is None or dtype is None:
+        raise refusals.no_array(function, name, type(value).__name__)
+    if shape != own.shape:
+        raise refusals.other_shape(function, name, shape, own.shape)
+    # Of one kind, not of one width: parameters may be cast for mixed precision.
+    if dtype_kind(dtype) != dtype_kind(own.dtype):
+        raise refusals.other_dtype(function, name, dtype, own.dtype)
     return value
 
 
 def functional_call(
     module: Module,
-    parameter_and_buffer_dicts: Any,
-    args: Any = None,
+    parameter_and_buffer_dicts: Mapping[str, Any] | Sequence[Mapping[str, Any]],
+    args: PyTree = None,
     kwargs: dict[str, Any] | None = None,
     *,
-    rng: Any = None,
+    rng: Randomness = None,
     method: str = "forward",
     mutable: bool = False,
     strict: bool = False,
@@ -193,6 +169,7 @@ def functional_call(
     positions = positions_of(moduledef, given, "functional_call")
     leaves = list(plan.leaves())
     if current_trace() is not EAGER:
+        # The module's own arrays that are used become constants of the trace; those replaced do not.
         given_positions = set(positions)
         for i, box in enumerate(plan.boxes):
             if i not in given_positions:
@@ -201,25 +178,14 @@ def functional_call(
     for (name, value), i in zip(given.items(), positions, strict=True):
         checked = _checked(name, value, plan.boxes[i]._value, "functional_call")
         if i in filled and checked is not leaves[i]:
-            raise ValueError(
-                explain(
-                    f"functional_call was given different arrays for {filled[i]!r} and {name!r}",
-                    "they are tied: one parameter under two names",
-                    "pass one of the names, the same array under both, or tie_weights=False",
-                )
-            )
+            raise refusals.tied_apart(filled[i], name)
         leaves[i], filled[i] = checked, name
     if strict:
+        # Reversed, so that the first name of a tied parameter is the one that stays.
         named = {i: n for n, i in reversed(list(moduledef.names.items()))}
         missing = [n for i, n in named.items() if i not in filled]
         if missing:
-            raise UnknownNameError(
-                explain(
-                    f"functional_call(strict=True) was not given {', '.join(map(repr, missing))}",
-                    "with strict=True every parameter and buffer must be given",
-                    "pass them all, or strict=False to use the module's own",
-                )
-            )
+            raise refusals.not_all_given(missing)
     if args is None:
         args = ()
     elif not isinstance(args, tuple):
@@ -272,13 +238,7 @@ def functionalize(module: Module, *, mutable: bool = False, method: str = "forwa
     """
     require_module(module, "functionalize")
     if not callable(getattr(module, method, None)):
-        raise AttributeError(
-            explain(
-                f"functionalize({type(module).__name__}, method={method!r})",
-                f"{type(module).__name__} has no method {method!r}",
-                "pass the name of a method",
-            )
-        )
+        raise refusals.no_method(type(module).__name__, method)
     plan = plan_of(module)
     moduledef, own = plan.moduledef, plan.given_out()
     fn = _pure_function(moduledef, own, method, mutable)
@@ -298,26 +258,15 @@ def _pure_function(moduledef: ModuleDef, own: list[Any], method: str, mutable: b
     writable = ("buffer", "frozen") if mutable else ()
     signature = "(params, state, *inputs)" if mutable else "(params, *inputs)"
 
-    def call(given: Mapping[str, Any], need: tuple, args: tuple, rng: Any, kwargs: dict) -> Any:
+    def call(
+        given: Mapping[str, Any], need: tuple, args: tuple, rng: Randomness, kwargs: dict
+    ) -> tuple[PyTree, list[Any]]:
         for noun, values, wanted in need:
             if not isinstance(values, Mapping):
-                raise TypeError(
-                    explain(
-                        f"the function of {type_name} was given {noun} of type "
-                        f"{type(values).__name__}",
-                        f"it finds arrays by name; the arguments are {signature}",
-                        f"pass the dict of {noun} first",
-                    )
-                )
+                raise refusals.not_by_name(type_name, noun, type(values).__name__, signature)
             missing = [n for n in wanted if n not in values]
             if missing:
-                raise UnknownNameError(
-                    explain(
-                        f"the function of {type_name} was not given {', '.join(map(repr, missing))}",
-                        f"all {noun} are arguments of the pure function",
-                        f"start from the {noun} that functionalize returned",
-                    )
-                )
+                raise refusals.not_given(type_name, noun, missing)
         leaves = list(own)
         positions = positions_of(moduledef, given, f"the function of {type_name}")
         for (name, value), i in zip(given.items(), positions, strict=True):
@@ -326,7 +275,14 @@ def _pure_function(moduledef: ModuleDef, own: list[Any], method: str, mutable: b
 
     if mutable:
 
-        def stateful(params, state, /, *inputs, rng=None, **kwargs):
+        def stateful(
+            params: Mapping[str, Any],
+            state: Mapping[str, Any],
+            /,
+            *inputs: PyTree,
+            rng: Randomness = None,
+            **kwargs: PyTree,
+        ) -> tuple[PyTree, dict[str, Any]]:
             need = (("params", params, wanted_params), ("state", state, wanted_state))
             given = {**params, **state} if isinstance(state, Mapping) else params
             out, after = call(given, need, inputs, rng, kwargs)
@@ -335,7 +291,13 @@ def _pure_function(moduledef: ModuleDef, own: list[Any], method: str, mutable: b
         fn: Callable = stateful
     else:
 
-        def pure(params, /, *inputs, rng=None, **kwargs):
+        def pure(
+            params: Mapping[str, Any],
+            /,
+            *inputs: PyTree,
+            rng: Randomness = None,
+            **kwargs: PyTree,
+        ) -> PyTree:
             return call(params, (("params", params, wanted_params),), inputs, rng, kwargs)[0]
 
         fn = pure
@@ -383,14 +345,7 @@ def stack_module_state(models: Sequence[Module]) -> tuple[dict[str, Any], dict[s
     first = plans[0].moduledef
     for number, plan in enumerate(plans):
         if plan.moduledef is not first:
-            listed = "; ".join(f"{n}: {c}" for n, c in differences(first, plan.moduledef)[:5])
-            raise ValueError(
-                explain(
-                    f"stacked models that differ: number {number} against number 0 ({listed})",
-                    "one function has to serve them all",
-                    "build them the same way and put them into the same mode",
-                )
-            )
+            raise refusals.models_differ(number, differences(first, plan.moduledef))
     if current_trace() is not EAGER:
         for plan in plans:
             plan.note_read()

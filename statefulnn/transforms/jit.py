@@ -32,7 +32,7 @@ class JitFunction(Dispatch):
         """
         return Lowered(self, args if self.owner is None else (self.owner, *args), kwargs)
 
-    def __get__(self, instance: Any, owner: type | None = None) -> Any:
+    def __get__(self, instance: object, owner: type | None = None) -> Any:
         # As a decorator of a method: the module is the first argument.
         return self if instance is None else functools.partial(self, instance)
 
@@ -41,7 +41,7 @@ class JitFunction(Dispatch):
 
 
 def jit(
-    fun: Any = None,
+    fun: Callable | None = None,
     *,
     static_argnums: int | Iterable[int] = (),
     static_argnames: str | Iterable[str] = (),

@@ -13,10 +13,10 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
+from jax.typing import ArrayLike
 
 from statefulnn.core.box import Box
 from statefulnn.core.compat import EAGER, current_trace
-from statefulnn.core.errors import StateWriteError, StructureChangeError, explain
 from statefulnn.core.generator import Generator, current_generator, use_generator
 from statefulnn.core.graph import build_clones
 from statefulnn.core.leaks import outer_traces, watching
@@ -26,6 +26,8 @@ from statefulnn.core.parameter import Parameter
 from statefulnn.core.plan import Plan, build_plan, plan_of
 from statefulnn.core.pytree import flatten_collecting, unflatten_with
 from statefulnn.core.stamps import clock, value_changed
+from statefulnn.transforms import refusals
+from statefulnn.transforms.types import PyTree, TreeDef
 
 
 class Writes:
@@ -39,12 +41,16 @@ class Writes:
 
     __slots__ = ("indices", "out", "values")
 
-    def __init__(self, indices: tuple[int, ...], values: Any, out: Any = None) -> None:
+    def __init__(
+        self, indices: tuple[int, ...], values: Sequence[jax.Array], out: _Described | None = None
+    ) -> None:
         self.indices = indices
         self.values = values
         self.out = out
 
 
+# The positions are static, so that JAX hands them back as they are: which boxes a function writes is found
+# out while it is traced, and belongs to the trace.
 jax.tree_util.register_pytree_node(
     Writes,
     lambda w: (w.values, (w.indices, w.out)),
@@ -62,14 +68,14 @@ class Signature(NamedTuple):
     """
 
     moduledef: ModuleDef
-    treedef: Any
+    treedef: TreeDef
     has_generator: bool
 
     def run(
         self,
         f: Callable,
-        leaves: Sequence[Any],
-        dynamic: Sequence[Any],
+        leaves: Sequence[jax.Array],
+        dynamic: Sequence[ArrayLike],
         *,
         on_scope: Callable[[Scope], None] | None = None,
         returned: Collection[int] = (),
@@ -98,6 +104,8 @@ class Signature(NamedTuple):
         check_structure(self.moduledef, modules, roots, boxes)
         if on_scope is not None:
             on_scope(scope)
+        # A box whose array is not the very one that went in was written: what is only read stays the same
+        # object. So nothing has to be noted while the function runs, and nothing compared by value.
         indices = tuple(
             i
             for i, (box, leaf) in enumerate(zip(boxes, leaves, strict=True))
@@ -122,10 +130,13 @@ class SplitCall:
     def __init__(self, arguments: tuple[tuple, dict[str, Any]]) -> None:
         self.dynamic, treedef, self.roots = flatten_collecting(arguments)
         generator = current_generator()
+        # The generator comes last. The caller's roots then keep their numbers, which treedefs and marks refer
+        # to, whether there is a generator in force or not.
         everything = self.roots if generator is None else [*self.roots, generator]
         self.plan: Plan = build_plan(everything)
         self.signature = Signature(self.plan.moduledef, treedef, generator is not None)
         if current_trace() is not EAGER:
+            # The boxes' arrays become constants of that trace, unless it owns them: see core/baked_in.py.
             self.plan.note_read()
 
     @property
@@ -140,15 +151,15 @@ class SplitCall:
     def run(
         self,
         f: Callable,
-        leaves: Sequence[Any],
-        dynamic: Sequence[Any],
+        leaves: Sequence[jax.Array],
+        dynamic: Sequence[ArrayLike],
         *,
         on_scope: Callable[[Scope], None] | None = None,
     ) -> tuple[Any, Writes]:
         """Run a function on clones: the pure function that JAX transforms; see `Signature.run`."""
         return self.signature.run(f, leaves, dynamic, on_scope=on_scope)
 
-    def finish(self, out: Any, writes: Writes) -> Any:
+    def finish(self, out: PyTree, writes: Writes) -> PyTree:
         """Put what a transformed call wrote into the caller's boxes, and return its output."""
         if writes.indices:
             write_back([self.plan.boxes[i] for i in writes.indices], writes.values)
@@ -166,25 +177,26 @@ class SplitCall:
 
 
 def check_structure(
-    moduledef: ModuleDef, modules: Sequence[Any], roots: Sequence[Any], boxes: Sequence[Box]
+    moduledef: ModuleDef,
+    modules: Sequence[ModuleBase],
+    roots: Sequence[ModuleBase | Box],
+    boxes: Sequence[Box],
 ) -> None:
     """Raise if the clones are no longer what the ModuleDef says: the change would be lost."""
     noted = [i for i, b in enumerate(boxes) if isinstance(b, Parameter) and b.grad is not None]
     if noted:
-        raise StateWriteError(
-            explain(
-                f"left a gradient in .grad of {moduledef.leaf_names[noted[0]]!r} inside of a transformation",
-                "gradients are no part of a module: nobody would collect it",
-                "return it: loss, grads = nn.value_and_grad(f)(model); opt.step(grads)",
-            )
-        )
+        raise refusals.gradient_left_behind(moduledef.leaf_names[noted[0]])
+    # Nearly always the stamps say that nothing has changed: those of fresh clones are 0, and every structural
+    # or static change sets one. Otherwise the clones are planned anew, which walks the whole model. It is
+    # also walked if it holds copies of what can change in place, since no stamp tells of that; and
+    # requires_grad is an affair of the box, which has no stamp.
     unchanged = not any(m._cell.stamp for m in modules) and all(
         not copy for d in moduledef.nodes for _, _, copy in d.values
     )
-    if unchanged and not parameters_changed(moduledef, modules):
+    if unchanged and not _trainability_changed(moduledef, modules):
         return
     plan = build_plan(roots)
-    if plan.moduledef is moduledef:
+    if plan.moduledef is moduledef:  # it has no room for which object a box is
         changes = [
             (moduledef.leaf_names[i], f"replaced by another {type(box).__name__}")
             for i, box in enumerate(plan.boxes)
@@ -193,22 +205,10 @@ def check_structure(
     else:
         changes = differences(moduledef, plan.moduledef)
     if changes:
-        listed = "\n".join(f"    {name}: {change}" for name, change in changes[:8])
-        if len(changes) > 8:
-            listed += f"\n    ... and {len(changes) - 8} more"
-        raise StructureChangeError(
-            explain(
-                f"a module changed inside a traced function:\n{listed}",
-                "only arrays come back from a traced function; this change would be lost, or happen "
-                "once and never again",
-                "make the change outside; keep arrays that change in buffers "
-                "(self.register_buffer(name, array, persistent=False)); collect outputs of "
-                "submodules with nn.capture",
-            )
-        )
+        raise refusals.structure_changed(changes)
 
 
-def parameters_changed(moduledef: ModuleDef, modules: Sequence[Any]) -> bool:
+def _trainability_changed(moduledef: ModuleDef, modules: Sequence[ModuleBase]) -> bool:
     """Say whether a parameter of the clones was frozen or unfrozen."""
     for module, d in zip(modules, moduledef.nodes, strict=True):
         held = real_dict(module)["_parameters"]
@@ -218,13 +218,14 @@ def parameters_changed(moduledef: ModuleDef, modules: Sequence[Any]) -> bool:
     return False
 
 
-def write_back(boxes: Sequence[Box], values: Sequence[Any]) -> int | None:
+def write_back(boxes: Sequence[Box], values: Sequence[jax.Array]) -> int | None:
     """Put values into boxes, with the checks that hold where the boxes live.
 
     Returns:
         the stamp of the change, or None if another thread wrote at the same time.
     """
     before = clock.values
+    # All checks come before the first write: a call either changes all of its boxes or none.
     if current_trace() is not EAGER:
         for box, value in zip(boxes, values, strict=True):
             check_write(box._scope, value, box.label)
@@ -236,6 +237,8 @@ def write_back(boxes: Sequence[Box], values: Sequence[Any]) -> int | None:
                 box.captured.warn_of_value(box)
     for box, value in zip(boxes, values):  # noqa: B905 (of one length)
         box._value = value
+    # One change for all of them, after the last: whoever sees the new stamp sees the new values. Two changes
+    # since `before` mean that somebody else wrote as well, so the caller knows of no box what it holds.
     value_changed()
     return clock.values if clock.values == before + 1 else None
 
@@ -249,11 +252,11 @@ class _Described:
 
     __slots__ = ("items", "treedef")
 
-    def __init__(self, treedef: Any, items: tuple) -> None:
+    def __init__(self, treedef: TreeDef, items: tuple) -> None:
         self.treedef = treedef
-        self.items = (
-            items  # ("node" | "box", number in the ModuleDef) or ("new", ModuleDef, start, stop)
-        )
+        # How many arrays there are beside those of new modules; then, for each module or box,
+        # ("node" | "box", number in the ModuleDef) or ("new", ModuleDef, start, stop).
+        self.items = items
 
     def __eq__(self, other: object) -> bool:
         return (
@@ -266,8 +269,14 @@ class _Described:
         return hash(self.items)
 
 
-def describe_output(out: Any, modules: Sequence[Any], boxes: Sequence[Any]) -> tuple[Any, Any]:
-    """Replace modules and boxes in an output by what JAX can carry."""
+def describe_output(
+    out: PyTree, modules: Sequence[ModuleBase], boxes: Sequence[Box]
+) -> tuple[PyTree, _Described | None]:
+    """Replace modules and boxes in an output by what JAX can carry.
+
+    A clone of an argument is carried as its number: its arrays come back as writes, if at all, and outside
+    the caller's own object takes its place. A new module has arrays of its own, which join the output's.
+    """
     leaves, treedef, found = flatten_collecting(out)
     if not found:
         return out, None
@@ -282,19 +291,18 @@ def describe_output(out: Any, modules: Sequence[Any], boxes: Sequence[Any]) -> t
         else:
             plan = build_plan([obj])
             if any(id(b) in positions for b in plan.boxes):
-                raise StructureChangeError(
-                    explain(
-                        f"returned a new {type(obj).__name__} that shares parameters with an argument",
-                        "outside, the shared parameter would become two",
-                        "return the arrays (parameter.value), or build the new module outside",
-                    )
-                )
+                raise refusals.shared_with_argument(type(obj).__name__)
             items.append(("new", plan.moduledef, len(arrays), len(arrays) + len(plan.boxes)))
             arrays.extend(plan.leaves())
     return arrays, _Described(treedef, (len(leaves), *items))
 
 
-def restore_output(arrays: Sequence[Any], described: Any, plan: Plan, roots: Sequence[Any]) -> Any:
+def restore_output(
+    arrays: Sequence[jax.Array],
+    described: _Described,
+    plan: Plan,
+    roots: Sequence[ModuleBase | Box],
+) -> PyTree:
     """Undo `describe_output`: arguments come back as the caller's own objects."""
     count, *items = described.items
     found = []
@@ -305,6 +313,7 @@ def restore_output(arrays: Sequence[Any], described: Any, plan: Plan, roots: Seq
         elif item[0] == "box":
             found.append(plan.boxes[item[1]])
         else:
+            # By its path: a plan knows no modules, so that it keeps none alive.
             root, *names = plan.moduledef.paths[item[1]]
             obj = roots[root]
             for name in names:
@@ -313,26 +322,26 @@ def restore_output(arrays: Sequence[Any], described: Any, plan: Plan, roots: Seq
     return unflatten_with(described.treedef, arrays[:count], found)
 
 
-def _structure(moduledef: ModuleDef) -> Any:
+def _structure(moduledef: ModuleDef) -> TreeDef:
+    """Return the treedef of a module or box, from one that is built around nothing."""
     what, index = moduledef.roots[0]
     if what == "box":
-        shape = moduledef.boxes[index]
-        template = shape[0].clone_of(shape[1], 0, None, 0)
-        return jax.tree_util.tree_structure(template)
+        cls, static = moduledef.boxes[index]
+        return jax.tree_util.tree_structure(cls.clone_of(static, 0, None, 0))
     return jax.tree_util.tree_structure(
         build_clones(moduledef, [0] * moduledef.num_leaves, None)[0][0]
     )
 
 
-def unbound(fun: Any) -> tuple[Any, Any]:
+def unbound(fun: Callable) -> tuple[Callable, ModuleBase | None]:
     """Return a function, and the module that is its first argument if `fun` is a module or its method."""
-    owner: Any = fun if isinstance(fun, ModuleBase) else getattr(fun, "__self__", None)
-    if not isinstance(owner, ModuleBase):
-        return fun, None
-    return (call_module if fun is owner else getattr(fun, "__func__", fun)), owner
+    if isinstance(fun, ModuleBase):
+        return call_module, fun
+    owner = getattr(fun, "__self__", None)
+    return (getattr(fun, "__func__", fun), owner) if isinstance(owner, ModuleBase) else (fun, None)
 
 
-def several_unbound(functions: Sequence[Any]) -> tuple[list[Callable], tuple]:
+def several_unbound(functions: Sequence[Callable]) -> tuple[list[Callable], tuple]:
     """Apply `unbound` to each function; what comes back takes all owners first, then the arguments."""
     pairs = [unbound(f) for f in functions]
 
@@ -347,7 +356,7 @@ def several_unbound(functions: Sequence[Any]) -> tuple[list[Callable], tuple]:
     return [taking_owners(i, f) for i, (f, _) in enumerate(pairs)], owners
 
 
-def call_module(module: Any, *args: Any, **kwargs: Any) -> Any:
+def call_module(module: Callable, *args: Any, **kwargs: Any) -> Any:
     """Call a module, as a function of it."""
     return module(*args, **kwargs)
 
@@ -366,8 +375,9 @@ class Mark:
         self.number = number
 
 
-def template(treedef: Any) -> Any:
+def template(treedef: TreeDef) -> PyTree:
     """Return ``(args, kwargs)`` with marks in the place of leaves, modules and boxes."""
+    # A collected module or box is a node without children, so there are no more of them than nodes.
     leaves = [Mark(True, i) for i in range(treedef.num_leaves)]
     roots = [Mark(False, i) for i in range(treedef.num_nodes)]
     return unflatten_with(treedef, leaves, roots)

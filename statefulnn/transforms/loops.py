@@ -7,15 +7,18 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from statefulnn.core.baked_in import probing
-from statefulnn.core.errors import StateWriteError, TraceLeakError, explain
+from statefulnn.core.errors import TraceLeakError
+from statefulnn.transforms import refusals
 from statefulnn.transforms.lift import SplitCall, Writes, several_unbound
 from statefulnn.transforms.scan import Loop, scan
+from statefulnn.transforms.types import PyTree
 from statefulnn.transforms.vmap import vmap
 
 
-def while_loop(cond_fun: Callable, body_fun: Callable, init_val: Any) -> Any:
+def while_loop(cond_fun: Callable, body_fun: Callable, init_val: PyTree) -> PyTree:
     """Run ``val = body_fun(val)`` while ``cond_fun(val)``, as ``jax.lax.while_loop``, with modules.
 
     What a step writes to a module in `val` is seen by the next one and by the condition, and written back
@@ -48,14 +51,18 @@ def while_loop(cond_fun: Callable, body_fun: Callable, init_val: Any) -> Any:
     """
     loop = Loop(lambda f, carry, _: (f(carry), None), (body_fun, cond_fun), init_val)
     loop.learn()
-    return loop.finish(jax.lax.while_loop(loop.ask, lambda state: loop.step(state)[0], loop.start))[
-        0
-    ]
+    state = jax.lax.while_loop(loop.ask, lambda state: loop.step(state)[0], loop.start)
+    return loop.finish(state)[0]
 
 
 def fori_loop(
-    lower: Any, upper: Any, body_fun: Callable, init_val: Any, *, unroll: int | bool | None = None
-) -> Any:
+    lower: ArrayLike,
+    upper: ArrayLike,
+    body_fun: Callable,
+    init_val: PyTree,
+    *,
+    unroll: int | bool | None = None,
+) -> PyTree:
     """Run ``val = body_fun(i, val)`` for i from `lower` to `upper`, as ``jax.lax.fori_loop``, with modules.
 
     What a step writes to a module in `val` is seen by the next one, and written back at the end. As in
@@ -93,7 +100,7 @@ def fori_loop(
     return loop.finish(jax.lax.fori_loop(lower, upper, step, loop.start, unroll=unroll))[0]
 
 
-def map(f: Callable, xs: Any, *, batch_size: int | None = None) -> Any:
+def map(f: Callable, xs: PyTree, *, batch_size: int | None = None) -> PyTree:
     """Call a function on each slice of `xs`, one after the other, as ``jax.lax.map``, with modules.
 
     What a call writes to the module whose call or method `f` is, is seen by the next one, and written
@@ -124,6 +131,7 @@ def map(f: Callable, xs: Any, *, batch_size: int | None = None) -> Any:
         return scan(lambda owners, x: (owners, one(owners, x)), owners, xs)[1]
     loop = Loop(lambda f, carry, x: (carry, f(x)), (f,), (), xs)
     size = loop.check_lengths()
+    # Whole batches are a scan of vmaps; the elements that are left over at the end are one more vmap.
     width = batch_size or size or 1
     full = size - size % width
     lanes = vmap(one, in_axes=(None, 0))
@@ -133,9 +141,11 @@ def map(f: Callable, xs: Any, *, batch_size: int | None = None) -> Any:
         _Part(lanes, full, size, (size - full,)),
     ]
     values, outputs = loop.call.leaves, []
+    # What one part writes, the next one finds; without elements, one part runs for the shapes of the output.
     for part in [p for p in parts if p.start < p.stop] or parts[:1]:
         out, writes = part.run(loop, values)
         outputs.append(out)
+    # As in `Signature.run`: a box was written if its array is not the one that went in.
     indices = tuple(i for i, v in enumerate(values) if v is not loop.call.plan.boxes[i]._value)
     out = jax.tree.map(lambda *v: jnp.concatenate(v), *outputs)
     return loop.call.finish(out, Writes(indices, [values[i] for i in indices], writes.out))
@@ -149,7 +159,7 @@ class _Part(NamedTuple):
     stop: int
     shape: tuple[int, ...]
 
-    def run(self, loop: Loop, values: list[Any]) -> tuple[Any, Writes]:
+    def run(self, loop: Loop, values: list[Any]) -> tuple[PyTree, Writes]:
         """Return the output of this part, one row an element; put what it wrote into the leaves."""
         cut = lambda v: v[self.start : self.stop].reshape(*self.shape, *v.shape[1:])
         joined = lambda v: v.reshape(self.stop - self.start, *v.shape[len(self.shape) :])
@@ -163,7 +173,7 @@ class _Part(NamedTuple):
         return jax.tree.map(joined, out), writes
 
 
-def associative_scan(fn: Callable, elems: Any, reverse: bool = False, axis: int = 0) -> Any:
+def associative_scan(fn: Callable, elems: PyTree, reverse: bool = False, axis: int = 0) -> PyTree:
     """Combine elements along an axis with an associative function, as ``jax.lax.associative_scan``.
 
     JAX calls the function a few times on many pairs at once, in a tree whose shape is its own affair. So
@@ -194,22 +204,17 @@ def associative_scan(fn: Callable, elems: Any, reverse: bool = False, axis: int 
     (combine,), owners = several_unbound((fn,))
     call = SplitCall(((owners,), {}))
 
-    def pure(a: Any, b: Any) -> Any:
-        combined: list[Any] = []
+    def pure(a: PyTree, b: PyTree) -> PyTree:
+        combined: list[PyTree] = []
         body = lambda owners: combined.append(combine(owners, a, b))
-        call.signature.run(body, call.leaves, (), lost=_NO_ORDER)
+        call.signature.run(body, call.leaves, (), lost=refusals.NO_ORDER)
         return combined.pop()
 
+    # An abstract run first: what is wrong is said once, and not in the middle of JAX's tree of calls.
     try:
         with probing():  # JAX may call it outside of every trace, where a closure could write
             jax.eval_shape(pure, elems, elems)
     except TraceLeakError as error:
         what = str(error).partition("\n")[0]
-        raise StateWriteError(explain(f"{what}, in nn.associative_scan", *_NO_ORDER)) from error
+        raise refusals.write_without_order(what) from error
     return jax.lax.associative_scan(pure, elems, reverse, axis)
-
-
-_NO_ORDER = (
-    "the function is called on many pairs at once, in an order of JAX's own, so what it writes has none",
-    "use nn.scan, whose steps follow each other; or put the module into eval mode",
-)

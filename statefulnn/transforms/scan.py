@@ -7,23 +7,25 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from statefulnn.core.baked_in import probing
-from statefulnn.core.errors import ShapeError, StateWriteError, StructureChangeError, explain
 from statefulnn.core.generator import Generator
 from statefulnn.core.module import Module
 from statefulnn.core.pytree import flatten_collecting, unflatten_with
+from statefulnn.transforms import refusals
 from statefulnn.transforms.lift import SplitCall, Writes, leaves_below, several_unbound
+from statefulnn.transforms.types import PyTree
 
 
 def scan(
     f: Callable,
-    init: Any,
-    xs: Any = None,
+    init: PyTree,
+    xs: PyTree = None,
     length: int | None = None,
     reverse: bool = False,
     unroll: int | bool = 1,
-) -> tuple[Any, Any]:
+) -> tuple[PyTree, PyTree]:
     """Run ``carry, y = f(carry, x)`` over the first axis of `xs`, as ``jax.lax.scan``, with modules.
 
     What a step writes to a module in the carry is seen by the next one, and written back at the end. A
@@ -73,21 +75,18 @@ def scan(
     return loop.finish(state, ys, stacked)
 
 
-def _advance(f: Callable, carry: Any, x: Any) -> tuple[Any, Any]:
+def _advance(f: Callable, carry: PyTree, x: PyTree) -> tuple[PyTree, PyTree]:
     result = f(carry, x)
     if not isinstance(result, tuple) or len(result) != 2:
-        raise TypeError(
-            explain(
-                f"a scanned function returned {type(result).__name__}",
-                "a step gives the next carry and an output",
-                "return a pair: return carry, y",
-            )
-        )
+        raise refusals.no_pair_of_a_step(type(result).__name__)
     return result
 
 
 class Loop:
     """The arguments of a loop, taken apart: some boxes are carried, some sliced, the rest constant.
+
+    Only what a step writes is carried. In reverse mode JAX keeps what is carried for every step, so weights
+    that nobody writes would be kept as often as there are steps.
 
     Args:
         advance: one step, ``advance(f, carry, x, *extra) -> (carry, y)``.
@@ -101,18 +100,17 @@ class Loop:
     """
 
     def __init__(
-        self, advance: Callable, functions: Sequence[Callable], carry: Any, xs: Any = None
+        self, advance: Callable, functions: Sequence[Callable], carry: PyTree, xs: PyTree = None
     ) -> None:
         self._advance = advance
         self._functions, owners = several_unbound(functions)
         values, _, roots = flatten_collecting((owners, carry))
         self.call = call = SplitCall((((owners, carry), xs), {}))
         self._leaves, n = call.leaves, len(values)
-        self._dynamic = (
-            call.dynamic[:n],
-            call.dynamic[n:],
-        )  # of the carry, and of what is stepped over
+        # The other arrays of the carry, and of what is stepped over.
+        self._dynamic = call.dynamic[:n], call.dynamic[n:]
         kept = leaves_below(call.moduledef, range(len(roots)))
+        # A generator that was not stacked has one state, four words: it is one stream for all steps.
         self.sliced = [
             i
             for i in leaves_below(call.moduledef, range(len(roots), len(call.roots)))
@@ -124,13 +122,7 @@ class Loop:
         self._stacked: list[int] = []
         for i in self.sliced:
             if i in kept:
-                raise ShapeError(
-                    explain(
-                        f"a loop was given {call.moduledef.leaf_names[i]!r} in its carry and in its xs",
-                        "what is carried is whole, what is in xs is cut into steps: it cannot be both",
-                        "pass the module in one place, and what steps share in a module of its own",
-                    )
-                )
+                raise refusals.carried_and_cut(call.moduledef.leaf_names[i])
 
     def check_lengths(self, length: int | None = None) -> int:
         """Return the number of steps, or raise if the arrays to step over do not have one length."""
@@ -141,18 +133,7 @@ class Loop:
             shape = jnp.shape(value)
             lengths.setdefault(shape[0] if shape else None, f"{name} of shape {shape}")
         if len(lengths) > 1 or None in lengths:
-            listed = ", ".join(
-                f"{'no axis' if n is None else n} ({who})" for n, who in lengths.items()
-            )
-            raise ShapeError(
-                explain(
-                    f"a loop was given xs of these lengths: {listed}",
-                    "each step takes one slice of the first axis of every array, also of every array of "
-                    "a module",
-                    "stack modules first, nn.vmap(make, axis_size=n)() or jax.tree.map(lambda *v: "
-                    "jnp.stack(v), *modules); put what all steps share into the carry",
-                )
-            )
+            raise refusals.other_lengths(lengths)
         return next(iter(lengths), 0)
 
     def learn(self, *extra: Any) -> None:
@@ -166,15 +147,8 @@ class Loop:
         for i, new in zip(writes.indices, writes.values, strict=True):
             old = leaves[i] if i in sliced else jax.typeof(leaves[i])
             if (old.shape, old.dtype) != (new.shape, new.dtype):
-                raise StructureChangeError(
-                    explain(
-                        f"a step of a loop made {self.call.moduledef.leaf_names[i]!r} {described(new)}; "
-                        f"it was {described(old)}",
-                        "each step goes on with what the one before has left, and runs the same code",
-                        "keep shape and dtype: self.count = self.count + 1 for integers, "
-                        "value.astype(self.mean.dtype)",
-                    )
-                )
+                name = self.call.moduledef.leaf_names[i]
+                raise refusals.array_changed_by_step(name, described(old), described(new))
         self._written, self._out = writes.indices, writes.out
         self._carried = [i for i in writes.indices if i not in sliced]
         self._stacked = [i for i in writes.indices if i in sliced]
@@ -190,21 +164,16 @@ class Loop:
         return [self._leaves[i] for i in self.sliced], self._dynamic[1]
 
     def step(
-        self, state: tuple[list, list], inputs: Any = ((), ()), *extra: Any
-    ) -> tuple[Any, Any]:
+        self, state: tuple[list, list], inputs: tuple[Sequence, Sequence] = ((), ()), *extra: Any
+    ) -> tuple[tuple[list, list], tuple[PyTree, list]]:
         """Run one step, purely: return the next state, and (output, what it wrote to its slices)."""
         leaves, dynamic = self._at(state, inputs)
+        # This trace returns every leaf that the abstract run saw written, whether it writes it or not: the
+        # carry has the same leaves in each step.
         new, y, writes = self._run(leaves, dynamic, *extra)
         again = sorted({*writes.indices}.difference(self._written))
         if again:
-            raise StateWriteError(
-                explain(
-                    f"a step of a loop wrote to {self.call.moduledef.leaf_names[again[0]]!r} when it "
-                    "was traced a second time, and not the first time",
-                    "the step depends on something in Python that it changes, and is not one function",
-                    "keep what changes in buffers",
-                )
-            )
+            raise refusals.written_the_second_time(self.call.moduledef.leaf_names[again[0]])
         values = dict(zip(writes.indices, writes.values, strict=True))
         return (
             ([values[i] for i in self._carried], new),
@@ -213,12 +182,15 @@ class Loop:
 
     def ask(self, state: tuple[list, list]) -> Any:
         """Call the second function with the carry, for reading alone."""
-        run = self.call.signature.run
-        return run(lambda kept, _: self._functions[1](*kept), *self._at(state), lost=_READ_ONLY)[0]
+        run, asked = self.call.signature.run, lambda kept, _: self._functions[1](*kept)
+        return run(asked, *self._at(state), lost=refusals.CONDITION)[0]
 
-    def finish(self, state: tuple[list, list], ys: Any = None, stacked: Sequence[Any] = ()) -> Any:
+    def finish(
+        self, state: tuple[list, list], ys: PyTree = None, stacked: Sequence[jax.Array] = ()
+    ) -> tuple[PyTree, PyTree]:
         """Write back what the loop wrote, and return its carry and its outputs."""
         values, dynamic = state
+        # The carry is rebuilt around the caller's own modules, whose boxes get the values in a moment.
         everything = [*dynamic, *self._dynamic[1]]
         ((_, carry), _), _ = unflatten_with(
             self.call.signature.treedef, everything, self.call.roots
@@ -226,17 +198,23 @@ class Loop:
         writes = Writes((*self._carried, *self._stacked), [*values, *stacked], self._out)
         return carry, self.call.finish(ys, writes)
 
-    def _at(self, state: tuple[list, list], inputs: Any = ((), ())) -> tuple[list, list]:
+    def _at(
+        self, state: tuple[list, list], inputs: tuple[Sequence, Sequence] = ((), ())
+    ) -> tuple[list, list]:
+        """Return the leaves and the other arrays as a step finds them."""
         leaves = list(self._leaves)
         for positions, values in ((self._carried, state[0]), (self.sliced, inputs[0])):
             for i, value in zip(positions, values, strict=True):
                 leaves[i] = value
         return leaves, [*state[1], *inputs[1]]
 
-    def _run(self, leaves: list, dynamic: list, *extra: Any) -> tuple[list, Any, Writes]:
-        following: list[Any] = []
+    def _run(self, leaves: list, dynamic: list, *extra: Any) -> tuple[list, PyTree, Writes]:
+        """Run one step: return the arrays of the next carry, the output, and what was written."""
+        following: list[jax.Array] = []
 
-        def body(kept: Any, x: Any) -> Any:
+        # The next carry goes beside the output. Its modules are those of the carry before, so only its arrays
+        # are new.
+        def body(kept: tuple, x: PyTree) -> PyTree:
             owners, carry = kept
             before = flatten_collecting(carry)
             new, y = self._advance(
@@ -247,13 +225,7 @@ class Loop:
                 a is b for a, b in zip(before[2], after[2], strict=True)
             )
             if after[1] != before[1] or not same:
-                raise StructureChangeError(
-                    explain(
-                        "a step of a loop returned a carry of another structure, or other modules",
-                        "each step goes on with the carry of the one before",
-                        "return the same modules, changed in place, and arrays in the same places",
-                    )
-                )
+                raise refusals.other_carry()
             following.extend(after[0])
             return _snapshot(y, x)
 
@@ -261,18 +233,12 @@ class Loop:
         return following, y, writes
 
 
-_READ_ONLY = (
-    "the condition of a loop gives one boolean, and is asked once more than there are steps",
-    "write in the body, and let the condition read what it left",
-)
-
-
-def _slice_of(value: Any) -> jax.ShapeDtypeStruct:
+def _slice_of(value: ArrayLike) -> jax.ShapeDtypeStruct:
     of = jax.typeof(value)
     return jax.ShapeDtypeStruct(of.shape[1:], of.dtype, weak_type=of.weak_type)
 
 
-def _snapshot(y: Any, x: Any) -> Any:
+def _snapshot(y: PyTree, x: PyTree) -> PyTree:
     """Copy the modules of an output that other steps will change; slices of `xs` stay what they are."""
     leaves, treedef, found = flatten_collecting(y)
     roots = [r for r in flatten_collecting(x)[2] if isinstance(r, Module)]
@@ -281,6 +247,6 @@ def _snapshot(y: Any, x: Any) -> Any:
     return unflatten_with(treedef, leaves, found) if found else y
 
 
-def described(array: Any) -> str:
+def described(array: jax.Array | jax.ShapeDtypeStruct) -> str:
     """Return the dtype and shape of an array for a message."""
     return f"{array.dtype}{list(array.shape)}"

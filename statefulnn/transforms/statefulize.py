@@ -25,12 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from statefulnn.core.box import Box, unwrap
-from statefulnn.core.errors import (
-    MissingRngError,
-    RegistrationError,
-    StructureChangeError,
-    explain,
-)
+from statefulnn.core.errors import MissingRngError
 from statefulnn.core.generator import current_generator, next_key
 from statefulnn.core.module import Module, find_box, place_box
 from statefulnn.core.moduledef import ModuleDef
@@ -38,6 +33,8 @@ from statefulnn.core.narrowing import check_jax_holds
 from statefulnn.core.ownership import ModuleBase
 from statefulnn.core.parameter import Buffer, Parameter
 from statefulnn.core.static_keys import KeyMaker
+from statefulnn.transforms import refusals
+from statefulnn.transforms.types import PyTree, TreeDef
 
 
 def dotted(path: tuple) -> str:
@@ -49,7 +46,7 @@ def dotted(path: tuple) -> str:
 class _Tree:
     """The structure of a tree of arrays, and the names of its leaves in JAX's order."""
 
-    treedef: Any
+    treedef: TreeDef
     names: tuple[str, ...]
 
     def __deepcopy__(self, memo: dict) -> _Tree:
@@ -67,7 +64,7 @@ class Statefulized(Module):
         did: what was called, for messages.
     """
 
-    # With underscores, so that few names are lost for parameters.
+    # With underscores, so that few names are lost for parameters: those are keys of a user's tree.
     _fn: Any = None
     _trees: Any = ()
     _rng: str = ""
@@ -75,21 +72,15 @@ class Statefulized(Module):
     def __init__(
         self,
         fn: Callable,
-        params: Any,
-        state: Any = None,
+        params: PyTree,
+        state: PyTree = None,
         *,
         name_of: Callable[[tuple], str] = dotted,
         did: str = "called nn.statefulize",
     ) -> None:
         super().__init__()
         if not callable(fn):
-            raise TypeError(
-                explain(
-                    f"{did} with {type(fn).__name__} as the function",
-                    "a module is called, and calls it",
-                    "pass the function first, then its arrays: nn.statefulize(fn, params)",
-                )
-            )
+            raise refusals.no_function(did, type(fn).__name__)
         frozen, hidden = kinds_of_state(getattr(fn, "moduledef", None))
         trees, boxes = [], {}
         for noun, tree in (("params", params), ("state", state)):
@@ -99,7 +90,8 @@ class Statefulized(Module):
             trees.append(described)
             for name, array in arrays.items():
                 if name in boxes:
-                    raise _conflict(did, name, "both in the parameters and in the state")
+                    where = "both in the parameters and in the state"
+                    raise refusals.name_not_unique(did, name, where)
                 if noun == "params" or name in frozen:
                     trainable = noun == "params" and jnp.issubdtype(array.dtype, jnp.inexact)
                     boxes[name] = Parameter(array, requires_grad=trainable)
@@ -121,14 +113,7 @@ class Statefulized(Module):
             return self._fn(params, *inputs, **kwargs)
         result = self._fn(params, rest[0], *inputs, **kwargs)
         if not isinstance(result, tuple) or len(result) != 2:
-            raise TypeError(
-                explain(
-                    f"the function of {self._get_name()} returned {type(result).__name__}",
-                    "a function with state returns two things, its output and the new state",
-                    "return out, new_state; or make the module without state: "
-                    "nn.statefulize(fn, params)",
-                )
-            )
+            raise refusals.no_new_state(self._get_name(), type(result).__name__)
         out, new = result
         self._keep(new)
         return out
@@ -156,21 +141,14 @@ class Statefulized(Module):
     def _box(self, name: str) -> Any:
         return find_box(self, name.split("."))
 
-    def _keep(self, new: Any) -> None:
+    def _keep(self, new: PyTree) -> None:
         """Write the state that has changed into its buffers."""
         tree = self._trees[1]
         if jax.tree.structure(new) != tree.treedef:
-            raise StructureChangeError(
-                explain(
-                    f"the function of {self._get_name()} returned a state of another structure: "
-                    f"{_difference(tree, new)}",
-                    "the state belongs to buffers that were registered when the module was made",
-                    "return a state with the keys of the one it was given",
-                )
-            )
+            raise refusals.state_of_other_structure(self._get_name(), _difference(tree, new))
         for name, value in zip(tree.names, jax.tree.leaves(new), strict=True):
             box = self._box(name)
-            if value is not box._value:
+            if value is not box._value:  # the very array it was given is no change
                 box.value = value
 
     def _with_rng(self, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -189,7 +167,7 @@ class Statefulized(Module):
             return kwargs  # as calling the function without a key: it knows whether it needs one
 
 
-def statefulize(fn: Callable, params: Any, state: Any = None) -> Module:
+def statefulize(fn: Callable, params: PyTree, state: PyTree = None) -> Module:
     """Return a pure function and its arrays as a module: the way back from `functionalize`.
 
     ``statefulize(*functionalize(module, mutable=True))`` behaves as the module: the same names, the same
@@ -233,11 +211,12 @@ def statefulize(fn: Callable, params: Any, state: Any = None) -> Module:
 
 
 def _taken_apart(
-    tree: Any, noun: str, name_of: Callable[[tuple], str], did: str
+    tree: PyTree, noun: str, name_of: Callable[[tuple], str], did: str
 ) -> tuple[_Tree, dict[str, Any]]:
     """Return the structure of a tree, and its arrays by name.
 
-    The structure has JAX's order, which sorts the keys of a dict; the arrays come as they were put in.
+    The structure has JAX's order, which sorts the keys of a dict; the arrays come as they were put in, since
+    parameters have the order in which they were registered.
     """
     place = lambda path: name_of(path) if path else noun
     is_leaf = lambda x: isinstance(x, (Box, ModuleBase))
@@ -246,13 +225,13 @@ def _taken_apart(
     arrays: dict[str, Any] = {}
     for name, (_, leaf) in zip(names, leaves, strict=True):
         if name in arrays:
-            raise _conflict(did, name, f"twice in the {noun}")
+            raise refusals.name_not_unique(did, name, f"twice in the {noun}")
         arrays[name] = _array(leaf, name, noun, did)
     inserted = jax.tree_util.tree_flatten_with_path(_unsorted(tree, is_leaf), is_leaf=is_leaf)[0]
     return _Tree(treedef, names), {place(path): arrays[place(path)] for path, _ in inserted}
 
 
-def _unsorted(tree: Any, is_leaf: Callable[[Any], bool]) -> Any:
+def _unsorted(tree: PyTree, is_leaf: Callable[[object], bool]) -> PyTree:
     """Return a tree with ordered dicts for dicts, whose keys JAX would sort."""
     stop = lambda x: type(x) is dict or is_leaf(x)
     leaves, treedef = jax.tree.flatten(tree, is_leaf=stop)
@@ -264,7 +243,7 @@ def _unsorted(tree: Any, is_leaf: Callable[[Any], bool]) -> Any:
     )
 
 
-def _array(leaf: Any, name: str, noun: str, did: str) -> Any:
+def _array(leaf: object, name: str, noun: str, did: str) -> Any:
     if isinstance(leaf, np.ndarray | np.generic) and leaf.dtype != object:
         check_jax_holds(leaf, lambda: f"the {noun} {name!r}")
         return jnp.asarray(leaf)
@@ -275,13 +254,7 @@ def _array(leaf: Any, name: str, noun: str, did: str) -> Any:
         instead = "pass its array: parameter.value"
     elif isinstance(leaf, ModuleBase):
         instead = "pass its arrays: fn, params = nn.functionalize(module)"
-    raise RegistrationError(
-        explain(
-            f"{did} with {type(leaf).__name__} under {name!r} in the {noun}",
-            "only arrays become parameters and buffers",
-            instead,
-        )
-    )
+    raise refusals.no_array_in_tree(did, type(leaf).__name__, name, noun, instead)
 
 
 def is_taken(part: str) -> bool:
@@ -296,42 +269,25 @@ def is_taken(part: str) -> bool:
 
 def _check_names(names: Iterable[str], did: str) -> None:
     """Raise unless every name can be that of a box, all at once."""
+    # What would be a submodule: each beginning of a name, and one of the names that need it.
     inner: dict[str, str] = {}
     for name in names:
         parts = name.split(".")
         for i in range(1, len(parts)):
             inner.setdefault(".".join(parts[:i]), name)
         if "" in parts:
-            raise _unnamed(did, name, "a part of it is empty")
+            raise refusals.name_not_possible(did, name, "a part of it is empty")
         taken = next((p for p in parts if is_taken(p)), None)
         if taken is not None:
-            raise _unnamed(did, name, f"every module has an attribute {taken!r} already")
+            why = f"every module has an attribute {taken!r} already"
+            raise refusals.name_not_possible(did, name, why)
     for name in names:
         if name in inner:
-            raise _conflict(did, name, f"also the beginning of {inner[name]!r}")
+            raise refusals.name_not_unique(did, name, f"also the beginning of {inner[name]!r}")
 
 
-def _unnamed(did: str, name: str, why: str) -> RegistrationError:
-    return RegistrationError(
-        explain(
-            f"{did} with an array named {name!r}",
-            why,
-            "give its key in the tree another name, here and in the function",
-        )
-    )
-
-
-def _conflict(did: str, name: str, where: str) -> RegistrationError:
-    return RegistrationError(
-        explain(
-            f"{did} with an array named {name!r}, which is {where}",
-            "names are the path in the tree, joined by dots, and each belongs to one array",
-            "give one of the keys another name, here and in the function",
-        )
-    )
-
-
-def _difference(tree: _Tree, new: Any) -> str:
+def _difference(tree: _Tree, new: PyTree) -> str:
+    """Say how a tree differs from what was expected, by the names of its leaves if they tell."""
     paths = lambda t: {dotted(path) for path, _ in jax.tree_util.tree_flatten_with_path(t)[0]}
     known, found = paths(tree.treedef.unflatten(tree.names)), paths(new)
     unknown = sorted(found - known)
@@ -348,6 +304,7 @@ def _difference(tree: _Tree, new: Any) -> str:
 
 def _takes_rng(fn: Callable) -> str:
     """Return "required" or "optional" for a function with a keyword ``rng``, "" for others."""
+    # Nothing is drawn for a function that takes no key: a draw advances the generator for everybody.
     if not getattr(fn, "takes_rng", True):
         return ""
     try:

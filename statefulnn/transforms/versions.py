@@ -19,8 +19,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
-from statefulnn.core.errors import RetraceWarning, StructureChangeError, explain, user_stack_level
+from statefulnn.core.errors import RetraceWarning, user_stack_level
 from statefulnn.core.lending import donated
 from statefulnn.core.listeners import active
 from statefulnn.core.objects import copied
@@ -28,8 +29,10 @@ from statefulnn.core.ownership import ModuleBase
 from statefulnn.core.placement import kept_in_place
 from statefulnn.core.plan import RETRACE_LIMIT
 from statefulnn.core.static_keys import KeyMaker
+from statefulnn.transforms import refusals
 from statefulnn.transforms.function_keys import FunctionKey
 from statefulnn.transforms.lift import Signature, leaves_below, template
+from statefulnn.transforms.types import PyTree
 
 MOST_VERSIONS = 64  # of one function, and traces of one version, that are kept
 MOST_FUNCTIONS = 64  # whose versions are kept although the function that nn.jit returned is gone
@@ -68,19 +71,14 @@ class Statics(NamedTuple):
         @functools.wraps(function)
         def call(*args: Any, **kwargs: Any) -> Any:
             statics = Statics(*copied(kept, lambda value: value))
+            # Each static argument left a None in its place: see `Dispatch._without_statics`.
             full = list(args)
             for i, value in statics.args:
                 full[i] = value
             out = function(*full, **kwargs, **dict(statics.kwargs))
             if statics.key() != key:
-                raise StructureChangeError(
-                    explain(
-                        f"{getattr(function, '__name__', 'a function')} changed a static argument",
-                        "it is compiled in, and a copy: the change would happen once, while tracing, "
-                        "and be lost",
-                        "return what has changed, or change the argument outside, before the call",
-                    )
-                )
+                name = getattr(function, "__name__", "a function")
+                raise refusals.changed_static_argument(name)
             return out
 
         return call
@@ -123,15 +121,17 @@ class Version:
         """Take the function that makes `call`, and make it."""
         self._make, self.call = make, make()
 
-    def given(self, leaves: Sequence[Any], dynamic: Sequence[Any]) -> tuple:
+    def given(self, leaves: Sequence[jax.Array], dynamic: Sequence[ArrayLike]) -> tuple:
         """Return the arguments as the jitted function takes them."""
         return (leaves, dynamic) if self.donation is None else self.donation.select(leaves, dynamic)
 
-    def lower(self, leaves: Sequence[Any], dynamic: Sequence[Any]) -> Any:
+    def lower(self, leaves: Sequence[jax.Array], dynamic: Sequence[ArrayLike]) -> Any:
         jitted = self.call if self.donation is None else self.call.__wrapped__
         return jitted.lower(*self.given(leaves, dynamic))
 
-    def note_trace(self, name: str, leaves: Sequence[Any], dynamic: Sequence[Any]) -> None:
+    def note_trace(
+        self, name: str, leaves: Sequence[jax.Array], dynamic: Sequence[ArrayLike]
+    ) -> None:
         """Count a trace; warn if there are many, and let go of old code if there are very many."""
         self.traces += 1
         before = self._shapes
@@ -140,11 +140,12 @@ class Version:
             changed = [
                 i for i, (a, b) in enumerate(zip(before, self._shapes, strict=True)) if a != b
             ]
-            self._warn(name, changed)
+            warn_of_compilations(refusals.many_shapes(name, self.traces, self._shown(changed)))
         if self.traces % MOST_VERSIONS == 0:
             self.call = self._make()  # the calls to come; JAX drops the code of the old one
 
-    def _warn(self, name: str, changed: list[int]) -> None:
+    def _shown(self, changed: list[int]) -> list[str]:
+        """Return the names of the first few arrays of these numbers, and their last shapes."""
         labels = [repr(n) for n in self.signature.moduledef.leaf_names]
         marks = jax.tree_util.tree_flatten_with_path(template(self.signature.treedef))[0]
         paths = {m.number: p for p, m in marks if m.is_leaf}
@@ -152,14 +153,7 @@ class Version:
             (which, *path) = paths[number]
             where = "kwargs" if which.idx else "args"
             labels.append(f"{where}{jax.tree_util.keystr(tuple(path))}")
-        shown = ", ".join(f"{labels[i]} (last: {self._shapes[i][0]})" for i in changed[:4])
-        warn_of_compilations(
-            f"compiled {name} {self.traces} times",
-            f"each shape and dtype compiles anew, and these changed: {shown}"
-            if changed
-            else "shapes and dtypes are the same: a setting of JAX, or where arrays lie, changed",
-            "pad arrays to a few sizes (drop the last, smaller batch of an epoch)",
-        )
+        return [f"{labels[i]} (last: {self._shapes[i][0]})" for i in changed[:4]]
 
 
 class Versions:
@@ -168,7 +162,8 @@ class Versions:
     Attributes:
         results: what each trace found out: which leaves it writes, and the modules in its output.
         by_key: the versions by signature and static arguments, the one used last at the end.
-        counter: a list with one number, which counts the traces; that of the caller.
+        counter: a list with one number, which counts the traces; that of the caller. Equal functions share
+            versions, and each counts for itself.
     """
 
     def __init__(self, function: Callable, options: Options, key: FunctionKey) -> None:
@@ -201,10 +196,12 @@ class Versions:
         donation = Donation(signature, numbers) if numbers else None
         returned = frozenset() if donation is None else donation.leaves
         version = Version(signature, key, donation)
-        # Compiled code refers to what it is part of weakly: all of it goes when the last user does.
+        # Compiled code refers to what it is part of weakly: all of it goes when the last user does. JAX keeps
+        # the code by the function, so a strong reference from the function would keep everything.
         this, all_of_them = weakref.ref(version), weakref.ref(self)
 
-        def traced(leaves: Any, dynamic: Any) -> tuple[Any, Any]:
+        def traced(leaves: list[jax.Array], dynamic: list[ArrayLike]) -> tuple[PyTree, Any]:
+            # The number is taken before the user's function runs, which may trace this one again.
             number = len(results)
             results.append(((), None))
             versions, alive = all_of_them(), this()
@@ -229,7 +226,8 @@ class Versions:
         for_jax = self._options.for_jax
 
         def make() -> Any:
-            # Each a function of its own: JAX finds code by the function, and drops it with it.
+            # Each a function of its own: JAX finds code by the function, and drops it with it. The same
+            # function, jitted again, would get the old code back, and nothing would ever be dropped.
             again = functools.wraps(traced)(lambda leaves, dynamic: traced(leaves, dynamic))
             if donation is None:
                 return jax.jit(again, **for_jax)
@@ -255,11 +253,9 @@ class Versions:
         if len(_fresh) > MOST_FUNCTIONS:
             _fresh.popitem(last=False)
         if gone and died + 1 == RETRACE_LIMIT:
+            where = f"{code.co_filename}:{code.co_firstlineno}"
             warn_of_compilations(
-                f"made nn.jit of {self.name!r} ({code.co_filename}:{code.co_firstlineno}) anew "
-                f"{RETRACE_LIMIT + 1} times",
-                f"each one compiles again: {self._key.reason}",
-                "call nn.jit once, outside of the loop, and pass what changes as arguments",
+                refusals.made_anew(self.name, where, RETRACE_LIMIT + 1, self._key.reason)
             )
 
     def _warn_of_versions(self, signature: Signature, statics: tuple | None) -> None:
@@ -269,22 +265,17 @@ class Versions:
         if statics is not None and len(alike) == RETRACE_LIMIT:
             last = dict(alike[-1].statics or ())
             names = [n for n, value in statics if last.get(n) != value]
-            warn_of_compilations(
-                f"compiled {self.name} for {RETRACE_LIMIT + 1} values of its static arguments; "
-                f"{', '.join(map(repr, names))} changed last",
-                "a static argument is compiled in, and every new value compiles the function again",
-                "pass numbers and arrays as ordinary arguments",
-            )
+            warn_of_compilations(refusals.many_values(self.name, RETRACE_LIMIT + 1, names))
         elif not alike and len({v.signature.treedef for v in same}) == RETRACE_LIMIT:
             warn_of_compilations(
-                f"compiled {self.name} for {RETRACE_LIMIT + 1} structures of its arguments",
-                f"every new structure compiles the function again (last: {signature.treedef})",
-                "pass the same containers with the same keys at each call",
+                refusals.many_structures(self.name, RETRACE_LIMIT + 1, signature.treedef)
             )
 
 
 class Donation:
     """Which arguments of a version give their memory away.
+
+    JAX donates whole arguments. So the compiled function takes two: the arrays to give away, and the others.
 
     Args:
         signature: of the call.
@@ -303,7 +294,7 @@ class Donation:
         self._dynamic = frozenset(m.number for m in marks if m.is_leaf)
         self._num_leaves = signature.moduledef.num_leaves
 
-    def select(self, leaves: Sequence[Any], dynamic: Sequence[Any]) -> tuple[list, list]:
+    def select(self, leaves: Sequence[jax.Array], dynamic: Sequence[ArrayLike]) -> tuple:
         """Return the arrays that are donated, and the others."""
         others = [dynamic[i] for i in sorted(self._dynamic)]
         gone = donated(leaves, sorted(self.leaves), others)
@@ -311,7 +302,8 @@ class Donation:
         kept += [v for i, v in enumerate(dynamic) if i not in self._dynamic]
         return gone, kept
 
-    def _joined(self, gone: Sequence[Any], kept: Sequence[Any]) -> tuple[list, list]:
+    def _joined(self, gone: Sequence[jax.Array], kept: Sequence[jax.Array]) -> tuple[list, list]:
+        """Undo `select`: return the leaves, and the other arrays."""
         first, rest = iter(gone), iter(kept)
         numbers = range(len(gone) + len(kept) - self._num_leaves)
         leaves = [next(first if i in self.leaves else rest) for i in range(self._num_leaves)]
@@ -321,21 +313,21 @@ class Donation:
         """Compile a function of ``(leaves, dynamic)`` so that it takes the memory it is given."""
 
         @functools.wraps(traced)
-        def donating(gone: Any, kept: Any) -> Any:
+        def donating(gone: list[jax.Array], kept: list[jax.Array]) -> Any:
             return traced(*self._joined(gone, kept))
 
         jitted = jax.jit(donating, donate_argnums=0, **for_jax)
 
-        def call(leaves: Any, dynamic: Any) -> Any:
+        def call(leaves: list[jax.Array], dynamic: list[ArrayLike]) -> Any:
             return jitted(*self.select(leaves, dynamic))
 
-        call.__wrapped__ = jitted
+        call.__wrapped__ = jitted  # for `Version.lower`
         return call
 
 
-def warn_of_compilations(what: str, why: str, instead: str) -> None:
+def warn_of_compilations(text: str) -> None:
     """Warn at the user's line that something keeps causing compilations."""
-    warnings.warn(explain(what, why, instead), RetraceWarning, stacklevel=user_stack_level())
+    warnings.warn(text, RetraceWarning, stacklevel=user_stack_level())
 
 
 # --------------------------------------------------------------------------------------------------
@@ -365,6 +357,7 @@ def versions_of(function: Callable, owner: ModuleBase | None, options: Options) 
     versions, _ = _shared.get(key, (None, None))
     if versions is None:
         versions = Versions(function, options, found)
+        # Python gives the id of a dead owner to a new object: the entry goes with the owner.
         dies = None if owner is None else weakref.ref(owner, lambda _: _shared.pop(key, None))
         _shared[key] = versions, dies
         if len(_shared) > MOST_FUNCTIONS:

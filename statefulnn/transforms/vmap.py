@@ -3,39 +3,32 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from statefulnn.core.compat import varies
-from statefulnn.core.errors import MissingRngError, ShapeError, StateWriteError, explain
+from statefulnn.core.errors import MissingRngError, explain
 from statefulnn.core.generator import Forbidden, advance, use_generator
-from statefulnn.transforms.lift import (
-    SplitCall,
-    Writes,
-    leaves_below,
-    template,
-    unbound,
-)
+from statefulnn.transforms import refusals
+from statefulnn.transforms.lift import SplitCall, Writes, leaves_below, template, unbound
+from statefulnn.transforms.types import PyTree
 
 _RANDOMNESS = ("different", "same", "error")
-_FORBIDDEN = Forbidden(
-    "drew random numbers under nn.vmap(randomness='error')",
-    "the call forbids it",
-    "pass randomness='different' or randomness='same'",
-)
+_FORBIDDEN = Forbidden(*refusals.NO_RANDOMNESS)
 
 
 def vmap(
     fun: Callable | None = None,
-    in_axes: Any = 0,
-    out_axes: Any = 0,
+    in_axes: int | Sequence[PyTree] | None = 0,
+    out_axes: PyTree = 0,
     *,
     axis_size: int | None = None,
-    axis_name: Any = None,
+    axis_name: Hashable = None,
     randomness: str = "different",
 ) -> Any:
     """Return a function that maps over an axis of its arguments, as ``jax.vmap``, with state.
@@ -79,61 +72,106 @@ def vmap(
         raise ValueError(f"randomness must be one of {_RANDOMNESS}, got {randomness!r}")
 
     one_lane, owner = unbound(fun)
+    function = _without_randomness(one_lane) if randomness == "error" else one_lane
 
     @functools.wraps(one_lane)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
-        axes_given = in_axes
+        axes = in_axes
         if owner is not None:  # the module whose call or method this is: all lanes share it
-            several = isinstance(in_axes, (tuple, list))
-            axes_given = (None, *(in_axes if several else (in_axes,) * len(args)))
+            axes = (None, *(axes if isinstance(axes, (tuple, list)) else (axes,) * len(args)))
             args = (owner, *args)
         call = SplitCall((args, kwargs))
-        moduledef, leaves = call.moduledef, call.leaves
-        leaf_axes, dynamic_axes = _axes(call, axes_given, args, kwargs)
-        size = _lanes(call, leaf_axes, dynamic_axes, axis_size)
-        shared = {
-            i: leaf
-            for i, leaf in enumerate(leaves)
-            if moduledef.kind_of(i) == "generator" and leaf_axes[i] is None
-        }
-        if randomness == "different":
-            for i, state in shared.items():
-                leaves[i], leaf_axes[i] = _per_lane(state, size), 0
-        found: dict[str, Any] = {}
-
-        def lane(leaves: list, dynamic: list, number: Any) -> tuple[Any, list, list]:
-            out, written = call.run(function, leaves, dynamic)
-            differs = varies(written.values, number)
-            found.update(indices=written.indices, differs=differs, out=written.out)
-            by_lane = [v for v, d in zip(written.values, differs, strict=True) if d]
-            common = [v for v, d in zip(written.values, differs, strict=True) if not d]
-            return out, by_lane, common
-
-        function = _without_randomness(one_lane) if randomness == "error" else one_lane
+        leaf_axes, dynamic_axes = _axes(call, axes, args, kwargs)
+        size = _number_of_lanes(call, leaf_axes, dynamic_axes, axis_size)
+        lanes = _Lanes(call, function, leaf_axes, size, randomness)
         out, by_lane, common = jax.vmap(
-            lane,
-            in_axes=(leaf_axes, dynamic_axes, 0),
+            lanes.one,
+            in_axes=(lanes.leaf_axes, dynamic_axes, 0),
             out_axes=(out_axes, 0, None),
             axis_size=size,
             axis_name=axis_name,
-        )(leaves, call.dynamic, np.arange(size, dtype=np.int32))
-
-        mapped, same = iter(by_lane), iter(common)
-        values = []
-        for i, differs in zip(found["indices"], found["differs"], strict=True):
-            value, axis = next(mapped if differs else same), leaf_axes[i]
-            if i in shared:
-                if randomness == "error":
-                    raise MissingRngError(explain(*_FORBIDDEN.parts))
-                value = advance(shared[i])[1]
-            elif axis is None and differs:
-                raise _lanes_disagree(call, i)
-            elif axis is not None:
-                value = jnp.moveaxis(value, 0, axis) if differs else _repeat(value, size, axis)
-            values.append(value)
-        return call.finish(out, Writes(found["indices"], values, found["out"]))
+        )(lanes.leaves, call.dynamic, np.arange(size, dtype=np.int32))
+        return lanes.finish(out, by_lane, common)
 
     return wrapper
+
+
+class _Lanes:
+    """One call under vmap: the leaves that the lanes get, and what becomes of those that they write.
+
+    Args:
+        call: the arguments, taken apart.
+        function: the user's function.
+        leaf_axes: the mapped axis of each leaf, None for what all lanes share.
+        size: how many lanes.
+        randomness: as in `vmap`.
+
+    Attributes:
+        leaves: the leaves that are mapped; a generator that all lanes share may be one state for each.
+        leaf_axes: their axes.
+    """
+
+    def __init__(
+        self,
+        call: SplitCall,
+        function: Callable,
+        leaf_axes: Sequence[int | None],
+        size: int,
+        randomness: str,
+    ) -> None:
+        self.call, self.function, self.size, self.randomness = call, function, size, randomness
+        self.leaves, self.leaf_axes = call.leaves, list(leaf_axes)
+        self._generators = {
+            i: leaf
+            for i, leaf in enumerate(self.leaves)
+            if call.moduledef.kind_of(i) == "generator" and leaf_axes[i] is None
+        }
+        if randomness == "different":
+            for i, state in self._generators.items():
+                self.leaves[i], self.leaf_axes[i] = _per_lane(state, size), 0
+        # What the trace of a lane finds out: which leaves it writes, and which of these by lane.
+        self._indices: tuple[int, ...] = ()
+        self._differs: list[bool] = []
+        self._out: Any = None
+
+    def one(
+        self, leaves: list[jax.Array], dynamic: list[ArrayLike], number: ArrayLike
+    ) -> tuple[PyTree, list[jax.Array], list[jax.Array]]:
+        """Run one lane: return its output, and what it wrote, by lane and in common."""
+        out, written = self.call.run(self.function, leaves, dynamic)
+        # A value of vmap's own trace has another number in each lane; any other value is computed once, and
+        # is the same in all of them. So a counter of calls stays one number, and only what lanes disagree
+        # about needs an axis. The lane's number is a value that surely differs, to compare with.
+        self._differs = varies(written.values, number)
+        self._indices, self._out = written.indices, written.out
+        told_apart = list(zip(written.values, self._differs, strict=True))
+        by_lane = [value for value, differs in told_apart if differs]
+        return out, by_lane, [value for value, differs in told_apart if not differs]
+
+    def finish(
+        self, out: PyTree, by_lane: Sequence[jax.Array], common: Sequence[jax.Array]
+    ) -> PyTree:
+        """Write back what the lanes wrote, and return their outputs.
+
+        Raises:
+            StateWriteError: if lanes wrote different values to what they share.
+        """
+        mapped, same = iter(by_lane), iter(common)
+        values = []
+        for i, differs in zip(self._indices, self._differs, strict=True):
+            value, axis = next(mapped if differs else same), self.leaf_axes[i]
+            if i in self._generators and self.randomness == "error":
+                raise MissingRngError(explain(*refusals.NO_RANDOMNESS))
+            if i in self._generators and self.randomness == "different":
+                # The lanes have drawn from streams of their own, all made from one key: that is what the
+                # stream outside has given. Where all draw the same, it goes on where they stopped.
+                value = advance(self._generators[i])[1]
+            elif axis is None and differs:
+                raise refusals.lanes_disagree(self.call.moduledef.leaf_names[i])
+            elif axis is not None:
+                value = jnp.moveaxis(value, 0, axis) if differs else _repeat(value, self.size, axis)
+            values.append(value)
+        return self.call.finish(out, Writes(self._indices, values, self._out))
 
 
 def _without_randomness(fun: Callable) -> Callable:
@@ -145,18 +183,15 @@ def _without_randomness(fun: Callable) -> Callable:
     return wrapper
 
 
-def _axes(call: SplitCall, in_axes: Any, args: tuple, kwargs: dict) -> tuple[list, list]:
+def _axes(
+    call: SplitCall, in_axes: int | Sequence[PyTree] | None, args: tuple, kwargs: dict
+) -> tuple[list[int | None], list[int | None]]:
     """Return the mapped axis of each leaf of the modules, and of each other leaf."""
     if isinstance(in_axes, (tuple, list)) and len(in_axes) != len(args):
-        raise ValueError(
-            explain(
-                f"nn.vmap was given in_axes of length {len(in_axes)} for {len(args)} arguments",
-                "there must be one entry per positional argument",
-                "pass an integer for all of them, or one entry for each",
-            )
-        )
+        raise refusals.other_number_of_axes(len(in_axes), len(args))
     shape_args, shape_kwargs = template(call.signature.treedef)
     axes = tuple(in_axes) if isinstance(in_axes, (tuple, list)) else (in_axes,) * len(args)
+    # An axis of None is an answer, and an argument of None takes one: neither is to be lost by flattening.
     none_too = {"is_leaf": lambda x: x is None}
     marks, chosen = [], []
     for axis, shape in [
@@ -166,9 +201,9 @@ def _axes(call: SplitCall, in_axes: Any, args: tuple, kwargs: dict) -> tuple[lis
         marks += jax.tree_util.tree_leaves(shape, **none_too)
         chosen += jax.tree_util.tree_leaves(jax.tree.broadcast(axis, shape, **none_too), **none_too)
     moduledef = call.moduledef
-    leaf_axes: list[Any] = [None] * moduledef.num_leaves
-    dynamic_axes: list[Any] = [None] * len(call.dynamic)
-    given: dict[int, Any] = {}
+    leaf_axes: list[int | None] = [None] * moduledef.num_leaves
+    dynamic_axes: list[int | None] = [None] * len(call.dynamic)
+    given: dict[int, int | None] = {}
     for mark, axis in zip(marks, chosen, strict=True):
         if mark is None:  # an argument, or a part of one, that is None
             continue
@@ -177,20 +212,16 @@ def _axes(call: SplitCall, in_axes: Any, args: tuple, kwargs: dict) -> tuple[lis
             continue
         for i in leaves_below(moduledef, [mark.number]):
             if given.setdefault(i, axis) != axis:
-                raise ValueError(
-                    explain(
-                        f"nn.vmap was given the axes {given[i]} and {axis} for "
-                        f"{moduledef.leaf_names[i]!r}",
-                        "two of the arguments share it, so it has one axis",
-                        "map both arguments over the same axis",
-                    )
-                )
+                raise refusals.two_axes(moduledef.leaf_names[i], given[i], axis)
+            # A generator in a stack of modules may be one that they all share: its state has no axis.
             stacked = moduledef.kind_of(i) != "generator" or jnp.ndim(call.plan.leaves()[i]) > 1
             leaf_axes[i] = axis if stacked else None
     return leaf_axes, dynamic_axes
 
 
-def _lanes(call: SplitCall, leaf_axes: list, dynamic_axes: list, axis_size: int | None) -> int:
+def _number_of_lanes(
+    call: SplitCall, leaf_axes: list, dynamic_axes: list, axis_size: int | None
+) -> int:
     sizes: dict[int, str] = {}
     if axis_size is not None:
         sizes[axis_size] = "axis_size"
@@ -203,47 +234,22 @@ def _lanes(call: SplitCall, leaf_axes: list, dynamic_axes: list, axis_size: int 
             continue
         shape = jnp.shape(value)
         if not -len(shape) <= axis < len(shape):
-            raise ShapeError(
-                explain(
-                    f"nn.vmap was asked to map axis {axis} of {name} of shape {shape}",
-                    "it has no such axis",
-                    "pass in_axes=None for a module that all lanes share: "
-                    "nn.vmap(f, in_axes=(None, 0))(model, xs)",
-                )
-            )
+            raise refusals.no_such_axis(name, axis, shape)
         sizes.setdefault(shape[axis], f"{name} of shape {shape}")
     if len(sizes) != 1:
-        listed = ", ".join(f"{n} ({who})" for n, who in sizes.items()) or "none"
-        raise ShapeError(
-            explain(
-                f"nn.vmap found these numbers of lanes: {listed}",
-                "all mapped axes have one size",
-                "choose the axes with in_axes (None for what all lanes share), or pass axis_size",
-            )
-        )
+        raise refusals.other_numbers_of_lanes(sizes)
     return next(iter(sizes))
 
 
-def _per_lane(state: Any, size: int) -> Any:
+def _per_lane(state: ArrayLike, size: int) -> jax.Array:
     """Return a generator state of its own for each lane, (size, 4)."""
     key, _ = advance(state)
     words = jax.vmap(lambda k: jax.random.key_data(k))(jax.random.split(key, size))
     return jnp.concatenate([words, jnp.zeros((size, 2), jnp.uint32)], axis=1)
 
 
-def _repeat(value: Any, size: int, axis: int) -> Any:
+def _repeat(value: jax.Array, size: int, axis: int) -> jax.Array:
     value = jnp.expand_dims(value, axis)
     shape = list(value.shape)
     shape[axis] = size
     return jnp.broadcast_to(value, shape)
-
-
-def _lanes_disagree(call: SplitCall, position: int) -> StateWriteError:
-    return StateWriteError(
-        explain(
-            f"wrote to {call.moduledef.leaf_names[position]!r} under nn.vmap",
-            "all lanes share the module, and each has another value for it",
-            "map the module too (in_axes=0, a stack of modules); or call the layer outside nn.vmap, "
-            "on the whole batch; or put it into eval mode",
-        )
-    )
