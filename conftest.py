@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import collections
 import gc
+import hashlib
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 import statefulnn as nn
 import statefulnn.functional as F
@@ -16,6 +20,38 @@ import statefulnn.functional as F
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 # Parity with torch is checked in float32: a GPU would otherwise multiply matrices in TensorFloat-32.
 jax.config.update("jax_default_matmul_precision", "highest")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--every-nth", type=int, default=1, metavar="N", help="run one test in N of each file"
+    )
+
+
+@pytest.hookimpl(trylast=True)  # of what `-m` and `-k` have left
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Keep a sample of each file's tests, at least one, which the names alone choose."""
+    step = config.getoption("--every-nth")
+    files = collections.defaultdict(list)
+    for item in sorted(items, key=lambda item: hashlib.sha256(item.nodeid.encode()).digest()):
+        files[item.path].append(item)
+    kept = {item for tests in files.values() for item in tests[::step]}
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    items[:] = [item for item in items if item in kept]
+
+
+def _keep_compiled_code(enabled: bool) -> None:
+    jax.config.update("jax_enable_compilation_cache", enabled)
+    compilation_cache.reset_cache()  # JAX looks at the setting once
+
+
+@pytest.fixture
+def no_compilation_cache() -> Iterator[None]:
+    """Nothing compiled is read from files: for tests that count compilations."""
+    before = jax.config.jax_enable_compilation_cache
+    _keep_compiled_code(False)
+    yield
+    _keep_compiled_code(before)
 
 
 @pytest.fixture(autouse=True)

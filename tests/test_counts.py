@@ -20,6 +20,8 @@ import pytest
 import statefulnn as nn
 import statefulnn.functional as F
 
+pytestmark = pytest.mark.usefixtures("no_compilation_cache")
+
 
 class Block(nn.Module):
     """Parameters, a buffer that a forward writes, and a nested container."""
