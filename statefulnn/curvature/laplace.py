@@ -44,6 +44,52 @@ def _field(static: bool = False) -> Any:
     return dataclasses.field(metadata={"static": static})
 
 
+def _curvature(
+    outputs_of: Callable[[Any, tuple], Any],
+    flat: Any,
+    data: tuple,
+    likelihood: str,
+    structure: str,
+    batch_size: int | None,
+) -> tuple[Any, Any, Any]:
+    """Return the log-likelihood of the data, and eigenvalues and eigenvectors of the GGN.
+
+    Args:
+        outputs_of: the outputs of one example as a function of the flat parameters and its inputs.
+        flat: the parameters, (P,).
+        data: inputs and targets.
+        likelihood, structure, batch_size: as in `Laplace.fit`.
+    """
+    dtype = wide(flat.dtype)
+
+    def one_example(inputs: tuple, target: Any) -> tuple[Any, Any]:
+        out, pull = jax.vjp(lambda flat: outputs_of(flat, inputs), flat)
+        score, root = likelihood_of(out.astype(dtype), target, likelihood)
+        return score, jax.vmap(lambda r: pull(r.astype(out.dtype))[0])(root.T).astype(dtype)
+
+    def block(data: tuple) -> tuple[Any, None]:
+        scores, rows = jax.vmap(one_example)(*data)  # (B,), (B, C, P)
+        rows = rows.reshape(-1, rows.shape[-1])
+        if structure == "diag":
+            return (scores.sum(), jnp.sum(jnp.square(rows), axis=0)), None
+        return (scores.sum(), triangle(rows)), None
+
+    def combine(one: tuple, two: tuple) -> tuple:
+        if structure == "diag":
+            return one[0] + two[0], one[1] + two[1]
+        return one[0] + two[0], triangle(jnp.concatenate([one[1], two[1]]))
+
+    @jax.jit
+    def compute(data: tuple) -> tuple[Any, Any, Any]:
+        score, curvature = fold_blocks(block, combine, data, batch_size)[0]
+        if structure == "diag":
+            return score, curvature, None
+        _, roots, vectors = jnp.linalg.svd(curvature)
+        return score, jnp.square(roots), vectors.T
+
+    return compute(data)
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Laplace:
@@ -161,35 +207,12 @@ class Laplace:
         flat, unravel = ravel_pytree(chosen)
         dtype = wide(flat.dtype)
 
-        def one_example(inputs: tuple, target: Any) -> tuple[Any, Any]:
-            def outputs_of(flat: Any) -> Any:
-                return single(with_rest(unravel(flat), rest), inputs)
+        def outputs_of(flat: Any, inputs: tuple) -> Any:
+            return single(with_rest(unravel(flat), rest), inputs)
 
-            out, pull = jax.vjp(outputs_of, flat)
-            score, root = likelihood_of(out.astype(dtype), target, likelihood)
-            return score, jax.vmap(lambda r: pull(r.astype(out.dtype))[0])(root.T).astype(dtype)
-
-        def block(data: tuple) -> tuple[Any, None]:
-            scores, rows = jax.vmap(one_example)(*data)  # (B,), (B, C, P)
-            rows = rows.reshape(-1, rows.shape[-1])
-            if structure == "diag":
-                return (scores.sum(), jnp.sum(jnp.square(rows), axis=0)), None
-            return (scores.sum(), triangle(rows)), None
-
-        def combine(one: tuple, two: tuple) -> tuple:
-            if structure == "diag":
-                return one[0] + two[0], one[1] + two[1]
-            return one[0] + two[0], triangle(jnp.concatenate([one[1], two[1]]))
-
-        @jax.jit
-        def compute(data: tuple) -> tuple[Any, Any, Any]:
-            score, curvature = fold_blocks(block, combine, data, batch_size)[0]
-            if structure == "diag":
-                return score, curvature, None
-            _, roots, vectors = jnp.linalg.svd(curvature)
-            return score, jnp.square(roots), vectors.T
-
-        score, values, vectors = compute(data)
+        score, values, vectors = _curvature(
+            outputs_of, flat, data, likelihood, structure, batch_size
+        )
         check_finite(
             (score, values),
             f"{function} got outputs or curvature that are not finite",

@@ -67,41 +67,10 @@ def build(make_member: Callable[[], Any], n: int, key: Any) -> tuple[ModuleDef, 
     found: dict[str, Any] = {}
     eager = current_trace() is EAGER
 
-    def built(key: Any) -> Any:
-        with rng_scope(key), elsewhere():
-            member = make_member()
-        if not isinstance(member, Module):
-            raise TypeError(
-                explain(
-                    f"made an Ensemble with a function that returned {described(member)}",
-                    "each call builds one member",
-                    "return a Module: nn.Ensemble(lambda: nn.Linear(2, 3), n)",
-                )
-            )
-        return member
-
     def lane(i: Any, key: Any) -> Any:
         if not _is_key(key):
             key = jax.random.wrap_key_data(key)
-        key = jax.random.fold_in(key, i)
-        member, again = built(key), built(key)
-        if member is again:
-            raise ValueError(
-                explain(
-                    f"made an Ensemble with a function that returns one {type(member).__name__} "
-                    "at each call",
-                    "all members would be the same module",
-                    "build it in the function, lambda: nn.Linear(2, 3); for n copies of a model: "
-                    "nn.Ensemble.of([model] * n)",
-                )
-            )
-        (moduledef, leaves), (other, once_more) = _taken_apart(member), _taken_apart(again)
-        if not _alike(moduledef.key, other.key):
-            raise _changes(differences(moduledef, other))
-        shapes = zip(moduledef.leaf_names, leaves, once_more, strict=True)
-        changed = [(k, f"{a.shape} became {b.shape}") for k, a, b in shapes if a.shape != b.shape]
-        if changed:
-            raise _changes(changed)
+        moduledef, leaves, once_more = _built_twice(make_member, jax.random.fold_in(key, i))
         # What does not depend on the key is the same for all members, and was meant to be unless another
         # call gives something else.
         fixed = [j for j, own in enumerate(varies(leaves, i)) if not own]
@@ -125,17 +94,48 @@ def build(make_member: Callable[[], Any], n: int, key: Any) -> tuple[ModuleDef, 
         ) from error
     moduledef = found["moduledef"]
     if not isinstance(same, Tracer) and not np.all(same):
-        names = [moduledef.leaf_names[j] for j in np.array(found["fixed"])[~np.asarray(same)]]
+        fixed = np.array(found["fixed"])[~np.asarray(same)]
+        raise _drawn_elsewhere([moduledef.leaf_names[j] for j in fixed])
+    return moduledef, [placed(leaf, place) for leaf in leaves]
+
+
+def _built_twice(
+    make_member: Callable[[], Any], key: Any
+) -> tuple[ModuleDef, list[Any], list[Any]]:
+    """Return the structure of a member, its arrays, and those of a second one with the same key."""
+    member, again = _built(make_member, key), _built(make_member, key)
+    if member is again:
         raise ValueError(
             explain(
-                f"made an Ensemble whose members draw {', '.join(map(repr, names[:5]))} from somewhere "
-                "else than the generator in force",
-                "all members are built in one traced call, so what numpy's or Python's generator gives, "
-                "or a Generator() without a seed, would be the same in all of them",
-                f"draw with nn.init functions, or jax.random and nn.next_key(); or {_ONE_BY_ONE}",
+                f"made an Ensemble with a function that returns one {type(member).__name__} "
+                "at each call",
+                "all members would be the same module",
+                "build it in the function, lambda: nn.Linear(2, 3); for n copies of a model: "
+                "nn.Ensemble.of([model] * n)",
             )
         )
-    return moduledef, [placed(leaf, place) for leaf in leaves]
+    (moduledef, leaves), (other, once_more) = _taken_apart(member), _taken_apart(again)
+    if not _alike(moduledef.key, other.key):
+        raise _changes(differences(moduledef, other))
+    shapes = zip(moduledef.leaf_names, leaves, once_more, strict=True)
+    changed = [(k, f"{a.shape} became {b.shape}") for k, a, b in shapes if a.shape != b.shape]
+    if changed:
+        raise _changes(changed)
+    return moduledef, leaves, once_more
+
+
+def _built(make_member: Callable[[], Any], key: Any) -> Module:
+    with rng_scope(key), elsewhere():
+        member = make_member()
+    if not isinstance(member, Module):
+        raise TypeError(
+            explain(
+                f"made an Ensemble with a function that returned {described(member)}",
+                "each call builds one member",
+                "return a Module: nn.Ensemble(lambda: nn.Linear(2, 3), n)",
+            )
+        )
+    return member
 
 
 def _taken_apart(member: Module) -> tuple[ModuleDef, list[Any]]:
@@ -267,6 +267,18 @@ def _changes(changed: list[tuple[str, str]]) -> ValueError:
             f"made an Ensemble with a function that builds another structure at each call ({listed})",
             "one function has to serve all members",
             "build all members alike; what is to differ goes into parameters or buffers",
+        )
+    )
+
+
+def _drawn_elsewhere(names: list[str]) -> ValueError:
+    return ValueError(
+        explain(
+            f"made an Ensemble whose members draw {', '.join(map(repr, names[:5]))} from somewhere "
+            "else than the generator in force",
+            "all members are built in one traced call, so what numpy's or Python's generator gives, "
+            "or a Generator() without a seed, would be the same in all of them",
+            f"draw with nn.init functions, or jax.random and nn.next_key(); or {_ONE_BY_ONE}",
         )
     )
 

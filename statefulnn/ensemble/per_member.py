@@ -66,28 +66,11 @@ def per_member(tx: Any, **hyperparameters: Any) -> Any:
     # A tuple: closures compare it by content, so that an optimizer made anew finds its compiled code.
     start = tuple((name, jnp.asarray(value)) for name, value in mapped.items())
     shared = tuple((name, v) for name, v in hyperparameters.items() if name not in mapped)
-    if isinstance(tx, optax.GradientTransformation):
-        if hyperparameters:
-            raise TypeError(
-                explain(
-                    f"called per_member with a transformation and {', '.join(hyperparameters)}",
-                    "a transformation that is made already has its own",
-                    "pass the function that makes it: per_member(optax.adam, learning_rate=rates)",
-                )
-            )
-    elif not callable(tx) or not mapped:
-        given = "" if not hyperparameters else " and hyperparameters without an array among them"
-        raise TypeError(
-            explain(
-                f"called per_member with {described(tx)}{given}",
-                "it needs an optax transformation, or a function that makes one and arrays (n,) for it",
-                "per_member(optax.adam(1e-3)), or per_member(optax.adam, learning_rate=rates) with an "
-                "array of rates",
-            )
-        )
+    is_made = isinstance(tx, optax.GradientTransformation)
+    _check_maker(tx, is_made, hyperparameters, bool(mapped))
 
     def made(values: Mapping[str, Any]) -> Any:
-        if isinstance(tx, optax.GradientTransformation):
+        if is_made:
             return optax.with_extra_args_support(tx)
         one = tx(**values, **dict(shared))
         if not isinstance(one, optax.GradientTransformation):
@@ -123,6 +106,30 @@ def per_member(tx: Any, **hyperparameters: Any) -> Any:
         return updates, (values, inner) if start else inner
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _check_maker(
+    tx: Any, is_made: bool, hyperparameters: Mapping[str, Any], any_arrays: bool
+) -> None:
+    """Raise unless `tx` is a transformation, or can make one for each member."""
+    if is_made and hyperparameters:
+        raise TypeError(
+            explain(
+                f"called per_member with a transformation and {', '.join(hyperparameters)}",
+                "a transformation that is made already has its own",
+                "pass the function that makes it: per_member(optax.adam, learning_rate=rates)",
+            )
+        )
+    if not is_made and (not callable(tx) or not any_arrays):
+        given = "" if not hyperparameters else " and hyperparameters without an array among them"
+        raise TypeError(
+            explain(
+                f"called per_member with {described(tx)}{given}",
+                "it needs an optax transformation, or a function that makes one and arrays (n,) for it",
+                "per_member(optax.adam(1e-3)), or per_member(optax.adam, learning_rate=rates) with an "
+                "array of rates",
+            )
+        )
 
 
 def _check_members(trees: Mapping[str, Any]) -> None:

@@ -47,53 +47,12 @@ def lowered(
     vjp_order: int,
 ) -> tuple[dict[str, Any], list[np.ndarray]]:
     """Lower one method; return its entry in the manifest and the bytes of its programs."""
-    own = plan_of(module).moduledef
-    in_force = Generator(0)
-    plan = build_plan([module, in_force]) if rng else plan_of(module)
-    moduledef = plan.moduledef
-    dynamic, treedef, _ = flatten_collecting(((module, *task.args), task.kwargs))
-    constants = [jnp.asarray(v) for v in plan.leaves()[count:]]  # states of generators
-    weights = [jax.ShapeDtypeStruct(v.shape, v.dtype) for v in plan.leaves()[:count]]
-    found: dict[str, Any] = {}
-
-    def function(*args: Any, **kwargs: Any) -> Any:
-        with contextlib.nullcontext() if rng else use_generator(_NO_RNG):
-            out = task.function(*args, **kwargs)
-        return jax.tree_util.tree_map(
-            lambda v: v.value if isinstance(v, Box) else v,
-            out,
-            is_leaf=lambda v: isinstance(v, Box),
-        )
-
-    def flat(*given: Any) -> tuple:
-        leaves, rest = [*given[:count], *constants], list(given[count:])
-        if rng:
-            key = jax.random.wrap_key_data(rest.pop(0), impl="threefry2x32")
-            number = (
-                count  # of the module's own generators, which follow the key as in functional_call
-            )
-            for i in range(count, len(leaves)):
-                if plan.boxes[i] is in_force:
-                    leaves[i] = Generator(key).state
-                else:
-                    leaves[i] = Generator(jax.random.fold_in(key, number)).state
-                    number += 1
-        out, written = Signature(moduledef, treedef, rng).run(function, leaves, rest)
-        _check_output(task, out, written)
-        names = [own.leaf_names[i] if i < count else "" for i in written.indices]
-        kinds = [moduledef.kind_of(i) for i in written.indices]
-        _check_written(task, names, kinds, rng, mutable)
-        out_leaves, found["out"] = jax.tree_util.tree_flatten(out)
-        state = [v for v, kind in zip(written.values, kinds, strict=True) if kind != "generator"]
-        found["state"] = [n for n, k in zip(names, kinds, strict=True) if k != "generator"]
-        return tuple(jnp.asarray(v) for v in (*out_leaves, *state))
-
-    key = [jax.ShapeDtypeStruct((2,), jnp.uint32)] if rng else []
-    specs = [*weights, *key, *dynamic]
-    f: Callable = flat
+    method = _FlatMethod(task, module, count, rng, mutable)
+    f: Callable = method.flat
+    specs: list[Any] = [*method.before, *method.dynamic]
     programs, entries = [], []
     for order in range(vjp_order + 1):
-        program = _exported(task, f, specs, platforms, None if order else [*weights, *key])
+        program = _exported(task, f, specs, platforms, None if order else method.before)
         programs.append(np.frombuffer(program.mlir_module_serialized, np.uint8))
         entries.append(
             {
@@ -107,22 +66,82 @@ def lowered(
             }
         )
         f, specs = _transposed(f, specs, program.out_avals)
-    trees = jax.tree_util.tree_unflatten(
-        jax.tree_util.tree_structure((task.args, task.kwargs)), range(len(dynamic))
+    positional, keyword = jax.tree_util.tree_unflatten(
+        jax.tree_util.tree_structure((task.args, task.kwargs)), range(len(method.dynamic))
     )
-    out = jax.tree_util.tree_unflatten(found["out"], range(found["out"].num_leaves))
-    positional = zip(task.positional, trees[0], strict=True)
+    out = jax.tree_util.tree_unflatten(method.out, range(method.out.num_leaves))
+    named = zip(task.positional, positional, strict=True)
     entry = {
-        "positional": [[n, _tree(v, f"the input {n!r} of {task.name!r}")] for n, v in positional],
-        "keyword": {n: _tree(v, f"the input {n!r} of {task.name!r}") for n, v in trees[1].items()},
+        "positional": [[n, _tree(v, f"the input {n!r} of {task.name!r}")] for n, v in named],
+        "keyword": {n: _tree(v, f"the input {n!r} of {task.name!r}") for n, v in keyword.items()},
         "labels": task.labels,
         "out": _tree(out, f"the output of {task.name!r}"),
-        "state": found["state"],
+        "state": method.state,
         "mutable": mutable,
         "rng": rng,
         "programs": entries,
     }
     return entry, programs
+
+
+class _FlatMethod:
+    """One method as a pure function of a flat list of arrays: the weights, a key, the inputs.
+
+    Attributes:
+        before: the specs before the inputs: of the weights, and of the key if there is one.
+        dynamic: those of the inputs.
+        out: the structure of the output, known once `flat` has been traced.
+        state: the names of the state that is returned after the output, known then as well.
+    """
+
+    def __init__(self, task: Task, module: Module, count: int, rng: bool, mutable: bool) -> None:
+        self.task, self.count, self.rng, self.mutable = task, count, rng, mutable
+        self._names = plan_of(module).moduledef.leaf_names
+        self._in_force = Generator(0)
+        self._plan = build_plan([module, self._in_force]) if rng else plan_of(module)
+        self.dynamic, treedef, _ = flatten_collecting(((module, *task.args), task.kwargs))
+        self._signature = Signature(self._plan.moduledef, treedef, rng)
+        leaves = self._plan.leaves()
+        self._constants = [jnp.asarray(v) for v in leaves[count:]]  # states of generators
+        key = [jax.ShapeDtypeStruct((2,), jnp.uint32)] if rng else []
+        self.before = [*(jax.ShapeDtypeStruct(v.shape, v.dtype) for v in leaves[:count]), *key]
+        self.out: Any = None
+        self.state: list[str] = []
+
+    def flat(self, *given: Any) -> tuple:
+        """Run the method, and return the arrays of its output and the state that it wrote."""
+        leaves, rest = [*given[: self.count], *self._constants], list(given[self.count :])
+        if self.rng:
+            self._seed(leaves, jax.random.wrap_key_data(rest.pop(0), impl="threefry2x32"))
+        out, written = self._signature.run(self._function, leaves, rest)
+        _check_output(self.task, out, written)
+        names = [self._names[i] if i < self.count else "" for i in written.indices]
+        kinds = [self._plan.moduledef.kind_of(i) for i in written.indices]
+        _check_written(self.task, names, kinds, self.rng, self.mutable)
+        out_leaves, self.out = jax.tree_util.tree_flatten(out)
+        state = [v for v, kind in zip(written.values, kinds, strict=True) if kind != "generator"]
+        self.state = [n for n, k in zip(names, kinds, strict=True) if k != "generator"]
+        return tuple(jnp.asarray(v) for v in (*out_leaves, *state))
+
+    def _function(self, *args: Any, **kwargs: Any) -> Any:
+        with contextlib.nullcontext() if self.rng else use_generator(_NO_RNG):
+            out = self.task.function(*args, **kwargs)
+        return jax.tree_util.tree_map(
+            lambda v: v.value if isinstance(v, Box) else v,
+            out,
+            is_leaf=lambda v: isinstance(v, Box),
+        )
+
+    def _seed(self, leaves: list[Any], key: Any) -> None:
+        """Put the states that follow from a key into the leaves of all generators."""
+        # The module's own follow the key as in functional_call.
+        number = self.count
+        for i in range(self.count, len(leaves)):
+            if self._plan.boxes[i] is self._in_force:
+                leaves[i] = Generator(key).state
+            else:
+                leaves[i] = Generator(jax.random.fold_in(key, number)).state
+                number += 1
 
 
 def _exported(

@@ -201,67 +201,13 @@ def _behind(source: Source, at: int, dtype: np.dtype, end: int) -> tuple[int, in
 
 
 def _tarred(source: Source, machine: Machine) -> tuple[Any, Memory]:
-    path, file = source.path, source.reader()
     members = _members(source, machine.budget)
     if not {"storages", "tensors", "pickle"} <= members.keys():
-        raise named(path, "a tar archive that torch.save did not write", "unpack it: tar -xf")
-
-    def next_object(kind: type, length: int | None = None) -> Any:
-        at = file.tell()
-        found = machine.run(file)
-        if type(found) is not kind or (length is not None and len(found) != length):
-            raise broken(path, at, f"{type(found).__name__} in the pickle", f"{kind.__name__}")
-        return found
-
-    def name_of(key: Any) -> str:
-        try:
-            return storage_name(key)
-        except ValueError as error:
-            raise broken(path, file.tell(), str(error), "a text or a number") from None
-
-    start, size = members["storages"]
-    file.seek(start)
-    memory: Memory = {}
-    dtypes: dict[str, np.dtype] = {}
-    for _ in range(next_object(int)):
-        key, _, kind = next_object(tuple, 3)
-        if type(kind) is not Dtype:
-            raise broken(path, file.tell(), "a storage of no type", "such as torch.FloatStorage")
-        key = name_of(key)
-        dtypes[key] = kind.dtype
-        memory[key] = _behind(source, file.tell(), kind.dtype, start + size)
-        file.seek(sum(memory[key]))
-    for view in next_object(list):
-        target, root, offset, numel = view if type(view) is tuple and len(view) == 4 else [0] * 4
-        root = name_of(root)
-        first, nbytes = memory.get(root, (0, 0))
-        width = dtypes.get(root, np.dtype(np.uint8)).itemsize
-        fits = root in memory and is_count(offset) and is_count(numel)
-        if not fits or (offset + numel) * width > nbytes:
-            raise broken(path, file.tell(), f"a view {shown(view)}", "a part of a storage")
-        target = name_of(target)
-        dtypes[target] = dtypes[root]
-        memory[target] = first + offset * width, numel * width
-
-    start, size = members["tensors"]
-    file.seek(start)
-    tensors: dict[int, Tensor] = {}
-    for _ in range(next_object(int)):
-        key, storage, _ = next_object(tuple, 3)
-        storage, at = name_of(storage), file.tell()
-        ndim = int.from_bytes(source.read(at, 4), "little")
-        numbers = source.read(at + 8, 8 * (2 * ndim + 1)) if ndim <= 64 else b""
-        whole = len(numbers) == 8 * (2 * ndim + 1)
-        if not is_count(key) or storage not in memory or not whole:
-            raise broken(path, at, f"tensor {shown(key)} of {ndim} dimensions", "one of a storage")
-        *sizes, offset = struct.unpack(f"<{2 * ndim + 1}q", numbers)
-        file.seek(at + 8 + len(numbers))
-        all_of_it = Storage(dtypes[storage], storage, memory[storage][1])
-        machine.budget.spend(len(numbers) * 8)
-        try:
-            tensors[key] = Tensor(all_of_it, offset, sizes[:ndim], sizes[ndim:])
-        except ValueError as error:
-            raise broken(path, at, str(error), "sizes and strides") from None
+        what = "a tar archive that torch.save did not write"
+        raise named(source.path, what, "unpack it: tar -xf")
+    tables = _TarTables(source, machine)
+    tables.read_storages(*members["storages"])
+    tensors = tables.read_tensors(members["tensors"][0])
 
     def tensor(key: Any) -> Tensor:
         return tensors[key if type(key) is int else int(key) if type(key) is str else -1]
@@ -269,7 +215,85 @@ def _tarred(source: Source, machine: Machine) -> tuple[Any, Memory]:
     machine.persistent = tensor
     start, size = members["pickle"]
     machine.budget.spend(size)
-    return machine.run(source.read(start, size), start), memory
+    return machine.run(source.read(start, size), start), tables.memory
+
+
+class _TarTables:
+    """The two tables of a tar archive: where each storage is, and which part of one each tensor is.
+
+    Attributes:
+        memory: where storages are, views of them too.
+    """
+
+    def __init__(self, source: Source, machine: Machine) -> None:
+        self.source, self.machine = source, machine
+        self.path, self.file = source.path, source.reader()
+        self.memory: Memory = {}
+        self.dtypes: dict[str, np.dtype] = {}
+
+    def next_object(self, kind: type, length: int | None = None) -> Any:
+        at = self.file.tell()
+        found = self.machine.run(self.file)
+        if type(found) is not kind or (length is not None and len(found) != length):
+            what = f"{type(found).__name__} in the pickle"
+            raise broken(self.path, at, what, f"{kind.__name__}")
+        return found
+
+    def name_of(self, key: Any) -> str:
+        try:
+            return storage_name(key)
+        except ValueError as error:
+            raise broken(self.path, self.file.tell(), str(error), "a text or a number") from None
+
+    def read_storages(self, start: int, size: int) -> None:
+        path, file, memory, dtypes = self.path, self.file, self.memory, self.dtypes
+        file.seek(start)
+        for _ in range(self.next_object(int)):
+            key, _, kind = self.next_object(tuple, 3)
+            if type(kind) is not Dtype:
+                raise broken(
+                    path, file.tell(), "a storage of no type", "such as torch.FloatStorage"
+                )
+            key = self.name_of(key)
+            dtypes[key] = kind.dtype
+            memory[key] = _behind(self.source, file.tell(), kind.dtype, start + size)
+            file.seek(sum(memory[key]))
+        for view in self.next_object(list):
+            target, root, offset, numel = (
+                view if type(view) is tuple and len(view) == 4 else [0] * 4
+            )
+            root = self.name_of(root)
+            first, nbytes = memory.get(root, (0, 0))
+            width = dtypes.get(root, np.dtype(np.uint8)).itemsize
+            fits = root in memory and is_count(offset) and is_count(numel)
+            if not fits or (offset + numel) * width > nbytes:
+                raise broken(path, file.tell(), f"a view {shown(view)}", "a part of a storage")
+            target = self.name_of(target)
+            dtypes[target] = dtypes[root]
+            memory[target] = first + offset * width, numel * width
+
+    def read_tensors(self, start: int) -> dict[int, Tensor]:
+        path, file, source, memory = self.path, self.file, self.source, self.memory
+        file.seek(start)
+        tensors: dict[int, Tensor] = {}
+        for _ in range(self.next_object(int)):
+            key, storage, _ = self.next_object(tuple, 3)
+            storage, at = self.name_of(storage), file.tell()
+            ndim = int.from_bytes(source.read(at, 4), "little")
+            numbers = source.read(at + 8, 8 * (2 * ndim + 1)) if ndim <= 64 else b""
+            whole = len(numbers) == 8 * (2 * ndim + 1)
+            if not is_count(key) or storage not in memory or not whole:
+                what = f"tensor {shown(key)} of {ndim} dimensions"
+                raise broken(path, at, what, "one of a storage")
+            *sizes, offset = struct.unpack(f"<{2 * ndim + 1}q", numbers)
+            file.seek(at + 8 + len(numbers))
+            all_of_it = Storage(self.dtypes[storage], storage, memory[storage][1])
+            self.machine.budget.spend(len(numbers) * 8)
+            try:
+                tensors[key] = Tensor(all_of_it, offset, sizes[:ndim], sizes[ndim:])
+            except ValueError as error:
+                raise broken(path, at, str(error), "sizes and strides") from None
+        return tensors
 
 
 def _members(source: Source, budget: Budget) -> dict[str, tuple[int, int]]:

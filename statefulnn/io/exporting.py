@@ -119,6 +119,8 @@ def export(
     taken = next((n for n in weights if n in blobs), None)
     if taken is not None:
         raise refused(f"with a weight {taken!r}", "a program has that name", "another name")
+    # What nn.load reads: the weights in their order, with their ties.
+    notes = {"order": [*weights, *ties], "ties": ties}
     manifest = {
         "format": FORMAT,
         "module": type(module).__name__,
@@ -129,16 +131,8 @@ def export(
         "methods": entries,
         "metadata": texts,
     }
-    text = json.dumps(manifest)
-    specs = {n: exported.Spec(a.dtype, a.shape) for n, a in {**weights, **blobs}.items()}
-    try:  # what the reader would refuse is not written
-        ExportedModule(path, exported.checked(path, json.loads(text)), specs)
-    except exported.DamagedFileError as error:
-        what, why, _ = str(error).split("\n", 2)
-        what, why = what.removeprefix(f"{path}, at byte 8: "), why.removeprefix("  Why: ")
-        raise refused(f"with what a file cannot hold: {what}", why, "leave it out") from None
-    # What nn.load reads: the weights in their order, with their ties.
-    notes = {"order": [*weights, *ties], "ties": ties}
+    text, arrays = json.dumps(manifest), {**weights, **blobs}
+    _check_readable(path, text, arrays)
     header = {
         MANIFEST: text,
         DIGEST: hashlib.sha256(text.encode()).hexdigest(),
@@ -146,7 +140,18 @@ def export(
         "statefulnn": json.dumps(notes),
     }
     with replacing(path) as temporary:
-        write(temporary, {**weights, **blobs}, header, "statefulnn")
+        write(temporary, arrays, header, "statefulnn")
+
+
+def _check_readable(path: Path, manifest: str, arrays: Mapping[str, np.ndarray]) -> None:
+    """Raise for what the reader would refuse: it is not written."""
+    specs = {n: exported.Spec(a.dtype, a.shape) for n, a in arrays.items()}
+    try:
+        ExportedModule(path, exported.checked(path, json.loads(manifest)), specs)
+    except exported.DamagedFileError as error:
+        what, why, _ = str(error).split("\n", 2)
+        what, why = what.removeprefix(f"{path}, at byte 8: "), why.removeprefix("  Why: ")
+        raise refused(f"with what a file cannot hold: {what}", why, "leave it out") from None
 
 
 def load_exported(path: str | os.PathLike, *, device: Any = None) -> ExportedModule:

@@ -132,6 +132,15 @@ def adapt(
         >>> meta_gradient["weight"].shape
         (1, 1)
     """
+    _check_options(steps, truncate, checkpoint, unroll)
+    _check_task(fn, params, data, state)
+    loop = _Loop(
+        fn, params, loss, data, optimizer, slots, lr, steps, only, state, rng, first_order, batches
+    )
+    return loop.run(truncate, checkpoint, keep_path, unroll)
+
+
+def _check_options(steps: int, truncate: int | None, checkpoint: str, unroll: int) -> None:
     require_steps(steps, "adapt")
     if checkpoint not in CHECKPOINTS:
         raise ValueError(f"adapt: checkpoint must be one of {CHECKPOINTS}, got {checkpoint!r}")
@@ -139,6 +148,10 @@ def adapt(
         raise ValueError(f"adapt: truncate must be a number of steps or None, got {truncate!r}")
     if not isinstance(unroll, int) or unroll < 0:
         raise ValueError(f"adapt: unroll must be a number of steps, got {unroll!r}")
+
+
+def _check_task(fn: Callable | None, params: Any, data: Any, state: Any) -> None:
+    """Raise unless what is adapted is a pure function, with a tuple of data, and state if it takes any."""
     for value, what in ((fn, "fn"), (params, "params")):
         if isinstance(value, Module):
             raise TypeError(
@@ -174,10 +187,6 @@ def adapt(
                 "fn, params, state = nn.functionalize(model, mutable=True); adapt(..., state=state)",
             )
         )
-    loop = _Loop(
-        fn, params, loss, data, optimizer, slots, lr, steps, only, state, rng, first_order, batches
-    )
-    return loop.run(truncate, checkpoint, keep_path, unroll)
 
 
 class _Loop:

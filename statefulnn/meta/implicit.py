@@ -87,6 +87,36 @@ def implicit_gradient(
             )
         )
 
+    solution = _differentiable(
+        solver, condition, linear_solve, tolerance, symmetric=objective is not None
+    )
+
+    @functools.wraps(solver)
+    def function(init: Any, *args: Any) -> Any:
+        try:
+            return solution(jax.lax.stop_gradient(init), *args)
+        except jax.errors.UnexpectedTracerError as error:
+            raise TraceLeakError(
+                explain(
+                    f"differentiated {name_of(solver)} by a value that it, or its condition, takes "
+                    "from a closure",
+                    "the derivative of the solution is that by its arguments",
+                    "pass the value: fit(init, value), and solver(init, value), objective(x, value)",
+                )
+            ) from error
+
+    return function
+
+
+def _differentiable(
+    solver: Callable,
+    condition: Callable,
+    linear_solve: Callable,
+    tolerance: float | None,
+    symmetric: bool,
+) -> Callable:
+    """Return a solver whose derivative is that of a solution of ``condition(x, *args) = 0``."""
+
     @jax.custom_jvp
     def solution(init: Any, *args: Any) -> Any:
         x = solver(init, *args)
@@ -108,29 +138,11 @@ def implicit_gradient(
 
         _, b = jax.jvp(of_args, tuple(args), tuple(tangents[1:]))
         minus = jax.lax.custom_linear_solve(
-            matvec,
-            b,
-            linear_solve,
-            transpose_solve=linear_solve,
-            symmetric=objective is not None,
+            matvec, b, linear_solve, transpose_solve=linear_solve, symmetric=symmetric
         )
         return x, jax.tree_util.tree_map(jnp.negative, minus)
 
-    @functools.wraps(solver)
-    def function(init: Any, *args: Any) -> Any:
-        try:
-            return solution(jax.lax.stop_gradient(init), *args)
-        except jax.errors.UnexpectedTracerError as error:
-            raise TraceLeakError(
-                explain(
-                    f"differentiated {name_of(solver)} by a value that it, or its condition, takes "
-                    "from a closure",
-                    "the derivative of the solution is that by its arguments",
-                    "pass the value: fit(init, value), and solver(init, value), objective(x, value)",
-                )
-            ) from error
-
-    return function
+    return solution
 
 
 def _condition(objective: Any, optimality: Any, fixed_point: Any) -> Callable:

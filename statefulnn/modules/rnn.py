@@ -221,7 +221,29 @@ def _check_options(
                 "dropout=0.1",
             )
         )
-    for which, flag in (("bias", bias), ("batch_first", batch_first)):
+    flags = {"bias": bias, "batch_first": batch_first}
+    sizes = {"input_size": input_size, "hidden_size": hidden_size}
+    _check_types(made, flags, sizes)
+    for which, size in (*sizes.items(), ("num_layers", num_layers)):
+        if size <= 0:
+            raise ValueError(
+                explain(f"{made}{which}={size}", f"{which} must be greater than zero", f"{which}=1")
+            )
+    _check_projection(made, mode, hidden_size, proj_size)
+    if dropout and num_layers == 1:
+        warnings.warn(
+            explain(
+                f"{made}dropout={dropout} and num_layers=1",
+                "dropout is applied between layers, after all but the last",
+                f"num_layers=2, or nn.Dropout({dropout}) after the layer",
+            ),
+            UserWarning,
+            stacklevel=4,
+        )
+
+
+def _check_types(made: str, flags: dict[str, Any], sizes: dict[str, Any]) -> None:
+    for which, flag in flags.items():
         if not isinstance(flag, bool):
             raise TypeError(
                 explain(
@@ -230,7 +252,7 @@ def _check_options(
                     f"{which}=True, or {which}=False",
                 )
             )
-    for which, size in (("input_size", input_size), ("hidden_size", hidden_size)):
+    for which, size in sizes.items():
         if not isinstance(size, (int, np.integer)):
             raise TypeError(
                 explain(
@@ -239,15 +261,9 @@ def _check_options(
                     f"{which}=128",
                 )
             )
-    for which, size in (
-        ("input_size", input_size),
-        ("hidden_size", hidden_size),
-        ("num_layers", num_layers),
-    ):
-        if size <= 0:
-            raise ValueError(
-                explain(f"{made}{which}={size}", f"{which} must be greater than zero", f"{which}=1")
-            )
+
+
+def _check_projection(made: str, mode: str, hidden_size: int, proj_size: int) -> None:
     if proj_size and mode != "LSTM":
         raise ValueError(
             explain(
@@ -263,16 +279,6 @@ def _check_options(
                 "proj_size has to be smaller than hidden_size, and 0 or more",
                 "proj_size=0 for no projection",
             )
-        )
-    if dropout and num_layers == 1:
-        warnings.warn(
-            explain(
-                f"{made}dropout={dropout} and num_layers=1",
-                "dropout is applied between layers, after all but the last",
-                f"num_layers=2, or nn.Dropout({dropout}) after the layer",
-            ),
-            UserWarning,
-            stacklevel=4,
         )
 
 

@@ -232,37 +232,9 @@ class Splitter:
         steps = []
         for item in items:
             if isinstance(item, Call):
-                args, kwargs, _ = self.flat.inputs[id(item)]
-                out = map_leaves(self.flat.outputs[id(item)], renamed)
-                args, kwargs = map_leaves(args, renamed), map_leaves(kwargs, renamed)
-                target = self.relative(path, item.path or "")
-                steps.append(Step("call", target, args, kwargs, out, _label(call)))
-                if item.stopped and not call.stopped:
-                    for slot in sorted(_slots(out)):
-                        steps.append(Step("operator", "stop_gradient", (Var(slot),), out=Var(slot)))
-                continue
-            target = item.target
-            if item.kind in ("read", "write"):
-                target = self.attribute(path, target)
-            elif item.kind == "constant":
-                target = np.asarray(to_jax(target, copy=True))
-            elif isinstance(target, str):
-                target = find(target) or target
-                if target == "put_view":
-                    item = dataclasses.replace(
-                        item,
-                        args=(*item.args[:2], find(item.args[2]) or item.args[2], *item.args[3:]),
-                    )
-            steps.append(
-                Step(
-                    item.kind,
-                    target,
-                    map_leaves(item.args, renamed),
-                    {k: map_leaves(v, renamed) for k, v in item.kwargs.items()},
-                    number(Var(item.out)),
-                    item.where,
-                )
-            )
+                steps += self.steps_of_call(item, call, renamed)
+            else:
+                steps.append(self.step_of(item, path, renamed))
         result = map_leaves(self.flat.outputs[id(call)], renamed)
         steps = _needed(steps, result)
         for step in steps:
@@ -280,6 +252,41 @@ class Splitter:
             steps,
             result,
             number.count,
+        )
+
+    def steps_of_call(self, inner: Call, call: Call, renamed: Callable[..., Any]) -> list[Step]:
+        """Return a kept call as steps of the graph around it; `renamed` gives slots of that graph."""
+        args, kwargs, _ = self.flat.inputs[id(inner)]
+        out = map_leaves(self.flat.outputs[id(inner)], renamed)
+        args, kwargs = map_leaves(args, renamed), map_leaves(kwargs, renamed)
+        target = self.relative(call.path or "", inner.path or "")
+        steps = [Step("call", target, args, kwargs, out, _label(call))]
+        if inner.stopped and not call.stopped:
+            for slot in sorted(_slots(out)):
+                steps.append(Step("operator", "stop_gradient", (Var(slot),), out=Var(slot)))
+        return steps
+
+    def step_of(self, item: Instruction, path: str, renamed: Callable[..., Any]) -> Step:
+        """Return an instruction as a step of the graph of the module at `path`."""
+        target = item.target
+        if item.kind in ("read", "write"):
+            target = self.attribute(path, target)
+        elif item.kind == "constant":
+            target = np.asarray(to_jax(target, copy=True))
+        elif isinstance(target, str):
+            target = find(target) or target
+            if target == "put_view":
+                item = dataclasses.replace(
+                    item,
+                    args=(*item.args[:2], find(item.args[2]) or item.args[2], *item.args[3:]),
+                )
+        return Step(
+            item.kind,
+            target,
+            map_leaves(item.args, renamed),
+            {k: map_leaves(v, renamed) for k, v in item.kwargs.items()},
+            renamed(Var(item.out)),
+            item.where,
         )
 
     def arguments(self, bound: Any, sizes: _Sizes) -> tuple[Any, dict[int, Input], _Numbering]:
