@@ -233,7 +233,7 @@ from statefulnn.transforms.shard_map import shard_map
 from statefulnn.transforms.statefulize import statefulize
 from statefulnn.transforms.vmap import vmap
 from statefulnn.utils import parameters_to_vector, vector_to_parameters
-from statefulnn.utils.init import materialize
+from statefulnn.utils.materialize import materialize
 
 if TYPE_CHECKING:
     from statefulnn import bridge, curvature, func, meta

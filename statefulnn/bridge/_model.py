@@ -187,7 +187,7 @@ def as_module(
 ) -> Module:
     """Return a model and its arrays as a module."""
     fn = model.in_mode(None if model.mixed else model.given)
-    return Statefulized(fn, params, state, name_of=name_of, did=did)
+    return Statefulized(fn, params, state, path_name=name_of, did=did)
 
 
 def model_and_arrays(

@@ -17,7 +17,7 @@ from statefulnn.core import compat, refusals
 from statefulnn.core.compat import current_trace
 from statefulnn.core.errors import StaleCaptureWarning, caller, user_stack_level
 from statefulnn.core.refusals import Subject
-from statefulnn.core.stamps import Cell, clock
+from statefulnn.core.stamps import Stamp, clock
 
 if TYPE_CHECKING:
     from statefulnn.core.box import Box
@@ -41,7 +41,7 @@ def probing() -> Iterator[None]:
         _probes.running = before
 
 
-class Capture:
+class BakedIn:
     """That traced code took a box or module of the user's in as a constant: where, and in which trace.
 
     Law 6: that is legal, but the compiled code goes on with what it saw, so a later change warns once.
@@ -51,16 +51,16 @@ class Capture:
 
     # By trace, and not by the thing that is read: all that one compiled function took in shares the line
     # that is named, and is forgotten together if the trace fails.
-    _of_trace: weakref.WeakKeyDictionary[Any, Capture] = weakref.WeakKeyDictionary()
+    _of_trace: weakref.WeakKeyDictionary[Any, BakedIn] = weakref.WeakKeyDictionary()
 
     def __init__(self) -> None:
         self.where = caller()
-        self.things: list[weakref.ref[Box | Cell]] = []
+        self.things: list[weakref.ref[Box | Stamp]] = []
         self.warned = False
 
     @classmethod
-    def note(cls, thing: Box | Cell) -> None:
-        """Take note of a box or cell that is read where a staged trace may make it a constant."""
+    def note(cls, thing: Box | Stamp) -> None:
+        """Take note of a box or stamp that is read where a staged trace may make it a constant."""
         if _probes.running:
             return
         # Under autodiff or vmap alone nothing outlives the call.
@@ -71,15 +71,15 @@ class Capture:
         capture = cls._of_trace.get(staged)
         if capture is None:
             capture = cls._of_trace[staged] = cls()
-        thing.captured = capture
+        thing.baked_in = capture
         capture.things.append(weakref.ref(thing))
-        clock.captured += 1
+        clock.baked_in += 1
 
     @classmethod
-    def forget(cls, thing: Box | Cell) -> None:
+    def forget(cls, thing: Box | Stamp) -> None:
         """The thing has changed, and that was said."""
-        thing.captured = None
-        clock.captured -= 1
+        thing.baked_in = None
+        clock.baked_in -= 1
 
     @classmethod
     def forget_all_of(cls, trace: object) -> None:
@@ -88,7 +88,7 @@ class Capture:
         for reference in () if capture is None else capture.things:
             thing = reference()
             # It may have been captured again since, by a trace that does not fail.
-            if thing is not None and thing.captured is capture:
+            if thing is not None and thing.baked_in is capture:
                 cls.forget(thing)
 
     @classmethod
@@ -99,7 +99,7 @@ class Capture:
 
     def warn_of_value(self, box: Box) -> None:
         """Warn that a captured box was written."""
-        Capture.forget(box)
+        BakedIn.forget(box)
         text = refusals.stale_value(box.label(), self.where)
         warnings.warn(text, StaleCaptureWarning, stacklevel=user_stack_level())
 

@@ -13,7 +13,7 @@ from collections.abc import Hashable
 from typing import Any, Self
 
 from statefulnn.core.arrays import as_array, strong
-from statefulnn.core.baked_in import Capture
+from statefulnn.core.baked_in import BakedIn
 from statefulnn.core.compat import EAGER, Tracer, current_trace
 from statefulnn.core.lending import lend
 from statefulnn.core.ownership import ModuleBase, Scope, birth_scope, check_write, real_dict
@@ -24,18 +24,18 @@ from statefulnn.core.stamps import value_changed
 class Box:
     """A mutable cell around one array, with an identity."""
 
-    __slots__ = ("__weakref__", "_home", "_scope", "_value", "captured")
+    __slots__ = ("__weakref__", "_nn_home", "_scope", "_value", "baked_in")
 
     _value: Any
     _scope: Scope | None
-    _home: Any  # a leaf position in the scope, or (weak reference to the module, attribute name)
-    captured: Capture | None  # that traced code took the value as a constant
+    _nn_home: Any  # a leaf position in the scope, or (weak reference to the module, attribute name)
+    baked_in: BakedIn | None  # that traced code took the value as a constant
 
     def __init__(self, value: Value | None) -> None:
         self._value = strong(value)
         self._scope = birth_scope()
-        self._home = None
-        self.captured = None
+        self._nn_home = None
+        self.baked_in = None
 
     @classmethod
     def clone_of(cls, like: Hashable, value: Value, scope: Scope | None, position: int) -> Self:
@@ -43,8 +43,8 @@ class Box:
         box = cls.__new__(cls)
         box._value = value
         box._scope = scope
-        box._home = position
-        box.captured = None
+        box._nn_home = position
+        box.baked_in = None
         box._set_static_part(like)
         return box
 
@@ -84,8 +84,8 @@ class Box:
         # Eager writes of plain arrays to the user's boxes are always kept, and come often: no check.
         if current_trace() is not EAGER or self._scope is not None or isinstance(array, Tracer):
             check_write(self._scope, array, self.label)
-        if self.captured is not None:
-            self.captured.warn_of_value(self)
+        if self.baked_in is not None:
+            self.baked_in.warn_of_value(self)
         self._value = strong(array)
         # Last, so that no cache made meanwhile takes the old value for the new one.
         value_changed()
@@ -95,14 +95,14 @@ class Box:
         # user's box is found through a closure, so its value may become a constant of compiled code.
         if self._scope is not None:
             self._scope.read = True
-        elif self.captured is None and not isinstance(self._value, Tracer):
-            Capture.note(self)
+        elif self.baked_in is None and not isinstance(self._value, Tracer):
+            BakedIn.note(self)
 
     def label(self) -> str:
         """Return the dotted name under which the box was registered, for messages."""
-        kind, home = type(self).__name__, self._home
+        kind, home = type(self).__name__, self._nn_home
         if isinstance(home, int):
-            name = self._scope.name_of(home) if self._scope is not None else None
+            name = self._scope.leaf_name(home) if self._scope is not None else None
         else:
             name = dotted_name(*home) if home else None
         return f"{name!r} ({kind})" if name else f"a {kind}"
@@ -119,7 +119,7 @@ def path_of(module: ModuleBase) -> tuple[str, ...]:
     parts, seen = [], set()
     while id(module) not in seen:
         seen.add(id(module))
-        home = module._home
+        home = module._nn_home
         parent = home[0]() if isinstance(home, tuple) else None
         # A hint is not kept up to date: the parent may be gone, or have another module there by now.
         if parent is None or real_dict(parent)["_modules"].get(home[1]) is not module:

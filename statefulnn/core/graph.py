@@ -25,11 +25,11 @@ from statefulnn.core.compat import EAGER, current_trace
 from statefulnn.core.lending import lend
 from statefulnn.core.moduledef import HOOKS, ModuleDef, NodeDef, rank
 from statefulnn.core.objects import copied
-from statefulnn.core.ownership import ModuleBase, Scope, set_cell, set_home, set_plan, set_shell
+from statefulnn.core.ownership import ModuleBase, Scope, set_home, set_plan, set_shell, set_stamp
 from statefulnn.core.placement import Value
 from statefulnn.core.plan import plan_of
 from statefulnn.core.registry import REGISTRIES, HookDict, Registry
-from statefulnn.core.stamps import Cell
+from statefulnn.core.stamps import Stamp
 from statefulnn.core.static_keys import BoundMethod
 
 M = TypeVar("M", bound=ModuleBase)
@@ -77,7 +77,7 @@ def build_clones(
         set_shell(module, None)
         set_plan(module, None)
         set_home(module, index)
-        set_cell(module, Cell(scope))
+        set_stamp(module, Stamp(scope))
         modules.append(module)
     for module, d in zip(modules, moduledef.nodes, strict=True):
         fill(module, d, modules, numbered)
@@ -99,11 +99,11 @@ def fill(module: ModuleBase, d: NodeDef, modules: Sequence[Any], boxes: Sequence
             return types.MethodType(value.function, modules[value.node])
         return value
 
-    cell = module._cell
+    stamp = module._nn_stamp
     attributes = module.__dict__
     for name, members, held in zip(REGISTRIES, d.members, (boxes, boxes, modules), strict=True):
         items = [(k, None if i is None else held[i]) for k, i in members]
-        attributes[name] = Registry(cell, items)
+        attributes[name] = Registry(stamp, items)
     for name, what, i in d.references:
         attributes[name] = boxes[i] if what == "box" else modules[i]
     for name, value, copy in d.values:
@@ -111,13 +111,13 @@ def fill(module: ModuleBase, d: NodeDef, modules: Sequence[Any], boxes: Sequence
             # A ModuleDef is immutable, so each clone has what can change in place for itself.
             value = copied(value, bound)
             if copy == HOOKS:
-                value = HookDict(cell, value)
+                value = HookDict(stamp, value)
         attributes[name] = value
 
 
-def materialise(module: ModuleBase) -> None:
+def unpack_shell(module: ModuleBase) -> None:
     """Turn a shell into a module."""
-    shell = module._shell
+    shell = module._nn_shell
     if shell is None:
         return
     moduledef, leaves, scope = shell
@@ -190,10 +190,10 @@ def mutable(module: M) -> M:
         True
     """
     require_module(module, "nn.mutable")
-    shell = module._shell
+    shell = module._nn_shell
     # A shell has its leaves at hand; only where gradients are to be stopped must it be looked into.
     if shell is not None and shell[2] is not None and shell[2].stop_gradients:
-        materialise(module)
+        unpack_shell(module)
         shell = None
     moduledef, leaves = split(module) if shell is None else shell[:2]
     return merge(moduledef, list(leaves))

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 from jax.experimental.xla_metadata import set_xla_metadata
 
-from statefulnn.core.baked_in import Capture
+from statefulnn.core.baked_in import BakedIn
 from statefulnn.core.compat import current_trace
 from statefulnn.core.ownership import ModuleBase
 
@@ -19,7 +19,7 @@ class _Active(threading.local):
     """Who listens to calls in this thread."""
 
     # Functions (module, output) -> output, see transforms.capture.
-    captures: tuple[Callable[[Any, Any], Any], ...] = ()
+    listeners: tuple[Callable[[Any, Any], Any], ...] = ()
     muted: bool = False  # a probe is running: no hook fires
 
 
@@ -32,8 +32,8 @@ def listening(*listeners: Callable[[Any, Any], Any], silently: bool = False) -> 
 
     With ``silently=True`` no hook fires inside, and nobody else listens.
     """
-    before = active.captures, active.muted
-    active.captures = listeners if silently else (*active.captures, *listeners)
+    before = active.listeners, active.muted
+    active.listeners = listeners if silently else (*active.listeners, *listeners)
     active.muted = active.muted or silently
     # JAX remembers what inner functions (jit, scan, checkpoint) were traced to. In a context of its own
     # a silent run does not leave them behind without their hooks.
@@ -42,12 +42,12 @@ def listening(*listeners: Callable[[Any, Any], Any], silently: bool = False) -> 
         with context:
             yield
     finally:
-        active.captures, active.muted = before
+        active.listeners, active.muted = before
 
 
 def heard(module: ModuleBase, out: Any) -> Any:
     """Show an output to the listeners; return it, or what they made of it."""
-    for listener in active.captures:
+    for listener in active.listeners:
         out = listener(module, out)
     return out
 
@@ -60,7 +60,7 @@ def run_abstractly(function: Callable[[], Any]) -> None:
             function()
         finally:
             # Nothing will be compiled of this trace, so what it read may change without a warning.
-            Capture.forget_all_of(current_trace())
+            BakedIn.forget_all_of(current_trace())
 
     with listening(silently=True):
         jax.eval_shape(run)

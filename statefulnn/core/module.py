@@ -23,12 +23,12 @@ from jax.typing import DTypeLike
 from statefulnn.core import refusals
 from statefulnn.core import state_dict as _state_dict
 from statefulnn.core.arrays import filled
-from statefulnn.core.baked_in import Capture
+from statefulnn.core.baked_in import BakedIn
 from statefulnn.core.box import Box, path_of, unwrap
 from statefulnn.core.compat import EAGER, current_trace, tracer_in
 from statefulnn.core.construction import DEFAULT_VERSION, current_version
 from statefulnn.core.errors import RegistrationError, TraceLeakError, UninitializedModuleError
-from statefulnn.core.graph import materialise
+from statefulnn.core.graph import unpack_shell
 from statefulnn.core.hooks import RemovableHandle, add_hook, call_with_hooks
 from statefulnn.core.leaks import traced_call
 from statefulnn.core.listeners import active
@@ -40,10 +40,10 @@ from statefulnn.core.ownership import (
     birth_scope,
     check_write,
     real_dict,
-    set_cell,
     set_home,
     set_plan,
     set_shell,
+    set_stamp,
 )
 from statefulnn.core.parameter import Buffer, Parameter
 from statefulnn.core.placement import (
@@ -62,14 +62,14 @@ from statefulnn.core.pytree import (
     unflatten_module,
 )
 from statefulnn.core.registry import (
-    GLOBAL_CELL,
     GLOBAL_HOOKS,
+    GLOBAL_STAMP,
     REGISTRIES,
     BareHooks,
     HookDict,
     Registry,
 )
-from statefulnn.core.stamps import Cell, clock
+from statefulnn.core.stamps import Stamp, clock
 from statefulnn.core.static_keys import KeyMaker, hidden_member, refuse_hidden
 from statefulnn.core.uninitialized import is_lazy
 from statefulnn.core.walk import (
@@ -82,7 +82,7 @@ from statefulnn.core.walk import (
     walk,
 )
 
-_SLOTS = frozenset({"_cell", "_home", "_plan", "_shell"})
+_SLOTS = frozenset({"_nn_stamp", "_nn_home", "_nn_plan", "_nn_shell"})
 _PLATFORMS = ("cpu", "gpu", "cuda", "rocm", "tpu", META)
 _ELSEWHERE = "members that another module had first"  # in the state of a copy
 
@@ -178,13 +178,13 @@ class Module(ModuleBase):
                 else f"{type(self).__name__}.__init__() takes 1 positional argument but "
                 f"{len(args) + 1} were given"
             )
-        cell = Cell(birth_scope())
-        set_cell(self, cell)
+        stamp = Stamp(birth_scope())
+        set_stamp(self, stamp)
         attributes = real_dict(self)
         attributes["training"] = True
-        attributes["_parameters"] = Registry(cell)
-        attributes["_buffers"] = Registry(cell)
-        attributes["_modules"] = Registry(cell)
+        attributes["_parameters"] = Registry(stamp)
+        attributes["_buffers"] = Registry(stamp)
+        attributes["_modules"] = Registry(stamp)
         version = current_version()
         if version != DEFAULT_VERSION:
             attributes["init_version"] = version
@@ -199,14 +199,14 @@ class Module(ModuleBase):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         try:
-            cell = self._cell
-            scope = cell.scope
+            stamp = self._nn_stamp
+            scope = stamp.scope
             if current_trace() is EAGER:
-                if scope is None and not (self._hooked or GLOBAL_CELL.stamp or active.captures):
+                if scope is None and not (self._hooked or GLOBAL_STAMP.number or active.listeners):
                     return self.forward(*args, **kwargs)
                 return call_with_hooks(self, args, kwargs)
-            if scope is None and cell.captured is None:
-                Capture.note(cell)
+            if scope is None and stamp.baked_in is None:
+                BakedIn.note(stamp)
             kept = functools.partial(_traced_attribute, self) if scope is None else None
             with traced_call(self, self._path(), kept):
                 out = call_with_hooks(self, args, kwargs)
@@ -214,14 +214,14 @@ class Module(ModuleBase):
                     _check_kept(self, scope)
             return out
         except Exception as error:
-            if clock.captured:
-                Capture.trace_failed()
+            if clock.baked_in:
+                BakedIn.trace_failed()
             _locate(error, self)
             raise
 
     def _path(self) -> tuple[str, ...]:
         """Return the names that lead to the module from the root of its tree."""
-        home, scope = self._home, self._cell.scope
+        home, scope = self._nn_home, self._nn_stamp.scope
         if not isinstance(home, int):
             return path_of(self)
         path = None if scope is None or scope.moduledef is None else scope.moduledef.paths[home]
@@ -243,10 +243,10 @@ class Module(ModuleBase):
             if name in registry:
                 box = registry[name]
                 return None if box is None else box.value
-        elif self._shell is not None:
-            materialise(self)
+        elif self._nn_shell is not None:
+            unpack_shell(self)
             return getattr(self, name)
-        elif name in REGISTRIES or name in ("training", "_cell"):
+        elif name in REGISTRIES or name in ("training", "_nn_stamp"):
             raise _uninitialized(self, f"read {name!r}")
         message = f"'{type(self).__name__}' object has no attribute '{name}'"
         if name in type(self)._python_cache:
@@ -258,8 +258,8 @@ class Module(ModuleBase):
 
     @property
     def __dict__(self) -> dict[str, Any]:  # pyright: ignore[reportIncompatibleVariableOverride]
-        if self._shell is not None:
-            materialise(self)
+        if self._nn_shell is not None:
+            unpack_shell(self)
         return real_dict(self)
 
     def __setattr__(self, name: str, value: object) -> None:
@@ -283,7 +283,7 @@ class Module(ModuleBase):
                 if name in attributes[registry]:
                     del attributes[registry][name]
             attributes[name] = target
-            self._cell.touch()
+            self._nn_stamp.touch()
             return
         if parameters is None:  # before super().__init__(), where plain attributes are fine
             if name in REGISTRIES or name == "training":
@@ -319,13 +319,13 @@ class Module(ModuleBase):
                 return
         self._check_static_write(name, value)
         object.__setattr__(self, name, value)
-        self._cell.touch(lambda: repr(self._label(name)))
+        self._nn_stamp.touch(lambda: repr(self._label(name)))
 
     def _check_static_write(self, name: str, value: object) -> None:
         if name in type(self)._python_cache:
             return
         _check_static_value(self, name, value)
-        scope = self._cell.scope
+        scope = self._nn_stamp.scope
         if scope is not None or current_trace() is not EAGER:
             check_write(scope, None, lambda: f"the attribute {self._label(name)!r}")
 
@@ -356,7 +356,9 @@ class Module(ModuleBase):
             self._remember_persistence(name, value.persistent)
         if isinstance(value, Box):
             self._adopt(value, name)
-        elif value._home is None or (isinstance(value._home, tuple) and value._home[0]() is None):
+        elif value._nn_home is None or (
+            isinstance(value._nn_home, tuple) and value._nn_home[0]() is None
+        ):
             set_home(value, (weakref.ref(self), name))
         attributes[registry][name] = value
 
@@ -391,13 +393,13 @@ class Module(ModuleBase):
             raise KeyError(f"attribute '{name}' already exists")
 
     def _adopt(self, box: Box, name: str) -> None:
-        if box._home is None or (isinstance(box._home, tuple) and box._home[0]() is None):
-            box._home = (weakref.ref(self), name)
+        if box._nn_home is None or (isinstance(box._nn_home, tuple) and box._nn_home[0]() is None):
+            box._nn_home = (weakref.ref(self), name)
         scope = box._scope
         if scope is not None and scope.birth:
             # Built in a trace and given to a module: from here on it is the module's.
-            check_write(self._cell.scope, box._value, lambda: repr(self._label(name)))
-            box._scope = self._cell.scope
+            check_write(self._nn_stamp.scope, box._value, lambda: repr(self._label(name)))
+            box._scope = self._nn_stamp.scope
 
     def _set_member(self, registry: str, name: str, value: Box | Module | None) -> None:
         members = real_dict(self)[registry]
@@ -429,7 +431,7 @@ class Module(ModuleBase):
         if name in attributes:
             self._check_static_write(name, None)
         object.__delattr__(self, name)
-        self._cell.touch()
+        self._nn_stamp.touch()
 
     def __dir__(self) -> list[str]:
         names = {*object.__dir__(self)}
@@ -509,7 +511,7 @@ class Module(ModuleBase):
         changed = hidden - {name} if persistent else hidden | {name}
         if changed != hidden:
             real_dict(self)["_non_persistent_buffers_set"] = changed
-            self._cell.touch()
+            self._nn_stamp.touch()
 
     def add_module(self, name: str, module: Module | None) -> None:
         """Add a child module under a name; None reserves the name.
@@ -930,7 +932,7 @@ class Module(ModuleBase):
         if name not in attributes:
             if "_parameters" not in attributes:
                 raise _uninitialized(self, "registered a hook")
-            attributes[name] = HookDict(self._cell)
+            attributes[name] = HookDict(self._nn_stamp)
         return attributes[name]
 
     def _add_call_hook(self, name: str, hook: tuple, prepend: bool) -> RemovableHandle:
@@ -1041,14 +1043,14 @@ class Module(ModuleBase):
             for registry in REGISTRIES
             for name, member in state[registry].items()
             if isinstance(member, (Box, Module))
-            and isinstance(member._home, tuple)
-            and member._home[0]() not in (None, self)
+            and isinstance(member._nn_home, tuple)
+            and member._nn_home[0]() not in (None, self)
         ]
         return {**state, _ELSEWHERE: elsewhere} if elsewhere else state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        cell = Cell(birth_scope())
-        set_cell(self, cell)
+        stamp = Stamp(birth_scope())
+        set_stamp(self, stamp)
         attributes = real_dict(self)
         attributes.clear()
         elsewhere = state.get(_ELSEWHERE, ())
@@ -1056,19 +1058,19 @@ class Module(ModuleBase):
             if name == _ELSEWHERE:
                 continue
             if name in REGISTRIES:
-                value = Registry(cell, value)
+                value = Registry(stamp, value)
             elif isinstance(value, BareHooks):
-                value = HookDict(cell, value)
+                value = HookDict(stamp, value)
             attributes[name] = value
         for registry in REGISTRIES:
             for key, member in attributes.get(registry, {}).items():
-                if member is None or ((registry, key) in elsewhere and member._home is not None):
+                if member is None or ((registry, key) in elsewhere and member._nn_home is not None):
                     continue
                 place = (weakref.ref(self), key)
                 set_home(member, place) if isinstance(member, Module) else setattr(
-                    member, "_home", place
+                    member, "_nn_home", place
                 )
-        cell.touch()
+        stamp.touch()
 
     def compile(self, **kwargs: Any) -> Any:
         """Return this module as a compiled function: the same as ``nn.jit(module)``."""
@@ -1141,15 +1143,15 @@ def _array_over_parameter(module: Module, name: str, value: object) -> Registrat
 
 def _check_kept(module: Module, scope: Scope) -> None:
     """Raise if forward changed something in place in an attribute of a clone that nobody collects."""
-    if scope.writable or scope.moduledef is None or not isinstance(module._home, int):
+    if scope.writable or scope.moduledef is None or not isinstance(module._nn_home, int):
         return
-    d = scope.moduledef.nodes[module._home]
+    d = scope.moduledef.nodes[module._nn_home]
     if type(module) is not d.cls:
         return
     keys = dict(d.statics)
     for name, _, copy in d.values:
         if copy == COPIED and name in module.__dict__:
-            keys_of = KeyMaker(lambda name=name: repr(module._label(name)), lambda m: m._home)
+            keys_of = KeyMaker(lambda name=name: repr(module._label(name)), lambda m: m._nn_home)
             if keys_of.of(module.__dict__[name]) != keys[name]:
                 raise refusals.change_in_place_would_be_lost(module._label(name), scope.lost)
 

@@ -215,8 +215,8 @@ class _Naming:
                 todo += [("child", *child) for child in _below(d.members[2], prefix, path)]
                 # On top, so first: what a module refers to itself, before what its children do.
                 for name, what, referred in reversed(d.references):
-                    name_of = prefix + name if what == "box" else f"{prefix}{name}."
-                    todo.append((what, referred, name_of, (*path, name)))
+                    label = prefix + name if what == "box" else f"{prefix}{name}."
+                    todo.append((what, referred, label, (*path, name)))
 
 
 def _below(children: tuple, prefix: str, path: tuple) -> list[tuple[int, str, tuple]]:

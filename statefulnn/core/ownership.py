@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from statefulnn.core import compat, refusals
 from statefulnn.core.compat import EAGER, Tracer, current_trace
 from statefulnn.core.refusals import Reason, Subject
-from statefulnn.core.stamps import Cell
+from statefulnn.core.stamps import Stamp
 
 if TYPE_CHECKING:
     from statefulnn.core.moduledef import ModuleDef
@@ -59,7 +59,7 @@ class Scope:
         """The trace the scope was opened in, or None once it has ended."""
         return self._trace()
 
-    def name_of(self, position: int) -> str | None:
+    def leaf_name(self, position: int) -> str | None:
         """Return the dotted name of the box at a leaf position."""
         return None if self.moduledef is None else self.moduledef.leaf_names[position]
 
@@ -67,19 +67,19 @@ class Scope:
 class ModuleBase:
     """The slots of a Module, apart from its attributes; `core.module.Module` is the class to use."""
 
-    __slots__ = ("__dict__", "__weakref__", "_cell", "_home", "_plan", "_shell")
+    __slots__ = ("__dict__", "__weakref__", "_nn_stamp", "_nn_home", "_nn_plan", "_nn_shell")
 
-    _cell: Cell
-    _home: Any  # a node number, or (weak reference to the parent, name); for messages only
-    _plan: Any
-    _shell: Any
+    _nn_stamp: Stamp
+    _nn_home: Any  # a node number, or (weak reference to the parent, name); for messages only
+    _nn_plan: Any
+    _nn_shell: Any
 
 
 # Module intercepts assignment, so the slots are written through their descriptors.
-set_cell = ModuleBase.__dict__["_cell"].__set__
-set_home = ModuleBase.__dict__["_home"].__set__
-set_plan = ModuleBase.__dict__["_plan"].__set__
-set_shell = ModuleBase.__dict__["_shell"].__set__
+set_stamp = ModuleBase.__dict__["_nn_stamp"].__set__
+set_home = ModuleBase.__dict__["_nn_home"].__set__
+set_plan = ModuleBase.__dict__["_nn_plan"].__set__
+set_shell = ModuleBase.__dict__["_nn_shell"].__set__
 # `module.__dict__` builds what is still a shell; this does not.
 real_dict = ModuleBase.__dict__["__dict__"].__get__
 

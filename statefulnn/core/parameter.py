@@ -138,13 +138,13 @@ class Buffer(ArrayBox):
     def persistent(self, flag: bool) -> None:
         if self._scope is not None or current_trace() is not EAGER:
             check_write(self._scope, None, lambda: f"persistent of {self.label()}")
-            if isinstance(self._home, int):
+            if isinstance(self._nn_home, int):
                 raise refusals.persistence_of_a_clone(self.label())
         self._persistent = bool(flag)
         # The module keeps the names of such buffers; the box may have left it since.
-        module = self._home[0]() if isinstance(self._home, tuple) else None
-        if module is not None and real_dict(module)["_buffers"].get(self._home[1]) is self:
-            module._remember_persistence(self._home[1], self._persistent)
+        module = self._nn_home[0]() if isinstance(self._nn_home, tuple) else None
+        if module is not None and real_dict(module)["_buffers"].get(self._nn_home[1]) is self:
+            module._remember_persistence(self._nn_home[1], self._persistent)
 
     def __deepcopy__(self, memo: dict) -> Buffer:
         with elsewhere():

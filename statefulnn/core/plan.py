@@ -30,8 +30,8 @@ from statefulnn.core.objects import Identity, copied
 from statefulnn.core.ownership import ModuleBase, set_plan
 from statefulnn.core.parameter import Parameter
 from statefulnn.core.placement import gathered, placements_of
-from statefulnn.core.registry import GLOBAL_CELL, GLOBAL_HOOKS, HookDict
-from statefulnn.core.stamps import Cell, clock
+from statefulnn.core.registry import GLOBAL_HOOKS, GLOBAL_STAMP, HookDict
+from statefulnn.core.stamps import Stamp, clock
 from statefulnn.core.static_keys import BoundMethod, HookKeyMaker, KeyMaker
 from statefulnn.core.uninitialized import is_lazy
 from statefulnn.core.watch import Watch
@@ -57,7 +57,7 @@ class Plan:
         moduledef: the static half of the roots.
         fresh: whether no other live plan had this ModuleDef.
         boxes: in leaf order.
-        cells, stamps: of the modules.
+        stamps, numbers: of the modules.
         watch: what can change in place: in static attributes, in the classes of the modules.
         flags: `requires_grad` of the parameters.
         cached_leaves: the arrays in leaf order, None if one may have changed.
@@ -70,8 +70,8 @@ class Plan:
     moduledef: ModuleDef
     fresh: bool
     boxes: list[Box]
-    cells: list[Cell]
-    stamps: list[int]
+    stamps: list[Stamp]
+    numbers: list[int]
     watch: Watch
     parameters: list[Parameter] = dataclasses.field(init=False)
     generators: list[Generator] = dataclasses.field(init=False)
@@ -92,7 +92,7 @@ class Plan:
         """Say whether nothing structural or static has changed since the plan was made."""
         if self.checked_at != clock.structure:
             now = clock.structure
-            if [c.stamp for c in self.cells] != self.stamps:
+            if [s.number for s in self.stamps] != self.numbers:
                 return False
             if [p._requires_grad for p in self.parameters] != self.flags:
                 return False
@@ -152,14 +152,14 @@ class _Builder:
             ("box", self._box(r, id(r))) if isinstance(r, Box) else ("node", self._node(r))
             for r in roots
         )
-        cells, stamps = [], []
+        stamps, numbers = [], []
         for module in self._modules:  # the list grows while it is walked
-            cells.append(module._cell)
-            stamps.append(module._cell.stamp)  # first: a change meanwhile is seen next time
+            stamps.append(module._nn_stamp)
+            numbers.append(module._nn_stamp.number)  # first: a change meanwhile is seen next time
             self._nodes.append(NodeDef(type(module)))
             self._attributes.append(self._walk(module, self._nodes[-1], len(self._nodes) - 1))
-        cells.append(GLOBAL_CELL)
-        stamps.append(GLOBAL_CELL.stamp)
+        stamps.append(GLOBAL_STAMP)
+        numbers.append(GLOBAL_STAMP.number)
 
         for _ in range(4):
             statics = _Statics(self._node_ids)
@@ -179,7 +179,7 @@ class _Builder:
                 moduledef = ModuleDef(tuple(self._nodes), numbered, boxes, order, key)
                 _interned[key] = moduledef
         in_order = [self._boxes[number] for number in by_rank]
-        return Plan(moduledef, fresh, in_order, cells, stamps, statics.watch)
+        return Plan(moduledef, fresh, in_order, stamps, numbers, statics.watch)
 
     def _node(self, module: ModuleBase, where: Hashable = None) -> int:
         return _numbered(self._node_ids, id(module), self._modules, module)
@@ -238,7 +238,7 @@ class _Statics:
             cls = type(module)
             if cls not in self._classes:
                 self._classes[cls] = class_key(cls, self.watch)
-            self._fill(d, own, module._cell.scope is not None)
+            self._fill(d, own, module._nn_stamp.scope is not None)
             d.statics = (*d.statics, (f"class {cls.__name__}", self._classes[cls]))
         return hooks.statics
 
@@ -304,7 +304,7 @@ def build_plan(roots: Sequence[ModuleBase | Box], untie: bool = False) -> Plan:
 
 def plan_of(module: ModuleBase) -> Plan:
     """Return the plan of a module, walking it only if something has changed."""
-    plan = module._plan
+    plan = module._nn_plan
     if plan is None or not plan.valid():
         stale, plan = plan, build_plan((module,))
         if stale is not None:

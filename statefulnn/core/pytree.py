@@ -81,7 +81,7 @@ def flatten_module(module: ModuleBase) -> tuple[Any, ModuleDef | Token]:
     if found is not None:
         return _collect(module, found)
     # Nobody has looked at a shell, so it is as it was built: most modules between two calls are.
-    shell = module._shell
+    shell = module._nn_shell
     if shell is not None:
         return shell[1], shell[0]
     plan = plan_of(module)
@@ -165,7 +165,7 @@ def unflatten_box(aux: Any, children: Sequence[Any]) -> Any:
     scope = None if current_trace() is EAGER else Scope(False, refusals.LOST_IN_RAW_TRANSFORM)
     box = cls.clone_of(static, children[0], scope, 0)
     if scope is None:
-        box._home = None
+        box._nn_home = None
         lend(children[0])  # the box that it comes from may hold the same array
     return box
 

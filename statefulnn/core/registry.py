@@ -11,7 +11,7 @@ from statefulnn.core.box import Box
 from statefulnn.core.compat import EAGER, current_trace
 from statefulnn.core.ownership import ModuleBase, check_write
 from statefulnn.core.refusals import Subject
-from statefulnn.core.stamps import Cell
+from statefulnn.core.stamps import Stamp
 
 REGISTRIES = ("_parameters", "_buffers", "_modules")
 
@@ -25,14 +25,14 @@ class Registry(dict):
     Each method of a dict that changes it is here: those of `dict` itself would call none of ours.
     """
 
-    __slots__ = ("__weakref__", "cell")
+    __slots__ = ("__weakref__", "stamp")
 
-    # Copies and pickles hold these; `Module.__setstate__` makes registries of them, with the new cell.
+    # Copies and pickles hold these; `Module.__setstate__` makes registries of them, with the new stamp.
     _bare: type[dict] = dict
 
-    def __init__(self, cell: Cell, items: Iterable[tuple] | Mapping = ()) -> None:
+    def __init__(self, stamp: Stamp, items: Iterable[tuple] | Mapping = ()) -> None:
         super().__init__(items)
-        self.cell = cell
+        self.stamp = stamp
 
     def _check_member(self, name: Hashable, member: object) -> None:
         # Module checks what it registers; this is for code that writes here by hand, as torch's does.
@@ -47,14 +47,14 @@ class Registry(dict):
             subject: what is changed, for the message.
             value: the array that is put in, if one is.
         """
-        scope = self.cell.scope
+        scope = self.stamp.scope
         if scope is not None or current_trace() is not EAGER:
             check_write(scope, value, subject)
         try:
             return change()
         finally:
             # Also if it raised half-way: a stamp too many costs a walk, one too few a wrong result.
-            self.cell.touch()
+            self.stamp.touch()
 
     def __setitem__(self, name: Hashable, member: object) -> None:
         self._check_member(name, member)
@@ -131,8 +131,8 @@ class HookDict(Registry):
 
 
 # Hooks that fire for every module. They are part of each ModuleDef: compiled code contains them.
-GLOBAL_CELL = Cell()
+GLOBAL_STAMP = Stamp()
 GLOBAL_HOOKS: dict[str, HookDict] = {
-    name: HookDict(GLOBAL_CELL)
+    name: HookDict(GLOBAL_STAMP)
     for name in ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 }

@@ -2,7 +2,7 @@
 
 Terms
   clock       the two counters that stamps are taken from: structural changes, changes of values.
-  Cell        the stamp of one module. Caches compare stamps instead of walking the modules.
+  Stamp       the stamp of one module. Caches compare stamps instead of walking the modules.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from statefulnn.core.refusals import Subject
 
 if TYPE_CHECKING:
-    from statefulnn.core.baked_in import Capture
+    from statefulnn.core.baked_in import BakedIn
     from statefulnn.core.ownership import Scope
 
 # Counters and not `n += 1`: `next` is one step for threads, so no two changes get one stamp.
@@ -29,16 +29,16 @@ class Clock:
         values: the stamp of the last change of a value.
         gathered: weak references to the plans whose list of leaves is cached; the next change of a
             value drops the lists.
-        captured: how many boxes were taken as constants by traced code and not written since.
+        baked_in: how many boxes were taken as constants by traced code and not written since.
     """
 
-    __slots__ = ("captured", "gathered", "structure", "values")
+    __slots__ = ("baked_in", "gathered", "structure", "values")
 
     def __init__(self) -> None:
         self.structure = 0
         self.values = 0
         self.gathered: list[Any] = []
-        self.captured = 0
+        self.baked_in = 0
 
 
 clock = Clock()
@@ -56,19 +56,19 @@ def value_changed() -> None:
                 plan.cached_leaves = None
 
 
-class Cell:
+class Stamp:
     """The stamp of one module, and the scope that owns the module (None: the user)."""
 
-    __slots__ = ("__weakref__", "captured", "scope", "stamp")
+    __slots__ = ("__weakref__", "baked_in", "scope", "number")
 
     def __init__(self, scope: Scope | None = None) -> None:
-        self.stamp = 0
+        self.number = 0
         self.scope = scope
-        self.captured: Capture | None = None
+        self.baked_in: BakedIn | None = None
 
     def touch(self, subject: Subject = "a module") -> None:
         """Record a change that has just been made to the structure or to a static attribute."""
         # After the change: a plan that is made meanwhile has the old stamp, and is made again.
-        self.stamp = clock.structure = tick()
-        if self.captured is not None:
-            self.captured.warn_of_structure(subject)
+        self.number = clock.structure = tick()
+        if self.baked_in is not None:
+            self.baked_in.warn_of_structure(subject)

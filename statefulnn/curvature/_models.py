@@ -89,14 +89,14 @@ def check_parameters(params: Any, function: str) -> None:
             what = f"of type {type(leaf).__name__}" if dtype is None else f"of dtype {dtype}"
             raise DtypeError(
                 explain(
-                    f"{function} was given the parameter {name_of(path)!r} {what}",
+                    f"{function} was given the parameter {path_name(path)!r} {what}",
                     "derivatives are taken with respect to real floating arrays",
                     "leave it out of params (state stays in the module), or cast it",
                 )
             )
 
 
-def name_of(path: Any) -> str:
+def path_name(path: Any) -> str:
     """Return a leaf's path as users write it: for a dict of names, the name."""
     return ".".join(str(getattr(k, "key", getattr(k, "idx", getattr(k, "name", k)))) for k in path)
 
@@ -115,7 +115,7 @@ def number_of_examples(arrays: Any, function: str) -> int:
         if not shape:
             raise ShapeError(
                 explain(
-                    f"{function} was given a number (argument {name_of(path)}) as data",
+                    f"{function} was given a number (argument {path_name(path)}) as data",
                     "the first axis of data counts the examples",
                     "pass arrays (N, ...)",
                 )

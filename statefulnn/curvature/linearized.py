@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from statefulnn.core.errors import ShapeError, explain
-from statefulnn.curvature._models import Model, name_of, pure
+from statefulnn.curvature._models import Model, path_name, pure
 
 
 def linearize_model(model: Model) -> tuple[Callable, Any]:
@@ -116,9 +116,9 @@ def _with_derivative(terms_of: Callable, step: Any) -> Callable:
 
 
 def _check_same(params: Any, center: Any, function: str) -> None:
-    have = {name_of(k): v.shape for k, v in jax.tree_util.tree_leaves_with_path(center)}
+    have = {path_name(k): v.shape for k, v in jax.tree_util.tree_leaves_with_path(center)}
     given = {
-        name_of(k): getattr(v, "shape", None)
+        path_name(k): getattr(v, "shape", None)
         for k, v in jax.tree_util.tree_leaves_with_path(params)
     }
     if have == given and jax.tree.structure(params) == jax.tree.structure(center):

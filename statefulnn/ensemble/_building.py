@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from statefulnn.core.arrays import from_numpy
-from statefulnn.core.baked_in import Capture
+from statefulnn.core.baked_in import BakedIn
 from statefulnn.core.compat import EAGER, Tracer, current_trace, trace_of, varies
 from statefulnn.core.errors import DtypeError, ShapeError, UninitializedParameterError, explain
 from statefulnn.core.generator import as_key, drawing_generator, rng_scope
@@ -77,7 +77,7 @@ def build(make_member: Callable[[], Any], n: int, key: Any) -> tuple[ModuleDef, 
         same = [_equal(leaves[j], once_more[j]) for j in fixed]
         found.update(moduledef=moduledef, fixed=fixed)
         if eager:
-            Capture.trace_failed()  # the code runs once: nothing it has read can become stale in it
+            BakedIn.trace_failed()  # the code runs once: nothing it has read can become stale in it
         return leaves, jnp.stack(same) if same else jnp.ones(0, bool)
 
     numbers = np.arange(n, dtype=np.uint32)
@@ -249,7 +249,7 @@ def owned(module: Module) -> Module:
                     set_home(child, (reference, name))
             for name, box in (*owner._parameters.items(), *owner._buffers.items()):
                 if box is not None:
-                    box._home = (reference, name)
+                    box._nn_home = (reference, name)
     return module
 
 

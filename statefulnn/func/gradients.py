@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from statefulnn.core.errors import ShapeError, explain
-from statefulnn.transforms.differentiate import name_of
+from statefulnn.transforms.differentiate import function_name
 from statefulnn.transforms.grad import grad as grad_of
 from statefulnn.transforms.grad import value_and_grad
 from statefulnn.transforms.vmap import vmap
@@ -99,7 +99,7 @@ def per_sample_grad(
             if all(axis is None for axis in axes):
                 raise ShapeError(
                     explain(
-                        f"called per_sample_grad({name_of(loss)}) with {len(args)} arguments, which "
+                        f"called per_sample_grad({function_name(loss)}) with {len(args)} arguments, which "
                         "are all differentiated",
                         "none of them holds a batch of examples",
                         "pass the data after the model: per_sample_grad(loss)(model, xs, ys)",

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
 from statefulnn.core.errors import ShapeError, explain
-from statefulnn.transforms.differentiate import Differentiation, name_of
+from statefulnn.transforms.differentiate import Differentiation, function_name
 
 
 def _all(primals: tuple) -> tuple[int, ...]:
@@ -78,7 +78,7 @@ def jvp(func: Callable, primals: tuple, tangents: tuple, *, has_aux: bool = Fals
         if not isinstance(value, (tuple, list)):
             raise TypeError(
                 explain(
-                    f"called jvp({name_of(func)}) with {name} of type {type(value).__name__}",
+                    f"called jvp({function_name(func)}) with {name} of type {type(value).__name__}",
                     "there is one entry for each argument of the function",
                     f"pass a tuple, ({name[:-1]},) for one argument",
                 )
@@ -237,7 +237,7 @@ def _real(out: Any, func: Callable) -> None:
         if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
             raise TypeError(
                 explain(
-                    f"{name_of(func)} returned an output of dtype {jnp.result_type(leaf)}",
+                    f"{function_name(func)} returned an output of dtype {jnp.result_type(leaf)}",
                     "a Jacobian is that of real numbers",
                     "return real arrays; has_aux=True passes anything else through",
                 )

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from statefulnn.core.errors import ShapeError, explain
-from statefulnn.transforms.differentiate import Differentiation, name_of, real_scalar
+from statefulnn.transforms.differentiate import Differentiation, function_name, real_scalar
 
 LIKELIHOODS = ("categorical", "bernoulli", "gaussian", "poisson", "empirical")
 
@@ -122,7 +122,7 @@ def fisher_vp(func: Callable, primals: tuple, vector: Any, likelihood: str = "ca
         if jnp.ndim(out) != rank:
             raise ShapeError(
                 explain(
-                    f"{name_of(func)} returned shape {jnp.shape(out)} to "
+                    f"{function_name(func)} returned shape {jnp.shape(out)} to "
                     f"fisher_vp(likelihood={likelihood!r})",
                     "the matrix is an average over examples, which are the first axis",
                     "return the log-likelihood of each example, (N,)"
@@ -150,7 +150,7 @@ def _differentiated(
         raise TypeError(
             explain(
                 f"called with primals of type {type(primals).__name__}",
-                f"they are the arguments of {name_of(func)}, the first one is differentiated",
+                f"they are the arguments of {function_name(func)}, the first one is differentiated",
                 "pass a tuple: (params, x, y), or (params,)",
             )
         )

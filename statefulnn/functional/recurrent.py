@@ -456,7 +456,7 @@ def _pair(name: str, hx: Any) -> Any:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _cell(
+def _nn_stamp(
     mode: str, x: Any, h: Any, c: Any, w_ih: Any, w_hh: Any, b_ih: Any, b_hh: Any
 ) -> tuple[Any, Any]:
     kind = KINDS[mode]
@@ -534,5 +534,5 @@ def recurrent_cell(
         shape = (*x.shape[:-1], w_hh.shape[1])
         state = _checked_state(name, mode, x, hx, shape, shape)
         h, c = state if mode == "LSTM" else (state, None)
-    h, c = _cell(mode, x, h, c, w_ih, w_hh, b_ih, b_hh)
+    h, c = _nn_stamp(mode, x, h, c, w_ih, w_hh, b_ih, b_hh)
     return (h, c) if mode == "LSTM" else h

@@ -98,10 +98,10 @@ class _FlatMethod:
         self.task, self.count, self.rng, self.mutable = task, count, rng, mutable
         self._names = plan_of(module).moduledef.leaf_names
         self._in_force = Generator(0)
-        self._plan = build_plan([module, self._in_force]) if rng else plan_of(module)
+        self._nn_plan = build_plan([module, self._in_force]) if rng else plan_of(module)
         self.dynamic, treedef, _ = flatten_collecting(((module, *task.args), task.kwargs))
-        self._signature = Signature(self._plan.moduledef, treedef, rng)
-        leaves = self._plan.leaves()
+        self._signature = Signature(self._nn_plan.moduledef, treedef, rng)
+        leaves = self._nn_plan.leaves()
         self._constants = [jnp.asarray(v) for v in leaves[count:]]  # states of generators
         key = [jax.ShapeDtypeStruct((2,), jnp.uint32)] if rng else []
         self.before = [*(jax.ShapeDtypeStruct(v.shape, v.dtype) for v in leaves[:count]), *key]
@@ -116,7 +116,7 @@ class _FlatMethod:
         out, written = self._signature.run(self._function, leaves, rest)
         _check_output(self.task, out, written)
         names = [self._names[i] if i < self.count else "" for i in written.indices]
-        kinds = [self._plan.moduledef.kind_of(i) for i in written.indices]
+        kinds = [self._nn_plan.moduledef.kind_of(i) for i in written.indices]
         _check_written(self.task, names, kinds, self.rng, self.mutable)
         out_leaves, self.out = jax.tree_util.tree_flatten(out)
         state = [v for v, kind in zip(written.values, kinds, strict=True) if kind != "generator"]
@@ -137,7 +137,7 @@ class _FlatMethod:
         # The module's own follow the key as in functional_call.
         number = self.count
         for i in range(self.count, len(leaves)):
-            if self._plan.boxes[i] is self._in_force:
+            if self._nn_plan.boxes[i] is self._in_force:
                 leaves[i] = Generator(key).state
             else:
                 leaves[i] = Generator(jax.random.fold_in(key, number)).state

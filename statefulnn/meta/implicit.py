@@ -16,7 +16,7 @@ import numpy as np
 
 from statefulnn.core.errors import ConvergenceError, TraceLeakError, explain
 from statefulnn.meta._report import report_unless
-from statefulnn.transforms.differentiate import name_of
+from statefulnn.transforms.differentiate import function_name
 
 
 def implicit_gradient(
@@ -98,7 +98,7 @@ def implicit_gradient(
         except jax.errors.UnexpectedTracerError as error:
             raise TraceLeakError(
                 explain(
-                    f"differentiated {name_of(solver)} by a value that it, or its condition, takes "
+                    f"differentiated {function_name(solver)} by a value that it, or its condition, takes "
                     "from a closure",
                     "the derivative of the solution is that by its arguments",
                     "pass the value: fit(init, value), and solver(init, value), objective(x, value)",

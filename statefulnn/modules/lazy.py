@@ -55,7 +55,7 @@ class LazyModuleMixin:
         return any(is_lazy(box) for box in boxes)
 
     def _infer_parameters(self: Any, args: tuple, kwargs: dict[str, Any]) -> None:
-        if current_trace() is not EAGER and self._cell.scope is None:
+        if current_trace() is not EAGER and self._nn_stamp.scope is None:
             raise UninitializedParameterError(
                 explain(
                     f"called {type(self).__name__} for the first time inside a JAX transformation",
@@ -75,7 +75,7 @@ class LazyModuleMixin:
             )
         if self.cls_to_become is not None:
             object.__setattr__(self, "__class__", self.cls_to_become)
-            self._cell.touch()
+            self._nn_stamp.touch()
 
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
         becomes = self.cls_to_become

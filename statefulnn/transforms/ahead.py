@@ -87,7 +87,7 @@ class Compiled:
         if version is not lowered._version:
             changes = _changes(lowered._version, version)
             if changes:
-                raise refusals.other_arguments(_name_of(function), changes)
+                raise refusals.other_arguments(_function_name(function), changes)
         if current_trace() is not EAGER:
             known.plan.note_read()
         leaves = known.plan.leaves()
@@ -98,7 +98,7 @@ class Compiled:
             # JAX knows the arrays by their place in flat lists; what it found is said again by name.
             changes = self._other_arrays(given, [*leaves, *dynamic], lowered._names)
             if changes:
-                raise refusals.other_arguments(_name_of(function), changes) from None
+                raise refusals.other_arguments(_function_name(function), changes) from None
             raise
         # JAX keeps the dict in which a result comes for the next one: it is not to be emptied.
         return (
@@ -160,5 +160,5 @@ def _changes(before: Version, after: Version) -> list[str]:
     return changes
 
 
-def _name_of(function: Dispatch) -> str:
+def _function_name(function: Dispatch) -> str:
     return getattr(function.function, "__name__", "a function")

@@ -146,7 +146,7 @@ class _Recorder:
     def __call__(self, called: Module, out: PyTree) -> PyTree:
         name = self._names.get(id(called))
         if name is None:
-            if called._cell.scope is not None and id(called) not in self._modules:
+            if called._nn_stamp.scope is not None and id(called) not in self._modules:
                 self._elsewhere.add(plan_of(called).moduledef)
             return out
         if self._expected is not None:

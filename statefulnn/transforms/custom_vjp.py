@@ -25,7 +25,7 @@ from statefulnn.core.moduledef import ModuleDef
 from statefulnn.core.ownership import Scope
 from statefulnn.core.plan import build_plan
 from statefulnn.core.pytree import flatten_collecting, unflatten_with
-from statefulnn.transforms.differentiate import name_of
+from statefulnn.transforms.differentiate import function_name
 from statefulnn.transforms.lift import Mark, SplitCall, Writes, spread, template, unbound
 
 
@@ -224,7 +224,7 @@ class _Rule:
         error = DtypeError if jnp.shape(value) == shape else ShapeError
         raise error(
             explain(
-                f"{name_of(self._bwd)} returned a cotangent {got}{list(jnp.shape(value))} for {what}",
+                f"{function_name(self._bwd)} returned a cotangent {got}{list(jnp.shape(value))} for {what}",
                 f"a cotangent is as what it belongs to, here {dtype}{list(shape)}",
                 "return an array like the argument, or None for zeros",
             )
@@ -248,7 +248,7 @@ def _readable(treedef: Any, moduledef: ModuleDef, arrays: list[Any], leaves: lis
 def _no_rule(fun: Callable) -> AttributeError:
     return AttributeError(
         explain(
-            f"called {name_of(fun)}, an nn.custom_vjp without a rule",
+            f"called {function_name(fun)}, an nn.custom_vjp without a rule",
             "its backward pass is not known",
             "call f.defvjp(fwd, bwd) first",
         )
@@ -258,7 +258,7 @@ def _no_rule(fun: Callable) -> AttributeError:
 def _keyword_only(fun: Callable, kwargs: Mapping[str, Any]) -> TypeError:
     return TypeError(
         explain(
-            f"called {name_of(fun)}, an nn.custom_vjp, with keyword-only arguments {sorted(kwargs)}",
+            f"called {function_name(fun)}, an nn.custom_vjp, with keyword-only arguments {sorted(kwargs)}",
             "fwd and bwd know arguments by position",
             "give the function ordinary parameters, without * and **",
         )
@@ -268,7 +268,8 @@ def _keyword_only(fun: Callable, kwargs: Mapping[str, Any]) -> TypeError:
 def _traced(fun: Callable, numbers: Sequence[int]) -> TypeError:
     return TypeError(
         explain(
-            f"called {name_of(fun)} with a module or a traced array among its nondiff_argnums {numbers}",
+            f"called {function_name(fun)} with a module or a traced array among its nondiff_argnums "
+            f"{numbers}",
             "these are for what is no array: functions, numbers, settings",
             "make it an ordinary argument, for which bwd returns None",
         )
@@ -278,7 +279,7 @@ def _traced(fun: Callable, numbers: Sequence[int]) -> TypeError:
 def _no_pair(fwd: Callable, result: object) -> TypeError:
     return TypeError(
         explain(
-            f"{name_of(fwd)} returned {type(result).__name__} as the forward pass of an nn.custom_vjp",
+            f"{function_name(fwd)} returned {type(result).__name__} as the forward pass of an nn.custom_vjp",
             "the output and the residuals are needed",
             "return a pair: return out, residuals",
         )
@@ -288,7 +289,7 @@ def _no_pair(fwd: Callable, result: object) -> TypeError:
 def _returned_module(fun: Callable) -> TypeError:
     return TypeError(
         explain(
-            f"{name_of(fun)}, an nn.custom_vjp, returned a module, or a box of one",
+            f"{function_name(fun)}, an nn.custom_vjp, returned a module, or a box of one",
             "a cotangent is that of arrays",
             "return arrays (p.value); what is written to a module in the arguments is written back",
         )
@@ -309,7 +310,7 @@ def _wrong_entries(bwd: Callable, wanted: str, given: object) -> TypeError:
     count = f" of length {len(given)}" if isinstance(given, (tuple, list)) else ""
     return TypeError(
         explain(
-            f"{name_of(bwd)} returned {type(given).__name__}{count}, and not {wanted}",
+            f"{function_name(bwd)} returned {type(given).__name__}{count}, and not {wanted}",
             "there is one entry for each argument that is not in nondiff_argnums",
             "return a tuple: a cotangent for an array, a dict of name -> array for a module, None for zeros",
         )
@@ -320,7 +321,7 @@ def _unknown_names(bwd: Callable, entry: object, names: list[str]) -> UnknownNam
     got = sorted(entry) if isinstance(entry, Mapping) else type(entry).__name__
     return UnknownNameError(
         explain(
-            f"{name_of(bwd)} returned {got} for a module",
+            f"{function_name(bwd)} returned {got} for a module",
             f"its trainable parameters are {names}",
             "return a dict of some of them; those that are missing get zeros",
         )

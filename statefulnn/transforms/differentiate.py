@@ -83,7 +83,7 @@ class Differentiation:
         self._in_arrays = sorted({p for t in self._targets for p in t.array_positions})
         if not self._in_modules and not self._in_arrays:
             kind = type(args[numbers[0]]).__name__
-            raise refusals.nothing_to_differentiate(name_of(fun), kind)
+            raise refusals.nothing_to_differentiate(function_name(fun), kind)
         self._argument = args[numbers[0]]
         self._leaves = self.call.leaves
         self._scope: Scope | None = None
@@ -124,7 +124,7 @@ class Differentiation:
         aux, written = effects
         # Gradients by arrays may well be zero. A module nobody read is nearly always the wrong module.
         if not self._in_arrays and self._scope is not None and not self._scope.read:
-            raise refusals.never_read(name_of(self.fun), type(self._argument).__name__)
+            raise refusals.never_read(function_name(self.fun), type(self._argument).__name__)
         return self.call.finish(aux, written)
 
     def refuse_hooks(self) -> None:
@@ -183,7 +183,7 @@ class _Target:
 
     def __init__(self, call: SplitCall, args: tuple, number: int, fun: Callable) -> None:
         if not -len(args) <= number < len(args):
-            raise refusals.no_such_argument(name_of(fun), number, len(args))
+            raise refusals.no_such_argument(function_name(fun), number, len(args))
         self._call = call
         self._template = template(call.signature.treedef)[0][number % len(args)]
         marks = jax.tree_util.tree_leaves(self._template)
@@ -237,7 +237,7 @@ class _Target:
 # Checks
 
 
-def name_of(fun: Callable) -> str:
+def function_name(fun: Callable) -> str:
     """Return a function's name for a message."""
     return getattr(fun, "__qualname__", repr(fun))
 
@@ -249,9 +249,9 @@ def real_scalar(fun: Callable) -> Callable[[Any], Any]:
         shape = getattr(loss, "shape", None if not isinstance(loss, (int, float)) else ())
         if shape != ():
             is_tuple = isinstance(loss, tuple)
-            raise refusals.no_scalar(name_of(fun), type(loss).__name__, shape, is_tuple)
+            raise refusals.no_scalar(function_name(fun), type(loss).__name__, shape, is_tuple)
         if not jnp.issubdtype(jnp.result_type(loss), jnp.floating):
-            raise refusals.no_real_loss(name_of(fun), jnp.result_type(loss))
+            raise refusals.no_real_loss(function_name(fun), jnp.result_type(loss))
         return loss
 
     return view
@@ -259,7 +259,7 @@ def real_scalar(fun: Callable) -> Callable[[Any], Any]:
 
 def _pair(out: PyTree, fun: Callable) -> tuple:
     if not isinstance(out, tuple) or len(out) != 2:
-        raise refusals.no_aux(name_of(fun), type(out).__name__)
+        raise refusals.no_aux(function_name(fun), type(out).__name__)
     return out
 
 
@@ -273,7 +273,7 @@ def _arrays(out: PyTree, fun: Callable) -> PyTree:
     found = flatten_collecting(out)[2]
     for obj in found:
         if not isinstance(obj, Box):
-            raise refusals.module_as_output(name_of(fun), type(obj).__name__)
+            raise refusals.module_as_output(function_name(fun), type(obj).__name__)
     if not found:
         return out
     return jax.tree_util.tree_map(

@@ -190,7 +190,7 @@ def check_structure(
     # or static change sets one. Otherwise the clones are planned anew, which walks the whole model. It is
     # also walked if it holds copies of what can change in place, since no stamp tells of that; and
     # requires_grad is an affair of the box, which has no stamp.
-    unchanged = not any(m._cell.stamp for m in modules) and all(
+    unchanged = not any(m._nn_stamp.number for m in modules) and all(
         not copy for d in moduledef.nodes for _, _, copy in d.values
     )
     if unchanged and not _trainability_changed(moduledef, modules):
@@ -231,10 +231,10 @@ def write_back(boxes: Sequence[Box], values: Sequence[jax.Array]) -> int | None:
             check_write(box._scope, value, box.label)
             if isinstance(box, Generator):
                 box.drawable_state()  # raises where lanes would share what was drawn
-    if clock.captured:
+    if clock.baked_in:
         for box in boxes:
-            if box.captured is not None:
-                box.captured.warn_of_value(box)
+            if box.baked_in is not None:
+                box.baked_in.warn_of_value(box)
     for box, value in zip(boxes, values):  # noqa: B905 (of one length)
         box._value = value
     # One change for all of them, after the last: whoever sees the new stamp sees the new values. Two changes

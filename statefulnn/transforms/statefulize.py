@@ -60,7 +60,7 @@ class Statefulized(Module):
         fn: ``fn(params, *inputs)``, or ``fn(params, state, *inputs) -> (out, new_state)``.
         params: a tree of arrays.
         state: another one, or None for a function without state.
-        name_of: gives the dotted name of a leaf for its path, as ``jax.tree_util`` has paths.
+        path_name: gives the dotted name of a leaf for its path, as ``jax.tree_util`` has paths.
         did: what was called, for messages.
     """
 
@@ -75,7 +75,7 @@ class Statefulized(Module):
         params: PyTree,
         state: PyTree = None,
         *,
-        name_of: Callable[[tuple], str] = dotted,
+        path_name: Callable[[tuple], str] = dotted,
         did: str = "called nn.statefulize",
     ) -> None:
         super().__init__()
@@ -86,7 +86,7 @@ class Statefulized(Module):
         for noun, tree in (("params", params), ("state", state)):
             if noun == "state" and state is None:
                 continue
-            described, arrays = _taken_apart(tree, noun, name_of, did)
+            described, arrays = _taken_apart(tree, noun, path_name, did)
             trees.append(described)
             for name, array in arrays.items():
                 if name in boxes:
@@ -211,14 +211,14 @@ def statefulize(fn: Callable, params: PyTree, state: PyTree = None) -> Module:
 
 
 def _taken_apart(
-    tree: PyTree, noun: str, name_of: Callable[[tuple], str], did: str
+    tree: PyTree, noun: str, path_name: Callable[[tuple], str], did: str
 ) -> tuple[_Tree, dict[str, Any]]:
     """Return the structure of a tree, and its arrays by name.
 
     The structure has JAX's order, which sorts the keys of a dict; the arrays come as they were put in, since
     parameters have the order in which they were registered.
     """
-    place = lambda path: name_of(path) if path else noun
+    place = lambda path: path_name(path) if path else noun
     is_leaf = lambda x: isinstance(x, (Box, ModuleBase))
     leaves, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
     names = tuple(place(path) for path, _ in leaves)

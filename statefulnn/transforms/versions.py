@@ -350,7 +350,7 @@ def versions_of(function: Callable, owner: ModuleBase | None, options: Options) 
     """
     found = FunctionKey(function)
     # A listener (nn.capture) hears what is traced, and not what was compiled before.
-    if found.reason or active.captures:
+    if found.reason or active.listeners:
         return Versions(function, options, found)
     for_jax = KeyMaker(lambda: "an option of nn.jit").of(options.for_jax)
     key = (found.key, id(owner), *options[:3], for_jax)

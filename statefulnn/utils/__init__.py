@@ -19,7 +19,7 @@ from statefulnn.utils.fusion import fuse_conv_bn_eval as fuse_conv_bn_eval
 from statefulnn.utils.fusion import fuse_conv_bn_weights as fuse_conv_bn_weights
 from statefulnn.utils.fusion import fuse_linear_bn_eval as fuse_linear_bn_eval
 from statefulnn.utils.fusion import fuse_linear_bn_weights as fuse_linear_bn_weights
-from statefulnn.utils.init import skip_init as skip_init
+from statefulnn.utils.materialize import skip_init as skip_init
 from statefulnn.utils.memory_format import (
     convert_conv2d_weight_memory_format as convert_conv2d_weight_memory_format,
 )

@@ -104,7 +104,7 @@ def remove_computation(module: Any, old: Computation) -> None:
 def _exchange(module: Any, wanted: tuple[Computation, ...]) -> None:
     module._check_static_write("__class__", None)
     object.__setattr__(module, "__class__", _class_with(base_of(module), wanted))
-    module._cell.touch()
+    module._nn_stamp.touch()
 
 
 def _class_with(base: type, wanted: tuple[Computation, ...]) -> type:

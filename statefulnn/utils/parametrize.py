@@ -70,7 +70,7 @@ class _Cache:
             if where() is trace and all(box._value is v for box, v in sources):
                 return value
         value = parametrizations()
-        scope = parametrizations._cell.scope
+        scope = parametrizations._nn_stamp.scope
         # What a module of an outer trace gives here may be a traced value that would outlive the trace.
         if scope.trace is trace if scope is not None else not isinstance(value, Tracer):
             sources = [

@@ -56,7 +56,7 @@ def test_every_operation_that_changes_a_dict_is_in_the_table():
     plain = {n for n in vars(dict) if callable(getattr(dict, n)) and n not in vars(object)}
     dunders = {"__iter__", "__len__", "__or__", "__ror__", "__reversed__", "__class_getitem__"}
     assert plain - reading - dunders == set(REGISTRY)
-    own = {n for n in {**vars(Registry), **vars(HookDict)} if not n.startswith("_")} - {"cell"}
+    own = {n for n in {**vars(Registry), **vars(HookDict)} if not n.startswith("_")} - {"stamp"}
     assert own <= set(REGISTRY) | set(HOOKS)
     for name in REGISTRY:  # none of them is the one that dict has
         assert getattr(Registry, name) is not getattr(dict, name), name
@@ -275,10 +275,26 @@ def test_a_buffer_takes_no_name_that_is_taken():
     assert isinstance(module.child, nn.Linear) and module.plain == 3
 
 
-@pytest.mark.parametrize("name", ["_cell", "_home", "_plan", "_shell"])
+@pytest.mark.parametrize("name", ["_nn_stamp", "_nn_home", "_nn_plan", "_nn_shell"])
 def test_names_of_the_engine_are_refused(name):
     with pytest.raises(nn.RegistrationError, match=name):
         setattr(nn.Module(), name, [1, 2])
+
+
+def test_names_that_models_like_are_free():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self._cell, self._home = nn.LSTMCell(2, 3), nn.Parameter(jnp.ones(3))
+            self._plan, self._shell = [1.0, 2.0], None
+
+        def forward(self, x):
+            h, _ = self._cell(x)
+            return h * self._home * len(self._plan) if self._shell is None else x
+
+    model = Model()
+    assert jnp.allclose(nn.jit(model)(X), model(X))
+    assert {"_cell.weight_ih", "_home"} <= set(dict(model.named_parameters()))
 
 
 # --------------------------------------------------------------------------------------------------

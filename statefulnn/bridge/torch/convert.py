@@ -12,7 +12,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 import statefulnn.modules as ours
 from statefulnn.bridge.torch import layers
 from statefulnn.bridge.torch.arrays import to_jax
-from statefulnn.bridge.torch.functionalise import Functionaliser
+from statefulnn.bridge.torch.functionalize import Functionalizer
 from statefulnn.bridge.torch.graph import Graph, Traced
 from statefulnn.bridge.torch.operators import OPERATORS
 from statefulnn.bridge.torch.splitting import Splitter
@@ -202,7 +202,7 @@ def _traced(
             finally:
                 for m, training in flags.items():
                     m.__dict__["training"] = training
-            splitter = Splitter(run, Functionaliser(run, operators).run(), is_ours)
+            splitter = Splitter(run, Functionalizer(run, operators).run(), is_ours)
             for path, found in splitter.graphs().items():
                 known = graphs.setdefault(path, [])
                 known += [g for g in found if g not in known]

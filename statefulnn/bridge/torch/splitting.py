@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._sympy.printers import PythonPrinter
 
 from statefulnn.bridge.torch.arrays import to_jax
-from statefulnn.bridge.torch.functionalise import Flat, Instruction
+from statefulnn.bridge.torch.functionalize import Flat, Instruction
 from statefulnn.bridge.torch.graph import Graph, Input, Step
 from statefulnn.bridge.torch.operators import find
 from statefulnn.bridge.torch.structures import Size, Var, leaves, map_leaves

@@ -123,7 +123,7 @@ class Flat:
     calls: list[Call] = field(default_factory=list)
 
 
-class Functionaliser:
+class Functionalizer:
     """Goes once through the nodes of a trace."""
 
     def __init__(self, trace: Trace, operators: dict[Any, Any]) -> None:

@@ -126,7 +126,7 @@ def materialize(
                 object.__setattr__(m, "__class__", cls)
             m.__dict__.clear()
             m.__dict__.update(attributes)
-            m._cell.touch()
+            m._nn_stamp.touch()
         raise
     return module
 
@@ -217,7 +217,7 @@ def _draw_values(module: Module, device: Any, called: list[Module]) -> None:
     owners: dict[int, Module] = {}
     for _, m in order:
         for box in _own(m).values():
-            if id(box) not in owners or _home(box) is m:
+            if id(box) not in owners or _first_home(box) is m:
                 owners[id(box)] = m
     # A module draws for what it was built with. What it was given later keeps the values that it has: what
     # had numbers before, and what is tied and belongs elsewhere.
@@ -254,7 +254,7 @@ def _construction_order(
     def below(m: Any, name: str) -> list[tuple[str, Any]]:
         children = [(k, child) for k, child in m._modules.items() if child is not None]
         for _, child in children:
-            if child not in parents or _home(child) is m:
+            if child not in parents or _first_home(child) is m:
                 parents[child] = m
         return [(f"{name}.{k}" if name else k, child) for k, child in children]
 
@@ -268,9 +268,9 @@ def _construction_order(
     return order, parents
 
 
-def _home(member: Any) -> Any:
+def _first_home(member: Any) -> Any:
     """Return the module in which a box or module was registered first, if that is known."""
-    return member._home[0]() if isinstance(member._home, tuple) else None
+    return member._nn_home[0]() if isinstance(member._nn_home, tuple) else None
 
 
 def _upwards(module: Module, parents: dict[Module, Module]) -> set[Module]:
