@@ -470,27 +470,27 @@ def test_views_of_every_kind_are_read_without_the_map(name, tmp_path, monkeypatc
 SHRINK = """
     import os, sys
     import jax, numpy as np, torch, statefulnn as nn
-    path, how = sys.argv[1:]
+    path = sys.argv[1]
     whole = torch.randn(1000, 1000)
-    view = {"plain": whole, "turned": whole.t(), "negated": torch._neg_view(whole)}.get(how, whole)
-    torch.save({"w": view}, path)
-    place = jax.sharding.SingleDeviceSharding(jax.devices()[0]) if how == "placed" else None
+    views = {"plain": whole, "turned": whole.t(), "negated": torch._neg_view(whole), "placed": whole}
+    for how, view in views.items():
+        torch.save({"w": view}, path)
+        place = jax.sharding.SingleDeviceSharding(jax.devices()[0]) if how == "placed" else None
 
-    def cut(name, shape):
-        os.truncate(path, 3000)
-        return place
+        def cut(name, shape):
+            os.truncate(path, 3000)
+            return place
 
-    try:
-        nn.load(path, device=cut)
-    except nn.CheckpointError as error:
-        print("the file ends" in str(error))
+        try:
+            nn.load(path, device=cut)
+        except nn.CheckpointError as error:
+            print(how, "the file ends" in str(error))
 """
 
 
-@pytest.mark.parametrize("how", ["plain", "turned", "negated", "placed"])
-def test_a_file_that_becomes_shorter_is_an_error_and_kills_nobody(how, tmp_path):
+def test_a_file_that_becomes_shorter_is_an_error_and_kills_nobody(tmp_path):
     done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(SHRINK), str(tmp_path / "x"), how],
+        [sys.executable, "-c", textwrap.dedent(SHRINK), str(tmp_path / "x")],
         capture_output=True, text=True, timeout=900,
     )  # fmt: skip
-    assert done.stdout == "True\n", done
+    assert done.stdout == "plain True\nturned True\nnegated True\nplaced True\n", done

@@ -162,16 +162,24 @@ def test_tasks_in_parallel_are_the_mean_over_tasks():
 @pytest.mark.parametrize(
     "options",
     [
-        {"lr": 0.1},
-        {"lr": 0.5, "optimizer": nn.meta.adam(0.05)},
-        {"optimizer": optax.sgd(0.1, momentum=0.9), "checkpoint": "sqrt"},
-        {
-            "optimizer": optax.chain(
-                optax.clip_by_global_norm(0.5), optax.adamw(0.05, eps_root=1e-8)
-            )
-        },
+        pytest.param({"lr": 0.1}, id="gd", marks=pytest.mark.long),
+        pytest.param(
+            {"lr": 0.5, "optimizer": nn.meta.adam(0.05)}, id="adam", marks=pytest.mark.long
+        ),
+        pytest.param(
+            {"optimizer": optax.sgd(0.1, momentum=0.9), "checkpoint": "sqrt"},
+            id="momentum",
+            marks=pytest.mark.long,
+        ),
+        pytest.param(
+            {
+                "optimizer": optax.chain(
+                    optax.clip_by_global_norm(0.5), optax.adamw(0.05, eps_root=1e-8)
+                )
+            },
+            id="clipped adamw",
+        ),
     ],
-    ids=["gd", "adam", "momentum", "clipped adamw"],
 )
 def test_float64_finite_differences_agree(options, standard_promotion):
     with jax.enable_x64(True):

@@ -196,13 +196,14 @@ def test_forward_mode_agrees_with_differences_and_with_reverse_mode(
     with jax.enable_x64(True):
         (pure, _), at, _ = arrays_of(layer, "float64", **kwargs)
         along = [jnp.asarray(array(*x.shape, seed=7 + i), x.dtype) for i, x in enumerate(at)]
-        out, pushed = jax.jvp(pure, at, along)
         step = 1e-6
-        ahead = pure(*[x + step * d for x, d in zip(at, along, strict=True)])
-        behind = pure(*[x - step * d for x, d in zip(at, along, strict=True)])
-        np.testing.assert_allclose(pushed, (ahead - behind) / (2 * step), atol=1e-7)
+        moved = lambda t: [x + t * d for x, d in zip(at, along, strict=True)]
+        value = quickly(pure)
+        out, pushed = quickly(lambda at, along: jax.jvp(pure, at, along))(at, along)
+        slope = (value(*moved(step)) - value(*moved(-step))) / (2 * step)
+        np.testing.assert_allclose(pushed, slope, atol=1e-7)
         cotangent = jnp.asarray(array(*out.shape, seed=3), out.dtype)
-        pulled = jax.vjp(pure, *at)[1](cotangent)
+        pulled = quickly(lambda c: jax.vjp(pure, *at)[1](c))(cotangent)
         inner = sum((a * b).sum() for a, b in zip(pulled, along, strict=True))
         np.testing.assert_allclose(inner, (cotangent * pushed).sum(), rtol=1e-10)
 

@@ -28,7 +28,7 @@ from tests.parity.rows.transformer import (
     TGT_FIRST,
     TGT_PADDING,
 )
-from tests.quick import diagonal
+from tests.quick import diagonal, quickly
 
 E, H, WIDTH = 8, 2, 12
 
@@ -56,7 +56,7 @@ def _same(theirs: torch.nn.Module, ours: nn.Module, inputs: tuple, call: dict) -
     (expected**2).sum().backward()
     fn, params = nn.functionalize(ours)
 
-    @jax.jit
+    @quickly
     def run(params, inputs):
         def loss(params, inputs):
             out = fn(params, *inputs, **to_jax_dict(call))
@@ -124,7 +124,7 @@ def test_second_derivatives_agree_with_torchs_formula(kind: str) -> None:
     x, *others = to_jax(inputs)
     fn, params = nn.functionalize(ours)
     slope_of = jax.grad(lambda x: (fn(params, x, *others) ** 3).sum())
-    _, got = jax.jit(lambda x, d: jax.jvp(slope_of, (x,), (d,)))(x, jnp.asarray(direction))
+    _, got = quickly(lambda x, d: jax.jvp(slope_of, (x,), (d,)))(x, jnp.asarray(direction))
     close(got, wanted, "Hessian times a vector", 2e-4)
 
 
@@ -249,5 +249,4 @@ def test_depth_adds_no_traced_kernels() -> None:
         equations = jax.make_jaxpr(fn)(params, jnp.asarray(SRC)).eqns
         return {id(e.params["jaxpr"]) for e in equations if e.primitive.name == "jit"}
 
-    jax.clear_caches()
     assert len(kernels(6)) == len(kernels(1))
