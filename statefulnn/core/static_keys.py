@@ -345,10 +345,14 @@ class ClassKeyMaker(KeyMaker):
     def _refuse_captured(self, member: object) -> None:
         pass
 
-    def _object(self, value: object) -> Hashable:
+    def _value(self, value: object) -> Hashable:
         return Identity(value)
 
-    _value = _tracer = _object
+    _tracer = _value
+
+    def _object(self, value: object) -> Hashable:
+        frozen = layout_of(type(value)).fields is not None  # and so promises to stay as it is
+        return self._content(value) if frozen else Identity(value)
 
 
 class HookKeyMaker(ClassKeyMaker):

@@ -735,6 +735,26 @@ def test_optimizers_of_other_settings_differ():
 # Classes
 
 
+@dataclasses.dataclass(frozen=True)
+class Scale:
+    factor: float
+
+    def __call__(self, module, inputs, output):
+        return output * self.factor
+
+
+def test_hooks_that_are_equal_frozen_dataclasses_share_compiled_code():
+    def build(factor):
+        m = nn.Identity()
+        m.register_forward_hook(Scale(factor))
+        return m
+
+    f = nn.jit(lambda m, x: m(x))
+    for factor in (2.0, 2.0, 5.0):
+        np.testing.assert_array_equal(np.asarray(f(build(factor), X)), np.full(2, factor))
+    assert f.trace_count == 2
+
+
 CONTAINERS_OF_A_CLASS = {
     "list": (lambda: [2.0], lambda v: v.__setitem__(0, 5.0)),
     "dict": (lambda: {0: 2.0}, lambda v: v.__setitem__(0, 5.0)),
