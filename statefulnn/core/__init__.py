@@ -1,5 +1,6 @@
 """The object model: boxes, modules, split and merge. It knows nothing of layers or transforms.
 
-Read in this order: ownership (who owns what), arrays, box, parameter, freeze, registry, moduledef, plan,
-graph, pytree, generator; then torch's surface: module, hooks, state_dict, placement.
+Read in this order: stamps, ownership (who owns what), baked_in, box, generator, registry, objects,
+static_keys, moduledef, plan, graph, pytree; then torch's surface: parameter, module, hooks, taps, state_dict,
+placement.
 """
