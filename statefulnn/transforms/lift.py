@@ -196,7 +196,7 @@ def check_structure(
     if unchanged and not _trainability_changed(moduledef, modules):
         return
     plan = build_plan(roots)
-    if plan.moduledef is moduledef:  # it has no room for which object a box is
+    if plan.moduledef is moduledef:  # which does not say which object a box is
         changes = [
             (moduledef.leaf_names[i], f"replaced by another {type(box).__name__}")
             for i, box in enumerate(plan.boxes)
