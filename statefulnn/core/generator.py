@@ -27,6 +27,7 @@ from statefulnn.core import compat, refusals, threefry
 from statefulnn.core.box import Box
 from statefulnn.core.compat import EAGER, current_trace
 from statefulnn.core.ownership import Scope
+from statefulnn.core.placement import anywhere
 from statefulnn.core.stamps import value_changed
 
 State: TypeAlias = jax.Array | np.ndarray  # uint32[4]: two words of key, two of counter
@@ -189,7 +190,8 @@ class Generator(Box):
             kernel: takes a state, returns what it drew and the next state.
         """
         with _turns.lock:
-            out, state = kernel(self.drawable_state())
+            # Eager code draws for arrays anywhere: the state is where nobody has put it.
+            out, state = kernel(anywhere(self.drawable_state()))
             self._value = state
             value_changed()
         return out

@@ -795,7 +795,7 @@ class Module(ModuleBase):
         def convert(value: Value) -> Any:
             if dtype is not None and jnp.issubdtype(value.dtype, jnp.inexact):
                 value = cast(value, supported(dtype))
-            return placed(value, place)
+            return placed(value, place, share=False)
 
         return self._apply(convert)
 

@@ -123,7 +123,7 @@ class Buffer(ArrayBox):
     __slots__ = ("_persistent",)
 
     def __init__(self, data: object, *, persistent: bool = True) -> None:
-        super().__init__(placed(as_array(unwrap(data), "nn.Buffer"), place_in_force()))
+        super().__init__(_given(as_array(unwrap(data), "nn.Buffer"), data))
         self._persistent = bool(persistent)
 
     def _set_static_part(self, like: Any) -> None:
@@ -186,7 +186,7 @@ class Parameter(ArrayBox):
         value = as_array(jnp.zeros((0,)) if data is None else unwrap(data), "nn.Parameter")
         if requires_grad:
             _require_inexact(value)
-        super().__init__(placed(value, place_in_force()))
+        super().__init__(_given(value, data))
         self._requires_grad = bool(requires_grad)
         self._grad: Any = None
 
@@ -256,7 +256,7 @@ class Parameter(ArrayBox):
     def copy_(self, src: object) -> Parameter:
         """Copy an array into the box, broadcast to its shape and cast to its dtype; return the box."""
         array = as_array(unwrap(src), self.label)
-        Box.write(self, jnp.broadcast_to(array, self.shape).astype(self.dtype))
+        Box.write(self, lend(jnp.broadcast_to(array, self.shape).astype(self.dtype)))
         return self
 
     def detach(self) -> Any:
@@ -273,6 +273,14 @@ class Parameter(ArrayBox):
     def __repr__(self) -> str:
         text = f"Parameter containing:\n{self._value!r}"
         return text if self._requires_grad else f"{text}, requires_grad=False"
+
+
+def _given(value: Value, data: object) -> Value:
+    """Return the value for a box that is made of `data`, whose holder may keep it."""
+    place = place_in_force()
+    if place is None:
+        return lend(value) if value is data or isinstance(data, Box) else value
+    return placed(value, place)
 
 
 def _require_inexact(value: Value) -> None:

@@ -138,8 +138,11 @@ def elsewhere(place: Place = None) -> Iterator[None]:
         devices_in_force.set(before)
 
 
-def placed(value: Value, place: Place) -> Any:
+def placed(value: Value, place: Place, share: bool = True) -> Any:
     """Return an array at a place, or only its shape and dtype there.
+
+    Args:
+        share: whether it may be the memory of `value`; else a call that donates one leaves the other.
 
     Raises:
         NotImplementedError: if a shape without numbers is to be put on a device.
@@ -150,7 +153,7 @@ def placed(value: Value, place: Place) -> Any:
         return jax.ShapeDtypeStruct(value.shape, value.dtype)
     if is_meta(value):
         raise refusals.moved_from_meta()
-    return jax.device_put(value, place)
+    return jax.device_put(value, place, may_alias=None if share else False)
 
 
 @functools.cache
@@ -169,6 +172,13 @@ def placements_of(values: Sequence[Value]) -> tuple[Any, ...] | None:
         for v in values
     )
     return found if any(found) else None
+
+
+def anywhere(value: Any) -> Any:
+    """Return an array so that a computation on any devices takes it: from the host, if it was placed."""
+    if not _several_devices() or isinstance(value, Tracer):
+        return value
+    return np.asarray(value) if getattr(value, "committed", False) else value
 
 
 def gathered(values: Sequence[Value], movable: Collection[int]) -> list[tuple[int, Any]]:
@@ -203,7 +213,7 @@ def gathered(values: Sequence[Value], movable: Collection[int]) -> list[tuple[in
         everywhere = jax.sharding.NamedSharding(meshes.pop(), jax.sharding.PartitionSpec())
         for i, value in enumerate(values):
             if i not in placed and isinstance(value, jax.Array) and not isinstance(value, Tracer):
-                moved[i] = jax.device_put(moved.get(i, value), everywhere)
+                moved[i] = jax.device_put(moved.get(i, value), everywhere, may_alias=False)
     return list(moved.items())
 
 

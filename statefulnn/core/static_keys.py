@@ -283,8 +283,15 @@ class KeyMaker:
         code = value.__code__
         self.watch.note(code_of, value, code)  # tools that reload a file put another one in
         keywords = value.__kwdefaults__ or {}
-        captured = (*contents, *(value.__defaults__ or ()), *keywords.values())
-        tag = (types.FunctionType, code, Identity(value.__globals__), len(contents), *keywords)
+        # Its attributes too, but for what it wraps, which its closure holds.
+        own = {n: v for n, v in value.__dict__.items() if n != "__wrapped__"}
+        if own:
+            held = value.__dict__
+            views = (dict.keys(held), dict.values(held))
+            self.watch.note_members(("of", id(value)), views, (*views[0], *views[1]))
+        captured = (*contents, *(value.__defaults__ or ()), *keywords.values(), *own.values())
+        names = (*keywords, *own)
+        tag = (types.FunctionType, code, Identity(value.__globals__), len(contents), *names)
         return self._nested(value, tag, captured, self.of_captured)
 
     def of_captured(self, value: Any) -> Hashable:

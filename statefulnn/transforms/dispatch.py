@@ -209,7 +209,7 @@ class Dispatch:
             plan.placements = version.placements  # equal ones are one object
             if version not in self._met:
                 self._met.add(version)
-                self.versions.note_use(map(id, roots))
+                self.versions.note_use(roots)
                 self._counter[0] += version.traces > 0  # by an equal function, before this one
             if statics is None:
                 known.versions[treedef] = version

@@ -147,10 +147,10 @@ def many_structures(function: str, count: int, last: object) -> str:
     )
 
 
-def made_anew(function: str, place: str, count: int, reason: str) -> str:
+def made_anew(function: str, place: str, count: int) -> str:
     return explain(
         f"made nn.jit of {function!r} ({place}) anew {count} times",
-        f"each one compiles again: {reason}",
+        "each is a function of its own, which may close over other values, and compiles again",
         "call nn.jit once, outside of the loop, and pass what changes as arguments",
     )
 

@@ -4,17 +4,20 @@ Terms
   version     a function compiled for one `Signature` and one value of its static arguments; `jax.jit`
               inside of it compiles anew for other shapes and dtypes.
 
-Functions made anew that are equal (the same code, closing over equal values) share their versions, so
-``nn.jit(model)(x)`` in a loop compiles once. What compiles again and again says why, once.
+`jit` of the same function or module, made anew at each call, finds the versions of the one before, so
+``nn.jit(model)(x)`` in a loop compiles once. Another function of the same code compiles again: it may reach
+other values, in its closure or through a global. What compiles again and again says so, once.
 """
 
 from __future__ import annotations
 
 import collections
+import contextlib
 import functools
+import types
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -30,7 +33,6 @@ from statefulnn.core.placement import kept_in_place
 from statefulnn.core.plan import RETRACE_LIMIT
 from statefulnn.core.static_keys import KeyMaker
 from statefulnn.transforms import refusals
-from statefulnn.transforms.function_keys import FunctionKey
 from statefulnn.transforms.lift import Signature, leaves_below, template
 from statefulnn.transforms.types import PyTree
 
@@ -166,10 +168,9 @@ class Versions:
             versions, and each counts for itself.
     """
 
-    def __init__(self, function: Callable, options: Options, key: FunctionKey) -> None:
+    def __init__(self, function: Callable, options: Options) -> None:
         self._function = function
         self._options = options
-        self._key = key
         self.name = getattr(function, "__name__", "forward")
         self.counter = [0]
         self.results: list[tuple[tuple[int, ...], Any]] = []
@@ -236,27 +237,32 @@ class Versions:
         version.compiled_by(make)
         return version
 
-    def note_use(self, modules: Iterable[int]) -> None:
-        """Note that a call is about to compile; warn if functions like this one are thrown away.
+    def note_use(self, modules: Sequence[Any]) -> None:
+        """Note that a call is about to compile; warn if functions like this one are made again and again.
 
         Args:
-            modules: the identities of the modules in the arguments.
+            modules: the modules and boxes in the arguments.
         """
-        code = getattr(self._function, "__code__", None)
-        if not self._key.reason or self.results or code is None:
+        function = _innermost(self._function)
+        code = getattr(function, "__code__", None) or getattr(
+            type(function).__call__, "__code__", None
+        )
+        modules = [*modules, *_modules_in(function)]
+        if self.results or code is None or not modules:
             return
         # A function made at the same place for other modules has every reason to be compiled.
-        place = (code.co_filename, code.co_firstlineno, *self._key.modules, *modules)
-        last, died = _fresh.pop(place, (None, 0))
-        gone = last is not None and last() is None
-        _fresh[place] = (weakref.ref(self), died + gone)
-        if len(_fresh) > MOST_FUNCTIONS:
-            _fresh.popitem(last=False)
-        if gone and died + 1 == RETRACE_LIMIT:
+        place = (code.co_filename, code.co_firstlineno, code.co_name)
+        references, count = _made.pop(place, ((), 0))
+        same = len(references) == len(modules) and all(
+            reference() is module for reference, module in zip(references, modules, strict=True)
+        )
+        count = count + 1 if same else 1
+        _made[place] = tuple(map(weakref.ref, modules)), count
+        if len(_made) > MOST_FUNCTIONS:
+            _made.popitem(last=False)
+        if count == RETRACE_LIMIT + 1:
             where = f"{code.co_filename}:{code.co_firstlineno}"
-            warn_of_compilations(
-                refusals.made_anew(self.name, where, RETRACE_LIMIT + 1, self._key.reason)
-            )
+            warn_of_compilations(refusals.made_anew(self.name, where, count))
 
     def _warn_of_versions(self, signature: Signature, statics: tuple | None) -> None:
         """Warn where static arguments, or the structure of the arguments, keep causing compilations."""
@@ -333,33 +339,61 @@ def warn_of_compilations(text: str) -> None:
 # --------------------------------------------------------------------------------------------------
 # Functions made anew
 
-# By the key of the function: its versions, and a reference to its owner, whose death removes the entry.
+# By the function, its owner and the options: its versions, and a reference to the owner, whose death
+# removes the entry.
 _shared: collections.OrderedDict[Any, tuple[Versions, Any]] = collections.OrderedDict()
-# For places in the source and the modules in a call: the last function made there that shares nothing, and
-# how many before it have died.
-_fresh: collections.OrderedDict[tuple, tuple[weakref.ref, int]] = collections.OrderedDict()
+# For places in the source: the modules of the last function made there, and how many were made for them.
+_made: collections.OrderedDict[tuple, tuple[tuple[weakref.ref, ...], int]] = (
+    collections.OrderedDict()
+)
 
 
 def versions_of(function: Callable, owner: ModuleBase | None, options: Options) -> Versions:
-    """Return the versions of a function: those of an equal one, if there is any.
+    """Return the versions of a function, those that an earlier `jit` of the same object made if it can.
 
     Args:
         function: the user's function.
         owner: the module whose call or method it is; other modules have versions of their own.
         options: how it is compiled.
     """
-    found = FunctionKey(function)
     # A listener (nn.capture) hears what is traced, and not what was compiled before.
-    if found.reason or active.listeners:
-        return Versions(function, options, found)
+    if active.listeners or not _holds_nothing(function):
+        return Versions(function, options)
     for_jax = KeyMaker(lambda: "an option of nn.jit").of(options.for_jax)
-    key = (found.key, id(owner), *options[:3], for_jax)
+    key = (function, id(owner), *options[:3], for_jax)
     versions, _ = _shared.get(key, (None, None))
     if versions is None:
-        versions = Versions(function, options, found)
+        versions = Versions(function, options)
         # Python gives the id of a dead owner to a new object: the entry goes with the owner.
         dies = None if owner is None else weakref.ref(owner, lambda _: _shared.pop(key, None))
         _shared[key] = versions, dies
         if len(_shared) > MOST_FUNCTIONS:
             _shared.popitem(last=False)
     return versions
+
+
+def _holds_nothing(function: Callable) -> bool:
+    """Say whether a function keeps nothing alive, so that its versions may outlive what `jit` returned."""
+    if type(function) is not types.FunctionType:
+        return False
+    held = (function.__closure__, function.__defaults__, function.__kwdefaults__, function.__dict__)
+    return not any(held)
+
+
+def _innermost(function: Any) -> Any:
+    """Return the user's own function under wrappers and partial functions."""
+    for name in ("__wrapped__", "func"):
+        inner = getattr(function, name, None)
+        if inner is not None and callable(inner):
+            return _innermost(inner)
+    return function
+
+
+def _modules_in(function: Any, depth: int = 3) -> list[Any]:
+    """Return the modules that a function closes over."""
+    found = []
+    for cell in getattr(function, "__closure__", None) or () if depth else ():
+        with contextlib.suppress(ValueError):  # it has no value yet
+            held = cell.cell_contents
+            found += [held] if isinstance(held, ModuleBase) else _modules_in(held, depth - 1)
+    return found

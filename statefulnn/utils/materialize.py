@@ -147,7 +147,13 @@ def _infer_shapes(module: Module, inputs: tuple, kwargs: dict[str, Any]) -> list
         return []
     seen: dict[str, tuple[tuple, dict]] = {}
 
-    def forward(inputs: tuple, kwargs: dict) -> None:
+    # Arrays are traced; flags, names and numbers are what forward looks at.
+    leaves, treedef = jax.tree.flatten((inputs, kwargs))
+    arrays = [i for i, v in enumerate(leaves) if hasattr(v, "shape") and hasattr(v, "dtype")]
+
+    def forward(given: list[Any]) -> None:
+        held = dict(zip(arrays, given, strict=True))
+        inputs, kwargs = treedef.unflatten([held.get(i, v) for i, v in enumerate(leaves)])
         clone = copy.deepcopy(module)  # built in the trace, so it may be written there
         for _, m in clone.named_modules():
             for box in _own(m).values():
@@ -159,7 +165,7 @@ def _infer_shapes(module: Module, inputs: tuple, kwargs: dict[str, Any]) -> list
             clone(*inputs, **kwargs)
 
     with probing():
-        jax.eval_shape(forward, inputs, kwargs)
+        jax.eval_shape(forward, [leaves[i] for i in arrays])
     for name in lazy:
         if name not in seen:
             raise UninitializedParameterError(
