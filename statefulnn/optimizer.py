@@ -118,6 +118,7 @@ class Optimizer(Module):
             setattr(self, _built_for(name), Ref(p))
         self.tx = tx
         self._names = tuple(parameters)
+        self._shapes = tuple(p.shape for p in parameters.values())
 
         with jax.numpy_dtype_promotion("standard"):
             state = tx.init({name: p.value for name, p in parameters.items()})
@@ -210,12 +211,15 @@ class Optimizer(Module):
     def _check_structure(self, parameters: Mapping[str, Parameter]) -> None:
         kept = [n for n in self._names if n in parameters]
         replaced = [n for n in kept if getattr(self, _built_for(n)) is not parameters[n]]
-        if tuple(parameters) == self._names and not replaced:
+        built_with = dict(zip(self._names, self._shapes, strict=True))
+        reshaped = [n for n in kept if parameters[n].shape != built_with[n]]
+        if tuple(parameters) == self._names and not replaced and not reshaped:
             return
         found = {
             "no longer trainable": [n for n in self._names if n not in parameters],
             "trainable since then": [n for n in parameters if n not in self._names],
             "replaced by another Parameter": replaced,
+            "of another shape": [n for n in reshaped if n not in replaced],
         }
         parts = [f"{what}: {_listed(names)}" for what, names in found.items() if names]
         raise StructureChangeError(

@@ -586,7 +586,7 @@ def test_a_parameter_of_another_shape_in_its_old_box_is_an_error(compiled):
     step = nn.jit(lambda opt, grads: opt.step(grads)) if compiled else nn.Optimizer.step
     step(opt, some_grads(model))
     model[1].bias.data = jnp.zeros((2, 3))
-    with pytest.raises(nn.StructureChangeError, match=r"'trace\.1\.bias' of shape \(3,\)"):
+    with pytest.raises(nn.StructureChangeError, match="of another shape: '1.bias'"):
         step(opt, some_grads(model))
     assert opt.get_buffer("trace.1.bias").shape == (3,)
 
