@@ -14,12 +14,14 @@ import statefulnn as nn
 import statefulnn.functional as F
 from statefulnn import curvature
 from statefulnn.core.errors import DtypeError, MissingRngError, ShapeError, StateWriteError
+from tests.quick import QUICKLY, quickly
 
 METHODS = ["jacobian", "products", "layers"]
 
 
 def compiled(model, *inputs, **options):
-    return nn.jit(lambda model, *xs: curvature.empirical_ntk(model, *xs, **options))(model, *inputs)
+    kernel = lambda model, *xs: curvature.empirical_ntk(model, *xs, **options)
+    return nn.jit(kernel, compiler_options=QUICKLY)(model, *inputs)
 
 
 # The kernel as in torch's tutorial on neural tangent kernels.
@@ -144,7 +146,7 @@ def everything():
     fn, params = nn.functionalize(model)
     flat, unravel = jax.flatten_util.ravel_pytree(params)
     both = jnp.concatenate([x1, x2])
-    j = jax.jit(jax.jacfwd(lambda flat: fn(unravel(flat), both)))(flat)
+    j = quickly(jax.jacfwd(lambda flat: fn(unravel(flat), both)))(flat)
     return model, x1, x2, jnp.einsum("acp,bdp->abcd", j[:3], j[3:])
 
 

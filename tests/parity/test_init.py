@@ -13,6 +13,7 @@ from jax.extend.random import threefry_2x32
 
 import statefulnn as nn
 from statefulnn.core import threefry
+from tests.quick import diagonal
 
 # layer, arguments, parameter, and the distribution it starts from:
 # ("uniform", bound), ("normal", std) or ("constant", value).
@@ -269,9 +270,15 @@ def test_flat_draws_start_like_longer_ones(draw: str, shape: tuple[int, ...]) ->
     np.testing.assert_array_equal(some.ravel(), whole[: math.prod(shape)])
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("shape", [(37, 11), (5, 7, 3, 2), (300, 701), (), (0, 3)])
-@pytest.mark.parametrize("draw", DRAWS)
+@pytest.mark.parametrize(
+    "draw, shape, dtype",
+    diagonal(
+        2,
+        list(DRAWS),
+        [(37, 11), (5, 7, 3, 2), (300, 701), (), (0, 3)],
+        ["float32", "bfloat16", "float16"],
+    ),
+)
 def test_values_are_the_same_in_compiled_code(draw: str, shape: tuple, dtype: str) -> None:
     key = jax.random.key(5)
     eager = drawn_with(key, DRAWS[draw], shape, dtype)

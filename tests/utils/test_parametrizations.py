@@ -114,9 +114,10 @@ def test_batches_of_matrices(kind):
     np.testing.assert_allclose(np.swapaxes(ours.w, 1, 2) @ ours.w, [np.eye(3)] * 2, atol=1e-5)
 
 
-@pytest.mark.parametrize("trivial", [True, False])
-@pytest.mark.parametrize("kind", ["matrix_exp", "cayley", None])
-@pytest.mark.parametrize("shape", [(4, 4), (5, 3), (3, 5)], ids=str)
+@pytest.mark.parametrize(
+    "shape, kind, trivial",
+    diagonal(2, [(4, 4), (5, 3), (3, 5)], ["matrix_exp", "cayley", None], [True, False]),
+)
 def test_complex_matrices_are_unitary(shape, kind, trivial):
     weight = (array(*shape) + 1j * array(*shape, seed=1)).astype(np.complex64)
     theirs, ours = torch.nn.Module(), nn.Identity()
