@@ -205,6 +205,7 @@ LOSSES = [
     loss("cross_entropy", X, SHARES),
     loss("cross_entropy", X * -INF, CLASSES, note="all infinite"),
     loss("nll_loss", X, CLASSES, weight=POSITIVE[0], ignore_index=2, reduction="mean"),
+    Row("linear_cross_entropy", (X, array(4, 5), np.array([0, 3, -100])), at=(0, 1)),
     loss("kl_div", X, SHARES, values=WILD),
     loss("kl_div", X, Y, log_target=True),
     *[
