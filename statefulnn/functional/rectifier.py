@@ -222,7 +222,7 @@ def _noisy_slopes(key: Any, x: Any, lower: float, upper: float) -> Any:
     require_real_float(x, "input", "F.rrelu")
     dtype = jnp.float64 if x.dtype == jnp.float64 else jnp.float32
     slope = jax.random.uniform(key, x.shape, dtype, lower, upper)
-    return jnp.where(x > 0, x, (widened(x) * slope).astype(x.dtype))
+    return jnp.where(x <= 0, (widened(x) * slope).astype(x.dtype), x)
 
 
 _rrelu = drawing(_noisy_slopes)

@@ -33,7 +33,8 @@ class MultiheadAttention(Module):
         - key_padding_mask: ``(N, S)``: True leaves a position out; or numbers to add to the scores.
         - attn_mask: ``(L, S)`` or ``(N num_heads, L, S)``: True leaves a pair out; or numbers to add.
         - outputs: the query's shape; and ``(N, L, S)``, ``(N, num_heads, L, S)`` without
-          `average_attn_weights`, or None without `need_weights`.
+          `average_attn_weights`, or None without `need_weights`. Weights are 0 where
+          everything is masked.
 
     Attributes:
         in_proj_weight: ``(3 E, E)``, or None if `kdim` or `vdim` differ from E.
