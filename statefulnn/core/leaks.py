@@ -17,7 +17,7 @@ import itertools
 import threading
 import types
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -50,6 +50,9 @@ class Inventory:
         # By identity: each object that was noted and what it held, each root, its error and how far to look.
         self._notes: dict[int, tuple[Any, Content]] = {}
         self._roots: dict[int, tuple[Any, _Error, int]] = {}
+        # What a function returns of what backward hooks kept is not lost: by identity.
+        self._backward: set[int] = set()
+        self._returned: dict[int, Any] = {}
 
     def note(self, root: object, error: _Error, deepest: int = DEEPEST) -> None:
         """Note what can be reached from an object in some steps, as it is now."""
@@ -83,14 +86,29 @@ class Inventory:
                 _, before = self._notes.get(id(thing), (None, now))
                 left = [name for name, value in _new(now, before) if self._is_left(value)]
                 if left:
+                    values = [value for name, value in _new(now, before) if name in left]
                     _put_back(thing, before, left)
-                    found = found or error(str(left[0]))
+                    if not (id(root) in self._backward and self._all_returned(values)):
+                        found = found or error(str(left[0]))
         return found
+
+    def note_backward(self, hook: Callable) -> None:
+        """Note that a hook is a backward hook, whose gradients a function may return."""
+        self._backward.add(id(hook))
+
+    def note_returned(self, leaves: Iterable[object]) -> None:
+        """Note the leaves that the traced function returns."""
+        self._returned.update((id(leaf), leaf) for leaf in leaves)
+
+    def _all_returned(self, values: Iterable[object]) -> bool:
+        leaves = jax.tree_util.tree_leaves(list(values))
+        return all(id(v) in self._returned for v in leaves if isinstance(v, Tracer))
 
     def inherit(self, inner: Inventory) -> None:
         """Go on watching what a trace inside of this one has watched."""
         self._roots = {**inner._roots, **self._roots}
         self._notes = {**inner._notes, **self._notes}
+        self._backward |= inner._backward
 
     def _is_left(self, value: object, depth: int = 0) -> bool:
         if issubclass(type(value), Tracer):
@@ -143,6 +161,8 @@ def note_hook(hook: Callable, kind: str, module: ModuleBase) -> None:
     """Note what a hook reaches, before it runs in a trace."""
     if _open.inventory is not None:
         owner = type(module).__name__
+        if kind.startswith("backward"):
+            _open.inventory.note_backward(hook)
         _open.inventory.note(hook, lambda _: _kept_by_hook(hook, kind, owner))
 
 

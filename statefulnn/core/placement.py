@@ -192,7 +192,7 @@ def gathered(values: Sequence[Value], movable: Collection[int]) -> list[tuple[in
         values: the arrays.
         movable: which of them are generators.
     """
-    if not _several_devices():
+    if not _several_devices() or len(movable) == len(values):
         return []
     placed = {
         i: v.sharding

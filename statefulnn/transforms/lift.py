@@ -99,8 +99,9 @@ class Signature(NamedTuple):
         arguments = roots[:-1] if self.has_generator else roots
         args, kwargs = unflatten_with(self.treedef, dynamic, arguments)
         generator = roots[-1] if self.has_generator else None
-        with use_generator(generator), watching(outer_traces()):
+        with use_generator(generator), watching(outer_traces()) as inventory:
             out = f(*args, **kwargs)
+            inventory.note_returned(flatten_collecting(out)[0])
         check_structure(self.moduledef, modules, roots, boxes)
         if on_scope is not None:
             on_scope(scope)

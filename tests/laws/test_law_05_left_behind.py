@@ -365,3 +365,15 @@ def test_a_trace_looks_at_a_bounded_part_of_what_a_hook_reaches(monkeypatch):
     model.register_forward_hook(lambda m, i, o: huge and None)
     nn.jit(model)(X)
     assert len(looked_into) < 10 * leaks.MOST
+
+
+def test_a_function_may_return_what_backward_hooks_saw():
+    grads, model = {}, nn.Linear(2, 2)
+    model.register_full_backward_hook(lambda m, gi, go: grads.update(g=go[0]))
+
+    def step(m, x):
+        return nn.grad(lambda m: (m(x) ** 2).sum())(m), dict(grads)
+
+    _, seen = nn.jit(step)(model, X)
+    assert jnp.allclose(seen["g"], 2 * model(X), atol=1e-6)
+    assert grads == {}
