@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,16 +28,21 @@ import vit
 
 
 def _import_torchvision() -> Any:
-    # torchvision's own kernels need the build of torch it was made with. No model here uses them, but
-    # its import, and so that of transformers, asks for two of them by name.
+    # torchvision's own kernels need the build of torch that it was made with. No model here uses them,
+    # but its import, and so that of transformers, asks for two of them by name. Where the kernels are
+    # there, a second definition of their names would abort the process: so the import goes first.
+    try:
+        return importlib.import_module("torchvision")
+    except ModuleNotFoundError:
+        pytest.skip("torchvision is not installed", allow_module_level=True)
+    except RuntimeError:  # operator torchvision::nms does not exist
+        for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
+            del sys.modules[name]
     stubs = torch.library.Library("torchvision", "DEF")
     for name in ("nms", "qnms"):
-        try:
-            stubs.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        except RuntimeError:  # the kernels are there
-            pass
-    module = pytest.importorskip("torchvision")
-    module.stubs = stubs
+        stubs.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    module = importlib.import_module("torchvision")
+    module.stubs = stubs  # the definitions go when this does
     return module
 
 

@@ -341,11 +341,14 @@ def tar_of(state: dict[str, torch.Tensor], path, views=(), **changes):
         numbers = (*t.shape, *t.stride(), t.storage_offset())
         described.write(struct.pack(f"<ii{len(numbers)}q", t.dim(), 0, *numbers))
     main = io.BytesIO()
-    pickler = pickle.Pickler(main, protocol=2)
     stands = {name: Evil(dict) for name in state}
     numbers = {id(stand): str(i) for i, stand in enumerate(stands.values(), 100)}
-    pickler.persistent_id = lambda obj: numbers.get(id(obj))
-    pickler.dump(collections.OrderedDict(stands))
+
+    class Pickler(pickle.Pickler):
+        def persistent_id(self, obj):
+            return numbers.get(id(obj))
+
+    Pickler(main, protocol=2).dump(collections.OrderedDict(stands))
     files = {"storages": storages, "tensors": described, "pickle": main}
     with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
         for name, content in files.items():

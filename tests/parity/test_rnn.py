@@ -249,7 +249,10 @@ def _scan_carries(jaxpr: Any) -> list[tuple[int, ...]]:
     shapes = []
     for equation in jaxpr.eqns:
         if equation.primitive.name == "scan":
-            shapes += [v.aval.shape for v in equation.outvars[: equation.params["num_carry"]]]
+            body = equation.params["jaxpr"]
+            outs = zip(equation.outvars, getattr(body, "jaxpr", body).outvars, strict=True)
+            # What a scan stacks has one axis more than what its body returns; a carry has the same.
+            shapes += [v.aval.shape for v, inner in outs if v.aval.shape == inner.aval.shape]
         for inner in jax.tree.leaves(
             list(equation.params.values()),
             is_leaf=lambda v: hasattr(v, "jaxpr") or hasattr(v, "eqns"),
