@@ -109,6 +109,36 @@ def shared_with_argument(kind: str) -> StructureChangeError:
 # Compiled code
 
 
+def no_argument_for_option(option: str, given: object, have: Sequence[str]) -> ValueError:
+    return ValueError(
+        explain(
+            f"compiled a function with {option}={given!r}, and it has no such argument",
+            "the option would do nothing, and the argument that is meant would be traced",
+            f"one of its arguments: {', '.join(have) or 'it has none'}",
+        )
+    )
+
+
+def static_module(kind: str) -> RegistrationError:
+    return RegistrationError(
+        explain(
+            f"passed a {kind} as a static argument",
+            "a static argument is compiled in, with the values of its parameters",
+            "take it out of static_argnums and static_argnames: modules are traced as arguments",
+        )
+    )
+
+
+def static_and_donated(position: int) -> ValueError:
+    return ValueError(
+        explain(
+            f"asked for argument {position} to be static and donated",
+            "a static argument is compiled in, and has no memory to give away",
+            "name it in static_argnums, or in donate",
+        )
+    )
+
+
 def other_arguments(function: str, changes: Sequence[str]) -> TypeError:
     return TypeError(
         explain(
