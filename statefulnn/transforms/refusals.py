@@ -501,6 +501,26 @@ def other_lengths(lengths: Mapping[int | None, str]) -> ShapeError:
     )
 
 
+def no_batch_size(given: object) -> ValueError:
+    return ValueError(
+        explain(
+            f"called nn.map with batch_size={given!r}",
+            "it is the number of calls that run side by side",
+            "an integer from 1; 0 runs all side by side, None one after the other",
+        )
+    )
+
+
+def no_branch(name: str, kind: str) -> TypeError:
+    return TypeError(
+        explain(
+            f"passed {kind} as {name}",
+            "each branch is called with the operands, and both give the same structure",
+            "a function, a Module or a method of one: lambda *operands: ... for one that does little",
+        )
+    )
+
+
 def array_changed_by_step(name: str, before: str, after: str) -> StructureChangeError:
     return StructureChangeError(
         explain(

@@ -639,3 +639,9 @@ def test_a_python_number_in_the_carry_takes_the_dtype_of_what_comes_back():
     layer = nn.Linear(2, 2)
     (_, total), _ = nn.scan(lambda c, x: ((c[0], c[1] + x), None), (layer, 0), jnp.ones(3))
     assert total == 3.0 and total.dtype == jnp.float32
+
+
+@pytest.mark.parametrize("size", [-1, 1.5, "2"])
+def test_a_batch_size_that_is_none_is_refused(size):
+    with pytest.raises(ValueError, match="batch_size"):
+        nn.map(nn.Linear(2, 2), jnp.ones((4, 2)), batch_size=size)
