@@ -15,6 +15,7 @@ from statefulnn.core.generator import Generator
 from statefulnn.core.module import Module
 from statefulnn.core.ownership import ModuleBase
 from statefulnn.core.pytree import flatten_collecting, unflatten_with
+from statefulnn.core.repeated import repeated
 from statefulnn.transforms import refusals
 from statefulnn.transforms.lift import SplitCall, Writes, leaves_below, several_unbound
 from statefulnn.transforms.types import PyTree
@@ -246,7 +247,8 @@ class Loop:
             following.extend(after[0])
             return _snapshot(y, x)
 
-        y, writes = self.call.signature.run(body, leaves, dynamic, returned=self._written)
+        with repeated():
+            y, writes = self.call.signature.run(body, leaves, dynamic, returned=self._written)
         return following, y, writes
 
 
