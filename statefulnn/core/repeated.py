@@ -19,7 +19,7 @@ class _State(threading.local):
 _state = _State()
 
 
-class RepeatedFormWanted(Exception):
+class HasRepeatedForm(Exception):
     """Raised under `straight_code_only` by what has another fastest form in repeated code."""
 
 
@@ -27,10 +27,10 @@ def in_repeated_code() -> bool:
     """Say whether what is traced here is repeated; asked by what has another form there.
 
     Raises:
-        RepeatedFormWanted: under `straight_code_only`.
+        HasRepeatedForm: under `straight_code_only`.
     """
     if _state.refused:
-        raise RepeatedFormWanted
+        raise HasRepeatedForm
     return _state.inside
 
 
@@ -48,7 +48,7 @@ def repeated(inside: bool = True) -> Iterator[None]:
 @contextlib.contextmanager
 def straight_code_only() -> Iterator[None]:
     """Stop at the first operation that has another form in repeated code, for whoever can repeat it."""
-    before, _state.refused = _state.refused, not _state.inside
+    before, _state.refused = _state.refused, True
     try:
         yield
     finally:
