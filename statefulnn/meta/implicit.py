@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from statefulnn.core.errors import ConvergenceError, TraceLeakError, explain
-from statefulnn.meta._report import report_unless
+from statefulnn.meta._report import fail_unless, lanes_of, staging
 from statefulnn.transforms.differentiate import function_name
 
 
@@ -49,8 +49,9 @@ def implicit_gradient(
 
     Raises:
         TypeError: unless exactly one condition is given.
-        ConvergenceError: if the linear solver misses its tolerance, or the solution its `tolerance`; in
-            compiled code it is raised by the call that blocks on the result.
+        ConvergenceError: if the linear solver misses its tolerance, or the solution its `tolerance`. In
+            code that is compiled by a raw ``jax.jit``, JAX has one class for all that goes wrong while it
+            runs, ``jax.errors.JaxRuntimeError``, with the text of this one; both are RuntimeError.
 
     Source: Rajeswaran et al. 2019 (implicit MAML); Blondel et al. 2022, Efficient and modular implicit
     differentiation.
@@ -122,7 +123,7 @@ def _differentiable(
         x = solver(init, *args)
         if tolerance is not None:
             norm = _norm(condition(x, *args))
-            report_unless(norm <= tolerance, functools.partial(_say_unsolved, tolerance), norm)
+            fail_unless(norm <= tolerance, functools.partial(_unsolved, tolerance), norm)
         return x
 
     @solution.defjvp
@@ -137,9 +138,10 @@ def _differentiable(
             return jax.jvp(lambda x: condition(x, *args), (x,), (v,))[1]
 
         _, b = jax.jvp(of_args, tuple(args), tuple(tangents[1:]))
-        minus = jax.lax.custom_linear_solve(
-            matvec, b, linear_solve, transpose_solve=linear_solve, symmetric=symmetric
-        )
+        with staging():
+            minus = jax.lax.custom_linear_solve(
+                matvec, b, linear_solve, transpose_solve=linear_solve, symmetric=symmetric
+            )
         return x, jax.tree_util.tree_map(jnp.negative, minus)
 
     return solution
@@ -251,19 +253,20 @@ def _require_solved(
     )
     # Ten times: the methods stop by a residual they update, which drifts from the true one.
     fine = residual <= 10 * tol
-    report_unless(fine, functools.partial(_say_unconverged, name, steps, tol), residual)
+    fail_unless(fine, functools.partial(_unconverged, name, steps, tol), residual)
 
 
 def _norm(tree: Any) -> Any:
     return jnp.sqrt(sum(jnp.vdot(v, v).real for v in jax.tree_util.tree_leaves(tree)))
 
 
-def _say_unconverged(name: str, steps: int, tol: float, residual: Any) -> None:
-    what = "the residual is not finite" if not np.isfinite(residual) else f"residual {residual:.1e}"
-    raise ConvergenceError(
+def _unconverged(name: str, steps: int, tol: float, fine: Any, residual: Any) -> ConvergenceError:
+    worst = residual.max()  # of NaN and numbers it is NaN
+    what = "the residual is not finite" if not np.isfinite(worst) else f"residual {worst:.1e}"
+    return ConvergenceError(
         explain(
-            f"nn.meta.{name}(steps={steps}, tol={tol:g}) did not converge: {what} relative to the "
-            "right-hand side",
+            f"nn.meta.{name}(steps={steps}, tol={tol:g}) did not converge{lanes_of(fine)}: {what} "
+            "relative to the right-hand side",
             "the gradient of the solution would be wrong by about as much",
             f"more steps, nn.meta.{name}(steps={10 * steps}); damping=... where the system is "
             "ill-conditioned; or tol=None to take what the steps give",
@@ -271,11 +274,11 @@ def _say_unconverged(name: str, steps: int, tol: float, residual: Any) -> None:
     )
 
 
-def _say_unsolved(tolerance: float, norm: Any) -> None:
-    raise ConvergenceError(
+def _unsolved(tolerance: float, fine: Any, norm: Any) -> ConvergenceError:
+    return ConvergenceError(
         explain(
-            f"the solver of implicit_gradient ended where the condition has norm {norm:.1e}, above "
-            f"tolerance={tolerance:g}",
+            f"the solver of implicit_gradient ended{lanes_of(fine)} where the condition has norm "
+            f"{norm.max():.1e}, above tolerance={tolerance:g}",
             "the theorem holds at a solution; elsewhere the gradient is wrong",
             "more steps in the solver, or a larger tolerance",
         )

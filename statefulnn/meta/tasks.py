@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from statefulnn.core.errors import DivergenceWarning, MissingRngError, ShapeError, explain
 from statefulnn.core.generator import as_key
-from statefulnn.meta._report import finite, report_unless, warn
+from statefulnn.meta._report import finite, named_lanes, report_unless, warn
 
 RANDOMNESS = ("different", "same")
 
@@ -81,7 +79,7 @@ def over_tasks(
         value, aux = results if has_aux else (results, None)
         if report and tasks:
             fine = finite(value, tasks)
-            report_unless(fine.all(), functools.partial(say_which_diverged, "task"), fine)
+            report_unless(fine.all(), say_which_diverged("task"), fine)
         if reduce == "mean":
             value = jax.tree_util.tree_map(lambda v: v.mean(0), value)
         return (value, aux) if has_aux else value
@@ -109,19 +107,20 @@ def _count(data: tuple) -> int:
     )
 
 
-def say_which_diverged(noun: str, fine: Any) -> None:
-    """Warn, naming the lanes whose result is not finite."""
-    bad = np.flatnonzero(~fine)
-    shown = ", ".join(map(str, bad[:10])) + (", ..." if len(bad) > 10 else "")
-    warn(
-        explain(
-            f"{noun}{'s' * (len(bad) > 1)} {shown} of {len(fine)} diverged: the result is not "
-            "finite",
-            "an inner loop left the region where its steps descend, or the data are not finite",
-            "a smaller inner learning rate, fewer steps, or clipped inner gradients",
-        ),
-        DivergenceWarning,
-    )
+def say_which_diverged(noun: str) -> Callable[..., None]:
+    """Return a function that warns, naming the lanes whose result is not finite."""
+
+    def say(_: Any, fine: Any) -> None:
+        warn(
+            explain(
+                f"{named_lanes(fine, noun)} diverged: the result is not finite",
+                "an inner loop left the region where its steps descend, or the data are not finite",
+                "a smaller inner learning rate, fewer steps, or clipped inner gradients",
+            ),
+            DivergenceWarning,
+        )
+
+    return say
 
 
 def require_rng(rng: Any, function: str) -> Any:
