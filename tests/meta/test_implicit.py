@@ -217,6 +217,62 @@ def test_only_results_of_programs_with_checks_are_waited_for(checked, monkeypatc
     assert len(waited) == 3 * checked
 
 
+def with_hessian(h, solve):
+    """The gradient of a solution with a given Hessian: ``solve(h, ones)``."""
+    objective = lambda w, b: 0.5 * w @ h @ w - b @ w
+    fit = nn.meta.implicit_gradient(
+        lambda init, b: jnp.linalg.solve(h, b), objective=objective, solve=solve
+    )
+    return jax.grad(lambda b: fit(jnp.zeros(len(b)), b).sum())
+
+
+@pytest.mark.parametrize("tol", [1e-5, None])
+@pytest.mark.parametrize("wrap", [lambda f: f, nn.jit], ids=["eager", "nn.jit"])
+def test_a_matrix_that_is_not_positive_definite_is_an_error_with_or_without_a_tolerance(wrap, tol):
+    h = jnp.diag(jnp.array([-1.0, 2.0, 3.0]))
+    message = r"(?s)p·Ap <= 0 in step \d.*not positive definite.*damping.*penalty.*more inner steps"
+    with pytest.raises(nn.ConvergenceError, match=message):
+        wrap(with_hessian(h, nn.meta.cg(2, tol=tol)))(jnp.ones(3))
+    damped = with_hessian(h, nn.meta.cg(3, tol=tol, damping=2.0))(jnp.ones(3))
+    np.testing.assert_allclose(damped, 1 / np.array([1.0, 4.0, 5.0]), rtol=1e-4)
+    saddle = with_hessian(h, nn.meta.gmres(tol=tol))(jnp.ones(3))
+    np.testing.assert_allclose(saddle, 1 / np.array([-1.0, 2.0, 3.0]), rtol=1e-4)
+
+
+def test_steps_beyond_the_solution_are_no_sign_of_an_indefinite_matrix():
+    # A direction of pure rounding has a curvature of any sign; singular systems may be solvable, too.
+    flat = jnp.diag(jnp.array([0.0, 1.0, 4.0]))
+    solve = nn.meta.cg(500, tol=None)
+    b = jnp.array([0.0, 1.0, 1.0])
+    np.testing.assert_allclose(solve(lambda v: flat @ v, b), [0.0, 1.0, 0.25], rtol=1e-5)
+    a = RNG.standard_normal((40, 30))
+    h = jnp.asarray(a.T @ a / 40 + np.eye(30), jnp.float32)
+    b = jnp.asarray(RNG.standard_normal(30), jnp.float32)
+    np.testing.assert_allclose(solve(lambda v: h @ v, b), np.linalg.solve(h, b), rtol=1e-3)
+
+
+@pytest.mark.parametrize("solve", [nn.meta.cg, nn.meta.gmres, nn.meta.neumann])
+@pytest.mark.parametrize("tol", [1e-5, None])
+def test_numbers_that_are_not_finite_are_an_error(solve, tol):
+    for matvec, b in (
+        (lambda v: v * 2, jnp.array([1.0, jnp.nan])),
+        (lambda v: v * jnp.nan, jnp.ones(2)),
+    ):
+        with pytest.raises(nn.ConvergenceError, match="not finite"):
+            solve(tol=tol)(matvec, b)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 10])
+def test_conjugate_gradients_are_scipy_s(steps):
+    from scipy.sparse.linalg import cg
+
+    a = RNG.standard_normal((12, 8))
+    h, b = a.T @ a + np.eye(8), RNG.standard_normal(8)
+    with jax.enable_x64(True):
+        ours = nn.meta.cg(steps, tol=None)(lambda v: jnp.asarray(h) @ v, jnp.asarray(b))
+    np.testing.assert_allclose(ours, cg(h, b, rtol=0.0, maxiter=steps)[0], rtol=1e-8)
+
+
 def test_without_a_tolerance_the_steps_are_taken_as_they_are():
     gradient, b = badly_conditioned(nn.meta.cg(steps=3, tol=None))
     assert jnp.isfinite(gradient(b)).all()
