@@ -86,9 +86,9 @@ def results_counted(results: Any, fine: Any, tally: Any) -> Any:
 def looked_at(shared: Any, tasks: int, say: Callable[..., None]) -> tuple[Any, Any]:
     """Return what tasks share, and the tally of each task, ``(tasks,)``, or None.
 
-    Where a gradient by it is not finite, ``say(names, fine, each, tally)`` is called on the host: the names
+    Where a gradient by it is not finite, ``say(names, fine, each, tasks)`` is called on the host: the names
     of the arrays that are differentiated, whether all their gradients are finite, whether each is, and the
-    tally.
+    tasks whose own were, as far as somebody looked.
     """
     whole = (Module, Box)
     flat, treedef = jax.tree_util.tree_flatten_with_path(shared, lambda x: isinstance(x, whole))
@@ -128,7 +128,7 @@ def _looking(names: list[str], tasks: int, say: Callable[..., None]) -> Callable
             *own, tally = cotangents
             each = jnp.stack([jnp.isfinite(c).all() for c in own])
             fine = each.all() | jnp.isnan(tally).any()
-            report_unless(fine, functools.partial(say, names), each, tally)
+            report_unless(fine, functools.partial(say, names), each, tally == 0)
             return cotangents
 
         return back

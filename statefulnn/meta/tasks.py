@@ -147,11 +147,11 @@ def _first_step(losses: list[Any]) -> Any:
     return jnp.where(first == jnp.iinfo(jnp.int32).max, -1, first)
 
 
-def _say_which_gradients(names: list[str], fine: Any, each: Any, tally: Any) -> None:
+def _say_which_gradients(names: list[str], fine: Any, each: Any, own: Any) -> None:
     bad = np.flatnonzero(~each.reshape(-1, len(names)).all(0))
     shown = ", ".join(f"shared{names[i]}" for i in bad[:5]) + (", ..." if len(bad) > 5 else "")
     # Only an inner loop tells which task a gradient comes from.
-    tasks = named_lanes(tally == 0, "task") if tally.any() else f"one of {tally.shape[-1]} tasks"
+    tasks = f"one of {own.shape[-1]} tasks" if own.all() else named_lanes(own, "task")
     warn(
         explain(
             f"{tasks} diverged: the gradient by {shown} is not finite",
