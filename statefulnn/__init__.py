@@ -11,6 +11,7 @@ from statefulnn.core.errors import (
     DivergenceWarning,
     DtypeError,
     MissingRngError,
+    NotDifferentiableError,
     RegistrationError,
     RetraceWarning,
     ShapeError,

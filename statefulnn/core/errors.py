@@ -121,6 +121,10 @@ class ConvergenceError(StatefulnnError, RuntimeError):
     """A solver that did not reach its tolerance."""
 
 
+class NotDifferentiableError(StatefulnnError, ValueError):
+    """Something whose derivative is wanted and does not exist, or is no use."""
+
+
 class DivergenceWarning(RuntimeWarning):
     """Numbers of a task, or of a training run, that are no longer finite."""
 

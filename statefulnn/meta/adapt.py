@@ -14,6 +14,7 @@ from statefulnn.core.errors import DtypeError, ShapeError, UnknownNameError, exp
 from statefulnn.core.generator import as_key
 from statefulnn.core.module import Module
 from statefulnn.meta._arrays import strong_arrays
+from statefulnn.meta._cotangents import counted, note_losses
 from statefulnn.meta._names import chosen_names
 from statefulnn.meta.inner_optimizer import require_differentiable
 from statefulnn.meta.per_step import (
@@ -115,7 +116,8 @@ def adapt(
         DtypeError: for parameters to adapt that are not floating-point.
         UnknownNameError: for a filter, or a learning rate, that matches no parameter.
         ShapeError: if `data` or `PerStep` values have another number of steps.
-        ValueError: for an optimizer whose steps cannot be differentiated; use ``first_order=True``.
+        NotDifferentiableError: for an optimizer whose steps cannot be differentiated; use
+            ``first_order=True``.
         StateWriteError: if the model writes state and there is no `state`.
 
     Source: Finn, Abbeel and Levine 2017 (MAML, FOMAML); Raghu et al. 2020 (ANIL); Li et al. 2017
@@ -237,7 +239,7 @@ class _Loop:
         carried = {n: v for n, v in (state or {}).items() if n not in self.rows}
         chosen = strong_arrays(chosen)
         if optimizer is not None:
-            require_differentiable(optimizer, chosen, unless=first_order)
+            require_differentiable(optimizer, chosen, steps, unless=first_order)
         fresh = () if optimizer is None else optimizer.init(chosen)
         slots = fresh if slots is None else _fitting(slots, fresh)
         self.data, self.batches = data, batches
@@ -261,8 +263,7 @@ class _Loop:
             return self.value(self.merged(chosen, fixed, i), state, data, key)
 
         (value, state), grads = jax.value_and_grad(objective, has_aux=True)(chosen)
-        if self.first_order:
-            grads = jax.lax.stop_gradient(grads)
+        grads = jax.lax.stop_gradient(grads) if self.first_order else counted(grads)
         lr = rows_at(lr, i)
         if self.optimizer is None:
             moved = self.each(lambda p, g, lr: p - lr * g, chosen, grads, lr)
@@ -336,6 +337,7 @@ class _Loop:
             )
             outs.append(out)
         losses, path = jax.tree_util.tree_map(lambda *parts: jnp.concatenate(parts), *outs)
+        note_losses(losses)
         chosen, slots, carried, rows = carry
         last = self.steps - 1
         return Adapted(

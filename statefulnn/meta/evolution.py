@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -190,7 +189,7 @@ def _estimate(noise: Any, values: Any, sigma: Any) -> Any:
 def _report(values: Any, wanted: bool) -> None:
     if wanted:
         fine = finite(values, len(values))
-        report_unless(fine.all(), functools.partial(say_which_diverged, "particle"), fine)
+        report_unless(fine.all(), say_which_diverged("particle"), fine)
 
 
 def _require_sizes(function: str, sigma: Any, pairs: int) -> None:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from statefulnn.core.errors import ConvergenceError, TraceLeakError, explain
-from statefulnn.meta._report import report_unless
+from statefulnn.meta._report import fail_unless, lanes_of, staging
 from statefulnn.transforms.differentiate import function_name
 
 
@@ -49,8 +49,9 @@ def implicit_gradient(
 
     Raises:
         TypeError: unless exactly one condition is given.
-        ConvergenceError: if the linear solver misses its tolerance, or the solution its `tolerance`; in
-            compiled code it is raised by the call that blocks on the result.
+        ConvergenceError: if the linear solver misses its tolerance, or the solution its `tolerance`. In
+            code that is compiled by a raw ``jax.jit``, JAX has one class for all that goes wrong while it
+            runs, ``jax.errors.JaxRuntimeError``, with the text of this one; both are RuntimeError.
 
     Source: Rajeswaran et al. 2019 (implicit MAML); Blondel et al. 2022, Efficient and modular implicit
     differentiation.
@@ -122,7 +123,7 @@ def _differentiable(
         x = solver(init, *args)
         if tolerance is not None:
             norm = _norm(condition(x, *args))
-            report_unless(norm <= tolerance, functools.partial(_say_unsolved, tolerance), norm)
+            fail_unless(norm <= tolerance, functools.partial(_unsolved, tolerance), norm)
         return x
 
     @solution.defjvp
@@ -137,9 +138,10 @@ def _differentiable(
             return jax.jvp(lambda x: condition(x, *args), (x,), (v,))[1]
 
         _, b = jax.jvp(of_args, tuple(args), tuple(tangents[1:]))
-        minus = jax.lax.custom_linear_solve(
-            matvec, b, linear_solve, transpose_solve=linear_solve, symmetric=symmetric
-        )
+        with staging():
+            minus = jax.lax.custom_linear_solve(
+                matvec, b, linear_solve, transpose_solve=linear_solve, symmetric=symmetric
+            )
         return x, jax.tree_util.tree_map(jnp.negative, minus)
 
     return solution
@@ -161,18 +163,27 @@ def _condition(objective: Any, optimality: Any, fixed_point: Any) -> Callable:
 def cg(steps: int = 100, tol: float | None = 1e-5, damping: float = 0.0) -> Callable:
     """Return a conjugate-gradient solver, for symmetric positive definite systems.
 
+    The Hessian of an objective is one at a minimum. Where the inner solver stopped early it may not be, and
+    then no step has a meaning: that raises, whatever `tol` is.
+
     Args:
         steps: at most as many.
         tol: the residual to reach, relative to the right-hand side; None takes what `steps` give, as
             implicit MAML does with few steps.
-        damping: added to the diagonal, for a system that is singular or ill-conditioned.
+        damping: added to the diagonal, for a system that is singular, ill-conditioned or indefinite.
+
+    Raises:
+        ConvergenceError: when it solves, if the matrix is not positive definite along a direction that it
+            meets, or if it misses `tol`.
+
+    Source: Hestenes and Stiefel 1952.
 
     Example:
         >>> import jax.numpy as jnp, statefulnn as nn
         >>> nn.meta.cg()(lambda v: 2 * v, jnp.ones(2)).tolist()
         [0.5, 0.5]
     """
-    return _krylov("cg", jax.scipy.sparse.linalg.cg, steps, tol, damping)
+    return _krylov("cg", _conjugate_gradients, steps, tol, damping)
 
 
 def gmres(steps: int = 20, tol: float | None = 1e-5, damping: float = 0.0) -> Callable:
@@ -189,7 +200,51 @@ def gmres(steps: int = 20, tol: float | None = 1e-5, damping: float = 0.0) -> Ca
         >>> nn.meta.gmres()(turn, jnp.array([0.0, 1.0])).round(5).tolist()
         [1.0, 0.0]
     """
-    return _krylov("gmres", jax.scipy.sparse.linalg.gmres, steps, tol, damping)
+
+    def method(matvec: Callable, b: Any, tol: float, steps: int) -> Any:
+        return jax.scipy.sparse.linalg.gmres(matvec, b, tol=tol, maxiter=steps)[0]
+
+    return _krylov("gmres", method, steps, tol, damping)
+
+
+def _conjugate_gradients(matvec: Callable, b: Any, tol: float, steps: int) -> Any:
+    def solve(matvec: Callable, b: Any) -> Any:
+        # Below the rounding of the numbers a direction has no meaning, nor has its curvature.
+        eps = max(float(jnp.finfo(jnp.result_type(v)).eps) for v in jax.tree_util.tree_leaves(b))
+        goal = max(tol, eps) ** 2 * _dot(b, b)
+
+        def more(carry: tuple) -> Any:
+            *_, square, curvature, step = carry
+            return (square > goal) & (curvature > 0) & (step < steps)
+
+        def one(carry: tuple) -> tuple:
+            x, r, p, square, _, step = carry
+            ap = matvec(p)
+            curvature = _dot(p, ap)
+            length = jnp.where(curvature > 0, square / curvature, 0)
+            x, r = _along(x, length, p), _along(r, -length, ap)
+            after = _dot(r, r)
+            return x, r, _along(r, after / square, p), after, curvature, step + 1
+
+        square = _dot(b, b)
+        zeros = jax.tree_util.tree_map(lambda v: v * 0, b)  # NaN where b is
+        before = jnp.where(jnp.isfinite(square), 1.0, jnp.nan).astype(square.dtype)
+        start = (zeros, b, b, square, before, jnp.zeros((), jnp.int32))
+        x, *_, curvature, step = jax.lax.while_loop(more, one, start)
+        fail_unless(curvature > 0, _indefinite, curvature, step)
+        return x
+
+    with staging():
+        return jax.lax.custom_linear_solve(matvec, b, solve, transpose_solve=solve, symmetric=True)
+
+
+def _dot(a: Any, b: Any) -> Any:
+    products = jax.tree_util.tree_map(lambda a, b: jnp.vdot(a, b).real, a, b)
+    return sum(jax.tree_util.tree_leaves(products))
+
+
+def _along(x: Any, length: Any, way: Any) -> Any:
+    return jax.tree_util.tree_map(lambda x, w: x + length.astype(x.dtype) * w, x, way)
 
 
 def neumann(steps: int = 10, lr: float = 1.0, tol: float | None = None) -> Callable:
@@ -234,7 +289,7 @@ def _krylov(name: str, method: Callable, steps: int, tol: float | None, damping:
                 return matvec(v)
             return jax.tree_util.tree_map(lambda a, v: a + damping * v, matvec(v), v)
 
-        x, _ = method(damped, b, tol=0.0 if tol is None else tol, maxiter=steps)
+        x = method(damped, b, 0.0 if tol is None else tol, steps)
         _require_solved(name, damped, b, x, steps, tol)
         return x
 
@@ -244,26 +299,29 @@ def _krylov(name: str, method: Callable, steps: int, tol: float | None, damping:
 def _require_solved(
     name: str, matvec: Callable, b: Any, x: Any, steps: int, tol: float | None
 ) -> None:
-    if tol is None:
+    if tol is None and name == "cg":  # which looks at its numbers itself
         return
     residual = _norm(jax.tree_util.tree_map(jnp.subtract, b, matvec(x))) / jnp.maximum(
         _norm(b), jnp.finfo(jnp.float32).tiny
     )
     # Ten times: the methods stop by a residual they update, which drifts from the true one.
-    fine = residual <= 10 * tol
-    report_unless(fine, functools.partial(_say_unconverged, name, steps, tol), residual)
+    fine = jnp.isfinite(residual) if tol is None else residual <= 10 * tol
+    fail_unless(fine, functools.partial(_unconverged, name, steps, tol), residual)
 
 
 def _norm(tree: Any) -> Any:
-    return jnp.sqrt(sum(jnp.vdot(v, v).real for v in jax.tree_util.tree_leaves(tree)))
+    return jnp.sqrt(_dot(tree, tree))
 
 
-def _say_unconverged(name: str, steps: int, tol: float, residual: Any) -> None:
-    what = "the residual is not finite" if not np.isfinite(residual) else f"residual {residual:.1e}"
-    raise ConvergenceError(
+def _unconverged(
+    name: str, steps: int, tol: float | None, fine: Any, residual: Any
+) -> ConvergenceError:
+    if tol is None or not np.isfinite(residual).all():
+        return _not_finite(name, np.isfinite(residual))
+    return ConvergenceError(
         explain(
-            f"nn.meta.{name}(steps={steps}, tol={tol:g}) did not converge: {what} relative to the "
-            "right-hand side",
+            f"nn.meta.{name}(steps={steps}, tol={tol:g}) did not converge{lanes_of(fine)}: residual "
+            f"{residual.max():.1e} relative to the right-hand side",
             "the gradient of the solution would be wrong by about as much",
             f"more steps, nn.meta.{name}(steps={10 * steps}); damping=... where the system is "
             "ill-conditioned; or tol=None to take what the steps give",
@@ -271,11 +329,37 @@ def _say_unconverged(name: str, steps: int, tol: float, residual: Any) -> None:
     )
 
 
-def _say_unsolved(tolerance: float, norm: Any) -> None:
-    raise ConvergenceError(
+def _indefinite(fine: Any, curvature: Any, step: Any) -> ConvergenceError:
+    if np.isnan(curvature).any():
+        return _not_finite("cg", np.isfinite(curvature))
+    return ConvergenceError(
         explain(
-            f"the solver of implicit_gradient ended where the condition has norm {norm:.1e}, above "
-            f"tolerance={tolerance:g}",
+            f"nn.meta.cg met a direction p with p·Ap <= 0 in step {int(step[~fine].min())}"
+            f"{lanes_of(fine)}: the matrix is not positive definite",
+            "conjugate gradients go down x·Ax / 2 - x·b, which has no minimum then; the Hessian is "
+            "indefinite away from a minimum of the objective",
+            "damping, nn.meta.cg(damping=10.0); a larger penalty in the objective; more inner steps; or "
+            "nn.meta.gmres(), where the solution is a saddle point",
+        )
+    )
+
+
+def _not_finite(name: str, fine: Any) -> ConvergenceError:
+    return ConvergenceError(
+        explain(
+            f"nn.meta.{name} met numbers that are not finite{lanes_of(fine)}",
+            "the right-hand side, or a product with the matrix, holds NaN or infinity",
+            "look at the solution and at the loss of it; an inner solver that diverges wants a smaller "
+            "learning rate",
+        )
+    )
+
+
+def _unsolved(tolerance: float, fine: Any, norm: Any) -> ConvergenceError:
+    return ConvergenceError(
+        explain(
+            f"the solver of implicit_gradient ended{lanes_of(fine)} where the condition has norm "
+            f"{norm.max():.1e}, above tolerance={tolerance:g}",
             "the theorem holds at a solution; elsewhere the gradient is wrong",
             "more steps in the solver, or a larger tolerance",
         )

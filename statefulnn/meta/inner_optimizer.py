@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,10 +10,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from statefulnn.core.compat import Tracer
-from statefulnn.core.errors import explain
+from statefulnn.core.errors import NotDifferentiableError, explain
 from statefulnn.core.extras import import_extra
+from statefulnn.meta._arrays import strong_arrays
+from statefulnn.meta._closures import hoisted
 from statefulnn.meta.per_step import PerStep, require_steps
+
+MOST_STEPS = 100  # that an optimizer is tried for
+MOST_VERDICTS = 64  # that are kept
+_verdicts: dict[Any, str] = {}  # by optimizer, structure of the parameters, and steps
 
 
 def learning_rates(
@@ -96,11 +100,12 @@ def adam(
     return optax.adam(learning_rate, b1, b2, eps, eps_root)
 
 
-def require_differentiable(optimizer: Any, params: Any, *, unless: bool) -> None:
-    """Raise for what is no optimizer, or if its first step has no useful derivative by the gradient.
+def require_differentiable(optimizer: Any, params: Any, steps: int, *, unless: bool) -> None:
+    """Raise for what is no optimizer, or if its steps have no useful derivative by the gradient.
 
-    It is tried on small arrays, once with a gradient of zero and once with another. An optimizer that
-    depends on traced values (a learned learning rate) or on the shapes cannot be tried, and passes.
+    It takes as many steps as the loop, on small arrays, with one gradient of zero and another one; a number
+    in the place of each traced value, such as a learned rate. An optimizer that depends on the shapes cannot
+    be tried, and passes.
     """
     if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
         raise TypeError(
@@ -112,11 +117,7 @@ def require_differentiable(optimizer: Any, params: Any, *, unless: bool) -> None
         )
     if unless:
         return
-    structure = jax.tree_util.tree_structure(params)
-    try:
-        verdict = _tried(optimizer, structure)
-    except TypeError:  # it cannot be hashed
-        verdict = _try(optimizer, structure)
+    verdict = _tried(optimizer, jax.tree_util.tree_structure(params), min(steps, MOST_STEPS))
     if verdict == "fine":
         return
     remedy = "first_order=True, which needs no such derivative"
@@ -126,31 +127,62 @@ def require_differentiable(optimizer: Any, params: Any, *, unless: bool) -> None
     else:
         why = "its step does not depend smoothly on the gradient: the derivative is zero everywhere"
         remedy = f"a smooth optimizer; or {remedy}"
-    raise ValueError(
+    raise NotDifferentiableError(
         explain("adapt was given an optimizer that is not differentiable", why, remedy)
     )
 
 
-@functools.lru_cache(maxsize=64)
-def _tried(optimizer: Any, structure: Any) -> str:
-    return _try(optimizer, structure)
+def _tried(optimizer: Any, structure: Any, steps: int) -> str:
+    key = (optimizer, structure, steps)
+    try:
+        verdict = _verdicts.get(key)
+    except TypeError:  # it cannot be hashed
+        return _try(*key)[0]
+    if verdict is None:
+        verdict, knows_traces = _try(*key)
+        if not knows_traces:  # a dead trace is not to be kept alive
+            _verdicts[key] = verdict
+            if len(_verdicts) > MOST_VERDICTS:
+                _verdicts.pop(next(iter(_verdicts)))
+    return verdict
 
 
-def _try(optimizer: Any, structure: Any) -> str:
-    def step(gradient: Any) -> Any:
+def _try(optimizer: Any, structure: Any, steps: int) -> tuple[str, bool]:
+    """Return "fine", "nan" or "flat", and whether the optimizer depends on traced values."""
+
+    def updates(gradient: Any) -> Any:
         params = structure.unflatten([jnp.full(2, 0.5, jnp.float32)] * structure.num_leaves)
         gradients = structure.unflatten([gradient] * structure.num_leaves)
-        updates, _ = optimizer.update(gradients, optimizer.init(params), params)
-        return jax.tree_util.tree_leaves(updates)
 
-    slopes: Any = None
-    standard = jax.numpy_dtype_promotion("standard")  # whatever the caller's setting
-    with contextlib.suppress(Exception), jax.ensure_compile_time_eval(), standard:
-        gradient = np.array([0.0, 0.3], np.float32)
-        slopes = jax.jit(lambda g: jax.jvp(step, (g,), (jnp.ones_like(g),))[1])(gradient)
-    if slopes is None or any(isinstance(s, Tracer) for s in slopes):
-        return "fine"
-    slopes = np.stack([np.asarray(s) for s in slopes])
+        def step(state: Any, _: None) -> tuple[Any, Any]:
+            updates, after = optimizer.update(gradients, state, params)
+            return jax.tree_util.tree_map(
+                lambda a, s: jnp.asarray(a, s.dtype), after, state
+            ), updates
+
+        return jax.lax.scan(step, strong_arrays(optimizer.init(params)), length=steps)[1]
+
+    def both(gradient: Any) -> tuple[Any, Any]:
+        return jax.jvp(updates, (gradient,), (jnp.ones_like(gradient),))
+
+    gradient = np.array([0.0, 0.3], np.float32)
+    found, values = None, []
+    # Whatever the caller's setting of promotion.
+    with contextlib.suppress(Exception), jax.numpy_dtype_promotion("standard"):
+        call, values = hoisted(both, gradient)
+        numbers = [_stand_in(v) for v in values]
+        with jax.ensure_compile_time_eval():
+            found = jax.jit(lambda g: call(numbers, g))(gradient)
+    if found is None:
+        return "fine", bool(values)
+    moves, slopes = (np.stack(list(map(np.asarray, jax.tree_util.tree_leaves(t)))) for t in found)
     if not np.isfinite(slopes).all():
-        return "nan"
-    return "fine" if slopes.any() else "flat"
+        return "nan", bool(values)
+    # A schedule may start with steps of zero, which say nothing.
+    return "flat" if moves.any() and not slopes.any() else "fine", bool(values)
+
+
+def _stand_in(value: Any) -> Any:
+    """Return a number for a traced one: 1/2 may be a rate, a decay or a bound."""
+    inexact = jnp.issubdtype(value.dtype, jnp.inexact)
+    return np.full(value.shape, 0.5 if inexact else 1, value.dtype)

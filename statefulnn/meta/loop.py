@@ -13,6 +13,7 @@ import numpy as np
 
 from statefulnn.core.errors import DivergenceWarning, ShapeError, explain
 from statefulnn.core.extras import import_extra
+from statefulnn.core.failures import typed_failures
 from statefulnn.meta._arrays import strong_arrays
 from statefulnn.meta._report import warn
 
@@ -74,7 +75,8 @@ def loop(
         for start in range(0, steps, chunk):
             stop = min(start + chunk, steps)
             part = jax.tree_util.tree_map(lambda v: v[start:stop], xs)  # noqa: B023
-            carry, outs, fine = many(carry, part, stop - start)
+            with typed_failures():
+                carry, outs, fine = jax.block_until_ready(many(carry, part, stop - start))
             parts.append(jax.tree_util.tree_map(np.asarray, outs))
             advance(stop - start, parts[-1])
             if not told and not all(map(bool, fine)):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -12,9 +11,11 @@ import numpy as np
 
 from statefulnn.core.errors import DivergenceWarning, MissingRngError, ShapeError, explain
 from statefulnn.core.generator import as_key
-from statefulnn.meta._report import finite, report_unless, warn
+from statefulnn.meta._cotangents import looked_at, results_counted, watched_task
+from statefulnn.meta._report import finite, named_lanes, report_unless, warn
 
 RANDOMNESS = ("different", "same")
+NEVER = np.array(-1)  # the step in which a loss is no longer finite
 
 
 def over_tasks(
@@ -38,8 +39,9 @@ def over_tasks(
         has_aux: whether `one_task` returns ``(result, aux)``; aux is returned for all tasks.
         randomness: "different" gives each task its own part of the key, so other dropout masks; "same"
             gives all tasks one key.
-        report: whether to warn, naming the tasks, when a result is not finite. In compiled code that
-            costs about 0.1 ms a call on CPU; nothing inside `nn.meta.loop`.
+        report: whether to warn, naming the tasks, when a result is not finite, or a gradient by `shared`,
+            which is named as well. In compiled code that costs about 0.1 ms a call on CPU; nothing
+            inside `nn.meta.loop`.
 
     Returns:
         ``function(shared, *data, rng=None)``, where every array of `data` has a leading task axis; it
@@ -61,15 +63,19 @@ def over_tasks(
 
     def function(shared: Any, *data: Any, rng: Any = None) -> Any:
         tasks = _count(data)
-        if rng is None:
-            results = jax.vmap(lambda *data: one_task(shared, *data))(*data)
-        else:
-            key = as_key(rng)
-            keys = jax.random.split(key, tasks) if randomness == "different" else key
-            results = jax.vmap(
-                lambda key, *data: one_task(shared, *data, rng=key),
-                in_axes=(0 if randomness == "different" else None, *(0 for _ in data)),
-            )(keys, *data)
+
+        own, tally = looked_at(shared, tasks, _say_which_gradients) if report else (shared, None)
+
+        def of_one(tally: Any, key: Any, *data: Any) -> tuple[Any, list[Any]]:
+            with watched_task(tally) as losses:
+                random = {} if key is None else {"rng": key}
+                return one_task(own, *data, **random), losses
+
+        key = None if rng is None else as_key(rng)
+        keys_axis = 0 if key is not None and randomness == "different" else None
+        keys = key if keys_axis is None else jax.random.split(key, tasks)
+        axes = (None if tally is None else 0, keys_axis, *(0 for _ in data))
+        results, losses = jax.vmap(of_one, in_axes=axes)(tally, keys, *data)
         if has_aux and (not isinstance(results, tuple) or len(results) != 2):
             raise TypeError(
                 explain(
@@ -81,7 +87,8 @@ def over_tasks(
         value, aux = results if has_aux else (results, None)
         if report and tasks:
             fine = finite(value, tasks)
-            report_unless(fine.all(), functools.partial(say_which_diverged, "task"), fine)
+            report_unless(fine.all(), say_which_diverged("task"), fine, _first_step(losses))
+            value = results_counted(value, fine, tally)
         if reduce == "mean":
             value = jax.tree_util.tree_map(lambda v: v.mean(0), value)
         return (value, aux) if has_aux else value
@@ -109,16 +116,49 @@ def _count(data: tuple) -> int:
     )
 
 
-def say_which_diverged(noun: str, fine: Any) -> None:
-    """Warn, naming the lanes whose result is not finite."""
-    bad = np.flatnonzero(~fine)
-    shown = ", ".join(map(str, bad[:10])) + (", ..." if len(bad) > 10 else "")
+def say_which_diverged(noun: str) -> Callable[..., None]:
+    """Return a function that warns, naming the lanes whose result is not finite.
+
+    It takes the step of an inner loop in which the loss was the first time not finite, -1 if it always was.
+    """
+
+    def say(_: Any, fine: Any, step: Any = NEVER) -> None:
+        since = f", nor is its inner loss from step {step[step >= 0].min()} on" * bool(
+            step.max() >= 0
+        )
+        warn(
+            explain(
+                f"{named_lanes(fine, noun)} diverged: the result is not finite{since}",
+                "an inner loop left the region where its steps descend, or the data are not finite",
+                "a smaller inner learning rate, fewer steps, or clipped inner gradients",
+            ),
+            DivergenceWarning,
+        )
+
+    return say
+
+
+def _first_step(losses: list[Any]) -> Any:
+    """Return the first step in which the loss of a task, ``(tasks, steps)``, is not finite, or -1."""
+    first = jnp.full((), jnp.iinfo(jnp.int32).max)
+    for each in losses:
+        fine = jnp.isfinite(each).all(0)
+        first = jnp.minimum(first, jnp.where(fine.all(), first, fine.argmin().astype(jnp.int32)))
+    return jnp.where(first == jnp.iinfo(jnp.int32).max, -1, first)
+
+
+def _say_which_gradients(names: list[str], fine: Any, each: Any, own: Any) -> None:
+    bad = np.flatnonzero(~each.reshape(-1, len(names)).all(0))
+    shown = ", ".join(f"shared{names[i]}" for i in bad[:5]) + (", ..." if len(bad) > 5 else "")
+    # Only an inner loop tells which task a gradient comes from.
+    tasks = f"one of {own.shape[-1]} tasks" if own.all() else named_lanes(own, "task")
     warn(
         explain(
-            f"{noun}{'s' * (len(bad) > 1)} {shown} of {len(fine)} diverged: the result is not "
-            "finite",
-            "an inner loop left the region where its steps descend, or the data are not finite",
-            "a smaller inner learning rate, fewer steps, or clipped inner gradients",
+            f"{tasks} diverged: the gradient by {shown} is not finite",
+            "a step on the way has no finite derivative, such as a square root at zero (Adam without "
+            "eps_root where a gradient is zero), or the inner loop overflowed",
+            "nn.meta.adam or optax.adam(..., eps_root=1e-8) inside; first_order=True; a smaller inner "
+            "learning rate, or fewer steps",
         ),
         DivergenceWarning,
     )

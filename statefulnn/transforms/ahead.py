@@ -12,6 +12,7 @@ from typing import Any
 import jax
 
 from statefulnn.core.compat import EAGER, current_trace
+from statefulnn.core.failures import raise_original
 from statefulnn.core.moduledef import differences
 from statefulnn.transforms import refusals
 from statefulnn.transforms.dispatch import Dispatch
@@ -99,6 +100,9 @@ class Compiled:
             changes = self._other_arrays(given, [*leaves, *dynamic], lowered._names)
             if changes:
                 raise refusals.other_arguments(_function_name(function), changes) from None
+            raise
+        except RuntimeError as error:
+            raise_original(error)
             raise
         # JAX keeps the dict in which a result comes for the next one: it is not to be emptied.
         return (

@@ -18,6 +18,7 @@ from jax.typing import ArrayLike
 from statefulnn.core.arrays import check_usable
 from statefulnn.core.box import Box
 from statefulnn.core.compat import EAGER, current_trace
+from statefulnn.core.failures import raise_original, wait_for
 from statefulnn.core.generator import Forbidden, Generator, current_generator, streams
 from statefulnn.core.ownership import ModuleBase
 from statefulnn.core.plan import Plan, build_plan, count_changes
@@ -157,10 +158,11 @@ class Dispatch:
         self.versions.counter = self._counter
         try:
             out, written = version.call(leaves, dynamic)
-        except (TypeError, RuntimeError):
+        except (TypeError, RuntimeError) as error:
             # JAX does not know which array is whose: an error about one that is deleted names the parameter.
             for box, leaf in zip(known.plan.boxes, leaves, strict=True):
                 check_usable(leaf, box.label)
+            raise_original(error)
             raise
         return out if written is None else self.finish(known, leaves, out, written, args, kwargs)
 
@@ -178,7 +180,11 @@ class Dispatch:
         plan, targets = known.plan, known.targets.get(number)
         indices, described = self.versions.results[number]
         if targets is None:
-            targets = known.targets[number] = [plan.boxes[i] for i in indices]
+            targets = [plan.boxes[i] for i in indices]
+            if number in self.versions.checked:  # these come here each time
+                wait_for((out, values))
+            else:
+                known.targets[number] = targets
         if targets:
             stamp = write_back(targets, values)
             if stamp is not None and indices[-1] == len(indices) - 1:

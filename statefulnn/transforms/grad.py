@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 
+from statefulnn.core.failures import typed_failures
 from statefulnn.transforms.differentiate import Differentiation, real_scalar
 
 
@@ -44,7 +45,8 @@ def value_and_grad(
     @functools.wraps(fun)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         call = Differentiation(fun, args, kwargs, argnums, has_aux, real_scalar(fun))
-        (loss, effects), grads = jax.value_and_grad(call, has_aux=True)(call.values)
+        with typed_failures():  # of what JAX compiles by itself, such as loops
+            (loss, effects), grads = jax.value_and_grad(call, has_aux=True)(call.values)
         aux = call.finish(effects)
         return (loss, aux) if has_aux else loss, call.show(grads)
 

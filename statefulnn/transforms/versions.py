@@ -28,6 +28,7 @@ from jax.typing import ArrayLike
 from statefulnn.core.box import Box
 from statefulnn.core.class_keys import ValueKeyMaker
 from statefulnn.core.errors import RetraceWarning, user_stack_level
+from statefulnn.core.failures import checks_traced
 from statefulnn.core.lending import donated
 from statefulnn.core.listeners import active
 from statefulnn.core.objects import copied
@@ -212,6 +213,7 @@ class Versions:
 
     Attributes:
         results: what each trace found out: which leaves it writes, and the modules in its output.
+        checked: the numbers of the traces with checks that may fail: their results are waited for.
         by_key: the versions by signature and static arguments, the one used last at the end.
         counter: a list with one number, which counts the traces; that of the caller. Equal functions share
             versions, and each counts for itself.
@@ -223,6 +225,7 @@ class Versions:
         self.name = getattr(function, "__name__", "forward")
         self.counter = [0]
         self.results: list[tuple[tuple[int, ...], Any]] = []
+        self.checked: set[int] = set()
         self.by_key: collections.OrderedDict[Any, Version] = collections.OrderedDict()
 
     def find(
@@ -243,6 +246,7 @@ class Versions:
         self._warn_of_versions(signature, key)
         function = self._function if statics is None else statics.bound(self._function)
         name, numbers, results = self.name, self._options.donate, self.results
+        checked = self.checked
         donation = Donation(signature, numbers) if numbers else None
         returned = frozenset() if donation is None else donation.leaves
         version = Version(signature, key, donation)
@@ -258,8 +262,11 @@ class Versions:
             if versions is not None and alive is not None:
                 versions.counter[0] += 1
                 alive.note_trace(name, leaves, dynamic)
+            checks = checks_traced()
             out, written = signature.run(function, leaves, dynamic, returned=returned)
-            if not written.indices and written.out is None:
+            if checks_traced() != checks:
+                checked.add(number)
+            elif not written.indices and written.out is None:
                 return out, None
             placements = () if alive is None else alive.placements or ()
             values = list(written.values)

@@ -299,6 +299,7 @@ BUILTIN = {
     nn.StateDictError: [RuntimeError],
     nn.UnusedModuleError: [RuntimeError],
     nn.ConvergenceError: [RuntimeError],
+    nn.NotDifferentiableError: [ValueError],
     nn.CheckpointError: [RuntimeError],
 }
 

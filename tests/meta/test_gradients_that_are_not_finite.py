@@ -1,0 +1,202 @@
+"""Optimizers without a derivative, and gradients that are not finite: each is said, with its names."""
+
+from __future__ import annotations
+
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import statefulnn as nn
+import statefulnn.functional as F
+from tests.quick import quickly
+
+FN, PARAMS = nn.functionalize(nn.Linear(3, 1))
+DATA = jnp.ones((5, 3)), jnp.ones((5, 1))
+
+
+@pytest.fixture(autouse=True)
+def standard_promotion():
+    """optax relies on JAX's own promotion of dtypes."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+def adapted(optimizer, steps, **options):
+    return nn.meta.adapt(FN, PARAMS, F.mse_loss, DATA, optimizer=optimizer, steps=steps, **options)
+
+
+def delayed(transformation, steps):
+    """Start a transformation after some steps."""
+    started = optax.schedules.join_schedules([lambda _: 0.0, lambda _: 1.0], [steps])
+    return optax.chain(transformation, optax.scale_by_schedule(started))
+
+
+# --------------------------------------------------------------------------------------------------
+# An optimizer is tried for as many steps as the loop takes
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        optax.sgd(optax.linear_schedule(0.0, 0.1, 3)),
+        optax.adamw(optax.warmup_cosine_decay_schedule(0.0, 0.1, 2, 6), eps_root=1e-8),
+        delayed(optax.sgd(0.1), 4),
+        optax.MultiSteps(optax.sgd(0.1), 3).gradient_transformation(),
+        optax.sgd(0.0),
+    ],
+    ids=["warm-up", "warm-up of adamw", "delayed", "MultiSteps", "no steps at all"],
+)
+@pytest.mark.parametrize("steps", [2, 6])
+def test_first_steps_of_zero_say_nothing_about_the_derivative(optimizer, steps):
+    assert jnp.isfinite(adapted(optimizer, steps).params["weight"]).all()
+
+
+@pytest.mark.parametrize(
+    "optimizer, message",
+    [
+        (optax.MultiSteps(optax.sign_sgd(0.1), 3).gradient_transformation(), "zero everywhere"),
+        (delayed(optax.sign_sgd(0.1), 4), "zero everywhere"),
+        (delayed(optax.adam(0.1), 4), "not finite"),
+    ],
+    ids=["MultiSteps of signs", "delayed signs", "delayed adam"],
+)
+def test_what_has_no_derivative_is_found_in_later_steps_too(optimizer, message):
+    with pytest.raises(nn.NotDifferentiableError, match=message):
+        adapted(optimizer, 6)
+
+
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit, jax.grad, lambda f: jax.jit(jax.grad(f))])
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (optax.adam, "not finite"),
+        (lambda rate: optax.rmsprop(rate, eps=0.0), "not finite"),
+        (lambda rate: optax.adam(0.1, b1=rate), "not finite"),
+        (lambda rate: optax.adam(0.1, eps=rate), "not finite"),
+        (optax.sign_sgd, "zero everywhere"),
+    ],
+    ids=["adam", "rmsprop", "b1", "eps", "sign_sgd"],
+)
+def test_an_optimizer_with_a_traced_hyperparameter_is_tried_as_well(make, message, wrap):
+    with pytest.raises(nn.NotDifferentiableError, match=message):
+        wrap(lambda rate: adapted(make(rate), 3).losses[-1])(
+            0.1 if wrap is None else jnp.asarray(0.1)
+        )
+
+
+@pytest.mark.parametrize(
+    "make", [optax.sgd, nn.meta.adam, lambda r: optax.adam(0.1, b2=r, eps_root=1e-8)]
+)
+def test_a_smooth_one_with_a_traced_hyperparameter_passes(make):
+    value = lambda rate: adapted(make(rate), 3).losses[-1]
+    found = quickly(jax.grad(value))(0.3)
+    h = 1e-2
+    expected = (quickly(value)(0.3 + h) - quickly(value)(0.3 - h)) / (2 * h)
+    np.testing.assert_allclose(found, expected, rtol=0.05, atol=1e-4)
+
+
+def test_an_optimizer_of_a_trace_is_not_kept_alive():
+    with jax.checking_leaks():
+        jax.jit(lambda rate: adapted(optax.sgd(rate), 2).losses[-1])(0.1)
+
+
+# --------------------------------------------------------------------------------------------------
+# Gradients on their way back
+
+
+def root(shared, x):
+    """Finite at zero; its derivative by w is not."""
+    return jnp.sqrt(shared["w"] * x).sum() + (shared["b"] ** 2).sum()
+
+
+def adapted_root(shared, x):
+    """Of an inner loss whose second derivative is 0 / 0 where x is zero, and whose gradient is zero."""
+    inner = lambda w, x: ((w * x) ** 1.5).sum()
+    out = nn.meta.adapt(None, shared["w"], inner, (x,), lr=0.1, steps=2)
+    return out.params.sum() + (shared["b"] ** 2).sum()
+
+
+SHARED = {"w": jnp.ones(2), "b": jnp.ones(3)}
+TASKS = jnp.ones((4, 2)).at[2, 1].set(0.0)  # of which one touches the singular point
+WAYS = {
+    "eager": lambda f: f,
+    "jax.jit": jax.jit,
+    "nn.jit": nn.jit,
+    "nn.meta.loop": lambda f: lambda s: nn.meta.loop(lambda c, _: (c, f(c)), s, length=1),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_gradient_that_is_not_finite_is_reported_with_task_and_name(way):
+    gradient = WAYS[way](jax.grad(lambda s: nn.meta.over_tasks(adapted_root)(s, TASKS)))
+    message = r"(?s)task 2 of 4 diverged: the gradient by shared\['w'\] is not finite.*Instead"
+    with pytest.warns(nn.DivergenceWarning, match=message) as said:
+        gradient(SHARED)
+        jax.effects_barrier()
+    assert len(said) == 1
+
+
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["eager", "jit"])
+def test_without_an_inner_loop_its_name_alone_is_known(wrap):
+    with pytest.warns(nn.DivergenceWarning, match=r"one of 4 tasks .* by shared\['w'\] is not"):
+        wrap(jax.grad(lambda s: nn.meta.over_tasks(root)(s, TASKS)))(SHARED)
+        jax.effects_barrier()
+
+
+def test_a_result_that_is_not_finite_is_told_alone_with_its_inner_step():
+    def one(w, x):
+        loss = lambda v: (w * v) ** 4
+        return loss(nn.meta.adapt(None, x, loss, (), lr=0.5, steps=8).params)
+
+    # x <- x - 2 x^3 in float32: from 50 beyond 1e38 at the fourth step.
+    losses, x = [], np.float64(50.0)
+    while x**4 < np.finfo(np.float32).max:
+        losses, x = [*losses, x**4], x - 2 * x**3
+    message = (
+        rf"tasks 1, 3 of 4 diverged.*not finite, nor is its inner loss from step {len(losses)} on"
+    )
+    with pytest.warns(nn.DivergenceWarning, match=message) as said:
+        jax.jit(jax.grad(nn.meta.over_tasks(one)))(1.0, jnp.array([0.1, 50.0, 0.2, 0.6e2]))
+        jax.effects_barrier()
+    assert len(said) == 1
+
+
+def test_finite_gradients_are_silent_and_those_of_the_mean():
+    tasks = jnp.abs(jnp.asarray(np.random.default_rng(0).normal(size=(4, 2)), jnp.float32)) + 0.1
+    loss = lambda s, x: root(s, x)
+    by_hand = lambda s: sum(loss(s, x) for x in tasks) / 4
+    for derivative in (jax.grad, jax.hessian, jax.jacfwd, lambda f: jax.jacrev(jax.grad(f))):
+        found = quickly(derivative(lambda s: nn.meta.over_tasks(loss)(s, tasks)))(SHARED)
+        expected = quickly(derivative(by_hand))(SHARED)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), found, expected)
+
+
+def test_what_is_not_differentiated_is_not_looked_at():
+    # The gradient by "w" is infinite, but nobody asks for it.
+    def loss(b):
+        return nn.meta.over_tasks(root)({"w": jnp.ones(2), "b": b}, TASKS)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for wrap in (jax.grad, lambda f: jax.jit(jax.grad(f))):
+            np.testing.assert_allclose(wrap(loss)(jnp.ones(3)), 2.0)
+            jax.effects_barrier()
+        gradient = jax.jit(
+            lambda s: jax.grad(lambda b: nn.meta.over_tasks(root)({**s, "b": b}, TASKS))(s["b"])
+        )
+        np.testing.assert_allclose(gradient(SHARED), 2.0)
+        jax.effects_barrier()
+
+
+def test_report_false_looks_at_no_gradient():
+    text = lambda report: str(
+        jax.make_jaxpr(jax.grad(lambda s: nn.meta.over_tasks(root, report=report)(s, TASKS)))(
+            SHARED
+        )
+    )
+    assert "callback" in text(True)
+    assert "callback" not in text(False)
