@@ -2,6 +2,14 @@
 
 from statefulnn.curvature.laplace import Laplace
 from statefulnn.curvature.linearized import linearize_model, taylor_model
+from statefulnn.curvature.matrices import (
+    empirical_fisher,
+    fisher,
+    ggn,
+    hessian,
+    jacobian,
+    tangent_kernel,
+)
 from statefulnn.curvature.noise_scale import (
     NoiseScale,
     gradient_noise_scale,
@@ -9,4 +17,5 @@ from statefulnn.curvature.noise_scale import (
     noise_scale_of,
 )
 from statefulnn.curvature.ntk import empirical_ntk
+from statefulnn.curvature.operators import LinearOperator
 from statefulnn.curvature.privacy import Clipped, clip_per_example, dp_gradients
