@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, TypeVar, dataclass_transform
+from dataclasses import dataclass, field
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.tree_util import register_dataclass
 
 from statefulnn.core.compat import Tracer
 from statefulnn.core.errors import ShapeError, explain
@@ -16,14 +17,10 @@ from statefulnn.curvature._solve import require_solved, solve
 from statefulnn.curvature._spaces import Space
 
 Scalar = int | float | jax.Array
-C = TypeVar("C", bound=type)
+STATIC = {"static": True}
 
 
-def _static() -> Any:
-    return dataclasses.field(metadata={"static": True})
-
-
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Bound:
     """A function with its first arguments; it equals another one of the same, and so compiles once."""
 
@@ -34,7 +31,7 @@ class Bound:
         return self.function(*self.arguments, *args)
 
 
-@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class LinearOperator:
     """A matrix that is known by its products with vectors.
 
@@ -71,9 +68,9 @@ class LinearOperator:
         (1, 2)
     """
 
-    source: Space = _static()
-    target: Space = _static()
-    symmetric: bool = _static()
+    source: Space = field(metadata=STATIC)
+    target: Space = field(metadata=STATIC)
+    symmetric: bool = field(metadata=STATIC)
 
     def _run(self, vector: Any, many: bool) -> Any:
         """Return the product with a tree, or with many, stacked along a new first axis."""
@@ -257,20 +254,14 @@ class LinearOperator:
         return f"<{type(self).__name__} {self.shape[0]} x {self.shape[1]}>"
 
 
-@dataclass_transform(frozen_default=True, field_specifiers=(_static,))
-def _operator(cls: C) -> C:
-    return jax.tree_util.register_dataclass(
-        dataclasses.dataclass(frozen=True, eq=False, repr=False)(cls)
-    )
-
-
-@_operator
+@register_dataclass
+@dataclass(frozen=True, eq=False, repr=False)
 class Leaf(LinearOperator):
     """A function ``product(operands, v)``, and that of the transpose."""
 
     operands: Any
-    product: Callable = _static()
-    adjoint: Callable = _static()
+    product: Callable = field(metadata=STATIC)
+    adjoint: Callable = field(metadata=STATIC)
 
     def _run(self, vector: Any, many: bool) -> Any:
         return _compiled(self.product, many, self.operands, vector)
@@ -279,7 +270,8 @@ class Leaf(LinearOperator):
         return Leaf(self.target, self.source, False, self.operands, self.adjoint, self.product)
 
 
-@_operator
+@register_dataclass
+@dataclass(frozen=True, eq=False, repr=False)
 class Sum(LinearOperator):
     """A + B."""
 
@@ -293,7 +285,8 @@ class Sum(LinearOperator):
         return self.first.T + self.second.T
 
 
-@_operator
+@register_dataclass
+@dataclass(frozen=True, eq=False, repr=False)
 class Scaled(LinearOperator):
     """c A."""
 
@@ -308,7 +301,8 @@ class Scaled(LinearOperator):
         return self.operator.T * self.factor
 
 
-@_operator
+@register_dataclass
+@dataclass(frozen=True, eq=False, repr=False)
 class Product(LinearOperator):
     """A B."""
 
@@ -322,13 +316,14 @@ class Product(LinearOperator):
         return self.second.T @ self.first.T
 
 
-@_operator
+@register_dataclass
+@dataclass(frozen=True, eq=False, repr=False)
 class Inverse(LinearOperator):
     """A⁻¹ of a symmetric A."""
 
     operator: LinearOperator
-    tol: float = _static()
-    max_steps: int = _static()
+    tol: float = field(metadata=STATIC)
+    max_steps: int = field(metadata=STATIC)
 
     def _run(self, vector: Any, many: bool) -> Any:
         out, solved = _solved(self.operator, vector, self.tol, self.max_steps, many)
