@@ -78,8 +78,8 @@ def eigenpairs(
         which: "largest", "smallest", or "magnitude" for those largest in size.
         tol: how small the residuals ``|A v - λ v|`` are to be, relative to the largest eigenvalue in size.
         basis_size: how many vectors ``(P,)`` are kept; None for ``max(20, 4 k)``. More of them need fewer
-            products.
-        max_restarts: at most as many.
+            restarts.
+        max_restarts: at most as many, one of which the check takes.
         rng: a random key, for the start; None for the generator in force.
 
     Returns:
@@ -107,7 +107,7 @@ def eigenpairs(
     require_symmetric(A, function, _GRAM)
     check_choice(which, WHICH, "which", function)
     check_count(k, 1, "k", function)
-    check_count(max_restarts, 0, "max_restarts", function)
+    check_count(max_restarts, 1, "max_restarts", function)
     size = A.source.size
     if k > size:
         raise ValueError(
@@ -120,70 +120,88 @@ def eigenpairs(
     m = max(20, 4 * k) if basis_size is None else basis_size
     check_count(m, k + 1, "basis_size", function)
     key = next_key() if rng is None else as_key(rng)
-    found = _eigenpairs(A, key, tol, k, which, min(m, size), max_restarts)
-    values, vectors, residuals, products, scale = found
-    fine = jnp.all(residuals <= tol * scale)
-    require(fine, functools.partial(_say_unconverged, k, tol, m), residuals, scale, products)
-    return Eigenpairs(values, vectors, residuals, products)
+    end = _eigenpairs(A, key, tol, k, which, min(m, size), max_restarts)
+    say = functools.partial(_say_unconverged, k, tol, m)
+    require(end.done, say, end.residuals, end.scale, end.products)
+    vectors = jax.vmap(A.source.unflatten)(end.basis[:k])
+    return Eigenpairs(end.values, vectors, end.residuals, end.products)
+
+
+class _State(NamedTuple):
+    """Where restarted Lanczos is: a basis (m + 1, P), its matrix (m, m), and what was found."""
+
+    basis: Any
+    matrix: Any
+    start: Any  # the first row of the basis that A is to be applied to
+    fresh: Any  # whether that row is a random vector
+    values: Any
+    residuals: Any
+    scale: Any
+    done: Any
+    cycles: Any
+    products: Any
 
 
 @functools.partial(jax.jit, static_argnums=(3, 4, 5, 6))
 def _eigenpairs(
     A: LinearOperator, key: Any, tol: Any, k: int, which: str, m: int, restarts: int
-) -> tuple:
+) -> _State:
     apply, size = flat_product(A), A.source.size
     # More than those wanted are kept in a restart: what is near them would else be found again.
     keep = k + (m - k) // 3
     rank = {"largest": lambda v: -v, "smallest": lambda v: v, "magnitude": lambda v: -jnp.abs(v)}
-    zeros = jnp.zeros((m, m), A.dtype)
 
-    def cycle(state: tuple) -> tuple:
-        """Fill the basis and take Ritz pairs, best first; say whether all of it is there."""
-        basis, matrix, residuals, start, fresh, number, products, _ = state
-        basis, matrix, norm = extend(apply, basis, matrix, start, jax.random.fold_in(key, number))
+    def cycle(state: _State) -> _State:
+        """Fill the basis, take Ritz pairs, best first, and start again from these."""
+        here = jax.random.fold_in(key, state.cycles)
+        basis, matrix, norm = extend(apply, state.basis, state.matrix, state.start, here)
         ritz, turn = jnp.linalg.eigh(matrix)
         best = jnp.argsort(rank[which](ritz))
         ritz, turn = ritz[best], turn[:, best]
-        # A fresh start drops what was beside the rows kept: their residuals are still there.
-        old = jnp.where(fresh, jnp.abs(turn[:k]).T @ residuals, 0)
-        new = jnp.abs(norm * turn[-1]) + old
-        converged = jnp.all(new[:k] <= tol * jnp.max(jnp.abs(ritz)))
-        done = converged & (fresh | (m == size))
-        count = jnp.where(converged, k, keep)
-        kept = jnp.arange(m) < count
-        last = basis[m]
-        basis = jnp.matmul(turn.T, basis[:m], precision="highest")
-        basis = jnp.concatenate([jnp.where(kept[:, None], basis, 0), zeros[:1, :1] * last])
-        other = random_start(basis, jax.random.fold_in(key, ~number))
-        basis = basis.at[count].set(jnp.where(converged, other, last))
-        matrix = jnp.diag(jnp.where(kept, ritz, 0))
-        return (
-            basis,
-            matrix,
-            new[:k],
-            count,
+        # A fresh start drops what A makes of the rows kept beside them: their residuals are still there.
+        dropped = jnp.where(state.fresh, jnp.abs(turn[:k]).T @ state.residuals, 0)
+        residuals = (jnp.abs(norm * turn[-1]) + dropped)[:k]
+        scale = jnp.max(jnp.abs(ritz))
+        converged = jnp.all(residuals <= tol * scale)
+        start = jnp.where(converged, k, keep).astype(int)
+        kept = jnp.arange(m) < start
+        turned = jnp.matmul(turn.T, basis[:m], precision="highest")
+        restarted = jnp.zeros_like(basis).at[:m].set(jnp.where(kept[:, None], turned, 0))
+        other = random_start(restarted, jax.random.fold_in(here, m))
+        return _State(
+            restarted.at[start].set(jnp.where(converged, other, basis[m])),
+            jnp.diag(jnp.where(kept, ritz, 0)),
+            start,
             converged,
-            number + 1,
-            products + m - start,
-            (
-                done,
-                ritz[:k],
-                jnp.max(jnp.abs(ritz)),
-            ),
+            ritz[:k],
+            residuals,
+            scale,
+            converged & (state.fresh | (m == size)),
+            state.cycles + 1,
+            state.products + m - state.start,
         )
 
-    def unfinished(state: tuple) -> Any:
-        return ~state[-1][0] & (state[5] <= restarts)
+    def unfinished(state: _State) -> Any:
+        return ~state.done & (state.cycles <= restarts) & jnp.isfinite(state.scale)
 
     basis = jnp.zeros((m + 1, size), A.dtype)
-    basis = basis.at[0].set(random_start(basis, key))
-    nothing = jnp.full(k, jnp.inf, A.dtype)
-    outcome = (jnp.asarray(False), nothing, jnp.zeros((), A.dtype))
-    start = (basis, zeros, nothing, 0, jnp.asarray(False), 0, 0, outcome)
-    basis, _, residuals, _, _, _, products, (_, values, scale) = jax.lax.while_loop(
-        unfinished, cycle, start
+    number, no, values = jnp.zeros((), int), jnp.asarray(False), jnp.zeros(k, A.dtype)
+    return jax.lax.while_loop(
+        unfinished,
+        cycle,
+        _State(
+            basis.at[0].set(random_start(basis, key)),
+            jnp.zeros((m, m), A.dtype),
+            number,
+            no,
+            values,
+            values,
+            values[0],
+            no,
+            number,
+            number,
+        ),
     )
-    return values, jax.vmap(A.source.unflatten)(basis[:k]), residuals, products, scale
 
 
 def _say_unconverged(k: int, tol: float, m: int, residuals: Any, scale: Any, products: Any) -> str:
