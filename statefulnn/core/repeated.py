@@ -7,8 +7,10 @@ straight code with one set of weights.
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 
 class _State(threading.local):
@@ -53,3 +55,14 @@ def straight_code_only() -> Iterator[None]:
         yield
     finally:
         _state.refused = before
+
+
+def body_of_loop(step: Callable) -> Callable:
+    """Return a function that is traced as repeated code."""
+
+    @functools.wraps(step)
+    def body(*args: Any) -> Any:
+        with repeated():
+            return step(*args)
+
+    return body

@@ -37,12 +37,19 @@ def one_by_one(
             names of the arrays, the gradients of each task, and the results.
     """
     path_leaves, tree = jax.tree_util.tree_flatten_with_path(shared)
-    names = [jax.tree_util.keystr(path) for path, _ in path_leaves]
-    parts, tree_of_data = jax.tree_util.tree_flatten(data)
+    names = [f"shared{jax.tree_util.keystr(path)}" for path, _ in path_leaves]
+    own, (parts, tree_of_data) = [leaf for _, leaf in path_leaves], jax.tree_util.tree_flatten(data)
 
-    def flat(shared: Sequence[Any], one: Sequence[Any]) -> tuple[Any, Any]:
+    def of_leaves(shared: Sequence[Any], one: Sequence[Any]) -> tuple[Any, Any]:
         with repeated():
             return task(tree.unflatten(shared), *tree_of_data.unflatten(one))
+
+    # The task may close over what somebody differentiates by, a learning rate perhaps: that is shared too.
+    converted, found = jax.closure_convert(of_leaves, own, [v[0] for v in parts])
+    names += ["an array that the task closes over"] * len(found)
+
+    def flat(shared: Sequence[Any], one: Sequence[Any]) -> tuple[Any, Any]:
+        return converted([*shared[: len(own)]], [*one], *shared[len(own) :])
 
     @jax.custom_jvp
     def call(shared: list[Any], data: list[Any]) -> tuple[Any, Any]:
@@ -66,7 +73,7 @@ def one_by_one(
         change = functools.reduce(jnp.add, changes, jnp.zeros_like(results))
         return (results, beside), (change.astype(results.dtype), _no_change(beside))
 
-    return call([leaf for _, leaf in path_leaves], parts)
+    return call([*own, *found], parts)
 
 
 def _with_gradients(
