@@ -8,12 +8,12 @@ import pickle
 import subprocess
 import sys
 
+import cloudpickle
 import jax
 import jax.numpy as jnp
 import joblib
 import numpy as np
 import pytest
-from joblib.externals import cloudpickle
 
 import statefulnn as nn
 
