@@ -50,12 +50,13 @@ def pure(model: Model, function: str) -> tuple[Callable, Any]:
 
 def _called_with(module: Module) -> Callable:
     # The module is read here and not in compiled code, for which it would be a constant.
-    fn, own = functionalize(module)
+    return functools.partial(_with_own, *functionalize(module))
 
-    def called(params: Mapping[str, Any], /, *inputs: Any, **kwargs: Any) -> Any:
-        return fn({**own, **params}, *inputs, **kwargs)
 
-    return called
+def _with_own(
+    fn: Callable, own: dict, params: Mapping[str, Any], /, *args: Any, **kwargs: Any
+) -> Any:
+    return fn({**own, **params}, *args, **kwargs)
 
 
 def _no_model(model: Any, function: str) -> TypeError:

@@ -2,6 +2,7 @@
 
 from statefulnn.meta.adapt import Adapted, adapt
 from statefulnn.meta.evolution import PES, es_gradient, pes_gradient, pes_init
+from statefulnn.meta.fixed_point import FixedPoint
 from statefulnn.meta.implicit import cg, gmres, implicit_gradient, neumann
 from statefulnn.meta.inner_optimizer import adam, learning_rates
 from statefulnn.meta.loop import loop

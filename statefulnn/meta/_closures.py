@@ -3,30 +3,59 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 
-from statefulnn.core.compat import Tracer
+from statefulnn.core.baked_in import BakedIn
+from statefulnn.core.compat import Tracer, chain, current_trace, kind
 
 
-def hoisted(function: Callable, *args: Any) -> tuple[Callable, list[Any]]:
-    """Return ``call(values, *args)``, and the traced values that a function takes from outside.
+class Hoisted(NamedTuple):
+    """A function of what it takes from outside.
+
+    Attributes:
+        call: ``call(values, *args)``.
+        values: the traced values that the function takes from outside, such as the parameters of a module.
+        shapes: what it returns, with ``jax.ShapeDtypeStruct`` in the place of arrays.
+    """
+
+    call: Callable
+    values: list[Any]
+    shapes: Any
+
+
+def hoisted(function: Callable, *args: Any) -> Hoisted:
+    """Trace a pure function of arrays, and return it as a function of all that is traced.
 
     Args:
-        function: a pure function of arrays.
-        args: arguments of the structure, shapes and dtypes that `call` will be given, by which it is traced.
+        function: what it does.
+        args: arguments, or their shapes, as `call` will be given them.
     """
-    closed, shapes = jax.make_jaxpr(function, return_shape=True)(*args)
+    eager = not under_compilation()
+
+    def traced(*args: Any) -> Any:
+        try:
+            return function(*args)
+        finally:
+            if eager:  # it runs once: nothing that it has read can become stale in it
+                BakedIn.forget_all_of(current_trace())
+
+    closed, shapes = jax.make_jaxpr(traced, return_shape=True)(*args)
     consts, out = closed.consts, jax.tree_util.tree_structure(shapes)
-    traced = [i for i, value in enumerate(consts) if isinstance(value, Tracer)]
+    numbers = [i for i, value in enumerate(consts) if isinstance(value, Tracer)]
 
     def call(values: Sequence[Any], *args: Any) -> Any:
         filled = list(consts)
-        for i, value in zip(traced, values, strict=True):
+        for i, value in zip(numbers, values, strict=True):
             filled[i] = value
         leaves = jax.tree_util.tree_leaves(args)
         return out.unflatten(jaxpr_as_fun(ClosedJaxpr(closed.jaxpr, filled))(*leaves))
 
-    return call, [consts[i] for i in traced]
+    return Hoisted(call, [consts[i] for i in numbers], shapes)
+
+
+def under_compilation() -> bool:
+    """Say whether what runs now is traced to be compiled."""
+    return any(kind(trace) == "staged" for trace in chain(current_trace()))

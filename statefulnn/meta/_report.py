@@ -12,9 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from statefulnn.core.compat import Tracer, chain, current_trace, kind
+from statefulnn.core.compat import Tracer
 from statefulnn.core.errors import StatefulnnError
 from statefulnn.core.failures import fail, note_check
+from statefulnn.meta._closures import under_compilation
 
 
 class _Staging(threading.local):
@@ -24,15 +25,11 @@ class _Staging(threading.local):
 _staging = _Staging()
 
 
-def _compiled() -> bool:
-    return any(kind(trace) == "staged" for trace in chain(current_trace()))
-
-
 @contextlib.contextmanager
 def staging() -> Iterator[None]:
     """Around a function of JAX that stages what it is given, and runs it at once in eager code."""
     before = _staging.eager
-    _staging.eager = before or not _compiled()
+    _staging.eager = before or not under_compilation()
     try:
         yield
     finally:
@@ -61,7 +58,7 @@ def report_unless(fine: Any, say: Callable[..., None], *values: Any) -> None:
         jax.debug.callback(on_host, *arrays)
 
     # JAX compiles a condition, also in eager code, where the callback could raise its own error.
-    direct = _staging.eager or not _compiled()
+    direct = _staging.eager or not under_compilation()
 
     @jax.custom_batching.custom_vmap
     def check(fine: Any, *values: Any) -> tuple:

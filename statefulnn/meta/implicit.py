@@ -14,7 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from statefulnn.core.compat import EAGER, current_trace
 from statefulnn.core.errors import ConvergenceError, TraceLeakError, explain
+from statefulnn.meta._arrays import difference, dot, norm
+from statefulnn.meta._closures import hoisted
 from statefulnn.meta._report import fail_unless, lanes_of, staging
 from statefulnn.transforms.differentiate import function_name
 
@@ -30,12 +33,14 @@ def implicit_gradient(
 ) -> Callable:
     """Return a solver whose derivative is that of the solution, whatever the solver does.
 
-    Exactly one condition says what the solution satisfies. All arrays the derivative is wanted for are
-    among `args`: a value the functions find in a closure is a constant, and JAX refuses to differentiate
-    by it.
+    Exactly one condition says what the solution satisfies. It is differentiated by `args`, and by the traced
+    values that the functions find in their closures, such as the parameters of ``self`` in a forward. A
+    module may be among `args` as well.
 
     Args:
-        solver: ``solver(init, *args) -> x``, any code; it is never differentiated.
+        solver: ``solver(init, *args) -> x``, any code; it is never differentiated. One that looks at values
+            (a ``while`` of Python) runs outside of compiled code, and may find no traced value in its
+            closure.
         objective: ``objective(x, *args) -> scalar``, which the solution minimises.
         optimality: ``optimality(x, *args)``, of x's structure, which is zero at the solution.
         fixed_point: ``fixed_point(x, *args)``, which returns x at the solution.
@@ -49,6 +54,7 @@ def implicit_gradient(
 
     Raises:
         TypeError: unless exactly one condition is given.
+        TraceLeakError: for a solver that looks at values and is differentiated by one from its closure.
         ConvergenceError: if the linear solver misses its tolerance, or the solution its `tolerance`. In
             code that is compiled by a raw ``jax.jit``, JAX has one class for all that goes wrong while it
             runs, ``jax.errors.JaxRuntimeError``, with the text of this one; both are RuntimeError.
@@ -88,25 +94,55 @@ def implicit_gradient(
             )
         )
 
-    solution = _differentiable(
-        solver, condition, linear_solve, tolerance, symmetric=objective is not None
-    )
-
     @functools.wraps(solver)
     def function(init: Any, *args: Any) -> Any:
+        functions, values = _of_closures(solver, condition, init, args)
+        solution = _differentiable(
+            *functions, linear_solve, tolerance, symmetric=objective is not None
+        )
         try:
-            return solution(jax.lax.stop_gradient(init), *args)
+            return solution(jax.lax.stop_gradient(init), *args, *values)
         except jax.errors.UnexpectedTracerError as error:
             raise TraceLeakError(
                 explain(
-                    f"differentiated {function_name(solver)} by a value that it, or its condition, takes "
-                    "from a closure",
-                    "the derivative of the solution is that by its arguments",
-                    "pass the value: fit(init, value), and solver(init, value), objective(x, value)",
+                    f"differentiated {function_name(solver)} by a value that it takes from a closure",
+                    "it looks at its values, so it cannot be traced to find out which ones it takes",
+                    "pass the value: fit(init, value), and solver(init, value), objective(x, value); or loop "
+                    "with jax.lax.while_loop in the solver",
                 )
             ) from error
 
     return function
+
+
+_LOOKS_AT_VALUES = (
+    jax.errors.ConcretizationTypeError,
+    jax.errors.TracerArrayConversionError,
+    jax.errors.TracerIntegerConversionError,
+    jax.errors.NonConcreteBooleanIndexError,
+)
+
+
+def _of_closures(
+    solver: Callable, condition: Callable, init: Any, args: tuple
+) -> tuple[tuple[Callable, Callable], tuple]:
+    """Return solver and condition as functions of one more argument each, the values of their closures."""
+    if current_trace() is EAGER:  # nothing is traced
+        return (solver, condition), ()
+    try:
+        with staging():
+            solve = hoisted(solver, init, *args)
+            holds = hoisted(condition, solve.shapes, *args)
+    except _LOOKS_AT_VALUES:
+        return (solver, condition), ()
+
+    def solved(init: Any, *args: Any) -> Any:
+        return solve.call(args[-2], init, *args[:-2])
+
+    def held(x: Any, *args: Any) -> Any:
+        return holds.call(args[-1], x, *args[:-2])
+
+    return (solved, held), (solve.values, holds.values)
 
 
 def _differentiable(
@@ -122,8 +158,8 @@ def _differentiable(
     def solution(init: Any, *args: Any) -> Any:
         x = solver(init, *args)
         if tolerance is not None:
-            norm = _norm(condition(x, *args))
-            fail_unless(norm <= tolerance, functools.partial(_unsolved, tolerance), norm)
+            size = norm(condition(x, *args))
+            fail_unless(size <= tolerance, functools.partial(_unsolved, tolerance), size)
         return x
 
     @solution.defjvp
@@ -153,7 +189,7 @@ def _condition(objective: Any, optimality: Any, fixed_point: Any) -> Callable:
         return jax.grad(objective)
     if optimality is not None:
         return optimality
-    return lambda x, *args: jax.tree_util.tree_map(jnp.subtract, x, fixed_point(x, *args))
+    return lambda x, *args: difference(x, fixed_point(x, *args))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -211,7 +247,7 @@ def _conjugate_gradients(matvec: Callable, b: Any, tol: float, steps: int) -> An
     def solve(matvec: Callable, b: Any) -> Any:
         # Below the rounding of the numbers a direction has no meaning, nor has its curvature.
         eps = max(float(jnp.finfo(jnp.result_type(v)).eps) for v in jax.tree_util.tree_leaves(b))
-        goal = max(tol, eps) ** 2 * _dot(b, b)
+        goal = max(tol, eps) ** 2 * dot(b, b)
 
         def more(carry: tuple) -> Any:
             *_, square, curvature, step = carry
@@ -220,13 +256,13 @@ def _conjugate_gradients(matvec: Callable, b: Any, tol: float, steps: int) -> An
         def one(carry: tuple) -> tuple:
             x, r, p, square, _, step = carry
             ap = matvec(p)
-            curvature = _dot(p, ap)
+            curvature = dot(p, ap)
             length = jnp.where(curvature > 0, square / curvature, 0)
             x, r = _along(x, length, p), _along(r, -length, ap)
-            after = _dot(r, r)
+            after = dot(r, r)
             return x, r, _along(r, after / square, p), after, curvature, step + 1
 
-        square = _dot(b, b)
+        square = dot(b, b)
         zeros = jax.tree_util.tree_map(lambda v: v * 0, b)  # NaN where b is
         before = jnp.where(jnp.isfinite(square), 1.0, jnp.nan).astype(square.dtype)
         start = (zeros, b, b, square, before, jnp.zeros((), jnp.int32))
@@ -236,11 +272,6 @@ def _conjugate_gradients(matvec: Callable, b: Any, tol: float, steps: int) -> An
 
     with staging():
         return jax.lax.custom_linear_solve(matvec, b, solve, transpose_solve=solve, symmetric=True)
-
-
-def _dot(a: Any, b: Any) -> Any:
-    products = jax.tree_util.tree_map(lambda a, b: jnp.vdot(a, b).real, a, b)
-    return sum(jax.tree_util.tree_leaves(products))
 
 
 def _along(x: Any, length: Any, way: Any) -> Any:
@@ -301,16 +332,10 @@ def _require_solved(
 ) -> None:
     if tol is None and name == "cg":  # which looks at its numbers itself
         return
-    residual = _norm(jax.tree_util.tree_map(jnp.subtract, b, matvec(x))) / jnp.maximum(
-        _norm(b), jnp.finfo(jnp.float32).tiny
-    )
+    residual = norm(difference(b, matvec(x))) / jnp.maximum(norm(b), jnp.finfo(jnp.float32).tiny)
     # Ten times: the methods stop by a residual they update, which drifts from the true one.
     fine = jnp.isfinite(residual) if tol is None else residual <= 10 * tol
     fail_unless(fine, functools.partial(_unconverged, name, steps, tol), residual)
-
-
-def _norm(tree: Any) -> Any:
-    return jnp.sqrt(_dot(tree, tree))
 
 
 def _unconverged(
@@ -355,11 +380,11 @@ def _not_finite(name: str, fine: Any) -> ConvergenceError:
     )
 
 
-def _unsolved(tolerance: float, fine: Any, norm: Any) -> ConvergenceError:
+def _unsolved(tolerance: float, fine: Any, size: Any) -> ConvergenceError:
     return ConvergenceError(
         explain(
             f"the solver of implicit_gradient ended{lanes_of(fine)} where the condition has norm "
-            f"{norm.max():.1e}, above tolerance={tolerance:g}",
+            f"{size.max():.1e}, above tolerance={tolerance:g}",
             "the theorem holds at a solution; elsewhere the gradient is wrong",
             "more steps in the solver, or a larger tolerance",
         )

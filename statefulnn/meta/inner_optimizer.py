@@ -169,7 +169,7 @@ def _try(optimizer: Any, structure: Any, steps: int) -> tuple[str, bool]:
     found, values = None, []
     # Whatever the caller's setting of promotion.
     with contextlib.suppress(Exception), jax.numpy_dtype_promotion("standard"):
-        call, values = hoisted(both, gradient)
+        call, values, _ = hoisted(both, gradient)
         numbers = [_stand_in(v) for v in values]
         with jax.ensure_compile_time_eval():
             found = jax.jit(lambda g: call(numbers, g))(gradient)

@@ -6,8 +6,9 @@ and may run in several threads.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any, Self, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -246,6 +247,41 @@ def functionalize(module: Module, *, mutable: bool = False, method: str = "forwa
     return (fn, params, _by_name(moduledef, own, ("buffer", "frozen"))) if mutable else (fn, params)
 
 
+class PureFunction(functools.partial):
+    """A method of a module as a pure function; a copy of it, or one from a pickle, is built anew.
+
+    Attributes:
+        mutable: whether it takes and returns state.
+        moduledef, training, in_mode: what makes `statefulize` the way back.
+    """
+
+    __name__: str
+    _made_of: tuple[ModuleDef, list[Any], str, bool]
+
+    def __repr__(self) -> str:
+        return f"<pure function {self.__name__}>"
+
+    def __copy__(self) -> Self:
+        return self  # nothing in it changes
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return self
+
+    def __reduce__(self) -> Any:
+        moduledef, own, method, mutable = self._made_of
+        # What every call is given, needs no numbers.
+        given = ("trainable", "buffer", "frozen") if mutable else ("trainable",)
+        leaves = [
+            jax.ShapeDtypeStruct(v.shape, v.dtype) if moduledef.kind_of(i) in given else v
+            for i, v in enumerate(own)
+        ]
+        return _rebuilt, (merge(moduledef, leaves), method, mutable)
+
+
+def _rebuilt(module: Module, method: str, mutable: bool) -> Callable:
+    return functionalize(module, method=method, mutable=mutable)[0]
+
+
 def _pure_function(moduledef: ModuleDef, own: list[Any], method: str, mutable: bool) -> Callable:
     """Return a method of a module as a pure function, see `functionalize`.
 
@@ -288,7 +324,7 @@ def _pure_function(moduledef: ModuleDef, own: list[Any], method: str, mutable: b
             out, after = call(given, need, inputs, rng, kwargs)
             return out, _by_name(moduledef, after, ("buffer", "frozen"))
 
-        fn: Callable = stateful
+        function: Callable = stateful
     else:
 
         def pure(
@@ -300,18 +336,18 @@ def _pure_function(moduledef: ModuleDef, own: list[Any], method: str, mutable: b
         ) -> PyTree:
             return call(params, (("params", params, wanted_params),), inputs, rng, kwargs)[0]
 
-        fn = pure
+        function = pure
 
     def in_mode(training: bool) -> Callable:
         twin = merge(moduledef, own).train(training)
         return _pure_function(plan_of(twin).moduledef, own, method, mutable)
 
-    fn.__name__ = fn.__qualname__ = f"{type_name}.{method}"
-    fn.__doc__ = f"{type_name}.{method} as a pure function {signature}."
-    # Whether it takes and returns state; and what makes `statefulize` the way back.
+    fn = PureFunction(function)
+    fn._made_of = (moduledef, own, method, mutable)
+    name, doc = f"{type_name}.{method}", f"{type_name}.{method} as a pure function {signature}."
     training = next(value for name, value, _ in moduledef.nodes[0].values if name == "training")
     facts = {"mutable": mutable, "moduledef": moduledef, "training": training, "in_mode": in_mode}
-    fn.__dict__.update(facts)
+    fn.__dict__.update(facts, __name__=name, __qualname__=name, __doc__=doc)
     return fn
 
 

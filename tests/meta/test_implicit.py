@@ -287,13 +287,44 @@ def test_a_solver_that_is_not_at_the_solution_is_an_error():
             wrap(fit)(jnp.ones(3), PENALTY, X, Y)
 
 
-def test_a_value_from_a_closure_is_refused_where_it_is_differentiated():
-    def outer(penalty):
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit, nn.jit], ids=["eager", "jit", "nn.jit"])
+def test_a_value_from_a_closure_is_differentiated_as_an_argument_is(wrap):
+    def value(penalty):
         fit = nn.meta.implicit_gradient(
             lambda init: exact(None, penalty, X, Y),
             objective=lambda w: ridge(w, penalty, X, Y),
         )
-        return fit(jnp.zeros(3)).sum()
+        return (fit(jnp.zeros(3)) ** 3).sum()
 
-    with pytest.raises(nn.TraceLeakError, match="from a closure"):
-        jax.grad(outer)(PENALTY)
+    formula = lambda penalty: (exact(None, penalty, X, Y) ** 3).sum()
+    expected = jax.grad(formula)(PENALTY)
+    np.testing.assert_allclose(wrap(jax.grad(value))(PENALTY), expected, rtol=2e-3, atol=1e-4)
+    each = wrap(jax.vmap(jax.grad(value)))(jnp.stack([PENALTY, PENALTY]))
+    np.testing.assert_allclose(each, jnp.stack([expected, expected]), rtol=2e-3, atol=1e-4)
+    forward = wrap(jax.jacfwd(value))(PENALTY)
+    np.testing.assert_allclose(forward, expected, rtol=2e-3, atol=1e-4)
+
+
+def until_small(x, scale):
+    """Halve in a loop of Python, which looks at values."""
+    while float(jnp.abs(x - scale)) > 1e-6:
+        x = (x + scale) / 2
+    return x
+
+
+def test_a_solver_that_looks_at_values_runs_in_eager_code():
+    fit = nn.meta.implicit_gradient(until_small, fixed_point=lambda x, scale: (x + scale) / 2)
+    np.testing.assert_allclose(fit(jnp.zeros(()), jnp.asarray(3.0)), 3.0, rtol=1e-6)
+    found = jax.grad(lambda scale: fit(jnp.zeros(()), scale) ** 2)(jnp.asarray(3.0))
+    np.testing.assert_allclose(found, 6.0, rtol=1e-5)
+
+
+def test_one_that_looks_at_values_from_its_closure_is_refused():
+    def outer(scale):
+        fit = nn.meta.implicit_gradient(
+            lambda x: until_small(x, scale), fixed_point=lambda x: (x + scale) / 2
+        )
+        return fit(jnp.zeros(()))
+
+    with pytest.raises(nn.TraceLeakError, match=r"(?s)from a closure.*fit\(init, value\)"):
+        jax.grad(outer)(jnp.asarray(3.0))

@@ -1,0 +1,241 @@
+"""Implicit layers: modules whose output is a solution, beside the same layers unrolled."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import statefulnn as nn
+
+X = jnp.asarray(np.random.default_rng(0).normal(size=(5, 3)), jnp.float32)
+
+
+class Cell(nn.Module):
+    def __init__(self, factor=0.5):
+        super().__init__()
+        self.state, self.input = nn.Linear(3, 3), nn.Linear(3, 3)
+        self.factor = factor
+
+    def forward(self, z, x):
+        return jnp.tanh(self.factor * self.state(z) + self.input(x))
+
+
+class Natural(nn.Module):
+    """As one writes it: the condition uses what ``self`` owns."""
+
+    def __init__(self):
+        super().__init__()
+        self.cell = Cell()
+
+    def forward(self, x):
+        def solve(z, x):
+            return jax.lax.fori_loop(0, 25, lambda _, z: self.cell(z, x), z)
+
+        fit = nn.meta.implicit_gradient(solve, fixed_point=lambda z, x: self.cell(z, x))
+        return fit(jnp.zeros_like(x), x)
+
+
+class AsArgument(Natural):
+    """The module as an argument of solver and condition."""
+
+    def forward(self, x):
+        def solve(z, cell, x):
+            return jax.lax.fori_loop(0, 25, lambda _, z: cell(z, x), z)
+
+        fit = nn.meta.implicit_gradient(solve, fixed_point=lambda z, cell, x: cell(z, x))
+        return fit(jnp.zeros_like(x), self.cell, x)
+
+
+class Unrolled(Natural):
+    def forward(self, x):
+        z = jnp.zeros_like(x)
+        for _ in range(25):
+            z = self.cell(z, x)
+        return z
+
+
+def fixed_point():
+    return nn.meta.FixedPoint(Cell(), tol=1e-6)
+
+
+def unrolled(layer):
+    """A layer with the same weights, without implicit gradients."""
+    other = Unrolled()
+    other.load_state_dict(layer.state_dict())
+    return other
+
+
+def loss(layer, x):
+    return (layer(x) ** 2).sum()
+
+
+def agree(ours, theirs):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-3, atol=1e-4), ours, theirs)
+
+
+WRAPS = {"eager": lambda f: f, "nn.jit": nn.jit, "jax.jit": jax.jit}
+LAYERS = [Natural, AsArgument, fixed_point]
+
+
+@pytest.mark.parametrize("make", LAYERS)
+@pytest.mark.parametrize("way", WRAPS)
+def test_gradients_by_weights_and_input_are_those_of_the_unrolled_layer(make, way):
+    layer = make()
+    both = lambda layer, x: nn.value_and_grad(loss, argnums=(0, 1))(layer, x)
+    value, (by_weights, by_input) = WRAPS[way](both)(layer, X)
+    expected, (weights, inputs) = nn.jit(both)(unrolled(layer), X)
+    np.testing.assert_allclose(value, expected, rtol=1e-4)
+    agree((by_weights, by_input), (weights, inputs))
+    assert max(float(jnp.abs(g).max()) for g in by_weights.values()) > 1e-2
+
+
+@pytest.mark.parametrize("make", LAYERS)
+def test_raw_transformations_of_jax_do_as_well(make):
+    layer = make()
+    fn, params = nn.functionalize(layer)
+    by_params = jax.jit(jax.grad(lambda p, x: (fn(p, x) ** 2).sum()))(params, X)
+    agree(by_params, nn.grad(loss)(unrolled(layer), X))
+    each = jax.vmap(jax.grad(lambda x: loss(layer, x)))(X)  # the layer from a closure
+    agree(each, jax.grad(lambda x: loss(unrolled(layer), x))(X))
+
+
+@pytest.mark.parametrize("make", LAYERS)
+def test_the_members_of_an_ensemble_are_independent(make):
+    ensemble = nn.Ensemble(make, 3)
+    x = jnp.stack([X, 2 * X, 3 * X])
+    total = lambda e, x: (e(x, in_axes=0) ** 2).sum()
+    found = nn.grad(total)(ensemble, x)
+    for i in range(3):
+        expected = nn.grad(loss)(unrolled(ensemble.member(i)), x[i])
+        agree({n: g[i] for n, g in found.items()}, {f"stack.{n}": g for n, g in expected.items()})
+
+
+def test_per_example_gradients():
+    layer = fixed_point()
+    found = nn.func.per_sample_grad(lambda m, x: (m(x) ** 2).sum())(layer, X)
+    other = unrolled(layer)
+    expected = [nn.grad(loss)(other, x) for x in X]
+    agree(found, {n: jnp.stack([e[n] for e in expected]) for n in found})
+
+
+def test_second_derivatives_and_forward_mode():
+    layer = fixed_point()
+    fn, params = nn.functionalize(layer)
+    other, _ = nn.functionalize(unrolled(layer))
+    x = X[:1]
+    for derivative in (jax.hessian, jax.jacfwd):
+        found = jax.jit(derivative(lambda x: (fn(params, x) ** 2).sum()))(x)
+        agree(found, jax.jit(derivative(lambda x: (other(params, x) ** 2).sum()))(x))
+
+
+class Stepping(Natural):
+    """With a solver that is a loop of Python: no body that JAX would keep."""
+
+    def forward(self, x):
+        def solve(z, x):
+            for _ in range(9):
+                z = self.cell(z, x)
+            return z
+
+        fit = nn.meta.implicit_gradient(solve, fixed_point=lambda z, x: self.cell(z, x))
+        return fit(jnp.zeros_like(x), x)
+
+
+@pytest.mark.parametrize("make", [Stepping, fixed_point])
+def test_training_after_an_eager_call_or_gradient_is_no_stale_capture(make):
+    layer = make()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(2):
+            layer(X)
+            jax.grad(lambda x: loss(layer, x))(X)
+            for p in layer.parameters():
+                p.value = p.value * 0.9
+
+
+def test_a_start_may_be_given_and_changes_nothing():
+    layer = fixed_point()
+    np.testing.assert_allclose(layer(X), layer(X, start=jnp.ones_like(X)), atol=1e-5)
+    agree(
+        nn.grad(lambda m: (m(X, start=jnp.ones_like(X)) ** 2).sum())(layer), nn.grad(loss)(layer, X)
+    )
+
+
+class Pair(nn.Module):
+    """A cell of two arrays and two inputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(3, 2), nn.Linear(2, 3)
+
+    def forward(self, z, x, y):
+        u, v = z
+        return jnp.tanh(0.3 * self.a(v) + y), jnp.tanh(0.3 * self.b(u) + x)
+
+
+def test_z_may_be_several_arrays():
+    layer = nn.meta.FixedPoint(Pair(), solve=nn.meta.neumann(40))
+    start = (jnp.zeros((5, 2)), jnp.zeros((5, 3)))
+    total = lambda z: sum((v**2).sum() for v in z)
+    found = nn.grad(lambda m: total(m(X, X[:, :2], start=start)))(layer)
+
+    def by_hand(cell):
+        z = start
+        for _ in range(40):
+            z = cell(z, X, X[:, :2])
+        return total(z)
+
+    expected = nn.grad(by_hand)(layer.cell)
+    agree(found, {f"cell.{n}": g for n, g in expected.items()})
+
+
+def test_pickles_copies_and_shows_as_other_modules():
+    layer = fixed_point()
+    np.testing.assert_array_equal(copy.deepcopy(layer)(X), layer(X))
+    assert "FixedPoint(\n  steps=100, tol=1e-06" in repr(layer)
+
+
+@pytest.mark.parametrize("way", ["eager", "nn.jit"])
+@pytest.mark.parametrize("call", [loss, nn.grad(loss)], ids=["forward", "gradient"])
+def test_a_cell_that_does_not_contract_is_an_error_of_ours(way, call):
+    class Turning(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(jnp.ones(()))
+
+        def forward(self, z, x):
+            return x - self.scale * z
+
+    layer = nn.meta.FixedPoint(Turning(), steps=7)
+    with pytest.raises(nn.ConvergenceError, match=r"(?s)still changes .* in step 7.*steps=70"):
+        WRAPS[way](call)(layer, X)
+
+
+def test_numbers_that_are_not_finite_are_said_also_without_a_tolerance():
+    class Doubling(nn.Module):
+        def forward(self, z, x):
+            return z * 1e30 + x
+
+    layer = nn.meta.FixedPoint(Doubling(), steps=9, tol=None)
+    with pytest.raises(nn.ConvergenceError, match="z is not finite after 9 steps"):
+        layer(X)
+
+
+def test_a_cell_that_writes_state_is_refused():
+    class Normed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.BatchNorm1d(3)
+
+        def forward(self, z, x):
+            return 0.1 * self.norm(z) + x
+
+    with pytest.raises(nn.StateWriteError, match="running_mean"):
+        nn.meta.FixedPoint(Normed())(X)
+    with pytest.raises(ValueError, match="steps must be"):
+        nn.meta.FixedPoint(Normed(), steps=0)
