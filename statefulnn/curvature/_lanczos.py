@@ -31,7 +31,13 @@ def extend(apply: Callable, basis: Any, matrix: Any, start: Any, key: Any) -> tu
     def step(j: Any, state: tuple) -> tuple:
         basis, matrix, _ = state
         product = apply(basis[j])
-        rest, column = _beside(basis, product)
+        # Nearly all of it lies in the last two rows; without that, one more pass is mostly enough.
+        last = jnp.maximum(j - 1, 0)
+        rest, near = _without(jax.lax.dynamic_slice(basis, (last, 0), (2, size)), product)
+        rest, column = _beside(basis, rest)
+        column = jax.lax.dynamic_update_slice(
+            column, near + jax.lax.dynamic_slice(column, (last,), (2,)), (last,)
+        )
         norm = jnp.linalg.norm(rest)
         ends = norm <= tiny * jnp.maximum(jnp.max(jnp.abs(matrix)), jnp.linalg.norm(product))
         rest, length = jax.lax.cond(
@@ -48,13 +54,23 @@ def extend(apply: Callable, basis: Any, matrix: Any, start: Any, key: Any) -> tu
 
 
 def _beside(basis: Any, vector: Any) -> tuple[Any, Any]:
-    """Return what of a vector is orthogonal to the rows of a basis, and its products with them."""
-    total: Any = 0
-    for _ in range(2):  # once is not enough where nearly all of the vector is in the basis
-        products = jnp.matmul(basis, vector, precision="highest")
-        vector = vector - jnp.matmul(products, basis, precision="highest")
-        total = total + products
-    return vector, total
+    """Return what of a vector is orthogonal to the rows of a basis, and its products with them.
+
+    Once is not enough where much of the vector is in the basis: rounding is relative to that.
+    """
+    rest, products = _without(basis, vector)
+
+    def again() -> tuple[Any, Any]:
+        better, more = _without(basis, rest)
+        return better, products + more
+
+    little = jnp.linalg.norm(rest) < 0.7 * jnp.linalg.norm(vector)
+    return jax.lax.cond(little, again, lambda: (rest, products))
+
+
+def _without(basis: Any, vector: Any) -> tuple[Any, Any]:
+    products = jnp.matmul(basis, vector, precision="highest")
+    return vector - jnp.matmul(products, basis, precision="highest"), products
 
 
 def _random_beside(basis: Any, key: Any, size: int) -> tuple[Any, Any]:
