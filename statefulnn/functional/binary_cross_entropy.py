@@ -39,7 +39,9 @@ def _entropy_jvp(primals: Any, tangents: Any) -> tuple[Any, Any]:
 
 def _along(out: Any, tangents: Any, slopes: Any) -> Any:
     """Return the tangent of an output; a slope that is not finite may not meet a tangent of zeros."""
-    moved = [s * t for s, t in zip(slopes, tangents, strict=True) if not isinstance(t, SymbolicZero)]
+    moved = [
+        s * t for s, t in zip(slopes, tangents, strict=True) if not isinstance(t, SymbolicZero)
+    ]
     return sum(moved, jnp.zeros(out.shape, out.dtype))
 
 

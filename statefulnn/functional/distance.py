@@ -201,7 +201,9 @@ def _all_pairs_jvp(p: float, primals: tuple, tangents: tuple) -> tuple[Any, Any]
     if p == 0:
         return out, jnp.zeros_like(out)
     apart = x[:, None] - x[None]
-    if p == math.inf:  # each of equal magnitudes has the whole derivative, and all are NaN if one is
+    if (
+        p == math.inf
+    ):  # each of equal magnitudes has the whole derivative, and all are NaN if one is
         below = jnp.minimum(jnp.ceil(jnp.abs(jnp.abs(apart) - out[..., None])), 1)
         slope = lax.stop_gradient(jnp.sign(apart) * (1 - below))
     elif p == 1:
