@@ -8,6 +8,7 @@ well. Here each turn of the loop runs a task and its gradient, so that only the 
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,6 +22,18 @@ from statefulnn.core.repeated import repeated
 
 class _NoScalar(Exception):
     """The result of a task is not one number."""
+
+
+class _Turn(threading.local):
+    inside: bool = False
+
+
+_turn = _Turn()
+
+
+def in_turn() -> bool:
+    """Say whether a task is traced that runs one after the other with its like."""
+    return _turn.inside
 
 
 def one_by_one(
@@ -41,8 +54,12 @@ def one_by_one(
     own, (parts, tree_of_data) = [leaf for _, leaf in path_leaves], jax.tree_util.tree_flatten(data)
 
     def of_leaves(shared: Sequence[Any], one: Sequence[Any]) -> tuple[Any, Any]:
-        with repeated():
-            return task(tree.unflatten(shared), *tree_of_data.unflatten(one))
+        before, _turn.inside = _turn.inside, True
+        try:
+            with repeated():
+                return task(tree.unflatten(shared), *tree_of_data.unflatten(one))
+        finally:
+            _turn.inside = before
 
     # The task may close over what somebody differentiates by, a learning rate perhaps: that is shared too.
     converted, found = jax.closure_convert(of_leaves, own, [v[0] for v in parts])

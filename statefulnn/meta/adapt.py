@@ -17,6 +17,7 @@ from statefulnn.core.repeated import body_of_loop
 from statefulnn.meta._arrays import strong_arrays
 from statefulnn.meta._cotangents import counted, note_losses
 from statefulnn.meta._names import chosen_names
+from statefulnn.meta._one_by_one import in_turn
 from statefulnn.meta.inner_optimizer import require_differentiable
 from statefulnn.meta.per_step import (
     PerStep,
@@ -73,7 +74,7 @@ def adapt(
     checkpoint: str = "none",
     batches: bool = False,
     keep_path: bool = False,
-    unroll: int = UNROLLED,
+    unroll: int | None = None,
 ) -> Adapted:
     """Take optimisation steps on one task; the result is differentiable by where they started.
 
@@ -107,7 +108,8 @@ def adapt(
         batches: whether `data` has a leading axis of steps: a batch for each.
         keep_path: whether to return the parameters after every step.
         unroll: up to this many steps are compiled one after the other, and run faster; more are a loop,
-            which compiles once. 0 is always a loop. Only with ``checkpoint="none"``.
+            which compiles once. 0 is always a loop, and what is taken where `over_tasks` runs one task
+            after the other; elsewhere it is 5. Only with ``checkpoint="none"``.
 
     Returns:
         `Adapted`: params, state, losses, rows, path, slots.
@@ -136,6 +138,8 @@ def adapt(
         (1, 1)
     """
     _check_options(steps, truncate, checkpoint, unroll)
+    if unroll is None:
+        unroll = 0 if in_turn() else UNROLLED
     _check_task(fn, params, data, state)
     loop = _Loop(
         fn, params, loss, data, optimizer, slots, lr, steps, only, state, rng, first_order, batches
@@ -143,13 +147,13 @@ def adapt(
     return loop.run(truncate, checkpoint, keep_path, unroll)
 
 
-def _check_options(steps: int, truncate: int | None, checkpoint: str, unroll: int) -> None:
+def _check_options(steps: int, truncate: int | None, checkpoint: str, unroll: int | None) -> None:
     require_steps(steps, "adapt")
     if checkpoint not in CHECKPOINTS:
         raise ValueError(f"adapt: checkpoint must be one of {CHECKPOINTS}, got {checkpoint!r}")
     if truncate is not None and not (isinstance(truncate, int) and 0 <= truncate):
         raise ValueError(f"adapt: truncate must be a number of steps or None, got {truncate!r}")
-    if not isinstance(unroll, int) or unroll < 0:
+    if unroll is not None and (not isinstance(unroll, int) or unroll < 0):
         raise ValueError(f"adapt: unroll must be a number of steps, got {unroll!r}")
 
 
