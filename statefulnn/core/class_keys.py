@@ -6,7 +6,10 @@ for what the class declares as ``_python_cache`` or ``_unwatched``.
 
 from __future__ import annotations
 
+import functools
+import itertools
 import operator
+import sys
 import types
 import weakref
 from collections.abc import Callable, Hashable
@@ -16,6 +19,7 @@ import numpy as np
 
 from statefulnn.core.compat import EAGER, current_trace
 from statefulnn.core.objects import CONTAINERS, Identity, class_dict, code_of, mro_of, package_of
+from statefulnn.core.ownership import ModuleBase
 from statefulnn.core.static_keys import ClassKeyMaker, HookKeyMaker, KeyMaker, find_hidden
 from statefulnn.core.watch import Watch
 
@@ -31,16 +35,19 @@ _WRAPPERS: dict[type, Callable[[Any], tuple[Any, ...]]] = {
     classmethod: lambda v: (v.__func__,),
     property: lambda v: (v.fget, v.fset),
 }
+# Nobody changes the classes of these packages.
+_NOT_OWN = {*sys.stdlib_module_names, "statefulnn", "numpy", "jax", "jaxlib"}
 _forward = operator.attrgetter("forward")
 
 
 def class_key(cls: Any, watch: Watch) -> Identity:
-    """Return the key of a class of modules, and add to a watch what may change in it."""
+    """Return the key of a class, and add to a watch what may change in it."""
     known = _seen.get(cls)
     if known is None or not known[1].unchanged():
         own = Watch()
         found = _members(cls, own)
-        hidden = {*cls._python_cache, *cls._unwatched, "_abc_impl", "__init__"}
+        declared = (getattr(cls, name, ()) for name in ("_python_cache", "_unwatched"))
+        hidden = {"_abc_impl", "__init__", *itertools.chain(*declared)}
         parts = []
         for name, value in found:
             # Of the names that Python itself writes, only methods change what a module does.
@@ -51,6 +58,14 @@ def class_key(cls: Any, watch: Watch) -> Identity:
         known = _seen[cls] = _keys.setdefault(key.obj, key), own
     watch.add(known[1])
     return known[0]
+
+
+def _key_of_own(cls: type, watch: Watch) -> Hashable:
+    return class_key(cls, watch) if _own_bases(cls) else cls
+
+
+# For attributes and static arguments: the class of a configuration counts as much as what is in it.
+ValueKeyMaker = functools.partial(KeyMaker, of_class=_key_of_own)
 
 
 def containers_of(cls: type) -> dict[str, Any]:
@@ -64,7 +79,7 @@ def containers_of(cls: type) -> dict[str, Any]:
 
 
 def _own_bases(cls: type) -> list[type]:
-    return [b for b in mro_of(cls) if b is not object and package_of(b) != "statefulnn"]
+    return [b for b in mro_of(cls) if package_of(b) not in _NOT_OWN]
 
 
 def unchanged_classes() -> list[type]:
@@ -89,7 +104,7 @@ def _members(cls: type, watch: Watch) -> list[tuple[str, object]]:
         for name, value in members.items():
             if name[:2] != "__" and type(value) not in _EQUAL_IS_SAME:
                 watch.note(operator.itemgetter(name), content, value, (base, name))
-    if not any(name == "forward" for name, _ in found):
+    if issubclass(cls, ModuleBase) and not any(name == "forward" for name, _ in found):
         found.append(("forward", _forward(cls)))
         watch.note(_forward, cls, found[-1][1])
     return found

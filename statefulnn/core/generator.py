@@ -136,7 +136,7 @@ class Generator(Box):
 
     def manual_seed(self, seed: int) -> Generator:
         """Start the stream that belongs to an integer, and return the generator."""
-        if current_trace() is not EAGER or self._scope is not None:
+        if current_trace() is not EAGER or self._scope is not None or self.baked_in is not None:
             self.write(_state_from_seed(seed))
         else:
             self._value = _state_from_seed(seed)  # numpy: importing must not start a device
@@ -149,7 +149,14 @@ class Generator(Box):
         return self.manual_seed(_entropy()).initial_seed()
 
     def initial_seed(self) -> int:
-        """Return the seed the stream was started with."""
+        """Return the seed the stream was started with, where it is known: not inside of a compiled function.
+
+        Raises:
+            MissingRngError: for a generator that is an argument of a traced function.
+        """
+        self._become_constant()
+        if not self.is_concrete():
+            raise refusals.seed_of_an_argument()
         if self._seed is None:
             words = np.asarray(self.state[:2])
             return (int(words[0]) << 32) | int(words[1])
@@ -157,7 +164,13 @@ class Generator(Box):
 
     def get_state(self) -> Any:
         """Return the state, uint32[4]."""
+        self._become_constant()
         return jnp.asarray(self.state)
+
+    def _become_constant(self) -> None:
+        # Whoever asks for the state uses it: a later change is said, as with a parameter (law 6).
+        if current_trace() is not EAGER:
+            super()._read_in_trace()
 
     def set_state(self, state: State) -> Generator:
         """Continue from a state that `get_state` gave, and return the generator.
@@ -192,6 +205,8 @@ class Generator(Box):
         with _turns.lock:
             # Eager code draws for arrays anywhere: the state is where nobody has put it.
             out, state = kernel(anywhere(self.drawable_state()))
+            if self.baked_in is not None:
+                self.baked_in.warn_of_value(self)
             self._value = state
             value_changed()
         return out
@@ -346,8 +361,15 @@ def next_key(generator: Generator | None = None) -> Any:
     return drawing_generator(generator).next_key()
 
 
+def _default() -> Generator:
+    """Return what stands for the default generator: inside of `nn.jit` the one that is written back."""
+    current = streams.current
+    lent = isinstance(current, Generator) and current._scope is not None
+    return current if lent and current_trace() is not EAGER else default_generator
+
+
 def manual_seed(seed: int) -> Generator:
-    """Seed the default generator, and return it.
+    """Seed the default generator, and return it; inside of `nn.jit` that is the generator in force.
 
     Example:
         >>> import statefulnn as nn
@@ -356,19 +378,19 @@ def manual_seed(seed: int) -> Generator:
         >>> bool((a == b).all())
         True
     """
-    return default_generator.manual_seed(seed)
+    return _default().manual_seed(seed)
 
 
 def initial_seed() -> int:
-    """Return the seed of the default generator."""
-    return default_generator.initial_seed()
+    """Return the seed of the default generator; it is not known inside of a compiled function."""
+    return _default().initial_seed()
 
 
 def get_rng_state() -> Any:
-    """Return the state of the default generator, uint32[4]."""
-    return default_generator.get_state()
+    """Return the state of the default generator, uint32[4]; inside of `nn.jit` of the one in force."""
+    return _default().get_state()
 
 
 def set_rng_state(state: State) -> None:
-    """Continue the default generator from a state that `get_rng_state` gave."""
-    default_generator.set_state(state)
+    """Continue the default generator from a state that `get_rng_state` gave; see there."""
+    _default().set_state(state)

@@ -25,6 +25,7 @@ from statefulnn.core import state_dict as _state_dict
 from statefulnn.core.arrays import filled
 from statefulnn.core.baked_in import BakedIn
 from statefulnn.core.box import Box, path_of, unwrap
+from statefulnn.core.class_keys import ValueKeyMaker
 from statefulnn.core.compat import EAGER, current_trace, tracer_in
 from statefulnn.core.construction import DEFAULT_VERSION, current_version
 from statefulnn.core.errors import RegistrationError, TraceLeakError, UninitializedModuleError
@@ -70,7 +71,7 @@ from statefulnn.core.registry import (
     Registry,
 )
 from statefulnn.core.stamps import Stamp, clock
-from statefulnn.core.static_keys import KeyMaker, hidden_member, refuse_hidden
+from statefulnn.core.static_keys import hidden_member, refuse_hidden
 from statefulnn.core.uninitialized import is_lazy
 from statefulnn.core.walk import (
     CALL,
@@ -1151,7 +1152,9 @@ def _check_kept(module: Module, scope: Scope) -> None:
     keys = dict(d.statics)
     for name, _, copy in d.values:
         if copy == COPIED and name in module.__dict__:
-            keys_of = KeyMaker(lambda name=name: repr(module._label(name)), lambda m: m._nn_home)
+            keys_of = ValueKeyMaker(
+                lambda name=name: repr(module._label(name)), lambda m: m._nn_home
+            )
             if keys_of.of(module.__dict__[name]) != keys[name]:
                 raise refusals.change_in_place_would_be_lost(module._label(name), scope.lost)
 

@@ -280,12 +280,15 @@ def copied(
     again = functools.partial(copied, leaf=leaf, objects=objects, memo=memo)
     if kind is types.MappingProxyType:
         return types.MappingProxyType(again(behind(value)))
-    if kind is np.ndarray:
+    layout = layout_of(kind)
+    if issubclass(kind, np.ndarray) and not issubclass(kind, np.memmap):
         memo[id(value)] = new = value.copy()
         for i, element in enumerate(elements_of(value) if value.dtype.hasobject else ()):
             new.reshape(-1)[i] = again(element)
+        if layout.holder is not None and not issubclass(kind, np.ma.MaskedArray):
+            own = {n: again(v) for n, v in layout.holder.__get__(value).items()}
+            layout.holder.__get__(new).update(own)
         return new
-    layout = layout_of(kind)
     base = layout.container
     if base is frozenset or layout.base is None or (base is None and is_value(kind)):
         return leaf(value)

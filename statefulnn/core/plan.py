@@ -22,7 +22,7 @@ import jax
 import numpy as np
 
 from statefulnn.core.box import Box
-from statefulnn.core.class_keys import class_key
+from statefulnn.core.class_keys import ValueKeyMaker, class_key
 from statefulnn.core.errors import RetraceWarning, explain, user_stack_level
 from statefulnn.core.generator import Generator
 from statefulnn.core.moduledef import COPIED, HOOKS, SHARED, ModuleDef, NodeDef, differences, rank
@@ -32,7 +32,7 @@ from statefulnn.core.parameter import Parameter
 from statefulnn.core.placement import gathered, placements_of
 from statefulnn.core.registry import GLOBAL_HOOKS, GLOBAL_STAMP, HookDict
 from statefulnn.core.stamps import Stamp, clock
-from statefulnn.core.static_keys import BoundMethod, HookKeyMaker, KeyMaker
+from statefulnn.core.static_keys import BoundMethod, HookKeyMaker
 from statefulnn.core.uninitialized import is_lazy
 from statefulnn.core.watch import Watch
 
@@ -253,7 +253,10 @@ class _Statics:
                 keys, stored, copy = HookKeyMaker(where, self._node_of), dict(value), HOOKS
                 key = tuple(map(keys.of, value.values()))
             else:
-                keys, stored = KeyMaker(where, self._node_of, unwatched, of_clone), value
+                keys, stored = (
+                    ValueKeyMaker(where, self._node_of, unwatched, of_clone),
+                    value,
+                )
                 key = keys.of(value)
                 if keys.mutable or keys.rebinds:
                     copy = COPIED

@@ -526,6 +526,15 @@ def no_generator_state(given: str) -> DtypeError:
     )
 
 
+def seed_of_an_argument() -> MissingRngError:
+    return _refusal(
+        MissingRngError,
+        "asked for the seed of a generator inside of a compiled function",
+        "the generator is an argument there, and its seed would be compiled in",
+        "ask outside, and pass the number as an argument; get_state() gives the traced state",
+    )
+
+
 # --------------------------------------------------------------------------------------------------
 # Hooks, and gradients of whole modules
 

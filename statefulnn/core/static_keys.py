@@ -55,7 +55,11 @@ _cell_content = operator.attrgetter("cell_contents")
 
 
 def _array_key(value: np.ndarray) -> tuple:
-    return (value.shape, value.dtype, value.tobytes())
+    mask = (
+        np.ma.getmaskarray(value).tobytes() if issubclass(type(value), np.ma.MaskedArray) else None
+    )
+    value = value.view(np.ndarray)  # a class that derives from it may hide a part
+    return (value.shape, value.dtype, value.tobytes(), mask)
 
 
 class _SharedState:
@@ -88,6 +92,8 @@ class KeyMaker:
             such a module is followed to its clone.
         unwatched: whether somebody promises that nothing in it changes: all of it compares by value.
         of_clone: whether the module is a clone.
+        of_class: gives the key of the class of an object that compares by value, whose attributes count as
+            the object's own.
         watch: what can change in place.
         mutable: whether clones need a copy.
         rebinds: whether a bound method of a module of the tree is inside.
@@ -99,6 +105,7 @@ class KeyMaker:
     node_of: Callable[[Any], int | None] = lambda module: None
     unwatched: bool = False
     of_clone: bool = False
+    of_class: Callable[[type, Watch], Hashable] = lambda cls, watch: cls
     watch: Watch = dataclasses.field(default_factory=Watch)
     mutable: bool = False
     rebinds: bool = False
@@ -203,16 +210,17 @@ class KeyMaker:
         base, content = layout.container, content_of(value)
         if layout.changes:
             self.watch.note_members(id(value), *views_of(value, content))
+        kind = type(value) if self.unwatched else self.of_class(type(value), self.watch)
         if base is None:
             if not content.names and not layout.is_open:
-                return Identity(value)  # what has no content stands for itself: a marker
+                return (Identity(value), kind)  # what has no content stands for itself: a marker
             if not self.unwatched:
                 self.objects[id(value)] = value
         copied = not self.unwatched if base is None else base not in (tuple, frozenset)
         self.mutable = self.mutable or (copied and layout.changes)
 
         keys, members, names, attributes = content
-        tag: tuple = (type(value), maxlen_of(value) if base is collections.deque else None)
+        tag: tuple = (type(value), kind, maxlen_of(value) if base is collections.deque else None)
         if base in (set, frozenset):
             tag, members = (*tag, frozenset(self._keys(members))), ()
         kept = {n: v for n, v in zip(names, attributes, strict=True) if n not in layout.derived}
@@ -231,9 +239,13 @@ class KeyMaker:
             elements = tuple(elements_of(value))
             self.watch.note_members(id(value), [View(elements_of, value)], elements)
             return self._nested(value, (np.ndarray, value.shape), elements)
-        key = _array_key(value)
+        key, content = _array_key(value), content_of(value)
         self.watch.note(lambda array: _array_key(array) == key, value, True, id(value))
-        return (np.ndarray, key)
+        # What a masked array has beside data and mask are notes of its own, which reading changes.
+        if type(value) is np.ndarray or issubclass(type(value), np.ma.MaskedArray):
+            return (type(value), key)
+        self.watch.note_members(("of", id(value)), *views_of(value, content))
+        return self._nested(value, (type(value), key, *content.names), content.attributes)
 
     def _object(self, value: object) -> Hashable:
         layout = layout_of(type(value))
@@ -377,7 +389,6 @@ _METHODS: dict[type, str] = {
     complex: "_number",
     slice: "_slice",
     types.MappingProxyType: "_proxy",
-    np.ndarray: "_ndarray",
     types.FunctionType: "_function",
     types.MethodType: "_method",
     types.BuiltinFunctionType: "_builtin",
@@ -386,6 +397,8 @@ _METHODS: dict[type, str] = {
 _METHODS_BY_BASE: dict[type, str] = {
     Tracer: "_tracer",
     jax.Array: "_jax_array",
+    np.memmap: "_value",  # a file, which may be larger than memory
+    np.ndarray: "_ndarray",
     Box: "_member",
     ModuleBase: "_member",
     np.generic: "_scalar",

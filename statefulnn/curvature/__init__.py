@@ -1,7 +1,16 @@
 """How outputs and losses change with the parameters: kernels, curvature, the gradients of examples."""
 
+from statefulnn.curvature.influence import influence
 from statefulnn.curvature.laplace import Laplace
 from statefulnn.curvature.linearized import linearize_model, taylor_model
+from statefulnn.curvature.matrices import (
+    empirical_fisher,
+    fisher,
+    ggn,
+    hessian,
+    jacobian,
+    tangent_kernel,
+)
 from statefulnn.curvature.noise_scale import (
     NoiseScale,
     gradient_noise_scale,
@@ -9,4 +18,14 @@ from statefulnn.curvature.noise_scale import (
     noise_scale_of,
 )
 from statefulnn.curvature.ntk import empirical_ntk
+from statefulnn.curvature.operators import LinearOperator
 from statefulnn.curvature.privacy import Clipped, clip_per_example, dp_gradients
+from statefulnn.curvature.spectra import (
+    Eigenpairs,
+    Estimate,
+    SpectralDensity,
+    eigenpairs,
+    logdet,
+    spectral_density,
+)
+from statefulnn.curvature.traces import diagonal, trace

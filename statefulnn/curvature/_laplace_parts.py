@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -13,6 +14,7 @@ import numpy as np
 from statefulnn.core.compat import Tracer
 from statefulnn.core.errors import ShapeError, UnknownNameError, explain
 from statefulnn.core.module import Module
+from statefulnn.core.names import chosen
 from statefulnn.curvature._models import Model, check_choice
 
 Subset = str | Iterable[str] | Callable[[str], bool]
@@ -29,17 +31,43 @@ def triangle(rows: Any) -> Any:
     return jnp.pad(triangle, ((0, missing), (0, 0)))
 
 
-def likelihood_of(out: Any, target: Any, likelihood: str) -> tuple[Any, Any]:
-    """Return the log-likelihood of an example, and R with R Rᵀ its curvature by the outputs (C, C).
+# torch's label for what is no datum: padding.
+IGNORED = -100
 
-    For regression with a noise yet to be chosen the score is minus the squared error.
+
+@dataclass(frozen=True)
+class Likelihood:
+    """What the targets of an example are worth.
+
+    Attributes:
+        name: "regression" or "classification".
+        shape: of the outputs of an example; a classification is over the last axis.
     """
-    if likelihood == "regression":
-        error = out - target.reshape(-1).astype(out.dtype)
-        return -jnp.sum(jnp.square(error)), jnp.eye(out.size, dtype=out.dtype)
-    log_p = jax.nn.log_softmax(out)
-    p, root_p = jnp.exp(log_p), jnp.exp(log_p / 2)
-    return log_p[target], jnp.diag(root_p) - jnp.outer(p, root_p)
+
+    name: str
+    shape: tuple[int, ...]
+
+    def of(self, out: Any, target: Any) -> tuple[Any, Any]:
+        """Return the log-likelihood of an example, and R with R Rᵀ its curvature by the outputs (C, C).
+
+        For regression with a noise yet to be chosen the score is minus the squared error.
+
+        Args:
+            out: the outputs, flat.
+            target: of the example.
+        """
+        if self.name == "regression":
+            error = out - target.reshape(-1).astype(out.dtype)
+            return -jnp.sum(jnp.square(error)), jnp.eye(out.size, dtype=out.dtype)
+        labels = target.reshape(-1)
+        log_p = jax.nn.log_softmax(out.reshape(labels.size, -1))
+        is_datum = labels != IGNORED
+        scores = jnp.take_along_axis(log_p, jnp.where(is_datum, labels, 0)[:, None], 1)[:, 0]
+        p, root_p = jnp.exp(log_p), jnp.exp(log_p / 2)
+        roots = jax.vmap(jnp.diag)(root_p) - p[:, :, None] * root_p[:, None]
+        roots = jnp.where(is_datum[:, None, None], roots, 0)
+        root = jax.scipy.linalg.block_diag(*roots) if labels.size > 1 else roots[0]
+        return jnp.where(is_datum, scores, 0).sum(), root
 
 
 def parts(params: Any, names: tuple[str, ...] | None) -> tuple[Any, Any, Callable]:
@@ -65,6 +93,8 @@ def chosen_names(
                 "pass a dict of name -> array, or subset='all'",
             )
         )
+    if isinstance(subset, str) and (subset in params or any(c in subset for c in "*?[")):
+        subset = [subset]
     if isinstance(subset, str):
         check_choice(subset, ("all", "last_layer"), "subset", function)
         module = model[0] if isinstance(model, tuple) else model
@@ -79,18 +109,11 @@ def chosen_names(
         ordered = [n for n, _ in module.named_parameters() if n in params]
         owner = ordered[-1].rpartition(".")[0]
         return tuple(n for n in ordered if n.rpartition(".")[0] == owner)
-    wanted = None if callable(subset) else tuple(subset)
-    unknown = [n for n in wanted or () if n not in params]
-    names = tuple(n for n in params if (subset(n) if callable(subset) else n in wanted))
-    if unknown or not names:
+    names = tuple(chosen(params, subset, f"{function}: subset"))
+    if not names:
         raise UnknownNameError(
             explain(
-                f"{function} was given a subset "
-                + (
-                    f"with {', '.join(map(repr, unknown))}"
-                    if unknown
-                    else "that takes no parameter"
-                ),
+                f"{function} was given a subset that takes no parameter",
                 f"the parameters are {list(params)}",
                 "choose among these",
             )
@@ -98,54 +121,97 @@ def chosen_names(
     return names
 
 
-def check_positive(value: Any, option: str, function: str) -> None:
-    if isinstance(value, Tracer):
-        return
-    if jnp.shape(value) != () or not (float(value) > 0 and math.isfinite(value)):
-        raise ValueError(
+def module_in(model: Model, function: str) -> Module:
+    """Return the Module of a model."""
+    module = model[0] if isinstance(model, tuple) else model
+    if not isinstance(module, Module):
+        raise TypeError(
             explain(
-                f"{function} was given {option}={value!r}",
-                "it is one positive number",
-                f"{option}=1.0",
+                f"{function}(structure='kron') was given a function",
+                "the factors are those of the layers of a module, which a function does not show",
+                "pass a Module or (module, params), or choose another structure",
             )
         )
+    return module
 
 
-def check_targets(y: Any, outputs: int, likelihood: str, function: str) -> None:
+def check_targets(
+    y: Any, shape: tuple[int, ...], likelihood: str, function: str
+) -> tuple[int, ...]:
+    """Return the shape in which the outputs of an example are seen, or raise if targets do not fit.
+
+    Args:
+        y: the targets.
+        shape: of the outputs of an example.
+        likelihood: "regression" or "classification".
+        function: for messages.
+    """
+    flat = (math.prod(shape),)
     if likelihood == "regression":
-        if y.size != y.shape[0] * outputs or y.ndim > 2:
+        if y.ndim > 1 and y.shape[1:] == shape:
+            return shape
+        if y.size != y.shape[0] * flat[0] or y.ndim > 2:
             raise ShapeError(
                 explain(
-                    f"{function} was given targets of shape {y.shape} for a model of {outputs} outputs",
+                    f"{function} was given targets of shape {y.shape} for a model of {_said(shape)} "
+                    "outputs",
                     "a regression has one target for each output",
-                    f"pass y of shape ({y.shape[0]}, {outputs})",
+                    f"pass y of shape {(y.shape[0], *(shape or flat))}",
                 )
             )
-        return
-    if y.ndim != 1 or not jnp.issubdtype(y.dtype, jnp.integer):
+        return flat
+    if not jnp.issubdtype(y.dtype, jnp.integer):
         raise ShapeError(
             explain(
                 f"{function} was given labels of shape {y.shape} and dtype {y.dtype}",
-                "a classification has the number of its class for each example",
-                "pass y of shape (N,) of integers: y.argmax(-1) of one-hot labels",
+                "a classification has the number of its class for each datum",
+                "pass integers: y.argmax(-1) of one-hot labels",
             )
         )
-    if outputs < 2:
+    if y.ndim != 1 and (len(shape) != y.ndim or shape[:-1] != y.shape[1:]):
         raise ShapeError(
             explain(
-                f"{function} was given a classifier of {outputs} output",
+                f"{function} was given labels of shape {y.shape} for a model of {_said(shape)} outputs",
+                "there is one label for each example, y (N,) with outputs (N, C), or for each of its "
+                "parts, y (N, T) with outputs (N, T, C)",
+                "pass labels of that shape, or a model that puts the classes last",
+            )
+        )
+    seen = flat if y.ndim == 1 else shape
+    _check_labels(y, seen[-1], function)
+    return seen
+
+
+def _said(shape: tuple[int, ...]) -> str:
+    return str(shape[0]) if len(shape) == 1 else str(shape)
+
+
+def _check_labels(y: Any, classes: int, function: str) -> None:
+    if classes < 2:
+        raise ShapeError(
+            explain(
+                f"{function} was given a classifier of {classes} output",
                 "the likelihood is that of a softmax over all classes",
                 "use two outputs for two classes",
             )
         )
     if isinstance(y, Tracer):
         return
-    low, high = np.asarray(y).min(), np.asarray(y).max()
-    if low < 0 or high >= outputs:
+    labels = np.asarray(y)
+    labels = labels[labels != IGNORED]
+    if labels.size == 0:
         raise ValueError(
             explain(
-                f"{function} was given labels from {low} to {high}",
-                f"the model has {outputs} outputs",
-                f"number the classes from 0 to {outputs - 1}",
+                f"{function} was given labels that are all {IGNORED}",
+                f"{IGNORED} stands for padding, which is no datum",
+                f"number the classes from 0 to {classes - 1}",
+            )
+        )
+    if labels.min() < 0 or labels.max() >= classes:
+        raise ValueError(
+            explain(
+                f"{function} was given labels from {labels.min()} to {labels.max()}",
+                f"the model has {classes} outputs",
+                f"number the classes from 0 to {classes - 1}; {IGNORED} stands for padding",
             )
         )

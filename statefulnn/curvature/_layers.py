@@ -1,10 +1,12 @@
 """The tangent kernel layer by layer: inputs and cotangents instead of gradients of weights.
 
 Terms
-  structured layer  a Linear or convolution whose weight enters the model through this layer alone
+  structured layer  a Linear, convolution or Embedding whose weight enters the model through this layer
+                    alone
   position          where a layer applies its weight: a pixel of a convolution's output, a step of a
                     sequence, another call of the same layer
-  patch             what the weight is multiplied with at one position, (K,)
+  patch             what the weight is multiplied with at one position, (K,); of an Embedding the row's
+                    number, which stands for a unit vector
   cotangent         the derivative of one output of the model by the layer's output at one position
 
 The gradient of a weight is the sum over positions t of ``cotangent[t] ⊗ patch[t]``.
@@ -15,6 +17,7 @@ sees the input as well. Hooks are registered on a twin of the module, which shar
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,9 +34,19 @@ from statefulnn.curvature._models import checked_output
 from statefulnn.functional.conv import padded
 from statefulnn.modules.conv import Conv1d, Conv2d, Conv3d
 from statefulnn.modules.linear import Linear
+from statefulnn.modules.sparse import Embedding
 from statefulnn.transforms.functional_call import functional_call
 
-_CONVOLUTIONS = (Conv1d, Conv2d, Conv3d)
+CONVOLUTIONS = (Conv1d, Conv2d, Conv3d)
+DENSE = (Linear, *CONVOLUTIONS)
+
+# (module, params, inputs) -> what is differentiated.
+Call = Callable[[Module, Mapping[str, Any], tuple], Any]
+
+
+def on_one(module: Module, params: Mapping[str, Any], inputs: tuple) -> Any:
+    """Call a module on one example, in a batch of one."""
+    return functional_call(module, params, tuple(a[None] for a in inputs))
 
 
 @dataclass(frozen=True)
@@ -43,6 +56,15 @@ class Layers:
     by_weight: dict[str, Module]
     twin: Module
     tape: _Tape
+    call: Call
+
+    def run(self, params: Mapping[str, Any], inputs: tuple, visit: Any) -> Any:
+        """Call the twin on one example, with a function of (name, args, out) at each layer."""
+        self.tape.visit = visit
+        try:
+            return self.call(self.twin, params, inputs)
+        finally:
+            self.tape.visit = None
 
 
 class _Tape:
@@ -57,25 +79,35 @@ class _Tape:
 
         return hook
 
-    def run(self, twin: Module, params: Any, inputs: tuple, visit: Any) -> Any:
-        """Call the twin on one example, with a function of (name, args, out) at each layer."""
-        self.visit = visit
-        try:
-            return functional_call(twin, params, tuple(a[None] for a in inputs))
-        finally:
-            self.visit = None
 
+def structured_layers(
+    module: Module,
+    params: Mapping[str, Any],
+    inputs: tuple,
+    *,
+    kinds: tuple[type, ...] = DENSE,
+    among: Collection[str] | None = None,
+    call: Call = on_one,
+) -> Layers:
+    """Find the structured layers, by running the module once without numbers.
 
-def structured_layers(module: Module, params: Any, inputs: tuple) -> Layers:
-    """Find the structured layers, by running the module once without numbers."""
+    Args:
+        module: it is not touched.
+        params: by name.
+        inputs: one example.
+        kinds: the classes of layers.
+        among: names of weights that may be found; None for all.
+        call: what is differentiated.
+    """
     by_weight = {}
     names = _leaf_names(module)
     for path, layer in module.named_modules():
         weight = f"{path}.weight" if path else "weight"
-        if weight in params and names.get(weight) == 1 and _kind_fits(layer):
-            by_weight[weight] = layer
+        if weight in (params if among is None else among) and names.get(weight) == 1:
+            if type(layer) in kinds and _fits(layer):
+                by_weight[weight] = layer
     while True:
-        layers = _with_hooks(module, by_weight)
+        layers = _with_hooks(module, by_weight, call)
         refused = _refused(layers, params, inputs)
         if not refused:
             return layers
@@ -91,21 +123,21 @@ def _leaf_names(module: Module) -> dict[str, int]:
     return {name: counts[i] for name, i in positions.items()}
 
 
-def _kind_fits(layer: Module) -> bool:
-    # A subclass may do something else with its weight, and a hook something else to the output.
+def _fits(layer: Any) -> bool:
+    # A hook may do something else to the output.
     if hooks_of(layer, "_forward_hooks"):
         return False
-    if type(layer) is Linear:
-        return True
-    return type(layer) in _CONVOLUTIONS and layer.groups == 1 and layer.padding_mode == "zeros"
+    if type(layer) is Embedding:
+        return layer.max_norm is None and not layer.scale_grad_by_freq
+    return type(layer) is Linear or (layer.groups == 1 and layer.padding_mode == "zeros")
 
 
-def _with_hooks(module: Module, by_weight: dict[str, Module]) -> Layers:
+def _with_hooks(module: Module, by_weight: dict[str, Module], call: Call) -> Layers:
     twin, tape = merge(*split(module)), _Tape()
     for name in by_weight:
         layer = twin.get_submodule(name.rpartition(".")[0])
         layer.register_forward_hook(tape.hook_for(name), with_kwargs=True)
-    return Layers(by_weight, twin, tape)
+    return Layers(by_weight, twin, tape, call)
 
 
 def _refused(layers: Layers, params: Any, inputs: tuple) -> set[str]:
@@ -126,7 +158,7 @@ def _refused(layers: Layers, params: Any, inputs: tuple) -> set[str]:
                 # Without the layer's own use of the weight, who still depends on it?
                 return jnp.zeros(out.shape, out.dtype)
 
-            out = layers.tape.run(layers.twin, {**params, **some}, inputs, visit)
+            out = layers.run({**params, **some}, inputs, visit)
             if any(trace_of(leaf) is here for leaf in jax.tree.leaves(out)):
                 used.update(some)
             return out
@@ -168,37 +200,15 @@ def layer_factors(
         for each parameter its Jacobian ``(N, C, size)``, alone in a tuple, or patches ``(N, T, K)``
         and cotangents ``(N, C, T, out)``.
     """
-    structured = {n: params[n] for n in layers.by_weight}
-    others = {n: p for n, p in params.items() if n not in structured}
-    shapes = jax.eval_shape(
-        lambda i: _probe_shapes(layers, params, i), jax.tree.map(lambda a: a[0], inputs)
-    )
+    others = {n: p for n, p in params.items() if n not in layers.by_weight}
 
     def one_example(inputs: tuple) -> list[tuple]:
-        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-
-        def of_probes(others: Any, probes: Any) -> tuple[Any, Any]:
-            seen: dict[str, list[Any]] = {name: [] for name in structured}
-
-            def visit(name: str, args: tuple, out: Any) -> Any:
-                probe = probes[name][len(seen[name])]
-                seen[name].append(args[0])
-                return out + probe
-
-            out = layers.tape.run(layers.twin, {**structured, **others}, inputs, visit)
-            return checked_output(out, function).reshape(-1), seen
-
-        out, pull, seen = jax.vjp(of_probes, others, zeros, has_aux=True)
+        finish = lambda out: checked_output(out, function).reshape(-1)
+        out, pull, seen = probed(layers, params, others, inputs, finish)
         jacobians, cotangents = jax.vmap(pull)(jnp.eye(out.size, dtype=out.dtype))
         factors: list[tuple] = [(j.reshape(out.size, -1),) for j in jax.tree.leaves(jacobians)]
-        for name, layer in layers.by_weight.items():
-            if not seen[name]:
-                continue  # a layer that is not called has no gradient
-            calls = [
-                _positions(layer, x, d) for x, d in zip(seen[name], cotangents[name], strict=True)
-            ]
-            patches = jnp.concatenate([x for x, _ in calls])
-            cotangent = jnp.concatenate([d for _, d in calls], 1)
+        for name in seen:
+            patches, cotangent = all_positions(layers.by_weight[name], seen[name], cotangents[name])
             if jacobian_is_cheaper(patches.shape, cotangent.shape, pairs, outputs):
                 jacobian = jnp.einsum("tk,cto->cok", patches, cotangent)
                 factors.append((jacobian.reshape(out.size, -1),))
@@ -209,19 +219,67 @@ def layer_factors(
     return jax.vmap(one_example)(inputs)
 
 
+def probed(
+    layers: Layers,
+    params: Mapping[str, Any],
+    others: Mapping[str, Any],
+    inputs: tuple,
+    finish: Callable[[Any], Any],
+) -> tuple[Any, Callable[[Any], tuple[dict, dict]], dict[str, list[Any]]]:
+    """Run one example, and differentiate by what the structured layers return.
+
+    Args:
+        layers: the structured layers.
+        params: by name.
+        others: of these the parameters that are differentiated themselves.
+        inputs: one example.
+        finish: makes one array of the output.
+
+    Returns:
+        the output; the function from its cotangent to those of `others` and of the outputs of the layers'
+        calls, by weight; the inputs of these calls. A layer that is not called is not among them.
+    """
+    shapes = jax.eval_shape(lambda i: _probe_shapes(layers, params, i), inputs)
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+
+    def of_probes(others: Mapping[str, Any], probes: dict[str, list[Any]]) -> tuple[Any, Any]:
+        seen: dict[str, list[Any]] = {name: [] for name in shapes}
+
+        def visit(name: str, args: tuple, out: Any) -> Any:
+            probe = probes[name][len(seen[name])]
+            seen[name].append(args[0])
+            return out + probe
+
+        return finish(layers.run({**params, **others}, inputs, visit)), seen
+
+    return jax.vjp(of_probes, dict(others), zeros, has_aux=True)
+
+
 def _probe_shapes(layers: Layers, params: Any, inputs: tuple) -> dict[str, list[Any]]:
-    outs: dict[str, list[Any]] = {name: [] for name in layers.by_weight}
+    outs: dict[str, list[Any]] = {}
 
     def visit(name: str, args: tuple, out: Any) -> Any:
-        outs[name].append(out)
+        outs.setdefault(name, []).append(out)
         return out
 
-    layers.tape.run(layers.twin, params, inputs, visit)
+    layers.run(params, inputs, visit)
     return outs
 
 
-def _positions(layer: Module, x: Any, cotangents: Any) -> tuple[Any, Any]:
-    """Return patches (T, K) and cotangents (C, T, out) of one call of a layer."""
+def all_positions(layer: Module, inputs: list[Any], cotangents: list[Any]) -> tuple[Any, Any]:
+    """Return patches (T, K), or of an Embedding (T,), and cotangents (C, T, out) of a layer's calls."""
+    calls = [_positions(layer, x, d) for x, d in zip(inputs, cotangents, strict=True)]
+    return jnp.concatenate([x for x, _ in calls]), jnp.concatenate([d for _, d in calls], 1)
+
+
+def _positions(layer: Any, x: Any, cotangents: Any) -> tuple[Any, Any]:
+    """Return patches and cotangents of one call of a layer."""
+    if type(layer) is Embedding:
+        cotangents = cotangents.reshape(cotangents.shape[0], -1, cotangents.shape[-1])
+        x = x.reshape(-1)
+        if layer.padding_idx is not None:
+            cotangents = jnp.where((x == layer.padding_idx)[:, None], 0, cotangents)
+        return x, cotangents
     if type(layer) is Linear:
         return x.reshape(-1, x.shape[-1]), cotangents.reshape(
             cotangents.shape[0], -1, cotangents.shape[-1]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -14,30 +14,42 @@ from jax.flatten_util import ravel_pytree
 from statefulnn.core.errors import MissingRngError, explain
 from statefulnn.core.generator import as_key
 from statefulnn.curvature._blocks import fold_blocks, map_blocks
+from statefulnn.curvature._gaussians import gaussian
+from statefulnn.curvature._kron import find_blocks, kron_curvature
 from statefulnn.curvature._laplace_parts import (
+    Likelihood,
     Subset,
-    check_positive,
     check_targets,
     chosen_names,
-    likelihood_of,
+    module_in,
     parts,
     triangle,
 )
+from statefulnn.curvature._laplace_state import from_state, state_of
 from statefulnn.curvature._models import (
     Model,
     at_least_one,
     check_batch_size,
     check_choice,
     check_finite,
+    checked_output,
     inputs_of,
     number_of_examples,
     one_output,
     pure,
     wide,
 )
+from statefulnn.curvature._priors import (
+    Groups,
+    as_arrays,
+    check_positive,
+    check_prior,
+    groups_of,
+    squares,
+)
 
 LIKELIHOODS = ("regression", "classification")
-STRUCTURES = ("full", "diag")
+STRUCTURES = ("full", "kron", "diag")
 
 
 def _field(static: bool = False) -> Any:
@@ -48,7 +60,7 @@ def _curvature(
     outputs_of: Callable[[Any, tuple], Any],
     flat: Any,
     data: tuple,
-    likelihood: str,
+    likelihood: Likelihood,
     structure: str,
     batch_size: int | None,
 ) -> tuple[Any, Any, Any]:
@@ -64,7 +76,7 @@ def _curvature(
 
     def one_example(inputs: tuple, target: Any) -> tuple[Any, Any]:
         out, pull = jax.vjp(lambda flat: outputs_of(flat, inputs), flat)
-        score, root = likelihood_of(out.astype(dtype), target, likelihood)
+        score, root = likelihood.of(out.astype(dtype), target)
         return score, jax.vmap(lambda r: pull(r.astype(out.dtype))[0])(root.T).astype(dtype)
 
     def block(data: tuple) -> tuple[Any, None]:
@@ -95,26 +107,32 @@ def _curvature(
 class Laplace:
     """A Gaussian posterior over the parameters of a trained model.
 
-    The prior is ``N(0, I / prior_precision)``; the posterior is ``N(θ, (H / σ² + prior_precision I)⁻¹)``,
+    The prior is ``N(0, I / prior_precision)``, or has its own precision for each group of parameters; the
+    posterior is ``N(θ, (H / σ² + prior_precision I)⁻¹)``,
     with θ the trained parameters and H the generalised Gauss-Newton matrix (GGN) of the data,
     ``Σₙ Jₙᵀ Λₙ Jₙ``: J the Jacobian of the outputs of an example, Λ the curvature of its negative
     log-likelihood by the outputs, the identity for regression (with the noise σ put apart) and
     ``diag(p) - p pᵀ`` for a softmax. H is kept by its eigenvalues, so that other hyperparameters cost
-    nothing.
+    little.
 
-    Made by `Laplace.fit`. It is a pytree: compiled functions take and return it.
+    Made by `Laplace.fit`. It is a pytree: compiled functions take and return it. ``nn.save`` writes it, and
+    `from_state_dict` makes it of what ``nn.load`` returns.
 
     Attributes:
         params: all parameters, trained ones.
         eigenvalues: ``(P,)``, of the GGN; with ``structure="diag"`` its diagonal.
-        eigenvectors: ``(P, P)``, in columns; None with ``structure="diag"``.
-        log_likelihood: of the data; for regression the sum of squared errors in its place.
-        prior_precision: a scalar.
+        eigenvectors: ``(P, P)``, in columns; None with ``structure="diag"``; with ``structure="kron"`` a pair
+            for each parameter, see `Laplace.fit`.
+        log_likelihood: of the data; for regression minus the sum of squared errors in its place.
+        prior_precision: a scalar; ``(L,)``, one for each random array; or a dict of name or pattern ->
+            scalar.
         sigma: standard deviation of the noise, a scalar; 1 for classification.
         fn: the model as a pure function.
         likelihood: "regression" or "classification".
         names: the parameters that are random, in order; None for all of them.
         numbers: how many outputs the data have together, N · C.
+        structure: "full", "kron" or "diag".
+        outputs: the shape in which the outputs of an example are seen: ``(C,)``, or ``(T, C)``.
 
     Source: MacKay 1992, "A Practical Bayesian Framework for Backpropagation Networks"; Daxberger et al.
     2021, "Laplace Redux", https://arxiv.org/abs/2106.14806; for predictions by the linearised model,
@@ -144,6 +162,8 @@ class Laplace:
     likelihood: str = _field(static=True)
     names: tuple[str, ...] | None = _field(static=True)
     numbers: int = _field(static=True)
+    structure: str = _field(static=True)
+    outputs: tuple[int, ...] = _field(static=True)
 
     @classmethod
     def fit(
@@ -165,14 +185,20 @@ class Laplace:
             model: a Module, ``(fn, params)`` as `functionalize` returns it, or ``(module, params)``;
                 trained, with a penalty that fits the prior.
             x: inputs ``(N, ...)``, or a tuple of arrays for a model of several inputs.
-            y: targets ``(N, C)`` for regression, labels ``(N,)`` of integers for classification.
+            y: targets ``(N, C)`` for regression, labels ``(N,)`` of integers for classification. Where an
+                example has several data, as a text with a label for each token has, ``(N, T)`` with outputs
+                ``(N, T, C)``: each token is a datum, and a label of -100 is none, as in torch.
             likelihood: "regression" or "classification".
-            structure: "full" for the whole matrix, P x P, whose eigenvectors take P³ operations, or
-                "diag" for its diagonal.
+            structure: "full" for the whole matrix, P x P, whose eigenvectors take P³ operations; "diag" for
+                its diagonal; "kron" (of a Module) for a block of each parameter, ``A ⊗ B`` for the weights
+                of Linear, Conv and Embedding, whole for others of up to 1,024 numbers (biases, norms) and
+                diagonal for larger ones.
             subset: which parameters are random: "all"; "last_layer", those of the submodule that owns
-                the last one (of a Module, since arrays by name have no order); names; or a function of
-                a name.
-            prior_precision: a positive number; `maximize_evidence` finds one.
+                the last one (of a Module, since arrays by name have no order); names and patterns, such as
+                ``"lora_*"`` or ``"head.*"``; or a function of a name.
+            prior_precision: a positive number; one for each random array, ``(L,)``, in the order of their
+                sorted names; or a dict of name or pattern -> number, where the longest that fits counts:
+                ``{"*": 1.0, "head.*": 0.1}``. `maximize_evidence` finds them.
             sigma: a positive number, the standard deviation of the noise of a regression.
             batch_size: how many examples' Jacobians, (C, P), are in memory at once; None for all.
 
@@ -189,30 +215,30 @@ class Laplace:
         check_choice(likelihood, LIKELIHOODS, "likelihood", function)
         check_choice(structure, STRUCTURES, "structure", function)
         check_batch_size(batch_size, function)
-        for value, option in ((prior_precision, "prior_precision"), (sigma, "sigma")):
-            check_positive(value, option, function)
+        check_prior(prior_precision, function)
+        check_positive(sigma, "sigma", function)
         fn, params = pure(model, function)
         names = chosen_names(model, params, subset, function)
         data = (jax.tree.map(jnp.asarray, inputs_of(x)), jnp.asarray(y))
         n = number_of_examples(data, function)
         at_least_one(n, function)
-        single = one_output(fn, function)
-        outputs = jax.eval_shape(
-            single,
-            params,
-            jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), data[0]),
-        )
-        check_targets(data[1], outputs.shape[0], likelihood, function)
+        one = jax.tree.map(lambda a: jax.ShapeDtypeStruct((1, *a.shape[1:]), a.dtype), data[0])
+        shape = checked_output(jax.eval_shape(fn, params, *one), function).shape[1:]
+        seen = Likelihood(likelihood, check_targets(data[1], shape, likelihood, function))
         chosen, rest, with_rest = parts(params, names)
         flat, unravel = ravel_pytree(chosen)
         dtype = wide(flat.dtype)
+        groups_of(chosen, prior_precision, function)  # checks its form
 
-        def outputs_of(flat: Any, inputs: tuple) -> Any:
-            return single(with_rest(unravel(flat), rest), inputs)
-
-        score, values, vectors = _curvature(
-            outputs_of, flat, data, likelihood, structure, batch_size
-        )
+        if structure == "kron":
+            example = jax.tree.map(lambda a: a[0], data[0])
+            blocks = find_blocks(module_in(model, function), params, chosen, example)
+            found = kron_curvature(blocks, params, data, seen, batch_size, function)
+        else:
+            single = one_output(fn, function)
+            outputs_of = lambda flat, inputs: single(with_rest(unravel(flat), rest), inputs)
+            found = _curvature(outputs_of, flat, data, seen, structure, batch_size)
+        score, values, vectors = found
         check_finite(
             (score, values),
             f"{function} got outputs or curvature that are not finite",
@@ -224,12 +250,14 @@ class Laplace:
             eigenvalues=values,
             eigenvectors=vectors,
             log_likelihood=score,
-            prior_precision=jnp.asarray(prior_precision, dtype),
+            prior_precision=as_arrays(prior_precision, dtype),
             sigma=jnp.asarray(sigma, dtype),
             fn=fn,
             likelihood=likelihood,
             names=names,
-            numbers=n * outputs.shape[0],
+            numbers=n * math.prod(seen.shape),
+            structure=structure,
+            outputs=seen.shape,
         )
 
     def log_marginal_likelihood(
@@ -237,11 +265,12 @@ class Laplace:
     ) -> Any:
         """Return the logarithm of the evidence, to be differentiated by its arguments.
 
-        ``log p(y | θ, σ) - prior_precision |θ|² / 2 + P/2 log prior_precision
-        - ½ log det(H / σ² + prior_precision I)``
+        With D the diagonal of the prior precisions,
+        ``log p(y | θ, σ) - θᵀ D θ / 2 + ½ log det D - ½ log det(H / σ² + D)``
 
         Args:
-            log_prior_precision: a scalar; None for that of this posterior.
+            log_prior_precision: a scalar, or an array or dict, as for `Laplace.fit`; None for that of this
+                posterior.
             log_sigma: a scalar, for regression; None for that of this posterior.
 
         Returns:
@@ -266,23 +295,22 @@ class Laplace:
                 )
             )
         dtype = self.eigenvalues.dtype
-
-        def given(value: Any, own: Any) -> Any:
-            return jnp.log(own) if value is None else jnp.asarray(value, dtype)
-
-        log_precision = given(log_prior_precision, self.prior_precision)
-        log_noise = given(log_sigma, self.sigma)
-        precision = jnp.exp(log_precision)
-        posterior = self.eigenvalues * jnp.exp(-2 * log_noise) + precision
-        occam = jnp.sum(log_precision - jnp.log(posterior)) / 2
-        return self._log_likelihood(log_noise) - precision * self._squared_norm() / 2 + occam
+        prior, log_noise = self.prior_precision, jnp.log(self.sigma)
+        if log_prior_precision is not None:
+            prior = jax.tree.map(jnp.exp, as_arrays(log_prior_precision, dtype))
+        if log_sigma is not None:
+            log_noise = jnp.asarray(log_sigma, dtype)
+        groups = self._groups(prior, "log_marginal_likelihood")
+        fit = jnp.vdot(groups.spread(prior), squares(self._random()))
+        occam = self._gaussian(prior, jnp.exp(2 * log_noise), groups).log_ratio()
+        return self._log_likelihood(log_noise) + (occam - fit) / 2
 
     def maximize_evidence(self, steps: int = 1000, tolerance: float = 1e-5) -> Laplace:
         """Return this posterior with the hyperparameters that maximise the marginal likelihood.
 
         MacKay's fixed point: with γ the number of parameters that the data determine,
         ``γ = Σ λᵢ/σ² / (λᵢ/σ² + prior_precision)``, the maximum has ``prior_precision = γ / |θ|²`` and
-        ``σ² = Σ (y - f)² / (N C - γ)``.
+        ``σ² = Σ (y - f)² / (N C - γ)``. Several prior precisions have their own γ and |θ|² each.
 
         Args:
             steps: iterations at most.
@@ -297,30 +325,35 @@ class Laplace:
         Recognition and Machine Learning", section 3.5.2.
         """
 
+        function = "maximize_evidence"
+        groups = self._groups(self.prior_precision, function)
+        norms = groups.collect(squares(self._random()))
+
         def update(state: tuple) -> tuple:
-            precision, sigma, _, step = state
-            ratio = self.eigenvalues / sigma**2
-            well_determined = jnp.sum(ratio / (ratio + precision))
-            better = well_determined / self._squared_norm()
+            prior, sigma, _, step = state
+            determined = self._gaussian(prior, sigma**2, groups).determined()
+            better = jax.tree.map(jnp.divide, groups.collect(determined), norms)
             noise = sigma
             if self.likelihood == "regression":
-                noise = jnp.sqrt(-self.log_likelihood / (self.numbers - well_determined))
-            change = jnp.maximum(jnp.abs(better / precision - 1), jnp.abs(noise / sigma - 1))
+                noise = jnp.sqrt(-self.log_likelihood / (self.numbers - determined.sum()))
+            changes = jax.tree.map(lambda a, b: jnp.max(jnp.abs(a / b - 1)), better, prior)
+            change = jnp.stack([*jax.tree.leaves(changes), jnp.abs(noise / sigma - 1)]).max()
             return better, noise, change, step + 1
 
         def unfinished(state: tuple) -> Any:
             return (state[2] > tolerance) & (state[3] < steps)
 
         start = (self.prior_precision, self.sigma, jnp.full_like(self.sigma, jnp.inf), 0)
-        precision, sigma, change, _ = jax.lax.while_loop(unfinished, update, start)
+        prior, sigma, change, _ = jax.lax.while_loop(unfinished, update, start)
+        logs = jax.tree.map(jnp.log, (prior, sigma))
         check_finite(
-            (jnp.log(precision), jnp.log(sigma), jnp.where(change > tolerance, jnp.inf, change)),
-            f"maximize_evidence did not arrive within {steps} steps",
+            (logs, jnp.where(change > tolerance, jnp.inf, change)),
+            f"{function} did not arrive within {steps} steps",
             "it has no maximum where the parameters are all zero or the data are fitted exactly, and "
             "float32 may not allow the tolerance",
             "train the model, or pass more steps or a larger tolerance",
         )
-        return dataclasses.replace(self, prior_precision=precision, sigma=sigma)
+        return dataclasses.replace(self, prior_precision=prior, sigma=sigma)
 
     def functional(self, x: Any, *, batch_size: int | None = None) -> tuple[Any, Any]:
         """Return mean and covariance of the outputs, under the linearised model.
@@ -331,12 +364,12 @@ class Laplace:
 
         Returns:
             mean ``(M, C)``, that of the trained model, and covariance ``(M, C, C)``,
-            ``J (H / σ² + prior_precision I)⁻¹ Jᵀ``, without the noise of the data.
+            ``J (H / σ² + prior_precision I)⁻¹ Jᵀ``, without the noise of the data. Where an example has
+            several data, ``(M, T, C)`` and ``(M, T, C, C)``.
         """
 
-        def of_block(mean: Any, rows: Any) -> tuple[Any, Any]:
-            scaled = rows * jnp.sqrt(self._variances())
-            return mean, jnp.einsum("mcp,mdp->mcd", scaled, scaled, precision="highest")
+        def of_block(mean: Any, roots: Any) -> tuple[Any, Any]:
+            return mean, jnp.einsum("m...cp,m...dp->m...cd", roots, roots, precision="highest")
 
         return self._on_examples(x, of_block, batch_size, "Laplace.functional")
 
@@ -348,14 +381,14 @@ class Laplace:
             batch_size: how many examples' Jacobians are in memory at once; None for all.
 
         Returns:
-            mean ``(M, C)`` and variance ``(M, C)``, the noise σ² included.
+            mean and variance, ``(M, C)`` each or in the shape of several data, the noise σ² included.
 
         Raises:
             ValueError: for a classification, which has `predict_proba`.
         """
         self._require("regression", "predict", "predict_proba")
         mean, covariance = self.functional(x, batch_size=batch_size)
-        return mean, jnp.diagonal(covariance, axis1=1, axis2=2) + self.sigma**2
+        return mean, jnp.diagonal(covariance, axis1=-2, axis2=-1) + self.sigma**2
 
     def predict_proba(
         self,
@@ -377,7 +410,7 @@ class Laplace:
             batch_size: how many examples' Jacobians are in memory at once; None for all.
 
         Returns:
-            ``(M, C)``; rows sum to one.
+            ``(M, C)``, or ``(M, T, C)``; rows sum to one.
 
         Raises:
             ValueError: for a regression, which has `predict`; for an unknown link.
@@ -390,15 +423,55 @@ class Laplace:
         check_choice(link, ("probit", "mc"), "link", "predict_proba")
         if link == "probit":
             mean, covariance = self.functional(x, batch_size=batch_size)
-            variance = jnp.diagonal(covariance, axis1=1, axis2=2)
+            variance = jnp.diagonal(covariance, axis1=-2, axis2=-1)
             return jax.nn.softmax(mean / jnp.sqrt(1 + math.pi / 8 * variance))
-        draws = self._draws(rng, samples, "predict_proba(link='mc')")
+        noise = self._noise(rng, samples, "predict_proba(link='mc')")
 
-        def of_block(mean: Any, rows: Any) -> Any:
-            moves = jnp.einsum("mcp,sp->smc", rows, draws, precision="highest")
+        def of_block(mean: Any, roots: Any) -> Any:
+            moves = jnp.einsum("m...p,sp->sm...", roots, noise, precision="highest")
             return jax.nn.softmax(mean + moves).mean(0)
 
         return self._on_examples(x, of_block, batch_size, "Laplace.predict_proba")
+
+    def functional_samples(
+        self, x: Any, *, rng: Any = None, samples: int = 100, batch_size: int | None = None
+    ) -> Any:
+        """Draw functions: the outputs of the linearised model for parameters of the posterior.
+
+        A draw is one function on all of `x`: its outputs vary together, as `functional` does not tell.
+        No Jacobian is in memory.
+
+        Args:
+            x: inputs ``(M, ...)``, or a tuple of arrays.
+            rng: a random key.
+            samples: how many.
+            batch_size: how many examples are computed at once; None for all.
+
+        Returns:
+            outputs ``(samples, M, C)``, or ``(samples, M, T, C)``, without the noise of the data.
+
+        Raises:
+            MissingRngError: without `rng`.
+
+        Example:
+            >>> x, y = jnp.linspace(0.0, 1.0, 6)[:, None], jnp.zeros((6, 1))
+            >>> posterior = nn.curvature.Laplace.fit(nn.Linear(1, 1), x, y, likelihood="regression")
+            >>> posterior.functional_samples(x, rng=jax.random.key(0), samples=5).shape
+            (5, 6, 1)
+        """
+        function = "functional_samples"
+        moves = self._moves(self._noise(rng, samples, function))
+        outputs_of, flat = self._outputs_of(function)
+
+        def block(inputs: tuple) -> Any:
+            of_all = lambda flat: jax.vmap(outputs_of, (None, 0))(flat, inputs)
+            mean, push = jax.linearize(of_all, flat)
+            pushed = jax.vmap(lambda move: push(move.astype(flat.dtype)))(moves)
+            drawn = mean.astype(moves.dtype) + pushed.astype(moves.dtype)
+            return jnp.swapaxes(drawn.reshape(samples, -1, *self.outputs), 0, 1)
+
+        check_batch_size(batch_size, function)
+        return jnp.swapaxes(map_blocks(block, self._checked_inputs(x, function), batch_size), 0, 1)
 
     def sample(self, rng: Any, samples: int = 1) -> Any:
         """Draw parameters from the posterior.
@@ -419,9 +492,7 @@ class Laplace:
             >>> jax.vmap(posterior.fn, in_axes=(0, None))(drawn, jnp.ones((3, 2))).shape
             (5, 3, 1)
         """
-        moves = self._draws(rng, samples, "Laplace.sample")
-        if self.eigenvectors is not None:
-            moves = moves @ self.eigenvectors.T
+        moves = self._moves(self._noise(rng, samples, "Laplace.sample"))
         chosen, rest, with_rest = parts(self.params, self.names)
         flat, unravel = ravel_pytree(chosen)
         drawn = jax.vmap(unravel)((flat.astype(moves.dtype) + moves).astype(flat.dtype))
@@ -431,19 +502,68 @@ class Laplace:
     def covariance(self) -> Any:
         """Return the posterior covariance of the parameters, ``(P, P)``, or its diagonal ``(P,)``.
 
-        The order of the parameters is that of ``jax.flatten_util.ravel_pytree``.
+        The order of the parameters is that of ``jax.flatten_util.ravel_pytree``. It is the diagonal for
+        ``structure="diag"``.
         """
-        if self.eigenvectors is None:
-            return self._variances()
-        scaled = self.eigenvectors * jnp.sqrt(self._variances())
-        return jnp.matmul(scaled, scaled.T, precision="highest")
+        form = self._own_gaussian()
+        if self.structure == "diag":
+            return form.variances()
+        root = form.root(jnp.eye(self._size(), dtype=self.eigenvalues.dtype))
+        return jnp.matmul(root, root.T, precision="highest")
 
-    def _variances(self) -> Any:
-        """Return the posterior variances along the eigenvectors, (P,)."""
-        return 1 / (self.eigenvalues / self.sigma**2 + self.prior_precision)
+    def state_dict(self) -> dict[str, Any]:
+        """Return the posterior as arrays and plain data by name, without the model's code.
 
-    def _draws(self, rng: Any, samples: int, function: str) -> Any:
-        """Draw changes of the parameters in coordinates of the eigenvectors, (samples, P)."""
+        ``nn.save(posterior, path)`` writes it; see `from_state_dict`.
+        """
+        return state_of(self)
+
+    @classmethod
+    def from_state_dict(cls, model: Model, state: Mapping[str, Any]) -> Laplace:
+        """Make a posterior of what `state_dict` returned.
+
+        Args:
+            model: as for `fit`, with any values: those of the posterior are in `state`.
+            state: of `state_dict`, or of ``nn.load``.
+
+        Raises:
+            UnknownNameError: if the model has other parameters.
+            ShapeError: if they have other shapes.
+
+        Example:
+            >>> import os, tempfile
+            >>> x, y = jnp.ones((4, 2)), jnp.ones((4, 1))
+            >>> posterior = nn.curvature.Laplace.fit(nn.Linear(2, 1), x, y, likelihood="regression")
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     nn.save(posterior, os.path.join(folder, "posterior.safetensors"))
+            ...     state = nn.load(os.path.join(folder, "posterior.safetensors"))
+            >>> again = nn.curvature.Laplace.from_state_dict(nn.Linear(2, 1), state)
+            >>> bool((again.predict(x)[1] == posterior.predict(x)[1]).all())
+            True
+        """
+        fn, params = pure(model, "Laplace.from_state_dict")
+        return cls(fn=fn, **from_state(params, state))
+
+    def _random(self) -> Any:
+        return parts(self.params, self.names)[0]
+
+    def _size(self) -> int:
+        return sum(leaf.size for leaf in jax.tree.leaves(self._random()))
+
+    def _groups(self, prior: Any, function: str) -> Groups:
+        return groups_of(self._random(), prior, function)
+
+    def _gaussian(self, prior: Any, noise: Any, groups: Groups) -> Any:
+        sizes = [leaf.size for leaf in jax.tree.leaves(self._random())]
+        spread, scalar = groups.spread(prior), groups.keys is None
+        return gaussian(self.eigenvalues, self.eigenvectors, sizes, noise, spread, scalar)
+
+    def _own_gaussian(self) -> Any:
+        groups = self._groups(self.prior_precision, "Laplace")
+        return self._gaussian(self.prior_precision, self.sigma**2, groups)
+
+    def _noise(self, rng: Any, samples: int, function: str) -> Any:
+        """Draw from the standard normal distribution, (samples, P)."""
         if rng is None:
             raise MissingRngError(
                 explain(
@@ -458,14 +578,11 @@ class Laplace:
                     f"{function} was given samples={samples}", "it draws that many", "samples=100"
                 )
             )
-        key = as_key(rng)
-        values = self.eigenvalues
-        noise = jax.random.normal(key, (samples, *values.shape), values.dtype)
-        return noise * jnp.sqrt(self._variances())
+        return jax.random.normal(as_key(rng), (samples, self._size()), self.eigenvalues.dtype)
 
-    def _squared_norm(self) -> Any:
-        flat = ravel_pytree(parts(self.params, self.names)[0])[0]
-        return jnp.sum(jnp.square(flat.astype(self.eigenvalues.dtype)))
+    def _moves(self, noise: Any) -> Any:
+        """Return changes of the parameters, (samples, P)."""
+        return self._own_gaussian().moves(noise)
 
     def _log_likelihood(self, log_sigma: Any) -> Any:
         if self.likelihood == "classification":
@@ -473,29 +590,34 @@ class Laplace:
         fit = self.log_likelihood * jnp.exp(-2 * log_sigma) / 2
         return fit - self.numbers * (log_sigma + math.log(2 * math.pi) / 2)
 
-    def _on_examples(self, x: Any, function: Callable, size: int | None, name: str) -> Any:
-        """Map a function of means (M, C) and Jacobian rows in eigenvectors (M, C, P) over blocks."""
-        check_batch_size(size, name)
-        inputs = jax.tree.map(jnp.asarray, inputs_of(x))
-        at_least_one(number_of_examples(inputs, name), name)
-        single = one_output(self.fn, name)
+    def _outputs_of(self, function: str) -> tuple[Callable, Any]:
+        """Return the flat outputs of an example as a function of the flat parameters, and these."""
+        single = one_output(self.fn, function)
         chosen, rest, with_rest = parts(self.params, self.names)
         flat, unravel = ravel_pytree(chosen)
-        dtype = self.eigenvalues.dtype
+        return (lambda flat, inputs: single(with_rest(unravel(flat), rest), inputs)), flat
+
+    def _checked_inputs(self, x: Any, function: str) -> tuple:
+        inputs = jax.tree.map(jnp.asarray, inputs_of(x))
+        at_least_one(number_of_examples(inputs, function), function)
+        return inputs
+
+    def _on_examples(self, x: Any, function: Callable, size: int | None, name: str) -> Any:
+        """Map a function of means (M, C) and Jacobians times the root of the covariance (M, C, P)."""
+        check_batch_size(size, name)
+        inputs = self._checked_inputs(x, name)
+        outputs_of, flat = self._outputs_of(name)
+        form, dtype = self._own_gaussian(), self.eigenvalues.dtype
 
         def one_example(inputs: tuple) -> tuple[Any, Any]:
-            def outputs_of(flat: Any) -> Any:
-                return single(with_rest(unravel(flat), rest), inputs)
-
-            out, pull = jax.vjp(outputs_of, flat)
+            out, pull = jax.vjp(lambda flat: outputs_of(flat, inputs), flat)
             rows = jax.vmap(lambda r: pull(r)[0])(jnp.eye(out.size, dtype=out.dtype))
-            return out.astype(dtype), rows.astype(dtype)
+            return out.astype(dtype).reshape(self.outputs), rows.astype(dtype)
 
         def block(inputs: tuple) -> Any:
             mean, rows = jax.vmap(one_example)(inputs)
-            if self.eigenvectors is not None:
-                rows = jnp.matmul(rows, self.eigenvectors, precision="highest")
-            return function(mean, rows)
+            roots = form.root(rows)
+            return function(mean, roots.reshape(*mean.shape, -1))
 
         return map_blocks(block, inputs, size)
 

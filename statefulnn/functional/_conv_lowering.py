@@ -31,6 +31,8 @@ transposed 4x4, stride 2, 64 to 32, 16²     0.60       0.12  by phases: convolu
 transposed 3x3, stride 2                    0.77       0.12
 transposed 2x2, stride 2                    0.92       0.11
 transposed width 16, stride 8, 64           0.60       0.11
+in a loop: dense 3x3, 16 channels, 32x32               0.19  a matrix product of all taps and images
+in a loop: dense 3x3, 64 channels, 56x56               0.06  the same, image by image
 =======================================  =======  =========  =======================================
 
 Also tried: channels last inside (1.0), groups as a batched matrix product over stacked shifts (1.15 and 0.13
@@ -53,6 +55,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
+from statefulnn.core.repeated import in_repeated_code
 from statefulnn.functional._checks import widened
 
 Pads = Sequence[tuple[int, int]]
@@ -179,6 +182,22 @@ def all_taps(
     return out.reshape(batch, w.shape[0], *sizes)
 
 
+def as_one_product(
+    x: Any, w: Any, stride: Sequence[int], pads: Pads, dilation: Sequence[int], groups: int = 1
+) -> Any:
+    """Convolve as one matrix product for all images, whose derivatives are products as well.
+
+    XLA's own operation is slow on CPU where it is not in straight code with one kernel: in the body of a
+    loop it takes 5 times as long, its gradients 6 to 25 times, and under vmap many kernels make a convolution
+    in groups. A product is as fast in all of these as outside.
+    """
+    seen = list(windows(x.swapaxes(0, 1), w.shape[2:], stride, pads, dilation))  # each (C, N, *out)
+    rows = lax.concatenate(seen, 0)
+    kernel = jnp.moveaxis(w, 1, -1).reshape(w.shape[0], -1)  # (O, k C), in the order of the rows
+    out = kernel @ rows.reshape(rows.shape[0], -1)
+    return out.reshape(w.shape[0], *rows.shape[1:]).swapaxes(0, 1)
+
+
 def _along_kernel(
     x: Any, w: Any, stride: Sequence[int], pads: Pads, dilation: Sequence[int], groups: int
 ) -> Any:
@@ -243,13 +262,15 @@ def dense(
     return total.reshape(batch, depth, *total.shape[1:]).swapaxes(1, 2)
 
 
-def group_by_group(
-    x: Any, w: Any, stride: Sequence[int], pads: Pads, dilation: Sequence[int], groups: int
-) -> Any:
-    """Convolve each group of channels by itself."""
-    inputs, kernels = jnp.split(x, groups, axis=1), jnp.split(w, groups, axis=0)
-    outs = [dense(a, b, stride, pads, dilation, 1) for a, b in zip(inputs, kernels, strict=True)]
-    return jnp.concatenate(outs, axis=1)
+def group_by_group(way: Callable) -> Callable:
+    """Return `way` for each group of channels by itself."""
+
+    def convolution(x: Any, w: Any, stride: Any, pads: Pads, dilation: Any, groups: int) -> Any:
+        inputs, kernels = jnp.split(x, groups, axis=1), jnp.split(w, groups, axis=0)
+        outs = [way(a, b, stride, pads, dilation, 1) for a, b in zip(inputs, kernels, strict=True)]
+        return jnp.concatenate(outs, axis=1)
+
+    return convolution
 
 
 def pointwise(
@@ -357,14 +378,29 @@ apart_by_image = differentiated(apart, apart, image_by_image(apart))
 
 
 def convolve(
-    x: Any, w: Any, stride: Sequence[int], pads: Pads, dilation: Sequence[int], groups: int
+    x: Any,
+    w: Any,
+    stride: Sequence[int],
+    pads: Pads,
+    dilation: Sequence[int],
+    groups: int,
+    repeated: bool = False,
 ) -> Any:
-    """Convolve ``(N, C, *)`` with ``(O, C / groups, *)``, by the lowering that is fastest there."""
+    """Convolve ``(N, C, *)`` with ``(O, C / groups, *)``, by the lowering that is fastest there.
+
+    Args:
+        repeated: whether this is code for a loop, or for many kernels at once: see `repeated_on_cpu`.
+    """
     how = tuple(stride), tuple((low, high) for low, high in pads), tuple(dilation), groups
     if not for_cpu():
         return general(x, w, *how)
     # A sum over taps is not rounded at each tap; CPUs compute low precision in float32 anyway.
-    return chosen_on_cpu(x, w, *how)(widened(x), widened(w), *how).astype(x.dtype)
+    return chosen_on_cpu(x, w, *how, repeated)(widened(x), widened(w), *how).astype(x.dtype)
+
+
+def repeated_on_cpu() -> bool:
+    """Say whether a convolution that is traced here is best computed `as_one_product`."""
+    return for_cpu() and in_repeated_code()
 
 
 def for_cpu() -> bool:
@@ -381,7 +417,13 @@ def for_cpu() -> bool:
 
 
 def chosen_on_cpu(
-    x: Any, w: Any, stride: Sequence[int], pads: Pads, dilation: Sequence[int], groups: int
+    x: Any,
+    w: Any,
+    stride: Sequence[int],
+    pads: Pads,
+    dilation: Sequence[int],
+    groups: int,
+    repeated: bool,
 ) -> Callable[..., Any]:
     """Return the way to compute a convolution that is fastest on CPU."""
     taps = math.prod(w.shape[2:])
@@ -389,13 +431,18 @@ def chosen_on_cpu(
         return general
     if groups > 1 and groups == x.shape[1] and taps <= MOST_TAPS:
         return depthwise
+    by_kernel = dense
+    if repeated and taps <= MOST_TAPS:
+        # What the taps see of the input: where it is long, image by image, and made again on the way back.
+        small = x.size * taps // math.prod(stride) < LARGE_BATCH
+        by_kernel = as_one_product if small else image_by_image(as_one_product)
     if groups > 1:
-        return group_by_group
+        return group_by_group(by_kernel)
     if taps == 1:
         return pointwise
     if len(stride) > 1 and tuple(stride) == w.shape[2:] and set(dilation) == {1}:
         return apart if x.size < LARGE_BATCH else apart_by_image
-    return dense
+    return by_kernel
 
 
 # --------------------------------------------------------------------------------------------------
@@ -470,6 +517,7 @@ def by_phases(
     dilation: Sequence[int],
     groups: int,
     sizes: Sequence[int],
+    repeated: bool,
 ) -> Any:
     """Convolve, transposed, as convolutions of step 1 that make the outputs between two steps.
 
@@ -499,7 +547,7 @@ def by_phases(
             for j, a, b, size in zip(backs, first, last, x.shape[2:], strict=True)
         )
         how = (1,) * n, pads, tuple(j.step for j in backs), groups
-        return chosen_on_cpu(x, kernel, *how)(x, kernel, *how).reshape(shape)
+        return chosen_on_cpu(x, kernel, *how, repeated)(x, kernel, *how).reshape(shape)
 
     blocks = [block(run) for run in itertools.product(*runs)]
     for axis in reversed(range(n)):
@@ -522,9 +570,10 @@ def convolve_transposed(
     dilation: Sequence[int],
     groups: int,
     sizes: Sequence[int],
+    repeated: bool = False,
 ) -> Any:
     """Convolve ``(N, C, *)``, transposed, with ``(C, O / groups, *)`` into ``(N, O, *sizes)``."""
     how = tuple(stride), tuple(padding), tuple(dilation), groups, tuple(sizes)
     if not for_cpu() or not x.size or not w.size:
         return general_transposed(x, w, *how)
-    return by_phases(widened(x), widened(w), *how).astype(x.dtype)
+    return by_phases(widened(x), widened(w), *how, repeated).astype(x.dtype)

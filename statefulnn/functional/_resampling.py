@@ -2,8 +2,8 @@
 
 Which inputs and which weights depends on sizes only, so it is worked out in numpy while code is
 traced. The forward sum reads the taps alone, so that one infinite pixel spoils its neighbourhood and
-not its whole row; the derivative is a product with the matrix of weights, since XLA's own (a scatter)
-is many times slower on CPU.
+not its whole row; so does the derivative, which is written down, since XLA's own is a scatter, many
+times slower on CPU.
 """
 
 from __future__ import annotations
@@ -201,14 +201,38 @@ def _resampled(x: Any, axis: int, how: How) -> Any:
 @_resampled.defjvp
 def _resampled_jvp(axis: int, how: How, primals: Any, tangents: Any) -> tuple[Any, Any]:
     (x,), (slope,) = primals, tangents
+    return _resampled(x, axis, how), _scattered(slope, axis, how)
+
+
+def _scattered(x: Any, axis: int, how: How) -> Any:
+    """Resample by adding each input to the outputs that read it: what this is the transpose of only reads."""
+    index, weight = _readers(how)
+    out = jnp.zeros((*x.shape[:axis], how.after, *x.shape[axis + 1 :]), x.dtype)
+    for row, factor in zip(index, weight, strict=True):
+        part = x * _spread(factor, axis, x.ndim, x.dtype)
+        if (row < 0).any():
+            part = jnp.where(_spread(row >= 0, axis, x.ndim, bool), part, 0)
+        at = (slice(None),) * axis + (np.maximum(row, 0).astype(np.int32),)
+        out = out.at[at].add(part, mode="promise_in_bounds")
+    return out
+
+
+@functools.lru_cache(maxsize=512)
+def _readers(how: How) -> tuple[np.ndarray, np.ndarray]:
+    """Return which outputs read each input, -1 for no more of them, and the weights: (readers, before)."""
     index, weight = taps(how)
-    matrix = np.zeros((how.before, how.after), x.dtype)
-    index = np.clip(index, 0, how.before - 1)
-    np.add.at(matrix, (index, np.arange(how.after)), 1 if weight is None else weight)
-    out = lax.dot_general(
-        slope, matrix, (((axis,), (0,)), ((), ())), precision=lax.Precision.HIGHEST
-    )
-    return _resampled(x, axis, how), jnp.moveaxis(out, -1, axis)
+    weight = np.ones(index.shape) if weight is None else weight
+    pairs = np.clip(index, 0, how.before - 1) * how.after + np.arange(how.after)
+    if how.before == how.after:
+        pairs, weight = pairs[weight != 0], weight[weight != 0]  # a copy, as torch's derivative is
+    pairs, place = np.unique(pairs, return_inverse=True)
+    read, reader = np.divmod(pairs, max(how.after, 1))
+    number = np.arange(pairs.size) - np.searchsorted(read, read)
+    readers = np.full((number.max(initial=-1) + 1, how.before), -1)
+    weights = np.zeros(readers.shape)
+    readers[number, read] = reader
+    weights[number, read] = np.bincount(place.ravel(), weight.ravel())
+    return readers, weights
 
 
 def _period(index: np.ndarray, how: How) -> tuple[int, int] | None:

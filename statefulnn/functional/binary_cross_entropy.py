@@ -31,17 +31,38 @@ def _entropy(x: Any, y: Any) -> Any:
 
 def _entropy_jvp(primals: Any, tangents: Any) -> tuple[Any, Any]:
     x, y = primals
-    dx, dy = tangents
-    tangent = jnp.zeros(x.shape, x.dtype)
-    if not isinstance(dx, SymbolicZero):
-        # Not the derivative of the cut logarithms: it still points back from 0 and from 1.
-        tangent = tangent + (x - y) / jnp.maximum((1 - x) * x, 1e-12) * dx
-    if not isinstance(dy, SymbolicZero):
-        tangent = tangent + (jnp.log1p(-x) - jnp.log(x)) * dy
-    return _entropy(x, y), tangent
+    # Not the derivative of the cut logarithms: it still points back from 0 and from 1.
+    of_x = (x - y) / jnp.maximum((1 - x) * x, 1e-12)
+    out = _entropy(x, y)
+    return out, _along(out, tangents, (of_x, jnp.log1p(-x) - jnp.log(x)))
+
+
+def _along(out: Any, tangents: Any, slopes: Any) -> Any:
+    """Return the tangent of an output; a slope that is not finite may not meet a tangent of zeros."""
+    moved = [
+        s * t for s, t in zip(slopes, tangents, strict=True) if not isinstance(t, SymbolicZero)
+    ]
+    return sum(moved, jnp.zeros(out.shape, out.dtype))
 
 
 _entropy.defjvp(_entropy_jvp, symbolic_zeros=True)
+
+
+@jax.custom_jvp
+def _entropy_of_logits(x: Any, y: Any, positive: Any) -> Any:
+    return (1 - y) * x - ((positive - 1) * y + 1) * jax.nn.log_sigmoid(x)
+
+
+def _entropy_of_logits_jvp(primals: Any, tangents: Any) -> tuple[Any, Any]:
+    # As torch has them: the chain rule's subtract infinities.
+    x, y, positive = primals
+    yes, no = jax.nn.log_sigmoid(x), jax.nn.log_sigmoid(-x)
+    of_x = (positive * y + 1 - y) * jax.nn.sigmoid(x) - positive * y
+    out = _entropy_of_logits(x, y, positive)
+    return out, _along(out, tangents, (of_x, no - positive * yes, -y * yes))
+
+
+_entropy_of_logits.defjvp(_entropy_of_logits_jvp, symbolic_zeros=True)
 
 
 @functools.partial(jax.jit, static_argnums=3)
@@ -130,8 +151,10 @@ def _binary_cross_entropy_with_logits(
     dtype, x, y, w, positive = together(
         function, input=input, target=target, weight=weight, pos_weight=pos_weight
     )
-    share = 1 if positive is None else (positive - 1) * y + 1
-    loss = (1 - y) * x - share * jax.nn.log_sigmoid(x)
+    if positive is None:
+        loss = (1 - y) * x - jax.nn.log_sigmoid(x)
+    else:
+        loss = _entropy_of_logits(x, y, positive)
     return reduced(loss if w is None else loss * w, reduction).astype(dtype)
 
 

@@ -17,7 +17,7 @@ from statefulnn.functional._checks import (
     require_same_dtype,
     shape_error,
 )
-from statefulnn.functional._conv_lowering import convolve
+from statefulnn.functional._conv_lowering import convolve, repeated_on_cpu
 from statefulnn.functional.padding import BORDERS, check_border, continued
 
 # How the spatial axes of an input and of a kernel are called in messages.
@@ -31,7 +31,7 @@ def static(value: Any) -> Any:
     return tuple(value)
 
 
-@functools.partial(jax.jit, static_argnums=(3, 4, 5, 6, 7))
+@functools.partial(jax.jit, static_argnums=(3, 4, 5, 6, 7, 8))
 def _conv(
     x: Any,
     weight: Any,
@@ -41,6 +41,7 @@ def _conv(
     dilation: Any,
     groups: int,
     padding_mode: str,
+    repeated: bool,
 ) -> Any:
     # Checked here, where the code runs once for each combination of shapes and dtypes: an eager call
     # like an earlier one pays nothing for it.
@@ -79,7 +80,7 @@ def _conv(
         for axis, (low, high) in enumerate(pads, 2):
             x = continued(x, axis, low, high, padding_mode)
         pads = ((0, 0),) * spatial
-    out = convolve(x, weight, stride, pads, dilation, groups)
+    out = convolve(x, weight, stride, pads, dilation, groups, repeated)
     out = with_bias(out, bias)
     return out if batched else out[0]
 
@@ -197,7 +198,8 @@ def conv_nd(
     w = array(weight, "weight", function)
     b = None if bias is None else array(bias, "bias", function)
     check_axes(x, w, spatial, function, "out_channels, in_channels / groups")
-    return _conv(x, w, b, static(stride), static(padding), static(dilation), groups, padding_mode)
+    how = static(stride), static(padding), static(dilation), groups, padding_mode
+    return _conv(x, w, b, *how, repeated_on_cpu())
 
 
 def conv1d(

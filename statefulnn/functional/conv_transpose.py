@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from statefulnn.functional._checks import array, numbers, require_same_dtype, shape_error
-from statefulnn.functional._conv_lowering import convolve_transposed
+from statefulnn.functional._conv_lowering import convolve_transposed, repeated_on_cpu
 from statefulnn.functional.conv import (
     check_axes,
     check_bias,
@@ -20,7 +20,7 @@ from statefulnn.functional.conv import (
 )
 
 
-@functools.partial(jax.jit, static_argnums=(3, 4, 5, 6, 7))
+@functools.partial(jax.jit, static_argnums=(3, 4, 5, 6, 7, 8))
 def _conv_transpose(
     x: Any,
     weight: Any,
@@ -30,6 +30,7 @@ def _conv_transpose(
     output_padding: Any,
     groups: int,
     dilation: Any,
+    repeated: bool,
 ) -> Any:
     # Checked here, where the code runs once for each combination of shapes and dtypes: an eager call
     # like an earlier one pays nothing for it.
@@ -75,7 +76,7 @@ def _conv_transpose(
         )
     batched = x.ndim == weight.ndim
     out = convolve_transposed(
-        x if batched else x[None], weight, stride, padding, dilation, groups, sizes
+        x if batched else x[None], weight, stride, padding, dilation, groups, sizes, repeated
     )
     out = with_bias(out, bias)
     return out if batched else out[0]
@@ -121,6 +122,7 @@ def conv_transpose_nd(
         static(output_padding),
         groups,
         static(dilation),
+        repeated_on_cpu(),
     )
 
 

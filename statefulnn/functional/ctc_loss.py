@@ -54,8 +54,7 @@ def _ctc(
     blanks = clipped[:, :, blank, None]  # (T, N, 1)
     emitted = _emissions(clipped, labels)  # (T, N, S)
     # From one label to the next without a blank between them, unless they are the same.
-    skips = jnp.where(labels[:, 1:] == labels[:, :-1], NEVER, 0.0).astype(given.dtype)
-    skips = jnp.pad(skips, ((0, 0), (min(1, width), 0)), constant_values=NEVER)
+    skips = jnp.pad(labels[:, 1:] != labels[:, :-1], ((0, 0), (min(1, width), 0)))
 
     def step(alpha: tuple[Any, Any], now: tuple[Any, Any, Any]) -> tuple[tuple[Any, Any], None]:
         # at_blank[s]: the paths that have seen s labels and rest on a blank; at_label[s]: those that
@@ -65,7 +64,7 @@ def _ctc(
         before = jnp.pad(at_label, ((0, 0), (1, 0)), constant_values=NEVER)
         next_blank = log_blank + jnp.logaddexp(at_blank, before)
         next_label = log_label + _log_add_three(
-            at_label, at_blank[:, :width], before[:, :width] + skips
+            at_label, at_blank[:, :width], jnp.where(skips, before[:, :width], NEVER)
         )
         running = running[:, None]
         return (
@@ -86,11 +85,11 @@ def _ctc(
     loss = -jnp.logaddexp(ended, on_label)  # (N,)
 
     impossible = loss > -NEVER / 10
-    if not zero_infinity:
+    if zero_infinity:
+        loss, running = jnp.where(impossible, 0, loss), running & ~impossible
+    else:
         loss = jnp.where(impossible, jnp.inf, loss)
     loss = _after_log_softmax(loss, given, running[:, :, None])
-    if zero_infinity:
-        loss = jnp.where(impossible, 0, loss)
     if reduction == "mean":
         loss = loss / jnp.maximum(lengths, 1).astype(loss.dtype)
     return reduced(loss, reduction).astype(dtype)

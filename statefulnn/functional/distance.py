@@ -185,18 +185,36 @@ def pairwise_distance(
     return _pairwise_distance(a, b, _degree(p, name), eps, keepdim)
 
 
-@jax.custom_jvp
-def _largest(x: Any) -> Any:
-    return jnp.max(jnp.abs(x), -1)
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _all_pairs(x: Any, p: float) -> Any:
+    """Return the distances of all pairs of rows, (N, N); their derivatives are torch.pdist's."""
+    apart = x[:, None] - x[None]  # XLA never stores the differences
+    if p == 0:
+        return jnp.sum(jnp.minimum(jnp.ceil(jnp.abs(apart)), 1), -1)  # NaN stays NaN
+    return p_norm(apart, p, (2,), "F.pdist")[..., 0]
 
 
-@_largest.defjvp
-def _largest_jvp(primals: Any, tangents: Any) -> tuple[Any, Any]:
-    # torch.pdist gives each of equal magnitudes the whole derivative, and all of them NaN if one is.
-    (x,), (slope,) = primals, tangents
-    out = _largest(x)
-    below = jnp.minimum(jnp.ceil(jnp.abs(jnp.abs(x) - out[..., None])), 1)
-    return out, jnp.sum(lax.stop_gradient(jnp.sign(x) * (1 - below)) * slope, -1)
+@_all_pairs.defjvp
+def _all_pairs_jvp(p: float, primals: tuple, tangents: tuple) -> tuple[Any, Any]:
+    (x,), (dx,) = primals, tangents
+    out = _all_pairs(x, p)
+    if p == 0:
+        return out, jnp.zeros_like(out)
+    apart = x[:, None] - x[None]
+    if (
+        p == math.inf
+    ):  # each of equal magnitudes has the whole derivative, and all are NaN if one is
+        below = jnp.minimum(jnp.ceil(jnp.abs(jnp.abs(apart) - out[..., None])), 1)
+        slope = lax.stop_gradient(jnp.sign(apart) * (1 - below))
+    elif p == 1:
+        slope = jnp.sign(apart)
+    else:
+        slope = _slope(apart, out[..., None], p, (2,))
+        slope = jnp.where(apart == 0, 0, slope) if p < 1 else slope
+    # Only the upper half is used: the other's cotangents are 0, and may not meet what is not finite.
+    row = jnp.arange(len(x))
+    slope = jnp.where((row[:, None] < row)[..., None], slope, 0)
+    return out, jnp.sum(slope * (dx[:, None] - dx[None]), -1)
 
 
 @functools.partial(jax.jit, static_argnums=1)
@@ -212,9 +230,7 @@ def _pdist(x: Any, p: float) -> Any:
     if n < 2 or d == 0:
         return jnp.zeros(n * (n - 1) // 2, x.dtype)
     wide = widened(x)
-    # All pairs, then the upper half: XLA never stores the differences.
-    apart = wide[:, None] - wide[None]
-    table = _largest(apart) if p == math.inf else p_norm(apart, p, (2,), function)[..., 0]
+    table = _all_pairs(wide, p)
     first, second = np.triu_indices(n, 1)
     flat = (first * n + second).astype(np.int32)
     out = (

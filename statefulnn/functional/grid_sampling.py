@@ -40,10 +40,20 @@ def _unnormalized(at: Any, size: int, align_corners: bool, spatial: int) -> Any:
     return ((at + 1) * size - 1) / 2
 
 
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def _clipped(at: Any, size: int) -> Any:
-    # Choices, not minimum and maximum: on the border the derivative is 0, and NaN becomes 0.
+    # Choices, not minimum and maximum: NaN becomes 0.
     inside = (at > 0) & (at < size - 1)
     return jnp.where(inside, at, jnp.where(at >= size - 1, size - 1, 0).astype(at.dtype))
+
+
+@_clipped.defjvp
+def _clipped_jvp(size: int, primals: tuple, tangents: tuple) -> tuple[Any, Any]:
+    # 0 on the border; a product, so that a pixel without a number gives NaN there as well, as in torch. The
+    # factor is chosen from two numbers, since XLA makes a choice of a product with a boolean.
+    (at,), (moved,) = primals, tangents
+    slope = jnp.where((at > 0) & (at < size - 1), 1.0, 0.0).astype(at.dtype)
+    return _clipped(at, size), slope * moved
 
 
 def _reflected(at: Any, low: float, high: float) -> Any:
@@ -67,17 +77,31 @@ def _padded(at: Any, size: int, padding_mode: str, align_corners: bool) -> Any:
     return _clipped(at, size)
 
 
+A = -0.75
+
+
+def _near(x: Any) -> Any:
+    return ((A + 2) * x - (A + 3)) * x * x + 1
+
+
+def _far(x: Any) -> Any:
+    return ((A * x - 5 * A) * x + 8 * A) * x - 4 * A
+
+
+@jax.custom_jvp
 def _cubic(part: Any) -> tuple[Any, ...]:
-    """Return Keys' cubic convolution with a = -0.75 at four taps."""
-    a = -0.75
+    """Return Keys' cubic convolution with A = -0.75 at four taps."""
+    return _far(part + 1), _near(part), _near(1 - part), _far(2 - part)
 
-    def near(x: Any) -> Any:
-        return ((a + 2) * x - (a + 3)) * x * x + 1
 
-    def far(x: Any) -> Any:
-        return ((a * x - 5 * a) * x + 8 * a) * x - 4 * a
-
-    return far(part + 1), near(part), near(1 - part), far(2 - part)
+@_cubic.defjvp
+def _cubic_jvp(primals: tuple, tangents: tuple) -> tuple[Any, Any]:
+    # One product for each tap: the chain rule's sums would subtract infinities.
+    (part,), (moved,) = primals, tangents
+    near = lambda x: (3 * (A + 2) * x - 2 * (A + 3)) * x
+    far = lambda x: (3 * A * x - 10 * A) * x + 8 * A
+    slopes = far(part + 1), near(part), -near(1 - part), -far(2 - part)
+    return _cubic(part), tuple(slope * moved for slope in slopes)
 
 
 def _taps(at: Any, size: int, mode: str, padding_mode: str, align_corners: bool, n: int) -> Any:

@@ -115,9 +115,9 @@ def _bilinear(input1: Any, input2: Any, weight: Any, bias: Any) -> Any:
     batch = input1.shape[:-1]
     left = input1.reshape(-1, input1.shape[-1])  # (N, I)
     right = input2.reshape(-1, input2.shape[-1])  # (N, J)
-    # One matrix product over J, then a batched one over I: (N, J) x (O, I, J) -> (N, O, I) -> (N, O).
-    inner = lax.dot_general(right, weight, (((1,), (2,)), ((), ())))
-    out = lax.dot_general(inner, left, (((2,), (1,)), ((0,), (0,))))
+    # One matrix product over I, then a batched one over J: (N, I) x (O, I, J) -> (N, O, J) -> (N, O).
+    inner = lax.dot_general(left, weight, (((1,), (1,)), ((), ())))
+    out = lax.dot_general(inner, right, (((2,), (1,)), ((0,), (0,))))
     if bias is not None:
         out = out + bias[None]
     return out.reshape(*batch, weight.shape[0])

@@ -92,7 +92,8 @@ def looked_at(shared: Any, tasks: int, say: Callable[..., None]) -> tuple[Any, A
     """
     whole = (Module, Box)
     flat, treedef = jax.tree_util.tree_flatten_with_path(shared, lambda x: isinstance(x, whole))
-    names, leaves = [jax.tree_util.keystr(path) for path, _ in flat], [leaf for _, leaf in flat]
+    names = [f"shared{jax.tree_util.keystr(path)}" for path, _ in flat]
+    leaves = [leaf for _, leaf in flat]
     # Without a tracer nothing is differentiated; and a module is more than its arrays.
     if not any(isinstance(v, Tracer) for v in leaves) or any(isinstance(v, whole) for v in leaves):
         return shared, None

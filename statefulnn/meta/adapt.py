@@ -13,6 +13,7 @@ from statefulnn.core.box import Box
 from statefulnn.core.errors import DtypeError, ShapeError, UnknownNameError, explain
 from statefulnn.core.generator import as_key
 from statefulnn.core.module import Module
+from statefulnn.core.repeated import body_of_loop
 from statefulnn.meta._arrays import strong_arrays
 from statefulnn.meta._cotangents import counted, note_losses
 from statefulnn.meta._names import chosen_names
@@ -432,6 +433,7 @@ def _steps(
             carry, out = step(carry, jax.tree_util.tree_map(lambda v, i=i: v[i], xs))
             outs.append(out)
         return carry, jax.tree_util.tree_map(lambda *v: jnp.stack(v), *outs)
+    step = body_of_loop(step)
     if checkpoint == "none":
         return jax.lax.scan(step, carry, xs)
     if checkpoint == "all":

@@ -14,6 +14,7 @@ import numpy as np
 from statefulnn.core.errors import DivergenceWarning, ShapeError, explain
 from statefulnn.core.extras import import_extra
 from statefulnn.core.failures import typed_failures
+from statefulnn.core.repeated import body_of_loop
 from statefulnn.meta._arrays import strong_arrays
 from statefulnn.meta._report import warn
 
@@ -61,7 +62,7 @@ def loop(
     """
     if not isinstance(chunk, int) or chunk < 1:
         raise ValueError(f"loop: chunk must be a positive integer, got {chunk!r}")
-    steps = _length(xs, length)
+    steps, step = _length(xs, length), body_of_loop(step)
 
     @functools.partial(jax.jit, static_argnums=2)
     def many(carry: Any, xs: Any, count: int) -> tuple[Any, Any, Any]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +12,13 @@ import numpy as np
 
 from statefulnn.core.errors import DivergenceWarning, MissingRngError, ShapeError, explain
 from statefulnn.core.generator import as_key
+from statefulnn.core.repeated import HasRepeatedForm, repeated, straight_code_only
 from statefulnn.meta._cotangents import looked_at, results_counted, watched_task
+from statefulnn.meta._one_by_one import one_by_one
 from statefulnn.meta._report import finite, named_lanes, report_unless, warn
 
 RANDOMNESS = ("different", "same")
+VECTORIZE = ("auto", "vmap", "loop")
 NEVER = np.array(-1)  # the step in which a loss is no longer finite
 
 
@@ -25,8 +29,9 @@ def over_tasks(
     has_aux: bool = False,
     randomness: str = "different",
     report: bool = True,
+    vectorize: str | int = "auto",
 ) -> Callable:
-    """Return a function that runs all tasks of a batch in one vectorised computation.
+    """Return a function that runs all tasks of a batch in one compiled computation.
 
     Over several devices, place the data with the task axis sharded
     (``jax.device_put(data, NamedSharding(mesh, P("tasks")))``) and compile: each device then adapts its
@@ -42,6 +47,9 @@ def over_tasks(
         report: whether to warn, naming the tasks, when a result is not finite, or a gradient by `shared`,
             which is named as well. In compiled code that costs about 0.1 ms a call on CPU; nothing
             inside `nn.meta.loop`.
+        vectorize: "vmap" runs the tasks side by side; "loop" one after the other, and takes the gradient of
+            each as it goes, which needs the memory of one task; a number runs that many side by side, in
+            a loop. "auto" takes the loop for tasks that convolve, on a single CPU, and vmap otherwise.
 
     Returns:
         ``function(shared, *data, rng=None)``, where every array of `data` has a leading task axis; it
@@ -61,21 +69,19 @@ def over_tasks(
     if randomness not in RANDOMNESS:
         raise ValueError(f"over_tasks: randomness must be one of {RANDOMNESS}, got {randomness!r}")
 
+    if vectorize not in VECTORIZE and (not isinstance(vectorize, int) or vectorize < 1):
+        raise ValueError(
+            f"over_tasks: vectorize must be one of {VECTORIZE} or a number of tasks, got {vectorize!r}"
+        )
+
     def function(shared: Any, *data: Any, rng: Any = None) -> Any:
         tasks = _count(data)
-
-        own, tally = looked_at(shared, tasks, _say_which_gradients) if report else (shared, None)
-
-        def of_one(tally: Any, key: Any, *data: Any) -> tuple[Any, list[Any]]:
-            with watched_task(tally) as losses:
-                random = {} if key is None else {"rng": key}
-                return one_task(own, *data, **random), losses
-
         key = None if rng is None else as_key(rng)
-        keys_axis = 0 if key is not None and randomness == "different" else None
-        keys = key if keys_axis is None else jax.random.split(key, tasks)
-        axes = (None if tally is None else 0, keys_axis, *(0 for _ in data))
-        results, losses = jax.vmap(of_one, in_axes=axes)(tally, keys, *data)
+        if key is not None and randomness == "different":
+            batch = _Batch(one_task, tasks, jax.random.split(key, tasks), None, data, report)
+        else:
+            batch = _Batch(one_task, tasks, None, key, data, report)
+        results, losses, tally = batch.run(shared, vectorize)
         if has_aux and (not isinstance(results, tuple) or len(results) != 2):
             raise TypeError(
                 explain(
@@ -94,6 +100,66 @@ def over_tasks(
         return (value, aux) if has_aux else value
 
     return function
+
+
+class _Batch(NamedTuple):
+    """The tasks of one call, and the ways to run them: each gives results, inner losses and a tally.
+
+    Attributes:
+        keys: a random key for each task, or None.
+        key: one for all, or None.
+    """
+
+    one_task: Callable
+    tasks: int
+    keys: Any
+    key: Any
+    data: tuple
+    report: bool
+
+    def run(self, shared: Any, vectorize: str | int) -> tuple[Any, list[Any], Any]:
+        if vectorize == "auto" and self.tasks and jax.device_count() == 1:
+            try:
+                # Stopped at the first convolution, which is early: hardly anything is traced twice.
+                return self._side_by_side(shared, straight_code_only())
+            except HasRepeatedForm:
+                return self._in_a_loop(shared, None)
+        if vectorize in ("auto", "vmap") or not self.tasks:
+            return self._side_by_side(shared, repeated())
+        return self._in_a_loop(shared, None if isinstance(vectorize, str) else vectorize)
+
+    def _one(self, shared: Any, tally: Any, key: Any, data: tuple) -> tuple[Any, list[Any]]:
+        key = self.key if key is None else key
+        random = {} if key is None else {"rng": key}
+        with watched_task(tally) as losses:
+            result = self.one_task(shared, *data, **random)
+        return result, losses if self.report else []
+
+    def _side_by_side(self, shared: Any, context: Any) -> tuple[Any, list[Any], Any]:
+        look = functools.partial(looked_at, shared, self.tasks, _say_which_gradients)
+        own, tally = look() if self.report else (shared, None)
+        with context:
+            results, losses = jax.vmap(
+                lambda tally, key, *data: self._one(own, tally, key, data),
+                in_axes=tuple(None if v is None else 0 for v in (tally, self.keys, *self.data)),
+            )(tally, self.keys, *self.data)
+        return results, losses, tally
+
+    def _in_a_loop(self, shared: Any, chunk: int | None) -> tuple[Any, list[Any], Any]:
+        def task(shared: Any, key: Any, *data: Any) -> tuple[Any, list[Any]]:
+            return self._one(shared, None, key, data)
+
+        def look(names: list[str], gradients: list[Any], results: Any) -> None:
+            each = [jnp.isfinite(g).reshape(self.tasks, -1).all(1) for g in gradients]
+            each = jnp.stack(each)  # (arrays, tasks)
+            # Of a result that is not finite another warning tells.
+            fine = each.all() | ~jnp.isfinite(results).all()
+            say = functools.partial(_say_which_gradients, names)
+            report_unless(fine, say, each.all(1), each.all(0))
+
+        parts = (self.keys, *self.data)
+        looking = look if self.report else None
+        return *one_by_one(task, shared, parts, chunk, looking), None
 
 
 def _count(data: tuple) -> int:
@@ -149,7 +215,7 @@ def _first_step(losses: list[Any]) -> Any:
 
 def _say_which_gradients(names: list[str], fine: Any, each: Any, own: Any) -> None:
     bad = np.flatnonzero(~each.reshape(-1, len(names)).all(0))
-    shown = ", ".join(f"shared{names[i]}" for i in bad[:5]) + (", ..." if len(bad) > 5 else "")
+    shown = ", ".join(names[i] for i in bad[:5]) + (", ..." if len(bad) > 5 else "")
     # Only an inner loop tells which task a gradient comes from.
     tasks = f"one of {own.shape[-1]} tasks" if own.all() else named_lanes(own, "task")
     warn(

@@ -88,6 +88,9 @@ def switch(index: ArrayLike, branches: Sequence[Callable], *operands: PyTree) ->
 def _branched(
     choose: Callable, names: Sequence[str], functions: Sequence[Callable], operands: tuple
 ) -> Any:
+    for name, function in zip(names, functions, strict=True):
+        if not callable(function):
+            raise refusals.no_branch(name, repr(function))
     branches, owners = several_unbound(functions)
     call = SplitCall(((owners, *operands), {}))
     run, leaves = call.signature.run, call.leaves

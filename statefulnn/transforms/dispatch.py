@@ -251,7 +251,7 @@ class Dispatch:
         self, args: tuple, kwargs: dict[str, Any]
     ) -> tuple[tuple, dict[str, Any], Statics]:
         names = self.options.static_argnames
-        numbers = {n % len(args) if args else n for n in self.options.static_argnums}
+        numbers = {n if n >= 0 else len(args) + n for n in self.options.static_argnums}
         static_args = tuple((i, args[i]) for i in sorted(numbers) if i < len(args))
         static_kwargs = tuple((k, kwargs[k]) for k in sorted(names & set(kwargs)))
         # None in their place keeps the positions of the others, and holds no leaf.

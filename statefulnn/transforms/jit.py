@@ -10,10 +10,11 @@ import functools
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from statefulnn.core.module import Module
 from statefulnn.core.ownership import ModuleBase
 from statefulnn.transforms.ahead import Lowered
 from statefulnn.transforms.dispatch import Dispatch
-from statefulnn.transforms.lift import unbound
+from statefulnn.transforms.lift import call_module, unbound
 from statefulnn.transforms.versions import Options
 
 
@@ -56,8 +57,8 @@ def jit(
     Args:
         fun: a function, a Module (its call is compiled) or a method of a Module. Without it, `jit`
             returns a decorator.
-        static_argnums: positions of arguments that are compiled in.
-        static_argnames: names of such keyword arguments.
+        static_argnums: positions of arguments that are compiled in; a caller may pass them by name.
+        static_argnames: names of such arguments; a caller may pass them by position.
         donate: positions of arguments whose memory may be reused for the results; for a module, all
             its arrays are then replaced, and older references to them are dead.
         options: passed to ``jax.jit`` (``inline``, ``compiler_options`` ...).
@@ -67,6 +68,8 @@ def jit(
         caller's own objects. ``trace_count`` tells how often `fun` was traced.
 
     Raises:
+        ValueError: if `fun` has no argument that `static_argnums`, `static_argnames` or `donate` mean, or one
+            is to be static and donated.
         StructureChangeError: if the function changes more than arrays.
         TraceLeakError: if it writes to a module that is no argument.
 
@@ -95,8 +98,11 @@ def jit(
     if owner is not None:
         # The module is the first argument: shift the positions past it.
         numbers = tuple(n + 1 if n >= 0 else n for n in numbers)
-        donated = tuple(n + 1 for n in donated)
+        donated = tuple(n + 1 if n >= 0 else n for n in donated)
     if not callable(fun):
         raise TypeError(f"nn.jit takes a function or a Module, got {type(fun).__name__}")
     chosen = Options(frozenset(numbers), frozenset(names), frozenset(donated), options)
-    return JitFunction(function, owner, chosen)
+    named = (
+        type(owner).forward if isinstance(owner, Module) and function is call_module else function
+    )
+    return JitFunction(function, owner, chosen.checked(named))

@@ -116,6 +116,7 @@ def map(f: Callable, xs: PyTree, *, batch_size: int | None = None) -> PyTree:
         the outputs, stacked.
 
     Raises:
+        ValueError: if `batch_size` is no integer from 0.
         StateWriteError: if calls of one batch write different values to what they share.
 
     Source: ``jax.lax.map``.
@@ -127,6 +128,8 @@ def map(f: Callable, xs: PyTree, *, batch_size: int | None = None) -> PyTree:
         ((5, 3, 2), 5)
     """
     (one,), owners = several_unbound((f,))
+    if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 0):
+        raise refusals.no_batch_size(batch_size)
     if batch_size is None:
         return scan(lambda owners, x: (owners, one(owners, x)), owners, xs)[1]
     loop = Loop(lambda f, carry, x: (carry, f(x)), (f,), (), xs)

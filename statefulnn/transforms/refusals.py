@@ -109,6 +109,36 @@ def shared_with_argument(kind: str) -> StructureChangeError:
 # Compiled code
 
 
+def no_argument_for_option(option: str, given: object, have: Sequence[str]) -> ValueError:
+    return ValueError(
+        explain(
+            f"compiled a function with {option}={given!r}, and it has no such argument",
+            "the option would do nothing, and the argument that is meant would be traced",
+            f"one of its arguments: {', '.join(have) or 'it has none'}",
+        )
+    )
+
+
+def static_module(kind: str) -> RegistrationError:
+    return RegistrationError(
+        explain(
+            f"passed a {kind} as a static argument",
+            "a static argument is compiled in, with the values of its parameters",
+            "take it out of static_argnums and static_argnames: modules are traced as arguments",
+        )
+    )
+
+
+def static_and_donated(position: int) -> ValueError:
+    return ValueError(
+        explain(
+            f"asked for argument {position} to be static and donated",
+            "a static argument is compiled in, and has no memory to give away",
+            "name it in static_argnums, or in donate",
+        )
+    )
+
+
 def other_arguments(function: str, changes: Sequence[str]) -> TypeError:
     return TypeError(
         explain(
@@ -467,6 +497,26 @@ def other_lengths(lengths: Mapping[int | None, str]) -> ShapeError:
             "each step takes one slice of the first axis of every array, also of every array of a module",
             "stack modules first, nn.vmap(make, axis_size=n)() or jax.tree.map(lambda *v: "
             "jnp.stack(v), *modules); put what all steps share into the carry",
+        )
+    )
+
+
+def no_batch_size(given: object) -> ValueError:
+    return ValueError(
+        explain(
+            f"called nn.map with batch_size={given!r}",
+            "it is the number of calls that run side by side",
+            "an integer from 1; 0 runs all side by side, None one after the other",
+        )
+    )
+
+
+def no_branch(name: str, kind: str) -> TypeError:
+    return TypeError(
+        explain(
+            f"passed {kind} as {name}",
+            "each branch is called with the operands, and both give the same structure",
+            "a function, a Module or a method of one: lambda *operands: ... for one that does little",
         )
     )
 

@@ -10,9 +10,12 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from statefulnn.core.baked_in import probing
+from statefulnn.core.box import Box
 from statefulnn.core.generator import Generator
 from statefulnn.core.module import Module
+from statefulnn.core.ownership import ModuleBase
 from statefulnn.core.pytree import flatten_collecting, unflatten_with
+from statefulnn.core.repeated import repeated
 from statefulnn.transforms import refusals
 from statefulnn.transforms.lift import SplitCall, Writes, leaves_below, several_unbound
 from statefulnn.transforms.types import PyTree
@@ -104,6 +107,7 @@ class Loop:
     ) -> None:
         self._advance = advance
         self._functions, owners = several_unbound(functions)
+        self._init = carry
         values, _, roots = flatten_collecting((owners, carry))
         self.call = call = SplitCall((((owners, carry), xs), {}))
         self._leaves, n = call.leaves, len(values)
@@ -143,7 +147,8 @@ class Loop:
             leaves[i] = _slice_of(leaves[i])
         dynamic = [*self._dynamic[0], *map(_slice_of, self._dynamic[1])]
         with probing():
-            *_, writes = jax.eval_shape(self._run, leaves, dynamic, *extra)
+            following, _, writes = jax.eval_shape(self._run, leaves, dynamic, *extra)
+        self._check_carry(following)
         for i, new in zip(writes.indices, writes.values, strict=True):
             old = leaves[i] if i in sliced else jax.typeof(leaves[i])
             if (old.shape, old.dtype) != (new.shape, new.dtype):
@@ -152,6 +157,19 @@ class Loop:
         self._written, self._out = writes.indices, writes.out
         self._carried = [i for i in writes.indices if i not in sliced]
         self._stacked = [i for i in writes.indices if i in sliced]
+
+    def _check_carry(self, following: list[jax.ShapeDtypeStruct]) -> None:
+        """Raise if a step gives an array of the carry another shape or dtype."""
+        for i, (value, new) in enumerate(zip(self._dynamic[0], following, strict=True)):
+            old = jax.typeof(value)
+            # A Python number has no dtype of its own: JAX gives it the one that comes back.
+            if old.shape != new.shape or (old.dtype != new.dtype and not old.weak_type):
+                at = jax.tree_util.tree_flatten_with_path(
+                    self._init, is_leaf=lambda v: isinstance(v, (ModuleBase, Box))
+                )[0]
+                paths = [path for path, v in at if not isinstance(v, (ModuleBase, Box))]
+                name = f"carry{jax.tree_util.keystr(paths[i])}"
+                raise refusals.array_changed_by_step(name, described(old), described(new))
 
     @property
     def start(self) -> tuple[list, list]:
@@ -229,7 +247,8 @@ class Loop:
             following.extend(after[0])
             return _snapshot(y, x)
 
-        y, writes = self.call.signature.run(body, leaves, dynamic, returned=self._written)
+        with repeated():
+            y, writes = self.call.signature.run(body, leaves, dynamic, returned=self._written)
         return following, y, writes
 
 
@@ -247,6 +266,6 @@ def _snapshot(y: PyTree, x: PyTree) -> PyTree:
     return unflatten_with(treedef, leaves, found) if found else y
 
 
-def described(array: jax.Array | jax.ShapeDtypeStruct) -> str:
+def described(array: Any) -> str:
     """Return the dtype and shape of an array for a message."""
     return f"{array.dtype}{list(array.shape)}"

@@ -14,6 +14,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import functools
+import inspect
 import types
 import warnings
 import weakref
@@ -24,6 +25,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from statefulnn.core.box import Box
+from statefulnn.core.class_keys import ValueKeyMaker
 from statefulnn.core.errors import RetraceWarning, user_stack_level
 from statefulnn.core.failures import checks_traced
 from statefulnn.core.lending import donated
@@ -50,6 +53,49 @@ class Options(NamedTuple):
     donate: frozenset[int]
     for_jax: dict[str, Any]
 
+    def checked(self, function: Callable) -> Options:
+        """Return these options with every static argument known by position and by name.
+
+        A caller passes an argument either way, so one that is named has to be found at its position too.
+
+        Raises:
+            ValueError: if the function has no such argument, or one is to be static and donated.
+        """
+        try:
+            parameters = [*inspect.signature(function).parameters.values()]
+        except (TypeError, ValueError):  # of a function written in C, perhaps
+            parameters = [_ANY_POSITION, _ANY_NAME]
+        kinds = {p.kind for p in parameters}
+        positions = [p for p in parameters if p.kind in _BY_POSITION]
+        by_name = {p.name for p in parameters if p.kind in _BY_NAME}
+        count, more = len(positions), inspect.Parameter.VAR_POSITIONAL in kinds
+        for what, numbers in [("static_argnums", self.static_argnums), ("donate", self.donate)]:
+            outside = [n for n in numbers if not (more or -count <= n < count)]
+            if outside:
+                raise refusals.no_argument_for_option(what, outside[0], [p.name for p in positions])
+        wrong = [] if inspect.Parameter.VAR_KEYWORD in kinds else self.static_argnames - by_name
+        if wrong:
+            raise refusals.no_argument_for_option("static_argnames", min(wrong), sorted(by_name))
+        # With *args, only a call tells what the last argument is: see `Dispatch._without_statics`.
+        numbers = {n % count if n < 0 and not more else n for n in self.static_argnums}
+        donate = frozenset(n % count if n < 0 and not more else n for n in self.donate)
+        named = {i for i, p in enumerate(positions) if p.name in self.static_argnames & by_name}
+        names = {positions[n].name for n in numbers if 0 <= n < count} & by_name
+        both = (numbers | named) & donate
+        if both:
+            raise refusals.static_and_donated(min(both))
+        return self._replace(
+            static_argnums=frozenset(numbers | named),
+            static_argnames=self.static_argnames | names,
+            donate=donate,
+        )
+
+
+_ANY_POSITION = inspect.Parameter("args", inspect.Parameter.VAR_POSITIONAL)
+_ANY_NAME = inspect.Parameter("kwargs", inspect.Parameter.VAR_KEYWORD)
+_BY_POSITION = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+_BY_NAME = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+
 
 class Statics(NamedTuple):
     """The static arguments of a call, by position and by name."""
@@ -62,7 +108,10 @@ class Statics(NamedTuple):
         return self._key_and_objects()[0]
 
     def _key_and_objects(self) -> tuple[tuple, dict[int, object]]:
-        keys = KeyMaker(lambda: "a static argument")
+        for _, value in (*self.args, *self.kwargs):
+            if isinstance(value, (ModuleBase, Box)):
+                raise refusals.static_module(type(value).__name__)
+        keys = ValueKeyMaker(lambda: "a static argument")
         key = tuple((where, keys.of(value)) for group in self for where, value in group)
         return key, keys.objects
 

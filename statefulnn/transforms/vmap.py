@@ -14,6 +14,7 @@ from jax.typing import ArrayLike
 from statefulnn.core.compat import varies
 from statefulnn.core.errors import MissingRngError, explain
 from statefulnn.core.generator import Forbidden, advance, use_generator
+from statefulnn.core.repeated import repeated
 from statefulnn.transforms import refusals
 from statefulnn.transforms.lift import SplitCall, Writes, leaves_below, template, unbound
 from statefulnn.transforms.types import PyTree
@@ -126,6 +127,10 @@ class _Lanes:
             for i, leaf in enumerate(self.leaves)
             if call.moduledef.kind_of(i) == "generator" and leaf_axes[i] is None
         }
+        self._weights_differ = any(
+            axis is not None and call.moduledef.kind_of(i) != "generator"
+            for i, axis in enumerate(leaf_axes)
+        )
         if randomness == "different":
             for i, state in self._generators.items():
                 self.leaves[i], self.leaf_axes[i] = _per_lane(state, size), 0
@@ -138,7 +143,8 @@ class _Lanes:
         self, leaves: list[jax.Array], dynamic: list[ArrayLike], number: ArrayLike
     ) -> tuple[PyTree, list[jax.Array], list[jax.Array]]:
         """Run one lane: return its output, and what it wrote, by lane and in common."""
-        out, written = self.call.run(self.function, leaves, dynamic)
+        with repeated(self._weights_differ):
+            out, written = self.call.run(self.function, leaves, dynamic)
         # A value of vmap's own trace has another number in each lane; any other value is computed once, and
         # is the same in all of them. So a counter of calls stays one number, and only what lanes disagree
         # about needs an axis. The lane's number is a value that surely differs, to compare with.

@@ -164,6 +164,18 @@ def proxied(held):
 
 
 # name -> (what is kept, how forward reads it, how it changes in place); 2 before and 5 afterwards
+class Noted(np.ndarray):
+    """An array with a note."""
+
+    def __new__(cls, values, note):
+        array = np.asarray(values).view(cls)
+        array.note = note
+        return array
+
+    def __array_finalize__(self, other):
+        self.note = getattr(other, "note", None)
+
+
 CHANGES = {
     "SimpleNamespace": (lambda: types.SimpleNamespace(a=2.0), read_a, _attribute),
     "argparse.Namespace": (lambda: argparse.Namespace(a=2.0), read_a, _attribute),
@@ -235,6 +247,21 @@ CHANGES = {
         lambda: np.asarray([[2.0], None], object),
         lambda v: v[0][0],
         lambda v: v[0].__setitem__(0, 5.0),
+    ),
+    "mask of a masked array": (
+        lambda: np.ma.masked_array([2.0, 3.0], [False, True]),
+        lambda v: float(v.sum()),
+        lambda v: v.mask.__setitem__(1, False),
+    ),
+    "record array": (
+        lambda: np.rec.array([(2.0, 1)], dtype=[("a", float), ("b", int)]),
+        lambda v: float(v.a[0]),
+        lambda v: v.a.__setitem__(0, 5.0),
+    ),
+    "attribute of an array": (
+        lambda: Noted([1.0], [2.0]),
+        lambda v: v.note[0],
+        lambda v: v.note.__setitem__(0, 5.0),
     ),
     "bytearray": (lambda: bytearray([2]), lambda v: float(v[0]), lambda v: v.__setitem__(0, 5)),
     "order of an OrderedDict": (
@@ -946,3 +973,73 @@ def test_threads_that_change_a_config_and_call_see_a_value_of_the_time_of_the_ca
         for t in threads:
             t.join()
     assert not errors
+
+
+def config(**members):
+    """Return a class of configurations, whose base has the default of one attribute."""
+    base = type("Defaults", (), {"a": 2.0})
+    return type("Config", (base,), members)
+
+
+CLASSES = {
+    "default of a base": (config, read_a, lambda cls: setattr(cls.__base__, "a", 5.0)),
+    "override of a default": (config, read_a, lambda cls: setattr(cls, "a", 5.0)),
+    "list of a class": (
+        lambda: config(table=[2.0]),
+        lambda v: v.table[0],
+        lambda cls: cls.table.__setitem__(0, 5.0),
+    ),
+    "method": (
+        lambda: config(scale=lambda self: 2.0),
+        lambda v: v.scale(),
+        lambda cls: setattr(cls, "scale", lambda self: 5.0),
+    ),
+    "property": (
+        lambda: config(scale=property(lambda self: 2.0)),
+        lambda v: v.scale,
+        lambda cls: setattr(cls, "scale", property(lambda self: 5.0)),
+    ),
+    "slots": (
+        lambda: config(__slots__=()),
+        read_a,
+        lambda cls: setattr(cls, "a", 5.0),
+    ),
+    "dataclass": (
+        lambda: dataclasses.dataclass(config(__annotations__={"n": int}, n=1)),
+        read_a,
+        lambda cls: setattr(cls, "a", 5.0),
+    ),
+    "namespace": (
+        lambda: type("Options", (argparse.Namespace,), {"a": 2.0}),
+        read_a,
+        lambda cls: setattr(cls, "a", 5.0),
+    ),
+}
+
+
+@pytest.mark.parametrize("where", ["attribute", "static argument", "closure"])
+@pytest.mark.parametrize("case", CLASSES)
+def test_what_the_class_of_a_configuration_holds_is_watched(case, where):
+    make, read, change = CLASSES[case]
+    cls = make()
+    value = cls()
+    if where == "attribute":
+        compiled = functools.partial(nn.jit(lambda m, x: m(x)), Reader(value, read))
+    elif where == "closure":
+        compiled = functools.partial(nn.jit(lambda m, x: m(x)), Reader(0, lambda _: read(value)))
+    else:
+        f = nn.jit(lambda x, value: x * read(value), static_argnums=1)
+        compiled = lambda x: f(x, value)
+    np.testing.assert_array_equal(np.asarray(compiled(X)), [2.0, 2.0])
+    change(cls)
+    np.testing.assert_array_equal(np.asarray(compiled(X)), [5.0, 5.0])
+
+
+def test_a_class_attribute_that_is_written_without_a_change_compiles_nothing():
+    cls = config()
+    f, m = nn.jit(lambda m, x: m(x)), Reader(cls(), read_a)
+    f(m, X)
+    cls.unused = 1
+    del cls.unused
+    f(m, X)
+    assert f.trace_count == 1

@@ -322,7 +322,7 @@ def test_what_is_wrong_is_named():
     regression = {"y": y, "likelihood": "regression"}
     for options, text in (
         ({"y": y, "likelihood": "poisson"}, "likelihood='poisson'"),
-        ({**regression, "structure": "kron"}, "structure='kron'"),
+        ({**regression, "structure": "block"}, "structure='block'"),
         ({**regression, "batch_size": 0}, "batch_size=0"),
         ({**regression, "prior_precision": 0.0}, "prior_precision=0.0"),
         ({**regression, "sigma": -1}, "sigma=-1"),

@@ -372,7 +372,9 @@ def old_state() -> dict[str, torch.Tensor]:
 
 
 # torch unpacks such a file without a filter, of which Python 3.12 and 3.13 warn.
-torch_unpacks = pytest.mark.filterwarnings("ignore:Python 3.14 will, by default, filter:DeprecationWarning")
+torch_unpacks = pytest.mark.filterwarnings(
+    "ignore:Python 3.14 will, by default, filter:DeprecationWarning"
+)
 
 
 @torch_unpacks

@@ -384,3 +384,42 @@ def test_a_stateful_transform_inside_raw_vmap_may_not_draw_from_outside():
     ):
         with pytest.raises(nn.MissingRngError):
             jax.vmap(inner)(jnp.ones((3, 4)))
+
+
+def test_inside_of_a_compiled_function_the_default_generator_is_the_one_in_force():
+    @nn.jit
+    def f(x):
+        before = nn.get_rng_state()
+        _ = nn.next_key()
+        return before, nn.get_rng_state()
+
+    for seed in (3, 4):
+        nn.manual_seed(seed)
+        expected = np.asarray(nn.get_rng_state())
+        before, after = f(X)
+        np.testing.assert_array_equal(np.asarray(before), expected)
+        np.testing.assert_array_equal(np.asarray(after), np.asarray(nn.get_rng_state()))
+    assert f.trace_count == 1
+
+
+def test_a_seed_that_is_set_inside_of_a_compiled_function_is_kept():
+    nn.jit(lambda x: (nn.manual_seed(7), x)[1])(X)
+    state = np.asarray(nn.get_rng_state())
+    nn.manual_seed(7)
+    np.testing.assert_array_equal(state, np.asarray(nn.get_rng_state()))
+
+
+def test_the_seed_of_an_argument_is_not_known():
+    with pytest.raises(nn.MissingRngError, match="get_state"):
+        nn.jit(lambda x: x * nn.initial_seed())(X)
+
+
+@pytest.mark.parametrize("compiled", [nn.jit, jax.jit], ids=["nn.jit", "jax.jit"])
+@pytest.mark.parametrize("change", ["manual_seed", "set_state", "next_key"])
+@pytest.mark.parametrize("read", ["get_state", "initial_seed"])
+def test_a_state_that_became_a_constant_is_said_when_it_changes(read, change, compiled):
+    g = nn.Generator(1)
+    compiled(lambda x: x * jnp.sum(jnp.asarray(getattr(g, read)(), X.dtype)))(X)
+    other = np.asarray(nn.Generator(2).get_state())
+    with pytest.warns(nn.StaleCaptureWarning):
+        getattr(g, change)(*{"manual_seed": (2,), "set_state": (other,)}.get(change, ()))

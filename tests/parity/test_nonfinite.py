@@ -8,9 +8,11 @@ Left out is where torch contradicts itself: a number that is not finite and meet
 the gradient of a convolution's weight, or a weight that is not finite and meets them forward (by kernel, 0
 or NaN); positions of `grid_sample` that are no numbers (by kernel, 0, the nearest pixel, or a crash); NaN in
 `gelu` at infinity and in single elements of piecewise functions (vectorised loops and single elements
-differ). And where ours is right and torch's overflows or divides 0 by 0: `soft_margin_loss` of a large
-negative margin, derivatives by targets of 0 of `kl_div` and `poisson_nll_loss`, by impossible labels of
-`ctc_loss`.
+differ); NaN in the cotangent of an interpolation along an axis that keeps its size (by kernel, it reaches
+pixels of weight 0 or not; here not). And where ours is right and torch's overflows or divides 0 by 0:
+`soft_margin_loss` of a large negative margin, derivatives by targets of 0 of `kl_div` and
+`poisson_nll_loss`, by impossible labels of `ctc_loss`. For a target that does not fit, NaN in the first step
+of `ctc_loss` gives NaN here and infinity in torch.
 """
 
 from __future__ import annotations
@@ -179,14 +181,12 @@ LOSSES = [
     loss("gaussian_nll_loss", X, Y, POSITIVE, eps=0.5, at=(2,), values=(INF, 0.5, 0.25)),
     loss("binary_cross_entropy", SHARES, SHARES[::-1].copy(), values=(0.0, 1.0)),
     loss("binary_cross_entropy_with_logits", X, SHARES),
-    loss(
-        "binary_cross_entropy_with_logits",
-        X,
-        SHARES,
-        weight=POSITIVE,
-        pos_weight=POSITIVE[0],
-        at=(0,),
-    ),
+    loss("binary_cross_entropy_with_logits", X, SHARES, weight=POSITIVE, pos_weight=POSITIVE[0]),
+    *[
+        loss("binary_cross_entropy_with_logits", X, SHARES * 0 + y, pos_weight=POSITIVE[0] * 0 + p)
+        for y in (0, 1)
+        for p in (0, 1)
+    ],
     loss("multilabel_soft_margin_loss", X, (SIGNS + 1) / 2),
     loss("soft_margin_loss", X, SIGNS * SIGNS, at=(0,), values=(NAN, INF, 0.0)),
     loss("hinge_embedding_loss", X, SIGNS, at=(0,), values=(*WILD, 1.0)),
@@ -223,6 +223,15 @@ LOSSES = [
             ((3, 5), ()),
         )  # three labels, two alike, need four steps
     ],
+    *[
+        Row("ctc_loss", (log_probs, *rest, lengths, (3, 2)), options, values=(), note=note)
+        for note, log_probs in (
+            ("one example of NaN", LOG_PROBS + np.array([[0], [NAN]], np.float32)),
+            ("one class of NaN", LOG_PROBS + np.array([0, 0, 0, NAN], np.float32)),
+        )
+        for rest, lengths in (((SEQUENCES,), (6, 5)), ((SEQUENCES.ravel()[:5],), (3, 5)))
+        for options in ({"reduction": "sum"}, {"zero_infinity": True})
+    ],
 ]
 
 # --------------------------------------------------------------------------------------------------
@@ -235,7 +244,7 @@ NORMS = [
     *[Row("normalize", (X * 0, p), note="zeros") for p in (1.5, 2.0)],
     *[Row("pairwise_distance", (X, Y, p), at=(0, 1), values=(*WILD, 0.0)) for p in DEGREES],
     *[Row("pairwise_distance", (X, X, p, 0.0), at=(0, 1)) for p in (1.5, 2.0)],
-    *[Row("pdist", (X, p), values=(NAN,)) for p in (1.5, 2.0, 3.0, INF)],
+    *[Row("pdist", (x, p)) for x in (X, X * 0) for p in (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, INF)],
     Row("cosine_similarity", (X, Y), at=(0, 1), values=(*WILD, 0.0)),
     Row("cosine_similarity", (X * 0, Y), note="zeros", at=(0, 1)),
     Row("layer_norm", (X, (5,), array(5), array(5, seed=1)), grads=(0, 2, 3)),
@@ -282,7 +291,7 @@ CONVOLUTIONS = [
     Row("unfold", (array(2, 3, 7, 6), 2), {"dilation": 2, "padding": 1}),
     Row("fold", (array(2, 12, 12), (7, 6), 2), {"stride": 2, "padding": (0, 1)}),
     Row("linear", (X, array(4, 5), array(4)), at=(0, 1, 2)),
-    Row("bilinear", (X, array(3, 2), array(4, 5, 2)), at=(0, 1, 2), values=(NAN,)),
+    Row("bilinear", (X, array(3, 2), array(4, 5, 2)), at=(0, 1, 2)),
 ]
 
 LINE, PLANE, VOLUME = array(2, 3, 9), array(2, 3, 7, 6), array(2, 2, 5, 4, 6)
@@ -313,6 +322,7 @@ POOLS = [
 # Resampling, borders and tables
 
 GRID = np.random.default_rng(7).uniform(-1.3, 1.3, (2, 4, 5, 2)).astype(np.float32)
+GRID_3D = np.random.default_rng(7).uniform(-1.3, 1.3, (2, 2, 1, 3, 3)).astype(np.float32)
 AVERAGES = ("bilinear", "bicubic")
 BAGS, TABLE = np.array([[0, 2, 4, 2], [1, 1, 4, 0]]), array(5, 3)
 FACTORS = array(2, 4, seed=8)
@@ -331,13 +341,20 @@ RESAMPLING = [
     Row("interpolate", (LINE, 13), {"mode": "linear", "align_corners": True}),
     Row("interpolate", (VOLUME, 3), {"mode": "trilinear"}),
     *[
-        Row("grid_sample", (PLANE, GRID, mode, padding, False), grads=(0,))
-        for mode, padding in (
-            ("bilinear", "border"),
-            ("bilinear", "reflection"),
-            ("nearest", "zeros"),
-            ("bicubic", "zeros"),
+        Row("grid_sample", (PLANE, GRID, mode, padding, corners), grads=(0, 1))
+        for mode, padding, corners in (
+            ("bilinear", "border", False),
+            ("bilinear", "border", True),
+            ("bilinear", "reflection", False),
+            ("nearest", "zeros", False),
+            ("bicubic", "zeros", False),
+            ("bicubic", "border", True),
+            ("bicubic", "reflection", False),
         )
+    ],
+    *[
+        Row("grid_sample", (VOLUME, GRID_3D, "bilinear", padding, False), grads=(0, 1))
+        for padding in ("border", "reflection")
     ],
     Row("grid_sample", (PLANE, GRID, "bilinear", "zeros", True), at=(0, 1)),
     *[
@@ -428,6 +445,45 @@ def test_nan_infinities_and_kinks_go_where_they_go_in_torch(row: Row) -> None:
         for i, slope, want in zip(chosen, slopes, wanted, strict=True):
             if i in compared:
                 close(slope, want, f"gradient of argument {i}, {what}", 8e-5)
+
+
+def resized(size: tuple[int, int], mode: str, **kwargs: Any) -> Call:
+    """Make a row of an interpolation between pixels."""
+    return Call("interpolate", (PLANE[:1, :2], size), {"mode": mode, **kwargs})
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        *[
+            resized(size, mode)
+            for size in ((5, 4), (10, 9), (14, 18))
+            for mode in ("nearest", "nearest-exact", "area", *AVERAGES)
+        ],
+        *[
+            resized(size, mode, **{option: True})
+            for size in ((5, 4), (14, 12))
+            for mode in AVERAGES
+            for option in ("align_corners", "antialias")
+        ],
+        resized((7, 6), "bicubic"),
+        Call("interpolate", (LINE, 13), {"mode": "linear"}),
+        Call("interpolate", (VOLUME, (3, 8, 6)), {"mode": "trilinear"}),
+    ],
+    ids=str,
+)
+def test_nan_in_the_cotangent_of_an_interpolation_goes_where_it_goes_in_torch(row: Call) -> None:
+    image, *rest = row.args
+    given = to_torch(image).requires_grad_(True)
+    out = TF.interpolate(given, *rest, **row.kwargs)
+    back = quickly(
+        lambda x, c: jax.vjp(lambda x: F.interpolate(x, *rest, **row.kwargs), x)[1](c)[0]
+    )
+    for place in (0, out.numel() // 3, out.numel() - 1):
+        cotangent = array(*out.shape, seed=100)
+        cotangent.flat[place] = NAN
+        (wanted,) = torch.autograd.grad(out, given, torch.as_tensor(cotangent), retain_graph=True)
+        close(back(to_jax(image), jnp.asarray(cotangent)), wanted, f"NaN at {place}", 8e-5)
 
 
 def test_a_random_slope_is_1_where_there_is_no_number() -> None:

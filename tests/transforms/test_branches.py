@@ -397,3 +397,11 @@ def test_outputs_that_differ_are_refused_by_the_part_that_does(first, second, me
     m.inner = m[0]
     with pytest.raises(nn.StructureChangeError, match=message):
         nn.cond(True, first, second, m)
+
+
+@pytest.mark.parametrize(
+    "call", [lambda x: nn.cond(True, lambda x: x, None, x), lambda x: nn.switch(0, [None], x)]
+)
+def test_a_branch_that_is_no_function_is_refused(call):
+    with pytest.raises(TypeError, match="false_fun|branches"):
+        call(jnp.ones(2))

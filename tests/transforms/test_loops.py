@@ -617,3 +617,31 @@ def test_a_draw_in_an_associative_scan_is_refused():
     for fn in (lambda a, b: drop(a + b), lambda a, b: a + jax.random.uniform(nn.next_key())):
         with pytest.raises(nn.MissingRngError):
             nn.associative_scan(fn, jnp.ones(5))
+
+
+@pytest.mark.parametrize("change", ["dtype", "shape"])
+@pytest.mark.parametrize("loop", ["scan", "while_loop", "fori_loop"])
+def test_an_array_of_the_carry_that_changes_is_refused_by_its_path(loop, change):
+    layer = nn.Linear(2, 2)
+    new = (lambda v: v.astype(jnp.float16)) if change == "dtype" else (lambda v: v[None])
+    step = lambda c: (c[0], {"h": new(c[1]["h"])})
+    init = (layer, {"h": jnp.zeros(3)})
+    with pytest.raises(nn.StructureChangeError, match=r"carry\[1\]\['h'\]"):
+        if loop == "scan":
+            nn.scan(lambda c, x: (step(c), None), init, jnp.ones(2))
+        elif loop == "while_loop":
+            nn.while_loop(lambda c: c[1]["h"].sum() > 0, step, init)
+        else:
+            nn.fori_loop(0, 2, lambda i, c: step(c), init)
+
+
+def test_a_python_number_in_the_carry_takes_the_dtype_of_what_comes_back():
+    layer = nn.Linear(2, 2)
+    (_, total), _ = nn.scan(lambda c, x: ((c[0], c[1] + x), None), (layer, 0), jnp.ones(3))
+    assert total == 3.0 and total.dtype == jnp.float32
+
+
+@pytest.mark.parametrize("size", [-1, 1.5, "2"])
+def test_a_batch_size_that_is_none_is_refused(size):
+    with pytest.raises(ValueError, match="batch_size"):
+        nn.map(nn.Linear(2, 2), jnp.ones((4, 2)), batch_size=size)

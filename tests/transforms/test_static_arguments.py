@@ -90,3 +90,77 @@ def test_what_compares_by_identity_is_passed_as_it_is():
     f = nn.jit(lambda x, a, b: (seen.append((a, b)), x * b())[1], static_argnums=(1, 2))
     np.testing.assert_array_equal(np.asarray(f(jnp.ones(2), marker, function)), [2.0, 2.0])
     assert seen[0][0] is marker and seen[0][1] is function
+
+
+@pytest.mark.parametrize(
+    "options", [{"static_argnames": "k"}, {"static_argnums": 2}, {"static_argnums": -1}]
+)
+def test_a_static_argument_may_be_passed_by_position_and_by_name(options):
+    layer = nn.Linear(2, 2)
+
+    @nn.jit(**options)
+    def f(layer, x, k=2):
+        return layer(x) * k if k > 1 else layer(x)  # a traced k has no truth value
+
+    x, whole = jnp.ones((1, 2)), np.asarray(layer(jnp.ones((1, 2))))
+    for call in (
+        lambda: f(layer, x, 3),
+        lambda: f(layer, x, k=3),
+        lambda: f(x=x, layer=layer, k=3),
+    ):
+        np.testing.assert_allclose(np.asarray(call()), 3 * whole, rtol=1e-6)
+    np.testing.assert_allclose(np.asarray(f(layer, x)), 2 * whole, rtol=1e-6)
+
+
+class Repeated(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(2, 2)
+
+    def forward(self, x, times=1):
+        for _ in range(times):
+            x = self.layer(x)
+        return x
+
+
+def test_static_arguments_of_a_module_are_those_of_its_forward():
+    model, x = Repeated(), jnp.ones((1, 2))
+    for compiled in (nn.jit(model, static_argnames="times"), nn.jit(model, static_argnums=1)):
+        for out in (compiled(x, 3), compiled(x, times=3)):
+            np.testing.assert_allclose(np.asarray(out), np.asarray(model(x, 3)), rtol=1e-6)
+    with pytest.raises(ValueError, match="'time'"):
+        nn.jit(model, static_argnames="time")
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"static_argnames": "kk"}, "static_argnames='kk'"),
+        ({"static_argnums": 3}, "static_argnums=3"),
+        ({"static_argnums": -4}, "static_argnums=-4"),
+        ({"donate": 3}, "donate=3"),
+        ({"static_argnums": 2, "donate": -1}, "static and donated"),
+        ({"static_argnames": "k", "donate": 2}, "static and donated"),
+    ],
+)
+def test_an_option_about_an_argument_that_is_not_there_is_refused(options, message):
+    def f(layer, x, k=2):
+        return layer(x) * k
+
+    with pytest.raises(ValueError, match=message):
+        nn.jit(f, **options)
+
+
+def test_a_module_as_a_static_argument_is_refused():
+    f = nn.jit(lambda layer, x: layer(x), static_argnums=0)
+    with pytest.raises(nn.RegistrationError, match="passed a Linear as a static argument"):
+        f(nn.Linear(2, 2), jnp.ones((1, 2)))
+
+
+def test_positions_are_counted_from_the_end_of_a_call_with_any_number_of_arguments():
+    f = nn.jit(
+        lambda *values: sum(values[:-1]) * (2 if values[-1] == "twice" else 1), static_argnums=-1
+    )
+    x = jnp.ones(2)
+    np.testing.assert_array_equal(np.asarray(f(x, "once")), [1.0, 1.0])
+    np.testing.assert_array_equal(np.asarray(f(x, x, x, "twice")), [6.0, 6.0])
