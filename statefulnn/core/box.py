@@ -14,6 +14,7 @@ from typing import Any, Self
 
 from statefulnn.core.arrays import as_array, strong
 from statefulnn.core.baked_in import BakedIn
+from statefulnn.core.bypassed import note_read
 from statefulnn.core.compat import EAGER, Tracer, current_trace
 from statefulnn.core.lending import lend
 from statefulnn.core.ownership import ModuleBase, Scope, birth_scope, check_write, real_dict
@@ -95,7 +96,9 @@ class Box:
         # user's box is found through a closure, so its value may become a constant of compiled code.
         if self._scope is not None:
             self._scope.read = True
-        elif self.baked_in is None and not isinstance(self._value, Tracer):
+            return
+        note_read(self)
+        if self.baked_in is None and not isinstance(self._value, Tracer):
             BakedIn.note(self)
 
     def label(self) -> str:

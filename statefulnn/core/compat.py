@@ -134,6 +134,12 @@ def trace_of(value: Any) -> Any:
     return getattr(value, "_trace", None) if isinstance(value, Tracer) else None
 
 
+def primal_of(value: Any) -> Any:
+    """Return the plain array under a value that is differentiated, None for any other."""
+    primal = getattr(value, "primal", None) if isinstance(value, Tracer) else None
+    return None if isinstance(primal, Tracer) else primal
+
+
 def varies(values: Sequence[Any], lanes: Any) -> list[bool]:
     """Say of each value whether it has its own one in each lane of the ``jax.vmap`` in force.
 

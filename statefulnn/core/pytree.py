@@ -16,6 +16,7 @@ import jax
 
 from statefulnn.core import refusals
 from statefulnn.core.box import Box
+from statefulnn.core.bypassed import note_copy, settle
 from statefulnn.core.compat import EAGER, current_trace, is_forward_mode, kind, trace_of
 from statefulnn.core.errors import UntrainedLeavesWarning, user_stack_level
 from statefulnn.core.generator import Generator
@@ -164,7 +165,10 @@ def unflatten_box(aux: Any, children: Sequence[Any]) -> Any:
     cls, static = aux
     scope = None if current_trace() is EAGER else Scope(False, refusals.LOST_IN_RAW_TRANSFORM)
     box = cls.clone_of(static, children[0], scope, 0)
-    if scope is None:
+    settle(children)
+    if scope is not None:
+        note_copy(children[0], scope)
+    else:
         box._nn_home = None
         lend(children[0])  # the box that it comes from may hold the same array
     return box

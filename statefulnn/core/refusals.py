@@ -619,6 +619,17 @@ def gradient_of_other_dtype(hook: str, new: Dtype, old: Dtype) -> DtypeError:
     )
 
 
+def gradient_by_copies(names: Sequence[str]) -> str:
+    return explain(
+        "took a gradient by copies of parameters that the function never reads; it reads the module that "
+        f"they belong to: {listed(names, 5)}",
+        "jax.grad gives the function copies of its arguments, and a module from a closure has constants, "
+        "so the gradient is zero",
+        "nn.grad(lambda model: loss(model(x)))(model); or fn, params = nn.functionalize(model) and "
+        "jax.grad(lambda params: loss(fn(params, x)))(params)",
+    )
+
+
 def gradient_with_zeros(cls: str, names: Sequence[str]) -> str:
     return explain(
         f"took the gradient of a whole {cls} by a plain JAX transformation (jax.grad, jax.vjp ...), "

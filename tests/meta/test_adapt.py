@@ -293,6 +293,33 @@ def test_square_root_checkpoints_keep_a_tenth_of_the_memory():
         )
 
 
+def small_cnn():
+    layers = nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten()
+    x, y = jnp.ones((5, 1, 16, 16)), jnp.arange(5)
+    return nn.Sequential(*layers, nn.Linear(8 * 8 * 8, 5)), F.cross_entropy, (x, y)
+
+
+def wide_mlp():
+    layers = nn.Linear(16, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 4)
+    return nn.Sequential(*layers), F.mse_loss, (jnp.ones((20, 16)), jnp.zeros((20, 4)))
+
+
+@pytest.mark.parametrize("make", [small_cnn, wide_mlp])
+@pytest.mark.parametrize("steps", [25, 100])
+def test_square_root_checkpoints_need_the_least_memory(make, steps):
+    model, loss, data = make()
+    fn, params = nn.functionalize(model)
+    used = {}
+    for checkpoint in ("none", "all", "sqrt"):
+        after = lambda p, checkpoint=checkpoint: nn.meta.adapt(
+            fn, p, loss, data, lr=0.01, steps=steps, checkpoint=checkpoint
+        ).losses[-1]
+        compiled = quickly(jax.grad(after)).lower(params).compile()
+        used[checkpoint] = compiled.memory_analysis().temp_size_in_bytes
+    assert used["sqrt"] <= 1.2 * min(used.values()), used
+    assert used["sqrt"] * 2 < used["none"], used
+
+
 def test_compiled_code_does_not_grow_with_the_steps():
     fn, params = nn.functionalize(network(nn))
     x, y = jnp.ones((K, 1)), jnp.zeros((K, 1))
