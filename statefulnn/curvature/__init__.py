@@ -1,5 +1,6 @@
 """How outputs and losses change with the parameters: kernels, curvature, the gradients of examples."""
 
+from statefulnn.curvature.accounting import noise_multiplier_for, privacy_spent
 from statefulnn.curvature.influence import influence
 from statefulnn.curvature.laplace import Laplace
 from statefulnn.curvature.linearized import linearize_model, taylor_model
@@ -19,7 +20,7 @@ from statefulnn.curvature.noise_scale import (
 )
 from statefulnn.curvature.ntk import empirical_ntk
 from statefulnn.curvature.operators import LinearOperator
-from statefulnn.curvature.privacy import Clipped, clip_per_example, dp_gradients
+from statefulnn.curvature.privacy import Clipped, clip_per_example, dp_gradients, ghost_clip
 from statefulnn.curvature.spectra import (
     Eigenpairs,
     Estimate,

@@ -22,14 +22,8 @@ _FORBIDDEN = Forbidden(
 )
 
 
-def gradient_of_examples(loss: Callable, target: Any, function: str) -> Callable:
-    """Return ``g(examples) -> gradients``, with a leading axis of examples on every gradient.
-
-    Args:
-        loss: ``loss(target, *example) -> scalar``, of one example.
-        target: a Module, or arrays.
-        function: for messages.
-    """
+def without_randomness(loss: Callable, function: str) -> Callable:
+    """Return a loss of one example that refuses to draw random numbers."""
     if not callable(loss):
         raise TypeError(
             explain(
@@ -39,15 +33,27 @@ def gradient_of_examples(loss: Callable, target: Any, function: str) -> Callable
             )
         )
 
-    def without_randomness(*args: Any) -> Any:
+    def drawless(*args: Any) -> Any:
         with use_generator(_FORBIDDEN):
             return loss(*args)
 
+    return drawless
+
+
+def gradient_of_examples(loss: Callable, target: Any, function: str) -> Callable:
+    """Return ``g(examples) -> gradients``, with a leading axis of examples on every gradient.
+
+    Args:
+        loss: ``loss(target, *example) -> scalar``, of one example.
+        target: a Module, or arrays.
+        function: for messages.
+    """
+    drawless = without_randomness(loss, function)
     # A module that JAX rebuilds inside vmap refuses writes, which no example could keep.
-    one = grad(without_randomness)
+    one = grad(drawless)
     if not isinstance(target, Module):
         check_parameters(target, function)
-        one = jax.grad(without_randomness)
+        one = jax.grad(drawless)
 
     def gradients(examples: tuple) -> Any:
         axes = (None, *(0,) * len(examples))

@@ -55,8 +55,7 @@ def find_blocks(module: Module, params: Mapping[str, Any], chosen: Any, example:
     layers = structured_layers(
         module, params, example, kinds=(*DENSE, Embedding), among=chosen.keys()
     )
-    biases = {f"{weight[:-6]}bias": weight for weight in layers.by_weight}
-    return Blocks(layers, {b: w for b, w in biases.items() if b in chosen}, tuple(sorted(chosen)))
+    return Blocks(layers, layers.biases(chosen), tuple(sorted(chosen)))
 
 
 def kron_curvature(

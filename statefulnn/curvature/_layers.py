@@ -1,8 +1,8 @@
 """The tangent kernel layer by layer: inputs and cotangents instead of gradients of weights.
 
 Terms
-  structured layer  a Linear, convolution or Embedding whose weight enters the model through this layer
-                    alone
+  structured layer  a Linear, convolution or Embedding whose weight and bias enter the model through this
+                    layer alone
   position          where a layer applies its weight: a pixel of a convolution's output, a step of a
                     sequence, another call of the same layer
   patch             what the weight is multiplied with at one position, (K,); of an Embedding the row's
@@ -17,6 +17,7 @@ sees the input as well. Hooks are registered on a twin of the module, which shar
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -57,6 +58,11 @@ class Layers:
     twin: Module
     tape: _Tape
     call: Call
+
+    def biases(self, params: Collection[str]) -> dict[str, str]:
+        """Return those of the names that are biases of these layers, with the weights' names."""
+        biases = {f"{weight[:-6]}bias": weight for weight in self.by_weight}
+        return {bias: weight for bias, weight in biases.items() if bias in params}
 
     def run(self, params: Mapping[str, Any], inputs: tuple, visit: Any) -> Any:
         """Call the twin on one example, with a function of (name, args, out) at each layer."""
@@ -103,7 +109,8 @@ def structured_layers(
     names = _leaf_names(module)
     for path, layer in module.named_modules():
         weight = f"{path}.weight" if path else "weight"
-        if weight in (params if among is None else among) and names.get(weight) == 1:
+        once = names.get(weight) == 1 and names.get(f"{weight[:-6]}bias", 1) == 1
+        if once and weight in (params if among is None else among):
             if type(layer) in kinds and _fits(layer):
                 by_weight[weight] = layer
     while True:
@@ -146,7 +153,8 @@ def _refused(layers: Layers, params: Any, inputs: tuple) -> set[str]:
     used: set[str] = set()
 
     def survey(params: Any, inputs: tuple) -> None:
-        weights = {n: params[n] for n in layers.by_weight}
+        biases = layers.biases(params)
+        owned = {n: params[n] for n in (*layers.by_weight, *biases)}
 
         def outside(some: dict[str, Any]) -> Any:
             here = current_trace()
@@ -155,7 +163,7 @@ def _refused(layers: Layers, params: Any, inputs: tuple) -> set[str]:
                 if current_trace() is not here or not args:
                     refused.add(name)  # in a scan's body, say, where its input cannot be had
                     return out
-                # Without the layer's own use of the weight, who still depends on it?
+                # Without the layer's own use of its parameters, who still depends on them?
                 return jnp.zeros(out.shape, out.dtype)
 
             out = layers.run({**params, **some}, inputs, visit)
@@ -167,15 +175,16 @@ def _refused(layers: Layers, params: Any, inputs: tuple) -> set[str]:
             # In reverse mode, which modules with backward hooks allow.
             jax.vjp(outside, some)
 
-        if weights:
-            differentiate(weights)
+        if owned:
+            differentiate(owned)
         if used:  # by some of them: by which?
             used.clear()
-            for name, weight in weights.items():
-                differentiate({name: weight})
+            for name, value in owned.items():
+                differentiate({name: value})
+        refused.update(biases.get(name, name) for name in used)
 
     jax.eval_shape(survey, params, inputs)
-    return refused | used
+    return refused
 
 
 def layer_factors(
@@ -285,15 +294,25 @@ def _positions(layer: Any, x: Any, cotangents: Any) -> tuple[Any, Any]:
             cotangents.shape[0], -1, cotangents.shape[-1]
         )
     spatial = layer.spatial
-    x = x.reshape(-1, *x.shape[-spatial - 1 :])
-    pads = padded(layer.padding, layer.kernel_size, layer.stride, layer.dilation, "conv")
-    patches = jax.lax.conv_general_dilated_patches(
-        x, layer.kernel_size, layer.stride, pads, rhs_dilation=layer.dilation
-    )  # (N, K, positions...)
-    patches = jnp.moveaxis(patches, 1, -1)
     cotangents = cotangents.reshape(cotangents.shape[0], -1, *cotangents.shape[-spatial - 1 :])
+    patches = jnp.moveaxis(patches_of(layer, x, cotangents.shape[-spatial:]), 1, -1)
     cotangents = jnp.moveaxis(cotangents, 2, -1)
     return (
         patches.reshape(-1, patches.shape[-1]),
         cotangents.reshape(cotangents.shape[0], -1, cotangents.shape[-1]),
     )
+
+
+def patches_of(layer: Any, x: Any, sizes: tuple[int, ...]) -> Any:
+    """Return the patches of a convolution, (N, K, positions...), for inputs (..., channels, ...)."""
+    x = x.reshape(-1, *x.shape[-layer.spatial - 1 :])
+    pads = padded(layer.padding, layer.kernel_size, layer.stride, layer.dilation, "conv")
+    x = jnp.pad(x, ((0, 0), (0, 0), *pads))
+    steps = (1, 1, *layer.stride)
+    slices = []
+    for point in itertools.product(*map(range, layer.kernel_size)):
+        start = [p * d for p, d in zip(point, layer.dilation, strict=True)]
+        end = [s + (n - 1) * t + 1 for s, n, t in zip(start, sizes, layer.stride, strict=True)]
+        slices.append(jax.lax.slice(x, (0, 0, *start), (*x.shape[:2], *end), steps))
+    stacked = jnp.stack(slices, 2)  # (N, channels, points, positions...)
+    return stacked.reshape(x.shape[0], -1, *sizes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -10,10 +11,17 @@ import jax
 import jax.numpy as jnp
 
 from statefulnn.core.compat import Tracer
-from statefulnn.core.errors import MissingRngError, explain
+from statefulnn.core.errors import MissingRngError, explain, user_stack_level
 from statefulnn.core.generator import as_key
+from statefulnn.core.module import Module
 from statefulnn.curvature._blocks import fold_blocks
-from statefulnn.curvature._examples import check_examples, flattened, gradient_of_examples
+from statefulnn.curvature._examples import (
+    check_examples,
+    flattened,
+    gradient_of_examples,
+    without_randomness,
+)
+from statefulnn.curvature._ghost import find_layers, ghost_sum
 from statefulnn.curvature._models import (
     check_batch_size,
     check_choice,
@@ -21,6 +29,7 @@ from statefulnn.curvature._models import (
     check_parameters,
     number_of_examples,
 )
+from statefulnn.transforms.functional_call import functionalize
 
 
 class Clipped(NamedTuple):
@@ -96,6 +105,7 @@ def dp_gradients(
     batch_size: int | None = None,
     lot_size: int | None = None,
     has_norms: bool = False,
+    clipping: str = "per_example",
 ) -> Callable:
     """Return a function that computes the gradients of DP-SGD.
 
@@ -103,10 +113,9 @@ def dp_gradients(
     Gaussian noise of standard deviation ``noise_multiplier · max_norm``, and divides by the number of
     examples.
 
-    There is no privacy accountant here: which (ε, δ) a training run gives depends on the noise, the
-    sampling of the batches and the number of steps, and has to be computed with a library for that.
-    The analysis of the paper wants each example in a batch independently with one probability (Poisson
-    sampling); the divisor is then the expected number of examples, `lot_size`.
+    Which (ε, δ) a training run gives depends on the noise, the sampling of the batches and the number of
+    steps: `privacy_spent` computes it. The analysis wants each example in a batch independently with one
+    probability (Poisson sampling); the divisor is then the expected number of examples, `lot_size`.
 
     Args:
         loss: ``loss(params, *example) -> scalar``, of one example.
@@ -116,6 +125,8 @@ def dp_gradients(
             the same.
         lot_size: what the sum is divided by; None for the number of examples given.
         has_norms: whether the norms of the examples are returned, which are not private.
+        clipping: "per_example" computes the gradient of each example; "ghost", of a Module, does without
+            those of Linear, Conv and Embedding layers, see `ghost_clip`. The result is the same.
 
     Returns:
         ``f(params, *examples, rng=key) -> gradients``, with arrays ``(N, ...)`` as examples and a key
@@ -129,6 +140,7 @@ def dp_gradients(
         ShapeError: when it is called with no examples and no `lot_size`.
         FloatingPointError: if a gradient is not finite (checked outside of compiled code).
         StateWriteError: if a Module writes state: a batch's statistics are not private.
+        TypeError: for ``clipping="ghost"`` of arrays, which show no layers.
 
     Source: Abadi et al. 2016, "Deep Learning with Differential Privacy",
     https://arxiv.org/abs/1607.00133, algorithm 1.
@@ -147,6 +159,7 @@ def dp_gradients(
     max_norm = _checked_norm(max_norm, function)
     noise_multiplier = _checked_noise(noise_multiplier, function)
     check_batch_size(batch_size, function)
+    check_choice(clipping, ("per_example", "ghost"), "clipping", function)
     if lot_size is not None and not lot_size > 0:
         raise ValueError(
             explain(
@@ -158,7 +171,6 @@ def dp_gradients(
     noiseless = not isinstance(noise_multiplier, Tracer) and noise_multiplier == 0
 
     def private(params: Any, /, *examples: Any, rng: Any = None) -> Any:
-        gradients_of = gradient_of_examples(loss, params, function)
         if rng is None and not noiseless:
             raise MissingRngError(
                 explain(
@@ -171,19 +183,10 @@ def dp_gradients(
         if lot_size is None or not examples:
             check_examples(examples, function)
 
-        def block(examples: tuple) -> tuple[Any, Any]:
-            gradients = gradients_of(examples)
-            check_finite(
-                gradients,
-                "the loss of dp_gradients has a gradient that is not finite",
-                "clipping cannot shorten it, and the sum would be no number",
-                "look at the examples whose loss is not finite",
-            )
-            return _clipped_sum(gradients, max_norm)
-
         arrays = jax.tree.map(jnp.asarray, examples)
         one = jax.tree.map(lambda a: jax.ShapeDtypeStruct((1, *a.shape[1:]), a.dtype), arrays)
-        like = jax.eval_shape(gradients_of, one)
+        sums = _ghost_sums if clipping == "ghost" else _example_sums
+        block, like = sums(loss, params, one, max_norm, function)
         if n:
             total, norms = fold_blocks(block, _add, arrays, batch_size)
         else:  # a lot that came out empty
@@ -198,6 +201,129 @@ def dp_gradients(
         return (gradients, norms) if has_norms else gradients
 
     return private
+
+
+def ghost_clip(
+    loss: Callable, max_norm: float, *, reduce: str = "mean", batch_size: int | None = None
+) -> Callable:
+    """Return a function that sums or averages the clipped gradients of examples without computing them.
+
+    For the Linear, Conv and Embedding layers of a Module, the norm of an example's gradient is computed from
+    the layer's inputs and cotangents, and so is the clipped sum: one backward pass serves both. Everything
+    else has gradients of examples, by vmap: norms, where these are no larger than the activations; layers of
+    other classes (recurrent ones, attention's own weights), parameters that are used outside of their layer
+    or by several, and layers in a loop or a checkpoint. There is a warning that names those of them with more
+    than one axis.
+
+    Args:
+        loss: ``loss(model, *example) -> scalar``, of one example.
+        max_norm: positive.
+        reduce: "mean" or "sum".
+        batch_size: how many examples are computed at once; None for all.
+
+    Returns:
+        ``f(model, *examples) -> Clipped``, with arrays ``(N, ...)`` as examples and gradients by name; as
+        `clip_per_example` of all gradients.
+
+    Raises:
+        ValueError: for numbers out of range.
+        TypeError: if it is called with arrays in place of a Module.
+        ShapeError: when it is called with no examples.
+        FloatingPointError: if a gradient is not finite (checked outside of compiled code).
+        StateWriteError: if the Module writes state.
+
+    Source: Li et al. 2022, https://arxiv.org/abs/2110.05679 (the norms); Bu et al. 2022,
+    https://arxiv.org/abs/2205.10683 (convolutions), and 2023, https://arxiv.org/abs/2210.00038 (one backward
+    pass).
+
+    Example:
+        >>> loss = lambda model, x, y: F.mse_loss(model(x), y)
+        >>> clipped = nn.jit(nn.curvature.ghost_clip(loss, 1.0))(
+        ...     nn.Linear(3, 1), jnp.ones((8, 3)), jnp.ones((8, 1))
+        ... )
+        >>> clipped.gradients["weight"].shape, clipped.norms.shape
+        ((1, 3), (8,))
+    """
+    function = "ghost_clip"
+    check_choice(reduce, ("mean", "sum"), "reduce", function)
+    max_norm = _checked_norm(max_norm, function)
+    check_batch_size(batch_size, function)
+
+    def clipped(model: Any, /, *examples: Any) -> Clipped:
+        n = check_examples(examples, function)
+        arrays = jax.tree.map(jnp.asarray, examples)
+        block, like = _ghost_sums(loss, model, arrays, max_norm, function)
+        total, norms = fold_blocks(block, _add, arrays, batch_size)
+        divisor = n if reduce == "mean" else 1
+        total = jax.tree.map(lambda t, g: (t / divisor).astype(g.dtype), total, like)
+        return Clipped(total, norms, _share(norms, max_norm))
+
+    return clipped
+
+
+_NOT_FINITE = (
+    "clipping cannot shorten it, and the sum would be no number",
+    "look at the examples whose loss is not finite",
+)
+
+
+def _example_sums(
+    loss: Callable, target: Any, some: tuple, max_norm: Any, function: str
+) -> tuple[Callable, Any]:
+    """Return ``f(examples) -> (sum of clipped gradients, norms)``, and what has the gradients' dtypes."""
+    gradients_of = gradient_of_examples(loss, target, function)
+
+    def block(examples: tuple) -> tuple[Any, Any]:
+        gradients = gradients_of(examples)
+        check_finite(
+            gradients, f"the loss of {function} has a gradient that is not finite", *_NOT_FINITE
+        )
+        return _clipped_sum(gradients, max_norm)
+
+    return block, jax.eval_shape(gradients_of, some)
+
+
+def _ghost_sums(
+    loss: Callable, target: Any, some: tuple, max_norm: Any, function: str
+) -> tuple[Callable, Any]:
+    """Return what `_example_sums` does, by ghost clipping."""
+    if not isinstance(target, Module):
+        raise TypeError(
+            explain(
+                f"{function} was given {type(target).__name__} to clip without gradients of examples",
+                "it looks at the layers of a Module, which arrays do not show",
+                "pass the Module itself; or use dp_gradients(...) or clip_per_example",
+            )
+        )
+    params = functionalize(target)[1]
+    check_parameters(params, function)
+    one = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), some)
+    layers = find_layers(without_randomness(loss, function), target, params, one)
+    _tell_others(
+        [n for n, p in params.items() if n not in layers.by_weight and p.ndim > 1], function
+    )
+
+    def block(examples: tuple) -> tuple[Any, Any]:
+        total, norms = ghost_sum(layers, params, examples, max_norm)
+        check_finite(
+            norms, f"the loss of {function} has a gradient that is not finite", *_NOT_FINITE
+        )
+        return total, norms
+
+    return block, params
+
+
+def _tell_others(names: list[str], function: str) -> None:
+    if names:
+        warnings.warn(
+            explain(
+                f"{function} computes the gradients of examples for {', '.join(map(repr, names))}",
+                "it does without them for the weights of Linear, Conv (of one group, padded by zeros) and "
+                "Embedding layers that are called as they are",
+                "pass a batch_size if memory does not suffice, or ignore this",
+            ),
+            stacklevel=user_stack_level(),
+        )
 
 
 def _norms(gradients: Any) -> Any:

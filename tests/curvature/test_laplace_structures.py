@@ -58,7 +58,7 @@ def kronecker_blocks(theirs, x):
             lambda m, args, out, name=name: seen.update({name: (args[0], out)})
         )
     out = theirs(torch.tensor(x))
-    for name, layer in layers.items():
+    for name in layers:
         a, z = seen[name]
         rows = [torch.autograd.grad(out[:, c].sum(), z, retain_graph=True)[0] for c in range(3)]
         g = torch.stack(rows, 1).flatten(3) if z.ndim == 4 else torch.stack(rows, 1)[..., None]
@@ -256,7 +256,7 @@ def test_tables_have_a_diagonal_factor_and_norms_their_whole_block():
         kron, full = fit(structure="kron"), fit()
         whole = full.eigenvectors * full.eigenvalues @ full.eigenvectors.T
         precision = np.linalg.inv(np.asarray(kron.covariance())) - np.eye(len(whole))
-        names = [n for n in sorted(dict(model.named_parameters()))]
+        names = sorted(dict(model.named_parameters()))
         sizes = [dict(model.named_parameters())[n].size for n in names]
         ends = dict(zip(names, np.cumsum(sizes), strict=True))
         for name in ("norm.bias", "norm.weight", "scale", "head.bias"):
