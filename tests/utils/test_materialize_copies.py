@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ def encoder_layer() -> nn.Module:
     return nn.TransformerEncoderLayer(8, 2, 16)
 
 
-def copies() -> nn.Module:
+def copies() -> Any:
     layer = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
     return nn.Sequential(layer, nn.Linear(4, 4), copy.deepcopy(layer), nn.Linear(4, 4))
 
@@ -102,7 +103,7 @@ def test_copies_go_where_their_own_names_say() -> None:
 def test_a_copy_that_is_drawn_anew_has_values_of_its_own() -> None:
     with nn.device("meta"):
         layer = nn.Linear(4, 4)
-        model = nn.ModuleList([layer, copy.deepcopy(layer)])
+        model: Any = nn.ModuleList([layer, copy.deepcopy(layer)])
         model[1].reset_parameters()
     nn.materialize(model)
     assert (np.asarray(model[0].weight) != np.asarray(model[1].weight)).all()
@@ -119,7 +120,7 @@ def test_two_parameters_of_one_struct_are_no_copies() -> None:
         def reset_parameters(self) -> None:
             nn.init.normal_(self.scale)
 
-    model = nn.materialize(nn.Sequential(Scale(), Scale()))
+    model: Any = nn.materialize(nn.Sequential(Scale(), Scale()))
     assert (np.asarray(model[0].scale) != np.asarray(model[1].scale)).all()
 
 
