@@ -9,7 +9,8 @@ What is held in boxes: parameters and buffers (`core.parameter`), states of gene
 from __future__ import annotations
 
 import weakref
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
+from contextvars import ContextVar
 from typing import Any, Self
 
 from statefulnn.core.arrays import as_array, strong
@@ -20,6 +21,9 @@ from statefulnn.core.lending import lend
 from statefulnn.core.ownership import ModuleBase, Scope, birth_scope, check_write, real_dict
 from statefulnn.core.placement import Value
 from statefulnn.core.stamps import value_changed
+
+# What is shown each box of a clone before traced code reads it; nn.custom_vjp refuses some.
+reads: ContextVar[Callable[[Box], None] | None] = ContextVar("reads", default=None)
 
 
 class Box:
@@ -96,6 +100,9 @@ class Box:
         # user's box is found through a closure, so its value may become a constant of compiled code.
         if self._scope is not None:
             self._scope.read = True
+            check = reads.get()
+            if check is not None:
+                check(self)
             return
         note_read(self)
         if self.baked_in is None and not isinstance(self._value, Tracer):

@@ -364,8 +364,9 @@ def next_key(generator: Generator | None = None) -> Any:
 def _default() -> Generator:
     """Return what stands for the default generator: inside of `nn.jit` the one that is written back."""
     current = current_generator()
-    lent = current is not None and current._scope is not None and current_trace() is not EAGER
-    return current if lent else default_generator
+    if current is not None and current._scope is not None and current_trace() is not EAGER:
+        return current
+    return default_generator
 
 
 def manual_seed(seed: int) -> Generator:

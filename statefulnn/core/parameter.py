@@ -148,7 +148,7 @@ class Buffer(ArrayBox):
 
     def __deepcopy__(self, memo: dict) -> Buffer:
         with elsewhere():
-            return Buffer(self.lend(), persistent=self.persistent)
+            return Buffer(self, persistent=self.persistent)
 
     def __reduce__(self) -> Any:
         return functools.partial(Buffer, persistent=self.persistent), (self.out(),)
@@ -265,7 +265,7 @@ class Parameter(ArrayBox):
 
     def __deepcopy__(self, memo: dict) -> Parameter:
         with elsewhere():
-            return Parameter(self.lend(), self._requires_grad)
+            return Parameter(self, self._requires_grad)
 
     def __reduce__(self) -> Any:
         return Parameter, (self.out(), self._requires_grad)
@@ -278,6 +278,8 @@ class Parameter(ArrayBox):
 def _given(value: Value, data: object) -> Value:
     """Return the value for a box that is made of `data`, whose holder may keep it."""
     place = place_in_force()
+    if value is data and is_meta(value):  # of its own, unlike that of a copy: see nn.materialize
+        return jax.ShapeDtypeStruct(value.shape, value.dtype)
     if place is None:
         return lend(value) if value is data or isinstance(data, Box) else value
     return placed(value, place)

@@ -6,12 +6,13 @@ import math
 import warnings
 from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from statefulnn.core.arrays import from_numpy, host_array
 from statefulnn.core.box import Box
-from statefulnn.core.compat import Tracer
+from statefulnn.core.compat import EAGER, Tracer, current_trace
 from statefulnn.core.errors import RegistrationError, ShapeError, explain
 from statefulnn.core.generator import Generator
 from statefulnn.core.placement import is_meta
@@ -41,11 +42,24 @@ def _box(tensor: Any, function: str) -> Box:
     return tensor
 
 
+def _on_meta(box: Any) -> bool:
+    """Say whether a box has no numbers, which are not drawn then.
+
+    Copies of such a box hold the very same struct, and nn.materialize gives them the same numbers; after
+    an initialiser they would have their own.
+    """
+    if not is_meta(box.value):
+        return False
+    if current_trace() is EAGER:
+        Box.write(box, jax.ShapeDtypeStruct(box.value.shape, box.value.dtype))
+    return True
+
+
 def _write(box: Any, values: Any) -> Any:
     """Put values into a box, on the device where it is."""
-    old = box.value
-    if is_meta(old):
+    if _on_meta(box):
         return box
+    old = box.value
     if isinstance(values, np.ndarray):
         placed = not isinstance(old, Tracer) and getattr(old, "committed", False)
         values = from_numpy(
@@ -56,7 +70,7 @@ def _write(box: Any, values: Any) -> Any:
 
 
 def _filled(box: Any, value: float) -> Any:
-    if is_meta(box.value):
+    if _on_meta(box):
         return box
     values = host_array(box.value.shape, box.value.dtype, np.zeros)
     if value:
@@ -479,7 +493,7 @@ def orthogonal_(tensor: Any, gain: float = 1, generator: Generator | None = None
                 "a matrix; init.uniform_ or init.zeros_ for a bias",
             )
         )
-    if 0 in box.value.shape or is_meta(box.value):
+    if 0 in box.value.shape or _on_meta(box):
         return box
     q = _orthogonal(generator, box.value.shape[0], math.prod(box.value.shape[1:]), box.value.dtype)
     xp: Any = np if isinstance(q, np.ndarray) else jnp
@@ -517,7 +531,7 @@ def orthogonal_by_block_(tensor: Any, blocks: int, generator: Generator | None =
         True
     """
     box = _box(tensor, "orthogonal_by_block_")
-    if 0 in box.value.shape or is_meta(box.value):
+    if 0 in box.value.shape or _on_meta(box):
         return box
     rows, columns = box.value.shape
     parts = [
@@ -548,7 +562,7 @@ def sparse_(
     """
     box = _box(tensor, "sparse_")
     _require_axes(box, (2,), "sparse_", "tensors with 2 dimensions only")
-    if is_meta(box.value):
+    if _on_meta(box):
         return box
     zeros = math.ceil(sparsity * box.value.shape[0])
     wide = jnp.float64 if box.value.dtype == jnp.float64 else jnp.float32

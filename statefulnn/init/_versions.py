@@ -107,7 +107,8 @@ class Torch:
     def transformer(self, model: Any) -> None:
         """Transformer, once its layers are drawn: xavier_uniform_ for all with more than one axis."""
         for parameter in model.parameters():
-            if parameter.ndim > 1:
+            # Without numbers a layer remains a copy of the one that it was copied from.
+            if parameter.ndim > 1 and not is_meta(parameter.value):
                 draw.xavier_uniform_(parameter)
 
     def feedforward(self, first: Any, second: Any, activation: str | None) -> None:

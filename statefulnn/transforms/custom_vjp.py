@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import types
@@ -12,11 +13,13 @@ import jax
 import jax.numpy as jnp
 from jax.tree_util import Partial
 
-from statefulnn.core.compat import EAGER, Tracer, current_trace
+from statefulnn.core.box import Box, reads
+from statefulnn.core.compat import EAGER, Tracer, current_trace, kind, may_be_around, trace_of
 from statefulnn.core.errors import (
     DtypeError,
     ShapeError,
     StateWriteError,
+    TraceLeakError,
     UnknownNameError,
     explain,
 )
@@ -54,6 +57,8 @@ class custom_vjp:
         UnknownNameError: if `bwd` names what is no trainable parameter of the module.
         ShapeError, DtypeError: if a cotangent has another shape, or dtype, than its argument.
         StateWriteError: if `fwd` writes other arrays than `fun`, where both run (as under ``nn.jit``).
+        TraceLeakError: if a function of it, or one among its arguments, closes over a module or an array
+            that is differentiated outside.
 
     Source: ``jax.custom_vjp``.
 
@@ -165,7 +170,8 @@ class _Rule:
         def with_fixed(*args: Any) -> Any:
             return function(*(self._fixed.get(i, a) for i, a in enumerate(args)))
 
-        out, written = self._signature.run(with_fixed, leaves, dynamic)
+        with _arguments_only(self._fun):
+            out, written = self._signature.run(with_fixed, leaves, dynamic)
         if written.out is not None:
             raise _returned_module(self._fun)
         before, self._written = self._written, written.indices
@@ -176,7 +182,8 @@ class _Rule:
 
     def backward(self, residuals: Partial, cotangent: tuple[Any, Any]) -> tuple[list, list]:
         """Run `bwd`: return the cotangents of leaves and of other arrays, None for zeros."""
-        given = self._bwd(*self._fixed.values(), residuals(), cotangent[0])
+        with _arguments_only(self._fun):
+            given = self._bwd(*self._fixed.values(), residuals(), cotangent[0])
         args = template(self._signature.treedef)[0]
         wanted = len(args) - len(self._fixed)
         if not isinstance(given, (tuple, list)) or len(given) != wanted:
@@ -243,6 +250,35 @@ def _readable(treedef: Any, moduledef: ModuleDef, arrays: list[Any], leaves: lis
 
 # --------------------------------------------------------------------------------------------------
 # Errors
+
+
+@contextlib.contextmanager
+def _arguments_only(fun: Callable) -> Iterator[None]:
+    """Raise where a value is used that is differentiated outside; JAX's own text is about something else."""
+
+    def check(box: Box) -> None:
+        home = trace_of(box._value)
+        if kind(home) == "autodiff" and not may_be_around(home, current_trace()):
+            raise _closed_over(fun, box.label())
+
+    token = reads.set(check)
+    try:
+        yield
+    except jax.errors.UnexpectedTracerError as error:
+        raise _closed_over(fun, "a module or an array") from error
+    finally:
+        reads.reset(token)
+
+
+def _closed_over(fun: Callable, what: str) -> TraceLeakError:
+    return TraceLeakError(
+        explain(
+            f"{function_name(fun)}, an nn.custom_vjp, or a function among its nondiff_argnums, used {what}, "
+            "which is differentiated outside and none of its arguments",
+            "the backward pass gives cotangents of arguments alone, so this gradient would be lost",
+            "make it an argument, f(module, x), for which bwd returns a cotangent, or None for zeros",
+        )
+    )
 
 
 def _no_rule(fun: Callable) -> AttributeError:

@@ -23,6 +23,7 @@ from statefulnn.core.leaks import outer_traces, watching
 from statefulnn.core.moduledef import ModuleDef, differences
 from statefulnn.core.ownership import ModuleBase, Scope, check_write, real_dict
 from statefulnn.core.parameter import Parameter
+from statefulnn.core.placement import is_meta
 from statefulnn.core.plan import Plan, build_plan, plan_of
 from statefulnn.core.pytree import flatten_collecting, unflatten_with
 from statefulnn.core.stamps import clock, value_changed
@@ -293,6 +294,9 @@ def describe_output(
             plan = build_plan([obj])
             if any(id(b) in positions for b in plan.boxes):
                 raise refusals.shared_with_argument(type(obj).__name__)
+            for name, leaf in zip(plan.moduledef.leaf_names, plan.leaves(), strict=True):
+                if is_meta(leaf):
+                    raise refusals.returned_without_numbers(type(obj).__name__, name)
             items.append(("new", plan.moduledef, len(arrays), len(arrays) + len(plan.boxes)))
             arrays.extend(plan.leaves())
     return arrays, _Described(treedef, (len(leaves), *items))

@@ -17,6 +17,7 @@ from statefulnn.core.errors import (
     StateWriteError,
     StructureChangeError,
     TraceLeakError,
+    UninitializedParameterError,
     UnknownNameError,
     UnusedModuleError,
     explain,
@@ -101,6 +102,16 @@ def shared_with_argument(kind: str) -> StructureChangeError:
             f"returned a new {kind} that shares parameters with an argument",
             "outside, the shared parameter would become two",
             "return the arrays (parameter.value), or build the new module outside",
+        )
+    )
+
+
+def returned_without_numbers(kind: str, name: str) -> UninitializedParameterError:
+    return UninitializedParameterError(
+        explain(
+            f"returned a new {kind} with {name!r} on the meta device",
+            "a transformed function returns arrays, and this is a shape without numbers",
+            'build the module outside of it; or with numbers: nn.device("cpu") around its constructor',
         )
     )
 

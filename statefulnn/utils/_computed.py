@@ -13,6 +13,7 @@ from __future__ import annotations
 from typing import Any
 
 from statefulnn.core.errors import RegistrationError, explain
+from statefulnn.utils._tensors import numbers_of
 
 
 class Computation:
@@ -184,7 +185,11 @@ def _property(c: Computation) -> property:
     def read(module: Any) -> Any:
         try:
             return c.read(module)
-        except AttributeError as error:
+        except (TypeError, AttributeError) as error:
+            for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+                numbers_of(tensor, f"computed {type(module).__name__}.{c.name} beside {name!r}")
+            if isinstance(error, TypeError):
+                raise
             # Out of a property, Python would take it for "there is no such attribute".
             raise RuntimeError(
                 explain(

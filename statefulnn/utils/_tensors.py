@@ -4,9 +4,30 @@ from __future__ import annotations
 
 from typing import Any
 
-from statefulnn.core.errors import explain
+from statefulnn.core.box import unwrap
+from statefulnn.core.errors import UninitializedParameterError, explain
 from statefulnn.core.module import Module
 from statefulnn.core.parameter import Parameter
+from statefulnn.core.placement import is_meta
+
+
+def numbers_of(tensor: Any, what: str) -> Any:
+    """Return the array of a box, and anything else as it is; raise if it is on the meta device.
+
+    Args:
+        tensor: the box or array.
+        what: what was done with it, to begin the message with.
+    """
+    value = unwrap(tensor)
+    if is_meta(value):
+        raise UninitializedParameterError(
+            explain(
+                f"{what}, which is on the meta device",
+                "what is computed from its numbers is not known, since it has none",
+                "first nn.materialize(model), or module.to_empty(device=...) and load_state_dict",
+            )
+        )
+    return value
 
 
 def parameter_of(

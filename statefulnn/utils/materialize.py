@@ -16,12 +16,14 @@ from statefulnn.core.baked_in import probing
 from statefulnn.core.box import Box
 from statefulnn.core.compat import EAGER, current_trace
 from statefulnn.core.errors import TraceLeakError, UninitializedParameterError, explain
-from statefulnn.core.generator import rng_scope
+from statefulnn.core.generator import current_generator, rng_scope
 from statefulnn.core.module import Module
 from statefulnn.core.placement import META, elsewhere, is_meta, resolve_device
 from statefulnn.core.placement import device as device_type
 from statefulnn.core.walk import LEAVE, walk
+from statefulnn.modules.adaptive import AdaptiveLogSoftmaxWithLoss
 from statefulnn.modules.lazy import LazyModuleMixin
+from statefulnn.utils._computed import computations
 
 
 def skip_init(module_cls: type, *args: Any, **kwargs: Any) -> Module:
@@ -74,7 +76,11 @@ def materialize(
     to be, one parameter after the other: with a ``jax.sharding.Sharding`` each device draws its part,
     and the model is never whole on the host. They are what the layers' ``reset_parameters`` draw, the
     children's before their parent's, lazy layers last, in the order of the call: what building the model
-    with this seed gives. A tied parameter keeps what the module draws that had it first.
+    with this seed gives. A tied parameter keeps what the module draws that had it first, and the copies
+    of a layer (``copy.deepcopy``, nn.TransformerEncoder) have its values. Other values than in construction
+    follow if a constructor draws for what its ``reset_parameters`` does not, or drops what it drew, as
+    nn.TransformerEncoder does with the layer that it is given if ``nn.init.version("2026.1")`` draws for
+    each copy.
 
     Args:
         module: the model; it is changed in place.
@@ -89,7 +95,8 @@ def materialize(
 
     Raises:
         UninitializedParameterError: if a lazy layer is not reached by the call, or if a module with
-            parameters on the meta device has no ``reset_parameters``. Nothing is changed then.
+            parameters on the meta device has no ``reset_parameters``, or is parametrized or pruned. Nothing
+            is changed then, and nothing drawn.
 
     Example:
         >>> import jax.numpy as jnp, statefulnn as nn
@@ -110,25 +117,40 @@ def materialize(
                 "call nn.materialize before, outside jax.jit",
             )
         )
-    boxes = {id(b): b for m in module.modules() for b in _own(m).values()}
-    before = [(box, type(box), box._value) for box in boxes.values()]
-    classes = [(m, type(m), dict(m.__dict__)) for m in module.modules()]
+    put_back = _snapshot(module)
     try:
         called = _infer_shapes(module, inputs, kwargs)
         _draw_values(module, device, called)
     except BaseException:
-        for box, cls, value in before:
+        put_back()
+        raise
+    return module
+
+
+def _snapshot(module: Module) -> Callable[[], None]:
+    """Return what makes a model, and the generator in force, as they are now."""
+    boxes: dict[int, Box] = {id(b): b for m in module.modules() for b in _own(m).values()}
+    generator = current_generator()
+    if generator is not None:
+        boxes[id(generator)] = generator
+    values = [(box, type(box), box._value) for box in boxes.values()]
+    dicts = lambda m: (m.__dict__, m._parameters, m._buffers, m._modules)
+    modules = [(m, type(m), [(d, dict(d)) for d in dicts(m)]) for m in module.modules()]
+
+    def put_back() -> None:
+        for box, cls, value in values:
             if box._value is not value:
                 box.__class__ = cls
                 Box.write(box, value)
-        for m, cls, attributes in classes:
+        for m, cls, contents in modules:
             if type(m) is not cls:
                 object.__setattr__(m, "__class__", cls)
-            m.__dict__.clear()
-            m.__dict__.update(attributes)
+            for held, items in contents:
+                dict.clear(held)
+                dict.update(held, items)
             m._nn_stamp.touch()
-        raise
-    return module
+
+    return put_back
 
 
 def _own(module: Module) -> dict[str, Box]:
@@ -210,16 +232,7 @@ def _draw_values(module: Module, device: Any, called: list[Module]) -> None:
     order, parents = _construction_order(module, missing)
     ranks = {id(m): rank for rank, m in enumerate(called)}
     order.sort(key=lambda entry: ranks.get(id(entry[1]), -1))
-    for name, m in order:
-        if _reset_of(m) is None and any(id(b) in missing for b in _own(m).values()):
-            raise UninitializedParameterError(
-                explain(
-                    f"nn.materialize met {name or type(m).__name__!r} with parameters on the meta device",
-                    f"{type(m).__name__} has no reset_parameters, so nobody says what their values are",
-                    "define reset_parameters(self) with nn.init functions; or module.to_empty("
-                    "device=...) and load_state_dict",
-                )
-            )
+    _require_rules(order, missing)
     owners: dict[int, Module] = {}
     for _, m in order:
         for box in _own(m).values():
@@ -235,18 +248,76 @@ def _draw_values(module: Module, device: Any, called: list[Module]) -> None:
         for i, b in boxes.items()
         if i in missing and holders[i] > 1
     ]
+    copies = _Copies(missing, [m for _, m in order])
     for name, m in order:
         for key, box in _own(m).items():
             if is_meta(box._value):
-                _allocate(box, f"{name}.{key}" if name else key, device)
+                copies.allocate(box, f"{name}.{key}" if name else key, device)
         reset = _reset_of(m)
-        if reset is None:
+        if copies.cover(m) or reset is None:
             continue
         before = [(box, box._value) for box, above in kept if above is None or m not in above]
         reset()
         for box, value in before:
             if box._value is not value:
                 Box.write(box, value)
+
+
+def _require_rules(order: list[tuple[str, Module]], missing: set[int]) -> None:
+    """Raise if nobody says what the values of a module are."""
+    for name, m in order:
+        for computed in computations(m):
+            raise UninitializedParameterError(
+                explain(
+                    f"nn.materialize met {name or type(m).__name__!r} with {computed} on the meta device",
+                    "reset_parameters draws for parameters, and this attribute is computed from others",
+                    "nn.materialize(model) first and the parametrization or pruning afterwards; or "
+                    "module.to_empty(device=...) and load_state_dict",
+                )
+            )
+    for name, m in order:
+        if _reset_of(m) is None and any(id(b) in missing for b in _own(m).values()):
+            raise UninitializedParameterError(
+                explain(
+                    f"nn.materialize met {name or type(m).__name__!r} with parameters on the meta device",
+                    f"{type(m).__name__} has no reset_parameters, so nobody says what their values are",
+                    "define reset_parameters(self) with nn.init functions; or module.to_empty("
+                    "device=...) and load_state_dict",
+                )
+            )
+
+
+class _Copies:
+    """What was copied before it had numbers, as nn.TransformerEncoder copies its layer.
+
+    Copies of a box hold the very same struct, until an initialiser gives them one of their own.
+    """
+
+    def __init__(self, missing: set[int], modules: list[Module]) -> None:
+        self._missing = missing
+        self._first: dict[int, tuple[Any, Box]] = {}  # for each struct, which has to stay alive
+        self._boxes: set[int] = set()
+        self._modules = dict.fromkeys(modules, False)
+
+    def allocate(self, box: Box, name: str, device: Any) -> None:
+        """Put zeros into a box, or the numbers of the one that it is a copy of."""
+        struct = box._value
+        if callable(device) and not isinstance(device, device_type):
+            device = device(name, struct)
+        place = resolve_device(device)
+        _, first = self._first.setdefault(id(struct), (struct, box))
+        if first is box:
+            Box.write(box, filled(struct.shape, struct.dtype, place))
+        else:
+            Box.write(box, jax.device_put(first._value, place, may_alias=False))
+            self._boxes.add(id(box))
+
+    def cover(self, m: Module) -> bool:
+        """Say whether all that was missing in a module is a copy; asked for its children first."""
+        parts = [id(b) in self._boxes for b in _own(m).values() if id(b) in self._missing]
+        parts += [self._modules[c] for c in m._modules.values() if c in self._modules]
+        self._modules[m] = all(parts)
+        return all(parts)
 
 
 def _construction_order(
@@ -290,15 +361,9 @@ def _upwards(module: Module, parents: dict[Module, Module]) -> set[Module]:
 
 
 def _reset_of(module: Any) -> Callable | None:
+    if isinstance(module, AdaptiveLogSoftmaxWithLoss):
+        return None  # its constructor leaves drawing to its children; its reset_parameters asks them again
     for name in ("reset_parameters", "_reset_parameters"):
         if callable(getattr(module, name, None)):
             return getattr(module, name)
     return None
-
-
-def _allocate(box: Box, name: str, device: Any) -> None:
-    struct = box._value
-    place = (
-        device(name, struct) if callable(device) and not isinstance(device, device_type) else device
-    )
-    Box.write(box, filled(struct.shape, struct.dtype, resolve_device(place)))

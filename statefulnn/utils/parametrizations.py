@@ -30,6 +30,7 @@ from statefulnn.utils._norms import (
     require_positive,
     weight_of,
 )
+from statefulnn.utils._tensors import numbers_of
 from statefulnn.utils.parametrize import register_parametrization
 
 
@@ -182,7 +183,7 @@ def _tensor(module: Module, name: str) -> Any:
                 "name one of named_parameters(recurse=False) or named_buffers(recurse=False)",
             )
         )
-    return unwrap(value)
+    return numbers_of(value, f"parametrized {name!r} of {type(module).__name__}")
 
 
 def orthogonal(

@@ -35,6 +35,7 @@ from statefulnn.utils._computed import (
     base_of,
     remove_computation,
 )
+from statefulnn.utils._tensors import numbers_of
 
 
 class _Cache:
@@ -422,6 +423,7 @@ def register_parametrization(
                 "name one of named_parameters(recurse=False) or named_buffers(recurse=False)",
             )
         )
+    numbers_of(original, f"parametrized {tensor_name!r} of {type(module).__name__}")
     module._check_static_write("parametrizations", None)
     parametrizations = ParametrizationList([parametrization], original, unsafe)
     delattr(module, tensor_name)

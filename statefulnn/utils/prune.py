@@ -26,7 +26,7 @@ from statefulnn.core.module import Module
 from statefulnn.core.parameter import Buffer, Parameter
 from statefulnn.utils._computed import add_computation, remove_computation
 from statefulnn.utils._pruned import HISTORY, Pruned, any_pruned, methods, pruned
-from statefulnn.utils._tensors import parameter_of
+from statefulnn.utils._tensors import numbers_of, parameter_of
 from statefulnn.utils.convert_parameters import parameters_to_vector
 
 
@@ -421,7 +421,7 @@ class L1Unstructured(_ByAmount):
 
 
 def _wide(t: Any) -> np.ndarray:
-    t = np.asarray(t)
+    t = np.asarray(numbers_of(t, "pruned a parameter by its values"))
     return t.astype(np.float32) if t.dtype.itemsize == 2 else t
 
 
@@ -793,7 +793,10 @@ def global_unstructured(
                 "prune.L1Unstructured or prune.RandomUnstructured",
             )
         )
-    values = [unwrap(getattr(module, name)) for module, name in pairs]
+    values = [
+        numbers_of(getattr(module, name), f"pruned {name!r} of {type(module).__name__}")
+        for module, name in pairs
+    ]
     scores = importance_scores or {}
     together = parameters_to_vector(
         scores.get(pair, value) for pair, value in zip(pairs, values, strict=True)

@@ -31,7 +31,7 @@ from statefulnn.utils._norms import (
     random_vectors,
     require_positive,
 )
-from statefulnn.utils._tensors import parameter_of
+from statefulnn.utils._tensors import numbers_of, parameter_of
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ class SpectralNorm(Computation):
             )
         require_positive(n_power_iterations, "spectral_norm")
         weight = parameter_of(module, name, "spectral_norm", missing=KeyError)
-        value = weight.value
+        value = numbers_of(weight, f"spectral_norm of {name!r} of {type(module).__name__}")
         try:
             dim = checked_dim(value, dim, "spectral_norm")
         except IndexError as error:

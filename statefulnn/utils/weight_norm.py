@@ -21,7 +21,7 @@ from statefulnn.utils._computed import (
     remove_computation,
 )
 from statefulnn.utils._norms import norm_except_dim, weight_of
-from statefulnn.utils._tensors import parameter_of
+from statefulnn.utils._tensors import numbers_of, parameter_of
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class WeightNorm(Computation):
                 )
             )
         weight = parameter_of(module, name, "weight_norm")
-        value = weight.value
+        value = numbers_of(weight, f"weight_norm of {name!r} of {type(module).__name__}")
         new = WeightNorm(name, -1 if dim is None else int(dim))
         magnitude = Parameter(norm_except_dim(value, new.dim))
         module._check_static_write(name, None)

@@ -521,3 +521,45 @@ def test_a_model_from_outside_that_is_written_under_a_trace_is_a_leak():
     with pytest.raises(nn.TraceLeakError, match="calls"):
         nn.jit(f)(model, X)
     assert int(other.calls) == 0 and int(model.calls) == 0
+
+
+def clipped(call, weighs=None):
+    """A rule whose functions call what they close over, or what they are given first."""
+    f = nn.custom_vjp(lambda act, x: call(act, x), nondiff_argnums=0)
+    bwd = lambda act, x, g: (jnp.clip(g if weighs is None else g * weighs(act, x), -1, 1),)
+    f.defvjp(lambda act, x: (call(act, x), x), bwd)
+    return f
+
+
+CLOSING = {
+    "argument": lambda m, x: clipped(lambda act, x: act(x))(lambda x: m(x), x),
+    "method among the arguments": lambda m, x: clipped(lambda act, x: act(x))(m.forward, x),
+    "function": lambda m, x: clipped(lambda act, x: m(x))(None, x),
+    "backward pass": lambda m, x: clipped(lambda act, x: 2 * x, lambda act, x: m(x))(None, x),
+    "argument, in the backward pass": lambda m, x: clipped(
+        lambda act, x: 2 * x, lambda act, x: act(x)
+    )(lambda x: m(x), x),
+}
+
+
+@pytest.mark.parametrize("transform", [lambda f: f, nn.jit], ids=["eager", "jit"])
+@pytest.mark.parametrize("use", CLOSING.values(), ids=CLOSING)
+def test_closing_over_a_module_that_is_differentiated_is_refused(use, transform):
+    layer, x = nn.Linear(3, 3), X
+    loss = lambda m, x: (use(m, x) + m.bias).sum()
+    with pytest.raises(nn.TraceLeakError) as caught:
+        transform(nn.grad(loss, argnums=(0, 1)))(layer, x)
+    assert "an nn.custom_vjp, or a function among its nondiff_argnums, used" in str(caught.value)
+    assert "Instead: make it an argument, f(module, x)" in str(caught.value)
+
+
+@pytest.mark.parametrize("transform", [lambda f: f, nn.jit], ids=["eager", "jit"])
+@pytest.mark.parametrize("use", CLOSING.values(), ids=CLOSING)
+def test_closing_over_a_module_that_is_not_differentiated_is_allowed(use, transform):
+    layer, x = nn.Linear(3, 3), X
+    (out,) = transform(nn.vmap(lambda m, x: (use(m, x),), in_axes=(None, 0)))(layer, x)
+    reads = use in list(CLOSING.values())[:3]
+    np.testing.assert_allclose(out, layer(x) if reads else 2 * x, rtol=1e-6)
+    slope = transform(nn.grad(lambda m, x: use(m, x).sum(), argnums=1))(layer, x)
+    wanted = jnp.ones_like(x) if reads else jnp.clip(layer(x), -1, 1)
+    np.testing.assert_allclose(slope, wanted, rtol=1e-6)
