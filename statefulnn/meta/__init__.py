@@ -1,6 +1,7 @@
 """Learning to learn: inner loops, tasks in parallel, implicit gradients, evolution strategies."""
 
 from statefulnn.meta.adapt import Adapted, adapt
+from statefulnn.meta.adapt_until import Stopped, adapt_until
 from statefulnn.meta.evolution import PES, es_gradient, pes_gradient, pes_init
 from statefulnn.meta.fixed_point import FixedPoint
 from statefulnn.meta.implicit import cg, gmres, implicit_gradient, neumann

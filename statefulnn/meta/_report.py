@@ -20,6 +20,7 @@ from statefulnn.meta._closures import under_compilation
 
 class _Staging(threading.local):
     eager: bool = False  # what is staged now will be evaluated eagerly
+    said: set[str] | None = None  # what a loop has said, once; None outside of one
 
 
 _staging = _Staging()
@@ -36,6 +37,16 @@ def staging() -> Iterator[None]:
         _staging.eager = before
 
 
+@contextlib.contextmanager
+def said_once(said: set[str]) -> Iterator[None]:
+    """While a loop is traced: of reports of one kind, the first one is said."""
+    before, _staging.said = _staging.said, said
+    try:
+        yield
+    finally:
+        _staging.said = before
+
+
 def report_unless(fine: Any, say: Callable[..., None], *values: Any) -> None:
     """Call ``say(fine, *values)`` on the host, with numpy arrays, if a traced condition does not hold.
 
@@ -50,9 +61,14 @@ def report_unless(fine: Any, say: Callable[..., None], *values: Any) -> None:
             say(*map(np.asarray, (fine, *values)))
         return
 
+    said, what = _staging.said, getattr(getattr(say, "func", say), "__qualname__", "")
+
     def on_host(fine: Any, *values: Any) -> None:
-        if not np.all(fine):
-            say(*map(np.asarray, (fine, *values)))
+        if np.all(fine) or (said is not None and what in said):
+            return
+        if said is not None:
+            said.add(what)
+        say(*map(np.asarray, (fine, *values)))
 
     def tell(*arrays: Any) -> None:
         jax.debug.callback(on_host, *arrays)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -61,7 +62,7 @@ def adapt(
     params: Any,
     loss: Callable,
     data: Any,
-    *,
+    *separate: Any,
     optimizer: Any = None,
     slots: Any = None,
     lr: Any = None,
@@ -88,13 +89,14 @@ def adapt(
             of `PerStep` give each step its own, and are not adapted.
         loss: ``loss(out, target) -> scalar``; without `fn`, ``loss(params, *data) -> scalar``, or with
             `state` ``loss(params, state, *data) -> (scalar, state)``.
-        data: ``(*inputs, target)``, a tuple.
+        data: ``(*inputs, target)``, one tuple.
+        separate: nothing; for the message where the data are not in one tuple.
         optimizer: any optax transformation; None for plain gradient descent.
         slots: the optimizer's state to start with, from ``Adapted.slots``; None for a fresh one.
         lr: the step size of gradient descent, or a factor on the optimizer's updates: a number or traced
             scalar for all; a dict of name -> array (a scalar or of the parameter's shape, learnable:
             Meta-SGD); `PerStep` in either place for one of each step. Required without `optimizer`.
-        steps: how many.
+        steps: how many; where the number is traced, or depends on the task, see `adapt_until`.
         only: which parameters are adapted: a pattern (``"head.*"``: ANIL), a list of these, or a function
             of the name; None for all.
         state: buffers (and frozen parameters) by name; what the steps write is carried on and returned,
@@ -141,11 +143,53 @@ def adapt(
     _check_options(steps, truncate, checkpoint, unroll)
     if unroll is None:
         unroll = 0 if in_turn() else UNROLLED
-    _check_task(fn, params, data, state)
-    loop = _Loop(
-        fn, params, loss, data, optimizer, slots, lr, steps, only, state, rng, first_order, batches
+    task = InnerTask(
+        fn=fn,
+        params=params,
+        loss=loss,
+        data=one_tuple("adapt", data, separate),
+        optimizer=optimizer,
+        slots=slots,
+        lr=lr,
+        only=only,
+        state=state,
+        rng=rng,
+        first_order=first_order,
     )
-    return loop.run(truncate, checkpoint, keep_path, unroll)
+    return Loop(task, steps, batches).run(truncate, checkpoint, keep_path, unroll)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class InnerTask:
+    """What an inner loop is told: the arguments of `adapt` that say what a step does."""
+
+    fn: Callable | None
+    params: Any
+    loss: Callable
+    data: tuple
+    optimizer: Any
+    slots: Any
+    lr: Any
+    only: Any
+    state: Mapping[str, Any] | None
+    rng: Any
+    first_order: bool
+
+    def __post_init__(self) -> None:
+        _check_task(self.fn, self.params, self.data, self.state)
+
+
+def one_tuple(function: str, data: Any, separate: tuple) -> Any:
+    """Return the data, or raise if they were not given as one tuple."""
+    if separate:
+        raise TypeError(
+            explain(
+                f"{function} was given its data as {1 + len(separate)} separate arguments",
+                "they are the inputs and the target, in this order",
+                f"pass one tuple: {function}(fn, params, loss, (x, y), lr=0.01)",
+            )
+        )
+    return data
 
 
 def _check_options(steps: int, truncate: int | None, checkpoint: str, unroll: int | None) -> None:
@@ -197,27 +241,13 @@ def _check_task(fn: Callable | None, params: Any, data: Any, state: Any) -> None
         )
 
 
-class _Loop:
+class Loop:
     """An inner loop, taken apart into what is carried from step to step and what is not."""
 
-    def __init__(
-        self,
-        fn,
-        params,
-        loss,
-        data,
-        optimizer,
-        slots,
-        lr,
-        steps,
-        only,
-        state,
-        rng,
-        first_order,
-        batches,
-    ) -> None:
-        self.fn, self.loss, self.optimizer, self.lr = fn, loss, optimizer, lr
-        self.steps, self.first_order = steps, first_order
+    def __init__(self, task: InnerTask, steps: int, batches: bool = False) -> None:
+        self.fn, self.loss, self.optimizer, self.lr = task.fn, task.loss, task.optimizer, task.lr
+        self.steps, self.first_order = steps, task.first_order
+        params, state, only, rng = task.params, task.state, task.only, task.rng
         self.rng = None if rng is None else as_key(rng)
         self.by_name = isinstance(params, Mapping)
         self.order = list(params) if self.by_name else []
@@ -238,17 +268,17 @@ class _Loop:
             chosen = {n: v for n, v in params.items() if n not in self.fixed}
         _require_floating(chosen)
         self._require_learning_rate(chosen)
-        for tree, what in ((params, "params"), (state, "state"), (lr, "lr")):
+        for tree, what in ((params, "params"), (state, "state"), (self.lr, "lr")):
             require_rows(tree, steps, what)
         self.has_state = state is not None
         self.rows = {n: v for n, v in (state or {}).items() if is_rows(v)}
         carried = {n: v for n, v in (state or {}).items() if n not in self.rows}
         chosen = strong_arrays(chosen)
-        if optimizer is not None:
-            require_differentiable(optimizer, chosen, steps, unless=first_order)
-        fresh = () if optimizer is None else optimizer.init(chosen)
-        slots = fresh if slots is None else _fitting(slots, fresh)
-        self.data, self.batches = data, batches
+        if self.optimizer is not None:
+            require_differentiable(self.optimizer, chosen, steps, unless=self.first_order)
+        fresh = () if self.optimizer is None else self.optimizer.init(chosen)
+        slots = fresh if task.slots is None else _fitting(task.slots, fresh)
+        self.data, self.batches = task.data, batches
         if batches:
             self._require_batches()
         self.start = (chosen, slots, strong_arrays(carried), strong_arrays(self.rows))
@@ -256,8 +286,12 @@ class _Loop:
     # ---------------------------------------------------------------------------------------------
     # One step
 
-    def step(self, constants: tuple, carry: tuple, x: tuple) -> tuple[tuple, Any]:
-        """Take a step; `constants` are the learning rates, the fixed parameters and the data."""
+    def step(self, constants: tuple, carry: tuple, x: tuple) -> tuple[tuple, Any, Any]:
+        """Take a step; `constants` are the learning rates, the fixed parameters and the data.
+
+        Returns:
+            what is carried on, and the loss and the gradient before the step.
+        """
         lr, fixed, data = constants
         chosen, slots, carried, rows = carry
         i, batch = x
@@ -279,7 +313,7 @@ class _Loop:
         if self.has_state:
             carried = {n: state[n] for n in carried}
             rows = {n: PerStep(r.rows.at[i].set(state[n])) for n, r in rows.items()}
-        return (moved, slots, carried, rows), value
+        return (moved, slots, carried, rows), value, grads
 
     def value(self, params: Any, state: Any, data: tuple, key: Any) -> tuple[Any, Any]:
         """Return the inner loss, checked, and the state after it."""
@@ -323,7 +357,7 @@ class _Loop:
             # One function for each phase: JAX keeps the trace of a loop's body by its function, with the
             # constants it met there.
             def step(carry: tuple, x: tuple) -> tuple[tuple, Any]:
-                after, value = self.step(constants, carry, x)
+                after, value, _ = self.step(constants, carry, x)
                 return after, (value, after[0] if keep_path else None)
 
             return step

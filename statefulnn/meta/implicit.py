@@ -95,7 +95,15 @@ def implicit_gradient(
         )
 
     @functools.wraps(solver)
-    def function(init: Any, *args: Any) -> Any:
+    def function(init: Any, *args: Any, **named: Any) -> Any:
+        if named:
+            raise TypeError(
+                explain(
+                    f"called the solution of {function_name(solver)} with {listed(named)} by name",
+                    "solver and condition take the same arguments, by position",
+                    f"fit(init, ..., {', '.join(named)}), in the order of the solver's arguments",
+                )
+            )
         functions, values = _of_closures(solver, condition, init, args)
         solution = _differentiable(
             *functions, linear_solve, tolerance, symmetric=objective is not None
@@ -181,6 +189,11 @@ def _differentiable(
         return x, jax.tree_util.tree_map(jnp.negative, minus)
 
     return solution
+
+
+def listed(names: Any) -> str:
+    """Return names for a message."""
+    return ", ".join(f"{name}=" for name in names)
 
 
 def _condition(objective: Any, optimality: Any, fixed_point: Any) -> Callable:

@@ -16,7 +16,7 @@ from statefulnn.core.extras import import_extra
 from statefulnn.core.failures import typed_failures
 from statefulnn.core.repeated import body_of_loop
 from statefulnn.meta._arrays import strong_arrays
-from statefulnn.meta._report import warn
+from statefulnn.meta._report import said_once, warn
 
 
 def loop(
@@ -71,12 +71,12 @@ def loop(
         return carry, outs, fine
 
     carry = strong_arrays(init)
-    parts, told = [], not report
+    parts, told, said = [], not report, set()
     with _bar(steps, progress) as advance:
         for start in range(0, steps, chunk):
             stop = min(start + chunk, steps)
             part = jax.tree_util.tree_map(lambda v: v[start:stop], xs)  # noqa: B023
-            with typed_failures():
+            with typed_failures(), said_once(said):
                 carry, outs, fine = jax.block_until_ready(many(carry, part, stop - start))
             parts.append(jax.tree_util.tree_map(np.asarray, outs))
             advance(stop - start, parts[-1])

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from statefulnn.core.compat import Tracer
 from statefulnn.core.errors import ShapeError, explain
 from statefulnn.meta._names import chosen_names
 
@@ -85,6 +86,15 @@ def per_step(values: Mapping[str, Any], steps: int, only: Any = None) -> dict[st
 
 def require_steps(steps: Any, function: str) -> None:
     """Raise unless a number of steps is a positive integer."""
+    if isinstance(steps, Tracer):
+        raise TypeError(
+            explain(
+                f"{function} was given a traced number of steps",
+                "its loop is compiled for a number, which its gradient needs",
+                "nn.meta.adapt_until(..., steps=steps), which stops where it is told to; or make the number "
+                "static, jax.jit(f, static_argnames='steps')",
+            )
+        )
     if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
         raise ValueError(f"{function}: steps must be a positive integer, got {steps!r}")
 

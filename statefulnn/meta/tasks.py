@@ -189,9 +189,8 @@ def say_which_diverged(noun: str) -> Callable[..., None]:
     """
 
     def say(_: Any, fine: Any, step: Any = NEVER) -> None:
-        since = f", nor is its inner loss from step {step[step >= 0].min()} on" * bool(
-            step.max() >= 0
-        )
+        known = step[step >= 0]
+        since = f", nor is its inner loss from step {known.min()} on" if known.size else ""
         warn(
             explain(
                 f"{named_lanes(fine, noun)} diverged: the result is not finite{since}",
