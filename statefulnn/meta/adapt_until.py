@@ -90,7 +90,7 @@ def adapt_until(
         ...     None, jnp.ones(2), valley, (scale,), lr=0.1, steps=100, tol=1e-3
         ... )
         >>> jax.vmap(solve)(jnp.array([1.0, 4.0])).steps.tolist()
-        [36, 7]
+        [37, 7]
     """
     _check_options(steps, patience, truncate)
     task = InnerTask(
@@ -163,7 +163,8 @@ class _Until:
         rows = self.truncate or 0
         ring = jax.tree_util.tree_map(lambda v: jnp.zeros((rows, *v.shape), v.dtype), start)
         now = _Kept(start, ring, jnp.zeros((), jnp.int32), number, number + jnp.inf)
-        best = None if self.validate is None else (now, self._validated(start))
+        validate = self.validate
+        best = None if validate is None else (now, self._validated(validate, start))
 
         def more(all_of_it: tuple) -> Any:
             now, best = all_of_it
@@ -175,8 +176,8 @@ class _Until:
         def one(all_of_it: tuple) -> tuple:
             now, best = all_of_it
             now = self._next(constants, now)
-            if best is not None:
-                value = self._validated(now.carry)
+            if best is not None and validate is not None:
+                value = self._validated(validate, now.carry)
                 better = value < best[1]
                 best = jax.tree_util.tree_map(
                     lambda new, old: jnp.where(better, new, old), (now, value), best
@@ -196,12 +197,13 @@ class _Until:
 
     def _again(self, constants: tuple, kept: _Kept) -> _Kept:
         """Take the last steps once more, this time to be differentiated."""
-        if not self.truncate:
+        rows = self.truncate
+        if not rows:
             return kept
-        first = jnp.maximum(kept.count - self.truncate, 0)
+        first = jnp.maximum(kept.count - rows, 0)
         # Without any step there is nothing in the ring.
         start = jax.tree_util.tree_map(
-            lambda r, v: jnp.where(kept.count > 0, r[first % self.truncate], v),
+            lambda r, v: jnp.where(kept.count > 0, r[first % rows], v),
             kept.ring,
             kept.carry,
         )
@@ -213,12 +215,12 @@ class _Until:
             return jax.tree_util.tree_map(lambda a, b: jnp.where(going, a, b), after, now), None
 
         start = kept._replace(carry=start, ring=None)
-        return jax.lax.scan(one, start, first + jnp.arange(self.truncate))[0]
+        return jax.lax.scan(one, start, first + jnp.arange(rows))[0]
 
-    def _validated(self, carry: tuple) -> Any:
+    def _validated(self, validate: Callable, carry: tuple) -> Any:
         chosen, _, state, _ = carry
         params = self.loop.merged(chosen, self.loop.fixed, 0)
-        value = self.validate(params, *((state,) if self.loop.has_state else ()))
+        value = validate(params, *((state,) if self.loop.has_state else ()))
         if jnp.shape(value) != ():
             raise TypeError(
                 explain(

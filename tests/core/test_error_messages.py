@@ -8,6 +8,7 @@ import warnings
 
 import jax
 import jax.numpy as jnp
+import optax
 import pytest
 
 import statefulnn as nn
@@ -240,6 +241,14 @@ CASES = {
         lambda: nn.meta.cg(steps=1)(lambda v: jnp.array([1.0, 100.0]) * v, jnp.ones(2)),
         [r"nn.meta.cg\(steps=1", "did not converge", "residual"],
         [r"nn.meta.cg\(steps=10\)", "tol=None"],
+    ),
+    "inner optimizer without a derivative": (
+        nn.NotDifferentiableError,
+        lambda: nn.meta.adapt(
+            None, {"w": X}, lambda p: p["w"].sum(), (), optimizer=optax.sign_sgd(0.1)
+        ),
+        ["optimizer", "not differentiable", "zero everywhere"],
+        ["first_order=True"],
     ),
     "file of something that is no array": (
         nn.CheckpointError,
