@@ -6,8 +6,8 @@ import contextlib
 import enum
 from collections.abc import Iterator
 
+from statefulnn.core.construction import allowed_backends, in_force
 from statefulnn.core.errors import explain
-from statefulnn.functional.attention import allowed_backends
 
 
 class SDPBackend(enum.IntEnum):
@@ -39,7 +39,8 @@ def sdpa_kernel(
 ) -> Iterator[None]:
     """Allow only some kernels for attention inside a ``with`` block.
 
-    Compiled code keeps the kernel that was allowed while it was traced.
+    `nn.jit` compiles for each choice; what ``jax.jit`` compiled keeps the kernel that was allowed while it
+    was traced.
 
     Args:
         backends: one, or a list.
@@ -68,8 +69,5 @@ def sdpa_kernel(
                 "sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.MATH])",
             )
         )
-    token = allowed_backends.set(frozenset(b.name for b in given))
-    try:
+    with in_force(allowed_backends, frozenset(b.name for b in given)):
         yield
-    finally:
-        allowed_backends.reset(token)

@@ -2,12 +2,20 @@
 
 Both are set for a block of code (`with nn.device(...)`, `with nn.init.version(...)`) and hold for one thread
 or task, as context variables do; the version also for good (`nn.init.set_version`).
+
+`settings` is what compiled code depends on beside its arguments: `nn.jit` compiles for each value of it.
 """
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, TypeVar
+
+from statefulnn.core.stamps import clock, tick
+
+_T = TypeVar("_T")
 
 # Where arrays are put if a layer is not told; the innermost block's is the last.
 devices_in_force: ContextVar[tuple[Any, ...]] = ContextVar("devices_in_force", default=())
@@ -32,3 +40,33 @@ session = _Session()
 def current_version() -> str:
     """Return the name of the initialisation version in force."""
     return version_in_force.get() or session.version
+
+
+def set_session_version(name: str) -> None:
+    """Set the version that holds where no block says otherwise."""
+    session.version = name
+    clock.structure = tick()
+
+
+# Names of the kernels of attention that `nn.attention.sdpa_kernel` allows; None for all.
+allowed_backends: ContextVar[frozenset[str] | None] = ContextVar("allowed_backends", default=None)
+
+
+def settings() -> tuple:
+    """Return what is in force here, and what code compiled elsewhere may have been compiled without."""
+    return current_version(), allowed_backends.get()
+
+
+@contextlib.contextmanager
+def in_force(variable: ContextVar[_T], value: _T) -> Iterator[None]:
+    """Set one of the settings for a block of code."""
+    token, block = variable.set(value), object()
+    # Calls look at the settings when the clock has moved, and at each call while a block is open: another
+    # thread may be outside of it. So a call pays for them only where somebody uses them.
+    clock.blocks.add(block)
+    clock.structure = tick()
+    try:
+        yield
+    finally:
+        clock.blocks.discard(block)
+        variable.reset(token)

@@ -23,6 +23,7 @@ import numpy as np
 
 from statefulnn.core.box import Box
 from statefulnn.core.class_keys import ValueKeyMaker, class_key
+from statefulnn.core.construction import settings
 from statefulnn.core.errors import RetraceWarning, explain, user_stack_level
 from statefulnn.core.generator import Generator
 from statefulnn.core.moduledef import COPIED, HOOKS, SHARED, ModuleDef, NodeDef, differences, rank
@@ -63,6 +64,7 @@ class Plan:
         cached_leaves: the arrays in leaf order, None if one may have changed.
         placements: where the leaves lie, see `placements_of`.
         checked_at: the clock when the stamps were compared last.
+        settings: what was in force when compiled code was found for it; None for plans without such code.
         changes: how often each attribute led to a ModuleDef not seen before.
         reference: a weak reference to the plan itself.
     """
@@ -81,6 +83,7 @@ class Plan:
     checked_at: int = -1  # the first call compares the stamps once more
     changes: dict[str, int] = dataclasses.field(default_factory=dict)
     reference: Any = None
+    settings: tuple | None = None
 
     def __post_init__(self) -> None:
         self.parameters = [b for b in self.boxes if isinstance(b, Parameter)]
@@ -96,7 +99,10 @@ class Plan:
                 return False
             if [p._requires_grad for p in self.parameters] != self.flags:
                 return False
-            self.checked_at = now
+            if self.settings is not None and self.settings != settings():
+                return False
+            if self.settings is None or not clock.blocks:
+                self.checked_at = now
         return self.watch.unchanged()
 
     def leaves(self) -> list[Any]:

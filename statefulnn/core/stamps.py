@@ -30,15 +30,17 @@ class Clock:
         gathered: weak references to the plans whose list of leaves is cached; the next change of a
             value drops the lists.
         baked_in: how many boxes were taken as constants by traced code and not written since.
+        blocks: one object for each ``with`` block, of any thread, that sets what compiled code depends on.
     """
 
-    __slots__ = ("baked_in", "gathered", "structure", "values")
+    __slots__ = ("baked_in", "blocks", "gathered", "structure", "values")
 
     def __init__(self) -> None:
         self.structure = 0
         self.values = 0
         self.gathered: list[Any] = []
         self.baked_in = 0
+        self.blocks: set[object] = set()
 
 
 clock = Clock()

@@ -5,7 +5,6 @@ In comments: H heads, L target positions, S source positions, D per head.
 
 from __future__ import annotations
 
-import contextvars
 import functools
 import math
 from collections.abc import Callable, Sequence
@@ -17,6 +16,7 @@ from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
 from statefulnn.core.box import unwrap
+from statefulnn.core.construction import allowed_backends
 from statefulnn.core.errors import explain
 from statefulnn.core.generator import advance, drawing_generator
 from statefulnn.functional._causal_bias import CausalBias
@@ -185,11 +185,6 @@ def kept_weights(key: Any, state: Any, p: Any, shape: Any, dtype: Any) -> tuple[
 
 # --------------------------------------------------------------------------------------------------
 # The choice of a kernel
-
-# Names of the backends that `nn.attention.sdpa_kernel` allows; None for all.
-allowed_backends: contextvars.ContextVar[frozenset[str] | None] = contextvars.ContextVar(
-    "allowed_backends", default=None
-)
 
 
 def cudnn_serves(

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from statefulnn.core.construction import allowed_backends
 from statefulnn.core.errors import DtypeError, explain
 from statefulnn.functional._checks import (
     LOW_PRECISION,
@@ -23,7 +24,6 @@ from statefulnn.functional._checks import (
 )
 from statefulnn.functional.attention import (
     Form,
-    allowed_backends,
     attend_by_platform,
     kept_weights,
     masked_scores,

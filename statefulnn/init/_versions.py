@@ -18,7 +18,12 @@ from typing import Any
 
 import numpy as np
 
-from statefulnn.core.construction import current_version, session, version_in_force
+from statefulnn.core.construction import (
+    current_version,
+    in_force,
+    set_session_version,
+    version_in_force,
+)
 from statefulnn.core.errors import explain
 from statefulnn.core.placement import is_meta
 from statefulnn.init import _initializers as draw
@@ -331,11 +336,8 @@ def version(name: str) -> Iterator[None]:
         ('2026.1+gelu', [0.0, 0.0, 0.0])
     """
     _parsed(name)
-    token = version_in_force.set(name)
-    try:
+    with in_force(version_in_force, name):
         yield
-    finally:
-        version_in_force.reset(token)
 
 
 def set_version(name: str) -> None:
@@ -352,7 +354,7 @@ def set_version(name: str) -> None:
         >>> nn.init.set_version("torch")
     """
     _parsed(name)
-    session.version = name
+    set_session_version(name)
 
 
 def get_version() -> str:

@@ -18,6 +18,7 @@ from jax.typing import ArrayLike
 from statefulnn.core.arrays import check_usable
 from statefulnn.core.box import Box
 from statefulnn.core.compat import EAGER, current_trace
+from statefulnn.core.construction import settings
 from statefulnn.core.failures import raise_original, wait_for
 from statefulnn.core.generator import Forbidden, Generator, current_generator, streams
 from statefulnn.core.ownership import ModuleBase
@@ -37,6 +38,7 @@ class KnownModules:
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
+        plan.settings = settings()
         self.versions: dict[TreeDef, Version] = {}  # by the structure of the arguments
         self.references: list[weakref.ref] = []
         self.targets: dict[int, list[Box]] = {}  # by the number of a trace, the boxes it writes
@@ -116,7 +118,8 @@ class Dispatch:
         # it is lent to the versions, which count there.
         self._counter = [0]
         self._met: weakref.WeakSet[Version] = weakref.WeakSet()
-        self._known: dict[tuple[int, ...], KnownModules] = {}  # by the identities of the modules
+        # By the settings in force and the identities of the modules.
+        self._known: dict[tuple, KnownModules] = {}
         self._recent: list[RecentCall] = []
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -224,7 +227,7 @@ class Dispatch:
         return known, version, dynamic
 
     def _known_of(self, everything: list[ModuleBase | Box]) -> KnownModules:
-        key = tuple(map(id, everything))
+        key = (settings(), *map(id, everything))
         known = self._known.get(key)
         if known is None or not known.plan.valid():
             stale, known = known, KnownModules(build_plan(everything))

@@ -27,6 +27,7 @@ from jax.typing import ArrayLike
 
 from statefulnn.core.box import Box
 from statefulnn.core.class_keys import ValueKeyMaker
+from statefulnn.core.construction import settings
 from statefulnn.core.errors import RetraceWarning, user_stack_level
 from statefulnn.core.failures import checks_traced
 from statefulnn.core.lending import donated
@@ -214,7 +215,7 @@ class Versions:
     Attributes:
         results: what each trace found out: which leaves it writes, and the modules in its output.
         checked: the numbers of the traces with checks that may fail: their results are waited for.
-        by_key: the versions by signature and static arguments, the one used last at the end.
+        by_key: the versions by signature, static arguments and settings, the one used last at the end.
         counter: a list with one number, which counts the traces; that of the caller. Equal functions share
             versions, and each counts for itself.
     """
@@ -232,7 +233,7 @@ class Versions:
         self, signature: Signature, statics: Statics | None, placements: tuple[Any, ...] | None
     ) -> Version:
         """Return the version for a call; make it if there is none."""
-        key = (signature, None if statics is None else statics.key(), placements)
+        key = (signature, None if statics is None else statics.key(), placements, settings())
         version = self.by_key.get(key)
         if version is None:
             version = self.by_key[key] = self._made(signature, statics, key[1])
