@@ -138,7 +138,7 @@ def test_each_task_has_the_version_of_its_own_block() -> None:
         return found
 
     async def both() -> list[list[bool]]:
-        return await asyncio.gather(run("torch"), run("2026.1"))
+        return [*await asyncio.gather(run("torch"), run("2026.1"))]
 
     assert asyncio.run(both()) == [[False] * 3, [True] * 3]
 

@@ -79,7 +79,7 @@ def test_copies_do_not_share_memory() -> None:
         model = copies()
     nn.materialize(model)
 
-    def clear(model: nn.Module) -> None:
+    def clear(model: Any) -> None:
         model[0][0].weight.value = jnp.zeros((4, 4))
 
     nn.jit(clear, donate=0)(model)
