@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from statefulnn.core.compat import Tracer, chain, current_trace, is_forward_mode, kind, trace_of
 from statefulnn.core.errors import NotDifferentiableError, explain
+from statefulnn.core.repeated import body_of_loop
 from statefulnn.meta._arrays import norm
 from statefulnn.meta.adapt import InnerTask, Loop, one_tuple
 from statefulnn.meta.inner_optimizer import MOST_STEPS
@@ -184,7 +185,7 @@ class _Until:
                 )
             return now, best
 
-        now, best = jax.lax.while_loop(more, one, (now, best))
+        now, best = jax.lax.while_loop(more, body_of_loop(one), (now, best))
         return now if best is None else best[0]
 
     def _next(self, constants: tuple, now: _Kept) -> _Kept:
@@ -215,7 +216,7 @@ class _Until:
             return jax.tree_util.tree_map(lambda a, b: jnp.where(going, a, b), after, now), None
 
         start = kept._replace(carry=start, ring=None)
-        return jax.lax.scan(one, start, first + jnp.arange(rows))[0]
+        return jax.lax.scan(body_of_loop(one), start, first + jnp.arange(rows))[0]
 
     def _validated(self, validate: Callable, carry: tuple) -> Any:
         chosen, _, state, _ = carry

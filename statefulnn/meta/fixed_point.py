@@ -12,6 +12,7 @@ import numpy as np
 
 from statefulnn.core.errors import ConvergenceError, explain
 from statefulnn.core.module import Module
+from statefulnn.core.repeated import body_of_loop
 from statefulnn.meta._arrays import difference, norm
 from statefulnn.meta._report import fail_unless, lanes_of
 from statefulnn.meta.implicit import implicit_gradient
@@ -106,7 +107,7 @@ class FixedPoint(Module):
             return after, norm(difference(after, z)) / scale, count + 1
 
         first = (start, jnp.asarray(jnp.inf, norm(start).dtype), 0)
-        z, change, _ = jax.lax.while_loop(more, one, first)
+        z, change, _ = jax.lax.while_loop(more, body_of_loop(one), first)
         fine = jnp.isfinite(change) if self.tol is None else change <= self.tol
         fail_unless(fine, functools.partial(_unsolved, self.steps, self.tol), change)
         return z

@@ -16,6 +16,7 @@ import numpy as np
 
 from statefulnn.core.compat import EAGER, current_trace
 from statefulnn.core.errors import ConvergenceError, TraceLeakError, explain
+from statefulnn.core.repeated import body_of_loop
 from statefulnn.meta._arrays import difference, dot, norm
 from statefulnn.meta._closures import hoisted
 from statefulnn.meta._report import fail_unless, lanes_of, staging
@@ -279,7 +280,7 @@ def _conjugate_gradients(matvec: Callable, b: Any, tol: float, steps: int) -> An
         zeros = jax.tree_util.tree_map(lambda v: v * 0, b)  # NaN where b is
         before = jnp.where(jnp.isfinite(square), 1.0, jnp.nan).astype(square.dtype)
         start = (zeros, b, b, square, before, jnp.zeros((), jnp.int32))
-        x, *_, curvature, step = jax.lax.while_loop(more, one, start)
+        x, *_, curvature, step = jax.lax.while_loop(more, body_of_loop(one), start)
         fail_unless(curvature > 0, _indefinite, curvature, step)
         return x
 
