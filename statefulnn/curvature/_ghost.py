@@ -3,8 +3,9 @@
 One backward pass through all examples gives, for each structured layer (see `_layers`), patches and
 cotangents of every example. The norm of an example's gradient of weight and bias, ``Σₜ gₜ ⊗ aₜ`` and
 ``Σₜ gₜ``, follows from these, and so does the sum of clipped gradients: the same sums with every cotangent
-shortened. So there is no second pass through the network, which would take longer and keep as much. All other
-parameters have gradients of examples, by vmap.
+shortened. So there is no second pass through the network, which would take longer and keep as much. Of a
+layer with many positions and few weights, such as a first convolution, the gradients of examples are smaller
+than patches and cotangents, and take their place. All other parameters have gradients of examples, by vmap.
 """
 
 from __future__ import annotations
@@ -35,6 +36,8 @@ from statefulnn.modules.linear import Linear
 from statefulnn.modules.sparse import Embedding
 
 LAYERS = (*DENSE, Embedding)
+# How much larger than a layer's inputs and cotangents its gradients of examples may be to be kept.
+_KEPT = 1.5
 _einsum = functools.partial(jnp.einsum, precision="highest")
 
 
@@ -96,54 +99,87 @@ def ghost_sum(
     gradients, seen, cotangents = jax.vmap(one_example)(examples)
     rows = {n: g.reshape(length(examples), -1).astype(dtype) for n, g in gradients.items()}
     squares = [jnp.sum(jnp.square(g), 1) for g in rows.values()]
+    sums: dict[str, Callable] = {}
     for name, inputs in seen.items():
-        layer, with_bias = layers.by_weight[name], f"{name[:-6]}bias" in params
-        squares.append(_squares(layer, inputs, cotangents[name], with_bias, dtype))
+        own = [params[n] for n in (name, f"{name[:-6]}bias") if n in params]
+        found = _of_layer(layers.by_weight[name], own, inputs, cotangents[name], dtype)
+        squares.append(found[0])
+        sums[name] = found[1]
     norms = jnp.sqrt(sum(squares, jnp.zeros(length(examples), dtype)))
     factors = 1 / jnp.maximum(1, norms / max_norm)
 
+    total = {n: jnp.zeros(p.shape, dtype) for n, p in params.items()}
     # A rounded product would let a gradient be a little longer than max_norm.
     with jax.default_matmul_precision("highest"):
-        total = {n: jnp.zeros(p.shape, dtype) for n, p in params.items()}
         for name, g in rows.items():
             total[name] = jnp.dot(factors, g).reshape(params[name].shape)
-        for name, inputs in seen.items():
-            layer, bias = layers.by_weight[name], f"{name[:-6]}bias"
-            for x, g in zip(inputs, cotangents[name], strict=True):
-                wide_factors = factors.reshape(-1, *(1,) * (g.ndim - 1))
-                shortened = (g.astype(dtype) * wide_factors).astype(g.dtype)
-                gradient = _of_weight(layer, params[name], x, shortened)
-                total[name] = total[name] + gradient.astype(dtype)
-                if bias in params:
-                    total[bias] = total[bias] + _of_bias(layer, shortened).astype(dtype)
+        for name, shortened in sums.items():
+            total |= zip((name, f"{name[:-6]}bias"), shortened(factors), strict=False)
     return total, norms
 
 
-def _squares(
-    layer: Any, inputs: list[Any], cotangents: list[Any], with_bias: bool, dtype: Any
-) -> Any:
-    """Return the squared norm of each example's gradient of a layer's weight and bias, (N,)."""
+def _of_layer(
+    layer: Any, params: list[Any], inputs: list[Any], cotangents: list[Any], dtype: Any
+) -> tuple[Any, Callable[[Any], list[Any]]]:
+    """Return the squared norms of the examples' gradients of a layer, and the sum of shortened ones.
+
+    Args:
+        layer: a structured layer.
+        params: its weight, and its bias if it has one.
+        inputs, cotangents: of each of its calls, (N, ...).
+        dtype: of the norms.
+
+    Returns:
+        norms squared, (N,), and ``f(factors) -> gradients`` of `params`.
+    """
+    calls = list(zip(inputs, cotangents, strict=True))
+    later = lambda factors: _shortened(layer, params, calls, factors)
     if type(layer) is Embedding:
         positions = lambda x, g: all_positions(layer, x, [d[None] for d in g])
         a, g = jax.vmap(positions)(inputs, cotangents)
-        return jax.vmap(_square_of_rows)(a, g[:, 0].astype(dtype))
+        return jax.vmap(_square_of_rows)(a, g[:, 0].astype(dtype)), later
 
-    def factors(arrays: tuple) -> tuple[Any, Any]:
-        calls = [_columns(layer, x, g) for x, g in zip(*arrays, strict=True)]
-        a, g = (jnp.concatenate(part, -1).astype(dtype) for part in zip(*calls, strict=True))
+    def columns(calls: list[tuple]) -> tuple[Any, Any]:
+        parts = zip(*(_columns(layer, x, g) for x, g in calls), strict=True)
+        a, g = (jnp.concatenate(part, -1).astype(dtype) for part in parts)
         return a, g
 
-    arrays = (inputs, cotangents)
-    n, given = length(inputs), sum(a.size for a in jax.tree.leaves(arrays))
-    a, g = jax.eval_shape(jax.vmap(factors), arrays)
-    more = a.size + n * min(a.shape[2] ** 2, a.shape[1] * g.shape[1])
+    a, g = jax.eval_shape(jax.vmap(columns), calls)
+    n, given = length(inputs), sum(leaf.size for leaf in jax.tree.leaves(calls))
+    of_pairs, of_gradients = n * a.shape[2] ** 2, n * a.shape[1] * g.shape[1]
 
-    def block(arrays: tuple) -> Any:
-        a, g = jax.vmap(factors)(arrays)
-        of_bias = jnp.sum(jnp.square(g.sum(2)), 1) if with_bias else 0
-        return _square_of_products(a, g) + of_bias
+    # Gradients of examples that are about as small as what the layer read and got take its place.
+    keep = a.shape[2] > 1 and of_gradients <= _KEPT * given
 
-    return map_blocks(block, arrays, max(1, n * given // more))
+    def block(calls: list[tuple]) -> Any:
+        a, g = jax.vmap(columns)(calls)
+        of_bias = g.sum(2)
+        if keep:
+            return _einsum("nkt,not->nok", a, g), of_bias
+        squares = _square_of_products(a, g)
+        return squares + jnp.sum(jnp.square(of_bias), 1) if len(params) == 2 else squares
+
+    more = a.size + (0 if keep else min(of_pairs, of_gradients))
+    found = map_blocks(block, calls, max(1, n * given // more))
+    if not keep:
+        return found, later
+    found = found[: len(params)]
+    squares = [jnp.sum(jnp.square(part.reshape(n, -1)), 1) for part in found]
+    both = list(zip(found, params, strict=True))
+    return sum(squares), lambda f: [jnp.tensordot(f, g, 1).reshape(p.shape) for g, p in both]
+
+
+def _shortened(layer: Any, params: list[Any], calls: list[tuple], factors: Any) -> list[Any]:
+    """Return the gradients of a layer's parameters with every cotangent shortened by its factor."""
+    total = [0] * len(params)
+    for x, g in calls:
+        spread = factors.reshape(-1, *(1,) * (g.ndim - 1))
+        g = (g.astype(factors.dtype) * spread).astype(g.dtype)
+        found = [_of_weight(layer, params[0], x, g)]
+        if len(params) == 2:
+            found.append(_of_bias(layer, g))
+        total = [a + b.astype(factors.dtype) for a, b in zip(total, found, strict=True)]
+    return total
 
 
 def _columns(layer: Any, x: Any, g: Any) -> tuple[Any, Any]:
@@ -164,7 +200,7 @@ def _square_of_products(a: Any, g: Any) -> Any:
     if 2 * t * t < k * o:  # the products of pairs of positions are smaller than the gradient
         of_patches = _einsum("nkt,nks->nts", a, a)
         return jnp.sum(of_patches * _einsum("not,nos->nts", g, g), (1, 2))
-    return jnp.sum(jnp.square(_einsum("nkt,not->nko", a, g)), (1, 2))
+    return jnp.sum(jnp.square(_einsum("nkt,not->nok", a, g)), (1, 2))
 
 
 def _square_of_rows(index: Any, g: Any) -> Any:

@@ -26,6 +26,7 @@ from statefulnn.curvature._laplace_parts import (
     triangle,
 )
 from statefulnn.curvature._laplace_state import from_state, state_of
+from statefulnn.curvature._lowrank import lowrank_curvature
 from statefulnn.curvature._models import (
     Model,
     at_least_one,
@@ -49,7 +50,7 @@ from statefulnn.curvature._priors import (
 )
 
 LIKELIHOODS = ("regression", "classification")
-STRUCTURES = ("full", "kron", "diag")
+STRUCTURES = ("full", "kron", "diag", "lowrank")
 
 
 def _field(static: bool = False) -> Any:
@@ -120,9 +121,10 @@ class Laplace:
 
     Attributes:
         params: all parameters, trained ones.
-        eigenvalues: ``(P,)``, of the GGN; with ``structure="diag"`` its diagonal.
-        eigenvectors: ``(P, P)``, in columns; None with ``structure="diag"``; with ``structure="kron"`` a pair
-            for each parameter, see `Laplace.fit`.
+        eigenvalues: ``(P,)``, of the GGN; with ``structure="diag"`` its diagonal; with
+            ``structure="lowrank"`` the largest, ``(rank,)``.
+        eigenvectors: ``(P, P)`` or ``(P, rank)``, in columns; None with ``structure="diag"``; with
+            ``structure="kron"`` a pair for each parameter, see `Laplace.fit`.
         log_likelihood: of the data; for regression minus the sum of squared errors in its place.
         prior_precision: a scalar; ``(L,)``, one for each random array; or a dict of name or pattern ->
             scalar.
@@ -131,7 +133,7 @@ class Laplace:
         likelihood: "regression" or "classification".
         names: the parameters that are random, in order; None for all of them.
         numbers: how many outputs the data have together, N · C.
-        structure: "full", "kron" or "diag".
+        structure: "full", "kron", "diag" or "lowrank".
         outputs: the shape in which the outputs of an example are seen: ``(C,)``, or ``(T, C)``.
 
     Source: MacKay 1992, "A Practical Bayesian Framework for Backpropagation Networks"; Daxberger et al.
@@ -178,6 +180,7 @@ class Laplace:
         prior_precision: Any = 1.0,
         sigma: Any = 1.0,
         batch_size: int | None = None,
+        rank: int = 20,
     ) -> Laplace:
         """Compute the curvature of a trained model on its data.
 
@@ -192,7 +195,8 @@ class Laplace:
             structure: "full" for the whole matrix, P x P, whose eigenvectors take P³ operations; "diag" for
                 its diagonal; "kron" (of a Module) for a block of each parameter, ``A ⊗ B`` for the weights
                 of Linear, Conv and Embedding, whole for others of up to 1,024 numbers (biases, norms) and
-                diagonal for larger ones.
+                diagonal for larger ones; or "lowrank" for its largest eigenvalues, from ``4 rank + 40``
+                products with vectors, which are in memory at once.
             subset: which parameters are random: "all"; "last_layer", those of the submodule that owns
                 the last one (of a Module, since arrays by name have no order); names and patterns, such as
                 ``"lora_*"`` or ``"head.*"``; or a function of a name.
@@ -201,6 +205,7 @@ class Laplace:
                 ``{"*": 1.0, "head.*": 0.1}``. `maximize_evidence` finds them.
             sigma: a positive number, the standard deviation of the noise of a regression.
             batch_size: how many examples' Jacobians, (C, P), are in memory at once; None for all.
+            rank: the number of eigenvalues, for ``structure="lowrank"``.
 
         Raises:
             ValueError: for an unknown likelihood or structure, or hyperparameters that are not
@@ -217,6 +222,7 @@ class Laplace:
         check_batch_size(batch_size, function)
         check_prior(prior_precision, function)
         check_positive(sigma, "sigma", function)
+        check_positive(rank, "rank", function)
         fn, params = pure(model, function)
         names = chosen_names(model, params, subset, function)
         data = (jax.tree.map(jnp.asarray, inputs_of(x)), jnp.asarray(y))
@@ -237,7 +243,10 @@ class Laplace:
         else:
             single = one_output(fn, function)
             outputs_of = lambda flat, inputs: single(with_rest(unravel(flat), rest), inputs)
-            found = _curvature(outputs_of, flat, data, seen, structure, batch_size)
+            if structure == "lowrank":
+                found = lowrank_curvature(outputs_of, flat, data, seen, int(rank), batch_size)
+            else:
+                found = _curvature(outputs_of, flat, data, seen, structure, batch_size)
         score, values, vectors = found
         check_finite(
             (score, values),

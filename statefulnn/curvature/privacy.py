@@ -209,11 +209,12 @@ def ghost_clip(
     """Return a function that sums or averages the clipped gradients of examples without computing them.
 
     For the Linear, Conv and Embedding layers of a Module, the norm of an example's gradient is computed from
-    the layer's inputs and cotangents, and so is the clipped sum: one backward pass serves both. Everything
-    else has gradients of examples, by vmap: norms, where these are no larger than the activations; layers of
-    other classes (recurrent ones, attention's own weights), parameters that are used outside of their layer
-    or by several, and layers in a loop or a checkpoint. There is a warning that names those of them with more
-    than one axis.
+    the layer's inputs and cotangents, and so is the clipped sum: one backward pass serves both. (Where a
+    layer's gradients of examples are about as small as these, they are used themselves.) Everything else has
+    gradients of examples, by vmap: norms, where these are no larger than the activations; layers of other
+    classes (recurrent ones, attention's own weights), parameters that are used outside of their layer or by
+    several, and layers in a loop or a checkpoint. There is a warning that names those of them with more than
+    one axis.
 
     Args:
         loss: ``loss(model, *example) -> scalar``, of one example.

@@ -376,3 +376,66 @@ def test_what_is_wrong_is_named():
     with pytest.raises(ShapeError, match="'0.weight' of shape"):
         wider = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3))
         Laplace.from_state_dict(wider, state)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+def test_low_rank_keeps_the_largest_eigenvalues_of_the_dense_matrix():
+    with jax.enable_x64(True):
+        ours, theirs, x, y = networks("dense")
+        j = np.concatenate(list(jacobians(theirs, x).values()), 2)
+        whole = np.einsum("ncp,ncd,ndq->pq", j, softmax_curvature(theirs, x), j)
+        values, vectors = np.linalg.eigh(whole)
+        names = sorted(n for n, _ in ours.named_parameters())
+        each = dict(zip(names, (0.3, 2.0, 1.0, 0.5), strict=True))
+        for prior in (0.7, each):
+            diagonal = spread(theirs, each if prior is each else dict.fromkeys(names, prior))
+            posterior = Laplace.fit(
+                ours,
+                x,
+                y,
+                likelihood="classification",
+                structure="lowrank",
+                rank=5,
+                prior_precision=prior,
+                batch_size=3,
+            )
+            np.testing.assert_allclose(posterior.eigenvalues, values[-5:], rtol=1e-9)
+            kept = vectors[:, -5:] * values[-5:] @ vectors[:, -5:].T
+            np.testing.assert_allclose(
+                posterior.covariance(),
+                np.linalg.inv(kept + np.diag(diagonal)),
+                rtol=1e-8,
+                atol=1e-10,
+            )
+            want = evidence(theirs, x, y, kept, diagonal)
+            np.testing.assert_allclose(posterior.log_marginal_likelihood(), want, rtol=1e-10)
+        best = posterior.maximize_evidence(tolerance=1e-10)
+        slopes = jax.grad(best.log_marginal_likelihood)(jax.tree.map(jnp.log, best.prior_precision))
+        np.testing.assert_allclose(jax.tree.leaves(slopes), 0, atol=1e-7)
+        again = Laplace.from_state_dict(ours, best.state_dict())
+        np.testing.assert_array_equal(again.predict_proba(x), best.predict_proba(x))
+
+
+def test_a_few_products_find_the_largest_eigenvalues_of_many_parameters():
+    with jax.enable_x64(True):
+        # Inputs whose scales fall by half; the eigenvalues are those of the inputs' second moments, twice.
+        scales = 0.5 ** np.arange(200)
+        x = np.linalg.qr(np.random.default_rng(0).normal(size=(300, 200)))[0] * scales
+        model = nn.Linear(200, 2, bias=False, dtype=jnp.float64)
+        posterior = Laplace.fit(
+            model, x, np.zeros((300, 2)), likelihood="regression", structure="lowrank", rank=8
+        )
+        np.testing.assert_allclose(
+            posterior.eigenvalues, np.repeat(scales[:4] ** 2, 2)[::-1], rtol=1e-9
+        )
+
+
+def test_a_rank_beyond_the_number_of_parameters_is_the_whole_matrix():
+    with jax.enable_x64(True):
+        x = np.random.default_rng(0).normal(size=(3, 4))  # three examples: rank 3 of 5
+        model = nn.Linear(4, 1, dtype=jnp.float64)
+        fit = functools.partial(Laplace.fit, model, x, np.zeros((3, 1)), likelihood="regression")
+        full, low = fit(), fit(structure="lowrank", rank=50)
+        np.testing.assert_allclose(low.covariance(), full.covariance(), rtol=1e-8, atol=1e-10)
+        with pytest.raises(ValueError, match="rank=0"):
+            fit(structure="lowrank", rank=0)
