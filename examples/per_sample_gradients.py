@@ -10,8 +10,8 @@ A small CNN on the 1,797 handwritten digits of scikit-learn, three times:
 
     python examples/per_sample_gradients.py [--epochs 40] [--seed 0] [--picture out/per_sample_gradients.png]
 
-About a minute on two cores. How private such a run is, in (ε, δ), `nn.curvature.privacy_spent` tells for batches
-that are drawn independently; here they are drawn without replacement.
+About a minute on two cores. How private such a run is, in (ε, δ), `nn.curvature.privacy_spent` tells for
+batches that are drawn independently; here they are drawn without replacement.
 """
 
 from __future__ import annotations
