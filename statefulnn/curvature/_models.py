@@ -60,7 +60,8 @@ def _with_own(
 
 
 def _no_model(model: Any, function: str) -> TypeError:
-    what = type(model).__name__
+    # What `functionalize` returns is a function to its user.
+    what = "function" if isinstance(model, functools.partial) else type(model).__name__
     if isinstance(model, tuple):
         what = f"a tuple of {len(model)}: {', '.join(type(m).__name__ for m in model)}"
     return TypeError(
