@@ -29,10 +29,9 @@ class _Copies:
 
     def __init__(self, trace: Any) -> None:
         self.trace = weakref.ref(trace)
-        self.scopes: dict[
-            int, tuple[Any, Scope]
-        ] = {}  # of the copies, by the array they were made of
-        self.bypassed: list[str] = []  # the boxes that were read in the place of their copies
+        # Of the copies, by the identity of the array that each was made of.
+        self.scopes: dict[int, tuple[Any, Scope]] = {}
+        self.bypassed: list[str] = []  # the boxes that were read instead of their copies
 
 
 class _Open(threading.local):

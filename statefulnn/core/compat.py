@@ -178,6 +178,11 @@ def kind(trace: Any) -> str:
     return kinds.get(type(trace)) or kinds[object]
 
 
+def under_compilation() -> bool:
+    """Say whether what runs now is traced to be compiled."""
+    return any(kind(trace) == "staged" for trace in chain(current_trace()))
+
+
 def is_forward_mode(trace: Any) -> bool:
     """Say whether a trace is that of ``jax.jvp``."""
     return kind(trace) == "autodiff" and "forward" in _modes().get(type(trace), ())

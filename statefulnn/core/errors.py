@@ -122,7 +122,7 @@ class ConvergenceError(StatefulnnError, RuntimeError):
 
 
 class NotDifferentiableError(StatefulnnError, ValueError):
-    """Something whose derivative is wanted and does not exist, or is no use."""
+    """A derivative is wanted that does not exist, or that is useless."""
 
 
 class DivergenceWarning(RuntimeWarning):

@@ -1,4 +1,4 @@
-"""Failures that compiled code finds: errors of this package in the place of the runtime's.
+"""Failures that compiled code finds: errors of this package instead of the runtime's.
 
 A callback may raise what it likes, JAX's runtime passes on the text alone, in an error of its own. So each
 failure is kept as well, and whoever of this package meets the runtime's error raises the failure that it

@@ -259,10 +259,8 @@ class _Statics:
                 keys, stored, copy = HookKeyMaker(where, self._node_of), dict(value), HOOKS
                 key = tuple(map(keys.of, value.values()))
             else:
-                keys, stored = (
-                    ValueKeyMaker(where, self._node_of, unwatched, of_clone),
-                    value,
-                )
+                keys = ValueKeyMaker(where, self._node_of, unwatched, of_clone)
+                stored = value
                 key = keys.of(value)
                 if keys.mutable or keys.rebinds:
                     copy = COPIED

@@ -31,7 +31,7 @@ def triangle(rows: Any) -> Any:
     return jnp.pad(triangle, ((0, missing), (0, 0)))
 
 
-# torch's label for what is no datum: padding.
+# torch's label for padding, which is not part of the data.
 IGNORED = -100
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -13,6 +12,7 @@ import numpy as np
 
 from statefulnn.core.compat import Tracer
 from statefulnn.core.errors import ConvergenceError, DivergenceWarning, explain
+from statefulnn.core.reports import report_unless, warn
 
 
 class Solved(NamedTuple):
@@ -36,18 +36,11 @@ def require(fine: Any, say: Callable[..., str], *values: Any) -> None:
             raise ConvergenceError(say(*map(np.asarray, values)))
         return
 
-    def on_host(fine: Any, *values: Any) -> None:
-        if not np.all(fine):  # asked again: under vmap both branches of the condition run
-            warnings.warn(say(*map(np.asarray, values)), DivergenceWarning, stacklevel=2)
+    def tell(fine: Any, *values: Any) -> None:
+        lane = tuple(np.argwhere(~fine)[0])  # the first one of what is mapped
+        warn(say(*(v[lane] for v in values)), DivergenceWarning)
 
-    fine, values = jax.lax.stop_gradient((fine, values))
-    jax.lax.cond(
-        jnp.all(fine),
-        lambda *args: None,
-        lambda *args: jax.debug.callback(on_host, *args),
-        fine,
-        *values,
-    )
+    report_unless(jnp.all(fine), tell, *values)
 
 
 def solve(apply: Callable, b: Any, tol: float, steps: int) -> tuple[Any, Solved]:

@@ -65,7 +65,7 @@ def hessian(
         a symmetric `LinearOperator`, ``(P, P)``.
 
     Raises:
-        ShapeError: for no batch, an empty one, or a loss that is no scalar.
+        ShapeError: if there is no batch, if one is empty, or if the loss is not a scalar.
         UnknownNameError: if the subset matches no parameter.
         StateWriteError: if the model writes state, as BatchNorm does in training mode.
         MissingRngError: if the model draws random numbers.

@@ -9,7 +9,7 @@ import jax
 from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 
 from statefulnn.core.baked_in import BakedIn
-from statefulnn.core.compat import Tracer, chain, current_trace, kind
+from statefulnn.core.compat import Tracer, current_trace, under_compilation
 
 
 class Hoisted(NamedTuple):
@@ -18,7 +18,7 @@ class Hoisted(NamedTuple):
     Attributes:
         call: ``call(values, *args)``.
         values: the traced values that the function takes from outside, such as the parameters of a module.
-        shapes: what it returns, with ``jax.ShapeDtypeStruct`` in the place of arrays.
+        shapes: what it returns, with ``jax.ShapeDtypeStruct`` instead of arrays.
     """
 
     call: Callable
@@ -54,8 +54,3 @@ def hoisted(function: Callable, *args: Any) -> Hoisted:
         return out.unflatten(jaxpr_as_fun(ClosedJaxpr(closed.jaxpr, filled))(*leaves))
 
     return Hoisted(call, [consts[i] for i in numbers], shapes)
-
-
-def under_compilation() -> bool:
-    """Say whether what runs now is traced to be compiled."""
-    return any(kind(trace) == "staged" for trace in chain(current_trace()))

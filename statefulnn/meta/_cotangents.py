@@ -20,7 +20,7 @@ from jax.custom_derivatives import SymbolicZero
 from statefulnn.core.box import Box
 from statefulnn.core.compat import Tracer, current_trace
 from statefulnn.core.module import Module
-from statefulnn.meta._report import report_unless, staging
+from statefulnn.core.reports import report_unless, staging
 
 
 class _Task(threading.local):

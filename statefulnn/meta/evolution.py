@@ -11,7 +11,7 @@ import numpy as np
 
 from statefulnn.core.compat import Tracer
 from statefulnn.core.errors import DtypeError, explain
-from statefulnn.meta._report import finite, report_unless
+from statefulnn.core.reports import finite, report_unless
 from statefulnn.meta.tasks import require_rng, say_which_diverged
 
 

@@ -13,8 +13,8 @@ import numpy as np
 from statefulnn.core.errors import ConvergenceError, explain
 from statefulnn.core.module import Module
 from statefulnn.core.repeated import body_of_loop
+from statefulnn.core.reports import fail_unless, lanes_of
 from statefulnn.meta._arrays import difference, norm
-from statefulnn.meta._report import fail_unless, lanes_of
 from statefulnn.meta.implicit import implicit_gradient
 from statefulnn.meta.per_step import require_steps
 from statefulnn.transforms.functional_call import functionalize

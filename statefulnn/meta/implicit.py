@@ -17,9 +17,9 @@ import numpy as np
 from statefulnn.core.compat import EAGER, current_trace
 from statefulnn.core.errors import ConvergenceError, TraceLeakError, explain
 from statefulnn.core.repeated import body_of_loop
+from statefulnn.core.reports import fail_unless, lanes_of, staging
 from statefulnn.meta._arrays import difference, dot, norm
 from statefulnn.meta._closures import hoisted
-from statefulnn.meta._report import fail_unless, lanes_of, staging
 from statefulnn.transforms.differentiate import function_name
 
 

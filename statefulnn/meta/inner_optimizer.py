@@ -101,10 +101,10 @@ def adam(
 
 
 def require_differentiable(optimizer: Any, params: Any, steps: int, *, unless: bool) -> None:
-    """Raise for what is no optimizer, or if its steps have no useful derivative by the gradient.
+    """Raise unless this is an optimizer whose steps have a useful derivative by the gradient.
 
     It takes as many steps as the loop, on small arrays, with one gradient of zero and another one; a number
-    in the place of each traced value, such as a learned rate. An optimizer that depends on the shapes cannot
+    instead of each traced value, such as a learned rate. An optimizer that depends on the shapes cannot
     be tried, and passes.
     """
     if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):

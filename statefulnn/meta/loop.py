@@ -15,8 +15,8 @@ from statefulnn.core.errors import DivergenceWarning, ShapeError, explain
 from statefulnn.core.extras import import_extra
 from statefulnn.core.failures import typed_failures
 from statefulnn.core.repeated import body_of_loop
+from statefulnn.core.reports import said_once, warn
 from statefulnn.meta._arrays import strong_arrays
-from statefulnn.meta._report import said_once, warn
 
 
 def loop(

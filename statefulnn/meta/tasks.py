@@ -13,9 +13,9 @@ import numpy as np
 from statefulnn.core.errors import DivergenceWarning, MissingRngError, ShapeError, explain
 from statefulnn.core.generator import as_key
 from statefulnn.core.repeated import HasRepeatedForm, repeated, straight_code_only
+from statefulnn.core.reports import finite, named_lanes, report_unless, warn
 from statefulnn.meta._cotangents import looked_at, results_counted, watched_task
 from statefulnn.meta._one_by_one import one_by_one
-from statefulnn.meta._report import finite, named_lanes, report_unless, warn
 
 RANDOMNESS = ("different", "same")
 VECTORIZE = ("auto", "vmap", "loop")

@@ -12,10 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from statefulnn.core.compat import Tracer
+from statefulnn.core.compat import Tracer, under_compilation
 from statefulnn.core.errors import StatefulnnError
 from statefulnn.core.failures import fail, note_check
-from statefulnn.meta._closures import under_compilation
 
 
 class _Staging(threading.local):
