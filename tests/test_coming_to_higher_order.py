@@ -1,4 +1,4 @@
-"""docs/coming-to-higher-order.md: its lines are counted again, and its scripts compute what torch computes."""
+"""docs/coming-to-higher-order.md: its lines are counted, and its scripts compute what torch computes."""
 
 from __future__ import annotations
 
