@@ -1,4 +1,4 @@
-"""docs/coming-to-higher-order.md: its lines are counted again, and its scripts compute what torch computes."""
+"""docs/coming-to-higher-order.md: its lines are counted, and its scripts compute what torch computes."""
 
 from __future__ import annotations
 
@@ -146,7 +146,9 @@ def test_the_rate_inside_adam_has_the_gradient_of_torch():
     script = run_ours(2, weights)
     x, y = double(script["x"]), double(script["y"])
     log_lr = torch.tensor(-5.0, dtype=torch.float64, requires_grad=True)
-    task, mean, square = dict(params), dict.fromkeys(params, 0.0), dict.fromkeys(params, 0.0)
+    task = dict(params)
+    mean = {name: torch.zeros_like(p) for name, p in params.items()}
+    square = dict(mean)
     for step in range(1, 4):
         grads = torch.autograd.grad(
             mse(model, task, x[::2], y[::2]), list(task.values()), create_graph=True
