@@ -81,8 +81,8 @@ EVERY = {
 def thinned(rows: Iterable[Any], every: int = 2) -> list[Any]:
     """Return the rows as parameters of a test, those that are for the long run marked so.
 
-    Of each layer or function the first row runs, and every n-th from there; n is `every`, or more for those in
-    `EVERY`.
+    Of each layer or function the first row runs, and every n-th from there; n is `every`, or what `EVERY`
+    says if that is more.
     """
     number: collections.Counter[str] = collections.Counter()
     out = []
