@@ -8,8 +8,8 @@ all of these steps (Franceschi et al. 2017, section 5.1, on MNIST).
     python examples/hyper_cleaning.py [--wrong 0.5] [--steps 200] [--picture out/hyper_cleaning.png]
 
 It prints the accuracy with all weights alike, with those learned, and with those of an oracle that knows the
-wrong labels: 86.4, 90.8 and 90.6 % on test digits with seed 0. The area under the curve (AUC) of the weights as
-a detector of wrong labels is 0.97. About ten seconds on two cores.
+wrong labels: 86.4, 90.8 and 90.6 % on test digits with seed 0. The area under the curve (AUC) of the weights
+as a detector of wrong labels is 0.97. About ten seconds on two cores.
 """
 
 from __future__ import annotations
@@ -45,16 +45,16 @@ class Data(NamedTuple):
 
 def load_data(share: float, seed: int) -> Data:
     """Return 997 digits, of which `share` have another label, 300 to judge the weights on, 500 to test."""
-    digits = load_digits()
-    images, labels = (digits.data / 16).astype(np.float32), digits.target.astype(np.int32)
+    x, y = load_digits(return_X_y=True)
+    images, labels = (x / 16).astype(np.float32), y.astype(np.int32)
     x, test_x, y, test_y = train_test_split(images, labels, test_size=500, random_state=seed)
     x, valid_x, y, valid_y = train_test_split(x, y, test_size=300, random_state=seed)
     rng = np.random.default_rng(seed)
     wrong = np.zeros(len(y), bool)
     wrong[rng.choice(len(y), round(share * len(y)), replace=False)] = True
     noisy = np.where(wrong, (y + rng.integers(1, 10, len(y))) % 10, y)
-    pairs = ((x, noisy), (valid_x, valid_y), (test_x, test_y))
-    return Data(*((jnp.asarray(x), jnp.asarray(y, jnp.int32)) for x, y in pairs), wrong)
+    pair = lambda x, y: (jnp.asarray(x), jnp.asarray(y, jnp.int32))
+    return Data(pair(x, noisy), pair(valid_x, valid_y), pair(test_x, test_y), wrong)
 
 
 def weighted_loss(params: dict, logits: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:
