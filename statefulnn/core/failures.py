@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import logging
 import threading
 from collections.abc import Iterator
 from typing import Any, NoReturn
@@ -32,6 +33,15 @@ def fail(error: StatefulnnError) -> NoReturn:
     """Raise an error, which may be in a callback of compiled code."""
     _recent.append((type(error), str(error)))
     raise error
+
+
+def _is_raised_anyway(record: logging.LogRecord) -> bool:
+    error = (record.exc_info or (None, None))[1]
+    return isinstance(error, StatefulnnError) and (type(error), str(error)) in _recent
+
+
+# JAX logs each error of a callback with its traceback, also one that is raised and caught.
+logging.getLogger("jax._src.debugging").addFilter(lambda record: not _is_raised_anyway(record))
 
 
 @contextlib.contextmanager

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -328,3 +330,17 @@ def test_one_that_looks_at_values_from_its_closure_is_refused():
 
     with pytest.raises(nn.TraceLeakError, match=r"(?s)from a closure.*fit\(init, value\)"):
         jax.grad(outer)(jnp.asarray(3.0))
+
+
+def test_an_error_that_is_raised_is_not_logged_as_well(caplog):
+    with pytest.raises(nn.ConvergenceError):
+        jax.jvp(lambda c: nn.meta.cg()(lambda v: -c * v, jnp.ones(2)), (1.0,), (1.0,))
+    assert not caplog.records
+
+    def fail(_):
+        raise ZeroDivisionError
+
+    with contextlib.suppress(RuntimeError, ZeroDivisionError):
+        jax.jvp(lambda x: (jax.debug.callback(fail, x), x)[1], (1.0,), (1.0,))
+        jax.effects_barrier()
+    assert [r.exc_info[0] for r in caplog.records] == [ZeroDivisionError]
