@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import mislabelled_digits as example
 import pytest
+
+import mislabelled_digits as example
 
 
 def check(numbers: dict[str, float]) -> None:
