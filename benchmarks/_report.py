@@ -172,5 +172,7 @@ def _write_markdown(path: Path, report: Report, title: str, mark: str) -> None:
     if begin in page and end in page:
         before, after = page.split(begin)[0], page.split(end)[1]
         path.write_text(f"{before}{begin}\n{body}\n{end}{after}")
+    elif page:
+        raise SystemExit(f"{path} is a page without the line {begin!r}: nothing is written to it")
     else:
         path.write_text(f"# {title}\n\n{body}\n")

@@ -1,7 +1,7 @@
 """What eigenvalues cost beside the products that they need.
 
-    python benchmarks/curvature.py --json results.json --markdown results.md
-    python benchmarks/curvature.py --seconds 60 --only hessian
+    python benchmarks/curvature.py --json results.json --markdown docs/benchmarks.md
+    python benchmarks/curvature.py --only hessian
 
 The network has about 100,000 parameters, the data the size of digits (1,797 images of 8 x 8). Its
 top ten eigenvalues by `eigenpairs` are timed beside as many products as these need, in one compiled loop
@@ -10,8 +10,7 @@ and in one interleaved run: what is above 1 is orthogonalisation, restarts and d
 
 from __future__ import annotations
 
-import argparse
-import json
+import functools
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +24,7 @@ import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 from _harness import Case, measure, table  # noqa: E402
+from _report import Report, arguments, run  # noqa: E402
 
 import statefulnn as nn  # noqa: E402
 import statefulnn.functional as F  # noqa: E402
@@ -106,39 +106,28 @@ def check(A: Any, values: Any) -> None:
     np.testing.assert_allclose(values[0], jnp.linalg.norm(v), rtol=1e-2)
 
 
-def main(argv: list[str] | None = None) -> dict[str, Any]:
-    """Time both matrices; print a table, return the numbers."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seconds", type=float, default=60.0, help="for each matrix, about")
-    parser.add_argument("--only", default="", help="matrices whose name contains this")
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--markdown", type=Path)
-    args = parser.parse_args(argv)
-    names = [name for name in MATRICES if args.only in name]
-    if not names:
-        parser.error(f"--only {args.only!r} matches none of {', '.join(MATRICES)}")
+def compare(name: str, report: Report, quick: bool) -> None:
+    """Add the table of one kind of matrix."""
+    cases, products, size = cases_of(name)
+    timings = measure(cases, seconds=5 if quick else 60, description=name, burst_us=1.0, fewest=5)
+    report.numbers[name] = {
+        "parameters": size,
+        "products": products,
+        "timings": [t.row() for t in timings],
+    }
+    report.target(f"{name}: top {K} beside its products", timings[1].ratio_done, 1.2, "x")
+    rows = [[t.label, f"{t.done / 1e3:.0f}", f"{t.ratio_done:.2f}x"] for t in timings]
+    note = f"64-256-256-64-10, {size:,} parameters, 1,797 rows."
+    report.section(f"Eigenvalues: {name}", table(["", "ms", "beside the products"], rows), note)
 
-    results: dict[str, Any] = {}
-    rows = []
-    for name in names:
-        cases, products, size = cases_of(name)
-        timings = measure(cases, seconds=args.seconds, description=name, burst_us=1.0, fewest=5)
-        results[name] = {
-            "parameters": size,
-            "products": products,
-            "timings": [t.row() for t in timings],
-        }
-        rows += [
-            [f"{name}: {t.label}", f"{t.done / 1e3:.0f}", f"{t.ratio_done:.2f}"] for t in timings
-        ]
-    text = table(["matrix: what", "ms", "beside the products"], rows)
-    print(text)
-    if args.json:
-        args.json.write_text(json.dumps(results, indent=1) + "\n")
-    if args.markdown:
-        args.markdown.write_text(text + "\n")
-    return results
+
+PARTS = {name: functools.partial(compare, name) for name in MATRICES}
+
+
+def main(argv: list[str] | None = None) -> int:
+    options = arguments(__doc__ or "", list(PARTS)).parse_args(argv)
+    return run(PARTS, options, title="Eigenvalues", mark="curvature", packages=())
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
