@@ -87,9 +87,8 @@ def not_backwards(values: Any, refuse: Callable[[], NoReturn]) -> Any:
 
     @functools.partial(jax.checkpoint, policy=asked)
     def same(numbers: list[Any]) -> list[Any]:
-        return [
-            jnp.where(v == v, v, v) for v in numbers
-        ]  # whose derivative needs what was compared
+        # The derivative needs what was compared, which could be kept.
+        return [jnp.where(v == v, v, v) for v in numbers]
 
     return _of_numbers(values, same)
 
