@@ -9,9 +9,9 @@ from typing import Any, NamedTuple, NoReturn
 import jax
 import jax.numpy as jnp
 
+from statefulnn.core.conjugate_gradients import norm
 from statefulnn.core.errors import NotDifferentiableError, explain
 from statefulnn.core.repeated import body_of_loop
-from statefulnn.meta._arrays import norm
 from statefulnn.meta._cotangents import not_backwards
 from statefulnn.meta.adapt import InnerTask, Loop, one_tuple
 from statefulnn.meta.inner_optimizer import MOST_STEPS
