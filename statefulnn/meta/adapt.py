@@ -143,19 +143,7 @@ def adapt(
     _check_options(steps, truncate, checkpoint, unroll)
     if unroll is None:
         unroll = 0 if in_turn() else UNROLLED
-    task = InnerTask(
-        fn=fn,
-        params=params,
-        loss=loss,
-        data=one_tuple("adapt", data, separate),
-        optimizer=optimizer,
-        slots=slots,
-        lr=lr,
-        only=only,
-        state=state,
-        rng=rng,
-        first_order=first_order,
-    )
+    task = InnerTask.of("adapt", locals())
     return Loop(task, steps, batches).run(truncate, checkpoint, keep_path, unroll)
 
 
@@ -175,21 +163,19 @@ class InnerTask:
     rng: Any
     first_order: bool
 
-    def __post_init__(self) -> None:
-        _check_task(self.fn, self.params, self.data, self.state)
-
-
-def one_tuple(function: str, data: Any, separate: tuple) -> Any:
-    """Return the data, or raise if they were not given as one tuple."""
-    if separate:
-        raise TypeError(
-            explain(
-                f"{function} was given its data as {1 + len(separate)} separate arguments",
-                "they are the inputs and the target, in this order",
-                f"pass one tuple: {function}(fn, params, loss, (x, y), lr=0.01)",
+    @classmethod
+    def of(cls, function: str, given: Mapping[str, Any]) -> InnerTask:
+        """Return the task that a function was given, as its arguments by name; raise if it makes no sense."""
+        if given["separate"]:
+            raise TypeError(
+                explain(
+                    f"{function} was given its data as {1 + len(given['separate'])} separate arguments",
+                    "they are the inputs and the target, in this order",
+                    f"pass one tuple: {function}(fn, params, loss, (x, y), lr=0.01)",
+                )
             )
-        )
-    return data
+        _check_task(given["fn"], given["params"], given["data"], given["state"])
+        return cls(**{field.name: given[field.name] for field in dataclasses.fields(cls)})
 
 
 def _check_options(steps: int, truncate: int | None, checkpoint: str, unroll: int | None) -> None:

@@ -13,7 +13,7 @@ from statefulnn.core.conjugate_gradients import norm
 from statefulnn.core.errors import NotDifferentiableError, explain
 from statefulnn.core.repeated import body_of_loop
 from statefulnn.meta._cotangents import not_backwards
-from statefulnn.meta.adapt import InnerTask, Loop, one_tuple
+from statefulnn.meta.adapt import InnerTask, Loop
 from statefulnn.meta.inner_optimizer import MOST_STEPS
 from statefulnn.meta.per_step import is_rows, require_steps
 
@@ -93,19 +93,7 @@ def adapt_until(
         [37, 7]
     """
     _check_options(steps, patience, truncate)
-    task = InnerTask(
-        fn=fn,
-        params=params,
-        loss=loss,
-        data=one_tuple("adapt_until", data, separate),
-        optimizer=optimizer,
-        slots=slots,
-        lr=lr,
-        only=only,
-        state=state,
-        rng=rng,
-        first_order=first_order,
-    )
+    task = InnerTask.of("adapt_until", locals())
     if any(map(is_rows, jax.tree_util.tree_leaves((params, state, lr), is_leaf=is_rows))):
         raise TypeError(
             explain(
