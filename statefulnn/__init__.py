@@ -12,6 +12,7 @@ from statefulnn.core.errors import (
     DtypeError,
     MissingRngError,
     NotDifferentiableError,
+    PicklingError,
     RegistrationError,
     RetraceWarning,
     ShapeError,

@@ -7,6 +7,7 @@ does work; `explain` puts them together.
 
 from __future__ import annotations
 
+import pickle
 import sys
 from collections.abc import Callable, Iterator
 from types import FrameType
@@ -41,6 +42,13 @@ def caller() -> str:
     for frame, _ in _frames():
         return f"{frame.f_code.co_filename}:{frame.f_lineno}"
     return "an unknown place"
+
+
+def called_by(*libraries: str) -> bool:
+    """Say whether the nearest frame outside this package belongs to one of these libraries, or its copies."""
+    frame, _ = next(_frames(), (None, 0))
+    name = "" if frame is None else frame.f_globals.get("__name__", "")
+    return not set(libraries).isdisjoint(name.split("."))
 
 
 def user_stack_level() -> int:
@@ -123,6 +131,10 @@ class ConvergenceError(StatefulnnError, RuntimeError):
 
 class NotDifferentiableError(StatefulnnError, ValueError):
     """A derivative is wanted that does not exist, or that is useless."""
+
+
+class PicklingError(StatefulnnError, pickle.PicklingError):
+    """What a pickle refers to by name is not found under this name."""
 
 
 class DivergenceWarning(RuntimeWarning):

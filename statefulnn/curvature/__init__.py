@@ -2,6 +2,7 @@
 
 from statefulnn.curvature.accounting import noise_multiplier_for, privacy_spent
 from statefulnn.curvature.influence import influence
+from statefulnn.curvature.kfac import kfac
 from statefulnn.curvature.laplace import Laplace
 from statefulnn.curvature.linearized import linearize_model, taylor_model
 from statefulnn.curvature.matrices import (

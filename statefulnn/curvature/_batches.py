@@ -89,6 +89,12 @@ def number_of(stacks: Stacks) -> int:
     return sum(length(s) * examples_in(s) for s in stacks)
 
 
+def joined(stacks: Stacks) -> Any:
+    """Return all examples, (N, ...); they have one shape."""
+    rows = lambda a: a.reshape(-1, *a.shape[2:])
+    return jax.tree.map(lambda *parts: jnp.concatenate([rows(a) for a in parts]), *stacks)
+
+
 def summed(function: Callable, stacks: Stacks, mean: bool) -> Any:
     """Return the sum over the batches of a tree, or their mean, weighted by their examples.
 

@@ -62,10 +62,11 @@ class Aligned:
             return jnp.matmul(rows, self.vectors.T if back else self.vectors, precision="highest")
         parts = jnp.split(rows, np.cumsum(self.sizes)[:-1], axis=-1)
         pairs = zip(parts, self.vectors, strict=True)
-        return jnp.concatenate([_by_pair(part, pair, back) for part, pair in pairs], -1)
+        return jnp.concatenate([by_pair(part, pair, back) for part, pair in pairs], -1)
 
 
-def _by_pair(part: Any, pair: Pair, back: bool) -> Any:
+def by_pair(part: Any, pair: Pair, back: bool) -> Any:
+    """Return numbers (..., size) of one parameter in the coordinates of its eigenvectors, or back."""
     left, right = (q if q is None or back else q.T for q in pair)
     if right is None:
         return part

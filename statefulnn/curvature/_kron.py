@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -19,13 +19,20 @@ import jax.numpy as jnp
 from statefulnn.core.module import Module
 from statefulnn.curvature._blocks import fold_blocks, length
 from statefulnn.curvature._gaussians import Pair
-from statefulnn.curvature._laplace_parts import Likelihood
 from statefulnn.curvature._layers import DENSE, Layers, all_positions, probed, structured_layers
 from statefulnn.curvature._models import checked_output, wide
 from statefulnn.modules.sparse import Embedding
 
 # Beyond it a parameter without a layer that is known has the diagonal of its block.
 LARGEST_BLOCK = 1024
+
+
+class _Curved(Protocol):
+    """What has a curvature by the outputs of an example: a likelihood, or a loss."""
+
+    def of(self, out: Any, target: Any) -> tuple[Any, Any]:
+        """Return its value, and R with R Rᵀ the curvature by the flat outputs."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -62,7 +69,7 @@ def kron_curvature(
     blocks: Blocks,
     params: Mapping[str, Any],
     data: tuple,
-    likelihood: Likelihood,
+    likelihood: _Curved,
     batch_size: int | None,
     function: str,
 ) -> tuple[Any, Any, tuple[Pair, ...]]:

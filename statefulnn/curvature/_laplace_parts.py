@@ -127,9 +127,9 @@ def module_in(model: Model, function: str) -> Module:
     if not isinstance(module, Module):
         raise TypeError(
             explain(
-                f"{function}(structure='kron') was given a function",
+                f"{function} was given a function",
                 "the factors are those of the layers of a module, which a function does not show",
-                "pass a Module or (module, params), or choose another structure",
+                "pass a Module or (module, params)",
             )
         )
     return module

@@ -32,7 +32,7 @@ def influence(
     each: bool = False,
     subset: Filter = "all",
     batch_size: int | None = None,
-    tol: float = 1e-5,
+    tol: float | None = 1e-5,
     max_steps: int = 1000,
 ) -> jax.Array:
     """Return for each training example how much the test loss would rise if it had been left out.
@@ -59,7 +59,7 @@ def influence(
 
     Raises:
         ConvergenceError: if the curvature is found to be not positive definite, or the tolerance is not
-            reached; compiled code warns, `DivergenceWarning`.
+            reached; from compiled code as `LinearOperator.inverse`.
         ShapeError, StateWriteError, UnknownNameError: as `hessian`.
 
     Source: Koh and Liang 2017, "Understanding Black-box Predictions via Influence Functions",

@@ -238,7 +238,8 @@ class Laplace:
 
         if structure == "kron":
             example = jax.tree.map(lambda a: a[0], data[0])
-            blocks = find_blocks(module_in(model, function), params, chosen, example)
+            module = module_in(model, f"{function}(structure='kron')")
+            blocks = find_blocks(module, params, chosen, example)
             found = kron_curvature(blocks, params, data, seen, batch_size, function)
         else:
             single = one_output(fn, function)

@@ -79,7 +79,7 @@ def hessian(
         >>> A.shape, sorted(A @ {name: p.value for name, p in model.named_parameters()})
         ((50, 50), ['0.bias', '0.weight', '2.bias', '2.weight'])
     """
-    problem = _problem("hessian", model, data, subset, batch_size, loss, reduction)
+    problem = problem_of("hessian", model, data, subset, batch_size, loss, reduction)
     rule = Bound(_hessian_product, (problem.fn, problem.loss, problem.mean))
     return problem.symmetric(rule)
 
@@ -115,7 +115,7 @@ def ggn(
         >>> A.to_dense().tolist()
         [[1.0, 0.0], [0.0, 1.0]]
     """
-    problem = _problem("ggn", model, data, subset, batch_size, loss, reduction)
+    problem = problem_of("ggn", model, data, subset, batch_size, loss, reduction)
     outputs = Bound(_outputs, (problem.fn,))
     return problem.sandwich(outputs, Bound(_loss_of_outputs, (problem.loss,)))
 
@@ -152,7 +152,7 @@ def empirical_fisher(
         >>> nn.curvature.empirical_fisher(model, F.cross_entropy, data).shape
         (9, 9)
     """
-    problem = _problem("empirical_fisher", model, data, subset, batch_size, loss, reduction)
+    problem = problem_of("empirical_fisher", model, data, subset, batch_size, loss, reduction)
     outputs = Bound(_losses, (problem.fn, problem.loss))
     return problem.sandwich(outputs, Bound(_half_squares, (problem.mean,)))
 
@@ -199,7 +199,7 @@ def fisher(
         True
     """
     check_choice(likelihood, LIKELIHOODS, "likelihood", "fisher")
-    problem = _problem("fisher", model, data, subset, batch_size, None, reduction)
+    problem = problem_of("fisher", model, data, subset, batch_size, None, reduction)
     if samples is None:
         outputs = Bound(_outputs, (problem.fn,))
         return problem.sandwich(outputs, Bound(_log_partition, (likelihood, problem.mean)))
@@ -233,7 +233,7 @@ def jacobian(
         >>> (J.T @ jnp.ones((2, 1)))["weight"].tolist()
         [[4.0, 6.0]]
     """
-    problem = _problem("jacobian", model, data, subset, batch_size)
+    problem = problem_of("jacobian", model, data, subset, batch_size)
     return problem.rows(Bound(_outputs, (problem.fn,)))
 
 
@@ -270,7 +270,7 @@ def examples_jacobian(
     model: Model, loss: Loss, data: Any, subset: Filter, batch_size: int | None, function: str
 ) -> LinearOperator:
     """Return the operator whose rows are the gradients of the examples' losses, (N, P)."""
-    problem = _problem(function, model, data, subset, batch_size, loss)
+    problem = problem_of(function, model, data, subset, batch_size, loss)
     return problem.rows(Bound(_losses, (problem.fn, problem.loss)))
 
 
@@ -279,7 +279,7 @@ def examples_jacobian(
 
 
 @dataclasses.dataclass(frozen=True)
-class _Problem:
+class Problem:
     """A model, a loss and data, checked.
 
     Attributes:
@@ -315,7 +315,7 @@ class _Problem:
         push, pull = Bound(_push, (outputs,)), Bound(_pull, (outputs,))
         return Leaf(self.space, Space.of(shapes), False, self.operands, push, pull)
 
-    def with_draws(self, key: Any, likelihood: str, samples: int) -> _Problem:
+    def with_draws(self, key: Any, likelihood: str, samples: int) -> Problem:
         """Return the problem with targets drawn from the model's predictions, (n, samples, ...)."""
 
         def of_batch(pair: tuple) -> tuple:
@@ -330,7 +330,7 @@ class _Problem:
         return dataclasses.replace(self, stacks=tuple(drawn))
 
 
-def _problem(
+def problem_of(
     function: str,
     model: Model,
     data: Any,
@@ -338,7 +338,7 @@ def _problem(
     batch_size: int | None,
     loss: Any = None,
     reduction: str = "mean",
-) -> _Problem:
+) -> Problem:
     check_choice(reduction, REDUCTIONS, "reduction", function)
     fn, params = pure(model, function)
     ordered = _order(model, fn)
@@ -347,7 +347,7 @@ def _problem(
         names = _names(model, params, subset, ordered, function)
     random, rest, _ = parts(params, names)
     stacks = stacked(data, batch_size, loss is not None, function)
-    problem = _Problem(
+    problem = Problem(
         fn,
         _function_of(loss, function),
         reduction == "mean",
@@ -395,7 +395,7 @@ def _function_of(loss: Any, function: str) -> Any:
     return loss
 
 
-def _check_outputs(problem: _Problem, stack: Any, function: str) -> None:
+def _check_outputs(problem: Problem, stack: Any, function: str) -> None:
     """Raise unless the outputs are an array of all examples, and the loss of a batch a scalar."""
     batch = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), stack)
     n = examples_in(stack)

@@ -12,8 +12,10 @@ import jax.numpy as jnp
 from jax.tree_util import register_dataclass
 
 from statefulnn.core.compat import Tracer
-from statefulnn.core.errors import ShapeError, explain
-from statefulnn.curvature._solve import require_solved, solve
+from statefulnn.core.conjugate_gradients import Solver, conjugate_gradients
+from statefulnn.core.errors import ConvergenceError, ShapeError, explain
+from statefulnn.core.failures import typed_failures, wait_for
+from statefulnn.core.reports import lanes_of
 from statefulnn.curvature._spaces import Space
 
 Scalar = int | float | jax.Array
@@ -185,20 +187,28 @@ class LinearOperator:
         """Return ``A + damping I``."""
         return self + scalar(damping, "A.damped(c)") * identity(self.source)
 
-    def inverse(self, tol: float = 1e-5, max_steps: int = 1000) -> LinearOperator:
+    def inverse(
+        self,
+        tol: float | None = 1e-5,
+        max_steps: int = 1000,
+        preconditioner: LinearOperator | None = None,
+    ) -> LinearOperator:
         """Return the inverse of a symmetric positive definite operator, by conjugate gradients.
 
         Each product with it is a solve. It is differentiable, by the vector and by the operator's arrays.
 
         Args:
-            tol: the residual to reach, relative to the right-hand side.
+            tol: the residual to reach, relative to the right-hand side; None takes what the steps give.
             max_steps: at most as many products with the operator for each solve.
+            preconditioner: an operator that is near the inverse, symmetric and positive definite, for fewer
+                steps: ``kfac(...).damped(c).inverse()``, say.
 
         Raises:
-            TypeError: if the operator is not symmetric.
+            TypeError: if the operator, or the preconditioner, is not symmetric.
+            ShapeError: if the preconditioner takes other vectors.
             ConvergenceError: by a product, if the operator is found to be not positive definite, or the
-                tolerance is not reached. Compiled code cannot raise: there a `DivergenceWarning` says so, and
-                a solution for a matrix that is not positive definite is NaN.
+                tolerance is not reached. From a raw ``jax.jit`` it is a ``jax.errors.JaxRuntimeError`` with
+                this text; both are RuntimeError.
 
         Source: Hestenes and Stiefel 1952.
 
@@ -209,7 +219,10 @@ class LinearOperator:
         """
         require_symmetric(self, "A.inverse()", "(A.T @ A).damped(1e-3).inverse() @ A.T")
         check_count(max_steps, 1, "max_steps", "A.inverse()")
-        return Inverse(self.source, self.target, True, self, tol, max_steps)
+        if preconditioner is not None:
+            require_symmetric(preconditioner, "A.inverse(preconditioner=M)", "M.T @ M")
+            _require_equal(self.source, preconditioner.source, "A.inverse()", "the preconditioner")
+        return Inverse(self.source, self.target, True, self, preconditioner, tol, max_steps)
 
     def __matmul__(self, other: Any) -> Any:
         if isinstance(other, LinearOperator):
@@ -322,13 +335,32 @@ class Inverse(LinearOperator):
     """A⁻¹ of a symmetric A."""
 
     operator: LinearOperator
-    tol: float = field(metadata=STATIC)
+    preconditioner: LinearOperator | None
+    tol: float | None = field(metadata=STATIC)
     max_steps: int = field(metadata=STATIC)
 
     def _run(self, vector: Any, many: bool) -> Any:
-        out, solved = _solved(self.operator, vector, self.tol, self.max_steps, many)
-        require_solved(solved, self.tol, self.max_steps)
-        return out
+        return _solved(self, vector, many)
+
+    def solve(self, vector: Any) -> Any:
+        """Return ``A⁻¹ v`` of a tree."""
+        A, M, tol = self.operator, self.preconditioner, self.tol
+        given = f"tol={tol if tol is None else format(tol, 'g')}, max_steps="
+        solver = Solver(
+            call=f"A.inverse({given}{self.max_steps})",
+            more=f"A.inverse({given}{10 * self.max_steps})",
+            damping="damping, A.damped(1e-3).inverse()",
+            noun="vector",
+        )
+        out, _ = conjugate_gradients(
+            flat_product(A),
+            A.source.flatten(vector),
+            solver,
+            tol=tol,
+            steps=self.max_steps,
+            precondition=None if M is None else flat_product(M),
+        )
+        return A.source.unflatten(out)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -337,13 +369,23 @@ def _compiled(product: Callable, many: bool, operands: Any, vector: Any) -> Any:
     return jax.vmap(run)(vector) if many else run(vector)
 
 
-@functools.partial(jax.jit, static_argnums=(2, 3, 4))
-def _solved(A: LinearOperator, vector: Any, tol: float, steps: int, many: bool) -> Any:
-    def one(vector: Any) -> Any:
-        x, solved = solve(flat_product(A), A.source.flatten(vector), tol, steps)
-        return A.source.unflatten(x), solved
+def checked_jit(function: Callable, static_argnums: int | tuple[int, ...] = ()) -> Callable:
+    """Compile a function that may multiply with an inverse; where a solve fails, the error is ours."""
+    compiled = jax.jit(function, static_argnums=static_argnums)
 
-    return jax.vmap(one)(vector) if many else one(vector)
+    @functools.wraps(function)
+    def call(*args: Any) -> Any:
+        with typed_failures():
+            out = compiled(*args)
+        wait_for(out)
+        return out
+
+    return call
+
+
+@functools.partial(checked_jit, static_argnums=2)
+def _solved(inverse: Inverse, vector: Any, many: bool) -> Any:
+    return jax.vmap(inverse.solve)(vector) if many else inverse.solve(vector)
 
 
 def _transposed(product: Callable, source: Space, operands: Any, vector: Any) -> Any:
@@ -408,6 +450,18 @@ def require_symmetric(A: Any, function: str, instead: str) -> None:
                 f"{instead}; or LinearOperator.of(..., symmetric=True)",
             )
         )
+
+
+def not_positive_definite(function: str, fine: Any, smallest: Any) -> ConvergenceError:
+    """Return the error about an eigenvalue that is not above zero."""
+    return ConvergenceError(
+        explain(
+            f"{function} met the eigenvalue {smallest[~fine].min():.1e}{lanes_of(fine, 'operator')}",
+            "the matrix is not positive definite, or not finite: a Hessian away from a minimum is not",
+            "damping, A.damped(1e-3) or more; a larger penalty in training, or more steps of it; or ggn in "
+            "place of hessian",
+        )
+    )
 
 
 def _are_transposes(a: LinearOperator, b: LinearOperator) -> bool:

@@ -9,18 +9,19 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.tree_util import register_dataclass
 
-from statefulnn.core.errors import explain
+from statefulnn.core.errors import ConvergenceError, explain
 from statefulnn.core.generator import as_key, next_key
+from statefulnn.core.reports import fail_unless, lanes_of
 from statefulnn.curvature._lanczos import extend, random_start
 from statefulnn.curvature._models import check_choice
-from statefulnn.curvature._solve import not_positive_definite, require
 from statefulnn.curvature.operators import (
     LinearOperator,
     check_count,
+    checked_jit,
     flat_product,
+    not_positive_definite,
     require_symmetric,
 )
 
@@ -61,7 +62,7 @@ def eigenpairs(
     k: int = 1,
     *,
     which: str = "largest",
-    tol: float = 1e-5,
+    tol: float | None = 1e-5,
     basis_size: int | None = None,
     max_restarts: int = 100,
     rng: Any = None,
@@ -76,7 +77,8 @@ def eigenpairs(
         A: a symmetric operator, ``(P, P)``.
         k: how many, at most P.
         which: "largest", "smallest", or "magnitude" for those largest in size.
-        tol: how small the residuals ``|A v - λ v|`` are to be, relative to the largest eigenvalue in size.
+        tol: how small the residuals ``|A v - λ v|`` are to be, relative to the largest eigenvalue in size;
+            None takes what `max_restarts` give.
         basis_size: how many vectors ``(P,)`` are kept; None for ``max(20, 4 k)``. More of them need fewer
             restarts.
         max_restarts: at most as many, one of which the check takes.
@@ -88,8 +90,8 @@ def eigenpairs(
     Raises:
         TypeError: if the operator is not symmetric.
         ValueError: for bad numbers.
-        ConvergenceError: if `tol` is not reached, or the operator is not finite; compiled code warns,
-            `DivergenceWarning`, and returns what it has, with residuals.
+        ConvergenceError: if `tol` is not reached, or the operator is not finite; from compiled code as
+            `LinearOperator.inverse`.
 
     Source: Wu and Simon 2000, "Thick-Restart Lanczos Method for Large Symmetric Eigenvalue Problems".
 
@@ -120,9 +122,10 @@ def eigenpairs(
     m = max(20, 4 * k) if basis_size is None else basis_size
     check_count(m, k + 1, "basis_size", function)
     key = next_key() if rng is None else as_key(rng)
-    end = _eigenpairs(A, key, tol, k, which, min(m, size), max_restarts)
-    say = functools.partial(_say_unconverged, k, tol, m)
-    require(end.done, say, end.residuals, end.scale, end.products)
+    end = _eigenpairs(A, key, tol or 0.0, k, which, min(m, size), max_restarts)
+    fine = jnp.isfinite(end.scale) if tol is None else end.done
+    error = functools.partial(_unconverged, k, tol, m)
+    fail_unless(fine, error, end.residuals, end.scale, end.products)
     vectors = jax.vmap(A.source.unflatten)(end.basis[:k])
     return Eigenpairs(end.values, vectors, end.residuals, end.products)
 
@@ -142,7 +145,7 @@ class _State(NamedTuple):
     products: Any
 
 
-@functools.partial(jax.jit, static_argnums=(3, 4, 5, 6))
+@functools.partial(checked_jit, static_argnums=(3, 4, 5, 6))
 def _eigenpairs(
     A: LinearOperator, key: Any, tol: Any, k: int, which: str, m: int, restarts: int
 ) -> _State:
@@ -204,13 +207,17 @@ def _eigenpairs(
     )
 
 
-def _say_unconverged(k: int, tol: float, m: int, residuals: Any, scale: Any, products: Any) -> str:
-    worst = f"{np.max(residuals / scale):.1e}"
-    return explain(
-        f"eigenpairs(k={k}, tol={tol:g}) made {products} products and was left with a residual of {worst}, "
-        "relative to the largest eigenvalue",
-        "the eigenvalues are close to each other, or the operator is not finite",
-        f"basis_size={2 * m}, or a larger tol",
+def _unconverged(
+    k: int, tol: float | None, m: int, fine: Any, residuals: Any, scale: Any, products: Any
+) -> ConvergenceError:
+    worst = (residuals / scale[..., None])[~fine].max()
+    return ConvergenceError(
+        explain(
+            f"eigenpairs(k={k}, tol={tol}) made {products[~fine].max()} products and was left with a "
+            f"residual of {worst:.1e}, relative to the largest eigenvalue{lanes_of(fine, 'operator')}",
+            "the eigenvalues are close to each other, or the operator is not finite",
+            f"basis_size={2 * m}, a larger tol, or tol=None to take what it found",
+        )
     )
 
 
@@ -302,7 +309,7 @@ def spectral_density(
     return quadrature(A, probes, key, steps)
 
 
-@functools.partial(jax.jit, static_argnums=3)
+@functools.partial(checked_jit, static_argnums=3)
 def quadrature(A: LinearOperator, probes: Any, key: Any, steps: int) -> SpectralDensity:
     """Return nodes and weights for vectors ``(samples, P)``."""
     m, size = min(steps, A.source.size), A.source.size
@@ -329,8 +336,8 @@ def logdet(A: LinearOperator, *, samples: int = 10, steps: int = 30, rng: Any = 
 
     Raises:
         TypeError: if the operator is not symmetric.
-        ConvergenceError: if it is found to be not positive definite; compiled code warns,
-            `DivergenceWarning`, and returns NaN.
+        ConvergenceError: if it is found to be not positive definite; from compiled code as
+            `LinearOperator.inverse`.
 
     Source: Ubaru, Chen, Saad 2017, "Fast Estimation of tr(f(A)) via Stochastic Lanczos Quadrature".
 
@@ -344,12 +351,8 @@ def logdet(A: LinearOperator, *, samples: int = 10, steps: int = 30, rng: Any = 
     """
     spectrum = spectral_density(A, samples=samples, steps=steps, rng=rng)
     smallest = jnp.min(spectrum.nodes)
-    require(smallest > 0, _say_no_logdet, smallest)
-    return spectrum.integral(lambda nodes: jnp.where(smallest > 0, jnp.log(nodes), jnp.nan))
-
-
-def _say_no_logdet(smallest: Any) -> str:
-    return not_positive_definite(f"logdet met the eigenvalue {smallest:.1e}")
+    fail_unless(smallest > 0, functools.partial(not_positive_definite, "logdet"), smallest)
+    return spectrum.integral(jnp.log)
 
 
 def random_signs(A: LinearOperator, samples: int, rng: Any, function: str) -> tuple[Any, Any]:

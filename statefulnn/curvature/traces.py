@@ -10,7 +10,12 @@ import jax.numpy as jnp
 
 from statefulnn.core.errors import ShapeError, explain
 from statefulnn.curvature._models import check_choice
-from statefulnn.curvature.operators import LinearOperator, check_count, flat_product
+from statefulnn.curvature.operators import (
+    LinearOperator,
+    check_count,
+    checked_jit,
+    flat_product,
+)
 from statefulnn.curvature.spectra import Estimate, average, random_signs
 
 TRACES = ("hutchinson", "hutch++", "xtrace")
@@ -122,14 +127,14 @@ def _products(A: LinearOperator, vectors: Any) -> Any:
 _dot = functools.partial(jnp.matmul, precision="highest")
 
 
-@jax.jit
+@checked_jit
 def hutchinson(A: LinearOperator, probes: Any) -> Estimate:
     """Return the estimate of the trace by Hutchinson."""
     product = flat_product(A)
     return average(jax.lax.map(lambda z: _dot(z, product(z)), probes))
 
 
-@jax.jit
+@checked_jit
 def hutch_plus_plus(A: LinearOperator, sketch: Any, probes: Any) -> Estimate:
     """Return the estimate of the trace by Hutch++."""
     range_of = jnp.linalg.qr(_products(A, sketch).T)[0].T  # (k, P)
@@ -138,7 +143,7 @@ def hutch_plus_plus(A: LinearOperator, sketch: Any, probes: Any) -> Estimate:
     return Estimate(inside + rest.value, rest.error)
 
 
-@jax.jit
+@checked_jit
 def xtrace(A: LinearOperator, probes: Any) -> Estimate:
     """Return the estimate of the trace by XTrace."""
     products = _products(A, probes)
@@ -154,13 +159,13 @@ def xtrace(A: LinearOperator, probes: Any) -> Estimate:
     return average(jnp.trace(inside) - lost + jnp.sum(beside * of_beside, 1))
 
 
-@jax.jit
+@checked_jit
 def hutchinson_diagonal(A: LinearOperator, probes: Any) -> Estimate:
     """Return the estimate of the diagonal by Hutchinson, (P,)."""
     return average(probes * _products(A, probes))
 
 
-@jax.jit
+@checked_jit
 def xdiag(A: LinearOperator, probes: Any) -> Estimate:
     """Return the estimate of the diagonal by XDiag, (P,)."""
     basis, coordinates, out = _ranges(_products(A, probes))

@@ -17,19 +17,3 @@ def strong_arrays(tree: Any) -> Any:
         return jnp.asarray(v, jnp.result_type(v))
 
     return jax.tree_util.tree_map(one, tree)
-
-
-def dot(a: Any, b: Any) -> Any:
-    """Return the inner product of two trees of arrays."""
-    products = jax.tree_util.tree_map(lambda a, b: jnp.vdot(a, b).real, a, b)
-    return sum(jax.tree_util.tree_leaves(products))
-
-
-def norm(tree: Any) -> Any:
-    """Return the Euclidean norm of a tree of arrays."""
-    return jnp.sqrt(dot(tree, tree))
-
-
-def difference(a: Any, b: Any) -> Any:
-    """Return ``a - b`` of two trees of arrays."""
-    return jax.tree_util.tree_map(jnp.subtract, a, b)

@@ -11,7 +11,7 @@ import contextlib
 import functools
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -67,9 +67,7 @@ def counted(values: Any) -> Any:
 
 def results_counted(results: Any, fine: Any, tally: Any) -> Any:
     """Return the results of all tasks; where one is not finite, that is told, and no gradient is."""
-    leaves, treedef = jax.tree_util.tree_flatten(results)
-    numbers = [i for i, v in enumerate(leaves) if jnp.issubdtype(jnp.result_type(v), jnp.inexact)]
-    if tally is None or not numbers:
+    if tally is None:
         return results
     fine = jax.lax.stop_gradient(fine)
 
@@ -77,9 +75,31 @@ def results_counted(results: Any, fine: Any, tally: Any) -> Any:
         own, tally = cotangents
         return own, jnp.where(fine, tally, jnp.nan)
 
-    values, _ = _identity(([leaves[i] for i in numbers], tally), back)
-    for i, value in zip(numbers, values, strict=True):
-        leaves[i] = value
+    return _of_numbers(results, lambda values: _identity((values, tally), back)[0])
+
+
+def not_backwards(values: Any, refuse: Callable[[], NoReturn]) -> Any:
+    """Return values through which reverse mode does not go: there ``refuse()`` raises, in any transform."""
+
+    def asked(*_: Any, **__: Any) -> NoReturn:
+        # What to keep for the way back JAX asks where there will be one, and only there.
+        refuse()
+
+    @functools.partial(jax.checkpoint, policy=asked)
+    def same(numbers: list[Any]) -> list[Any]:
+        # The derivative needs what was compared, which could be kept.
+        return [jnp.where(v == v, v, v) for v in numbers]
+
+    return _of_numbers(values, same)
+
+
+def _of_numbers(tree: Any, change: Callable[[list[Any]], list[Any]]) -> Any:
+    """Return a tree of which the arrays that have derivatives are changed."""
+    leaves, treedef = jax.tree_util.tree_flatten(tree)
+    at = [i for i, v in enumerate(leaves) if jnp.issubdtype(jnp.result_type(v), jnp.inexact)]
+    if at:
+        for i, value in zip(at, change([leaves[i] for i in at]), strict=True):
+            leaves[i] = value
     return treedef.unflatten(leaves)
 
 

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.custom_derivatives import SymbolicZero
 
+from statefulnn.core.errors import NotDifferentiableError
 from statefulnn.core.repeated import repeated
 
 
@@ -80,7 +81,7 @@ def one_by_one(
         ways = [[ts[i] for i in at] for ts, at in zip(tangents, live, strict=True)]
         try:
             results, beside, slopes = _with_gradients(flat, primals, live, chunk)
-        except _NoScalar:
+        except (_NoScalar, NotDifferentiableError):  # forward mode may still be possible
             return _whole(flat, primals, live, ways, chunk)
         if look is not None and live[0]:
             look([names[i] for i in live[0]], slopes[0], results)

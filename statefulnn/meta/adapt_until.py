@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 import jax.numpy as jnp
 
-from statefulnn.core.compat import Tracer, chain, current_trace, is_forward_mode, kind, trace_of
+from statefulnn.core.conjugate_gradients import norm
 from statefulnn.core.errors import NotDifferentiableError, explain
 from statefulnn.core.repeated import body_of_loop
-from statefulnn.meta._arrays import norm
-from statefulnn.meta.adapt import InnerTask, Loop, one_tuple
+from statefulnn.meta._cotangents import not_backwards
+from statefulnn.meta.adapt import InnerTask, Loop
 from statefulnn.meta.inner_optimizer import MOST_STEPS
 from statefulnn.meta.per_step import is_rows, require_steps
 
@@ -78,8 +78,7 @@ def adapt_until(
         `Stopped`. A loss or gradient that is not finite ends the loop too.
 
     Raises:
-        NotDifferentiableError: in reverse mode without `truncate`; where only JAX sees that it is reverse
-            mode (outside of a ``jax.vmap`` or ``jax.jit`` around this), its own ValueError.
+        NotDifferentiableError: in reverse mode (and `jax.linearize`) without `truncate`.
         TypeError: for `PerStep` values, and as `adapt` does.
 
     Source: Shaban, Cheng, Hatch and Boots 2019, Truncated back-propagation for bilevel optimization.
@@ -94,19 +93,7 @@ def adapt_until(
         [37, 7]
     """
     _check_options(steps, patience, truncate)
-    task = InnerTask(
-        fn=fn,
-        params=params,
-        loss=loss,
-        data=one_tuple("adapt_until", data, separate),
-        optimizer=optimizer,
-        slots=slots,
-        lr=lr,
-        only=only,
-        state=state,
-        rng=rng,
-        first_order=first_order,
-    )
+    task = InnerTask.of("adapt_until", locals())
     if any(map(is_rows, jax.tree_util.tree_leaves((params, state, lr), is_leaf=is_rows))):
         raise TypeError(
             explain(
@@ -115,8 +102,6 @@ def adapt_until(
                 "nn.meta.adapt(..., steps=...), or one value for all steps",
             )
         )
-    if truncate is None:
-        _refuse_reverse_mode((params, state, lr, data, slots))
     loop = Loop(task, steps if isinstance(steps, int) else MOST_STEPS)
     return _Until(loop, steps, tol, validate, patience, truncate).run()
 
@@ -152,7 +137,8 @@ class _Until:
         loop = self.loop
         constants = (loop.lr, loop.fixed, loop.data)
         if self.truncate is None:
-            return self._shown(self._stopped(constants, loop.start))
+            kept = self._stopped(constants, loop.start)
+            return self._shown(not_backwards(kept, _refuse_reverse_mode))
         stop = jax.lax.stop_gradient
         kept = stop(self._stopped(stop(constants), stop(loop.start)))
         return self._shown(self._again(constants, kept))
@@ -261,20 +247,13 @@ def _check_options(steps: Any, patience: Any, truncate: Any) -> None:
         raise ValueError(f"adapt_until: truncate must be a number of steps, got {truncate!r}")
 
 
-def _refuse_reverse_mode(values: Any) -> None:
-    reverse = [
-        trace
-        for trace in chain(current_trace())
-        if kind(trace) == "autodiff" and not is_forward_mode(trace)
-    ]
-    leaves = jax.tree_util.tree_leaves(values)
-    if any(isinstance(v, Tracer) and trace_of(v) in reverse for v in leaves):
-        raise NotDifferentiableError(
-            explain(
-                "differentiated adapt_until in reverse mode",
-                "its number of steps is not known, so what they computed cannot be kept for the way back",
-                "truncate=k for a gradient through the last k steps; nn.meta.implicit_gradient around it, "
-                "for the gradient of the solution; jax.jvp or jax.jacfwd; or jax.lax.stop_gradient around "
-                "the parameters",
-            )
+def _refuse_reverse_mode() -> NoReturn:
+    raise NotDifferentiableError(
+        explain(
+            "differentiated adapt_until in reverse mode",
+            "its number of steps is not known, so what they computed cannot be kept for the way back",
+            "truncate=k for a gradient through the last k steps; nn.meta.implicit_gradient around it, "
+            "for the gradient of the solution; jax.jvp or jax.jacfwd; or jax.lax.stop_gradient around "
+            "the parameters",
         )
+    )

@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from statefulnn.core.conjugate_gradients import difference, norm
 from statefulnn.core.errors import ConvergenceError, explain
 from statefulnn.core.module import Module
 from statefulnn.core.repeated import body_of_loop
 from statefulnn.core.reports import fail_unless, lanes_of
-from statefulnn.meta._arrays import difference, norm
 from statefulnn.meta.implicit import implicit_gradient
 from statefulnn.meta.per_step import require_steps
 from statefulnn.transforms.functional_call import functionalize

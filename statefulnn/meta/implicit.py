@@ -12,13 +12,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from statefulnn.core.compat import EAGER, current_trace
+from statefulnn.core.conjugate_gradients import Solver, conjugate_gradients, difference, norm
 from statefulnn.core.errors import ConvergenceError, TraceLeakError, explain
-from statefulnn.core.repeated import body_of_loop
 from statefulnn.core.reports import fail_unless, lanes_of, staging
-from statefulnn.meta._arrays import difference, dot, norm
 from statefulnn.meta._closures import hoisted
 from statefulnn.transforms.differentiate import function_name
 
@@ -233,7 +231,12 @@ def cg(steps: int = 100, tol: float | None = 1e-5, damping: float = 0.0) -> Call
         >>> nn.meta.cg()(lambda v: 2 * v, jnp.ones(2)).tolist()
         [0.5, 0.5]
     """
-    return _krylov("cg", _conjugate_gradients, steps, tol, damping)
+    solver = _solver("cg", steps, tol)
+
+    def solve(matvec: Callable, b: Any) -> Any:
+        return conjugate_gradients(_damped(matvec, damping), b, solver, tol=tol, steps=steps)[0]
+
+    return solve
 
 
 def gmres(steps: int = 20, tol: float | None = 1e-5, damping: float = 0.0) -> Callable:
@@ -250,46 +253,15 @@ def gmres(steps: int = 20, tol: float | None = 1e-5, damping: float = 0.0) -> Ca
         >>> nn.meta.gmres()(turn, jnp.array([0.0, 1.0])).round(5).tolist()
         [1.0, 0.0]
     """
+    solver = _solver("gmres", steps, tol)
 
-    def method(matvec: Callable, b: Any, tol: float, steps: int) -> Any:
-        return jax.scipy.sparse.linalg.gmres(matvec, b, tol=tol, maxiter=steps)[0]
-
-    return _krylov("gmres", method, steps, tol, damping)
-
-
-def _conjugate_gradients(matvec: Callable, b: Any, tol: float, steps: int) -> Any:
     def solve(matvec: Callable, b: Any) -> Any:
-        # Below the rounding of the numbers a direction has no meaning, nor has its curvature.
-        eps = max(float(jnp.finfo(jnp.result_type(v)).eps) for v in jax.tree_util.tree_leaves(b))
-        goal = max(tol, eps) ** 2 * dot(b, b)
-
-        def more(carry: tuple) -> Any:
-            *_, square, curvature, step = carry
-            return (square > goal) & (curvature > 0) & (step < steps)
-
-        def one(carry: tuple) -> tuple:
-            x, r, p, square, _, step = carry
-            ap = matvec(p)
-            curvature = dot(p, ap)
-            length = jnp.where(curvature > 0, square / curvature, 0)
-            x, r = _along(x, length, p), _along(r, -length, ap)
-            after = dot(r, r)
-            return x, r, _along(r, after / square, p), after, curvature, step + 1
-
-        square = dot(b, b)
-        zeros = jax.tree_util.tree_map(lambda v: v * 0, b)  # NaN where b is
-        before = jnp.where(jnp.isfinite(square), 1.0, jnp.nan).astype(square.dtype)
-        start = (zeros, b, b, square, before, jnp.zeros((), jnp.int32))
-        x, *_, curvature, step = jax.lax.while_loop(more, body_of_loop(one), start)
-        fail_unless(curvature > 0, _indefinite, curvature, step)
+        matvec = _damped(matvec, damping)
+        x = jax.scipy.sparse.linalg.gmres(matvec, b, tol=tol or 0.0, maxiter=steps)[0]
+        solver.require_solution(matvec, b, x, tol)
         return x
 
-    with staging():
-        return jax.lax.custom_linear_solve(matvec, b, solve, transpose_solve=solve, symmetric=True)
-
-
-def _along(x: Any, length: Any, way: Any) -> Any:
-    return jax.tree_util.tree_map(lambda x, w: x + length.astype(x.dtype) * w, x, way)
+    return solve
 
 
 def neumann(steps: int = 10, lr: float = 1.0, tol: float | None = None) -> Callable:
@@ -309,6 +281,7 @@ def neumann(steps: int = 10, lr: float = 1.0, tol: float | None = None) -> Calla
         >>> nn.meta.neumann(steps=50, lr=0.4)(lambda v: 2 * v, jnp.ones(1)).round(5).tolist()
         [0.5]
     """
+    solver = _solver("neumann", steps, tol, least=0)
 
     def solve(matvec: Callable, b: Any) -> Any:
         def term(carry: tuple, _: None) -> tuple[tuple, None]:
@@ -318,80 +291,26 @@ def neumann(steps: int = 10, lr: float = 1.0, tol: float | None = None) -> Calla
 
         (total, _), _ = jax.lax.scan(term, (b, b), length=steps)
         x = jax.tree_util.tree_map(lambda v: lr * v, total)
-        _require_solved("neumann", matvec, b, x, steps, tol)
+        solver.require_solution(matvec, b, x, tol)
         return x
 
     return solve
 
 
-def _krylov(name: str, method: Callable, steps: int, tol: float | None, damping: float) -> Callable:
-    if not isinstance(steps, int) or steps < 1:
+def _solver(name: str, steps: int, tol: float | None, least: int = 1) -> Solver:
+    if not isinstance(steps, int) or steps < least:
         raise ValueError(f"{name}: steps must be a positive integer, got {steps!r}")
-
-    def solve(matvec: Callable, b: Any) -> Any:
-        def damped(v: Any) -> Any:
-            if not damping:
-                return matvec(v)
-            return jax.tree_util.tree_map(lambda a, v: a + damping * v, matvec(v), v)
-
-        x = method(damped, b, 0.0 if tol is None else tol, steps)
-        _require_solved(name, damped, b, x, steps, tol)
-        return x
-
-    return solve
-
-
-def _require_solved(
-    name: str, matvec: Callable, b: Any, x: Any, steps: int, tol: float | None
-) -> None:
-    if tol is None and name == "cg":  # which looks at its numbers itself
-        return
-    residual = norm(difference(b, matvec(x))) / jnp.maximum(norm(b), jnp.finfo(jnp.float32).tiny)
-    # Ten times: the methods stop by a residual they update, which drifts from the true one.
-    fine = jnp.isfinite(residual) if tol is None else residual <= 10 * tol
-    fail_unless(fine, functools.partial(_unconverged, name, steps, tol), residual)
-
-
-def _unconverged(
-    name: str, steps: int, tol: float | None, fine: Any, residual: Any
-) -> ConvergenceError:
-    if tol is None or not np.isfinite(residual).all():
-        return _not_finite(name, np.isfinite(residual))
-    return ConvergenceError(
-        explain(
-            f"nn.meta.{name}(steps={steps}, tol={tol:g}) did not converge{lanes_of(fine)}: residual "
-            f"{residual.max():.1e} relative to the right-hand side",
-            "the gradient of the solution would be wrong by about as much",
-            f"more steps, nn.meta.{name}(steps={10 * steps}); damping=... where the system is "
-            "ill-conditioned; or tol=None to take what the steps give",
-        )
+    return Solver(
+        call=f"nn.meta.{name}(steps={steps}" + (")" if tol is None else f", tol={tol:g})"),
+        more=f"nn.meta.{name}(steps={10 * max(steps, 1)})",
+        damping="a smaller lr" if name == "neumann" else f"damping, nn.meta.{name}(damping=10.0)",
     )
 
 
-def _indefinite(fine: Any, curvature: Any, step: Any) -> ConvergenceError:
-    if np.isnan(curvature).any():
-        return _not_finite("cg", np.isfinite(curvature))
-    return ConvergenceError(
-        explain(
-            f"nn.meta.cg met a direction p with p·Ap <= 0 in step {int(step[~fine].min())}"
-            f"{lanes_of(fine)}: the matrix is not positive definite",
-            "conjugate gradients go down x·Ax / 2 - x·b, which has no minimum then; the Hessian is "
-            "indefinite away from a minimum of the objective",
-            "damping, nn.meta.cg(damping=10.0); a larger penalty in the objective; more inner steps; or "
-            "nn.meta.gmres(), where the solution is a saddle point",
-        )
-    )
-
-
-def _not_finite(name: str, fine: Any) -> ConvergenceError:
-    return ConvergenceError(
-        explain(
-            f"nn.meta.{name} met numbers that are not finite{lanes_of(fine)}",
-            "the right-hand side, or a product with the matrix, holds NaN or infinity",
-            "look at the solution and at the loss of it; an inner solver that diverges wants a smaller "
-            "learning rate",
-        )
-    )
+def _damped(matvec: Callable, damping: float) -> Callable:
+    if not damping:
+        return matvec
+    return lambda v: jax.tree_util.tree_map(lambda a, v: a + damping * v, matvec(v), v)
 
 
 def _unsolved(tolerance: float, fine: Any, size: Any) -> ConvergenceError:

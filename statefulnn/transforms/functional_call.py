@@ -7,6 +7,7 @@ and may run in several threads.
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self, TypeAlias
 
@@ -16,6 +17,7 @@ import numpy as np
 
 from statefulnn.core.box import Box
 from statefulnn.core.compat import EAGER, current_trace
+from statefulnn.core.errors import called_by
 from statefulnn.core.generator import Generator, Seed, as_key, use_generator
 from statefulnn.core.graph import build_clones, merge, require_module
 from statefulnn.core.module import Module
@@ -269,6 +271,7 @@ class PureFunction(functools.partial):
 
     def __reduce__(self) -> Any:
         moduledef, own, method, mutable = self._made_of
+        _require_importable(moduledef)
         # What every call is given, needs no numbers.
         given = ("trainable", "buffer", "frozen") if mutable else ("trainable",)
         leaves = [
@@ -276,6 +279,21 @@ class PureFunction(functools.partial):
             for i, v in enumerate(own)
         ]
         return _rebuilt, (merge(moduledef, leaves), method, mutable)
+
+
+def _require_importable(moduledef: ModuleDef) -> None:
+    """Raise if a class of a module is not where a pickle will look for it; some picklers take it along."""
+    if called_by("cloudpickle", "dill"):
+        return
+    for cls in dict.fromkeys(node.cls for node in moduledef.nodes):
+        own = (
+            cls.__reduce_ex__ is not object.__reduce_ex__ or cls.__reduce__ is not object.__reduce__
+        )
+        found: Any = sys.modules.get(cls.__module__)
+        for name in cls.__qualname__.split("."):
+            found = getattr(found, name, None)
+        if found is not cls and not own:
+            raise refusals.not_importable(cls, moduledef.nodes[0].cls)
 
 
 def _rebuilt(module: Module, method: str, mutable: bool) -> Callable:

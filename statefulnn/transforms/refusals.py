@@ -12,6 +12,7 @@ from typing import TypeAlias
 
 from statefulnn.core.errors import (
     DtypeError,
+    PicklingError,
     RegistrationError,
     ShapeError,
     StateWriteError,
@@ -728,5 +729,17 @@ def changed_static_argument(function: str) -> StructureChangeError:
             f"{function} changed a static argument",
             "it is compiled in, and a copy: the change would happen once, while tracing, and be lost",
             "return what has changed, or change the argument outside, before the call",
+        )
+    )
+
+
+def not_importable(cls: type, root: type) -> PicklingError:
+    return PicklingError(
+        explain(
+            f"pickled the function of {root.__name__}, with the class {cls.__module__}.{cls.__qualname__}",
+            "a pickle holds the name of a class, and who reads it imports the class; one that is made in a "
+            "function, or has been replaced, is not found by its name",
+            f"move class {cls.__name__} to the top of a module; or cloudpickle.dumps(...), which takes the "
+            "class along",
         )
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import pickle
 import re
 import warnings
 
@@ -250,6 +251,12 @@ CASES = {
         ["optimizer", "not differentiable", "zero everywhere"],
         ["first_order=True"],
     ),
+    "pickle of a function of a local class": (
+        nn.PicklingError,
+        lambda: pickle.dumps(nn.functionalize(type("Local", (Norm,), {})())[0]),
+        ["Local", "name"],
+        ["move class Local to the top of a module", "cloudpickle"],
+    ),
     "file of something that is no array": (
         nn.CheckpointError,
         lambda: nn.save({"a": X, "model": Norm}, "never.safetensors"),
@@ -310,6 +317,7 @@ BUILTIN = {
     nn.ConvergenceError: [RuntimeError],
     nn.NotDifferentiableError: [ValueError],
     nn.CheckpointError: [RuntimeError],
+    nn.PicklingError: [pickle.PicklingError],
 }
 
 

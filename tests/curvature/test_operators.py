@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import warnings
 
 import jax
 import jax.numpy as jnp
@@ -321,17 +320,16 @@ def test_inverse_reports_a_matrix_that_is_not_positive_definite(many):
     with pytest.raises(nn.ConvergenceError, match="p·Ap") as caught:
         A.inverse() @ b
     what, why, instead = str(caught.value).split("\n")
-    assert "not positive definite" in why and "damped" in instead and "max_steps=1000" in what
-    for compiled in (
-        jax.jit(lambda A, b: A.inverse() @ b),
-        jax.jit(jax.vmap(lambda A, b: A.inverse() @ b, in_axes=(None, None), axis_size=2)),
-    ):
-        with warnings.catch_warnings(record=True) as seen:
-            warnings.simplefilter("always")
-            out = jax.block_until_ready(compiled(A, b))
-            jax.effects_barrier()
-        assert np.isnan(out).any()
-        assert any(issubclass(w.category, nn.DivergenceWarning) for w in seen)
+    assert "not positive definite" in what and "max_steps=1000" in what
+    assert "indefinite" in why and "damped" in instead
+    vectors = "vectors 0, 1 of 2" if many else "not positive"
+    for inverse in (A.inverse(), A.inverse(tol=None)):
+        with pytest.raises(nn.ConvergenceError, match=rf"(?s){vectors}"):
+            nn.jit(lambda A, b: A @ b)(inverse, b)
+    each = jax.vmap(lambda A, b: A.inverse() @ b, in_axes=(None, None), axis_size=2)
+    with pytest.raises(RuntimeError, match=r"(?s)ConvergenceError.*p·Ap"):
+        jax.block_until_ready(jax.jit(each)(A, b))
+        jax.effects_barrier()
     for fine in (
         A.damped(1.5).inverse() @ b,
         jax.jit(lambda A, b: A.damped(1.5).inverse() @ b)(A, b),
@@ -343,13 +341,26 @@ def test_inverse_reports_a_matrix_that_is_not_positive_definite(many):
 
 def test_inverse_reports_what_it_did_not_reach():
     A = matrix_operator(jnp.diag(jnp.logspace(-3, 3, 20)), symmetric=True)
-    with pytest.raises(
-        nn.ConvergenceError, match=r"max_steps=5\) left a residual of .*\n.*\n.*max_steps=50"
-    ):
-        A.inverse(max_steps=5) @ jnp.ones(20)
+    message = r"(?s)max_steps=5\) did not converge: residual .* after 5 steps\n.*max_steps=50\)"
+    solve = lambda A, b: A.inverse(max_steps=5) @ b
+    for way in (solve, nn.jit(solve)):
+        with pytest.raises(nn.ConvergenceError, match=message):
+            way(A, jnp.ones(20))
+    assert jnp.isfinite(A.inverse(tol=None, max_steps=5) @ jnp.ones(20)).all()
     nan = matrix_operator(jnp.full((2, 2), jnp.nan), symmetric=True)
     with pytest.raises(nn.ConvergenceError, match="not finite"):
         nan.inverse() @ jnp.ones(2)
+
+
+def test_a_solve_that_fails_on_the_way_back_or_within_another_estimate_is_the_same_error():
+    A = matrix_operator(jnp.diag(jnp.logspace(-3, 3, 20)), symmetric=True)
+    first = jnp.zeros(20).at[0].set(1.0)  # of which one step is the solution
+    value = lambda b: (A.inverse(max_steps=5) @ b).sum()
+    for way in (nn.grad(value), nn.jit(jax.grad(value))):
+        with pytest.raises(nn.ConvergenceError, match="did not converge"):
+            way(first)
+    with pytest.raises(nn.ConvergenceError, match="did not converge"):
+        curvature.trace(A.inverse(max_steps=5), samples=4, rng=0)
 
 
 def test_what_has_no_inverse_by_conjugate_gradients_is_refused():

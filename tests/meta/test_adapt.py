@@ -320,6 +320,30 @@ def test_square_root_checkpoints_need_the_least_memory(make, steps):
     assert used["sqrt"] * 2 < used["none"], used
 
 
+@pytest.mark.parametrize("steps", [8, 9])
+def test_what_checkpoints_compute_again_is_counted(steps):
+    calls = [0]
+
+    def one(_):
+        calls[0] += 1
+        return np.float32(1)
+
+    def inner(w):
+        number = jax.ShapeDtypeStruct((), jnp.float32)
+        return jax.pure_callback(one, number, jax.lax.stop_gradient(w)) * w**2
+
+    # Three to a chunk: each step once on the way there, and once on the way back; those of all chunks but
+    # the last once more.
+    again = {"none": 0, "all": steps, "sqrt": steps + 6}
+    for checkpoint, more in again.items():
+        after = lambda w, how=checkpoint: nn.meta.adapt(
+            None, w, inner, (), lr=0.1, steps=steps, checkpoint=how, unroll=0
+        )
+        calls[0] = 0
+        quickly(jax.grad(lambda w: after(w).params))(jnp.float32(1)).block_until_ready()  # noqa: B023
+        assert calls[0] == steps + more, checkpoint
+
+
 def test_compiled_code_does_not_grow_with_the_steps():
     fn, params = nn.functionalize(network(nn))
     x, y = jnp.ones((K, 1)), jnp.zeros((K, 1))

@@ -82,7 +82,10 @@ def test_forward_mode_is_that_of_the_steps_taken():
     after = lambda scale: valley(jnp.ones(()), scale, tol=1e-2).params
     _, count = steps_by_hand(2.0, 1e-2)
     # (1 - 0.1 s)^n by s.
-    np.testing.assert_allclose(jax.jacfwd(after)(2.0), -0.1 * count * 0.8 ** (count - 1), rtol=1e-4)
+    expected = -0.1 * count * 0.8 ** (count - 1)
+    in_turn = nn.meta.over_tasks(lambda _, scale: after(scale), vectorize="loop")
+    for function in (after, lambda scale: in_turn(0.0, jnp.stack([scale, scale]))):
+        np.testing.assert_allclose(jax.jacfwd(function)(2.0), expected, rtol=1e-4)
 
 
 @pytest.mark.parametrize("truncate", [0, 1, 4, 500])
@@ -145,9 +148,32 @@ def test_numbers_that_are_not_finite_end_the_loop():
 # Bad input
 
 
-def test_reverse_mode_without_truncation_is_refused_with_the_ways_out():
+def in_shards(f):
+    mesh = jax.sharding.Mesh(jax.devices()[:1], ("tasks",))
+    each = jax.sharding.PartitionSpec("tasks")
+    mapped = jax.shard_map(jax.vmap(f), mesh=mesh, in_specs=each, out_specs=each, check_vma=False)
+    return lambda w: mapped(w[None]).sum()
+
+
+UNDER = {
+    "nothing": lambda f: f,
+    "jit": jax.jit,
+    "vmap": lambda f: lambda w: jax.vmap(f)(w[None]).sum(),
+    "over_tasks": lambda f: lambda w: nn.meta.over_tasks(f)(w, jnp.ones(2)),
+    "a loop over tasks": lambda f: (
+        lambda w: nn.meta.over_tasks(f, vectorize="loop")(w, jnp.ones(2))
+    ),
+    "scan": lambda f: lambda w: jax.lax.scan(lambda w, _: (f(w), None), w, length=2)[0],
+    "checkpoint": jax.checkpoint,
+    "shard_map": in_shards,
+}
+
+
+@pytest.mark.parametrize("under", UNDER)
+def test_reverse_mode_without_truncation_is_refused_with_the_ways_out(under):
+    after = UNDER[under](lambda w, scale=1.0: valley(w, scale).params)
     with pytest.raises(nn.NotDifferentiableError, match="(?s)truncate=k.*implicit_gradient"):
-        jax.grad(lambda w: valley(w, 1.0).params)(jnp.ones(()))
+        jax.eval_shape(jax.grad(after), jnp.ones(()))
 
 
 @pytest.mark.parametrize(

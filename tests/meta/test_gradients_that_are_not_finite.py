@@ -140,11 +140,29 @@ def test_a_gradient_that_is_not_finite_is_reported_with_task_and_name(way):
     assert len(said) == 1
 
 
-@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["eager", "jit"])
-def test_without_an_inner_loop_its_name_alone_is_known(wrap):
-    with pytest.warns(nn.DivergenceWarning, match=r"one of 4 tasks .* by shared\['w'\] is not"):
-        wrap(jax.grad(lambda s: nn.meta.over_tasks(root)(s, TASKS)))(SHARED)
-        jax.effects_barrier()
+def steps_of_python(shared, x):
+    """As `adapted_root`, without `adapt`."""
+    w = shared["w"]
+    for _ in range(2):
+        w = w - 0.1 * jax.grad(lambda w: ((w * x) ** 1.5).sum())(w)
+    return w.sum() + (shared["b"] ** 2).sum()
+
+
+def steps_of_scan(shared, x):
+    step = lambda w, _: (w - 0.1 * jax.grad(lambda w: ((w * x) ** 1.5).sum())(w), None)
+    return jax.lax.scan(step, shared["w"], length=2)[0].sum() + (shared["b"] ** 2).sum()
+
+
+@pytest.mark.parametrize("task", [root, steps_of_python, steps_of_scan])
+def test_without_adapt_the_way_to_learn_the_task_is_told_and_tells_it(task):
+    gradient = lambda how: jax.jit(jax.grad(nn.meta.over_tasks(task, vectorize=how)))
+    for how, who in (
+        ("vmap", r"one of 4 tasks .* by shared\['w'\] is not(.|\n)*vectorize='loop'"),
+        ("loop", r"task 2 of 4 .* by shared\['w'\] is not"),
+    ):
+        with pytest.warns(nn.DivergenceWarning, match=who):
+            gradient(how)(SHARED, TASKS)
+            jax.effects_barrier()
 
 
 def test_a_result_that_is_not_finite_is_told_alone_with_its_inner_step():

@@ -103,6 +103,36 @@ def test_a_laplace_posterior(way, form):
     same(tuple(COPIES[way](posterior).predict(X)), tuple(posterior.predict(X)))
 
 
+def local_class():
+    class Local(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(3, 1)
+
+        def forward(self, x):
+            return self.layer(x)
+
+    return Local
+
+
+@pytest.mark.parametrize("held", ["function", "ensemble", "posterior"])
+def test_a_class_that_is_local_to_a_function_is_named_unless_the_pickler_takes_it_along(held):
+    local = local_class()
+    model = nn.Ensemble(local, 2) if held == "ensemble" else nn.Sequential(local(), nn.Tanh())
+    value, params = nn.functionalize(model)
+    call = lambda fn: fn(params, X)
+    if held == "posterior":
+        pair = (value, params)
+        value = nn.curvature.Laplace.fit(pair, X, jnp.zeros((6, 1)), likelihood="regression")
+        call = lambda posterior: tuple(posterior.predict(X))
+    message = r"(?s)<locals>.Local\n.*Why.*Instead: move class Local to the top.*cloudpickle"
+    for dump in (pickle.dumps, lambda v: joblib.dump(v, io.BytesIO())):
+        with pytest.raises(nn.PicklingError, match=message):
+            dump({"value": value})
+    same(call(by_cloudpickle(value)), call(value))
+    same(call(copy.deepcopy(value)), call(value))
+
+
 def test_a_statefulized_function_as_a_module():
     module = nn.statefulize(*nn.functionalize(Net(), mutable=True)).eval()
     same(COPIES["pickle"](module)(X), module(X))
