@@ -42,13 +42,17 @@ class Solver:
     Attributes:
         call: how it was called, ``"nn.meta.cg(steps=100, tol=1e-05)"``.
         more: the call with more steps.
-        damping: how to damp the matrix.
+        damping: how to damp the matrix, with ``{:g}`` in the place of the number.
+        usual: a number that serves where the matrix is ill-conditioned.
+        damped: what the matrix is damped by already.
         noun: what an index along a mapped axis counts.
     """
 
     call: str
     more: str
     damping: str
+    usual: float
+    damped: float = 0.0
     noun: str = "task"
 
     def require_solution(
@@ -78,22 +82,27 @@ class Solver:
                 f"{self.call} did not converge{lanes_of(fine, self.noun)}: residual "
                 f"{residual.max():.1e} relative to the right-hand side{after}",
                 "what is computed from the solution, such as a gradient, would be wrong by about as much",
-                f"more steps, {self.more}; {self.damping}, where the system is ill-conditioned; or "
+                f"more steps, {self.more}; {self.damping.format(self.usual)}, where the system is "
+                "ill-conditioned; or "
                 "tol=None to take what the steps give",
             )
         )
 
     def not_positive(self, fine: Any, curvature: Any, step: Any) -> ConvergenceError:
-        """Return the error about a direction p with ``p·Ap``, the curvature, not above zero."""
+        """Return the error about a direction p with ``p·Ap / p·p``, the curvature, not above zero."""
         if np.isnan(curvature).any():
             return self._not_finite(np.isfinite(curvature))
+        lowest = float(curvature.min())
+        # The quotient bounds the smallest eigenvalue from above: that may be lower still.
+        enough = self.damping.format(float(f"{self.damped - 2 * lowest:.1g}") or self.usual)
         return ConvergenceError(
             explain(
                 f"{self.call} met a direction p with p·Ap <= 0 in step {int(step[~fine].min())}"
-                f"{lanes_of(fine, self.noun)}: the matrix is not positive definite",
+                f"{lanes_of(fine, self.noun)}: the matrix is not positive definite, an eigenvalue is "
+                f"{lowest:.2g} or lower",
                 "conjugate gradients go down x·Ax / 2 - x·b, which has no minimum then; a Hessian away "
                 "from a minimum is indefinite",
-                f"{self.damping}; a larger penalty in the objective, or more inner steps; "
+                f"{enough} or more; a larger penalty in the objective, or more inner steps; "
                 "nn.curvature.ggn in place of a Hessian; or nn.meta.gmres(), where the solution is a saddle "
                 "point",
             )
@@ -181,12 +190,12 @@ def _iterate(
     def one(carry: tuple) -> tuple:
         x, r, p, _, drop, _, step = carry
         ap = matvec(p)
-        curvature = dot(p, ap)
-        length = jnp.where(curvature > 0, drop / curvature, 0)
+        height = dot(p, ap)
+        length = jnp.where(height > 0, drop / height, 0)
         x, r = _along(x, length, p), _along(r, -length, ap)
         z = near(r)
         after = dot(r, z)
-        return x, r, _along(z, after / drop, p), dot(r, r), after, curvature, step + 1
+        return x, r, _along(z, after / drop, p), dot(r, r), after, height / dot(p, p), step + 1
 
     z, square = near(b), dot(b, b)
     zeros = jax.tree_util.tree_map(lambda v: v * 0, b)  # NaN where b is

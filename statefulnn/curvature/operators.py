@@ -349,7 +349,8 @@ class Inverse(LinearOperator):
         solver = Solver(
             call=f"A.inverse({given}{self.max_steps})",
             more=f"A.inverse({given}{10 * self.max_steps})",
-            damping="damping, A.damped(1e-3).inverse()",
+            damping="damping, A.damped({:g}).inverse()",
+            usual=1e-3,
             noun="vector",
         )
         out, _ = conjugate_gradients(

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from statefulnn.core.compat import EAGER, current_trace
+from statefulnn.core.compat import EAGER, Tracer, current_trace
 from statefulnn.core.conjugate_gradients import Solver, conjugate_gradients, difference, norm
 from statefulnn.core.errors import ConvergenceError, TraceLeakError, explain
 from statefulnn.core.reports import fail_unless, lanes_of, staging
@@ -231,7 +231,7 @@ def cg(steps: int = 100, tol: float | None = 1e-5, damping: float = 0.0) -> Call
         >>> nn.meta.cg()(lambda v: 2 * v, jnp.ones(2)).tolist()
         [0.5, 0.5]
     """
-    solver = _solver("cg", steps, tol)
+    solver = _solver("cg", steps, tol, damping)
 
     def solve(matvec: Callable, b: Any) -> Any:
         return conjugate_gradients(_damped(matvec, damping), b, solver, tol=tol, steps=steps)[0]
@@ -253,7 +253,7 @@ def gmres(steps: int = 20, tol: float | None = 1e-5, damping: float = 0.0) -> Ca
         >>> nn.meta.gmres()(turn, jnp.array([0.0, 1.0])).round(5).tolist()
         [1.0, 0.0]
     """
-    solver = _solver("gmres", steps, tol)
+    solver = _solver("gmres", steps, tol, damping)
 
     def solve(matvec: Callable, b: Any) -> Any:
         matvec = _damped(matvec, damping)
@@ -297,18 +297,22 @@ def neumann(steps: int = 10, lr: float = 1.0, tol: float | None = None) -> Calla
     return solve
 
 
-def _solver(name: str, steps: int, tol: float | None, least: int = 1) -> Solver:
+def _solver(
+    name: str, steps: int, tol: float | None, damping: Any = 0.0, *, least: int = 1
+) -> Solver:
     if not isinstance(steps, int) or steps < least:
         raise ValueError(f"{name}: steps must be a positive integer, got {steps!r}")
     return Solver(
         call=f"nn.meta.{name}(steps={steps}" + (")" if tol is None else f", tol={tol:g})"),
         more=f"nn.meta.{name}(steps={10 * max(steps, 1)})",
-        damping="a smaller lr" if name == "neumann" else f"damping, nn.meta.{name}(damping=10.0)",
+        damping="a smaller lr" if name == "neumann" else f"damping, nn.meta.{name}(damping={{:g}})",
+        usual=10.0,
+        damped=0.0 if isinstance(damping, Tracer) else float(damping),
     )
 
 
 def _damped(matvec: Callable, damping: float) -> Callable:
-    if not damping:
+    if not isinstance(damping, Tracer) and not damping:
         return matvec
     return lambda v: jax.tree_util.tree_map(lambda a, v: a + damping * v, matvec(v), v)
 

@@ -65,7 +65,7 @@ def test_a_preconditioner_takes_fewer_steps_to_the_same_solution():
         M = curvature.kfac(model, F.cross_entropy, tuple(data)).damped(1e-3).inverse()
         b = jnp.asarray(np.random.default_rng(1).normal(size=A.shape[0]))
         matrix, near = A.to_dense(), M.to_dense()
-        words = Solver("cg", "more", "damping")
+        words = Solver("cg", "more", "damping", 1.0)
         solve = lambda precondition: conjugate_gradients(
             lambda v: matrix @ v, b, words, tol=1e-8, steps=500, precondition=precondition
         )

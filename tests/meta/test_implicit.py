@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 
 import jax
 import jax.numpy as jnp
@@ -239,6 +240,28 @@ def test_a_matrix_that_is_not_positive_definite_is_an_error_with_or_without_a_to
     np.testing.assert_allclose(damped, 1 / np.array([1.0, 4.0, 5.0]), rtol=1e-4)
     saddle = with_hessian(h, nn.meta.gmres(tol=tol))(jnp.ones(3))
     np.testing.assert_allclose(saddle, 1 / np.array([-1.0, 2.0, 3.0]), rtol=1e-4)
+
+
+@pytest.mark.parametrize("already", [0.0, 0.5])
+def test_the_damping_that_the_message_names_is_enough(already):
+    h = jnp.diag(jnp.array([-31.7, -1.3, 2.0, 80.0]))
+    damping = already
+    for _ in range(6):  # one direction tells a bound of the lowest eigenvalue only
+        try:
+            with_hessian(h, nn.meta.cg(damping=damping))(jnp.ones(4))
+            break
+        except nn.ConvergenceError as error:
+            suggested = float(re.search(r"cg\(damping=([0-9.e+]+)\) or more", str(error))[1])
+            assert suggested > damping
+            damping = suggested
+    assert 31.7 < damping <= 100
+
+
+def test_damping_may_be_traced_and_has_a_derivative():
+    h = jnp.diag(jnp.array([1.0, 2.0]))
+    solved = lambda damping: nn.meta.cg(damping=damping)(lambda v: h @ v, jnp.ones(2)).sum()
+    slope = jax.jit(jax.grad(solved))(1.0)
+    np.testing.assert_allclose(slope, -(1 / 2**2 + 1 / 3**2), rtol=1e-5)
 
 
 def test_steps_beyond_the_solution_are_no_sign_of_an_indefinite_matrix():
