@@ -94,7 +94,7 @@ class Solver:
             return self._not_finite(np.isfinite(curvature))
         lowest = float(curvature.min())
         # The quotient bounds the smallest eigenvalue from above: that may be lower still.
-        enough = self.damping.format(float(f"{self.damped - 2 * lowest:.1g}") or self.usual)
+        enough = self.damping.format(float(f"{1.05 * self.damped - 2 * lowest:.2g}") or self.usual)
         return ConvergenceError(
             explain(
                 f"{self.call} met a direction p with p·Ap <= 0 in step {int(step[~fine].min())}"
