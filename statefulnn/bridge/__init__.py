@@ -1,16 +1,18 @@
 """Modules of other libraries as ours, and ours as theirs; a submodule for each library."""
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-_LIBRARIES = ("equinox", "flax", "haiku", "torch")
+from statefulnn.core.listing import listing
+
+if TYPE_CHECKING:
+    from statefulnn.bridge import equinox, flax, haiku, torch
+
+__all__ = ["equinox", "flax", "haiku", "torch"]
+__dir__ = listing(globals())
 
 
 def __getattr__(name: str) -> Any:
-    if name in _LIBRARIES:  # imported when first used: each needs its library
+    if name in __all__:  # imported when first used: each needs its library
         return importlib.import_module(f"statefulnn.bridge.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *_LIBRARIES})
