@@ -5,28 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from statefulnn import attention, functional, init, modules, parameter, utils
 from statefulnn.core import errors
-from statefulnn.core.errors import (
-    CheckpointError,
-    ConvergenceError,
-    DivergenceWarning,
-    DtypeError,
-    MissingRngError,
-    NotDifferentiableError,
-    RegistrationError,
-    RetraceWarning,
-    ShapeError,
-    StaleCaptureWarning,
-    StateDictError,
-    StatefulnnError,
-    StateWriteError,
-    StructureChangeError,
-    TraceLeakError,
-    UninitializedModuleError,
-    UninitializedParameterError,
-    UnknownNameError,
-    UntrainedLeavesWarning,
-    UnusedModuleError,
-)
+from statefulnn.core.errors import *  # noqa: F403
 from statefulnn.core.generator import (
     Generator,
     default_generator,
@@ -83,36 +62,16 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Buffer",
-    "CheckpointError",
     "Checkpointer",
-    "ConvergenceError",
-    "DivergenceWarning",
-    "DtypeError",
     "Ensemble",
     "Generator",
-    "MissingRngError",
     "Module",
     "ModuleDef",
-    "NotDifferentiableError",
     "Optimizer",
     "Parameter",
     "Ref",
-    "RegistrationError",
-    "RetraceWarning",
-    "ShapeError",
-    "StaleCaptureWarning",
-    "StateDictError",
-    "StateWriteError",
-    "StatefulnnError",
-    "StructureChangeError",
-    "TraceLeakError",
     "UninitializedBuffer",
-    "UninitializedModuleError",
     "UninitializedParameter",
-    "UninitializedParameterError",
-    "UnknownNameError",
-    "UntrainedLeavesWarning",
-    "UnusedModuleError",
     "associative_scan",
     "attention",
     "audit",
@@ -167,6 +126,7 @@ __all__ = [
     "vmap",
     "while_loop",
 ]
+__all__ += errors.__all__
 __all__ += modules.__all__
 
 __version__ = "0.1.0"

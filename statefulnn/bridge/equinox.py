@@ -27,7 +27,7 @@ from statefulnn.core.listing import listing
 from statefulnn.core.module import Module
 from statefulnn.transforms.functional_call import functionalize
 
-__all__ = ["equinox_module", "from_equinox", "to_equinox"]
+__all__ = ["EquinoxModule", "equinox_module", "from_equinox", "to_equinox"]
 __dir__ = listing(globals())
 
 eqx = import_extra(
