@@ -140,13 +140,14 @@ _LATER_NAMES = {
     **dict.fromkeys(("Checkpointer", "export", "load", "load_exported", "save"), "io"),
 }
 
+if not TYPE_CHECKING:  # with it, a type checker would take any name for one of the package
 
-def __getattr__(name: str) -> Any:
-    if name in _LATER:
-        return importlib.import_module(f"statefulnn.{name}")
-    if name in _LATER_NAMES:
-        return getattr(importlib.import_module(f"statefulnn.{_LATER_NAMES[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    def __getattr__(name: str) -> Any:
+        if name in _LATER:
+            return importlib.import_module(f"statefulnn.{name}")
+        if name in _LATER_NAMES:
+            return getattr(importlib.import_module(f"statefulnn.{_LATER_NAMES[name]}"), name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 __dir__ = listing(globals(), "io", "map")
