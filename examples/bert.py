@@ -248,7 +248,7 @@ def load_bert(folder: str | Path) -> BertModel:
 
 
 @nn.jit
-def embed(model: nn.Module, input_ids: jax.Array, attention_mask: jax.Array) -> jax.Array:
+def embed(model: nn.Module, input_ids: np.ndarray, attention_mask: np.ndarray) -> jax.Array:
     """Return the mean of the hidden states of each text, of length 1: ``(B, T) -> (B, C)``."""
     hidden, _ = model(input_ids, attention_mask)
     weights = attention_mask[:, :, None].astype(hidden.dtype)  # (B, T, 1)

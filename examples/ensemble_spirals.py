@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.typing import ArrayLike
 from matplotlib.figure import Figure
 from sklearn.metrics import roc_auc_score
 from tqdm import tqdm
@@ -68,7 +69,7 @@ def elsewhere(rng: np.random.Generator, points: int) -> np.ndarray:
 
 
 @nn.jit
-def train_step(ensemble: nn.Ensemble, opt: nn.Optimizer, x: jax.Array, y: jax.Array) -> jax.Array:
+def train_step(ensemble: nn.Ensemble, opt: nn.Optimizer, x: ArrayLike, y: ArrayLike) -> jax.Array:
     """One step of every member on its own batch, x (n, B, 2) and y (n, B); return the losses (n,)."""
 
     def loss_of(ensemble):
@@ -95,7 +96,7 @@ def train(ensemble: nn.Ensemble, x: np.ndarray, y: np.ndarray, epochs: int, seed
 
 
 @nn.jit
-def predict(ensemble: nn.Ensemble, x: jax.Array) -> dict[str, jax.Array]:
+def predict(ensemble: nn.Ensemble, x: ArrayLike) -> dict[str, jax.Array]:
     """Return the members' probabilities (n, N, 3), their votes (N,) and their disagreement (N,)."""
     return {
         "probabilities": jax.nn.softmax(ensemble(x)),

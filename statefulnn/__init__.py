@@ -3,31 +3,9 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from statefulnn import attention, functional, init, parameter, utils
+from statefulnn import attention, functional, init, modules, parameter, utils
 from statefulnn.core import errors
-from statefulnn.core.errors import (
-    CheckpointError,
-    ConvergenceError,
-    DivergenceWarning,
-    DtypeError,
-    MissingRngError,
-    NotDifferentiableError,
-    PicklingError,
-    RegistrationError,
-    RetraceWarning,
-    ShapeError,
-    StaleCaptureWarning,
-    StateDictError,
-    StatefulnnError,
-    StateWriteError,
-    StructureChangeError,
-    TraceLeakError,
-    UninitializedModuleError,
-    UninitializedParameterError,
-    UnknownNameError,
-    UntrainedLeavesWarning,
-    UnusedModuleError,
-)
+from statefulnn.core.errors import *  # noqa: F403
 from statefulnn.core.generator import (
     Generator,
     default_generator,
@@ -39,6 +17,7 @@ from statefulnn.core.generator import (
     set_rng_state,
 )
 from statefulnn.core.graph import merge, mutable, split
+from statefulnn.core.listing import listing
 from statefulnn.core.module import (
     Module,
     Ref,
@@ -51,170 +30,7 @@ from statefulnn.core.moduledef import ModuleDef
 from statefulnn.core.parameter import Buffer, Parameter
 from statefulnn.core.placement import device
 from statefulnn.core.uninitialized import UninitializedBuffer, UninitializedParameter
-from statefulnn.modules import (
-    CELU,
-    ELU,
-    GELU,
-    GLU,
-    GRU,
-    LSTM,
-    RNN,
-    SELU,
-    AdaptiveAvgPool1d,
-    AdaptiveAvgPool2d,
-    AdaptiveAvgPool3d,
-    AdaptiveLogSoftmaxWithLoss,
-    AdaptiveMaxPool1d,
-    AdaptiveMaxPool2d,
-    AdaptiveMaxPool3d,
-    AlphaDropout,
-    AvgPool1d,
-    AvgPool2d,
-    AvgPool3d,
-    BatchNorm1d,
-    BatchNorm2d,
-    BatchNorm3d,
-    BCELoss,
-    BCEWithLogitsLoss,
-    Bilinear,
-    ChannelShuffle,
-    CircularPad1d,
-    CircularPad2d,
-    CircularPad3d,
-    ConstantPad1d,
-    ConstantPad2d,
-    ConstantPad3d,
-    Conv1d,
-    Conv2d,
-    Conv3d,
-    ConvTranspose1d,
-    ConvTranspose2d,
-    ConvTranspose3d,
-    CosineEmbeddingLoss,
-    CosineSimilarity,
-    CrossEntropyLoss,
-    CrossMapLRN2d,
-    CTCLoss,
-    Dropout,
-    Dropout1d,
-    Dropout2d,
-    Dropout3d,
-    Embedding,
-    EmbeddingBag,
-    FeatureAlphaDropout,
-    Flatten,
-    Fold,
-    FractionalMaxPool2d,
-    FractionalMaxPool3d,
-    GaussianNLLLoss,
-    GroupNorm,
-    GRUCell,
-    Hardshrink,
-    Hardsigmoid,
-    Hardswish,
-    Hardtanh,
-    HingeEmbeddingLoss,
-    HuberLoss,
-    Identity,
-    InstanceNorm1d,
-    InstanceNorm2d,
-    InstanceNorm3d,
-    KLDivLoss,
-    L1Loss,
-    Lambda,
-    LayerNorm,
-    LazyBatchNorm1d,
-    LazyBatchNorm2d,
-    LazyBatchNorm3d,
-    LazyConv1d,
-    LazyConv2d,
-    LazyConv3d,
-    LazyConvTranspose1d,
-    LazyConvTranspose2d,
-    LazyConvTranspose3d,
-    LazyInstanceNorm1d,
-    LazyInstanceNorm2d,
-    LazyInstanceNorm3d,
-    LazyLinear,
-    LeakyReLU,
-    Linear,
-    LinearCrossEntropyLoss,
-    LinearCrossEntropyOptions,
-    LocalResponseNorm,
-    LogSigmoid,
-    LogSoftmax,
-    LPPool1d,
-    LPPool2d,
-    LPPool3d,
-    LSTMCell,
-    MarginRankingLoss,
-    MaxPool1d,
-    MaxPool2d,
-    MaxPool3d,
-    MaxUnpool1d,
-    MaxUnpool2d,
-    MaxUnpool3d,
-    Mish,
-    ModuleDict,
-    ModuleList,
-    MSELoss,
-    MultiheadAttention,
-    MultiLabelMarginLoss,
-    MultiLabelSoftMarginLoss,
-    MultiMarginLoss,
-    NLLLoss,
-    NLLLoss2d,
-    PairwiseDistance,
-    ParameterDict,
-    ParameterList,
-    PixelShuffle,
-    PixelUnshuffle,
-    PoissonNLLLoss,
-    PReLU,
-    ReflectionPad1d,
-    ReflectionPad2d,
-    ReflectionPad3d,
-    ReLU,
-    ReLU6,
-    ReplicationPad1d,
-    ReplicationPad2d,
-    ReplicationPad3d,
-    RMSNorm,
-    RNNBase,
-    RNNCell,
-    RNNCellBase,
-    RReLU,
-    Sequential,
-    Sigmoid,
-    SiLU,
-    SmoothL1Loss,
-    SoftMarginLoss,
-    Softmax,
-    Softmax2d,
-    Softmin,
-    Softplus,
-    Softshrink,
-    Softsign,
-    SyncBatchNorm,
-    Tanh,
-    Tanhshrink,
-    Threshold,
-    Transformer,
-    TransformerDecoder,
-    TransformerDecoderLayer,
-    TransformerEncoder,
-    TransformerEncoderLayer,
-    TripletMarginLoss,
-    TripletMarginWithDistanceLoss,
-    Unflatten,
-    Unfold,
-    Upsample,
-    UpsamplingBilinear2d,
-    UpsamplingNearest2d,
-    ZeroPad1d,
-    ZeroPad2d,
-    ZeroPad3d,
-)
+from statefulnn.modules import *  # noqa: F403
 from statefulnn.optimizer import Optimizer
 from statefulnn.transforms.audit import audit
 from statefulnn.transforms.branches import cond, switch
@@ -239,14 +55,84 @@ from statefulnn.utils.materialize import materialize
 
 if TYPE_CHECKING:
     from statefulnn import bridge, curvature, func, meta
+    from statefulnn import io as io
     from statefulnn.ensemble import Ensemble
     from statefulnn.io import Checkpointer, export, load, load_exported, save
-    from statefulnn.transforms.loops import map
+    from statefulnn.transforms.loops import map as map
+
+__all__ = [
+    "Buffer",
+    "Checkpointer",
+    "Ensemble",
+    "Generator",
+    "Module",
+    "ModuleDef",
+    "Optimizer",
+    "Parameter",
+    "Ref",
+    "UninitializedBuffer",
+    "UninitializedParameter",
+    "associative_scan",
+    "attention",
+    "audit",
+    "bridge",
+    "capture",
+    "checkify",
+    "cond",
+    "curvature",
+    "custom_vjp",
+    "default_generator",
+    "device",
+    "errors",
+    "export",
+    "fori_loop",
+    "func",
+    "functional",
+    "functional_call",
+    "functionalize",
+    "get_rng_state",
+    "grad",
+    "init",
+    "initial_seed",
+    "jit",
+    "load",
+    "load_exported",
+    "manual_seed",
+    "materialize",
+    "merge",
+    "meta",
+    "modules",
+    "mutable",
+    "next_key",
+    "parameter",
+    "parameters_to_vector",
+    "register_module_forward_hook",
+    "register_module_forward_pre_hook",
+    "register_module_full_backward_hook",
+    "register_module_full_backward_pre_hook",
+    "remat",
+    "rng_scope",
+    "save",
+    "scan",
+    "set_rng_state",
+    "shard_map",
+    "split",
+    "stack_module_state",
+    "statefulize",
+    "switch",
+    "utils",
+    "value_and_grad",
+    "vector_to_parameters",
+    "vmap",
+    "while_loop",
+]
+__all__ += errors.__all__
+__all__ += modules.__all__
 
 __version__ = "0.1.0"
 
-# Built on top, and imported when first used: modules, and names out of modules. `map` is among them so that
-# ``from statefulnn import *`` leaves Python's own.
+# Built on top, and imported when first used: modules, and names out of modules. `io` and `map` are not in
+# `__all__`, so that ``from statefulnn import *`` leaves Python's own.
 _LATER = ("bridge", "curvature", "func", "io", "meta")
 _LATER_NAMES = {
     "Ensemble": "ensemble",
@@ -254,14 +140,14 @@ _LATER_NAMES = {
     **dict.fromkeys(("Checkpointer", "export", "load", "load_exported", "save"), "io"),
 }
 
+if not TYPE_CHECKING:  # with it, a type checker would take any name for one of the package
 
-def __getattr__(name: str) -> Any:
-    if name in _LATER:
-        return importlib.import_module(f"statefulnn.{name}")
-    if name in _LATER_NAMES:
-        return getattr(importlib.import_module(f"statefulnn.{_LATER_NAMES[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    def __getattr__(name: str) -> Any:
+        if name in _LATER:
+            return importlib.import_module(f"statefulnn.{name}")
+        if name in _LATER_NAMES:
+            return getattr(importlib.import_module(f"statefulnn.{_LATER_NAMES[name]}"), name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-def __dir__() -> list[str]:
-    return sorted({*globals(), *_LATER, *_LATER_NAMES})
+__dir__ = listing(globals(), "io", "map")

@@ -1,7 +1,8 @@
 """Parameters and buffers under the names of ``torch.nn.parameter``."""
 
-from statefulnn.core.parameter import Buffer as Buffer
-from statefulnn.core.parameter import Parameter as Parameter
-from statefulnn.core.uninitialized import UninitializedBuffer as UninitializedBuffer
-from statefulnn.core.uninitialized import UninitializedParameter as UninitializedParameter
-from statefulnn.core.uninitialized import is_lazy as is_lazy
+from statefulnn.core.listing import listing
+from statefulnn.core.parameter import Buffer, Parameter
+from statefulnn.core.uninitialized import UninitializedBuffer, UninitializedParameter, is_lazy
+
+__all__ = ["Buffer", "Parameter", "UninitializedBuffer", "UninitializedParameter", "is_lazy"]
+__dir__ = listing(globals())

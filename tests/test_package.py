@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import builtins
+import importlib
 import inspect
 import re
 import subprocess
@@ -10,6 +12,7 @@ import sys
 import tomllib
 import zipfile
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -18,6 +21,7 @@ import statefulnn as nn
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "statefulnn"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
+PUBLIC = [s for s in SOURCES if "\n__dir__ = listing(" in s.read_text()]  # what users import from
 
 # What each part may import of the package; a part may always import from itself.
 ALLOWED = {
@@ -38,7 +42,7 @@ ALLOWED = {
     "curvature": {"core", "functional", "modules", "transforms"},
 }
 # Libraries whose models come in and go out, and the file or folder of bridge/ that knows each.
-LIBRARIES = {"torch", "flax", "equinox", "haiku"}
+LIBRARIES = set(nn.bridge.__all__)
 # Imports upwards that are there for a reason, inside a function.
 EXCEPTIONS = {("statefulnn/core/module.py", "statefulnn.transforms.jit.jit")}  # Module.compile
 
@@ -103,6 +107,11 @@ def test_only_the_compat_file_asks_jax_about_traces(source):
         assert name not in text, f"{relative(source)} uses {name}"
 
 
+def public_module(source: Path) -> ModuleType:
+    name = ".".join(source.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+    return importlib.import_module(name)
+
+
 def run_python(code: str) -> str:
     """Run code in a fresh interpreter and return what it printed."""
     done = subprocess.run(
@@ -142,20 +151,47 @@ def test_optimizer_without_optax_names_the_extra():
     assert 'pip install "statefulnn[optim]"' in message
 
 
-def test_every_public_name_is_documented():
-    public = {
-        name: value
-        for name, value in vars(nn).items()
-        if not name.startswith("_") and getattr(value, "__module__", "").startswith("statefulnn")
-    }
-    assert {"Module", "Parameter", "jit", "functionalize", "Optimizer", "Linear"} <= public.keys()
-    undocumented = [
+def test_every_package_says_what_is_public():
+    inside = {PACKAGE / "core", PACKAGE / "transforms", PACKAGE / "bridge" / "torch" / "operators"}
+    packages = {s for s in SOURCES if s.name == "__init__.py" and s.parent not in inside}
+    assert packages <= set(PUBLIC)
+
+
+@pytest.mark.parametrize("source", PUBLIC, ids=relative)
+def test_dir_shows_the_public_names_and_each_is_documented(source):
+    package = public_module(source)
+    shown = {n for n in dir(package) if not n.startswith("__")}
+    assert shown == {*package.__all__, *(("io", "map") if package is nn else ())}
+    assert len(package.__all__) == len(set(package.__all__))
+    for name in shown:
+        value = getattr(package, name)
+        home = value.__name__ if inspect.ismodule(value) else value.__module__
+        assert home.startswith("statefulnn"), f"{name} belongs to {home}"
+        assert value.__doc__, name
+
+
+@pytest.mark.parametrize("source", PUBLIC, ids=relative)
+def test_what_a_public_package_defines_or_imports_for_users_is_public(source):
+    package = public_module(source)
+    mine = {
         name
-        for name, value in public.items()
-        if (inspect.isclass(value) and not value.__dict__.get("__doc__"))
-        or (inspect.isfunction(value) and not value.__doc__)
-    ]
-    assert undocumented == []
+        for name, value in vars(package).items()
+        if not name.startswith("_")
+        and (inspect.isclass(value) or inspect.isfunction(value))
+        and value.__module__.startswith("statefulnn")
+        and (source.name in ("__init__.py", "parameter.py") or value.__module__ == package.__name__)
+    }
+    helpers = {"listing", "import_extra", "explain", "name_of", "caller", "user_stack_level"}
+    assert mine - set(dir(package)) <= helpers
+
+
+@pytest.mark.parametrize("source", PUBLIC, ids=relative)
+def test_an_import_of_all_names_binds_them_and_hides_nothing_of_python_s(source):
+    package, names = public_module(source), {}
+    exec(f"from {package.__name__} import *", names)
+    assert names.keys() - {"__builtins__"} == set(package.__all__)
+    assert not names.keys() & (set(dir(builtins)) - {"__builtins__"})
+    assert package is not nn or not names.keys() & sys.stdlib_module_names
 
 
 def test_what_is_built_on_top_is_imported_when_it_is_first_used():
@@ -163,7 +199,6 @@ def test_what_is_built_on_top_is_imported_when_it_is_first_used():
         "import sys, statefulnn as nn; names = {'func', 'meta', 'curvature', 'ensemble'}\n"
         "loaded = {n for n in names if f'statefulnn.{n}' in sys.modules}\n"
         "assert not loaded, loaded\n"
-        "assert {'func', 'meta', 'curvature', 'Ensemble'} <= set(dir(nn))\n"
         "assert callable(nn.meta.adapt) and callable(nn.func.vjp) and callable(nn.Ensemble)\n"
         "assert callable(nn.curvature.empirical_ntk) and not hasattr(nn, 'met')\n"
     )
@@ -171,11 +206,9 @@ def test_what_is_built_on_top_is_imported_when_it_is_first_used():
 
 
 @pytest.mark.parametrize("package", ["func", "meta", "curvature"])
-def test_every_public_name_on_top_is_documented_with_an_example(package):
-    for name, value in vars(getattr(nn, package)).items():
-        if name.startswith("_") or inspect.ismodule(value):
-            continue
-        assert value.__doc__, name
+def test_every_function_on_top_is_documented_with_an_example(package):
+    for name in getattr(nn, package).__all__:
+        value = getattr(getattr(nn, package), name)
         if value.__module__.startswith(f"statefulnn.{package}") and inspect.isfunction(value):
             assert "Example:" in value.__doc__, name
 

@@ -3,7 +3,9 @@
 The names are those of ``torch.nn.attention``.
 """
 
-from statefulnn.attention import bias as bias
-from statefulnn.attention import flex_attention as flex_attention
-from statefulnn.attention.backend import SDPBackend as SDPBackend
-from statefulnn.attention.backend import sdpa_kernel as sdpa_kernel
+from statefulnn.attention import bias, flex_attention
+from statefulnn.attention.backend import SDPBackend, sdpa_kernel
+from statefulnn.core.listing import listing
+
+__all__ = ["SDPBackend", "bias", "flex_attention", "sdpa_kernel"]
+__dir__ = listing(globals())

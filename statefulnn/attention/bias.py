@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from statefulnn.core.errors import explain
-from statefulnn.functional._causal_bias import CausalBias as CausalBias
-from statefulnn.functional._causal_bias import CausalVariant as CausalVariant
+from statefulnn.core.listing import listing
+from statefulnn.functional._causal_bias import CausalBias, CausalVariant
+
+__all__ = ["CausalBias", "CausalVariant", "causal_lower_right", "causal_upper_left"]
+__dir__ = listing(globals())
 
 
 def causal_upper_left(*size: int) -> CausalBias:

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from statefulnn.core.errors import explain
+from statefulnn.core.listing import listing
 from statefulnn.functional._checks import array, shape_error
 from statefulnn.functional.attention import (
     Form,
@@ -24,6 +25,19 @@ from statefulnn.functional.attention import (
     softmax_of_scores,
     weighted_values,
 )
+
+__all__ = [
+    "AuxOutput",
+    "AuxRequest",
+    "BlockMask",
+    "and_masks",
+    "create_block_mask",
+    "create_mask",
+    "flex_attention",
+    "noop_mask",
+    "or_masks",
+]
+__dir__ = listing(globals())
 
 _BLOCK = 128
 

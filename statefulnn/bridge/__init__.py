@@ -1,16 +1,19 @@
 """Modules of other libraries as ours, and ours as theirs; a submodule for each library."""
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-_LIBRARIES = ("equinox", "flax", "haiku", "torch")
+from statefulnn.core.listing import listing
 
+if TYPE_CHECKING:
+    from statefulnn.bridge import equinox, flax, haiku, torch
 
-def __getattr__(name: str) -> Any:
-    if name in _LIBRARIES:  # imported when first used: each needs its library
-        return importlib.import_module(f"statefulnn.bridge.{name}")
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__all__ = ["equinox", "flax", "haiku", "torch"]
+__dir__ = listing(globals())
 
+if not TYPE_CHECKING:  # with it, a type checker would take any name for one of the package
 
-def __dir__() -> list[str]:
-    return sorted({*globals(), *_LIBRARIES})
+    def __getattr__(name: str) -> Any:
+        if name in __all__:  # imported when first used: each needs its library
+            return importlib.import_module(f"statefulnn.bridge.{name}")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -23,14 +23,16 @@ from statefulnn.bridge._model import (
 from statefulnn.core.errors import MissingRngError, RegistrationError, explain
 from statefulnn.core.extras import import_extra
 from statefulnn.core.graph import require_module
+from statefulnn.core.listing import listing
 from statefulnn.core.module import Module
 from statefulnn.transforms.functional_call import functionalize
+
+__all__ = ["EquinoxModule", "equinox_module", "from_equinox", "to_equinox"]
+__dir__ = listing(globals())
 
 eqx = import_extra(
     "equinox", "equinox", "imported statefulnn.bridge.equinox", "defines the modules it takes"
 )
-
-__all__ = ["equinox_module", "from_equinox", "to_equinox"]
 
 
 def _is_index(x: Any) -> bool:

@@ -25,14 +25,16 @@ from statefulnn.core.errors import MissingRngError, explain
 from statefulnn.core.extras import import_extra
 from statefulnn.core.generator import as_key
 from statefulnn.core.graph import require_module
+from statefulnn.core.listing import listing
 from statefulnn.core.module import Module
 from statefulnn.transforms.functional_call import functionalize
+
+__all__ = ["from_haiku", "haiku_arrays", "to_haiku"]
+__dir__ = listing(globals())
 
 hk = import_extra(
     "haiku", "haiku", "imported statefulnn.bridge.haiku", "made the functions it takes"
 )
-
-__all__ = ["from_haiku", "haiku_arrays", "to_haiku"]
 
 _ROOT = "~"  # where Haiku keeps what belongs to no module
 

@@ -13,6 +13,8 @@ from collections.abc import Callable, Hashable
 from contextvars import ContextVar
 from typing import Any, Self
 
+import jax
+
 from statefulnn.core.arrays import as_array, strong
 from statefulnn.core.baked_in import BakedIn
 from statefulnn.core.bypassed import note_read
@@ -75,7 +77,7 @@ class Box:
         return lend(self.out())
 
     @property
-    def value(self) -> Any:
+    def value(self) -> jax.Array:
         """The array. Writing checks that the write will be kept."""
         return self.out()
 

@@ -12,6 +12,33 @@ import sys
 from collections.abc import Callable, Iterator
 from types import FrameType
 
+from statefulnn.core.listing import listing
+
+__all__ = [
+    "CheckpointError",
+    "ConvergenceError",
+    "DivergenceWarning",
+    "DtypeError",
+    "MissingRngError",
+    "NotDifferentiableError",
+    "PicklingError",
+    "RegistrationError",
+    "RetraceWarning",
+    "ShapeError",
+    "StaleCaptureWarning",
+    "StateDictError",
+    "StateWriteError",
+    "StatefulnnError",
+    "StructureChangeError",
+    "TraceLeakError",
+    "UninitializedModuleError",
+    "UninitializedParameterError",
+    "UnknownNameError",
+    "UntrainedLeavesWarning",
+    "UnusedModuleError",
+]
+__dir__ = listing(globals())
+
 
 def explain(what: str, why: str, instead: str) -> str:
     """Join the three parts of a message: what was done, why it cannot work, what does work."""

@@ -13,7 +13,7 @@ import functools
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Protocol, Self, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -88,6 +88,24 @@ _PLATFORMS = ("cpu", "gpu", "cuda", "rocm", "tpu", META)
 _ELSEWHERE = "members that another module had first"  # in the state of a copy
 
 
+_P = ParamSpec("_P")
+_R_co = TypeVar("_R_co", covariant=True)
+_T = TypeVar("_T")
+
+
+class Callee(Protocol[_P, _R_co]):
+    """What a call of a module takes and returns: that of its `forward`."""
+
+    def forward(self, *args: _P.args, **kwargs: _P.kwargs) -> _R_co: ...
+
+
+def _typed_by_forward(
+    call: Callable[..., Any],
+) -> Callable[Concatenate[Callee[_P, _R_co], _P], _R_co]:
+    """Return a method as it is; type checkers take a call of it for a call of `forward`."""
+    return call
+
+
 class Ref:
     """Marks a module or parameter that is referred to, not owned, when it is assigned to an attribute.
 
@@ -109,6 +127,10 @@ class Ref:
     """
 
     __slots__ = ("target",)
+
+    if TYPE_CHECKING:  # the attribute is the object itself
+
+        def __new__(cls, target: _T) -> _T: ...
 
     def __init__(self, target: Module | Box) -> None:
         if not isinstance(target, (Module, Box)):
@@ -198,6 +220,7 @@ class Module(ModuleBase):
             f'Module [{type(self).__name__}] is missing the required "forward" function'
         )
 
+    @_typed_by_forward
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         try:
             stamp = self._nn_stamp

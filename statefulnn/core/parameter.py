@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -28,11 +28,16 @@ from statefulnn.core.ownership import check_write, real_dict
 from statefulnn.core.placement import Value, elsewhere, is_meta, place_in_force, placed
 from statefulnn.core.stamps import clock, tick
 
+if TYPE_CHECKING:  # a type checker takes a box wherever it takes an array
+    from jax import Array as _Array
+else:
+    _Array = object
+
 # What a traced function may ask without making the value a constant of the compiled code.
 _METADATA = frozenset({"aval", "dtype", "itemsize", "nbytes", "ndim", "shape", "sharding", "size"})
 
 
-class ArrayBox(Box):
+class ArrayBox(Box, _Array):
     """A box that works where ``jax.numpy`` takes an array; arithmetic on it gives plain arrays."""
 
     __slots__ = ()
@@ -64,7 +69,7 @@ class ArrayBox(Box):
     def __iter__(self) -> Iterator[Any]:
         return iter(self.value)
 
-    def __getitem__(self, index: Any) -> Any:
+    def __getitem__(self, index: Any) -> jax.Array:
         return self.value[index]
 
     def __setitem__(self, index: Any, new: object) -> None:
@@ -88,9 +93,20 @@ class ArrayBox(Box):
     def __format__(self, spec: str) -> str:
         return format(self.value, spec)
 
-    __hash__ = object.__hash__  # identity, as torch's tensors; `==` below compares elements
+    if TYPE_CHECKING:
 
-    def __round__(self, ndigits: int = 0) -> Any:
+        def __hash__(self) -> int: ...
+
+        def __iadd__(self, other: object) -> Self: ...
+
+        __isub__ = __imul__ = __itruediv__ = __imatmul__ = __ipow__ = __iadd__
+        __ifloordiv__ = __imod__ = __iand__ = __ior__ = __ixor__ = __ilshift__ = __irshift__ = (
+            __iadd__
+        )
+    else:
+        __hash__ = object.__hash__  # identity, as torch's tensors; `==` below compares elements
+
+    def __round__(self, ndigits: int = 0) -> jax.Array:
         return jnp.round(self.value, ndigits)
 
 
@@ -242,7 +258,7 @@ class Parameter(ArrayBox):
         super().write(array)
 
     @property
-    def data(self) -> Any:
+    def data(self) -> jax.Array:
         """The array; writing replaces it, whatever its shape and dtype."""
         return self.value
 
@@ -259,7 +275,7 @@ class Parameter(ArrayBox):
         Box.write(self, lend(jnp.broadcast_to(array, self.shape).astype(self.dtype)))
         return self
 
-    def detach(self) -> Any:
+    def detach(self) -> jax.Array:
         """Return the array, cut off from gradients."""
         return jax.lax.stop_gradient(self.value)
 

@@ -1,5 +1,6 @@
 """How outputs and losses change with the parameters: kernels, curvature, the gradients of examples."""
 
+from statefulnn.core.listing import listing
 from statefulnn.curvature.accounting import noise_multiplier_for, privacy_spent
 from statefulnn.curvature.influence import influence
 from statefulnn.curvature.kfac import kfac
@@ -31,3 +32,37 @@ from statefulnn.curvature.spectra import (
     spectral_density,
 )
 from statefulnn.curvature.traces import diagonal, trace
+
+__all__ = [
+    "Clipped",
+    "Eigenpairs",
+    "Estimate",
+    "Laplace",
+    "LinearOperator",
+    "NoiseScale",
+    "SpectralDensity",
+    "clip_per_example",
+    "diagonal",
+    "dp_gradients",
+    "eigenpairs",
+    "empirical_fisher",
+    "empirical_ntk",
+    "fisher",
+    "ggn",
+    "ghost_clip",
+    "gradient_noise_scale",
+    "hessian",
+    "influence",
+    "jacobian",
+    "linearize_model",
+    "logdet",
+    "noise_multiplier_for",
+    "noise_scale_from_batches",
+    "noise_scale_of",
+    "privacy_spent",
+    "spectral_density",
+    "tangent_kernel",
+    "taylor_model",
+    "trace",
+]
+__dir__ = listing(globals())

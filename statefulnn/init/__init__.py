@@ -1,36 +1,75 @@
 """Initial values of parameters, under the names of ``torch.nn.init``."""
 
-from statefulnn.init._deprecated import constant as constant
-from statefulnn.init._deprecated import dirac as dirac
-from statefulnn.init._deprecated import eye as eye
-from statefulnn.init._deprecated import kaiming_normal as kaiming_normal
-from statefulnn.init._deprecated import kaiming_uniform as kaiming_uniform
-from statefulnn.init._deprecated import normal as normal
-from statefulnn.init._deprecated import orthogonal as orthogonal
-from statefulnn.init._deprecated import sparse as sparse
-from statefulnn.init._deprecated import uniform as uniform
-from statefulnn.init._deprecated import xavier_normal as xavier_normal
-from statefulnn.init._deprecated import xavier_uniform as xavier_uniform
-from statefulnn.init._empty import empty_parameter as empty_parameter
-from statefulnn.init._initializers import calculate_gain as calculate_gain
-from statefulnn.init._initializers import constant_ as constant_
-from statefulnn.init._initializers import dirac_ as dirac_
-from statefulnn.init._initializers import eye_ as eye_
-from statefulnn.init._initializers import kaiming_normal_ as kaiming_normal_
-from statefulnn.init._initializers import kaiming_uniform_ as kaiming_uniform_
-from statefulnn.init._initializers import normal_ as normal_
-from statefulnn.init._initializers import ones_ as ones_
-from statefulnn.init._initializers import orthogonal_ as orthogonal_
-from statefulnn.init._initializers import orthogonal_by_block_ as orthogonal_by_block_
-from statefulnn.init._initializers import sparse_ as sparse_
-from statefulnn.init._initializers import trunc_normal_ as trunc_normal_
-from statefulnn.init._initializers import uniform_ as uniform_
-from statefulnn.init._initializers import xavier_normal_ as xavier_normal_
-from statefulnn.init._initializers import xavier_uniform_ as xavier_uniform_
-from statefulnn.init._initializers import zeros_ as zeros_
-from statefulnn.init._schemes import apply_scheme as apply_scheme
-from statefulnn.init._versions import describe as describe
-from statefulnn.init._versions import get_version as get_version
-from statefulnn.init._versions import rules as rules
-from statefulnn.init._versions import set_version as set_version
-from statefulnn.init._versions import version as version
+from statefulnn.core.listing import listing
+from statefulnn.init._deprecated import (
+    constant,
+    dirac,
+    eye,
+    kaiming_normal,
+    kaiming_uniform,
+    normal,
+    orthogonal,
+    sparse,
+    uniform,
+    xavier_normal,
+    xavier_uniform,
+)
+from statefulnn.init._empty import empty_parameter
+from statefulnn.init._initializers import (
+    calculate_gain,
+    constant_,
+    dirac_,
+    eye_,
+    kaiming_normal_,
+    kaiming_uniform_,
+    normal_,
+    ones_,
+    orthogonal_,
+    orthogonal_by_block_,
+    sparse_,
+    trunc_normal_,
+    uniform_,
+    xavier_normal_,
+    xavier_uniform_,
+    zeros_,
+)
+from statefulnn.init._schemes import apply_scheme
+from statefulnn.init._versions import describe, get_version, rules, set_version, version
+
+__all__ = [
+    "apply_scheme",
+    "calculate_gain",
+    "constant",
+    "constant_",
+    "describe",
+    "dirac",
+    "dirac_",
+    "empty_parameter",
+    "eye",
+    "eye_",
+    "get_version",
+    "kaiming_normal",
+    "kaiming_normal_",
+    "kaiming_uniform",
+    "kaiming_uniform_",
+    "normal",
+    "normal_",
+    "ones_",
+    "orthogonal",
+    "orthogonal_",
+    "orthogonal_by_block_",
+    "rules",
+    "set_version",
+    "sparse",
+    "sparse_",
+    "trunc_normal_",
+    "uniform",
+    "uniform_",
+    "version",
+    "xavier_normal",
+    "xavier_normal_",
+    "xavier_uniform",
+    "xavier_uniform_",
+    "zeros_",
+]
+__dir__ = listing(globals())

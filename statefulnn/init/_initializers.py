@@ -294,7 +294,8 @@ def eye_(tensor: Any) -> Any:
     """
     box = _box(tensor, "eye_")
     _require_axes(box, (2,), "eye_", "tensors with 2 dimensions only")
-    return _write(box, np.eye(*box.value.shape).astype(box.value.dtype))
+    rows, columns = box.value.shape
+    return _write(box, np.eye(rows, columns).astype(box.value.dtype))
 
 
 def dirac_(tensor: Any, groups: int = 1) -> Any:

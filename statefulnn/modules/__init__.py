@@ -1,168 +1,328 @@
 """Layers and containers, one file a topic, under torch's names."""
 
-from statefulnn.modules.activation import GELU as GELU
-from statefulnn.modules.activation import GLU as GLU
-from statefulnn.modules.activation import Hardshrink as Hardshrink
-from statefulnn.modules.activation import Hardsigmoid as Hardsigmoid
-from statefulnn.modules.activation import Hardswish as Hardswish
-from statefulnn.modules.activation import LogSigmoid as LogSigmoid
-from statefulnn.modules.activation import Mish as Mish
-from statefulnn.modules.activation import Sigmoid as Sigmoid
-from statefulnn.modules.activation import SiLU as SiLU
-from statefulnn.modules.activation import Softplus as Softplus
-from statefulnn.modules.activation import Softshrink as Softshrink
-from statefulnn.modules.activation import Softsign as Softsign
-from statefulnn.modules.activation import Tanh as Tanh
-from statefulnn.modules.activation import Tanhshrink as Tanhshrink
-from statefulnn.modules.adaptive import AdaptiveLogSoftmaxWithLoss as AdaptiveLogSoftmaxWithLoss
-from statefulnn.modules.adaptive_pooling import AdaptiveAvgPool1d as AdaptiveAvgPool1d
-from statefulnn.modules.adaptive_pooling import AdaptiveAvgPool2d as AdaptiveAvgPool2d
-from statefulnn.modules.adaptive_pooling import AdaptiveAvgPool3d as AdaptiveAvgPool3d
-from statefulnn.modules.adaptive_pooling import AdaptiveMaxPool1d as AdaptiveMaxPool1d
-from statefulnn.modules.adaptive_pooling import AdaptiveMaxPool2d as AdaptiveMaxPool2d
-from statefulnn.modules.adaptive_pooling import AdaptiveMaxPool3d as AdaptiveMaxPool3d
-from statefulnn.modules.attention import MultiheadAttention as MultiheadAttention
-from statefulnn.modules.avg_pooling import AvgPool1d as AvgPool1d
-from statefulnn.modules.avg_pooling import AvgPool2d as AvgPool2d
-from statefulnn.modules.avg_pooling import AvgPool3d as AvgPool3d
-from statefulnn.modules.avg_pooling import LPPool1d as LPPool1d
-from statefulnn.modules.avg_pooling import LPPool2d as LPPool2d
-from statefulnn.modules.avg_pooling import LPPool3d as LPPool3d
-from statefulnn.modules.batchnorm import BatchNorm1d as BatchNorm1d
-from statefulnn.modules.batchnorm import BatchNorm2d as BatchNorm2d
-from statefulnn.modules.batchnorm import BatchNorm3d as BatchNorm3d
-from statefulnn.modules.binary_cross_entropy import BCELoss as BCELoss
-from statefulnn.modules.binary_cross_entropy import BCEWithLogitsLoss as BCEWithLogitsLoss
+from statefulnn.core.listing import listing
+from statefulnn.modules.activation import (
+    GELU,
+    GLU,
+    Hardshrink,
+    Hardsigmoid,
+    Hardswish,
+    LogSigmoid,
+    Mish,
+    Sigmoid,
+    SiLU,
+    Softplus,
+    Softshrink,
+    Softsign,
+    Tanh,
+    Tanhshrink,
+)
+from statefulnn.modules.adaptive import AdaptiveLogSoftmaxWithLoss
+from statefulnn.modules.adaptive_pooling import (
+    AdaptiveAvgPool1d,
+    AdaptiveAvgPool2d,
+    AdaptiveAvgPool3d,
+    AdaptiveMaxPool1d,
+    AdaptiveMaxPool2d,
+    AdaptiveMaxPool3d,
+)
+from statefulnn.modules.attention import MultiheadAttention
+from statefulnn.modules.avg_pooling import (
+    AvgPool1d,
+    AvgPool2d,
+    AvgPool3d,
+    LPPool1d,
+    LPPool2d,
+    LPPool3d,
+)
+from statefulnn.modules.batchnorm import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from statefulnn.modules.binary_cross_entropy import (
-    MultiLabelSoftMarginLoss as MultiLabelSoftMarginLoss,
+    BCELoss,
+    BCEWithLogitsLoss,
+    MultiLabelSoftMarginLoss,
+    SoftMarginLoss,
 )
-from statefulnn.modules.binary_cross_entropy import SoftMarginLoss as SoftMarginLoss
-from statefulnn.modules.channelshuffle import ChannelShuffle as ChannelShuffle
-from statefulnn.modules.containers import Lambda as Lambda
-from statefulnn.modules.containers import ModuleDict as ModuleDict
-from statefulnn.modules.containers import ModuleList as ModuleList
-from statefulnn.modules.containers import ParameterDict as ParameterDict
-from statefulnn.modules.containers import ParameterList as ParameterList
-from statefulnn.modules.containers import Sequential as Sequential
-from statefulnn.modules.conv import Conv1d as Conv1d
-from statefulnn.modules.conv import Conv2d as Conv2d
-from statefulnn.modules.conv import Conv3d as Conv3d
-from statefulnn.modules.conv_transpose import ConvTranspose1d as ConvTranspose1d
-from statefulnn.modules.conv_transpose import ConvTranspose2d as ConvTranspose2d
-from statefulnn.modules.conv_transpose import ConvTranspose3d as ConvTranspose3d
-from statefulnn.modules.cross_entropy import CrossEntropyLoss as CrossEntropyLoss
-from statefulnn.modules.cross_entropy import CTCLoss as CTCLoss
-from statefulnn.modules.cross_entropy import KLDivLoss as KLDivLoss
-from statefulnn.modules.cross_entropy import LinearCrossEntropyLoss as LinearCrossEntropyLoss
-from statefulnn.modules.cross_entropy import LinearCrossEntropyOptions as LinearCrossEntropyOptions
-from statefulnn.modules.cross_entropy import NLLLoss as NLLLoss
-from statefulnn.modules.cross_entropy import NLLLoss2d as NLLLoss2d
-from statefulnn.modules.distance import CosineSimilarity as CosineSimilarity
-from statefulnn.modules.distance import PairwiseDistance as PairwiseDistance
-from statefulnn.modules.dropout import AlphaDropout as AlphaDropout
-from statefulnn.modules.dropout import Dropout as Dropout
-from statefulnn.modules.dropout import Dropout1d as Dropout1d
-from statefulnn.modules.dropout import Dropout2d as Dropout2d
-from statefulnn.modules.dropout import Dropout3d as Dropout3d
-from statefulnn.modules.dropout import FeatureAlphaDropout as FeatureAlphaDropout
-from statefulnn.modules.flatten import Flatten as Flatten
-from statefulnn.modules.flatten import Unflatten as Unflatten
-from statefulnn.modules.fold import Fold as Fold
-from statefulnn.modules.fold import Unfold as Unfold
-from statefulnn.modules.fractional_pooling import FractionalMaxPool2d as FractionalMaxPool2d
-from statefulnn.modules.fractional_pooling import FractionalMaxPool3d as FractionalMaxPool3d
-from statefulnn.modules.instancenorm import InstanceNorm1d as InstanceNorm1d
-from statefulnn.modules.instancenorm import InstanceNorm2d as InstanceNorm2d
-from statefulnn.modules.instancenorm import InstanceNorm3d as InstanceNorm3d
-from statefulnn.modules.lazy import LazyBatchNorm1d as LazyBatchNorm1d
-from statefulnn.modules.lazy import LazyBatchNorm2d as LazyBatchNorm2d
-from statefulnn.modules.lazy import LazyBatchNorm3d as LazyBatchNorm3d
-from statefulnn.modules.lazy import LazyConv1d as LazyConv1d
-from statefulnn.modules.lazy import LazyConv2d as LazyConv2d
-from statefulnn.modules.lazy import LazyConv3d as LazyConv3d
-from statefulnn.modules.lazy import LazyConvTranspose1d as LazyConvTranspose1d
-from statefulnn.modules.lazy import LazyConvTranspose2d as LazyConvTranspose2d
-from statefulnn.modules.lazy import LazyConvTranspose3d as LazyConvTranspose3d
-from statefulnn.modules.lazy import LazyInstanceNorm1d as LazyInstanceNorm1d
-from statefulnn.modules.lazy import LazyInstanceNorm2d as LazyInstanceNorm2d
-from statefulnn.modules.lazy import LazyInstanceNorm3d as LazyInstanceNorm3d
-from statefulnn.modules.lazy import LazyLinear as LazyLinear
-from statefulnn.modules.linear import Bilinear as Bilinear
-from statefulnn.modules.linear import Identity as Identity
-from statefulnn.modules.linear import Linear as Linear
-from statefulnn.modules.loss import GaussianNLLLoss as GaussianNLLLoss
-from statefulnn.modules.loss import HuberLoss as HuberLoss
-from statefulnn.modules.loss import L1Loss as L1Loss
-from statefulnn.modules.loss import MSELoss as MSELoss
-from statefulnn.modules.loss import PoissonNLLLoss as PoissonNLLLoss
-from statefulnn.modules.loss import SmoothL1Loss as SmoothL1Loss
-from statefulnn.modules.margin_loss import CosineEmbeddingLoss as CosineEmbeddingLoss
-from statefulnn.modules.margin_loss import HingeEmbeddingLoss as HingeEmbeddingLoss
-from statefulnn.modules.margin_loss import MarginRankingLoss as MarginRankingLoss
-from statefulnn.modules.margin_loss import MultiLabelMarginLoss as MultiLabelMarginLoss
-from statefulnn.modules.margin_loss import MultiMarginLoss as MultiMarginLoss
-from statefulnn.modules.margin_loss import TripletMarginLoss as TripletMarginLoss
+from statefulnn.modules.channelshuffle import ChannelShuffle
+from statefulnn.modules.containers import (
+    Lambda,
+    ModuleDict,
+    ModuleList,
+    ParameterDict,
+    ParameterList,
+    Sequential,
+)
+from statefulnn.modules.conv import Conv1d, Conv2d, Conv3d
+from statefulnn.modules.conv_transpose import ConvTranspose1d, ConvTranspose2d, ConvTranspose3d
+from statefulnn.modules.cross_entropy import (
+    CrossEntropyLoss,
+    CTCLoss,
+    KLDivLoss,
+    LinearCrossEntropyLoss,
+    LinearCrossEntropyOptions,
+    NLLLoss,
+    NLLLoss2d,
+)
+from statefulnn.modules.distance import CosineSimilarity, PairwiseDistance
+from statefulnn.modules.dropout import (
+    AlphaDropout,
+    Dropout,
+    Dropout1d,
+    Dropout2d,
+    Dropout3d,
+    FeatureAlphaDropout,
+)
+from statefulnn.modules.flatten import Flatten, Unflatten
+from statefulnn.modules.fold import Fold, Unfold
+from statefulnn.modules.fractional_pooling import FractionalMaxPool2d, FractionalMaxPool3d
+from statefulnn.modules.instancenorm import InstanceNorm1d, InstanceNorm2d, InstanceNorm3d
+from statefulnn.modules.lazy import (
+    LazyBatchNorm1d,
+    LazyBatchNorm2d,
+    LazyBatchNorm3d,
+    LazyConv1d,
+    LazyConv2d,
+    LazyConv3d,
+    LazyConvTranspose1d,
+    LazyConvTranspose2d,
+    LazyConvTranspose3d,
+    LazyInstanceNorm1d,
+    LazyInstanceNorm2d,
+    LazyInstanceNorm3d,
+    LazyLinear,
+)
+from statefulnn.modules.linear import Bilinear, Identity, Linear
+from statefulnn.modules.loss import (
+    GaussianNLLLoss,
+    HuberLoss,
+    L1Loss,
+    MSELoss,
+    PoissonNLLLoss,
+    SmoothL1Loss,
+)
 from statefulnn.modules.margin_loss import (
-    TripletMarginWithDistanceLoss as TripletMarginWithDistanceLoss,
+    CosineEmbeddingLoss,
+    HingeEmbeddingLoss,
+    MarginRankingLoss,
+    MultiLabelMarginLoss,
+    MultiMarginLoss,
+    TripletMarginLoss,
+    TripletMarginWithDistanceLoss,
 )
-from statefulnn.modules.normalization import CrossMapLRN2d as CrossMapLRN2d
-from statefulnn.modules.normalization import GroupNorm as GroupNorm
-from statefulnn.modules.normalization import LayerNorm as LayerNorm
-from statefulnn.modules.normalization import LocalResponseNorm as LocalResponseNorm
-from statefulnn.modules.normalization import RMSNorm as RMSNorm
-from statefulnn.modules.padding import CircularPad1d as CircularPad1d
-from statefulnn.modules.padding import CircularPad2d as CircularPad2d
-from statefulnn.modules.padding import CircularPad3d as CircularPad3d
-from statefulnn.modules.padding import ConstantPad1d as ConstantPad1d
-from statefulnn.modules.padding import ConstantPad2d as ConstantPad2d
-from statefulnn.modules.padding import ConstantPad3d as ConstantPad3d
-from statefulnn.modules.padding import ReflectionPad1d as ReflectionPad1d
-from statefulnn.modules.padding import ReflectionPad2d as ReflectionPad2d
-from statefulnn.modules.padding import ReflectionPad3d as ReflectionPad3d
-from statefulnn.modules.padding import ReplicationPad1d as ReplicationPad1d
-from statefulnn.modules.padding import ReplicationPad2d as ReplicationPad2d
-from statefulnn.modules.padding import ReplicationPad3d as ReplicationPad3d
-from statefulnn.modules.padding import ZeroPad1d as ZeroPad1d
-from statefulnn.modules.padding import ZeroPad2d as ZeroPad2d
-from statefulnn.modules.padding import ZeroPad3d as ZeroPad3d
-from statefulnn.modules.pixelshuffle import PixelShuffle as PixelShuffle
-from statefulnn.modules.pixelshuffle import PixelUnshuffle as PixelUnshuffle
-from statefulnn.modules.pooling import MaxPool1d as MaxPool1d
-from statefulnn.modules.pooling import MaxPool2d as MaxPool2d
-from statefulnn.modules.pooling import MaxPool3d as MaxPool3d
-from statefulnn.modules.rectifier import CELU as CELU
-from statefulnn.modules.rectifier import ELU as ELU
-from statefulnn.modules.rectifier import SELU as SELU
-from statefulnn.modules.rectifier import Hardtanh as Hardtanh
-from statefulnn.modules.rectifier import LeakyReLU as LeakyReLU
-from statefulnn.modules.rectifier import PReLU as PReLU
-from statefulnn.modules.rectifier import ReLU as ReLU
-from statefulnn.modules.rectifier import ReLU6 as ReLU6
-from statefulnn.modules.rectifier import RReLU as RReLU
-from statefulnn.modules.rectifier import Threshold as Threshold
-from statefulnn.modules.rnn import GRU as GRU
-from statefulnn.modules.rnn import LSTM as LSTM
-from statefulnn.modules.rnn import RNN as RNN
-from statefulnn.modules.rnn import RNNBase as RNNBase
-from statefulnn.modules.rnn_cell import GRUCell as GRUCell
-from statefulnn.modules.rnn_cell import LSTMCell as LSTMCell
-from statefulnn.modules.rnn_cell import RNNCell as RNNCell
-from statefulnn.modules.rnn_cell import RNNCellBase as RNNCellBase
-from statefulnn.modules.softmax import LogSoftmax as LogSoftmax
-from statefulnn.modules.softmax import Softmax as Softmax
-from statefulnn.modules.softmax import Softmax2d as Softmax2d
-from statefulnn.modules.softmax import Softmin as Softmin
-from statefulnn.modules.sparse import Embedding as Embedding
-from statefulnn.modules.sparse import EmbeddingBag as EmbeddingBag
-from statefulnn.modules.sync_batchnorm import SyncBatchNorm as SyncBatchNorm
-from statefulnn.modules.transformer import Transformer as Transformer
-from statefulnn.modules.transformer import TransformerDecoder as TransformerDecoder
-from statefulnn.modules.transformer import TransformerDecoderLayer as TransformerDecoderLayer
-from statefulnn.modules.transformer import TransformerEncoder as TransformerEncoder
-from statefulnn.modules.transformer import TransformerEncoderLayer as TransformerEncoderLayer
-from statefulnn.modules.unpooling import MaxUnpool1d as MaxUnpool1d
-from statefulnn.modules.unpooling import MaxUnpool2d as MaxUnpool2d
-from statefulnn.modules.unpooling import MaxUnpool3d as MaxUnpool3d
-from statefulnn.modules.upsampling import Upsample as Upsample
-from statefulnn.modules.upsampling import UpsamplingBilinear2d as UpsamplingBilinear2d
-from statefulnn.modules.upsampling import UpsamplingNearest2d as UpsamplingNearest2d
+from statefulnn.modules.normalization import (
+    CrossMapLRN2d,
+    GroupNorm,
+    LayerNorm,
+    LocalResponseNorm,
+    RMSNorm,
+)
+from statefulnn.modules.padding import (
+    CircularPad1d,
+    CircularPad2d,
+    CircularPad3d,
+    ConstantPad1d,
+    ConstantPad2d,
+    ConstantPad3d,
+    ReflectionPad1d,
+    ReflectionPad2d,
+    ReflectionPad3d,
+    ReplicationPad1d,
+    ReplicationPad2d,
+    ReplicationPad3d,
+    ZeroPad1d,
+    ZeroPad2d,
+    ZeroPad3d,
+)
+from statefulnn.modules.pixelshuffle import PixelShuffle, PixelUnshuffle
+from statefulnn.modules.pooling import MaxPool1d, MaxPool2d, MaxPool3d
+from statefulnn.modules.rectifier import (
+    CELU,
+    ELU,
+    SELU,
+    Hardtanh,
+    LeakyReLU,
+    PReLU,
+    ReLU,
+    ReLU6,
+    RReLU,
+    Threshold,
+)
+from statefulnn.modules.rnn import GRU, LSTM, RNN, RNNBase
+from statefulnn.modules.rnn_cell import GRUCell, LSTMCell, RNNCell, RNNCellBase
+from statefulnn.modules.softmax import LogSoftmax, Softmax, Softmax2d, Softmin
+from statefulnn.modules.sparse import Embedding, EmbeddingBag
+from statefulnn.modules.sync_batchnorm import SyncBatchNorm
+from statefulnn.modules.transformer import (
+    Transformer,
+    TransformerDecoder,
+    TransformerDecoderLayer,
+    TransformerEncoder,
+    TransformerEncoderLayer,
+)
+from statefulnn.modules.unpooling import MaxUnpool1d, MaxUnpool2d, MaxUnpool3d
+from statefulnn.modules.upsampling import Upsample, UpsamplingBilinear2d, UpsamplingNearest2d
+
+__all__ = [
+    "CELU",
+    "ELU",
+    "GELU",
+    "GLU",
+    "GRU",
+    "LSTM",
+    "RNN",
+    "SELU",
+    "AdaptiveAvgPool1d",
+    "AdaptiveAvgPool2d",
+    "AdaptiveAvgPool3d",
+    "AdaptiveLogSoftmaxWithLoss",
+    "AdaptiveMaxPool1d",
+    "AdaptiveMaxPool2d",
+    "AdaptiveMaxPool3d",
+    "AlphaDropout",
+    "AvgPool1d",
+    "AvgPool2d",
+    "AvgPool3d",
+    "BCELoss",
+    "BCEWithLogitsLoss",
+    "BatchNorm1d",
+    "BatchNorm2d",
+    "BatchNorm3d",
+    "Bilinear",
+    "CTCLoss",
+    "ChannelShuffle",
+    "CircularPad1d",
+    "CircularPad2d",
+    "CircularPad3d",
+    "ConstantPad1d",
+    "ConstantPad2d",
+    "ConstantPad3d",
+    "Conv1d",
+    "Conv2d",
+    "Conv3d",
+    "ConvTranspose1d",
+    "ConvTranspose2d",
+    "ConvTranspose3d",
+    "CosineEmbeddingLoss",
+    "CosineSimilarity",
+    "CrossEntropyLoss",
+    "CrossMapLRN2d",
+    "Dropout",
+    "Dropout1d",
+    "Dropout2d",
+    "Dropout3d",
+    "Embedding",
+    "EmbeddingBag",
+    "FeatureAlphaDropout",
+    "Flatten",
+    "Fold",
+    "FractionalMaxPool2d",
+    "FractionalMaxPool3d",
+    "GRUCell",
+    "GaussianNLLLoss",
+    "GroupNorm",
+    "Hardshrink",
+    "Hardsigmoid",
+    "Hardswish",
+    "Hardtanh",
+    "HingeEmbeddingLoss",
+    "HuberLoss",
+    "Identity",
+    "InstanceNorm1d",
+    "InstanceNorm2d",
+    "InstanceNorm3d",
+    "KLDivLoss",
+    "L1Loss",
+    "LPPool1d",
+    "LPPool2d",
+    "LPPool3d",
+    "LSTMCell",
+    "Lambda",
+    "LayerNorm",
+    "LazyBatchNorm1d",
+    "LazyBatchNorm2d",
+    "LazyBatchNorm3d",
+    "LazyConv1d",
+    "LazyConv2d",
+    "LazyConv3d",
+    "LazyConvTranspose1d",
+    "LazyConvTranspose2d",
+    "LazyConvTranspose3d",
+    "LazyInstanceNorm1d",
+    "LazyInstanceNorm2d",
+    "LazyInstanceNorm3d",
+    "LazyLinear",
+    "LeakyReLU",
+    "Linear",
+    "LinearCrossEntropyLoss",
+    "LinearCrossEntropyOptions",
+    "LocalResponseNorm",
+    "LogSigmoid",
+    "LogSoftmax",
+    "MSELoss",
+    "MarginRankingLoss",
+    "MaxPool1d",
+    "MaxPool2d",
+    "MaxPool3d",
+    "MaxUnpool1d",
+    "MaxUnpool2d",
+    "MaxUnpool3d",
+    "Mish",
+    "ModuleDict",
+    "ModuleList",
+    "MultiLabelMarginLoss",
+    "MultiLabelSoftMarginLoss",
+    "MultiMarginLoss",
+    "MultiheadAttention",
+    "NLLLoss",
+    "NLLLoss2d",
+    "PReLU",
+    "PairwiseDistance",
+    "ParameterDict",
+    "ParameterList",
+    "PixelShuffle",
+    "PixelUnshuffle",
+    "PoissonNLLLoss",
+    "RMSNorm",
+    "RNNBase",
+    "RNNCell",
+    "RNNCellBase",
+    "RReLU",
+    "ReLU",
+    "ReLU6",
+    "ReflectionPad1d",
+    "ReflectionPad2d",
+    "ReflectionPad3d",
+    "ReplicationPad1d",
+    "ReplicationPad2d",
+    "ReplicationPad3d",
+    "Sequential",
+    "SiLU",
+    "Sigmoid",
+    "SmoothL1Loss",
+    "SoftMarginLoss",
+    "Softmax",
+    "Softmax2d",
+    "Softmin",
+    "Softplus",
+    "Softshrink",
+    "Softsign",
+    "SyncBatchNorm",
+    "Tanh",
+    "Tanhshrink",
+    "Threshold",
+    "Transformer",
+    "TransformerDecoder",
+    "TransformerDecoderLayer",
+    "TransformerEncoder",
+    "TransformerEncoderLayer",
+    "TripletMarginLoss",
+    "TripletMarginWithDistanceLoss",
+    "Unflatten",
+    "Unfold",
+    "Upsample",
+    "UpsamplingBilinear2d",
+    "UpsamplingNearest2d",
+    "ZeroPad1d",
+    "ZeroPad2d",
+    "ZeroPad3d",
+]
+__dir__ = listing(globals())

@@ -5,13 +5,22 @@ from __future__ import annotations
 import functools
 import types
 from collections.abc import Callable
-from typing import Any
+from typing import Any, overload
 
 from jax.experimental import checkify as of_jax
 
 from statefulnn.transforms.lift import SplitCall, unbound
+from statefulnn.transforms.types import P, R
 
 
+@overload
+def checkify(
+    fun: Callable[P, R], errors: frozenset[Any] = of_jax.user_checks
+) -> Callable[P, tuple[of_jax.Error, R]]: ...
+@overload
+def checkify(
+    fun: None = None, errors: frozenset[Any] = of_jax.user_checks
+) -> Callable[[Callable[P, R]], Callable[P, tuple[of_jax.Error, R]]]: ...
 def checkify(fun: Callable | None = None, errors: frozenset[Any] = of_jax.user_checks) -> Any:
     """Return a function that reports the first failed check beside its output, with state.
 

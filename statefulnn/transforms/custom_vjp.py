@@ -7,7 +7,7 @@ import functools
 import inspect
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Generic
 
 import jax
 import jax.numpy as jnp
@@ -30,9 +30,10 @@ from statefulnn.core.plan import build_plan
 from statefulnn.core.pytree import flatten_collecting, unflatten_with
 from statefulnn.transforms.differentiate import function_name
 from statefulnn.transforms.lift import Mark, SplitCall, Writes, spread, template, unbound
+from statefulnn.transforms.types import P, R
 
 
-class custom_vjp:
+class custom_vjp(Generic[P, R]):
     """Give a function of modules and arrays a backward pass of its own, as ``jax.custom_vjp``.
 
     Set it by ``f.defvjp(fwd, bwd)``. ``fwd(*args) -> (out, residuals)`` runs in the place of the function
@@ -82,7 +83,7 @@ class custom_vjp:
         ({'weight': Array([1.], dtype=float32)}, Array([2.], dtype=float32))
     """
 
-    def __init__(self, fun: Callable, nondiff_argnums: int | Iterable[int] = ()) -> None:
+    def __init__(self, fun: Callable[P, R], nondiff_argnums: int | Iterable[int] = ()) -> None:
         self.fun, self.__self__ = unbound(fun)  # as a method has it: nn.jit passes the module in
         numbers = (nondiff_argnums,) if isinstance(nondiff_argnums, int) else nondiff_argnums
         self.nondiff_argnums = tuple(sorted(n + (self.__self__ is not None) for n in numbers))
@@ -97,7 +98,7 @@ class custom_vjp:
     def __get__(self, instance: object, owner: type | None = None) -> Any:
         return self if instance is None else types.MethodType(self, instance)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         return self.__func__(*(() if self.__self__ is None else (self.__self__,)), *args, **kwargs)
 
     def __func__(self, *args: Any, **kwargs: Any) -> Any:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Self, TypeAlias
+from typing import Any, Literal, Self, TypeAlias, overload
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ from statefulnn.core.compat import EAGER, current_trace
 from statefulnn.core.errors import called_by
 from statefulnn.core.generator import Generator, Seed, as_key, use_generator
 from statefulnn.core.graph import build_clones, merge, require_module
-from statefulnn.core.module import Module
+from statefulnn.core.module import Callee, Module
 from statefulnn.core.moduledef import ModuleDef, differences, positions_of
 from statefulnn.core.narrowing import check_jax_holds
 from statefulnn.core.ownership import Scope
@@ -29,7 +29,7 @@ from statefulnn.core.plan import build_plan, plan_of
 from statefulnn.core.state_dict import _dtype_kind as dtype_kind
 from statefulnn.transforms import refusals
 from statefulnn.transforms.lift import check_structure
-from statefulnn.transforms.types import PyTree
+from statefulnn.transforms.types import PyTree, R
 
 # A key, a seed, or a generator to go on with; None for a call that draws nothing.
 Randomness: TypeAlias = Seed | Generator | None
@@ -213,7 +213,19 @@ def _by_name(moduledef: ModuleDef, leaves: Sequence[Any], kinds: Sequence[str]) 
     return result
 
 
-def functionalize(module: Module, *, mutable: bool = False, method: str = "forward") -> Any:
+@overload
+def functionalize(
+    module: Callee[..., R], *, mutable: Literal[False] = False
+) -> tuple[PureFunction[R], dict[str, jax.Array]]: ...
+@overload
+def functionalize(
+    module: Callee[..., R], *, mutable: Literal[True]
+) -> tuple[
+    PureFunction[tuple[R, dict[str, jax.Array]]], dict[str, jax.Array], dict[str, jax.Array]
+]: ...
+@overload
+def functionalize(module: Module, *, mutable: bool = False, method: str = "forward") -> Any: ...
+def functionalize(module: Any, *, mutable: bool = False, method: str = "forward") -> Any:
     """Return a module as a pure function and its arrays.
 
     Args:
@@ -249,7 +261,7 @@ def functionalize(module: Module, *, mutable: bool = False, method: str = "forwa
     return (fn, params, _by_name(moduledef, own, ("buffer", "frozen"))) if mutable else (fn, params)
 
 
-class PureFunction(functools.partial):
+class PureFunction(functools.partial[R]):
     """A method of a module as a pure function; a copy of it, or one from a pickle, is built anew.
 
     Attributes:
@@ -258,6 +270,10 @@ class PureFunction(functools.partial):
     """
 
     __name__: str
+    mutable: bool
+    moduledef: ModuleDef
+    training: bool
+    in_mode: Callable[[bool], Callable]
     _made_of: tuple[ModuleDef, list[Any], str, bool]
 
     def __repr__(self) -> str:

@@ -4,14 +4,36 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, TypeVar, overload
 
 import jax
 
 from statefulnn.core.failures import typed_failures
 from statefulnn.transforms.differentiate import Differentiation, real_scalar
+from statefulnn.transforms.types import P, R
+
+_Aux = TypeVar("_Aux")
 
 
+@overload
+def value_and_grad(
+    fun: Callable[P, R], argnums: int | tuple[int, ...] = 0, has_aux: Literal[False] = False
+) -> Callable[P, tuple[R, Any]]: ...
+@overload
+def value_and_grad(
+    fun: Callable[P, tuple[R, _Aux]],
+    argnums: int | tuple[int, ...] = 0,
+    *,
+    has_aux: Literal[True],
+) -> Callable[P, tuple[tuple[R, _Aux], Any]]: ...
+@overload
+def value_and_grad(
+    fun: Callable[P, Any], argnums: int | tuple[int, ...] = 0, has_aux: bool = False
+) -> Callable[P, Any]: ...
+@overload
+def value_and_grad(
+    fun: None = None, argnums: int | tuple[int, ...] = 0, has_aux: bool = False
+) -> Callable[[Callable[P, Any]], Callable[P, Any]]: ...
 def value_and_grad(
     fun: Callable | None = None, argnums: int | tuple[int, ...] = 0, has_aux: bool = False
 ) -> Any:
@@ -53,6 +75,25 @@ def value_and_grad(
     return wrapper
 
 
+@overload
+def grad(
+    fun: Callable[P, R], argnums: int | tuple[int, ...] = 0, has_aux: Literal[False] = False
+) -> Callable[P, Any]: ...
+@overload
+def grad(
+    fun: Callable[P, tuple[R, _Aux]],
+    argnums: int | tuple[int, ...] = 0,
+    *,
+    has_aux: Literal[True],
+) -> Callable[P, tuple[Any, _Aux]]: ...
+@overload
+def grad(
+    fun: Callable[P, Any], argnums: int | tuple[int, ...] = 0, has_aux: bool = False
+) -> Callable[P, Any]: ...
+@overload
+def grad(
+    fun: None = None, argnums: int | tuple[int, ...] = 0, has_aux: bool = False
+) -> Callable[[Callable[P, Any]], Callable[P, Any]]: ...
 def grad(
     fun: Callable | None = None, argnums: int | tuple[int, ...] = 0, has_aux: bool = False
 ) -> Any:

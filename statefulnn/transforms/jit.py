@@ -8,22 +8,30 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any, Concatenate, Generic, ParamSpec, Self, TypeVar, overload
 
 from statefulnn.core.module import Module
 from statefulnn.core.ownership import ModuleBase
 from statefulnn.transforms.ahead import Lowered
 from statefulnn.transforms.dispatch import Dispatch
 from statefulnn.transforms.lift import call_module, unbound
+from statefulnn.transforms.types import P, R
 from statefulnn.transforms.versions import Options
 
+_Rest = ParamSpec("_Rest")  # the arguments of a method after its module
+_M = TypeVar("_M")
 
-class JitFunction(Dispatch):
+
+class JitFunction(Dispatch, Generic[P, R]):
     """A compiled function; see `jit`."""
 
     def __init__(self, function: Callable, owner: ModuleBase | None, options: Options) -> None:
         super().__init__(function, owner, options)
         functools.update_wrapper(self, function, updated=())
+
+    if TYPE_CHECKING:
+
+        def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R: ...
 
     def lower(self, *args: Any, **kwargs: Any) -> Lowered:
         """Return the computation for these arguments, as ``jax.jit(f).lower`` does.
@@ -33,7 +41,13 @@ class JitFunction(Dispatch):
         """
         return Lowered(self, args if self.owner is None else (self.owner, *args), kwargs)
 
-    def __get__(self, instance: object, owner: type | None = None) -> Any:
+    @overload
+    def __get__(self, instance: None, owner: type | None = None) -> Self: ...
+    @overload
+    def __get__(
+        self: JitFunction[Concatenate[_M, _Rest], R], instance: _M, owner: type | None = None
+    ) -> Callable[_Rest, R]: ...
+    def __get__(self, instance: Any, owner: type | None = None) -> Any:
         # As a decorator of a method: the module is the first argument.
         return self if instance is None else functools.partial(self, instance)
 
@@ -41,6 +55,24 @@ class JitFunction(Dispatch):
         return f"nn.jit({self.function if self.owner is None else self.owner!r})"
 
 
+@overload
+def jit(
+    fun: Callable[P, R],
+    *,
+    static_argnums: int | Iterable[int] = (),
+    static_argnames: str | Iterable[str] = (),
+    donate: int | Iterable[int] = (),
+    **options: Any,
+) -> JitFunction[P, R]: ...
+@overload
+def jit(
+    fun: None = None,
+    *,
+    static_argnums: int | Iterable[int] = (),
+    static_argnames: str | Iterable[str] = (),
+    donate: int | Iterable[int] = (),
+    **options: Any,
+) -> Callable[[Callable[P, R]], JitFunction[P, R]]: ...
 def jit(
     fun: Callable | None = None,
     *,

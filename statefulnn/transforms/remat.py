@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, overload
 
 import jax
 
 from statefulnn.transforms.lift import SplitCall, unbound
+from statefulnn.transforms.types import P, R
 
 
+@overload
+def remat(fun: Callable[P, R], **options: Any) -> Callable[P, R]: ...
+@overload
+def remat(fun: None = None, **options: Any) -> Callable[[Callable[P, R]], Callable[P, R]]: ...
 def remat(fun: Callable | None = None, **options: Any) -> Any:
     """Return a function that keeps only its inputs for the backward pass, as ``jax.checkpoint``.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import types
 from collections.abc import Callable, Hashable, Iterator, Mapping, Set
-from typing import Any
+from typing import Any, overload
 
 import jax
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
@@ -15,10 +15,33 @@ from statefulnn.core.generator import Generator, advance
 from statefulnn.core.names import chosen
 from statefulnn.core.plan import build_plan
 from statefulnn.transforms.lift import SplitCall, Writes, spread, template, unbound
+from statefulnn.transforms.types import P, R
 
 _RANDOMNESS = ("different", "same")
 
 
+@overload
+def shard_map(
+    fun: Callable[P, R],
+    *,
+    in_specs: PartitionSpec | tuple[Any, ...] | list[Any] | None,
+    out_specs: Any,
+    mesh: Mesh | AbstractMesh | None = None,
+    axis_names: Set[Hashable] = frozenset(),
+    check_vma: bool = True,
+    randomness: str = "different",
+) -> Callable[P, R]: ...
+@overload
+def shard_map(
+    fun: None = None,
+    *,
+    in_specs: PartitionSpec | tuple[Any, ...] | list[Any] | None,
+    out_specs: Any,
+    mesh: Mesh | AbstractMesh | None = None,
+    axis_names: Set[Hashable] = frozenset(),
+    check_vma: bool = True,
+    randomness: str = "different",
+) -> Callable[[Callable[P, R]], Callable[P, R]]: ...
 def shard_map(
     fun: Callable | None = None,
     *,

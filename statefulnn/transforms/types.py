@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, Protocol, TypeAlias
+from typing import Any, ParamSpec, Protocol, TypeAlias, TypeVar
 
 # Arrays, modules, boxes and anything else, in any containers that JAX knows: what a user's function takes
 # and returns. No type of Python's describes it.
 PyTree: TypeAlias = Any
+
+
+# What a user's function takes and returns, where a transform keeps that.
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 class TreeDef(Protocol):

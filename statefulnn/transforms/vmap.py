@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any
+from typing import Any, overload
 
 import jax
 import jax.numpy as jnp
@@ -17,12 +17,32 @@ from statefulnn.core.generator import Forbidden, advance, use_generator
 from statefulnn.core.repeated import repeated
 from statefulnn.transforms import refusals
 from statefulnn.transforms.lift import SplitCall, Writes, leaves_below, template, unbound
-from statefulnn.transforms.types import PyTree
+from statefulnn.transforms.types import P, PyTree, R
 
 _RANDOMNESS = ("different", "same", "error")
 _FORBIDDEN = Forbidden(*refusals.NO_RANDOMNESS)
 
 
+@overload
+def vmap(
+    fun: Callable[P, R],
+    in_axes: int | Sequence[PyTree] | None = 0,
+    out_axes: PyTree = 0,
+    *,
+    axis_size: int | None = None,
+    axis_name: Hashable = None,
+    randomness: str = "different",
+) -> Callable[P, R]: ...
+@overload
+def vmap(
+    fun: None = None,
+    in_axes: int | Sequence[PyTree] | None = 0,
+    out_axes: PyTree = 0,
+    *,
+    axis_size: int | None = None,
+    axis_name: Hashable = None,
+    randomness: str = "different",
+) -> Callable[[Callable[P, R]], Callable[P, R]]: ...
 def vmap(
     fun: Callable | None = None,
     in_axes: int | Sequence[PyTree] | None = 0,

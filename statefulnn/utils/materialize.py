@@ -6,7 +6,7 @@ import collections
 import copy
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -25,8 +25,10 @@ from statefulnn.modules.adaptive import AdaptiveLogSoftmaxWithLoss
 from statefulnn.modules.lazy import LazyModuleMixin
 from statefulnn.utils._computed import computations
 
+_M = TypeVar("_M", bound=Module)
 
-def skip_init(module_cls: type, *args: Any, **kwargs: Any) -> Module:
+
+def skip_init(module_cls: type[_M], *args: Any, **kwargs: Any) -> _M:
     """Build a module without drawing initial values: its parameters are zeros.
 
     Args:
@@ -65,11 +67,11 @@ def skip_init(module_cls: type, *args: Any, **kwargs: Any) -> Module:
 
 
 def materialize(
-    module: Module,
+    module: _M,
     *inputs: Any,
     device: Any = None,
     **kwargs: Any,
-) -> Module:
+) -> _M:
     """Give lazy parameters their shapes, and parameters on the meta device their initial values.
 
     Shapes come from `inputs` by ``jax.eval_shape``: nothing is computed. Values are drawn where they are

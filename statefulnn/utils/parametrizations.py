@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from statefulnn.core.box import unwrap
 from statefulnn.core.errors import ShapeError, explain
 from statefulnn.core.generator import next_key
+from statefulnn.core.listing import listing
 from statefulnn.core.module import Module
 from statefulnn.core.parameter import Buffer, Parameter
 from statefulnn.utils._computed import Loading
@@ -32,6 +33,9 @@ from statefulnn.utils._norms import (
 )
 from statefulnn.utils._tensors import numbers_of
 from statefulnn.utils.parametrize import register_parametrization
+
+__all__ = ["orthogonal", "spectral_norm", "weight_norm"]
+__dir__ = listing(globals())
 
 
 class _OrthMaps(enum.Enum):

@@ -25,6 +25,7 @@ import numpy as np
 from statefulnn.core.box import Box, unwrap
 from statefulnn.core.compat import Tracer, chain, current_trace, kind
 from statefulnn.core.errors import RegistrationError, explain
+from statefulnn.core.listing import listing
 from statefulnn.core.module import Module
 from statefulnn.core.parameter import Buffer, Parameter
 from statefulnn.modules.containers import ModuleDict, ModuleList
@@ -36,6 +37,18 @@ from statefulnn.utils._computed import (
     remove_computation,
 )
 from statefulnn.utils._tensors import numbers_of
+
+__all__ = [
+    "ParametrizationList",
+    "Parametrized",
+    "cached",
+    "is_parametrized",
+    "register_parametrization",
+    "remove_parametrizations",
+    "transfer_parametrizations_and_params",
+    "type_before_parametrizations",
+]
+__dir__ = listing(globals())
 
 
 class _Cache:

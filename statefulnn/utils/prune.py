@@ -22,12 +22,34 @@ import numpy as np
 from statefulnn import init
 from statefulnn.core.box import unwrap
 from statefulnn.core.errors import explain
+from statefulnn.core.listing import listing
 from statefulnn.core.module import Module
 from statefulnn.core.parameter import Buffer, Parameter
 from statefulnn.utils._computed import add_computation, remove_computation
 from statefulnn.utils._pruned import HISTORY, Pruned, any_pruned, methods, pruned
 from statefulnn.utils._tensors import numbers_of, parameter_of
 from statefulnn.utils.convert_parameters import parameters_to_vector
+
+__all__ = [
+    "BasePruningMethod",
+    "CustomFromMask",
+    "Identity",
+    "L1Unstructured",
+    "LnStructured",
+    "PruningContainer",
+    "RandomStructured",
+    "RandomUnstructured",
+    "custom_from_mask",
+    "global_unstructured",
+    "identity",
+    "is_pruned",
+    "l1_unstructured",
+    "ln_structured",
+    "random_structured",
+    "random_unstructured",
+    "remove",
+]
+__dir__ = listing(globals())
 
 
 class BasePruningMethod(abc.ABC):

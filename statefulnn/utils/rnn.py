@@ -14,10 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from statefulnn.core.errors import explain
+from statefulnn.core.listing import listing
 from statefulnn.functional._checks import array, shape_error
-from statefulnn.functional.packed import PackedSequence as PackedSequence
-from statefulnn.functional.packed import invert_permutation as invert_permutation
 from statefulnn.functional.packed import (
+    PackedSequence,
+    invert_permutation,
     packed_data,
     padded_data,
     permuted,
@@ -35,6 +36,7 @@ __all__ = [
     "unpack_sequence",
     "unpad_sequence",
 ]
+__dir__ = listing(globals())
 
 
 def _integers(values: Any) -> Any:

@@ -10,8 +10,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from statefulnn.core.errors import user_stack_level
+from statefulnn.core.listing import listing
 from statefulnn.core.module import Module
 from statefulnn.transforms.functional_call import functional_call as _functional_call
+
+__all__ = ["functional_call"]
+__dir__ = listing(globals())
 
 
 def functional_call(

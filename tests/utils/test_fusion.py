@@ -127,19 +127,3 @@ def test_the_deprecated_functional_call():
     close(out, wanted, "output", 1e-6)
     with pytest.warns(FutureWarning), pytest.raises(nn.UnknownNameError):
         nn.utils.stateless.functional_call(ours, {}, jnp.asarray(x), strict=True)
-
-
-def test_every_name_of_torchs_is_there():
-    for name in torch.nn.utils.__all__:
-        assert hasattr(nn.utils, name), name
-    for part in ("parametrizations", "parametrize", "stateless", "prune", "rnn"):
-        theirs = getattr(torch.nn.utils, part, None) or __import__(
-            f"torch.nn.utils.{part}", fromlist=["x"]
-        )
-        public = getattr(theirs, "__all__", None) or [
-            n
-            for n, v in vars(theirs).items()
-            if not n.startswith("_") and getattr(v, "__module__", None) == theirs.__name__
-        ]
-        for name in public:
-            assert hasattr(getattr(nn.utils, part), name), f"{part}.{name}"

@@ -1,6 +1,7 @@
 """Flax: Linen and NNX modules as ours, and ours as theirs. It needs the extra ``flax``."""
 
 from statefulnn.core.extras import import_extra
+from statefulnn.core.listing import listing
 
 import_extra("flax", "flax", "imported statefulnn.bridge.flax", "defines the modules it takes")
 
@@ -8,3 +9,4 @@ from statefulnn.bridge.flax.linen import from_linen, linen_variables, to_linen  
 from statefulnn.bridge.flax.nnx import from_nnx, nnx_module, to_nnx  # noqa: E402
 
 __all__ = ["from_linen", "from_nnx", "linen_variables", "nnx_module", "to_linen", "to_nnx"]
+__dir__ = listing(globals())

@@ -1,12 +1,15 @@
 """torch's modules as ours and ours as torch's: needs torch, the extra of that name."""
 
 from statefulnn.core.extras import import_extra
+from statefulnn.core.listing import listing
 
 import_extra("torch", "torch", "used nn.bridge.torch", "holds the modules to convert")
 
-from statefulnn.bridge.torch.convert import from_torch as from_torch  # noqa: E402
-from statefulnn.bridge.torch.convert import operators as operators  # noqa: E402
-from statefulnn.bridge.torch.graph import Traced as Traced  # noqa: E402
-from statefulnn.bridge.torch.structures import Output as Output  # noqa: E402
-from statefulnn.bridge.torch.to_torch import to_torch as to_torch  # noqa: E402
-from statefulnn.bridge.torch.tracing import ConversionError as ConversionError  # noqa: E402
+from statefulnn.bridge.torch.convert import from_torch, operators  # noqa: E402
+from statefulnn.bridge.torch.graph import Traced  # noqa: E402
+from statefulnn.bridge.torch.structures import Output  # noqa: E402
+from statefulnn.bridge.torch.to_torch import to_torch  # noqa: E402
+from statefulnn.bridge.torch.tracing import ConversionError  # noqa: E402
+
+__all__ = ["ConversionError", "Output", "Traced", "from_torch", "operators", "to_torch"]
+__dir__ = listing(globals())

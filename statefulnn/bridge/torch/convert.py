@@ -37,7 +37,7 @@ def from_torch(
     dynamic: str = "auto",
     operators: Mapping[Any, Callable] | None = None,
     copy: bool = True,
-) -> Module:
+) -> Any:
     """Return a module of torch as a module of ours, with the same names, values and modes.
 
     Layers of torch.nn become the layers of that name here. A module of any other class is run once under
