@@ -93,7 +93,7 @@ class ArrayBox(Box, _Array):
     def __format__(self, spec: str) -> str:
         return format(self.value, spec)
 
-    if TYPE_CHECKING:
+    if TYPE_CHECKING:  # unlike an array it has a hash, and operators that write it
 
         def __hash__(self) -> int: ...
 

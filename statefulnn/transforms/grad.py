@@ -77,10 +77,6 @@ def value_and_grad(
 
 @overload
 def grad(
-    fun: Callable[P, R], argnums: int | tuple[int, ...] = 0, has_aux: Literal[False] = False
-) -> Callable[P, Any]: ...
-@overload
-def grad(
     fun: Callable[P, tuple[R, _Aux]],
     argnums: int | tuple[int, ...] = 0,
     *,
