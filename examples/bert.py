@@ -315,7 +315,7 @@ def plot(path: str, similarity: np.ndarray, queries: Sequence[str], corpus: Sequ
 
 def main(argv: list[str] | None = None) -> np.ndarray:
     """Print the nearest sentences of each query and return all similarities."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("queries", nargs="*", default=["my phone does not start"])
     parser.add_argument("--corpus", metavar="FILE", help="a text file with a sentence a line")
     parser.add_argument(

@@ -103,7 +103,7 @@ def draw(losses: list[float], depths: list[int], unrolled: list[int], own: int, 
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
     """Train, compare gradients and memory with the unrolled iteration; return the numbers."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--picture", type=Path, default=Path("out/deq_digits.png"))

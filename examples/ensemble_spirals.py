@@ -207,7 +207,7 @@ def compare_with_a_loop(members: int = 100, steps: int = 20) -> tuple[float, flo
 
 def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
     """Train, print the table and the times, save the picture; return the numbers of the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--members", type=int, default=20)
     parser.add_argument("--epochs", type=int, default=60)
     parser.add_argument("--seed", type=int, default=0)

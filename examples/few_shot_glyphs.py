@@ -188,7 +188,7 @@ def draw(glyphs: jax.Array, scores: dict[str, np.ndarray], file: Path) -> None:
 
 def main(argv: list[str] | None = None) -> dict[str, np.ndarray]:
     """Train, print the table, save the picture; return the accuracies on new tasks by policy."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--policy", choices=[*POLICIES, "all"], default="all")
     parser.add_argument("--steps", type=int, default=600, help="meta-steps of 8 tasks")
     parser.add_argument("--tasks", type=int, default=400, help="new tasks to judge on")

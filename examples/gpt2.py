@@ -300,7 +300,7 @@ def train(text: str, steps: int) -> tuple[GPT2LMHeadModel, list[str]]:
 
 def main(argv: list[str] | None = None) -> str:
     """Print and return the continuation of a prompt."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("prompt", nargs="?", default="class GPT2")
     parser.add_argument("--weights", metavar="FOLDER", help="a checkpoint in the layout of the hub")
     parser.add_argument("--tokens", type=int, default=200, help="how many to add")

@@ -111,7 +111,7 @@ def draw(losses: dict[str, np.ndarray], penalties: dict[str, np.ndarray], file: 
 
 def main(argv: list[str] | None = None) -> dict[str, np.ndarray]:
     """Optimise the penalties in three ways, print the table; return the losses by way."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--steps", type=int, default=1000, help="outer steps")
     parser.add_argument("--picture", type=Path, default=Path("out/hpo_logistic.png"))
     args = parser.parse_args(argv)

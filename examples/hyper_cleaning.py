@@ -114,7 +114,7 @@ def draw(losses: np.ndarray, weights: np.ndarray, wrong: np.ndarray, file: Path)
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
     """Learn the weights, print the table, save the picture; return the numbers."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--wrong", type=float, default=0.5, help="share of wrong labels")
     parser.add_argument("--steps", type=int, default=200, help="outer steps")
     parser.add_argument("--seed", type=int, default=0)

@@ -157,7 +157,7 @@ def draw(x, y, guesses: dict, losses: np.ndarray, file: Path, tasks: int = 3) ->
 
 def main(argv: list[str] | None = None) -> dict[str, np.ndarray]:
     """Train, print the table, save the picture; return the errors on new tasks by way."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
         "--steps", type=int, default=20_000, help="training steps, of 25 tasks each"
     )

@@ -173,7 +173,7 @@ def draw(losses: dict[str, np.ndarray], file: Path) -> None:
 
 def main(argv: list[str] | None = None) -> dict[str, np.ndarray]:
     """Meta-train, print the table, save the picture; return the errors by algorithm, (seeds, 2)."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--algorithm", choices=[*ADAPT, "all"], default="all")
     parser.add_argument("--steps", type=int, default=3000, help="meta-steps of 25 tasks")
     parser.add_argument("--lr", type=float, default=1e-3, help="of Adam, for the meta-steps")

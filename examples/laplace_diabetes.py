@@ -157,7 +157,7 @@ def draw(posterior: curvature.Laplace, split: int, file: Path) -> None:
 
 def main(argv: list[str] | None = None) -> dict[str, np.ndarray]:
     """Train on each split, print the table, save the picture; return NLL and coverage, (splits, 2)."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--splits", type=int, default=5)
     parser.add_argument("--picture", type=Path, default=Path("out/laplace_diabetes.png"))

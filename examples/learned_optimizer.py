@@ -272,7 +272,7 @@ def draw(results: dict[str, np.ndarray], file: Path) -> None:
 
 def main(argv: list[str] | None = None) -> dict[str, np.ndarray]:
     """Meta-train, tune the others, compare; return log10 of the losses on new tasks by name."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--steps", type=int, default=2000, help="meta-steps: pieces of 10 steps")
     parser.add_argument("--gradient", choices=["pes", "truncated", "both"], default="both")
     parser.add_argument("--seed", type=int, default=0)

@@ -169,7 +169,7 @@ def draw(
 
 def main(argv: list[str] | None = None) -> dict:
     """Measure, learn a schedule, print and save a picture; return the numbers."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
         "--steps", type=int, default=400, help="steps of training, a multiple of four"
     )

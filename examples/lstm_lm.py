@@ -111,7 +111,7 @@ def train(model: RNNModel, data: np.ndarray, steps: int, batch_size: int, bptt: 
 
 def main(argv: list[str] | None = None) -> float:
     """Train, print a sample, and return the last loss."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--text", metavar="FILE", default=__file__)
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--temperature", type=float, default=0.5)

@@ -222,7 +222,7 @@ def draw(name: str, meta: dict, file: Path, tasks: int = 4, points: int = 5) -> 
 
 def main(argv: list[str] | None = None) -> dict[str, np.ndarray]:
     """Train, print the table, save the picture; return the errors on new tasks by algorithm."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     choices = [*(n for n in ALGORITHMS if n != "pretrained"), "all"]
     parser.add_argument("--algorithm", choices=choices, default="MAML")
     parser.add_argument("--steps", type=int, default=40_000, help="meta-steps; 70000 in the paper")

@@ -94,7 +94,7 @@ def draw(images, noisy, scores, wrong, density, top, file: Path, shown: int = 24
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
     """Train, score the examples, look at the spectrum; print the numbers and return them."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--picture", type=Path, default=Path("out/mislabelled_digits.png"))

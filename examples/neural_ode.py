@@ -229,7 +229,7 @@ def draw(field: Callable, params: dict, states, path, table: dict, file: Path) -
 
 def main(argv: list[str] | None = None) -> dict:
     """Train, compare the gradients, save the picture; return the errors and the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--steps", type=int, default=3000, help="training steps")
     parser.add_argument("--gradient", choices=list(SOLVERS), default="adjoint")
     parser.add_argument("--lengths", type=int, nargs="+", default=[16, 64, 256, 1024])

@@ -216,7 +216,7 @@ def draw(posterior: curvature.Laplace, x, y, paths: dict[str, np.ndarray], file:
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
     """Run both parts, print the numbers, save the picture; return the numbers."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--width", type=int, default=1024)
     parser.add_argument("--picture", type=Path, default=Path("out/ntk_laplace.png"))

@@ -175,7 +175,7 @@ def draw(images, noisy, scores, flipped, scales, file: Path, shown: int = 24) ->
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
     """Run the three parts, print the numbers, save the picture; return the numbers."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--epochs", type=int, default=40, help="of private training")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--picture", type=Path, default=Path("out/per_sample_gradients.png"))

@@ -181,7 +181,15 @@ def test_what_a_public_package_defines_or_imports_for_users_is_public(source):
         and value.__module__.startswith("statefulnn")
         and (source.name in ("__init__.py", "parameter.py") or value.__module__ == package.__name__)
     }
-    helpers = {"listing", "import_extra", "explain", "name_of", "caller", "user_stack_level"}
+    helpers = {
+        "listing",
+        "import_extra",
+        "explain",
+        "name_of",
+        "called_by",
+        "caller",
+        "user_stack_level",
+    }
     assert mine - set(dir(package)) <= helpers
 
 

@@ -54,6 +54,7 @@ __all__ = [
     "hessian",
     "influence",
     "jacobian",
+    "kfac",
     "linearize_model",
     "logdet",
     "noise_multiplier_for",
