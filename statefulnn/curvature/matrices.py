@@ -19,7 +19,6 @@ from statefulnn.core.reports import fail_unless
 from statefulnn.curvature._batches import (
     Stacks,
     examples_in,
-    joined,
     like_stacks,
     mapped,
     stacked,
@@ -326,7 +325,7 @@ class Problem:
 
     def check_batches(self, function: str) -> None:
         """Raise if the data are several batches, and their losses do not make up that of all examples."""
-        if len(self.stacks) > 1 or length(self.stacks[0]) > 1:
+        if sum(map(length, self.stacks)) > 1:
             self.check_reduction(function)
 
     def check_reduction(self, function: str) -> None:
@@ -443,20 +442,38 @@ def _check_outputs(problem: Problem, stack: Any, function: str) -> None:
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def _adds_up(fn: Callable, loss: Loss, mean: bool, total: bool, operands: tuple) -> Any:
-    """Say whether the loss of a stack is the mean, or the sum, over its examples, by its derivatives."""
+    """Say whether the loss of a batch is the mean, or the sum, over its examples, by its derivatives.
+
+    Each batch is joined with the next: what holds for every pair, such as equal weights, holds for all data.
+    """
     params, rest, stacks = operands
-    fine = []
-    for stack in stacks:
-        out = mapped(lambda batch: _outputs(fn, _joined(params, rest), batch), (stack,))
+
+    def fine(*batches: Any) -> Any:
+        out = jnp.concatenate([_outputs(fn, _joined(params, rest), b) for b in batches])
         # A little off the outputs, since derivatives vanish where the fit is perfect.
-        out, targets = 0.9 * out, joined((stack[1],))
+        out, targets = (
+            0.9 * out,
+            jax.tree.map(lambda *a: jnp.concatenate(a), *[b[1] for b in batches]),
+        )
         whole = jax.grad(loss)(out, targets)
         each = jax.vmap(jax.grad(functools.partial(_loss_of_one, loss)))(out, targets)
         near = math.sqrt(jnp.finfo(out.dtype).eps) * jnp.abs(whole).max()
         sizes = [len(out)] * mean + [1] * total
         met = [(jnp.abs(whole - each / n) <= near).all() for n in sizes]
-        fine.append(jnp.stack(met).any() | ~jnp.isfinite(out).all())
-    return jnp.stack(fine).all()
+        return jnp.stack(met).any() | ~jnp.isfinite(out).all()
+
+    part = lambda stack, where: jax.tree.map(lambda a: a[where], stack)
+    kind = lambda stack: [a.shape[2:] for a in jax.tree.leaves(stack)]
+    met = []
+    for stack, after in zip(stacks, (*stacks[1:], None), strict=True):
+        if length(stack) > 1:
+            pairs = part(stack, slice(-1)), part(stack, slice(1, None))
+            met.append(jax.lax.map(lambda pair: fine(*pair), pairs).all())
+        else:
+            met.append(fine(part(stack, 0)))
+        if after is not None and kind(after) == kind(stack):
+            met.append(fine(part(stack, -1), part(after, 0)))
+    return jnp.stack(met).all()
 
 
 def _not_additive(function: str, word: str, fine: Any) -> NotDifferentiableError:

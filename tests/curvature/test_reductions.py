@@ -66,11 +66,12 @@ def test_a_loss_that_weights_its_classes_is_not_put_together_from_batches(size, 
 
 def test_labels_that_do_not_count_and_another_reduction_are_noticed():
     m = model()
-    for loss, y, options in (
-        (F.cross_entropy, IGNORED, {}),
-        (summed, Y, {}),
-        (F.cross_entropy, Y, {"reduction": "sum"}),
+    for loss, y, reduction in (
+        (F.cross_entropy, IGNORED, "mean"),
+        (summed, Y, "mean"),
+        (F.cross_entropy, Y, "sum"),
     ):
+        options: dict[str, Any] = {"reduction": reduction}
         with pytest.raises(NotDifferentiableError, match="hessian was given a loss"):
             curvature.hessian(m, loss, (X, y), batch_size=3, **options)
         with pytest.raises(NotDifferentiableError, match="hessian was given a loss"):
@@ -83,6 +84,18 @@ def test_labels_that_do_not_count_and_another_reduction_are_noticed():
             curvature.kfac(m, loss, (X, y), **options)
     A = curvature.hessian(m, summed, (X, IGNORED), batch_size=3, reduction="sum")
     np.testing.assert_allclose(A.to_dense(), dense(m, summed, IGNORED), atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 6])
+def test_one_example_of_another_weight_is_noticed_in_whatever_batch_it_is(size):
+    for odd in (0, 6):
+        labels = np.where(np.arange(7) == odd, 1, 0)
+        with pytest.raises(NotDifferentiableError):
+            curvature.ggn(model(), weighted, (X, labels), batch_size=size)
+    # Equal weights cancel.
+    A = curvature.ggn(model(), weighted, (X, np.zeros(7, int)), batch_size=size)
+    want = dense(model(), F.cross_entropy, np.zeros(7, int))
+    np.testing.assert_allclose(A.to_dense(), want, atol=1e-6)
 
 
 def test_a_weighted_mean_over_a_perfect_fit_is_noticed():
