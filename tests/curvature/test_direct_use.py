@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.flatten_util import ravel_pytree
 
 import statefulnn as nn
 import statefulnn.functional as F
@@ -102,7 +103,7 @@ def test_the_tangent_kernel_finds_it(build):
     with jax.enable_x64(True):
         model, x, _ = case(build)
         fn, params = nn.functionalize(model)
-        flat, unravel = jax.flatten_util.ravel_pytree(params)
+        flat, unravel = ravel_pytree(params)
         j = jax.jit(jax.jacrev(lambda flat: fn(unravel(flat), x)))(flat)
         got = nn.jit(lambda model, x: curvature.empirical_ntk(model, x, method="layers"))(model, x)
         np.testing.assert_allclose(got, jnp.einsum("acp,bdp->abcd", j, j), rtol=1e-10, atol=1e-12)
