@@ -163,8 +163,8 @@ def _refused(layers: Layers, params: Any, inputs: tuple) -> set[str]:
                 if current_trace() is not here or not args:
                     refused.add(name)  # in a scan's body, say, where its input cannot be had
                     return out
-                # Without the layer's own use of its parameters, who still depends on them?
-                return jnp.zeros(out.shape, out.dtype)
+                # Depend on the input, and on the layer's parameters no longer: who else uses them?
+                return jnp.zeros(out.shape, out.dtype) + jnp.sum(args[0]).astype(out.dtype)
 
             out = layers.run({**params, **some}, inputs, visit)
             if any(trace_of(leaf) is here for leaf in jax.tree.leaves(out)):

@@ -60,6 +60,8 @@ def influence(
     Raises:
         ConvergenceError: if the curvature is found to be not positive definite, or the tolerance is not
             reached; from compiled code as `LinearOperator.inverse`.
+        NotDifferentiableError: if the loss of a batch is not the mean of its examples' losses, as with labels
+            of -100 and class weights: no score of one example follows from it.
         ShapeError, StateWriteError, UnknownNameError: as `hessian`.
 
     Source: Koh and Liang 2017, "Understanding Black-box Predictions via Influence Functions",
@@ -77,9 +79,9 @@ def influence(
     function = "influence"
     check_choice(curvature, tuple(CURVATURES), "curvature", function)
     kwargs: dict[str, Any] = {"subset": subset, "batch_size": batch_size}
-    A = CURVATURES[curvature](model, loss, train, **kwargs).damped(damping)
     of_train = examples_jacobian(model, loss, train, subset, batch_size, function)
     of_test = examples_jacobian(model, loss, test, subset, batch_size, function)
+    A = CURVATURES[curvature](model, loss, train, **kwargs).damped(damping)
     n, m = of_train.shape[0], of_test.shape[0]
     inverse = A.inverse(tol, max_steps)
     if each:

@@ -70,6 +70,7 @@ def kfac(
     function = "kfac"
     module = module_in(model, function)
     problem = problem_of(function, model, data, subset, batch_size, loss, reduction)
+    problem.check_reduction(function)
     chosen, examples = problem.params, joined(problem.stacks)
     params = {**(problem.rest or {}), **chosen}
     example = jax.tree.map(lambda a: a[0], examples[0])

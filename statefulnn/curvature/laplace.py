@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
+from statefulnn.core.compat import Tracer
 from statefulnn.core.errors import MissingRngError, explain
 from statefulnn.core.generator import as_key
 from statefulnn.curvature._blocks import fold_blocks, map_blocks
@@ -48,6 +49,7 @@ from statefulnn.curvature._priors import (
     groups_of,
     squares,
 )
+from statefulnn.curvature.operators import check_count
 
 LIKELIHOODS = ("regression", "classification")
 STRUCTURES = ("full", "kron", "diag", "lowrank")
@@ -203,9 +205,10 @@ class Laplace:
             prior_precision: a positive number; one for each random array, ``(L,)``, in the order of their
                 sorted names; or a dict of name or pattern -> number, where the longest that fits counts:
                 ``{"*": 1.0, "head.*": 0.1}``. `maximize_evidence` finds them.
-            sigma: a positive number, the standard deviation of the noise of a regression.
+            sigma: a positive number, the standard deviation of the noise of a regression; it stays 1 for
+                classification.
             batch_size: how many examples' Jacobians, (C, P), are in memory at once; None for all.
-            rank: the number of eigenvalues, for ``structure="lowrank"``.
+            rank: the number of eigenvalues, a whole number, for ``structure="lowrank"``.
 
         Raises:
             ValueError: for an unknown likelihood or structure, or hyperparameters that are not
@@ -222,7 +225,15 @@ class Laplace:
         check_batch_size(batch_size, function)
         check_prior(prior_precision, function)
         check_positive(sigma, "sigma", function)
-        check_positive(rank, "rank", function)
+        check_count(rank, 1, "rank", function)
+        if likelihood == "classification" and (isinstance(sigma, Tracer) or float(sigma) != 1):
+            raise ValueError(
+                explain(
+                    f"{function} was given sigma={sigma!r} for a classification",
+                    "it is the noise of a regression; labels have none",
+                    'leave it out, or likelihood="regression"',
+                )
+            )
         fn, params = pure(model, function)
         names = chosen_names(model, params, subset, function)
         data = (jax.tree.map(jnp.asarray, inputs_of(x)), jnp.asarray(y))
@@ -245,7 +256,7 @@ class Laplace:
             single = one_output(fn, function)
             outputs_of = lambda flat, inputs: single(with_rest(unravel(flat), rest), inputs)
             if structure == "lowrank":
-                found = lowrank_curvature(outputs_of, flat, data, seen, int(rank), batch_size)
+                found = lowrank_curvature(outputs_of, flat, data, seen, rank, batch_size)
             else:
                 found = _curvature(outputs_of, flat, data, seen, structure, batch_size)
         score, values, vectors = found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -10,10 +11,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from statefulnn.core.errors import DtypeError, ShapeError, explain
+from statefulnn.core.errors import DtypeError, NotDifferentiableError, ShapeError, explain
 from statefulnn.core.generator import as_key, next_key
 from statefulnn.core.module import Module
 from statefulnn.core.names import Filter, chosen
+from statefulnn.core.reports import fail_unless
 from statefulnn.curvature._batches import (
     Stacks,
     examples_in,
@@ -67,6 +69,8 @@ def hessian(
     Raises:
         ShapeError: if there is no batch, if one is empty, or if the loss is not a scalar.
         UnknownNameError: if the subset matches no parameter.
+        NotDifferentiableError: if the loss of several batches is not that of all examples, as with class
+            weights, labels of -100 or another reduction; from compiled code as `LinearOperator.inverse`.
         StateWriteError: if the model writes state, as BatchNorm does in training mode.
         MissingRngError: if the model draws random numbers.
 
@@ -80,6 +84,7 @@ def hessian(
         ((50, 50), ['0.bias', '0.weight', '2.bias', '2.weight'])
     """
     problem = problem_of("hessian", model, data, subset, batch_size, loss, reduction)
+    problem.check_batches("hessian")
     rule = Bound(_hessian_product, (problem.fn, problem.loss, problem.mean))
     return problem.symmetric(rule)
 
@@ -116,6 +121,7 @@ def ggn(
         [[1.0, 0.0], [0.0, 1.0]]
     """
     problem = problem_of("ggn", model, data, subset, batch_size, loss, reduction)
+    problem.check_batches("ggn")
     outputs = Bound(_outputs, (problem.fn,))
     return problem.sandwich(outputs, Bound(_loss_of_outputs, (problem.loss,)))
 
@@ -153,6 +159,7 @@ def empirical_fisher(
         (9, 9)
     """
     problem = problem_of("empirical_fisher", model, data, subset, batch_size, loss, reduction)
+    problem.check_reduction("empirical_fisher")
     outputs = Bound(_losses, (problem.fn, problem.loss))
     return problem.sandwich(outputs, Bound(_half_squares, (problem.mean,)))
 
@@ -271,6 +278,7 @@ def examples_jacobian(
 ) -> LinearOperator:
     """Return the operator whose rows are the gradients of the examples' losses, (N, P)."""
     problem = problem_of(function, model, data, subset, batch_size, loss)
+    problem.check_reduction(function)
     return problem.rows(Bound(_losses, (problem.fn, problem.loss)))
 
 
@@ -314,6 +322,21 @@ class Problem:
         shapes = jax.eval_shape(Bound(_all_outputs, (outputs,)), self.operands)
         push, pull = Bound(_push, (outputs,)), Bound(_pull, (outputs,))
         return Leaf(self.space, Space.of(shapes), False, self.operands, push, pull)
+
+    def check_batches(self, function: str) -> None:
+        """Raise if the data are several batches, and their losses do not make up that of all examples."""
+        if sum(map(length, self.stacks)) > 1:
+            self.check_reduction(function)
+
+    def check_reduction(self, function: str) -> None:
+        """Raise unless the loss of many examples is the mean, or the sum, of the losses of each."""
+        # The Fisher matrix of a mean may be wanted as a sum.
+        either = function == "empirical_fisher"
+        fine = _adds_up(
+            self.fn, self.loss, self.mean or either, not self.mean or either, self.operands
+        )
+        word = "mean or sum" if either else "mean" if self.mean else "sum"
+        fail_unless(fine, functools.partial(_not_additive, function, word))
 
     def with_draws(self, key: Any, likelihood: str, samples: int) -> Problem:
         """Return the problem with targets drawn from the model's predictions, (n, samples, ...)."""
@@ -417,6 +440,62 @@ def _check_outputs(problem: Problem, stack: Any, function: str) -> None:
         real_scalar(problem.loss)(jax.eval_shape(problem.loss, out, batch[1]))
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _adds_up(fn: Callable, loss: Loss, mean: bool, total: bool, operands: tuple) -> Any:
+    """Say whether the loss of a batch is the mean, or the sum, over its examples, by its derivatives.
+
+    Each batch is joined with the next: what holds for every pair, such as equal weights, holds for all data.
+    """
+    params, rest, stacks = operands
+
+    def fine(*batches: Any) -> Any:
+        out = jnp.concatenate([_outputs(fn, _joined(params, rest), b) for b in batches])
+        # A little off the outputs, since derivatives vanish where the fit is perfect.
+        out, targets = (
+            0.9 * out,
+            jax.tree.map(lambda *a: jnp.concatenate(a), *[b[1] for b in batches]),
+        )
+        whole = jax.grad(loss)(out, targets)
+        each = jax.vmap(jax.grad(functools.partial(_loss_of_one, loss)))(out, targets)
+        near = math.sqrt(jnp.finfo(out.dtype).eps) * jnp.abs(whole).max()
+        sizes = [len(out)] * mean + [1] * total
+        met = [(jnp.abs(whole - each / n) <= near).all() for n in sizes]
+        return jnp.stack(met).any() | ~jnp.isfinite(out).all()
+
+    part = lambda stack, where: jax.tree.map(lambda a: a[where], stack)
+    kind = lambda stack: [a.shape[2:] for a in jax.tree.leaves(stack)]
+    met = []
+    for stack, after in zip(stacks, (*stacks[1:], None), strict=True):
+        if length(stack) > 1:
+            pairs = part(stack, slice(-1)), part(stack, slice(1, None))
+            met.append(jax.lax.map(lambda pair: fine(*pair), pairs).all())
+        else:
+            met.append(fine(part(stack, 0)))
+        if after is not None and kind(after) == kind(stack):
+            met.append(fine(part(stack, -1), part(after, 0)))
+    return jnp.stack(met).all()
+
+
+def _not_additive(function: str, word: str, fine: Any) -> NotDifferentiableError:
+    instead = "leave out the examples labelled -100, and take a loss without class weights"
+    if function != "influence":
+        instead += (
+            '; or reduction="sum", here and in the loss (functools.partial(F.cross_entropy, weight=w, '
+            'reduction="sum")), and divide by your own number: (1 / w[y].sum()) * A'
+        )
+    if function in ("hessian", "ggn"):
+        instead += "; or one batch, (x, y) with batch_size=None"
+    return NotDifferentiableError(
+        explain(
+            f"{function} was given a loss of which that of a batch is not the {word} of the losses of its "
+            "examples",
+            "it is put together from parts of the data; class weights, labels of -100 and another "
+            "reduction make the divisor differ from the number of examples",
+            instead,
+        )
+    )
+
+
 def _joined(params: Any, rest: Any) -> Any:
     return params if rest is None else {**rest, **params}
 
@@ -431,11 +510,11 @@ def _outputs(fn: Callable, params: Any, batch: Any) -> Any:
 
 def _losses(fn: Callable, loss: Loss, params: Any, batch: Any) -> Any:
     """Return the loss of each example, (n,)."""
+    return jax.vmap(functools.partial(_loss_of_one, loss))(fn(params, *batch[0]), batch[1])
 
-    def one(out: Any, target: Any) -> Any:
-        return loss(out[None], jax.tree.map(lambda a: a[None], target))
 
-    return jax.vmap(one)(fn(params, *batch[0]), batch[1])
+def _loss_of_one(loss: Loss, out: Any, target: Any) -> Any:
+    return loss(out[None], jax.tree.map(lambda a: a[None], target))
 
 
 def _sampled_losses(fn: Callable, likelihood: str, params: Any, batch: Any) -> Any:

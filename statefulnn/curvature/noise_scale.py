@@ -48,7 +48,8 @@ def gradient_noise_scale(gradients: Any) -> NoiseScale:
             ``jax.vmap(jax.grad(loss), in_axes=(None, 0, 0))(params, xs, ys)``.
 
     Returns:
-        a `NoiseScale`. ``trace = Σᵢ |gᵢ - ḡ|² / (N - 1)`` and ``gradient_squared = |ḡ|² - trace / N``.
+        a `NoiseScale`. ``trace = Σᵢ |gᵢ - ḡ|² / (N - 1)`` and ``gradient_squared = |ḡ|² - trace / N``. The
+        ratio is right where these two are too large or too small for their dtype.
 
     Raises:
         ShapeError: for fewer than two examples, or arrays of different numbers of them.
@@ -169,34 +170,50 @@ def _at_least_two(n: int, function: str) -> None:
 
 
 @jax.jit
-def _summary(gradients: Any) -> tuple[Any, list, Any]:
-    """Return the number of examples, the mean gradients, the summed squared deviations."""
+def _summary(gradients: Any) -> tuple[Any, Any, list, Any]:
+    """Return the number of examples, a unit, and in it the mean gradients and squared deviations.
+
+    The unit is a power of two, about the largest number, so that no square over- or underflows.
+    """
     flat = flattened(gradients)
+    largest = jnp.stack([jnp.max(jnp.abs(g), initial=0) for g in flat]).max()
+    unit = jnp.ldexp(jnp.ones_like(largest), jnp.frexp(largest)[1] - 1)
+    unit = jnp.maximum(unit, jnp.finfo(unit.dtype).tiny)
+    unit = jax.lax.stop_gradient(jnp.where(largest > 0, unit, 1))
+    flat = [g / unit for g in flat]
     means = [g.mean(0) for g in flat]
     spread = sum(jnp.sum(jnp.square(g - m)) for g, m in zip(flat, means, strict=True))
-    return jnp.asarray(float(length(flat))), means, spread
+    return jnp.asarray(float(length(flat))), unit, means, spread
 
 
 def _merged(one: tuple, two: tuple) -> tuple:
     """Merge the summaries of two blocks, without differences of large sums."""
-    (n, means, spread), (m, others, other_spread) = one, two
+    unit = jnp.maximum(one[1], two[1])
+    (n, means, spread), (m, others, other_spread) = _in_unit(one, unit), _in_unit(two, unit)
     total = n + m
     steps = [b - a for a, b in zip(means, others, strict=True)]
     between: Any = sum(jnp.sum(jnp.square(s)) for s in steps)
     weight = n * m / total
     return (
         total,
+        unit,
         [a + s * (m / total).astype(s.dtype) for a, s in zip(means, steps, strict=True)],
         spread + other_spread + between * weight.astype(between.dtype),
     )
 
 
+def _in_unit(summary: tuple, unit: Any) -> tuple[Any, list, Any]:
+    n, own, means, spread = summary
+    factor = own / unit
+    return n, [factor * m for m in means], spread * factor * factor
+
+
 @jax.jit
-def _scale(n: Any, means: list, spread: Any) -> NoiseScale:
+def _scale(n: Any, unit: Any, means: list, spread: Any) -> NoiseScale:
     n = n.astype(spread.dtype)
     trace = spread / (n - 1)
     squared = sum(jnp.sum(jnp.square(m)) for m in means) - trace / n
-    return _ratio(squared, trace)
+    return NoiseScale(_ratio(squared, trace)[0], squared * unit * unit, trace * unit * unit)
 
 
 def _ratio(squared: Any, trace: Any) -> NoiseScale:

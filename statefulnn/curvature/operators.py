@@ -13,7 +13,7 @@ from jax.tree_util import register_dataclass
 
 from statefulnn.core.compat import Tracer
 from statefulnn.core.conjugate_gradients import Solver, conjugate_gradients
-from statefulnn.core.errors import ConvergenceError, ShapeError, explain
+from statefulnn.core.errors import ConvergenceError, DtypeError, ShapeError, explain
 from statefulnn.core.failures import typed_failures, wait_for
 from statefulnn.core.reports import lanes_of
 from statefulnn.curvature._spaces import Space
@@ -416,6 +416,14 @@ def scalar(value: Any, function: str) -> Any:
                 f"{function} was given an array of shape {jnp.shape(array)} as c",
                 "an operator is multiplied by one number",
                 "a number; or A @ v for the product with a vector",
+            )
+        )
+    if jnp.issubdtype(array.dtype, jnp.complexfloating):
+        raise DtypeError(
+            explain(
+                f"{function} was given a number of dtype {array.dtype} as c",
+                "the operator is real",
+                "a real number; multiply the products, which are arrays: (A @ v) * 1j",
             )
         )
     return array
