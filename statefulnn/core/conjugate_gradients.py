@@ -19,7 +19,8 @@ def dot(a: Any, b: Any) -> Any:
     """Return the inner product of two trees of arrays, in float32 at least."""
 
     def one(a: Any, b: Any) -> Any:
-        wide = jnp.promote_types(jnp.result_type(a), jnp.float32)
+        dtype = jnp.result_type(a)
+        wide = dtype if jnp.finfo(dtype).bits >= 32 else jnp.float32
         return jnp.vdot(a, b, precision="highest", preferred_element_type=wide).real
 
     return sum(jax.tree_util.tree_leaves(jax.tree_util.tree_map(one, a, b)))

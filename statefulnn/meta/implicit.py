@@ -258,8 +258,15 @@ def gmres(steps: int = 20, tol: float | None = 1e-5, damping: float = 0.0) -> Ca
     def restarted(matvec: Callable, b: Any) -> tuple[Any, None]:
         return jax.scipy.sparse.linalg.gmres(matvec, b, tol=tol or 0.0, maxiter=steps)[0], None
 
+    def scaled(matvec: Callable, b: Any) -> Any:
+        return solver.solve(restarted, matvec, b, tol)[0]
+
     def solve(matvec: Callable, b: Any) -> Any:
-        return solver.solve(restarted, _damped(matvec, damping), b, tol)[0]
+        # So that a right-hand side is scaled in derivatives as well.
+        with staging():
+            return jax.lax.custom_linear_solve(
+                _damped(matvec, damping), b, scaled, transpose_solve=scaled
+            )
 
     return solve
 
@@ -298,9 +305,7 @@ def neumann(steps: int = 10, lr: float = 1.0, tol: float | None = None) -> Calla
     return solve
 
 
-def _solver(
-    name: str, steps: int, tol: float | None, damping: Any = 0.0
-) -> Solver:
+def _solver(name: str, steps: int, tol: float | None, damping: Any = 0.0) -> Solver:
     if not isinstance(steps, int) or steps < 1:
         raise ValueError(f"{name}: steps must be a positive integer, got {steps!r}")
     if isinstance(tol, Tracer):

@@ -632,3 +632,32 @@ def test_a_filter_keeps_integers_out():
     adapted = nn.meta.adapt(None, params, lambda p: p["w"].sum(), (), lr=0.5, only="w")
     assert adapted.params["w"].tolist() == [0.5, 0.5]
     assert adapted.params["n"].dtype == jnp.int32
+
+
+@pytest.mark.parametrize(
+    ("shape", "lr"),
+    [
+        ((), jnp.full(3, 0.1)),
+        ((1,), jnp.full(3, 0.1)),
+        ((2,), jnp.full(3, 0.1)),
+        ((1,), {"w": jnp.full((3, 1), 0.1)}),
+        ((), nn.meta.PerStep(jnp.full((2, 3), 0.1))),
+        ((1,), {"w": nn.meta.PerStep(jnp.full((2, 3), 0.1))}),
+    ],
+    ids=["scalar", "one", "two", "named", "rows", "named-rows"],
+)
+def test_a_learning_rate_that_would_change_a_shape_is_an_error(shape, lr):
+    params = {"w": jnp.ones(shape)}
+    with pytest.raises(
+        nn.ShapeError, match=r"learning rate of shape \(3,.*\['w'\](?s:.*)has shape"
+    ):
+        nn.meta.adapt(None, params, lambda p: (p["w"] ** 2).sum(), (), lr=lr, steps=2)
+
+
+def test_a_tree_of_learning_rates_has_the_shapes_of_the_parameters():
+    objective = lambda p: (p[0] ** 2).sum() + p[1] ** 2
+    start = (jnp.ones(2), jnp.ones(()))
+    run = lambda lr: nn.meta.adapt(None, start, objective, (), lr=lr).params
+    np.testing.assert_allclose(run((jnp.array([0.1, 0.2]), 0.3))[0], [0.8, 0.6], rtol=1e-6)
+    with pytest.raises(nn.ShapeError, match=r"params\[1\]"):
+        run((0.1, jnp.ones(2)))
