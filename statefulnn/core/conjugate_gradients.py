@@ -63,7 +63,7 @@ def difference(a: Any, b: Any) -> Any:
 
 
 def reachable(tol: float | None, tree: Any) -> float:
-    """Return a relative tolerance, or the rounding of the coarsest numbers of a tree, below which nothing goes."""
+    """Return a relative tolerance, or the coarsest rounding of numbers of a tree if that is larger."""
     eps = [float(jnp.finfo(jnp.result_type(v)).eps) for v in jax.tree_util.tree_leaves(tree)]
     return max(tol or 0.0, *eps)
 

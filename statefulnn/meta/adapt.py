@@ -19,7 +19,7 @@ from statefulnn.meta._arrays import strong_arrays
 from statefulnn.meta._cotangents import counted, note_losses
 from statefulnn.meta._names import chosen_names
 from statefulnn.meta._one_by_one import in_turn
-from statefulnn.meta.inner_optimizer import require_differentiable
+from statefulnn.meta.inner_optimizer import require_differentiable, updated
 from statefulnn.meta.per_step import (
     PerStep,
     is_rows,
@@ -294,7 +294,7 @@ class Loop:
         if self.optimizer is None:
             moved = self.each(lambda p, g, lr: p - lr * g, chosen, grads, lr)
         else:
-            updates, slots = self.optimizer.update(grads, slots, chosen)
+            updates, slots = updated(self.optimizer, grads, slots, chosen)
             moved = self.each(lambda p, u, lr: p + u * lr, chosen, updates, 1 if lr is None else lr)
         if self.has_state:
             carried = {n: state[n] for n in carried}
