@@ -183,9 +183,13 @@ def _try(optimizer: Any, structure: Any, steps: int) -> tuple[str, bool]:
 
         return jax.lax.scan(step, strong_arrays(optimizer.init(params)), length=steps)[1]
 
-    def both(gradient: Any, start: Any) -> tuple[Any, Any]:
-        ones = jnp.ones_like(gradient)
-        return jax.jvp(updates, (gradient, start), (ones, ones))
+    def both(gradient: Any, start: Any) -> tuple[Any, Any, Any]:
+        moves, slopes = jax.jvp(
+            lambda g: updates(g, start), (gradient,), (jnp.ones_like(gradient),)
+        )
+        # On the way back a branch that is not taken gives NaN as well, where its slope is infinite.
+        back = jax.vjp(updates, gradient, start)[1](jax.tree_util.tree_map(jnp.ones_like, moves))
+        return moves, slopes, back
 
     # A bias starts at zero, and all gradients of an array may be zero: norms have no slope there.
     some, none = np.array([0.0, 0.3], np.float32), np.zeros(2, np.float32)
@@ -200,8 +204,10 @@ def _try(optimizer: Any, structure: Any, steps: int) -> tuple[str, bool]:
             found = jax.jit(lambda *cases: call(numbers, *cases))(*cases)
     if found is None:
         return "fine", bool(values)
-    moves, slopes = (np.stack(list(map(np.asarray, jax.tree_util.tree_leaves(t)))) for t in found)
-    if not np.isfinite(slopes).all():
+    moves, slopes, back = (
+        np.stack([*map(np.asarray, jax.tree_util.tree_leaves(t))]) for t in found
+    )
+    if not (np.isfinite(slopes).all() and np.isfinite(back).all()):
         return "nan", bool(values)
     # A schedule may start with steps of zero, which say nothing.
     return "flat" if moves.any() and not slopes.any() else "fine", bool(values)
