@@ -16,19 +16,56 @@ from statefulnn.core.reports import fail_unless, lanes_of, staging
 
 
 def dot(a: Any, b: Any) -> Any:
-    """Return the inner product of two trees of arrays."""
-    one = lambda a, b: jnp.vdot(a, b, precision="highest").real
+    """Return the inner product of two trees of arrays, in float32 at least."""
+
+    def one(a: Any, b: Any) -> Any:
+        dtype = jnp.result_type(a)
+        wide = dtype if jnp.finfo(dtype).bits >= 32 else jnp.float32
+        return jnp.vdot(a, b, precision="highest", preferred_element_type=wide).real
+
     return sum(jax.tree_util.tree_leaves(jax.tree_util.tree_map(one, a, b)))
 
 
 def norm(tree: Any) -> Any:
-    """Return the Euclidean norm of a tree of arrays."""
-    return jnp.sqrt(dot(tree, tree))
+    """Return the Euclidean norm of a tree of arrays, in float32 at least."""
+    exponent = _exponent(tree)
+    unit = _shifted(tree, -exponent)
+    return _shifted(jnp.sqrt(dot(unit, unit)), exponent)
+
+
+def _exponent(tree: Any) -> Any:
+    """Return e with the largest entry near 2^e: the squares of 2^-e times the entries keep their range."""
+    none, bound = jnp.full((), np.iinfo(np.int32).min), 2**15
+    exponent = none
+    for v in jax.tree_util.tree_leaves(tree):
+        largest = jnp.abs(v).max(initial=0)
+        own = jnp.frexp(largest)[1].astype(jnp.int32)
+        own = jnp.where((largest > 0) & jnp.isfinite(largest), own, none)
+        exponent = jnp.maximum(exponent, own)
+        bound = min(bound, -int(jnp.finfo(jnp.result_type(v)).minexp))
+    exponent = jnp.where(exponent == none, 0, jnp.clip(exponent, -bound, bound))
+    return jax.lax.stop_gradient(exponent)
+
+
+def _shifted(tree: Any, exponent: Any) -> Any:
+    """Return ``2^exponent`` times a tree of arrays, which rounds nothing."""
+
+    def one(v: Any) -> Any:
+        real = jnp.finfo(jnp.result_type(v)).dtype
+        return v * jnp.ldexp(jnp.ones((), real), exponent).astype(jnp.result_type(v))
+
+    return jax.tree_util.tree_map(one, tree)
 
 
 def difference(a: Any, b: Any) -> Any:
     """Return ``a - b`` of two trees of arrays."""
     return jax.tree_util.tree_map(jnp.subtract, a, b)
+
+
+def reachable(tol: float | None, tree: Any) -> float:
+    """Return a relative tolerance, or the coarsest rounding of numbers of a tree if that is larger."""
+    eps = [float(jnp.finfo(jnp.result_type(v)).eps) for v in jax.tree_util.tree_leaves(tree)]
+    return max(tol or 0.0, *eps)
 
 
 def _along(x: Any, length: Any, way: Any) -> Any:
@@ -55,6 +92,27 @@ class Solver:
     damped: float = 0.0
     noun: str = "task"
 
+    def solve(
+        self, method: Callable, matvec: Callable, b: Any, tol: float | None
+    ) -> tuple[Any, Any]:
+        """Solve ``A x = b`` by a method, whatever the size of `b`, and check the solution.
+
+        Args:
+            method: ``method(matvec, b) -> (x, steps)``. It sees numbers near 1, so it may square them.
+            matvec, b, tol: as `require_solution` takes them.
+
+        Returns:
+            x, and the number of steps; where that is not None and `tol` is, the method has checked x.
+        """
+        if not any(jnp.size(v) for v in jax.tree_util.tree_leaves(b)):
+            return b, jnp.zeros((), jnp.int32)
+        exponent = _exponent(b)
+        b = _shifted(b, -exponent)
+        x, steps = method(matvec, b)
+        if tol is not None or steps is None:
+            self.require_solution(matvec, b, x, tol, steps)
+        return _shifted(x, exponent), steps
+
     def require_solution(
         self, matvec: Callable, b: Any, x: Any, tol: float | None, steps: Any = None
     ) -> None:
@@ -69,7 +127,7 @@ class Solver:
         smallest = float(jnp.finfo(jnp.float32).tiny)
         residual = norm(difference(b, matvec(x))) / jnp.maximum(norm(b), smallest)
         # Ten times: the methods stop by a residual they update, which drifts from the true one.
-        fine = jnp.isfinite(residual) if tol is None else residual <= 10 * tol
+        fine = jnp.isfinite(residual) if tol is None else residual <= 10 * reachable(tol, b)
         known = () if steps is None else (steps,)
         fail_unless(fine, self._unconverged, residual, *known)
 
@@ -158,11 +216,11 @@ def conjugate_gradients(
     Source: Hestenes and Stiefel 1952.
     """
 
+    def iterate(matvec: Callable, b: Any) -> tuple[Any, Any]:
+        return _iterate(matvec, b, solver, tol, steps, precondition)
+
     def solve(matvec: Callable, b: Any) -> tuple[Any, Any]:
-        x, count = _iterate(matvec, b, solver, tol, steps, precondition)
-        if tol is not None:
-            solver.require_solution(matvec, b, x, tol, count)
-        return x, count
+        return solver.solve(iterate, matvec, b, tol)
 
     with staging():
         return jax.lax.custom_linear_solve(
@@ -179,8 +237,7 @@ def _iterate(
     precondition: Callable | None,
 ) -> tuple[Any, Any]:
     # Below the rounding of the numbers a direction has no meaning, nor has its curvature.
-    eps = max(float(jnp.finfo(jnp.result_type(v)).eps) for v in jax.tree_util.tree_leaves(b))
-    goal = max(tol or 0.0, eps) ** 2 * dot(b, b)
+    goal = reachable(tol, b) ** 2 * dot(b, b)
     near = precondition or (lambda r: r)
 
     def more(carry: tuple) -> Any:

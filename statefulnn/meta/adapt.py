@@ -19,7 +19,7 @@ from statefulnn.meta._arrays import strong_arrays
 from statefulnn.meta._cotangents import counted, note_losses
 from statefulnn.meta._names import chosen_names
 from statefulnn.meta._one_by_one import in_turn
-from statefulnn.meta.inner_optimizer import require_differentiable
+from statefulnn.meta.inner_optimizer import require_differentiable, updated
 from statefulnn.meta.per_step import (
     PerStep,
     is_rows,
@@ -294,7 +294,7 @@ class Loop:
         if self.optimizer is None:
             moved = self.each(lambda p, g, lr: p - lr * g, chosen, grads, lr)
         else:
-            updates, slots = self.optimizer.update(grads, slots, chosen)
+            updates, slots = updated(self.optimizer, grads, slots, chosen)
             moved = self.each(lambda p, u, lr: p + u * lr, chosen, updates, 1 if lr is None else lr)
         if self.has_state:
             carried = {n: state[n] for n in carried}
@@ -409,8 +409,16 @@ class Loop:
                     )
                 )
             return
-        if not isinstance(lr, Mapping) or not self.by_name:
-            return
+        rates = lr
+        if isinstance(lr, Mapping) and self.by_name:
+            self._require_names(lr, chosen)
+            rates = {n: lr[n] for n in chosen}
+        elif not isinstance(lr, Mapping) and jax.tree_util.tree_structure(lr).num_leaves == 1:
+            (rate,) = jax.tree_util.tree_leaves(lr, is_leaf=is_rows)
+            rates = jax.tree_util.tree_map(lambda _: rate, chosen)
+        jax.tree_util.tree_map_with_path(_require_rate, chosen, rates)
+
+    def _require_names(self, lr: Mapping[str, Any], chosen: dict[str, Any]) -> None:
         unknown = [n for n in lr if n not in self.order]
         missing = [n for n in chosen if n not in lr]
         if unknown or missing:
@@ -422,16 +430,6 @@ class Loop:
                     "pass one number for all, or one for each: nn.meta.learning_rates(params, 0.01)",
                 )
             )
-        for name, p in chosen.items():
-            shape = jnp.shape(lr[name].rows)[1:] if is_rows(lr[name]) else jnp.shape(lr[name])
-            if jnp.broadcast_shapes(shape, jnp.shape(p)) != jnp.shape(p):
-                raise ShapeError(
-                    explain(
-                        f"adapt was given a learning rate of shape {shape} for {name!r}",
-                        f"the parameter has shape {jnp.shape(p)}",
-                        "pass a scalar, an array of the parameter's shape, or PerStep of these",
-                    )
-                )
 
     def _require_batches(self) -> None:
         for path, leaf in jax.tree_util.tree_leaves_with_path(self.data):
@@ -444,6 +442,22 @@ class Loop:
                         f"pass arrays of shape ({self.steps}, ...), or batches=False",
                     )
                 )
+
+
+def _require_rate(path: tuple, p: Any, rate: Any) -> None:
+    """Raise unless a learning rate changes no shape of its parameter."""
+    shape, own = jnp.shape(rate.rows)[1:] if is_rows(rate) else jnp.shape(rate), jnp.shape(p)
+    # Broadcasting may not go the other way, which would make the parameter larger.
+    ends = zip(shape[::-1], own[::-1], strict=False)
+    if len(shape) > len(own) or any(size not in (1, end) for size, end in ends):
+        raise ShapeError(
+            explain(
+                f"adapt was given a learning rate of shape {shape} for "
+                f"params{jax.tree_util.keystr(path)}",
+                f"the parameter has shape {own}",
+                "pass a scalar, an array of the parameter's shape, or PerStep of these",
+            )
+        )
 
 
 def _steps(

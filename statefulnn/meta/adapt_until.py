@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 
 from statefulnn.core.conjugate_gradients import norm
-from statefulnn.core.errors import NotDifferentiableError, explain
+from statefulnn.core.errors import DivergenceWarning, NotDifferentiableError, explain
 from statefulnn.core.repeated import body_of_loop
+from statefulnn.core.reports import lanes_of, report_unless, warn
 from statefulnn.meta._cotangents import not_backwards
 from statefulnn.meta.adapt import InnerTask, Loop
 from statefulnn.meta.inner_optimizer import MOST_STEPS
@@ -68,14 +69,15 @@ def adapt_until(
         tol: stops after a step in front of which the gradient's norm was at most so large; it may be traced.
             None does not look.
         validate: ``validate(params) -> scalar``, with `state` ``validate(params, state)``: the loop stops
-            when the best value is `patience` steps old, and returns what gave it.
+            when the best value is `patience` steps old, and returns what gave it. NaN is the worst value.
         patience: how many steps without a better value end the loop.
         optimizer, slots, lr, only, state, rng, first_order: as for `adapt`, without `PerStep` values.
         truncate: differentiates through the last `truncate` steps only, in both modes; how many steps are
             taken has no derivative. The parameters before each of them are kept.
 
     Returns:
-        `Stopped`. A loss or gradient that is not finite ends the loop too.
+        `Stopped`. A loss or gradient that is not finite ends the loop too, with a `DivergenceWarning`, which
+        names the tasks; so does a validation that is never finite.
 
     Raises:
         NotDifferentiableError: in reverse mode (and `jax.linearize`) without `truncate`.
@@ -172,6 +174,10 @@ class _Until:
             return now, best
 
         now, best = jax.lax.while_loop(more, body_of_loop(one), (now, best))
+        fine = jnp.isfinite(now.loss) & ~jnp.isnan(now.size)
+        report_unless(fine, _say_diverged, now.count)
+        if best is not None:
+            report_unless(best[1] < jnp.inf, _say_no_validation)
         return now if best is None else best[0]
 
     def _next(self, constants: tuple, now: _Kept) -> _Kept:
@@ -216,7 +222,8 @@ class _Until:
                     "return loss.mean()",
                 )
             )
-        return jnp.asarray(value)
+        # Nothing compares with NaN: a start with it would stay the best.
+        return jnp.where(jnp.isnan(value), jnp.inf, value)
 
     def _shown(self, kept: _Kept) -> Stopped:
         chosen, slots, state, _ = kept.carry
@@ -245,6 +252,29 @@ def _check_options(steps: Any, patience: Any, truncate: Any) -> None:
     require_steps(patience, "adapt_until (patience)")
     if truncate is not None and not (isinstance(truncate, int) and 0 <= truncate):
         raise ValueError(f"adapt_until: truncate must be a number of steps, got {truncate!r}")
+
+
+def _say_diverged(fine: Any, steps: Any) -> None:
+    warn(
+        explain(
+            f"adapt_until diverged{lanes_of(fine)}: the loss or its gradient is not finite before step "
+            f"{int(steps[~fine].min())}, which ends the loop",
+            "the inner loop left the region where its steps descend, or the data are not finite",
+            "a smaller inner learning rate, fewer steps, or clipped inner gradients",
+        ),
+        DivergenceWarning,
+    )
+
+
+def _say_no_validation(fine: Any) -> None:
+    warn(
+        explain(
+            f"validate returned no finite number to adapt_until{lanes_of(fine)}",
+            "no step is better than another then, and the start is returned, with steps=0",
+            "look at validate and its data; or validate=None",
+        ),
+        DivergenceWarning,
+    )
 
 
 def _refuse_reverse_mode() -> NoReturn:

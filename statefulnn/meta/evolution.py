@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -11,7 +12,7 @@ import numpy as np
 
 from statefulnn.core.compat import Tracer
 from statefulnn.core.errors import DtypeError, explain
-from statefulnn.core.reports import finite, report_unless
+from statefulnn.core.reports import fail_unless, finite, report_unless
 from statefulnn.meta.tasks import require_rng, say_which_diverged
 
 
@@ -42,7 +43,7 @@ def es_gradient(
 
     Raises:
         MissingRngError: without `key`.
-        DtypeError: for parameters that are not floating-point.
+        DtypeError: for parameters that are not floating-point, or that no perturbation changes.
 
     Source: Salimans et al. 2017; antithetic sampling, Brockhoff et al. 2010.
 
@@ -56,6 +57,7 @@ def es_gradient(
     """
     _require_sizes("es_gradient", sigma, pairs)
     noise = _normal(require_rng(key, "es_gradient"), params, pairs, sigma)
+    _require_moves("es_gradient", params, noise)
     values = _at_both_signs(objective, params, noise)
     _report(values, report)
     return values.mean(), _estimate(noise, values, sigma)
@@ -139,6 +141,7 @@ def pes_gradient(
     pairs = jax.tree_util.tree_leaves(pes.sums)[0].shape[0]
     _require_sizes("pes_gradient", sigma, pairs)
     noise = _normal(require_rng(key, "pes_gradient"), params, pairs, sigma)
+    _require_moves("pes_gradient", params, noise)
     losses, states = _at_both_signs(unroll, params, noise, pes.states)
     _report(losses, report)
     sums = jax.tree_util.tree_map(jnp.add, pes.sums, noise)
@@ -180,10 +183,32 @@ def _estimate(noise: Any, values: Any, sigma: Any) -> Any:
     plus, minus = jnp.split(values, 2)
 
     def one(e: Any) -> Any:
-        weight = ((plus - minus) / (2 * sigma**2)).astype(e.dtype)
-        return jnp.tensordot(weight, e, axes=1) / len(weight)
+        # The square of a small sigma would be zero, and two factors of their own are not; nor may the slopes
+        # be rounded to the parameters' dtype before the mean.
+        wide = e.dtype if jnp.finfo(e.dtype).bits >= 32 else jnp.float32
+        own = jnp.asarray(sigma, wide)
+        slopes = (plus - minus).astype(wide) / (2 * own)
+        return (jnp.tensordot(slopes, e.astype(wide) / own, axes=1) / len(slopes)).astype(e.dtype)
 
     return jax.tree_util.tree_map(one, noise)
+
+
+def _require_moves(function: str, params: Any, noise: Any) -> None:
+    """Fail if no perturbation changes any number of the parameters."""
+    moved = jax.tree_util.tree_map(lambda p, e: jnp.any(p + e != p), params, noise)
+    leaves = jax.tree_util.tree_leaves(moved)
+    if leaves:
+        fail_unless(jnp.stack(leaves).any(), functools.partial(_no_move, function))
+
+
+def _no_move(function: str, _: Any) -> DtypeError:
+    return DtypeError(
+        explain(
+            f"{function} was given a sigma whose perturbations round to nothing",
+            "params + noise is params in their dtype, so all values are the same",
+            "a larger sigma, or parameters in a wider dtype",
+        )
+    )
 
 
 def _report(values: Any, wanted: bool) -> None:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from statefulnn.core.conjugate_gradients import difference, norm
+from statefulnn.core.conjugate_gradients import difference, norm, reachable
 from statefulnn.core.errors import ConvergenceError, explain
 from statefulnn.core.module import Module
 from statefulnn.core.repeated import body_of_loop
@@ -30,7 +30,8 @@ class FixedPoint(Module):
     Args:
         cell: a module that is called as ``cell(z, *inputs)`` and returns arrays of the shapes of z.
         steps: calls it at most as often.
-        tol: stops where z changes by less, relative to its norm; None takes what `steps` give.
+        tol: stops where z changes by less, relative to its norm, or by the rounding of its numbers; None
+            takes what `steps` give.
         solve: the linear solver of the gradient, as for `implicit_gradient`: `gmres` by default; `neumann`
             is cheaper.
 
@@ -94,7 +95,7 @@ class FixedPoint(Module):
         return implicit_gradient(solver, fixed_point=step, solve=self.solve)(start, params, *inputs)
 
     def _iterate(self, step: Callable, start: Any, *args: Any) -> Any:
-        tol = 0.0 if self.tol is None else self.tol
+        tol = 0.0 if self.tol is None else reachable(self.tol, start)
 
         def more(carry: tuple) -> Any:
             _, change, count = carry
@@ -103,13 +104,13 @@ class FixedPoint(Module):
         def one(carry: tuple) -> tuple:
             z, _, count = carry
             after = step(z, *args)
-            scale = jnp.maximum(norm(after), jnp.finfo(jnp.float32).tiny)
+            scale = jnp.maximum(norm(after), float(jnp.finfo(jnp.float32).tiny))
             return after, norm(difference(after, z)) / scale, count + 1
 
         first = (start, jnp.asarray(jnp.inf, norm(start).dtype), 0)
         z, change, _ = jax.lax.while_loop(more, body_of_loop(one), first)
-        fine = jnp.isfinite(change) if self.tol is None else change <= self.tol
-        fail_unless(fine, functools.partial(_unsolved, self.steps, self.tol), change)
+        fine = jnp.isfinite(change) if self.tol is None else change <= tol
+        fail_unless(fine, functools.partial(_unsolved, self.steps, tol), change)
         return z
 
     def extra_repr(self) -> str:
@@ -117,7 +118,7 @@ class FixedPoint(Module):
 
 
 def _unsolved(steps: int, tol: float | None, fine: Any, change: Any) -> ConvergenceError:
-    what = f"z still changes by {change.max():.1e} of its norm in step {steps}, above tol={tol}"
+    what = f"z still changes by {change.max():.1e} of its norm in step {steps}, above tol={tol:g}"
     if not np.isfinite(change).all():
         what = f"z is not finite after {steps} steps"
     return ConvergenceError(

@@ -255,11 +255,18 @@ def gmres(steps: int = 20, tol: float | None = 1e-5, damping: float = 0.0) -> Ca
     """
     solver = _solver("gmres", steps, tol, damping)
 
+    def restarted(matvec: Callable, b: Any) -> tuple[Any, None]:
+        return jax.scipy.sparse.linalg.gmres(matvec, b, tol=tol or 0.0, maxiter=steps)[0], None
+
+    def scaled(matvec: Callable, b: Any) -> Any:
+        return solver.solve(restarted, matvec, b, tol)[0]
+
     def solve(matvec: Callable, b: Any) -> Any:
-        matvec = _damped(matvec, damping)
-        x = jax.scipy.sparse.linalg.gmres(matvec, b, tol=tol or 0.0, maxiter=steps)[0]
-        solver.require_solution(matvec, b, x, tol)
-        return x
+        # So that a right-hand side is scaled in derivatives as well.
+        with staging():
+            return jax.lax.custom_linear_solve(
+                _damped(matvec, damping), b, scaled, transpose_solve=scaled
+            )
 
     return solve
 
@@ -272,7 +279,7 @@ def neumann(steps: int = 10, lr: float = 1.0, tol: float | None = None) -> Calla
     et al. 2020).
 
     Args:
-        steps: the number of terms after the first.
+        steps: the number of terms after the first, at least one.
         lr: the step size.
         tol: the residual to reach, relative to the right-hand side; None does not look.
 
@@ -281,30 +288,37 @@ def neumann(steps: int = 10, lr: float = 1.0, tol: float | None = None) -> Calla
         >>> nn.meta.neumann(steps=50, lr=0.4)(lambda v: 2 * v, jnp.ones(1)).round(5).tolist()
         [0.5]
     """
-    solver = _solver("neumann", steps, tol, least=0)
+    solver = _solver("neumann", steps, tol)
 
-    def solve(matvec: Callable, b: Any) -> Any:
+    def series(matvec: Callable, b: Any) -> tuple[Any, None]:
         def term(carry: tuple, _: None) -> tuple[tuple, None]:
             total, power = carry
             power = jax.tree_util.tree_map(lambda p, a: p - lr * a, power, matvec(power))
             return (jax.tree_util.tree_map(jnp.add, total, power), power), None
 
         (total, _), _ = jax.lax.scan(term, (b, b), length=steps)
-        x = jax.tree_util.tree_map(lambda v: lr * v, total)
-        solver.require_solution(matvec, b, x, tol)
-        return x
+        return jax.tree_util.tree_map(lambda v: lr * v, total), None
+
+    def solve(matvec: Callable, b: Any) -> Any:
+        return solver.solve(series, matvec, b, tol)[0]
 
     return solve
 
 
-def _solver(
-    name: str, steps: int, tol: float | None, damping: Any = 0.0, *, least: int = 1
-) -> Solver:
-    if not isinstance(steps, int) or steps < least:
+def _solver(name: str, steps: int, tol: float | None, damping: Any = 0.0) -> Solver:
+    if not isinstance(steps, int) or steps < 1:
         raise ValueError(f"{name}: steps must be a positive integer, got {steps!r}")
+    if isinstance(tol, Tracer):
+        raise TypeError(
+            explain(
+                f"nn.meta.{name} was given a traced tol",
+                "it says where to stop, which has no derivative, and its message names the number",
+                "a number of Python; or tol=None and a number of steps",
+            )
+        )
     return Solver(
         call=f"nn.meta.{name}(steps={steps}" + (")" if tol is None else f", tol={tol:g})"),
-        more=f"nn.meta.{name}(steps={10 * max(steps, 1)})",
+        more=f"nn.meta.{name}(steps={10 * steps})",
         damping="a smaller lr" if name == "neumann" else f"damping, nn.meta.{name}(damping={{:g}})",
         usual=10.0,
         damped=0.0 if isinstance(damping, Tracer) else float(damping),

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from statefulnn.core.compat import Tracer
 from statefulnn.core.errors import NotDifferentiableError, explain
 from statefulnn.core.extras import import_extra
 from statefulnn.meta._arrays import strong_arrays
@@ -88,7 +89,8 @@ def adam(
         >>> import statefulnn as nn
         >>> optimizer = nn.meta.adam(1e-3)
     """
-    if not eps_root > 0:
+    # Inside of optax.inject_hyperparams all numbers are traced.
+    if not isinstance(eps_root, Tracer) and not eps_root > 0:
         raise ValueError(
             explain(
                 f"called adam(eps_root={eps_root})",
@@ -103,8 +105,9 @@ def adam(
 def require_differentiable(optimizer: Any, params: Any, steps: int, *, unless: bool) -> None:
     """Raise unless this is an optimizer whose steps have a useful derivative by the gradient.
 
-    It takes as many steps as the loop, on small arrays, with one gradient of zero and another one; a number
-    instead of each traced value, such as a learned rate. An optimizer that depends on the shapes cannot
+    It takes as many steps as the loop, on small arrays, with one gradient of zero and another one, with
+    parameters of zero, and with gradients of zero alone; a number instead of each traced value, such as a
+    learned rate. An optimizer that depends on the shapes cannot
     be tried, and passes.
     """
     if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
@@ -122,7 +125,7 @@ def require_differentiable(optimizer: Any, params: Any, steps: int, *, unless: b
         return
     remedy = "first_order=True, which needs no such derivative"
     if verdict == "nan":
-        why = "the derivative of its step by a gradient of zero is not finite"
+        why = "the derivative of its step is not finite where a gradient or a parameter is zero"
         remedy = f"nn.meta.adam(...), optax.adam(..., eps_root=1e-8); or {remedy}"
     else:
         why = "its step does not depend smoothly on the gradient: the derivative is zero everywhere"
@@ -130,6 +133,24 @@ def require_differentiable(optimizer: Any, params: Any, steps: int, *, unless: b
     raise NotDifferentiableError(
         explain("adapt was given an optimizer that is not differentiable", why, remedy)
     )
+
+
+def updated(optimizer: Any, gradients: Any, slots: Any, params: Any) -> tuple[Any, Any]:
+    """Return the updates of an optimizer and its state, or raise if it asks for more than gradients."""
+    try:
+        return optimizer.update(gradients, slots, params)
+    except TypeError as error:
+        # optax names what is missing nowhere else.
+        if "required keyword-only argument" not in str(error):
+            raise
+        raise TypeError(
+            explain(
+                f"adapt was given an optimizer that takes more than it passes: {error}",
+                "it calls update(gradients, state, params); a line search, or a step size that follows the "
+                "loss, asks for the loss as well",
+                "an optimizer of gradients alone, such as nn.meta.adam(1e-3)",
+            )
+        ) from error
 
 
 def _tried(optimizer: Any, structure: Any, steps: int) -> str:
@@ -150,8 +171,8 @@ def _tried(optimizer: Any, structure: Any, steps: int) -> str:
 def _try(optimizer: Any, structure: Any, steps: int) -> tuple[str, bool]:
     """Return "fine", "nan" or "flat", and whether the optimizer depends on traced values."""
 
-    def updates(gradient: Any) -> Any:
-        params = structure.unflatten([jnp.full(2, 0.5, jnp.float32)] * structure.num_leaves)
+    def updates(gradient: Any, start: Any) -> Any:
+        params = structure.unflatten([start] * structure.num_leaves)
         gradients = structure.unflatten([gradient] * structure.num_leaves)
 
         def step(state: Any, _: None) -> tuple[Any, Any]:
@@ -162,21 +183,31 @@ def _try(optimizer: Any, structure: Any, steps: int) -> tuple[str, bool]:
 
         return jax.lax.scan(step, strong_arrays(optimizer.init(params)), length=steps)[1]
 
-    def both(gradient: Any) -> tuple[Any, Any]:
-        return jax.jvp(updates, (gradient,), (jnp.ones_like(gradient),))
+    def both(gradient: Any, start: Any) -> tuple[Any, Any, Any]:
+        moves, slopes = jax.jvp(
+            lambda g: updates(g, start), (gradient,), (jnp.ones_like(gradient),)
+        )
+        # On the way back a branch that is not taken gives NaN as well, where its slope is infinite.
+        back = jax.vjp(updates, gradient, start)[1](jax.tree_util.tree_map(jnp.ones_like, moves))
+        return moves, slopes, back
 
-    gradient = np.array([0.0, 0.3], np.float32)
+    # A bias starts at zero, and all gradients of an array may be zero: norms have no slope there.
+    some, none = np.array([0.0, 0.3], np.float32), np.zeros(2, np.float32)
+    half = np.full(2, 0.5, np.float32)
+    cases = np.stack([some, some, none]), np.stack([half, none, half])
     found, values = None, []
     # Whatever the caller's setting of promotion.
     with contextlib.suppress(Exception), jax.numpy_dtype_promotion("standard"):
-        call, values, _ = hoisted(both, gradient)
+        call, values, _ = hoisted(jax.vmap(both), *cases)
         numbers = [_stand_in(v) for v in values]
         with jax.ensure_compile_time_eval():
-            found = jax.jit(lambda g: call(numbers, g))(gradient)
+            found = jax.jit(lambda *cases: call(numbers, *cases))(*cases)
     if found is None:
         return "fine", bool(values)
-    moves, slopes = (np.stack(list(map(np.asarray, jax.tree_util.tree_leaves(t)))) for t in found)
-    if not np.isfinite(slopes).all():
+    moves, slopes, back = (
+        np.stack([*map(np.asarray, jax.tree_util.tree_leaves(t))]) for t in found
+    )
+    if not (np.isfinite(slopes).all() and np.isfinite(back).all()):
         return "nan", bool(values)
     # A schedule may start with steps of zero, which say nothing.
     return "flat" if moves.any() and not slopes.any() else "fine", bool(values)

@@ -56,7 +56,7 @@ def over_tasks(
         returns the reduced result, with `has_aux` a pair of it and aux.
 
     Raises:
-        ShapeError: if the data disagree about the number of tasks.
+        ShapeError: if the data disagree about the number of tasks, or a mean is taken over none.
 
     Example:
         >>> import jax.numpy as jnp, statefulnn as nn
@@ -76,6 +76,14 @@ def over_tasks(
 
     def function(shared: Any, *data: Any, rng: Any = None) -> Any:
         tasks = _count(data)
+        if reduce == "mean" and not tasks:
+            raise ShapeError(
+                explain(
+                    "over_tasks was given a batch of 0 tasks",
+                    "the first axis of every array counts the tasks, and the mean over none is NaN",
+                    "a batch with a task in it, or reduce=None, which returns empty arrays",
+                )
+            )
         key = None if rng is None else as_key(rng)
         if key is not None and randomness == "different":
             batch = _Batch(one_task, tasks, jax.random.split(key, tasks), None, data, report)

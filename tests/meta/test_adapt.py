@@ -632,3 +632,76 @@ def test_a_filter_keeps_integers_out():
     adapted = nn.meta.adapt(None, params, lambda p: p["w"].sum(), (), lr=0.5, only="w")
     assert adapted.params["w"].tolist() == [0.5, 0.5]
     assert adapted.params["n"].dtype == jnp.int32
+
+
+@pytest.mark.parametrize(
+    ("shape", "lr"),
+    [
+        ((), jnp.full(3, 0.1)),
+        ((1,), jnp.full(3, 0.1)),
+        ((2,), jnp.full(3, 0.1)),
+        ((1,), {"w": jnp.full((3, 1), 0.1)}),
+        ((), nn.meta.PerStep(jnp.full((2, 3), 0.1))),
+        ((1,), {"w": nn.meta.PerStep(jnp.full((2, 3), 0.1))}),
+    ],
+    ids=["scalar", "one", "two", "named", "rows", "named-rows"],
+)
+def test_a_learning_rate_that_would_change_a_shape_is_an_error(shape, lr):
+    params = {"w": jnp.ones(shape)}
+    with pytest.raises(
+        nn.ShapeError, match=r"learning rate of shape \(3,.*\['w'\](?s:.*)has shape"
+    ):
+        nn.meta.adapt(None, params, lambda p: (p["w"] ** 2).sum(), (), lr=lr, steps=2)
+
+
+def test_a_tree_of_learning_rates_has_the_shapes_of_the_parameters():
+    objective = lambda p: (p[0] ** 2).sum() + p[1] ** 2
+    start = (jnp.ones(2), jnp.ones(()))
+    run = lambda lr: nn.meta.adapt(None, start, objective, (), lr=lr).params
+    np.testing.assert_allclose(run((jnp.array([0.1, 0.2]), 0.3))[0], [0.8, 0.6], rtol=1e-6)
+    with pytest.raises(nn.ShapeError, match=r"params\[1\]"):
+        run((0.1, jnp.ones(2)))
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        optax.lbfgs(),
+        optax.polyak_sgd(),
+        optax.chain(optax.sgd(0.1), optax.contrib.reduce_on_plateau()),
+    ],
+    ids=["lbfgs", "polyak", "plateau"],
+)
+def test_an_optimizer_that_asks_for_the_loss_is_told_what_adapt_passes(optimizer):
+    with pytest.raises(TypeError, match="(?s)'value'.*Why.*gradients, state, params.*Instead"):
+        nn.meta.adapt(None, jnp.ones(2), lambda w: (w**2).sum(), (), optimizer=optimizer)
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        optax.chain(optax.adaptive_grad_clip(0.01), optax.sgd(0.1)),
+        optax.lars(0.1),
+        optax.contrib.dog(),
+    ],
+    ids=["adaptive_grad_clip", "lars", "dog"],
+)
+def test_an_optimizer_without_a_slope_at_zero_is_refused(optimizer):
+    run = lambda w, **options: nn.meta.adapt(
+        None, w, lambda w: (w**2).sum(), (), optimizer=optimizer, steps=2, **options
+    )
+    with pytest.raises(nn.NotDifferentiableError, match="parameter is zero"):
+        run(jnp.zeros(2))
+    assert run(jnp.ones(2), first_order=True).params.shape == (2,)
+
+
+def test_the_rate_of_an_injected_adam_may_be_traced():
+    def end(rate):
+        optimizer = optax.inject_hyperparams(nn.meta.adam)(rate)
+        return nn.meta.adapt(
+            None, jnp.ones(()), lambda w: w**2, (), optimizer=optimizer, steps=2
+        ).params
+
+    with jax.numpy_dtype_promotion("standard"):  # optax raises a float to an integer
+        slope = jax.jit(jax.grad(end))(0.1)
+        np.testing.assert_allclose(slope, (end(0.101) - end(0.099)) / 0.002, rtol=1e-3)

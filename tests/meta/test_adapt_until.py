@@ -218,3 +218,34 @@ def test_a_long_loop_says_once_what_goes_wrong_in_each_of_its_steps():
         nn.meta.loop(step, jnp.asarray(5.0), length=50, chunk=7)
         jax.effects_barrier()
     assert len(said) == 1
+
+
+def descend(scale, **options):
+    return nn.meta.adapt_until(
+        None, jnp.ones(()), lambda w, scale: scale * w**2, (scale,), lr=0.25, **options
+    )
+
+
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["eager", "jit"])
+def test_a_validation_of_nan_is_worse_than_any_number(wrap):
+    # w halves in each step: 1, 1/2, 1/4, ...; it is validated from 1/2 on, down to 1/8.
+    some = lambda w: jnp.where((w < 0.9) & (w > 0.1), w, jnp.nan)
+    stopped = wrap(lambda s: descend(s, steps=20, validate=some, patience=2))(1.0)
+    assert (int(stopped.steps), float(stopped.params)) == (3, 0.125)
+
+
+def test_a_validation_without_a_finite_number_is_told_with_its_task():
+    run = lambda scale, sign: descend(scale, steps=5, validate=lambda w: jnp.sqrt(sign * w))
+    with pytest.warns(nn.DivergenceWarning, match=r"(?s)validate returned.*task 1 of 2.*Why"):
+        jax.block_until_ready(jax.vmap(run)(jnp.ones(2), jnp.array([1.0, -1.0])))
+        jax.effects_barrier()
+
+
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["eager", "jit"])
+def test_a_loop_that_diverges_is_told_with_its_task(wrap):
+    run = wrap(jax.vmap(lambda scale: descend(scale, steps=3000).steps))
+    with pytest.warns(
+        nn.DivergenceWarning, match=r"(?s)adapt_until diverged in task 1 of 2.*Instead"
+    ):
+        jax.block_until_ready(run(jnp.array([1.0, 100.0])))
+        jax.effects_barrier()

@@ -140,3 +140,26 @@ def test_a_particle_that_diverges_is_reported():
         jax.effects_barrier()
     diverge(report=False)  # a warning would be an error here
     jax.effects_barrier()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "sigma", "at"),
+    [("float16", 1e-2, 1.0), ("float16", 1e-4, 0.01), ("float32", 1e-24, 0.0)],
+)
+def test_the_slope_of_a_line_is_estimated_with_a_small_sigma(dtype, sigma, at):
+    w = jnp.asarray(at, dtype)
+    line = lambda w: 3 * w.astype(jnp.float32)
+    _, slope = nn.meta.es_gradient(line, w, key=jax.random.key(0), sigma=sigma, pairs=2000)
+    # The mean of 3 e^2 over 2000 pairs has a standard deviation of 0.1.
+    assert abs(float(slope) - 3) < 0.4
+    assert slope.dtype == dtype
+
+
+def test_perturbations_that_round_to_nothing_are_an_error():
+    with pytest.raises(nn.DtypeError, match="(?s)es_gradient.*round to nothing.*larger sigma"):
+        nn.meta.es_gradient(lambda w: w, jnp.ones(()), key=jax.random.key(0), sigma=1e-12)
+    pes = nn.meta.pes_init(jnp.zeros(()), jnp.ones(()), pairs=2)
+    with pytest.raises(nn.DtypeError, match="pes_gradient.*round to nothing"):
+        nn.meta.pes_gradient(
+            lambda w, x: (w, x), jnp.ones(()), pes, key=jax.random.key(0), sigma=1e-12
+        )

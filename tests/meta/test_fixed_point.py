@@ -239,3 +239,37 @@ def test_a_cell_that_writes_state_is_refused():
         nn.meta.FixedPoint(Normed())(X)
     with pytest.raises(ValueError, match="steps must be"):
         nn.meta.FixedPoint(Normed(), steps=0)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("solve", [None, nn.meta.neumann(30)], ids=["gmres", "neumann"])
+def test_a_fixed_point_in_half_precision_is_that_of_float32(dtype, solve):
+    nn.manual_seed(0)
+    layer = nn.meta.FixedPoint(Cell(0.3), solve=solve)
+    value = lambda layer, x: (layer(x).astype(jnp.float32) ** 2).sum()
+    expected, slopes = layer(X), nn.grad(value)(layer, X)
+    half = copy.deepcopy(layer).to(dtype)
+    found, gradients = half(X.astype(dtype)), nn.grad(value)(half, X.astype(dtype))
+    eps = float(jnp.finfo(dtype).eps)
+    assert found.dtype == dtype
+    np.testing.assert_allclose(np.asarray(found, np.float32), expected, atol=4 * eps)
+    for name, slope in slopes.items():
+        ours = np.asarray(gradients[name], np.float32)
+        np.testing.assert_allclose(ours, slope, atol=10 * eps * np.abs(slope).max())
+
+
+def test_a_batch_without_rows_has_a_fixed_point_and_a_gradient_of_zero():
+    layer = nn.meta.FixedPoint(Cell())
+    assert layer(X[:0]).shape == (0, 3)
+    for gradient in nn.grad(lambda layer: layer(X[:0]).sum())(layer).values():
+        np.testing.assert_array_equal(gradient, np.zeros(gradient.shape))
+
+
+def test_a_fixed_point_of_tiny_numbers_is_iterated_to():
+    class Average(nn.Module):
+        def forward(self, z, x):
+            return (z + x) / 2
+
+    x = 1e-25 * X
+    z = nn.meta.FixedPoint(Average())(x, start=jnp.zeros_like(x))
+    np.testing.assert_allclose(z / 1e-25, X, rtol=1e-3)

@@ -287,6 +287,41 @@ def test_numbers_that_are_not_finite_are_an_error(solve, tol):
             solve(tol=tol)(matvec, b)
 
 
+SOLVERS = [nn.meta.cg(), nn.meta.gmres(), nn.meta.neumann(100, lr=0.3, tol=1e-4)]
+NAMES = ["cg", "gmres", "neumann"]
+
+
+@pytest.mark.parametrize("solve", SOLVERS, ids=NAMES)
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["eager", "jit"])
+def test_a_solution_scales_with_its_right_hand_side(solve, wrap):
+    d = np.array([1.0, 2.0, 3.0], np.float32)
+    run = wrap(lambda b: solve(lambda v: d * v, b))
+    for scale in np.float32([1e-36, 1e-21, 1.0, 1e20, 1e36]):
+        np.testing.assert_allclose(run(scale * d) / scale, np.ones(3), rtol=1e-4)
+    np.testing.assert_array_equal(run(0 * d), 0 * d)
+    lanes = np.float32([1e-25, 0.0, 1e25])[:, None]
+    np.testing.assert_allclose(jax.vmap(run)(lanes * d), lanes * np.ones(3), rtol=1e-4)
+    # One scale for all arrays; and the derivative is that of a linear map.
+    both = {"a": np.float32([1e-21, 3e-25]), "b": np.float32([1e-30])}
+    for name, x in solve(lambda v: jax.tree_util.tree_map(lambda v: 2 * v, v), both).items():
+        np.testing.assert_allclose(x, both[name] / 2, rtol=1e-3)
+    np.testing.assert_allclose(jax.jacfwd(run)(1e-21 * d), np.diag(1 / d), rtol=1e-4)
+
+
+@pytest.mark.parametrize("solve", SOLVERS, ids=NAMES)
+def test_a_system_without_equations_has_an_empty_solution(solve):
+    assert solve(lambda v: 2 * v, jnp.zeros((0, 3))).shape == (0, 3)
+
+
+@pytest.mark.parametrize("solver", [nn.meta.cg, nn.meta.gmres, nn.meta.neumann])
+def test_a_solver_takes_steps_and_a_tolerance_that_is_a_number(solver):
+    for steps in (0, -3):
+        with pytest.raises(ValueError, match="steps must be a positive integer"):
+            solver(steps=steps)
+    with pytest.raises(TypeError, match="(?s)traced tol.*Why.*tol=None"):
+        jax.jit(lambda tol: solver(tol=tol)(lambda v: 2 * v, jnp.ones(2)))(1e-3)
+
+
 @pytest.mark.parametrize("steps", [1, 2, 3, 10])
 def test_conjugate_gradients_are_scipy_s(steps):
     from scipy.sparse.linalg import cg

@@ -226,3 +226,11 @@ def test_multi_step_weights_anneal_to_the_last_step():
         np.testing.assert_allclose(weights.sum(), 1.0, rtol=1e-6)
         share = min(progress, 1.0)
         np.testing.assert_allclose(weights[:4], (1 - share) / 5, rtol=1e-6)
+
+
+@pytest.mark.parametrize("vectorize", ["vmap", "loop"])
+def test_the_mean_over_no_tasks_is_an_error(vectorize):
+    mean = nn.meta.over_tasks(lambda w, x: (w * x).sum(), vectorize=vectorize)
+    for function in (mean, jax.grad(mean)):
+        with pytest.raises(nn.ShapeError, match="(?s)0 tasks.*reduce=None"):
+            function(1.0, jnp.zeros((0, 3)))
