@@ -109,7 +109,7 @@ def check(A: Any, values: Any) -> None:
 def compare(name: str, report: Report, quick: bool) -> None:
     """Add the table of one kind of matrix."""
     cases, products, size = cases_of(name)
-    timings = measure(cases, seconds=5 if quick else 60, description=name, burst_us=1.0, fewest=5)
+    timings = measure(cases, seconds=5 if quick else 25, description=name, burst_us=1.0, fewest=5)
     report.numbers[name] = {
         "parameters": size,
         "products": products,
