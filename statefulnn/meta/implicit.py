@@ -14,7 +14,13 @@ import jax
 import jax.numpy as jnp
 
 from statefulnn.core.compat import EAGER, Tracer, current_trace
-from statefulnn.core.conjugate_gradients import Solver, conjugate_gradients, difference, norm
+from statefulnn.core.conjugate_gradients import (
+    Solver,
+    conjugate_gradients,
+    difference,
+    norm,
+    reachable,
+)
 from statefulnn.core.errors import ConvergenceError, TraceLeakError, explain
 from statefulnn.core.reports import fail_unless, lanes_of, staging
 from statefulnn.meta._closures import hoisted
@@ -256,7 +262,11 @@ def gmres(steps: int = 20, tol: float | None = 1e-5, damping: float = 0.0) -> Ca
     solver = _solver("gmres", steps, tol, damping)
 
     def restarted(matvec: Callable, b: Any) -> tuple[Any, None]:
-        return jax.scipy.sparse.linalg.gmres(matvec, b, tol=tol or 0.0, maxiter=steps)[0], None
+        # JAX's works with a factorisation that LAPACK does not have in half precision.
+        product = lambda v: _wide(matvec(_like(v, b)))
+        goal = 0.0 if tol is None else reachable(tol, b)
+        x = jax.scipy.sparse.linalg.gmres(product, _wide(b), tol=goal, maxiter=steps)[0]
+        return _like(x, b), None
 
     def scaled(matvec: Callable, b: Any) -> Any:
         return solver.solve(restarted, matvec, b, tol)[0]
@@ -323,6 +333,16 @@ def _solver(name: str, steps: int, tol: float | None, damping: Any = 0.0) -> Sol
         usual=10.0,
         damped=0.0 if isinstance(damping, Tracer) else float(damping),
     )
+
+
+def _like(tree: Any, other: Any) -> Any:
+    return jax.tree_util.tree_map(lambda v, o: v.astype(jnp.result_type(o)), tree, other)
+
+
+def _wide(tree: Any) -> Any:
+    """Return arrays of float32 in the place of those in half precision."""
+    half = lambda v: jnp.finfo(v.dtype).bits < 32
+    return jax.tree_util.tree_map(lambda v: v.astype(jnp.float32) if half(v) else v, tree)
 
 
 def _damped(matvec: Callable, damping: float) -> Callable:

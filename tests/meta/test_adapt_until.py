@@ -140,7 +140,9 @@ def test_an_optimizer_a_filter_and_state_are_those_of_adapt():
 
 
 def test_numbers_that_are_not_finite_end_the_loop():
-    found = nn.meta.adapt_until(None, 50.0, lambda w: w**4, (), lr=0.5, steps=10**6)
+    with pytest.warns(nn.DivergenceWarning, match="adapt_until diverged"):
+        found = nn.meta.adapt_until(None, 50.0, lambda w: w**4, (), lr=0.5, steps=10**6)
+        jax.effects_barrier()
     assert int(found.steps) < 10
 
 
