@@ -44,7 +44,7 @@ def sdpa_kernel(
 
     Args:
         backends: one, or a list.
-        set_priority: accepted for torch's sake; cuDNN's kernel comes first wherever it applies.
+        set_priority: accepted for compatibility with torch; cuDNN's kernel comes first wherever it applies.
 
     Raises:
         AssertionError: if `backends` is neither an `SDPBackend` nor a list of them.

@@ -288,9 +288,9 @@ def create_block_mask(
         H: the number of heads; None for a mask that does not depend on them.
         Q_LEN: the number of target positions.
         KV_LEN: the number of source positions.
-        device: accepted for torch's sake; a function has no device.
+        device: accepted for compatibility with torch; a function has no device.
         BLOCK_SIZE: the size of a block, or one for target and one for source positions.
-        _compile: accepted for torch's sake.
+        _compile: accepted for compatibility with torch.
 
     Raises:
         AssertionError: if the function does not take four arguments.
@@ -346,7 +346,7 @@ def flex_attention(
         scale: the factor of the scores; None for ``1 / sqrt(D)``.
         enable_gqa: allow a multiple of the heads of `key` in `query`.
         return_lse: also return the log of the sum of exponentials (torch's older argument).
-        kernel_options: accepted for torch's sake.
+        kernel_options: accepted for compatibility with torch.
         return_aux: what is returned besides the output.
 
     Returns:

@@ -79,7 +79,7 @@ class Solver:
     Attributes:
         call: how it was called, ``"nn.meta.cg(steps=100, tol=1e-05)"``.
         more: the call with more steps.
-        damping: how to damp the matrix, with ``{:g}`` in the place of the number.
+        damping: how to damp the matrix, with ``{:g}`` in place of the number.
         usual: a number that serves where the matrix is ill-conditioned.
         damped: what the matrix is damped by already.
         noun: what an index along a mapped axis counts.
@@ -201,7 +201,7 @@ def conjugate_gradients(
     Args:
         matvec: ``x -> A x`` on trees like `b`.
         b: the right-hand side.
-        solver: whose messages are raised, also from compiled code and on the way back.
+        solver: whose messages are raised, also from compiled code and in the backward pass.
         tol: the residual to reach, relative to `b`; None takes what the steps give.
         steps: at most as many.
         precondition: ``r -> M r``, with M near the inverse of A, symmetric and positive definite.

@@ -62,7 +62,7 @@ def flatten_collecting(tree: object) -> tuple[list[Any], Treedef, list[Any]]:
 
 
 def unflatten_with(treedef: Treedef, leaves: Iterable[Any], table: Sequence[Any]) -> Any:
-    """Undo `flatten_collecting`, with other modules and boxes in the place of the collected ones."""
+    """Undo `flatten_collecting`, with other modules and boxes in place of the collected ones."""
     before, _collecting.table = _collecting.table, table
     try:
         return jax.tree_util.tree_unflatten(treedef, leaves)

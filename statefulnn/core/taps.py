@@ -357,7 +357,7 @@ def _replaced(result: object, old: tuple, what: str, name: str) -> tuple:
 
 
 def _like(new: object, old: jax.Array, what: str) -> jax.Array:
-    """Return what a hook put in the place of a gradient; None is zero, as in torch."""
+    """Return what a hook put in place of a gradient; None is zero, as in torch."""
     if new is None:
         return jnp.zeros_like(old)
     if not isinstance(new, (jax.Array, np.ndarray, np.generic)):

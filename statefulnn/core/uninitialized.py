@@ -112,7 +112,7 @@ class UninitializedBuffer(Uninitialized, Buffer):
     """A Buffer whose shape is not known yet.
 
     Args:
-        requires_grad: accepted for torch's sake.
+        requires_grad: accepted for compatibility with torch.
         device: where it will be put.
         dtype: its dtype.
         persistent: whether it is to be part of ``state_dict``.

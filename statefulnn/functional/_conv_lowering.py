@@ -214,7 +214,7 @@ def _along_kernel(
         return image_by_image(all_taps)(x, w, *how)
     if (line or few) and not grown:
         return general(x, w, *how)
-    # The windows are made again on the way back, rather than kept: they are x, once for each tap.
+    # The windows are made again in the backward pass, rather than kept: they are x, once for each tap.
     return jax.checkpoint(lambda x, w: tap_by_tap(x, w, *how), prevent_cse=False)(x, w)
 
 
@@ -433,7 +433,7 @@ def chosen_on_cpu(
         return depthwise
     by_kernel = dense
     if repeated and taps <= MOST_TAPS:
-        # What the taps see of the input: where it is long, image by image, and made again on the way back.
+        # What the taps see of the input. The backward pass makes it again; where it is long, image by image.
         small = x.size * taps // math.prod(stride) < LARGE_BATCH
         by_kernel = as_one_product if small else image_by_image(as_one_product)
     if groups > 1:

@@ -87,7 +87,7 @@ def _standardised_jvp(
     again, weight_again = lax.optimization_barrier((scale, weight))
     both = again if weight is None else again * weight_again
     if both.size < x.size:
-        # Two factors and an addend, each smaller than x: on the way back the sums over x give the
+        # Two factors and an addend, each smaller than x: in the backward pass the sums over x give the
         # gradients of weight and bias, and those what x needs of them.
         slope, shift = -both * along, -both * moved
         slope = slope if dweight is None else slope + dweight

@@ -226,7 +226,7 @@ def silu(input: Any, inplace: bool = False) -> Any:
 
     Args:
         input: any shape, floating.
-        inplace: accepted for torch's sake; arrays are immutable.
+        inplace: accepted for compatibility with torch; arrays are immutable.
 
     Source: Hendrycks and Gimpel 2016; Elfwing, Uchibe and Doya 2017; ``torch.nn.functional.silu``.
 
@@ -275,7 +275,7 @@ def mish(input: Any, inplace: bool = False) -> Any:
 
     Args:
         input: any shape, floating.
-        inplace: accepted for torch's sake; arrays are immutable.
+        inplace: accepted for compatibility with torch; arrays are immutable.
 
     Source: Misra 2019; ``torch.nn.functional.mish``.
 
@@ -305,7 +305,7 @@ def hardsigmoid(input: Any, inplace: bool = False) -> Any:
 
     Args:
         input: any shape, floating.
-        inplace: accepted for torch's sake; arrays are immutable.
+        inplace: accepted for compatibility with torch; arrays are immutable.
 
     Source: Courbariaux, Bengio and David 2015; ``torch.nn.functional.hardsigmoid``.
 
@@ -335,7 +335,7 @@ def hardswish(input: Any, inplace: bool = False) -> Any:
 
     Args:
         input: any shape, floating.
-        inplace: accepted for torch's sake; arrays are immutable.
+        inplace: accepted for compatibility with torch; arrays are immutable.
 
     Source: Howard et al. 2019; ``torch.nn.functional.hardswish``.
 

@@ -298,7 +298,7 @@ def normalize(
         p: the degree of the norm.
         dim: the vectors' axis, or several.
         eps: the smallest norm that is divided by: a vector of zeros stays as it is.
-        out: for torch's sake; arrays cannot be written to.
+        out: for compatibility with torch; arrays cannot be written to.
 
     Returns:
         The input's shape.

@@ -100,11 +100,11 @@ def dropout(
         input: any shape, floating.
         p: the probability that an element is dropped.
         training: False returns the input as it is.
-        inplace: accepted for torch's sake; arrays are immutable.
+        inplace: accepted for compatibility with torch; arrays are immutable.
         rng: a random key; without one the draw comes from the generator in force.
 
     Raises:
-        ValueError: if `p` is no probability.
+        ValueError: if `p` is not a probability.
         MissingRngError: for a draw without `rng` where no generator can be advanced.
 
     Source: Srivastava et al. 2014; ``torch.nn.functional.dropout``.
@@ -148,11 +148,11 @@ def dropout1d(
         input: ``(N, C, L)`` or ``(C, L)``, floating.
         p: the probability that a channel of an example is dropped.
         training: False returns the input as it is.
-        inplace: accepted for torch's sake; arrays are immutable.
+        inplace: accepted for compatibility with torch; arrays are immutable.
         rng: a random key; without one the draw comes from the generator in force.
 
     Raises:
-        ValueError: if `p` is no probability.
+        ValueError: if `p` is not a probability.
         ShapeError: if the input has neither 2 nor 3 axes.
         MissingRngError: for a draw without `rng` where no generator can be advanced.
 
@@ -195,11 +195,11 @@ def dropout2d(
         input: ``(N, C, H, W)`` or ``(N, C, L)``, floating.
         p: the probability that a channel of an example is dropped.
         training: False returns the input as it is.
-        inplace: accepted for torch's sake; arrays are immutable.
+        inplace: accepted for compatibility with torch; arrays are immutable.
         rng: a random key; without one the draw comes from the generator in force.
 
     Raises:
-        ValueError: if `p` is no probability.
+        ValueError: if `p` is not a probability.
         ShapeError: if the input has fewer than 2 axes.
         MissingRngError: for a draw without `rng` where no generator can be advanced.
 
@@ -234,11 +234,11 @@ def dropout3d(
         input: ``(N, C, D, H, W)`` or ``(C, D, H, W)``, floating.
         p: the probability that a channel of an example is dropped.
         training: False returns the input as it is.
-        inplace: accepted for torch's sake; arrays are immutable.
+        inplace: accepted for compatibility with torch; arrays are immutable.
         rng: a random key; without one the draw comes from the generator in force.
 
     Raises:
-        ValueError: if `p` is no probability.
+        ValueError: if `p` is not a probability.
         MissingRngError: for a draw without `rng` where no generator can be advanced.
 
     Source: Tompson et al. 2014; ``torch.nn.functional.dropout3d``.
@@ -266,14 +266,14 @@ def alpha_dropout(
         input: any shape, floating.
         p: the probability that an element is dropped.
         training: False, the default, returns the input as it is.
-        inplace: accepted for torch's sake; arrays are immutable.
+        inplace: accepted for compatibility with torch; arrays are immutable.
         rng: a random key; without one the draw comes from the generator in force.
 
     Returns:
         An array of the same shape; zeros for ``p=1``.
 
     Raises:
-        ValueError: if `p` is no probability.
+        ValueError: if `p` is not a probability.
         MissingRngError: for a draw without `rng` where no generator can be advanced.
 
     Source: Klambauer et al. 2017; ``torch.nn.functional.alpha_dropout``.
@@ -300,14 +300,14 @@ def feature_alpha_dropout(
         input: ``(N, C, *)``, floating.
         p: the probability that a channel of an example is dropped.
         training: False, the default, returns the input as it is.
-        inplace: accepted for torch's sake; arrays are immutable.
+        inplace: accepted for compatibility with torch; arrays are immutable.
         rng: a random key; without one the draw comes from the generator in force.
 
     Returns:
         An array of the same shape; zeros for ``p=1``.
 
     Raises:
-        ValueError: if `p` is no probability.
+        ValueError: if `p` is not a probability.
         ShapeError: if the input has fewer than 2 axes.
         MissingRngError: for a draw without `rng` where no generator can be advanced.
 

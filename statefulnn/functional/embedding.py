@@ -95,7 +95,7 @@ def embedding(
             itself: `weight` must then be a Parameter or Buffer.
         norm_type: the p of that p-norm.
         scale_grad_by_freq: divide each row's gradient by how often the row occurs in `input`.
-        sparse: accepted for torch's sake; gradients are dense.
+        sparse: accepted for compatibility with torch; gradients are dense.
 
     Returns:
         ``(*input.shape, embedding_dim)``. Inside compiled code, and on devices where looking would

@@ -117,7 +117,7 @@ def embedding_bag(
         norm_type: the p of that p-norm.
         scale_grad_by_freq: divide each row's gradient by how often the row occurs in `input`.
         mode: "sum", "mean" or "max".
-        sparse: accepted for torch's sake; gradients are dense.
+        sparse: accepted for compatibility with torch; gradients are dense.
         per_sample_weights: a factor for each row, of the input's shape; for "sum".
         include_last_offset: whether `offsets` says where the last bag ends, too, ``(B + 1,)``.
         padding_idx: a row that bags leave out; negative numbers count from the end.

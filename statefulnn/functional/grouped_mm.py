@@ -84,7 +84,7 @@ def grouped_mm(
             ``(G, M, K)``.
         mat_b: ``(K, N)``, columns (or the inner axis) cut by `offs`; or ``(G, K, N)``.
         offs: ``(G,)``, int32, increasing: where each group ends. None if both have three axes.
-        bias: for torch's sake, which does not support it either.
+        bias: for compatibility with torch, which does not support it either.
         out_dtype: that of the matrices, or None.
 
     Returns:

@@ -41,7 +41,7 @@ class LinearCrossEntropyOptions:
     model. It can be compiled, mapped and differentiated any number of times.
 
     Args:
-        allow_retain_graph: accepted for torch's sake; nothing is consumed here.
+        allow_retain_graph: accepted for compatibility with torch; nothing is consumed here.
         batch_chunk_size: the rows of a chunk; None for all of them, unless a method is given.
         chunking_method: how the rows of a chunk are chosen. "aspect_ratio": so that the logits of a
             chunk take as much memory as the input; "aspect_ratio:N": an N-th of that; "auto": one of

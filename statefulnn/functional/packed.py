@@ -188,7 +188,7 @@ def _flatten_with_keys(packed: PackedSequence) -> Any:
 
 
 def _unflatten(sizes: Any, children: Any) -> PackedSequence:
-    # Without checks: JAX puts other things than arrays in the place of leaves.
+    # Without checks: JAX puts other things than arrays in place of leaves.
     data, indices, inverse = children
     return tuple.__new__(PackedSequence, (data, np.array(sizes, np.int64), indices, inverse))
 

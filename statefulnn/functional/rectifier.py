@@ -48,7 +48,7 @@ def relu(input: Any, inplace: bool = False) -> Any:
 
     Args:
         input: any shape; integers stay integers.
-        inplace: accepted for torch's sake; arrays are immutable.
+        inplace: accepted for compatibility with torch; arrays are immutable.
 
     Source: ``torch.nn.functional.relu``.
 
@@ -75,7 +75,7 @@ def threshold(input: Any, threshold: float, value: float, inplace: bool = False)
         input: any shape; integers stay integers.
         threshold: elements up to and including it are replaced.
         value: by this.
-        inplace: accepted for torch's sake; arrays are immutable.
+        inplace: accepted for compatibility with torch; arrays are immutable.
 
     Source: ``torch.nn.functional.threshold``.
 
@@ -112,7 +112,7 @@ def hardtanh(input: Any, min_val: float = -1.0, max_val: float = 1.0, inplace: b
         input: any shape; integers stay integers.
         min_val: the lower end.
         max_val: the upper end.
-        inplace: accepted for torch's sake; arrays are immutable.
+        inplace: accepted for compatibility with torch; arrays are immutable.
 
     Raises:
         ValueError: if `min_val` is above `max_val`.
@@ -140,7 +140,7 @@ def relu6(input: Any, inplace: bool = False) -> Any:
 
     Args:
         input: any shape; integers stay integers.
-        inplace: accepted for torch's sake; arrays are immutable.
+        inplace: accepted for compatibility with torch; arrays are immutable.
 
     Source: ``torch.nn.functional.relu6``.
 
@@ -164,7 +164,7 @@ def leaky_relu(input: Any, negative_slope: float = 0.01, inplace: bool = False) 
     Args:
         input: any shape, floating.
         negative_slope: the derivative for x ≤ 0.
-        inplace: accepted for torch's sake; arrays are immutable.
+        inplace: accepted for compatibility with torch; arrays are immutable.
 
     Source: Maas, Hannun and Ng 2013; ``torch.nn.functional.leaky_relu``.
 
@@ -244,7 +244,7 @@ def rrelu(
         lower: the least slope.
         upper: the largest slope.
         training: draw a slope for each element, uniformly; otherwise it is the middle of the range.
-        inplace: accepted for torch's sake; arrays are immutable.
+        inplace: accepted for compatibility with torch; arrays are immutable.
         rng: a random key; without one the draw comes from the generator in force.
 
     Raises:
@@ -290,7 +290,7 @@ def elu(input: Any, alpha: float = 1.0, inplace: bool = False) -> Any:
     Args:
         input: any shape, floating.
         alpha: minus the limit for very negative x.
-        inplace: accepted for torch's sake; arrays are immutable.
+        inplace: accepted for compatibility with torch; arrays are immutable.
 
     Source: Clevert, Unterthiner and Hochreiter 2015; ``torch.nn.functional.elu``.
 
@@ -312,7 +312,7 @@ def selu(input: Any, inplace: bool = False) -> Any:
 
     Args:
         input: any shape, floating.
-        inplace: accepted for torch's sake; arrays are immutable.
+        inplace: accepted for compatibility with torch; arrays are immutable.
 
     Source: Klambauer et al. 2017; ``torch.nn.functional.selu``.
 
@@ -332,7 +332,7 @@ def celu(input: Any, alpha: float = 1.0, inplace: bool = False) -> Any:
     Args:
         input: any shape, floating.
         alpha: minus the limit for very negative x.
-        inplace: accepted for torch's sake; arrays are immutable.
+        inplace: accepted for compatibility with torch; arrays are immutable.
 
     Raises:
         RuntimeError: if `alpha` is 0.

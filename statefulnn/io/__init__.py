@@ -1,4 +1,4 @@
-"""Files: state dicts, steps of a training run, compiled functions; written whole or not at all."""
+"""Files: state dicts, steps of a training run, compiled functions; a crash never leaves half of one."""
 
 from statefulnn.core.listing import listing
 from statefulnn.io.checkpointer import Checkpointer, Restored

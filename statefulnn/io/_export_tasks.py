@@ -22,7 +22,7 @@ class Task(NamedTuple):
 
     Attributes:
         function: of the module and the inputs.
-        args, kwargs: shapes and dtypes in the place of arrays.
+        args, kwargs: shapes and dtypes in place of arrays.
         example: the same without dimensions of any size, None where the caller gave them.
         positional: the names of `args`.
         labels: a name for each array, in JAX's order.

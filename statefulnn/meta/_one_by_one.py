@@ -117,7 +117,7 @@ def _with_gradients(
 def _whole(
     flat: Callable, primals: tuple, live: list[list[int]], ways: list[list[Any]], chunk: int | None
 ) -> tuple[Any, Any]:
-    """Differentiate the loop as a whole; on the way back each task runs again, which keeps memory low."""
+    """Differentiate the loop as a whole; each task runs again in the backward pass, to save memory."""
     shared, data = primals
 
     def of_live(own: list[Any], parts: list[Any]) -> tuple[Any, Any]:

@@ -477,9 +477,9 @@ def _steps(
     cheap = jax.checkpoint(step, prevent_cse=False)
     if checkpoint == "all":
         return jax.lax.scan(cheap, carry, xs)
-    # Every √count-th carry is kept; the steps in between run again on the way back, where each carry of one
-    # chunk is kept. What a step computes (the activations, twice) is there for one step at a time. The last
-    # chunk is the first on the way back, so its carries are kept as they come, which saves a run.
+    # Every √count-th carry is kept. The steps in between run again in the backward pass, where each carry of
+    # one chunk is kept; what a step computes (the activations, twice) is there for one step at a time. The
+    # backward pass begins with the last chunk, so its carries are kept as they come, which saves a run.
     width = math.isqrt(count - 1) + 1
     chunks = (count - 1) // width
 

@@ -340,7 +340,7 @@ def _like(tree: Any, other: Any) -> Any:
 
 
 def _wide(tree: Any) -> Any:
-    """Return arrays of float32 in the place of those in half precision."""
+    """Return arrays of float32 in place of those in half precision."""
     half = lambda v: jnp.finfo(v.dtype).bits < 32
     return jax.tree_util.tree_map(lambda v: v.astype(jnp.float32) if half(v) else v, tree)
 

@@ -44,7 +44,7 @@ jax.tree_util.register_pytree_with_keys(
 
 
 def per_step(values: Mapping[str, Any], steps: int, only: Any = None) -> dict[str, Any]:
-    """Return a dict of arrays with a row for each inner step in the place of some of them.
+    """Return a dict of arrays with a row for each inner step in place of some of them.
 
     With buffers, each inner step has running statistics of its own; with parameters, a value of its
     own that the outer loop learns and the inner loop leaves alone. Both are what MAML++ does with batch
@@ -119,7 +119,7 @@ def require_rows(tree: Any, steps: int, what: str) -> None:
 
 
 def rows_at(tree: Any, step: Any) -> Any:
-    """Return a tree with the row of one step in the place of each `PerStep`."""
+    """Return a tree with the row of one step in place of each `PerStep`."""
 
     def one(value: Any) -> Any:
         if not isinstance(value, PerStep):

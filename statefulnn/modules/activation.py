@@ -148,7 +148,7 @@ class SiLU(Module):
     """Return ``x σ(x)`` elementwise, also called swish.
 
     Args:
-        inplace: accepted for torch's sake; arrays are immutable.
+        inplace: accepted for compatibility with torch; arrays are immutable.
 
     Shape:
         - input: any; output: the same.
@@ -176,7 +176,7 @@ class Mish(Module):
     """Return ``x · tanh(softplus(x))`` elementwise.
 
     Args:
-        inplace: accepted for torch's sake; arrays are immutable.
+        inplace: accepted for compatibility with torch; arrays are immutable.
 
     Shape:
         - input: any; output: the same.
@@ -204,7 +204,7 @@ class Hardsigmoid(Module):
     """Return ``relu6(x + 3) / 6`` elementwise.
 
     Args:
-        inplace: accepted for torch's sake; arrays are immutable.
+        inplace: accepted for compatibility with torch; arrays are immutable.
 
     Shape:
         - input: any; output: the same.
@@ -229,7 +229,7 @@ class Hardswish(Module):
     """Return ``x · relu6(x + 3) / 6`` elementwise.
 
     Args:
-        inplace: accepted for torch's sake; arrays are immutable.
+        inplace: accepted for compatibility with torch; arrays are immutable.
 
     Shape:
         - input: any; output: the same.

@@ -36,13 +36,13 @@ class Dropout(_DropoutNd):
 
     Args:
         p: the probability that an element is dropped.
-        inplace: accepted for torch's sake; arrays are immutable.
+        inplace: accepted for compatibility with torch; arrays are immutable.
 
     Shape:
         - input: any; output: the same.
 
     Raises:
-        ValueError: if `p` is no probability.
+        ValueError: if `p` is not a probability.
 
     Source: Srivastava et al. 2014.
 
@@ -64,13 +64,13 @@ class Dropout1d(_DropoutNd):
 
     Args:
         p: the probability that a channel of an example is dropped.
-        inplace: accepted for torch's sake; arrays are immutable.
+        inplace: accepted for compatibility with torch; arrays are immutable.
 
     Shape:
         - input: ``(N, C, L)`` or ``(C, L)``; output: the same.
 
     Raises:
-        ValueError: if `p` is no probability.
+        ValueError: if `p` is not a probability.
 
     Source: Tompson et al. 2014.
 
@@ -92,13 +92,13 @@ class Dropout2d(_DropoutNd):
 
     Args:
         p: the probability that a channel of an example is dropped.
-        inplace: accepted for torch's sake; arrays are immutable.
+        inplace: accepted for compatibility with torch; arrays are immutable.
 
     Shape:
         - input: ``(N, C, H, W)``, or ``(N, C, L)`` with a warning; output: the same.
 
     Raises:
-        ValueError: if `p` is no probability.
+        ValueError: if `p` is not a probability.
 
     Source: Tompson et al. 2014.
 
@@ -120,13 +120,13 @@ class Dropout3d(_DropoutNd):
 
     Args:
         p: the probability that a channel of an example is dropped.
-        inplace: accepted for torch's sake; arrays are immutable.
+        inplace: accepted for compatibility with torch; arrays are immutable.
 
     Shape:
         - input: ``(N, C, D, H, W)`` or ``(C, D, H, W)``; output: the same.
 
     Raises:
-        ValueError: if `p` is no probability.
+        ValueError: if `p` is not a probability.
 
     Source: Tompson et al. 2014.
 
@@ -148,13 +148,13 @@ class AlphaDropout(_DropoutNd):
 
     Args:
         p: the probability that an element is dropped.
-        inplace: accepted for torch's sake; arrays are immutable.
+        inplace: accepted for compatibility with torch; arrays are immutable.
 
     Shape:
         - input: any; output: the same.
 
     Raises:
-        ValueError: if `p` is no probability.
+        ValueError: if `p` is not a probability.
 
     Source: Klambauer et al. 2017.
 
@@ -176,13 +176,13 @@ class FeatureAlphaDropout(_DropoutNd):
 
     Args:
         p: the probability that a channel of an example is dropped.
-        inplace: accepted for torch's sake; arrays are immutable.
+        inplace: accepted for compatibility with torch; arrays are immutable.
 
     Shape:
         - input: ``(N, C, *)``; output: the same.
 
     Raises:
-        ValueError: if `p` is no probability.
+        ValueError: if `p` is not a probability.
 
     Source: Klambauer et al. 2017; Tompson et al. 2014.
 

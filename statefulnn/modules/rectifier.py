@@ -15,7 +15,7 @@ class ReLU(Module):
     """Return ``max(x, 0)`` elementwise.
 
     Args:
-        inplace: accepted for torch's sake; arrays are immutable.
+        inplace: accepted for compatibility with torch; arrays are immutable.
 
     Shape:
         - input: any; output: the same.
@@ -43,7 +43,7 @@ class Threshold(Module):
     Args:
         threshold: elements up to and including it are replaced.
         value: by this.
-        inplace: accepted for torch's sake; arrays are immutable.
+        inplace: accepted for compatibility with torch; arrays are immutable.
 
     Shape:
         - input: any; output: the same.
@@ -75,7 +75,7 @@ class Hardtanh(Module):
     Args:
         min_val: the lower end.
         max_val: the upper end.
-        inplace: accepted for torch's sake; arrays are immutable.
+        inplace: accepted for compatibility with torch; arrays are immutable.
         min_value: the old name of `min_val`, deprecated.
         max_value: the old name of `max_val`, deprecated.
 
@@ -138,7 +138,7 @@ class ReLU6(Hardtanh):
     """Return ``min(max(x, 0), 6)`` elementwise.
 
     Args:
-        inplace: accepted for torch's sake; arrays are immutable.
+        inplace: accepted for compatibility with torch; arrays are immutable.
 
     Shape:
         - input: any; output: the same.
@@ -161,7 +161,7 @@ class LeakyReLU(Module):
 
     Args:
         negative_slope: the derivative for x ≤ 0.
-        inplace: accepted for torch's sake; arrays are immutable.
+        inplace: accepted for compatibility with torch; arrays are immutable.
 
     Shape:
         - input: any; output: the same.
@@ -235,7 +235,7 @@ class RReLU(Module):
     Args:
         lower: the least slope.
         upper: the largest slope; in evaluation it is the middle of the two.
-        inplace: accepted for torch's sake; arrays are immutable.
+        inplace: accepted for compatibility with torch; arrays are immutable.
 
     Shape:
         - input: any; output: the same.
@@ -270,7 +270,7 @@ class ELU(Module):
 
     Args:
         alpha: minus the limit for very negative x.
-        inplace: accepted for torch's sake; arrays are immutable.
+        inplace: accepted for compatibility with torch; arrays are immutable.
 
     Shape:
         - input: any; output: the same.
@@ -299,7 +299,7 @@ class SELU(Module):
     """Return ``scale · elu(x, alpha)`` with the constants that keep mean 0 and variance 1.
 
     Args:
-        inplace: accepted for torch's sake; arrays are immutable.
+        inplace: accepted for compatibility with torch; arrays are immutable.
 
     Shape:
         - input: any; output: the same.
@@ -328,7 +328,7 @@ class CELU(Module):
 
     Args:
         alpha: minus the limit for very negative x.
-        inplace: accepted for torch's sake; arrays are immutable.
+        inplace: accepted for compatibility with torch; arrays are immutable.
 
     Shape:
         - input: any; output: the same.

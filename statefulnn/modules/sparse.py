@@ -22,7 +22,7 @@ class Embedding(Module):
         max_norm: rows that are used and whose norm is larger are scaled down to it, in the table.
         norm_type: the p of that p-norm.
         scale_grad_by_freq: divide each row's gradient by how often the row occurs in the batch.
-        sparse: accepted for torch's sake; gradients are dense.
+        sparse: accepted for compatibility with torch; gradients are dense.
         device: where the parameters are put.
         dtype: their dtype.
 
@@ -149,7 +149,7 @@ class EmbeddingBag(Module):
         norm_type: the p of that p-norm.
         scale_grad_by_freq: divide each row's gradient by how often the row occurs in the batch.
         mode: "sum", "mean" or "max".
-        sparse: accepted for torch's sake; gradients are dense.
+        sparse: accepted for compatibility with torch; gradients are dense.
         include_last_offset: whether offsets say where the last bag ends, too.
         padding_idx: a row that starts at 0 and that bags leave out; negative numbers count from the end.
         device: where the parameters are put.

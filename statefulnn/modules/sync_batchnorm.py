@@ -26,7 +26,7 @@ class SyncBatchNorm(_BatchNorm):
         momentum: the share of a new batch in the running statistics; None for their plain average.
         affine: whether the result is scaled and shifted.
         track_running_stats: False keeps no statistics, and uses the batch's own in both modes.
-        process_group: accepted for torch's sake; in JAX devices are named by axes.
+        process_group: accepted for compatibility with torch; in JAX devices are named by axes.
         device: where the parameters are put.
         dtype: their dtype.
         bias: whether there is a shift.
@@ -104,7 +104,7 @@ class SyncBatchNorm(_BatchNorm):
 
         Args:
             module: a module; its children are replaced in place.
-            process_group: accepted for torch's sake.
+            process_group: accepted for compatibility with torch.
             axis_name: the name of the mapped axis, or a tuple of names.
 
         Returns:

@@ -275,8 +275,8 @@ class TransformerEncoder(Module):
         encoder_layer: the layer that is copied.
         num_layers: the number of copies.
         norm: what the last layer's output goes through, or None.
-        enable_nested_tensor: accepted for torch's sake; there are no nested tensors here.
-        mask_check: accepted for torch's sake.
+        enable_nested_tensor: accepted for compatibility with torch; there are no nested tensors here.
+        mask_check: accepted for compatibility with torch.
 
     Shape:
         - src: ``(S, N, E)``, ``(N, S, E)`` with `batch_first` layers, or ``(S, E)``; output: the same.

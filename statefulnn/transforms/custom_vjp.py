@@ -36,7 +36,7 @@ from statefulnn.transforms.types import P, R
 class custom_vjp(Generic[P, R]):
     """Give a function of modules and arrays a backward pass of its own, as ``jax.custom_vjp``.
 
-    Set it by ``f.defvjp(fwd, bwd)``. ``fwd(*args) -> (out, residuals)`` runs in the place of the function
+    Set it by ``f.defvjp(fwd, bwd)``. ``fwd(*args) -> (out, residuals)`` runs in place of the function
     when a gradient is taken, and writes to modules what the function writes. ``bwd(residuals, cotangent)``
     returns a tuple with one entry per argument: the cotangent of an array; for a module a dict of dotted
     name -> array as ``nn.grad`` gives it, of which names may be missing; None for zeros.
@@ -337,7 +337,7 @@ def _other_writes(names: Sequence[str]) -> StateWriteError:
     return StateWriteError(
         explain(
             f"wrote to {', '.join(map(repr, names))} in only one of a function and its forward pass",
-            "one of them runs in the place of the other, so both must change the same arrays",
+            "one of them runs in place of the other, so both must change the same arrays",
             "call the function in fwd: return f(*args), residuals",
         )
     )

@@ -193,7 +193,7 @@ class _Target:
         self.array_positions = [m.number for m in marks if m.is_leaf]
 
     def shown(self, of_leaf: Mapping[int, PyTree], of_array: Mapping[int, PyTree]) -> PyTree:
-        """Return the argument with other values in the place of what is differentiated."""
+        """Return the argument with other values in place of what is differentiated."""
 
         def one(mark: Mark) -> PyTree:
             if mark.is_leaf:

@@ -381,7 +381,7 @@ class Mark:
 
 
 def template(treedef: TreeDef) -> PyTree:
-    """Return ``(args, kwargs)`` with marks in the place of leaves, modules and boxes."""
+    """Return ``(args, kwargs)`` with marks in place of leaves, modules and boxes."""
     # A collected module or box is a node without children, so there are no more of them than nodes.
     leaves = [Mark(True, i) for i in range(treedef.num_leaves)]
     roots = [Mark(False, i) for i in range(treedef.num_nodes)]

@@ -41,7 +41,7 @@ def require_positive(n_power_iterations: int, function: str) -> None:
 
 
 def norm_except_dim(v: Any, dim: int) -> Any:
-    """Return the norms of the slices along an axis, in the place of the slices; -1: one norm, a scalar."""
+    """Return the norms of the slices along an axis, in place of the slices; -1: one norm, a scalar."""
     return _norm(v, dim if dim == -1 else checked_dim(v, dim, "weight_norm"))
 
 

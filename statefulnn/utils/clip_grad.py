@@ -121,7 +121,7 @@ class _Gradients:
             _require_gradient(value, function)
 
     def replaced(self, values: Sequence[Any]) -> Any:
-        """Put other arrays in the place of the gradients; return the tree, None for parameters."""
+        """Put other arrays in place of the gradients; return the tree, None for parameters."""
         if self.parameters is None:
             return jax.tree.unflatten(self.treedef, values)
         for parameter, value in zip(self.parameters, values, strict=True):
@@ -183,7 +183,7 @@ def get_total_norm(
         tensors: an array, an iterable of arrays, or a tree of them.
         norm_type: the order p; infinite for the largest absolute value.
         error_if_nonfinite: whether a norm that is NaN or infinite is an error; not while tracing.
-        foreach: accepted for torch's sake.
+        foreach: accepted for compatibility with torch.
 
     Returns:
         A scalar; 0 for no arrays. As in torch it is the norm of the arrays' norms, which for p = 0 is
@@ -230,7 +230,7 @@ def clip_grads_with_norm_(
             gradients.
         max_norm: the largest norm that is left as it is.
         total_norm: the norm, from `get_total_norm`.
-        foreach: accepted for torch's sake.
+        foreach: accepted for compatibility with torch.
 
     Returns:
         None for parameters; for a tree the tree of scaled gradients.
@@ -273,7 +273,7 @@ def clip_grad_norm_(
         max_norm: the largest norm that is left as it is.
         norm_type: the order p; infinite for the largest absolute value.
         error_if_nonfinite: whether a norm that is NaN or infinite is an error; not while tracing.
-        foreach: accepted for torch's sake.
+        foreach: accepted for compatibility with torch.
 
     Returns:
         For parameters the norm before; for a tree ``(clipped, norm)``, the tree of scaled gradients and
@@ -345,7 +345,7 @@ def clip_grad_value_(parameters: Any, clip_value: float, foreach: bool | None = 
         parameters: a Parameter or an iterable of them, whose ``grad`` is replaced; or a tree of
             gradients.
         clip_value: the limit.
-        foreach: accepted for torch's sake.
+        foreach: accepted for compatibility with torch.
 
     Returns:
         None for parameters; for a tree the tree of limited gradients.

@@ -13,7 +13,7 @@ def convert_conv2d_weight_memory_format(module: Any, memory_format: Any) -> Any:
 
     Args:
         module: a module.
-        memory_format: accepted for torch's sake.
+        memory_format: accepted for compatibility with torch.
 
     Source: ``torch.nn.utils.convert_conv2d_weight_memory_format``.
 
@@ -30,7 +30,7 @@ def convert_conv3d_weight_memory_format(module: Any, memory_format: Any) -> Any:
 
     Args:
         module: a module.
-        memory_format: accepted for torch's sake.
+        memory_format: accepted for compatibility with torch.
 
     Source: ``torch.nn.utils.convert_conv3d_weight_memory_format``.
 
