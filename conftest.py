@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import gc
 import hashlib
+import pathlib
 from collections.abc import Iterator
 
 import jax
@@ -64,6 +65,22 @@ def _seeded() -> None:
 def _quick_collections() -> None:
     # Compiled code and its caches are millions of objects, which no collection needs to look at again.
     gc.freeze()
+
+
+# Linux gives a process 65,530 areas of memory. Each compiled program takes a few, and whoever asks for one
+# area too many crashes.
+MOST_AREAS = 30_000
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _few_programs() -> Iterator[None]:
+    """Let go of compiled code between two files when there is much of it."""
+    yield
+    areas = pathlib.Path("/proc/self/maps")
+    if areas.exists() and areas.read_bytes().count(b"\n") > MOST_AREAS:
+        jax.clear_caches()
+        gc.unfreeze()
+        gc.collect()
 
 
 @pytest.fixture

@@ -171,9 +171,9 @@ def _tried(optimizer: Any, structure: Any, steps: int) -> str:
 def _try(optimizer: Any, structure: Any, steps: int) -> tuple[str, bool]:
     """Return "fine", "nan" or "flat", and whether the optimizer depends on traced values."""
 
-    def updates(gradient: Any, start: Any) -> Any:
+    def updates(gradient: Any, start: Any, other: Any) -> Any:
         params = structure.unflatten([start] * structure.num_leaves)
-        gradients = structure.unflatten([gradient] * structure.num_leaves)
+        gradients = structure.unflatten([gradient, *[other] * (structure.num_leaves - 1)])
 
         def step(state: Any, _: None) -> tuple[Any, Any]:
             updates, after = optimizer.update(gradients, state, params)
@@ -183,18 +183,24 @@ def _try(optimizer: Any, structure: Any, steps: int) -> tuple[str, bool]:
 
         return jax.lax.scan(step, strong_arrays(optimizer.init(params)), length=steps)[1]
 
-    def both(gradient: Any, start: Any) -> tuple[Any, Any, Any]:
+    def both(gradient: Any, start: Any, other: Any) -> tuple[Any, Any, Any]:
         moves, slopes = jax.jvp(
-            lambda g: updates(g, start), (gradient,), (jnp.ones_like(gradient),)
+            lambda *g: updates(g[0], start, g[1]),
+            (gradient, other),
+            (jnp.ones_like(gradient), jnp.ones_like(other)),
         )
-        # On the way back a branch that is not taken gives NaN as well, where its slope is infinite.
-        back = jax.vjp(updates, gradient, start)[1](jax.tree_util.tree_map(jnp.ones_like, moves))
+        # In the backward pass a branch that is not taken gives NaN as well, where its slope is infinite.
+        back = jax.vjp(updates, gradient, start, other)[1](
+            jax.tree_util.tree_map(jnp.ones_like, moves)
+        )
         return moves, slopes, back
 
-    # A bias starts at zero, and all gradients of an array may be zero: norms have no slope there.
+    # A bias starts at zero, and all gradients of one array may be zero: norms have no slope there. Those of
+    # all arrays are not.
     some, none = np.array([0.0, 0.3], np.float32), np.zeros(2, np.float32)
     half = np.full(2, 0.5, np.float32)
-    cases = np.stack([some, some, none]), np.stack([half, none, half])
+    dead = none if structure.num_leaves > 1 else some
+    cases = np.stack([some, some, dead]), np.stack([half, none, half]), np.stack([some] * 3)
     found, values = None, []
     # Whatever the caller's setting of promotion.
     with contextlib.suppress(Exception), jax.numpy_dtype_promotion("standard"):

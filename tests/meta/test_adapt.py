@@ -687,12 +687,14 @@ def test_an_optimizer_that_asks_for_the_loss_is_told_what_adapt_passes(optimizer
     ids=["adaptive_grad_clip", "lars", "dog"],
 )
 def test_an_optimizer_without_a_slope_at_zero_is_refused(optimizer):
-    run = lambda w, **options: nn.meta.adapt(
-        None, w, lambda w: (w**2).sum(), (), optimizer=optimizer, steps=2, **options
+    loss = lambda p: (p["w"] ** 2).sum() + (p["b"] ** 2).sum()
+    run = lambda p, **options: nn.meta.adapt(
+        None, p, loss, (), optimizer=optimizer, steps=2, **options
     )
+    params = {"w": jnp.ones(2), "b": jnp.zeros(3)}
     with pytest.raises(nn.NotDifferentiableError, match="parameter is zero"):
-        run(jnp.zeros(2))
-    assert run(jnp.ones(2), first_order=True).params.shape == (2,)
+        run(params)
+    assert run(params, first_order=True).params["b"].shape == (3,)
 
 
 def test_the_rate_of_an_injected_adam_may_be_traced():
