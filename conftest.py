@@ -69,7 +69,7 @@ def _quick_collections() -> None:
 
 # Linux gives a process 65,530 areas of memory. Each compiled program takes a few, and whoever asks for one
 # area too many crashes.
-MOST_AREAS = 30_000
+MOST_AREAS = 20_000
 
 
 @pytest.fixture(scope="module", autouse=True)
