@@ -13,6 +13,7 @@ import numpy as np
 from statefulnn.core.errors import ConvergenceError, explain
 from statefulnn.core.repeated import body_of_loop
 from statefulnn.core.reports import fail_unless, lanes_of, staging
+from statefulnn.core.scaling import exponent_of, shifted
 
 
 def dot(a: Any, b: Any) -> Any:
@@ -28,33 +29,9 @@ def dot(a: Any, b: Any) -> Any:
 
 def norm(tree: Any) -> Any:
     """Return the Euclidean norm of a tree of arrays, in float32 at least."""
-    exponent = _exponent(tree)
-    unit = _shifted(tree, -exponent)
-    return _shifted(jnp.sqrt(dot(unit, unit)), exponent)
-
-
-def _exponent(tree: Any) -> Any:
-    """Return e with the largest entry near 2^e: the squares of 2^-e times the entries keep their range."""
-    none, bound = jnp.full((), np.iinfo(np.int32).min), 2**15
-    exponent = none
-    for v in jax.tree_util.tree_leaves(tree):
-        largest = jnp.abs(v).max(initial=0)
-        own = jnp.frexp(largest)[1].astype(jnp.int32)
-        own = jnp.where((largest > 0) & jnp.isfinite(largest), own, none)
-        exponent = jnp.maximum(exponent, own)
-        bound = min(bound, -int(jnp.finfo(jnp.result_type(v)).minexp))
-    exponent = jnp.where(exponent == none, 0, jnp.clip(exponent, -bound, bound))
-    return jax.lax.stop_gradient(exponent)
-
-
-def _shifted(tree: Any, exponent: Any) -> Any:
-    """Return ``2^exponent`` times a tree of arrays, which rounds nothing."""
-
-    def one(v: Any) -> Any:
-        real = jnp.finfo(jnp.result_type(v)).dtype
-        return v * jnp.ldexp(jnp.ones((), real), exponent).astype(jnp.result_type(v))
-
-    return jax.tree_util.tree_map(one, tree)
+    exponent = exponent_of(tree)
+    unit = shifted(tree, -exponent)
+    return shifted(jnp.sqrt(dot(unit, unit)), exponent)
 
 
 def difference(a: Any, b: Any) -> Any:
@@ -106,12 +83,12 @@ class Solver:
         """
         if not any(jnp.size(v) for v in jax.tree_util.tree_leaves(b)):
             return b, jnp.zeros((), jnp.int32)
-        exponent = _exponent(b)
-        b = _shifted(b, -exponent)
+        exponent = exponent_of(b)
+        b = shifted(b, -exponent)
         x, steps = method(matvec, b)
         if tol is not None or steps is None:
             self.require_solution(matvec, b, x, tol, steps)
-        return _shifted(x, exponent), steps
+        return shifted(x, exponent), steps
 
     def require_solution(
         self, matvec: Callable, b: Any, x: Any, tol: float | None, steps: Any = None

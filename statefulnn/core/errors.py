@@ -22,6 +22,7 @@ __all__ = [
     "MissingRngError",
     "NotDifferentiableError",
     "PicklingError",
+    "ReductionError",
     "RegistrationError",
     "RetraceWarning",
     "ShapeError",
@@ -158,6 +159,10 @@ class ConvergenceError(StatefulnnError, RuntimeError):
 
 class NotDifferentiableError(StatefulnnError, ValueError):
     """A derivative is wanted that does not exist, or that is useless."""
+
+
+class ReductionError(StatefulnnError, ValueError):
+    """The loss of a batch is not the mean, or the sum, of the losses of its examples."""
 
 
 class PicklingError(StatefulnnError, pickle.PicklingError):

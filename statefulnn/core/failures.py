@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import inspect
 import logging
 import threading
 from collections.abc import Iterator
@@ -41,7 +42,9 @@ def _is_raised_anyway(record: logging.LogRecord) -> bool:
 
 
 # JAX logs each error of a callback with its traceback, also one that is raised and caught.
-logging.getLogger("jax._src.debugging").addFilter(lambda record: not _is_raised_anyway(record))
+_module = inspect.getmodule(jax.debug.callback)
+_logger = logging.getLogger(_module.__name__ if _module else "jax")
+_logger.addFilter(lambda record: not _is_raised_anyway(record))
 
 
 @contextlib.contextmanager

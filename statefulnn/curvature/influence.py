@@ -60,7 +60,7 @@ def influence(
     Raises:
         ConvergenceError: if the curvature is found to be not positive definite, or the tolerance is not
             reached; from compiled code as `LinearOperator.inverse`.
-        NotDifferentiableError: if the loss of a batch is not the mean of its examples' losses, as with labels
+        ReductionError: if the loss of a batch is not the mean of its examples' losses, as with labels
             of -100 and class weights: no score of one example follows from it.
         ShapeError, StateWriteError, UnknownNameError: as `hessian`.
 

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from statefulnn.core.errors import DtypeError, NotDifferentiableError, ShapeError, explain
+from statefulnn.core.errors import DtypeError, ReductionError, ShapeError, explain
 from statefulnn.core.generator import as_key, next_key
 from statefulnn.core.module import Module
 from statefulnn.core.names import Filter, chosen
@@ -67,9 +67,9 @@ def hessian(
         a symmetric `LinearOperator`, ``(P, P)``.
 
     Raises:
-        ShapeError: if there is no batch, if one is empty, or if the loss is not a scalar.
+        ShapeError: if the data are empty, or the loss is not a scalar.
         UnknownNameError: if the subset matches no parameter.
-        NotDifferentiableError: if the loss of several batches is not that of all examples, as with class
+        ReductionError: if the loss of several batches is not that of all examples, as with class
             weights, labels of -100 or another reduction; from compiled code as `LinearOperator.inverse`.
         StateWriteError: if the model writes state, as BatchNorm does in training mode.
         MissingRngError: if the model draws random numbers.
@@ -476,7 +476,7 @@ def _adds_up(fn: Callable, loss: Loss, mean: bool, total: bool, operands: tuple)
     return jnp.stack(met).all()
 
 
-def _not_additive(function: str, word: str, fine: Any) -> NotDifferentiableError:
+def _not_additive(function: str, word: str, fine: Any) -> ReductionError:
     instead = "leave out the examples labelled -100, and take a loss without class weights"
     if function != "influence":
         instead += (
@@ -485,7 +485,7 @@ def _not_additive(function: str, word: str, fine: Any) -> NotDifferentiableError
         )
     if function in ("hessian", "ggn"):
         instead += "; or one batch, (x, y) with batch_size=None"
-    return NotDifferentiableError(
+    return ReductionError(
         explain(
             f"{function} was given a loss of which that of a batch is not the {word} of the losses of its "
             "examples",

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from statefulnn.core.errors import ShapeError, explain
+from statefulnn.core.scaling import exponent_of, shifted
 from statefulnn.curvature._blocks import fold_blocks, length
 from statefulnn.curvature._examples import check_examples, flattened, gradient_of_examples
 from statefulnn.curvature._models import (
@@ -171,49 +172,50 @@ def _at_least_two(n: int, function: str) -> None:
 
 @jax.jit
 def _summary(gradients: Any) -> tuple[Any, Any, list, Any]:
-    """Return the number of examples, a unit, and in it the mean gradients and squared deviations.
+    """Return the number of examples, an exponent, the mean gradients and the summed squared deviations.
 
-    The unit is a power of two, about the largest number, so that no square over- or underflows.
+    These are of gradients in the unit 2^exponent, in which no square over- or underflows.
     """
     flat = flattened(gradients)
-    largest = jnp.stack([jnp.max(jnp.abs(g), initial=0) for g in flat]).max()
-    unit = jnp.ldexp(jnp.ones_like(largest), jnp.frexp(largest)[1] - 1)
-    unit = jnp.maximum(unit, jnp.finfo(unit.dtype).tiny)
-    unit = jax.lax.stop_gradient(jnp.where(largest > 0, unit, 1))
-    flat = [g / unit for g in flat]
+    exponent = exponent_of(flat)
+    flat = shifted(flat, -exponent)
     means = [g.mean(0) for g in flat]
     spread = sum(jnp.sum(jnp.square(g - m)) for g, m in zip(flat, means, strict=True))
-    return jnp.asarray(float(length(flat))), unit, means, spread
+    return jnp.asarray(float(length(flat))), exponent, means, spread
 
 
 def _merged(one: tuple, two: tuple) -> tuple:
     """Merge the summaries of two blocks, without differences of large sums."""
-    unit = jnp.maximum(one[1], two[1])
-    (n, means, spread), (m, others, other_spread) = _in_unit(one, unit), _in_unit(two, unit)
+    exponent = jnp.maximum(one[1], two[1])
+    (n, means, spread), (m, others, other_spread) = _in_unit(one, exponent), _in_unit(two, exponent)
     total = n + m
     steps = [b - a for a, b in zip(means, others, strict=True)]
     between: Any = sum(jnp.sum(jnp.square(s)) for s in steps)
     weight = n * m / total
     return (
         total,
-        unit,
+        exponent,
         [a + s * (m / total).astype(s.dtype) for a, s in zip(means, steps, strict=True)],
         spread + other_spread + between * weight.astype(between.dtype),
     )
 
 
-def _in_unit(summary: tuple, unit: Any) -> tuple[Any, list, Any]:
+def _in_unit(summary: tuple, exponent: Any) -> tuple[Any, list, Any]:
     n, own, means, spread = summary
-    factor = own / unit
-    return n, [factor * m for m in means], spread * factor * factor
+    return n, shifted(means, own - exponent), _of_squares(spread, own - exponent)
+
+
+def _of_squares(value: Any, exponent: Any) -> Any:
+    return shifted(shifted(value, exponent), exponent)
 
 
 @jax.jit
-def _scale(n: Any, unit: Any, means: list, spread: Any) -> NoiseScale:
+def _scale(n: Any, exponent: Any, means: list, spread: Any) -> NoiseScale:
     n = n.astype(spread.dtype)
     trace = spread / (n - 1)
     squared = sum(jnp.sum(jnp.square(m)) for m in means) - trace / n
-    return NoiseScale(_ratio(squared, trace)[0], squared * unit * unit, trace * unit * unit)
+    ratio = _ratio(squared, trace).noise_scale
+    return NoiseScale(ratio, _of_squares(squared, exponent), _of_squares(trace, exponent))
 
 
 def _ratio(squared: Any, trace: Any) -> NoiseScale:

@@ -251,6 +251,17 @@ CASES = {
         ["optimizer", "not differentiable", "zero everywhere"],
         ["first_order=True"],
     ),
+    "batches of a loss that weighs its classes": (
+        nn.ReductionError,
+        lambda: nn.curvature.hessian(
+            nn.Linear(3, 2),
+            lambda out, y: nn.functional.cross_entropy(out, y, weight=jnp.array([1.0, 9.0])),
+            (jnp.eye(3), jnp.array([0, 1, 1])),
+            batch_size=1,
+        ),
+        ["hessian", "the mean of the losses of its examples"],
+        ['reduction="sum"', "batch_size=None"],
+    ),
     "pickle of a function of a local class": (
         nn.PicklingError,
         lambda: pickle.dumps(nn.functionalize(type("Local", (Norm,), {})())[0]),
@@ -318,6 +329,7 @@ BUILTIN = {
     nn.NotDifferentiableError: [ValueError],
     nn.CheckpointError: [RuntimeError],
     nn.PicklingError: [pickle.PicklingError],
+    nn.ReductionError: [ValueError],
 }
 
 
