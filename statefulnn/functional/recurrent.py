@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from statefulnn.core.compat import Tracer
 from statefulnn.core.errors import DtypeError, explain
 from statefulnn.functional._checks import (
     array,
@@ -324,6 +325,7 @@ def recurrent(
     dropout: float = 0.0,
     mask: Any = None,
     rng: Any = None,
+    lengths: Any = None,
 ) -> Any:
     """Run a recurrent network of one or more layers over sequences.
 
@@ -342,6 +344,8 @@ def recurrent(
         dropout: the probability that an element is dropped between two layers; needs `rng`.
         mask: ``(T, N)``, True where a sequence goes on: elsewhere the state stays as it is.
         rng: a random key.
+        lengths: ``(N,)``, integers from 0 to T, which may be traced: how many steps each sequence has. What
+            lies beyond is not read, outputs are zero there, and a second direction starts at the last step.
 
     Returns:
         The outputs of the last layer, shaped as the input with ``D P`` features, and the last states,
@@ -349,6 +353,7 @@ def recurrent(
 
     Raises:
         ShapeError: if the shapes do not fit.
+        RuntimeError: if a length is known and out of range.
         ValueError: if the input's dtype is not that of the weights.
         DtypeError: if the state's dtype is not that of the input.
 
@@ -406,7 +411,13 @@ def recurrent(
         hidden = first["weight_hh"].shape
         cell = (len(layers), *batch, hidden[0] // KINDS[mode].gates)
         hx = _checked_state(name, mode, x, hx, (len(layers), *batch, hidden[1]), cell)
-    return _network(
+    within = None  # what lies within the lengths, laid out as x
+    if lengths is not None:
+        lengths = _checked_lengths(name, x, lengths, batch, x.shape[time])
+        mask = jnp.arange(x.shape[time])[:, None] < lengths
+        within = (mask.T if time else mask)[:, :, None]
+        x = jnp.where(within, x, 0)  # NaN in the padding would reach the weights' gradients
+    out, last = _network(
         x,
         hx,
         layers,
@@ -417,6 +428,48 @@ def recurrent(
         batch_first=batch_first,
         p=float(dropout),
     )
+    return (out if within is None else jnp.where(within, out, 0)), last
+
+
+def _checked_lengths(name: str, x: Any, lengths: Any, batch: tuple[int, ...], steps: int) -> Any:
+    """Return lengths as an array, or raise unless there is one for each sequence, in range where known."""
+    found = (
+        jnp.asarray(lengths)
+        if isinstance(lengths, (list, tuple))
+        else array(lengths, "lengths", name)
+    )
+    given = f"{name} was given lengths of shape {found.shape} for input of shape {tuple(x.shape)}"
+    if not batch:
+        raise shape_error(
+            given,
+            "lengths are those of the sequences of a batch, and this input is one sequence",
+            "leave lengths out, or add an axis for the batch: input[:, None]",
+        )
+    if found.shape != batch:
+        raise shape_error(
+            given,
+            f"expected one length for each of {batch[0]} sequences",
+            "batch_first=True if the first axis of the input is the batch's",
+        )
+    if not jnp.issubdtype(found.dtype, jnp.integer):
+        raise DtypeError(
+            explain(
+                f"{name} was given lengths of dtype {found.dtype}",
+                "they count steps, so they are integers",
+                "lengths.astype(jnp.int32)",
+            )
+        )
+    if not isinstance(found, Tracer) and found.size:
+        shortest, longest = np.asarray(found).min(), np.asarray(found).max()
+        if shortest < 0 or longest > steps:
+            raise RuntimeError(
+                explain(
+                    f"{name} was given lengths from {shortest} to {longest}",
+                    f"the input has {steps} steps",
+                    f"lengths from 0 to {steps}",
+                )
+            )
+    return found.astype(np.int32)
 
 
 def _checked_state(name: str, mode: str, x: Any, hx: Any, *shapes: tuple[int, ...]) -> Any:

@@ -146,7 +146,7 @@ class RNNBase(Module):
             layers.append(layer)
         return layers
 
-    def forward(self, input: Any, hx: Any = None) -> tuple[Any, Any]:
+    def forward(self, input: Any, hx: Any = None, lengths: Any = None) -> tuple[Any, Any]:
         packed = isinstance(input, PackedSequence)
         # Drawn even for a single layer only if there is something to drop.
         drops = self.training and self.dropout > 0 and self.num_layers > 1
@@ -157,7 +157,21 @@ class RNNBase(Module):
         }
         if not packed:
             return recurrent(
-                self.mode, input, hx, self._layers(), batch_first=self.batch_first, **options
+                self.mode,
+                input,
+                hx,
+                self._layers(),
+                batch_first=self.batch_first,
+                lengths=lengths,
+                **options,
+            )
+        if lengths is not None:
+            raise TypeError(
+                explain(
+                    f"nn.{type(self).__name__} was given a PackedSequence and lengths",
+                    "a PackedSequence knows its lengths",
+                    "leave lengths out; or give the padded array and lengths, which may be traced",
+                )
             )
         data, sizes, indices, inverse = input
         data = array(data, "input.data", type(self).__name__)
@@ -312,6 +326,9 @@ class RNN(RNNBase):
 
     Shape:
         - input: ``(T, N, F)``, ``(N, T, F)`` with `batch_first`, ``(T, F)``, or a PackedSequence.
+        - lengths: ``(N,)``, integers from 0 to T, which may be traced: how many steps each sequence of a
+          padded batch has. The result is that of packing and padding again: outputs beyond a length are
+          zero, and the last state is that of the last step. New lengths compile nothing.
         - hx: ``(D num_layers, N, H)``, ``(D num_layers, H)`` for an input without batch; zeros if left
           out.
         - outputs: the outputs of the last layer, as the input with ``D H`` features; and the last states,
@@ -384,6 +401,9 @@ class LSTM(RNNBase):
 
     Shape:
         - input: ``(T, N, F)``, ``(N, T, F)`` with `batch_first`, ``(T, F)``, or a PackedSequence.
+        - lengths: ``(N,)``, integers from 0 to T, which may be traced: how many steps each sequence of a
+          padded batch has. The result is that of packing and padding again: outputs beyond a length are
+          zero, and the last state is that of the last step. New lengths compile nothing.
         - hx: the hidden state ``(D num_layers, N, P)`` and the cell state ``(D num_layers, N, H)``, both
           without N for an input without batch; zeros if left out.
         - outputs: the outputs of the last layer, as the input with ``D P`` features; and the last states,
@@ -454,6 +474,9 @@ class GRU(RNNBase):
 
     Shape:
         - input: ``(T, N, F)``, ``(N, T, F)`` with `batch_first`, ``(T, F)``, or a PackedSequence.
+        - lengths: ``(N,)``, integers from 0 to T, which may be traced: how many steps each sequence of a
+          padded batch has. The result is that of packing and padding again: outputs beyond a length are
+          zero, and the last state is that of the last step. New lengths compile nothing.
         - hx: ``(D num_layers, N, H)``, ``(D num_layers, H)`` for an input without batch; zeros if left
           out.
         - outputs: the outputs of the last layer, as the input with ``D H`` features; and the last states,

@@ -91,6 +91,89 @@ def test_packed_sequences_give_torchs_outputs_states_and_gradients(
         close(a, b.grad, "gradient of an input", 1e-4)
 
 
+@pytest.mark.parametrize(
+    "layer, kwargs",
+    [
+        ("RNN", {"bidirectional": True}),
+        ("LSTM", {"bidirectional": True, "num_layers": 2, "proj_size": 3}),
+        ("GRU", {"bidirectional": True, "num_layers": 2, "batch_first": True}),
+    ],
+)
+def test_traced_lengths_give_what_torch_gives_for_packed_sequences(
+    layer: str, kwargs: dict[str, Any]
+) -> None:
+    theirs, ours = pair(Case(layer, (5, 6), kwargs))
+    first = kwargs.get("batch_first", False)
+    hx = state(layer, 2, kwargs.get("num_layers", 1), kwargs.get("proj_size", 6))
+    given = PADDED.swapaxes(0, 1) if first else PADDED
+
+    @nn.jit
+    def step(model: nn.Module, x: Any, hx: Any, lengths: Any, cotangents: Any) -> Any:
+        def loss(model: nn.Module, x: Any, hx: Any) -> Any:
+            out, last = model(x, hx, lengths=lengths)
+            got = [out, *flat(last)]
+            return sum((a * c).sum() for a, c in zip(got, cotangents, strict=True)), got
+
+        return nn.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)(model, x, hx)
+
+    for lengths in (LENGTHS, [7, 2, 6, 1]):
+        t_x = torch.as_tensor(given).clone().requires_grad_(True)
+        t_hx = to_torch(hx)
+        arrays = [t_x, *(x.requires_grad_(True) for x in flat(t_hx))]
+        packed = torch.nn.utils.rnn.pack_padded_sequence(
+            t_x, torch.tensor(lengths), batch_first=first, enforce_sorted=False
+        )
+        out, last = theirs(packed, t_hx)
+        out, _ = torch.nn.utils.rnn.pad_packed_sequence(out, batch_first=first, total_length=7)
+        wanted = [out, *flat(last)]
+        cotangents = [array(*x.shape, seed=50 + i) for i, x in enumerate(wanted)]
+        theirs.zero_grad()
+        sum(
+            (x * torch.as_tensor(c)).sum() for x, c in zip(wanted, cotangents, strict=True)
+        ).backward()
+
+        # What lies beyond a length is not looked at: not a number there changes nothing.
+        beyond = np.arange(7)[:, None] >= np.array(lengths)
+        x = np.where((beyond.T if first else beyond)[:, :, None], np.nan, given)
+        (_, got), grads = step(ours, jnp.asarray(x), to_jax(hx), jnp.array(lengths), cotangents)
+        for a, b in zip(got, wanted, strict=True):
+            close(a, b, "output", 2e-5)
+        for name, p in theirs.named_parameters():
+            close(grads[0][name], p.grad, name, 1e-4)
+        for a, b in zip(flat(grads[1:]), arrays, strict=True):
+            close(a, b.grad, "gradient of an input", 1e-4)
+    assert step.trace_count == 1
+
+
+def test_a_sequence_of_length_zero_keeps_its_first_state() -> None:
+    gru, h = nn.GRU(5, 6), jnp.asarray(array(1, 4, 6))
+    out, last = gru(jnp.asarray(PADDED), h, lengths=[0, 7, 0, 1])
+    np.testing.assert_array_equal(last[0, ::2], h[0, ::2])
+    np.testing.assert_array_equal(out[:, ::2], jnp.zeros((7, 2, 6)))
+
+
+@pytest.mark.parametrize(
+    "input, lengths, error, words",
+    [
+        ((7, 4, 5), [7, 8, 1, 2], RuntimeError, "lengths from 1 to 8"),
+        ((7, 4, 5), np.array([7, -1, 1, 2]), RuntimeError, "lengths from 0 to 7"),
+        ((7, 4, 5), [7, 8, 1], nn.ShapeError, "one length for each of 4 sequences"),
+        ((7, 4, 5), jnp.ones(4), nn.DtypeError, "lengths.astype"),
+        ((7, 5), [7], nn.ShapeError, r"input\[:, None\]"),
+    ],
+)
+def test_lengths_that_do_not_fit_are_refused(
+    input: tuple[int, ...], lengths: Any, error: type[Exception], words: str
+) -> None:
+    with pytest.raises(error, match=words):
+        nn.GRU(5, 6)(jnp.ones(input), lengths=lengths)
+
+
+def test_lengths_are_not_given_twice() -> None:
+    with pytest.raises(TypeError, match="a PackedSequence knows its lengths"):
+        nn.GRU(5, 6)(packed_pair()[1], lengths=jnp.array(LENGTHS))
+
+
 def test_packed_sequences_in_low_precision_and_in_float64() -> None:
     _, packed = packed_pair()
     for dtype in ("bfloat16", "float16"):
