@@ -133,6 +133,7 @@ def main() -> int:
 
     torch.set_default_dtype(torch.float64)
     jax.config.update("jax_enable_x64", True)
+    nn.set_default_dtype(jnp.float64)
     rows = [row for kind in ("dense", "convolution", "diabetes") for row in differences(kind)]
     header = ["network, parameters, structure", "predictions", "evidence", "covariance"]
     print(table(header, [[name, *(f"{v:.1e}" for v in values)] for name, *values in rows]))

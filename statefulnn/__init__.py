@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from statefulnn import attention, functional, init, modules, parameter, utils
 from statefulnn.core import errors
+from statefulnn.core.default_dtype import default_dtype, get_default_dtype, set_default_dtype
 from statefulnn.core.errors import *  # noqa: F403
 from statefulnn.core.generator import (
     Generator,
@@ -81,6 +82,7 @@ __all__ = [
     "cond",
     "curvature",
     "custom_vjp",
+    "default_dtype",
     "default_generator",
     "device",
     "errors",
@@ -90,6 +92,7 @@ __all__ = [
     "functional",
     "functional_call",
     "functionalize",
+    "get_default_dtype",
     "get_rng_state",
     "grad",
     "init",
@@ -114,6 +117,7 @@ __all__ = [
     "rng_scope",
     "save",
     "scan",
+    "set_default_dtype",
     "set_rng_state",
     "shard_map",
     "split",

@@ -27,6 +27,7 @@ from statefulnn.core.errors import (
 )
 from statefulnn.ensemble import Ensemble, per_member
 from tests.devices import run_on_devices
+from tests.precision import in_float64
 
 
 class Net(nn.Module):
@@ -147,7 +148,7 @@ def test_a_member_starts_as_it_does_when_it_is_built_alone(make):
 
 
 def test_float64_members_start_as_they_do_alone():
-    with jax.enable_x64(True):
+    with in_float64():
         make, key = lambda: nn.Linear(3, 4, dtype=jnp.float64), jax.random.key(3)
         ensemble = nn.Ensemble(make, 2, rng=key)
         assert ensemble.stack.weight.dtype == jnp.float64

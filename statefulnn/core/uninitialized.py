@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
@@ -14,6 +13,7 @@ from statefulnn.core import refusals
 from statefulnn.core.arrays import filled
 from statefulnn.core.box import Box
 from statefulnn.core.compat import Tracer
+from statefulnn.core.default_dtype import dtype_of_new
 from statefulnn.core.parameter import Buffer, Parameter
 from statefulnn.core.placement import (
     META,
@@ -71,7 +71,7 @@ class Uninitialized:
 
 
 def _empty(device: DeviceLike, dtype: DTypeLike | None) -> Any:
-    dtype = supported(jnp.dtype(jnp.result_type(float) if dtype is None else dtype))
+    dtype = dtype_of_new(dtype)
     place = place_in_force() if device is None else resolve_device(device)
     return filled((0,), dtype, place)
 

@@ -413,9 +413,7 @@ def recurrent(
         hx = _checked_state(name, mode, x, hx, (len(layers), *batch, hidden[1]), cell)
     within = None  # what lies within the lengths, laid out as x
     if lengths is not None:
-        lengths = _checked_lengths(name, x, lengths, batch, x.shape[time])
-        mask = jnp.arange(x.shape[time])[:, None] < lengths
-        within = (mask.T if time else mask)[:, :, None]
+        mask, within = _masks(name, x, lengths, batch, time)
         x = jnp.where(within, x, 0)  # NaN in the padding would reach the weights' gradients
     out, last = _network(
         x,
@@ -431,8 +429,9 @@ def recurrent(
     return (out if within is None else jnp.where(within, out, 0)), last
 
 
-def _checked_lengths(name: str, x: Any, lengths: Any, batch: tuple[int, ...], steps: int) -> Any:
-    """Return lengths as an array, or raise unless there is one for each sequence, in range where known."""
+def _masks(name: str, x: Any, lengths: Any, batch: tuple[int, ...], time: int) -> tuple[Any, Any]:
+    """Return what lies within the lengths, ``(T, N)`` and as x, or raise unless they fit."""
+    steps = x.shape[time]
     found = (
         jnp.asarray(lengths)
         if isinstance(lengths, (list, tuple))
@@ -469,7 +468,8 @@ def _checked_lengths(name: str, x: Any, lengths: Any, batch: tuple[int, ...], st
                     f"lengths from 0 to {steps}",
                 )
             )
-    return found.astype(np.int32)
+    mask = jnp.arange(steps, dtype=np.int32)[:, None] < found.astype(np.int32)
+    return mask, (mask.T if time else mask)[:, :, None]
 
 
 def _checked_state(name: str, mode: str, x: Any, hx: Any, *shapes: tuple[int, ...]) -> Any:

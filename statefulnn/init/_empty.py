@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import jax.numpy as jnp
-
 from statefulnn.core import arrays
+from statefulnn.core.default_dtype import dtype_of_new
 from statefulnn.core.parameter import Parameter
-from statefulnn.core.placement import elsewhere, place_in_force, resolve_device, supported
+from statefulnn.core.placement import elsewhere, place_in_force, resolve_device
 
 
 def filled(shape: int | Sequence[int], value: float, dtype: Any = None, device: Any = None) -> Any:
@@ -18,10 +17,10 @@ def filled(shape: int | Sequence[int], value: float, dtype: Any = None, device: 
     Args:
         shape: its shape.
         value: the value.
-        dtype: its dtype; None for JAX's default float (float64 where 64 bits are enabled).
+        dtype: its dtype; None for the default, `nn.get_default_dtype()`.
         device: a device, a sharding or a platform's name; None leaves the choice to JAX.
     """
-    dtype = supported(jnp.dtype(jnp.result_type(float) if dtype is None else dtype))
+    dtype = dtype_of_new(dtype)
     shape = (shape,) if isinstance(shape, int) else tuple(shape)
     place = place_in_force() if device is None else resolve_device(device)
     return arrays.filled(shape, dtype, place, value)
@@ -40,7 +39,7 @@ def empty_parameter(
 
     Args:
         shape: its shape, an integer for one axis.
-        dtype: its dtype; None for JAX's default float (float64 where 64 bits are enabled).
+        dtype: its dtype; None for the default, `nn.get_default_dtype()`.
         device: a device, a sharding or a platform's name; None for the ``nn.device`` block around, or JAX's
             choice.
         requires_grad: whether it is trained.

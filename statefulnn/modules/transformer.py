@@ -15,9 +15,10 @@ import numpy as np
 from statefulnn import functional as F
 from statefulnn import init
 from statefulnn.core.arrays import from_numpy
+from statefulnn.core.default_dtype import dtype_of_new
 from statefulnn.core.errors import ShapeError, explain
 from statefulnn.core.module import Module
-from statefulnn.core.placement import resolve_device, supported
+from statefulnn.core.placement import resolve_device
 from statefulnn.modules.attention import MultiheadAttention
 from statefulnn.modules.containers import ModuleList
 from statefulnn.modules.dropout import Dropout
@@ -530,13 +531,13 @@ class Transformer(Module):
         Args:
             sz: the number of positions.
             device: where it is put.
-            dtype: its dtype; None for JAX's default float.
+            dtype: its dtype; None for the default, `nn.get_default_dtype()`.
 
         Example:
             >>> import statefulnn as nn
             >>> nn.Transformer.generate_square_subsequent_mask(2).tolist()
             [[0.0, -inf], [0.0, 0.0]]
         """
-        dtype = supported(jnp.dtype(jnp.result_type(float) if dtype is None else dtype))
+        dtype = dtype_of_new(dtype)
         mask = np.where(np.tri(sz, dtype=bool), 0, -np.inf).astype(dtype)
         return from_numpy(mask, resolve_device(device))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import pickle
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -16,6 +15,7 @@ from statefulnn.bridge.torch import ConversionError, from_torch, to_torch
 from tests.parity.oracle import TOLERANCE, Case, close, flat, to_jax
 from tests.parity.oracle import to_torch as tensors_of
 from tests.parity.table import LAYERS, ONE_OF_EACH, TORCH_WARNS
+from tests.precision import in_float64
 
 pytestmark = TORCH_WARNS
 
@@ -115,7 +115,7 @@ def test_dtypes_are_kept(dtype):
 def test_64_bits_need_the_switch_and_large_counters_too():
     with pytest.raises(nn.DtypeError, match="jax_enable_x64"):
         from_torch(torch.nn.Linear(3, 2).double())
-    with jax.enable_x64(True):
+    with in_float64():
         assert from_torch(torch.nn.Linear(3, 2).double()).weight.dtype == jnp.float64
     layer = torch.nn.BatchNorm1d(2)
     layer.num_batches_tracked += 2**40

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import statefulnn as nn
+from tests.precision import in_float64
 
 
 def backward(lib, m, x, weight=1.0):
@@ -501,7 +502,7 @@ def test_packed_sequences_have_no_array_to_hook_which_is_said():
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float64", "complex64"])
 def test_gradients_have_the_dtype_of_the_computation(dtype):
-    with jax.enable_x64(dtype == "float64"):
+    with in_float64(dtype == "float64"):
         m = nn.Linear(2, 2, dtype=jnp.dtype(dtype))
         seen = []
 
@@ -893,7 +894,7 @@ def clipped_net():
     ids=["reverse", "forward over reverse", "hessian", "jit", "checkpoint"],
 )
 def test_a_second_derivative_is_that_of_the_gradient_the_hooks_made(second):
-    with jax.enable_x64(True):
+    with in_float64():
         m = clipped_net().to(jnp.float64)
         x = jnp.asarray([0.3, -0.7])
         f = lambda x: (m(x) ** 2).sum()
@@ -906,7 +907,7 @@ def test_a_second_derivative_is_that_of_the_gradient_the_hooks_made(second):
 @pytest.mark.parametrize("how", ["jit", pytest.param("eager", marks=pytest.mark.long)])
 def test_maml_differentiates_the_adaptation_that_the_hooks_made(how):
     # Second order, over a batch of tasks; the hooks change the inner gradients and the outer one.
-    with jax.enable_x64(True):
+    with in_float64():
         m = clipped_net().to(jnp.float64)
         fn, params = nn.functionalize(m)
         rng = np.random.default_rng(0)

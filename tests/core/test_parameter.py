@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import statefulnn as nn
+from tests.precision import in_float64
 
 A = np.asarray([[1.0, 2.0], [3.0, 4.0]], np.float32)
 B = np.asarray([[2.0, 0.5], [1.0, 3.0]], np.float32)
@@ -287,7 +288,7 @@ def test_integers_of_64_bits_that_jax_would_wrap_are_an_error_wherever_they_come
     np.testing.assert_array_equal(module.count, [0, 0])
     module.count = np.array([3, 4], dtype)  # what fits is taken
     assert module.count.tolist() == [3, 4]
-    with jax.enable_x64(True):
+    with in_float64():
         assert nn.Buffer(large).value.tolist() == [3, 1 << 40]
 
 

@@ -17,6 +17,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 
 import statefulnn as nn
+from tests.precision import in_float64
 
 
 def net(lib):
@@ -586,7 +587,7 @@ def test_names_of_one_box_are_compared_in_the_dtype_of_the_box() -> None:
     m = pair_of(jnp.zeros(2))
     m.load_state_dict(given)
     np.testing.assert_array_equal(np.asarray(m.a), wide.astype(np.float32))
-    with jax.enable_x64(True), pytest.raises(nn.StateDictError, match="different values"):
+    with in_float64(), pytest.raises(nn.StateDictError, match="different values"):
         m.load_state_dict(given, assign=True)
 
 
@@ -816,7 +817,7 @@ def test_integers_load_as_they_are_or_not_at_all(
     given: tuple[np.ndarray, str], x64: bool, assign: bool, device: bool
 ) -> None:
     values, target = given
-    with jax.enable_x64(x64):
+    with in_float64(x64):
         if not x64 and "64" in target:
             target = as_jax_would_keep(target)
         m = integer_buffer(target)
@@ -849,7 +850,7 @@ def test_a_counter_beyond_32_bits_is_refused_and_the_message_says_what_keeps_it(
             f'"num_batches_tracked" is {BIG}, and int32 has {-BIG} to {BIG - 1}: call '
             'jax.config.update("jax_enable_x64", True) before the model is built\n'
         ) in str(info.value)
-    with jax.enable_x64(True):
+    with in_float64():
         wide = nn.BatchNorm1d(2)
         wide.load_state_dict(given, strict=False)
         assert int(wide.num_batches_tracked) == BIG
@@ -883,13 +884,13 @@ def test_the_counter_of_torch_loads_as_it_is_or_not_at_all() -> None:
 def test_the_remedy_against_a_cut_works(
     target: str, value: np.ndarray, x64: bool, remedies: list[str]
 ) -> None:
-    with jax.enable_x64(x64):
+    with in_float64(x64):
         m = integer_buffer(target, value.shape)
         with pytest.raises(nn.StateDictError) as info:
             m.load_state_dict({"inner.n": value})
     for remedy in ("assign=True", "jax_enable_x64"):
         assert (remedy in str(info.value)) == any(remedy in r for r in remedies)
-    with jax.enable_x64(x64 or "jax_enable_x64" in remedies):
+    with in_float64(x64 or "jax_enable_x64" in remedies):
         built_as = "int64" if remedies == ["jax_enable_x64"] else target
         m = integer_buffer(built_as, value.shape)
         m.load_state_dict({"inner.n": value}, assign="assign=True" in str(info.value))
@@ -904,7 +905,7 @@ def test_no_integers_at_all_fit_every_dtype(assign: bool) -> None:
 
 
 def test_shapes_and_traced_integers_have_no_values_to_look_at() -> None:
-    with jax.enable_x64(True):
+    with in_float64():
         m = integer_buffer("int32")
         m.load_state_dict({"inner.n": jax.ShapeDtypeStruct((3,), jnp.int64)}, assign=True)
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import statefulnn as nn
+from tests.precision import in_float64
 
 
 def family(lib):
@@ -142,7 +143,7 @@ def test_double_without_x64_says_so_instead_of_giving_float32():
 
 
 def test_double_with_x64_gives_float64():
-    with jax.enable_x64(True):
+    with in_float64():
         m = nn.Linear(2, 2)
         before = np.asarray(m.weight)
         m.double()

@@ -11,6 +11,7 @@ from jax.flatten_util import ravel_pytree
 import statefulnn as nn
 import statefulnn.functional as F
 from statefulnn import curvature
+from tests.precision import in_float64
 
 
 class Model(nn.Module):
@@ -82,7 +83,7 @@ MODELS = [Direct, ByMethod, DirectThenCalled, CalledThenDirect, Attention, Encod
 @pytest.mark.filterwarnings("ignore:ghost_clip computes the gradients of examples")
 @pytest.mark.parametrize("build", MODELS)
 def test_ghost_clipping_finds_it(build):
-    with jax.enable_x64(True):
+    with in_float64():
         model, x, y = case(build)
         fn, params = nn.functionalize(model)
         gradient = jax.jit(jax.grad(lambda p, x, y: F.cross_entropy(fn(p, x[None]), y[None])))
@@ -100,7 +101,7 @@ def test_ghost_clipping_finds_it(build):
 
 @pytest.mark.parametrize("build", MODELS)
 def test_the_tangent_kernel_finds_it(build):
-    with jax.enable_x64(True):
+    with in_float64():
         model, x, _ = case(build)
         fn, params = nn.functionalize(model)
         flat, unravel = ravel_pytree(params)
@@ -111,7 +112,7 @@ def test_the_tangent_kernel_finds_it(build):
 
 @pytest.mark.parametrize("build", [Direct, DirectThenCalled, Attention])
 def test_a_kronecker_posterior_keeps_its_whole_block(build):
-    with jax.enable_x64(True):
+    with in_float64():
         model, x, y = case(build)
         posterior = curvature.Laplace.fit(
             model, x, y, likelihood="classification", structure="kron"

@@ -13,6 +13,7 @@ import statefulnn as nn
 import statefulnn.functional as F
 from statefulnn import curvature
 from statefulnn.core.errors import MissingRngError, ShapeError, StateWriteError
+from tests.precision import in_float64
 
 
 class Text(nn.Module):
@@ -82,7 +83,7 @@ def explicit(model, x, y, max_norm):
 
 @pytest.mark.parametrize("case", cases())
 def test_it_is_the_clipped_sum_of_explicit_gradients(case):
-    with jax.enable_x64(True):
+    with in_float64():
         build, x, y = cases()[case]
         model = build().to(jnp.float64)
         max_norm = float(np.median(explicit(model, x, y, 1.0)[1]))
@@ -147,7 +148,7 @@ class Tied(nn.Module):
 
 
 def test_what_has_gradients_of_examples_is_named():
-    with jax.enable_x64(True):
+    with in_float64():
         model = Tied().to(jnp.float64)
         x, y = np.random.default_rng(0).integers(0, 5, (4, 3)), np.arange(4) % 5
         total, norms = explicit(model, x, y, 0.5)
@@ -159,7 +160,7 @@ def test_what_has_gradients_of_examples_is_named():
 
 
 def test_a_penalty_in_the_loss_is_part_of_the_gradient():
-    with jax.enable_x64(True):
+    with in_float64():
         model = nn.Linear(3, 2, dtype=jnp.float64)
         x, y = np.random.randn(4, 3), np.random.randn(4, 2)
 

@@ -10,6 +10,7 @@ import pytest
 import statefulnn as nn
 import statefulnn.functional as F
 from statefulnn import curvature
+from tests.precision import in_float64
 
 EXACT = {"tol": 1e-13, "max_steps": 5000}
 
@@ -27,7 +28,7 @@ def with_ones(x):
 
 def test_scores_of_ridge_regression_are_leave_one_out_retraining_up_to_the_leverage():
     """Without example n the parameters move by ``H⁻¹ gₙ / N`` over ``1 - hₙ``, exactly."""
-    with jax.enable_x64(True):
+    with in_float64():
         rng = np.random.default_rng(0)
         n, penalty = 30, 0.2
         x, new = rng.normal(size=(n, 4)), rng.normal(size=(6, 4))
@@ -78,7 +79,7 @@ def logistic(x, y, penalty, weights=None):
 
 
 def test_scores_of_logistic_regression_predict_leave_one_out_retraining():
-    with jax.enable_x64(True):
+    with in_float64():
         n, penalty = 24, 0.05
         (x, y), (new, of_new) = blobs(n), blobs(10, seed=1)
         w = logistic(x, y, penalty)
@@ -104,7 +105,7 @@ def test_scores_of_logistic_regression_predict_leave_one_out_retraining():
 
 
 def test_scores_of_a_network_are_those_of_dense_matrices():
-    with jax.enable_x64(True):
+    with in_float64():
         nn.manual_seed(0)
         layers = nn.Linear(2, 4, dtype=jnp.float64), nn.Tanh(), nn.Linear(4, 2, dtype=jnp.float64)
         model = nn.Sequential(*layers)
@@ -139,7 +140,7 @@ def test_scores_of_a_network_are_those_of_dense_matrices():
 
 
 def test_wrong_labels_harm_most():
-    with jax.enable_x64(True):
+    with in_float64():
         x, y = blobs(60, spread=0.4)
         wrong = [3, 14, 27, 40]
         y[wrong] = 1 - y[wrong]

@@ -12,6 +12,7 @@ import statefulnn.functional as F
 from statefulnn import curvature
 from statefulnn.core.conjugate_gradients import Solver, conjugate_gradients
 from tests.curvature.test_laplace_structures import kronecker_blocks, networks
+from tests.precision import in_float64
 
 
 def in_order(model, blocks):
@@ -23,7 +24,7 @@ def in_order(model, blocks):
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
 @pytest.mark.parametrize("kind", ["dense", "convolution"])
 def test_product_and_inverse_are_those_of_the_dense_blocks(kind):
-    with jax.enable_x64(True):
+    with in_float64():
         ours, theirs, x, y = networks(kind)
         want = in_order(ours, kronecker_blocks(theirs, x)) / len(x)
         data = [(x[:3], y[:3]), (x[3:], y[3:])]
@@ -38,7 +39,7 @@ def test_product_and_inverse_are_those_of_the_dense_blocks(kind):
 
 
 def test_for_one_position_and_one_example_it_is_the_generalised_gauss_newton_matrix():
-    with jax.enable_x64(True):
+    with in_float64():
         model = nn.Linear(3, 2, bias=False, dtype=jnp.float64)
         x, y = jnp.asarray(np.random.default_rng(0).normal(size=(1, 3))), jnp.zeros((1, 2))
         for reduction in ("mean", "sum"):
@@ -59,7 +60,7 @@ def badly_scaled():
 
 
 def test_a_preconditioner_takes_fewer_steps_to_the_same_solution():
-    with jax.enable_x64(True):
+    with in_float64():
         model, *data = badly_scaled()
         A = curvature.ggn(model, F.cross_entropy, tuple(data)).damped(1e-3)
         M = curvature.kfac(model, F.cross_entropy, tuple(data)).damped(1e-3).inverse()

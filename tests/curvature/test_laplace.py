@@ -14,6 +14,7 @@ import torch
 import statefulnn as nn
 from statefulnn.core.errors import MissingRngError, ShapeError, StateWriteError, UnknownNameError
 from statefulnn.curvature import Laplace
+from tests.precision import in_float64
 
 
 def linear_problem(n=30, d=3, seed=0):
@@ -46,7 +47,7 @@ def fitted(x, y, mean, **options):
 
 @pytest.mark.parametrize("alpha, sigma", [(1.0, 1.0), (0.05, 0.3), (20.0, 2.0)])
 def test_it_is_exact_for_linear_regression(alpha, sigma):
-    with jax.enable_x64(True):
+    with in_float64():
         x, y = linear_problem()
         mean, covariance, evidence = exact(x, y, alpha, sigma)
         posterior = fitted(x, y, mean, prior_precision=alpha, sigma=sigma)
@@ -64,7 +65,7 @@ def test_it_is_exact_for_linear_regression(alpha, sigma):
 
 
 def test_maximal_evidence_is_a_maximum_of_the_exact_evidence():
-    with jax.enable_x64(True):
+    with in_float64():
         x, y = linear_problem(200)
         model = nn.Linear(3, 1, dtype=jnp.float64)
         fn, _ = nn.functionalize(model)
@@ -92,7 +93,7 @@ def test_maximal_evidence_is_a_maximum_of_the_exact_evidence():
 
 
 def test_derivative_of_the_evidence_is_its_slope_and_zero_at_the_maximum():
-    with jax.enable_x64(True):
+    with in_float64():
         x, y = linear_problem()
         posterior = fitted(x, y, np.array([0.5, 1.0, -0.3, 0.2]))
         evidence = jax.jit(posterior.log_marginal_likelihood)
@@ -122,7 +123,7 @@ def mlp(outputs):
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
 @pytest.mark.parametrize("likelihood", ["regression", "classification"])
 def test_curvature_is_the_gauss_newton_matrix_of_torch(likelihood):
-    with jax.enable_x64(True):
+    with in_float64():
         ours, theirs = mlp(3)
         theirs.load_state_dict(
             {n: torch.tensor(np.asarray(v)) for n, v in ours.state_dict().items()}
@@ -258,7 +259,7 @@ def test_subsets_are_blocks_of_the_whole():
 
 
 def test_more_parameters_than_data_leave_the_prior_where_nothing_is_known():
-    with jax.enable_x64(True):
+    with in_float64():
         x = np.array([[1.0, 0, 0, 0, 0], [1.0, 0, 0, 0, 0]])
         posterior = fitted(x, np.zeros(2), np.ones(6), prior_precision=4.0)
         assert np.sum(posterior.eigenvalues > 1e-12) == 1

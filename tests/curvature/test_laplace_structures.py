@@ -14,6 +14,7 @@ from torch.func import functional_call, jacrev, vmap
 import statefulnn as nn
 from statefulnn.core.errors import ShapeError, UnknownNameError
 from statefulnn.curvature import Laplace
+from tests.precision import in_float64
 from tests.quick import diagonal, first
 
 
@@ -97,7 +98,7 @@ def evidence(theirs, x, y, curvature, prior):
     "structure, kind", diagonal(2, ["kron", "full", "diag"], ["dense", "convolution"])
 )
 def test_a_structure_is_the_dense_matrix_with_a_prior_for_each_parameter(kind, structure):
-    with jax.enable_x64(True):
+    with in_float64():
         ours, theirs, x, y = networks(kind)
         j = np.concatenate(list(jacobians(theirs, x).values()), 2)
         whole = np.einsum("ncp,ncd,ndq->pq", j, softmax_curvature(theirs, x), j)
@@ -137,7 +138,7 @@ def test_a_structure_is_the_dense_matrix_with_a_prior_for_each_parameter(kind, s
 
 
 def test_the_slope_of_the_evidence_is_that_of_the_dense_one_for_each_group():
-    with jax.enable_x64(True):
+    with in_float64():
         ours, theirs, x, y = networks("dense")
         curvature = block_diagonal(kronecker_blocks(theirs, x))
         posterior = Laplace.fit(ours, x, y, likelihood="classification", structure="kron")
@@ -157,7 +158,7 @@ def test_the_slope_of_the_evidence_is_that_of_the_dense_one_for_each_group():
 
 @pytest.mark.parametrize("structure", first(1, ["kron", "full", "diag"]))
 def test_maximal_evidence_has_no_slope_in_any_group(structure):
-    with jax.enable_x64(True):
+    with in_float64():
         ours, rng = networks("dense")[0], np.random.default_rng(1)
         x = rng.normal(size=(80, 3))
         y = np.asarray(ours(x)) + 0.3 * rng.normal(size=(80, 3))
@@ -200,7 +201,7 @@ def tagged(labels_of_padding=-100):
 
 @pytest.mark.parametrize("structure", first(1, ["kron", "full", "diag"]))
 def test_a_label_for_each_token_counts_as_an_example_for_each(structure):
-    with jax.enable_x64(True):
+    with in_float64():
         model, tokens, labels = tagged(labels_of_padding=1)
         fit = functools.partial(
             Laplace.fit, model, likelihood="classification", structure=structure
@@ -223,7 +224,7 @@ def test_a_label_for_each_token_counts_as_an_example_for_each(structure):
 
 
 def test_padding_is_no_datum():
-    with jax.enable_x64(True):
+    with in_float64():
         model, tokens, labels = tagged()
         fit = functools.partial(Laplace.fit, model, likelihood="classification")
         padded = fit(tokens, labels)
@@ -238,7 +239,7 @@ def test_padding_is_no_datum():
 
 
 def test_targets_of_a_regression_may_have_the_shape_of_the_outputs():
-    with jax.enable_x64(True):
+    with in_float64():
         model, x = nn.Linear(2, 3, dtype=jnp.float64), np.random.randn(5, 4, 2)
         y = np.random.randn(5, 4, 3)
         fit = functools.partial(Laplace.fit, likelihood="regression")
@@ -252,7 +253,7 @@ def test_targets_of_a_regression_may_have_the_shape_of_the_outputs():
 
 
 def test_tables_have_a_diagonal_factor_and_norms_their_whole_block():
-    with jax.enable_x64(True):
+    with in_float64():
         model, tokens, labels = tagged(labels_of_padding=1)
         fit = functools.partial(Laplace.fit, model, tokens, labels, likelihood="classification")
         kron, full = fit(structure="kron"), fit()
@@ -288,7 +289,7 @@ def test_tables_have_a_diagonal_factor_and_norms_their_whole_block():
 
 @pytest.mark.parametrize("structure", first(1, ["full", "kron", "diag"]))
 def test_functional_samples_are_the_outputs_of_drawn_parameters_of_a_linear_model(structure):
-    with jax.enable_x64(True):
+    with in_float64():
         model, x = nn.Linear(3, 2, dtype=jnp.float64), np.random.randn(9, 3)
         posterior = Laplace.fit(
             model, x, np.random.randn(9, 2), likelihood="regression", structure=structure
@@ -300,7 +301,7 @@ def test_functional_samples_are_the_outputs_of_drawn_parameters_of_a_linear_mode
 
 
 def test_functional_samples_vary_as_functional_says():
-    with jax.enable_x64(True):
+    with in_float64():
         ours, _, x, y = networks("dense")
         posterior = Laplace.fit(
             ours,
@@ -319,7 +320,7 @@ def test_functional_samples_vary_as_functional_says():
 
 
 def test_subsets_are_chosen_by_patterns():
-    with jax.enable_x64(True):
+    with in_float64():
         ours, _, x, y = networks("dense")
         fit = functools.partial(Laplace.fit, ours, x, y, likelihood="classification")
         assert fit(subset="2.*").names == ("2.weight", "2.bias")
@@ -333,7 +334,7 @@ def test_subsets_are_chosen_by_patterns():
 @pytest.mark.parametrize("structure", first(2, ["kron", "full", "diag"]))
 @pytest.mark.parametrize("prior", [{"*": 0.5, "2.bias": 3.0}], ids=["groups"])
 def test_a_saved_posterior_predicts_the_same(tmp_path, structure, prior):
-    with jax.enable_x64(True):
+    with in_float64():
         ours, _, x, y = networks("dense")
         options = {"likelihood": "classification", "structure": structure}
         subset = ["0.bias", "2.weight", "2.bias"]
@@ -382,7 +383,7 @@ def test_what_is_wrong_is_named():
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
 def test_low_rank_keeps_the_largest_eigenvalues_of_the_dense_matrix():
-    with jax.enable_x64(True):
+    with in_float64():
         ours, theirs, x, y = networks("dense")
         j = np.concatenate(list(jacobians(theirs, x).values()), 2)
         whole = np.einsum("ncp,ncd,ndq->pq", j, softmax_curvature(theirs, x), j)
@@ -419,7 +420,7 @@ def test_low_rank_keeps_the_largest_eigenvalues_of_the_dense_matrix():
 
 
 def test_a_few_products_find_the_largest_eigenvalues_of_many_parameters():
-    with jax.enable_x64(True):
+    with in_float64():
         # Inputs whose scales fall by half; the eigenvalues are those of the inputs' second moments, twice.
         scales = 0.5 ** np.arange(200)
         x = np.linalg.qr(np.random.default_rng(0).normal(size=(300, 200)))[0] * scales
@@ -433,7 +434,7 @@ def test_a_few_products_find_the_largest_eigenvalues_of_many_parameters():
 
 
 def test_a_rank_beyond_the_number_of_parameters_is_the_whole_matrix():
-    with jax.enable_x64(True):
+    with in_float64():
         x = np.random.default_rng(0).normal(size=(3, 4))  # three examples: rank 3 of 5
         model = nn.Linear(4, 1, dtype=jnp.float64)
         fit = functools.partial(Laplace.fit, model, x, np.zeros((3, 1)), likelihood="regression")

@@ -13,6 +13,7 @@ import torch
 import statefulnn as nn
 from statefulnn import curvature
 from statefulnn.core.errors import MissingRngError, ShapeError, StateWriteError
+from tests.precision import in_float64
 from tests.quick import first
 
 
@@ -62,7 +63,7 @@ def test_it_is_affine_in_the_parameters():
 
 @pytest.mark.parametrize("degree", first(1, [2, 0, 1, 3]))
 def test_error_falls_with_the_next_power_of_the_step(degree):
-    with jax.enable_x64(True):
+    with in_float64():
         model = nn.Sequential(
             nn.Linear(3, 4, dtype=jnp.float64), nn.Tanh(), nn.Linear(4, 2, dtype=jnp.float64)
         )

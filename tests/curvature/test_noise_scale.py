@@ -11,6 +11,7 @@ import statefulnn as nn
 import statefulnn.functional as F
 from statefulnn import curvature
 from statefulnn.core.errors import DtypeError, MissingRngError, ShapeError, StateWriteError
+from tests.precision import in_float64
 from tests.quick import first
 
 
@@ -109,7 +110,7 @@ def test_half_precision_is_summed_in_float32(dtype):
 
 
 def test_mixed_precisions_are_summed_in_the_widest():
-    with jax.enable_x64(True):
+    with in_float64():
         g = {"a": jnp.ones((3, 2), jnp.bfloat16), "b": jnp.asarray(np.random.randn(3, 2))}
         got = curvature.gradient_noise_scale(g)
         assert got.trace.dtype == jnp.float64

@@ -14,6 +14,7 @@ import statefulnn as nn
 import statefulnn.functional as F
 from statefulnn import curvature
 from statefulnn.core.errors import DtypeError, MissingRngError, ShapeError, StateWriteError
+from tests.precision import in_float64
 from tests.quick import QUICKLY, quickly
 
 METHODS = ["jacobian", "products", "layers"]
@@ -295,7 +296,7 @@ def test_half_precision_is_summed_in_float32(method):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_kernel_in_double_precision(method):
-    with jax.enable_x64(True):
+    with in_float64():
         model = nn.Sequential(
             nn.Linear(3, 4, dtype=jnp.float64), nn.Tanh(), nn.Linear(4, 2, dtype=jnp.float64)
         )

@@ -17,6 +17,7 @@ from statefulnn import curvature
 from statefulnn.core.errors import DtypeError, MissingRngError, ShapeError, UnknownNameError
 from statefulnn.curvature import LinearOperator
 from tests.devices import run_on_devices
+from tests.precision import in_float64
 from tests.quick import quickly
 
 MATRICES = ["hessian", "ggn", "empirical_fisher"]
@@ -31,7 +32,7 @@ def net(library=nn, **options):
 @functools.cache
 def problem(n=7):
     """A model in double precision, its arrays by name in its own order, and data of n examples."""
-    with jax.enable_x64(True):
+    with in_float64():
         nn.manual_seed(0)
         model = net(dtype=jnp.float64)
         rng = np.random.default_rng(0)
@@ -71,7 +72,7 @@ def dense(name, model, x, y):
 @pytest.mark.parametrize("name", MATRICES)
 @pytest.mark.parametrize("batch_size", [None, 7, 3])
 def test_matrix_is_that_of_whole_derivatives(name, batch_size):
-    with jax.enable_x64(True):
+    with in_float64():
         model, params, x, y = problem()
         want = dense(name, model, x, y)
         make = getattr(curvature, name)
@@ -105,7 +106,7 @@ def torch_net(model):
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
 def test_hessian_fisher_and_jacobian_are_those_of_torch():
-    with jax.enable_x64(True):
+    with in_float64():
         model, _, x, y = problem()
         call, flat = torch_net(model)
         tx, ty = torch.tensor(np.asarray(x)), torch.tensor(np.asarray(y))
@@ -134,7 +135,7 @@ COVARIANCES = {
 
 @pytest.mark.parametrize("likelihood", COVARIANCES)
 def test_exact_fisher_is_the_covariance_of_the_targets_between_jacobians(likelihood):
-    with jax.enable_x64(True):
+    with in_float64():
         model, _, x, _ = problem()
         f, flat = flat_function(model)
         j, out = quickly(jax.jacrev(lambda p: f(p, x)))(flat), f(flat, x)
@@ -149,7 +150,7 @@ def test_exact_fisher_is_the_covariance_of_the_targets_between_jacobians(likelih
 @pytest.mark.parametrize("likelihood", COVARIANCES)
 def test_sampled_fisher_is_that_of_its_draws_which_have_the_right_mean_and_covariance(likelihood):
     """With 20,000 draws for each output a mean is off by five standard errors once in 10⁶."""
-    with jax.enable_x64(True):
+    with in_float64():
         samples = 20000
         key = jax.random.key(0)
         fn = lambda p, x: x * p
@@ -189,7 +190,7 @@ def test_sampled_fisher_draws_from_the_generator_in_force():
 
 
 def test_jacobian_and_its_transpose_are_adjoint_and_the_kernel_is_their_product():
-    with jax.enable_x64(True):
+    with in_float64():
         model, params, x, _ = problem()
         J = curvature.jacobian(model, x, batch_size=3)
         f, flat = flat_function(model)
@@ -209,7 +210,7 @@ def test_jacobian_and_its_transpose_are_adjoint_and_the_kernel_is_their_product(
 
 @pytest.mark.parametrize("name", MATRICES)
 def test_batches_in_any_form_give_the_same_matrix(name):
-    with jax.enable_x64(True):
+    with in_float64():
         model, params, x, y = problem()
         make = functools.partial(getattr(curvature, name), model, F.cross_entropy)
         want = make((x, y)).to_dense()
@@ -249,7 +250,7 @@ def some_matrix(*shape, seed=0):
 
 
 def test_algebra_is_that_of_matrices():
-    with jax.enable_x64(True):
+    with in_float64():
         m, k, square = some_matrix(3, 5), some_matrix(3, 5, seed=1), some_matrix(5, 5)
         A, B, S = map(matrix_operator, (m, k, square))
         c = jnp.float32(0.5)
@@ -276,7 +277,7 @@ def test_algebra_is_that_of_matrices():
 
 
 def test_many_vectors_are_columns_or_trees_with_one_more_axis():
-    with jax.enable_x64(True):
+    with in_float64():
         model, params, x, y = problem()
         A = curvature.ggn(model, F.cross_entropy, (x, y))
         two = {n: jnp.stack([p, 2 * p]) for n, p in params.items()}
@@ -290,7 +291,7 @@ def test_many_vectors_are_columns_or_trees_with_one_more_axis():
 
 
 def test_inverse_solves_and_is_differentiable():
-    with jax.enable_x64(True):
+    with in_float64():
         model, params, x, y = problem()
         A = curvature.ggn(model, F.cross_entropy, (x, y))
         matrix = A.to_dense() + 0.1 * np.eye(44)
@@ -408,7 +409,7 @@ def test_operators_of_other_parameters_share_compiled_code():
 
 
 def test_vmap_over_parameters_and_vectors_is_a_loop_over_them():
-    with jax.enable_x64(True):
+    with in_float64():
         model, params, x, y = problem()
         fn, _ = nn.functionalize(model)
         stack = {n: jnp.stack([p, 1.5 * p]) for n, p in params.items()}
@@ -437,7 +438,7 @@ class Tied(nn.Module):
 
 
 def test_a_tied_parameter_is_one():
-    with jax.enable_x64(True):
+    with in_float64():
         model, x = Tied(), some_matrix(5, 4)
         A = curvature.hessian(model, F.mse_loss, (x, x))
         assert list(A.in_structure) == ["first.bias", "first.weight", "second.bias"]
@@ -459,7 +460,7 @@ class LoRA(nn.Module):
 
 
 def test_a_subset_is_a_block_of_the_matrix():
-    with jax.enable_x64(True):
+    with in_float64():
         model, x = nn.Sequential(LoRA(), nn.Linear(4, 2, dtype=jnp.float64)), some_matrix(6, 3)
         y = some_matrix(6, 2)
         whole = curvature.ggn(model, F.mse_loss, (x, y)).to_dense()
@@ -485,7 +486,7 @@ def test_a_subset_is_a_block_of_the_matrix():
 
 
 def test_parameters_may_be_any_tree():
-    with jax.enable_x64(True):
+    with in_float64():
         fn = lambda p, x: jnp.tanh(x @ p["layer"]["w"]) * p["scale"][0]
         params = {"layer": {"w": some_matrix(3, 2)}, "scale": (jnp.asarray(2.0),)}
         x, y = some_matrix(5, 3), some_matrix(5, 2)
@@ -500,7 +501,7 @@ def test_parameters_may_be_any_tree():
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_single_and_half_precision_are_close_to_double(dtype):
-    with jax.enable_x64(True):
+    with in_float64():
         model, params, x, y = problem()
         want = curvature.ggn(model, F.cross_entropy, (x, y)).to_dense()
     low = net(dtype=dtype)
@@ -554,7 +555,7 @@ def test_models_that_write_or_draw_are_refused():
 
 
 def test_a_loss_may_be_a_module_with_weights():
-    with jax.enable_x64(True):
+    with in_float64():
         model, _, x, y = problem()
         weight = jnp.array([1.0, 2.0, 0.5, 3.0])
         got = curvature.hessian(model, nn.CrossEntropyLoss(weight=weight), (x, y)).to_dense()

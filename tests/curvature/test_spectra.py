@@ -16,6 +16,7 @@ from statefulnn import curvature
 from statefulnn.core.errors import MissingRngError
 from statefulnn.curvature import LinearOperator, eigenpairs, logdet, spectral_density
 from statefulnn.curvature.spectra import quadrature
+from tests.precision import in_float64
 
 ORDERS = {"largest": lambda v: -v, "smallest": lambda v: v, "magnitude": lambda v: -abs(v)}
 
@@ -40,7 +41,7 @@ def all_signs(n):
 @functools.cache
 def hessian_of_a_net():
     """An operator in double precision with eigenvalues of both signs, and its matrix."""
-    with jax.enable_x64(True):
+    with in_float64():
         nn.manual_seed(0)
         layers = nn.Linear(6, 10, dtype=jnp.float64), nn.Tanh(), nn.Linear(10, 3, dtype=jnp.float64)
         x = jax.random.normal(jax.random.key(0), (20, 6), jnp.float64)
@@ -50,7 +51,7 @@ def hessian_of_a_net():
 
 @pytest.mark.parametrize("which", ORDERS)
 def test_eigenpairs_of_a_network_are_those_of_numpy(which):
-    with jax.enable_x64(True):
+    with in_float64():
         A, matrix = hessian_of_a_net()
         values, vectors = np.linalg.eigh(matrix)
         best = np.argsort(ORDERS[which](values))[:4]
@@ -79,7 +80,7 @@ SPECTRA = {
 @pytest.mark.parametrize("spectrum", SPECTRA)
 @pytest.mark.parametrize("k", [1, 5])
 def test_eigenvalues_are_found_as_often_as_they_occur(spectrum, k):
-    with jax.enable_x64(True):
+    with in_float64():
         values = SPECTRA[spectrum]
         matrix = with_eigenvalues(values)
         for which in ("largest", "magnitude"):
@@ -93,7 +94,7 @@ def test_eigenvalues_are_found_as_often_as_they_occur(spectrum, k):
 
 
 def test_a_regression_with_several_outputs_has_each_eigenvalue_several_times():
-    with jax.enable_x64(True):
+    with in_float64():
         x = jax.random.normal(jax.random.key(0), (50, 8), jnp.float64)
         model = nn.Linear(8, 3, bias=False, dtype=jnp.float64)
         A = curvature.ggn(model, F.mse_loss, (x, jnp.zeros((50, 3))))
@@ -193,7 +194,7 @@ FUNCTIONS = {"exp": np.exp, "log": np.log, "cube": lambda t: t**3, "inverse": la
 
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_quadrature_over_all_signs_is_the_trace_of_the_function(name):
-    with jax.enable_x64(True):
+    with in_float64():
         matrix = with_eigenvalues(np.array([0.5, 1.0, 2.0, 2.0, 5.0]))
         spectrum = quadrature(operator(matrix), all_signs(5), jax.random.key(0), 5)
         f = {"exp": jnp.exp, "log": jnp.log}.get(name, FUNCTIONS[name])
@@ -203,7 +204,7 @@ def test_quadrature_over_all_signs_is_the_trace_of_the_function(name):
 
 
 def test_few_steps_are_exact_for_polynomials_for_each_vector():
-    with jax.enable_x64(True):
+    with in_float64():
         matrix = with_eigenvalues(np.linspace(-1, 2, 12))
         z = np.random.default_rng(0).choice([-1.0, 1.0], (3, 12))
         spectrum = quadrature(operator(matrix), jnp.asarray(z), jax.random.key(0), 3)
@@ -214,7 +215,7 @@ def test_few_steps_are_exact_for_polynomials_for_each_vector():
 
 
 def test_density_over_all_signs_is_the_smoothed_spectrum():
-    with jax.enable_x64(True):
+    with in_float64():
         values = np.array([-1.0, 0.0, 0.5, 0.5, 2.0])
         spectrum = quadrature(
             operator(with_eigenvalues(values)), all_signs(5), jax.random.key(0), 5
@@ -227,7 +228,7 @@ def test_density_over_all_signs_is_the_smoothed_spectrum():
 
 
 def test_a_krylov_space_that_ends_leaves_the_quadrature_exact():
-    with jax.enable_x64(True):
+    with in_float64():
         matrix = with_eigenvalues(np.r_[3.0, 1.0, np.zeros(18)])
         spectrum = quadrature(operator(matrix), jnp.ones((1, 20)), jax.random.key(0), 15)
         assert np.isfinite(spectrum.nodes).all()
@@ -238,7 +239,7 @@ def test_a_krylov_space_that_ends_leaves_the_quadrature_exact():
 
 
 def test_logdet_over_all_signs_is_that_of_numpy():
-    with jax.enable_x64(True):
+    with in_float64():
         matrix = with_eigenvalues(np.array([0.1, 1.0, 2.0, 30.0]))
         spectrum = quadrature(operator(matrix), all_signs(4), jax.random.key(0), 4)
         want = np.linalg.slogdet(matrix)[1]

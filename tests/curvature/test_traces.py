@@ -15,6 +15,7 @@ import statefulnn.functional as F
 from statefulnn import curvature
 from statefulnn.core.errors import ShapeError
 from statefulnn.curvature import LinearOperator, diagonal, trace, traces
+from tests.precision import in_float64
 from tests.quick import first
 
 N = 5
@@ -44,7 +45,7 @@ DIAGONALS = {"hutchinson": traces.hutchinson_diagonal, "xdiag": traces.xdiag}
 @pytest.mark.parametrize("method", TRACES)
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_estimate_of_the_trace_is_unbiased(method, symmetric):
-    with jax.enable_x64(True):
+    with in_float64():
         m = matrix() + matrix().T if symmetric else matrix()
         A = operator(m, symmetric)
         estimates = jax.vmap(lambda p: TRACES[method](A, p).value)(jnp.asarray(PAIRS))
@@ -55,7 +56,7 @@ def test_estimate_of_the_trace_is_unbiased(method, symmetric):
 @pytest.mark.parametrize("method", DIAGONALS)
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_estimate_of_the_diagonal_is_unbiased(method, symmetric):
-    with jax.enable_x64(True):
+    with in_float64():
         m = matrix() + matrix().T if symmetric else matrix()
         A = operator(m, symmetric)
         estimates = jax.vmap(lambda p: DIAGONALS[method](A, p).value)(jnp.asarray(PAIRS))
@@ -64,7 +65,7 @@ def test_estimate_of_the_diagonal_is_unbiased(method, symmetric):
 
 def test_error_of_hutchinson_is_its_standard_deviation():
     """The variance of z · A z is ``2 Σ aᵢⱼ²`` over the entries beside the diagonal."""
-    with jax.enable_x64(True):
+    with in_float64():
         m = matrix() + matrix().T
         A = operator(m, True)
         found = jax.vmap(lambda p: traces.hutchinson(A, p))(jnp.asarray(PAIRS))
@@ -76,7 +77,7 @@ def test_error_of_hutchinson_is_its_standard_deviation():
 
 @pytest.mark.parametrize("dtype", first(1, [np.float64, np.float32]))
 def test_matrices_of_low_rank_are_exact(dtype):
-    with jax.enable_x64(True):
+    with in_float64():
         m = matrix(60, 4).astype(dtype)
         A, size = operator(m), np.abs(m).max() * (1e-12 if dtype == np.float64 else 1e-3)
         for samples in (12, 13, 20, 40):
@@ -94,7 +95,7 @@ def test_matrices_of_low_rank_are_exact(dtype):
 
 @pytest.mark.parametrize("method", TRACES)
 def test_as_many_samples_as_numbers_are_exact(method):
-    with jax.enable_x64(True):
+    with in_float64():
         m = matrix()
         estimate = trace(operator(m), method=method, samples=5, rng=0)
         np.testing.assert_allclose(estimate.value, np.trace(m), rtol=1e-12)
@@ -105,7 +106,7 @@ def test_as_many_samples_as_numbers_are_exact(method):
 
 def test_a_decaying_spectrum_is_better_estimated_by_xtrace():
     """Errors of single draws: 1e-6 of the trace against the 1e-2 of Hutchinson."""
-    with jax.enable_x64(True):
+    with in_float64():
         q = np.linalg.qr(np.random.default_rng(0).normal(size=(200, 200)))[0]
         m = (q * 2.0 ** -np.arange(200)) @ q.T
         A = operator((m + m.T) / 2, True)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import hpo_logistic as hpo
+from tests.precision import in_float64
 
 
 def test_a_thousand_steps_reach_the_published_loss(capsys):
@@ -26,7 +27,7 @@ def test_a_thousand_steps_reach_the_published_loss(capsys):
 
 @pytest.mark.parametrize("x64", [False, True])
 def test_the_implicit_hypergradient_is_that_of_the_full_unroll(x64):
-    with jax.enable_x64(x64):
+    with in_float64(x64):
         train, valid = hpo.load_data()
         penalty = jnp.ones(20)
         grads = {

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import hypernetwork as example
+from tests.precision import in_float64
 
 
 def best_average():
@@ -102,7 +103,7 @@ def test_the_loss_is_the_one_written_by_hand():
 
 
 def test_gradient_is_that_of_finite_differences():
-    with jax.enable_x64(True):
+    with in_float64():
         x, y = (np.asarray(v[0], np.float64) for v in tasks(1))
         hyper = {n: np.asarray(p, np.float64) for n, p in some_hypernetwork().items()}
         rng = np.random.default_rng(0)

@@ -11,6 +11,7 @@ import pytest
 from scipy.integrate import solve_ivp
 
 import neural_ode as example
+from tests.precision import in_float64
 
 ways = pytest.mark.parametrize("way", list(example.SOLVERS))
 
@@ -64,7 +65,7 @@ def exponential(params, x, t):
 @pytest.mark.parametrize("steps", [97, 144])  # a prime number of steps has no parts
 def test_gradients_by_everything_are_those_of_the_closed_solution(way, steps):
     solve = partial(example.SOLVERS[way], exponential, steps)
-    with jax.enable_x64(True):
+    with in_float64():
         rate, x, t0, t1 = 0.7, np.array([1.0, -2.0]), 0.5, 1.5
         value = lambda *args: solve(*args).sum()
         got = jax.jit(jax.value_and_grad(value, argnums=(0, 1, 2, 3)))({"rate": rate}, x, t0, t1)
@@ -84,7 +85,7 @@ def test_gradients_by_everything_are_those_of_the_closed_solution(way, steps):
 
 def test_the_solver_is_of_order_4_also_where_the_field_changes_with_time():
     # dx/dt = t - x, x(0) = 0: x(t) = t - 1 + exp(-t).
-    with jax.enable_x64(True):
+    with in_float64():
         errors = []
         for steps in (8, 16, 32):
             solve = partial(example.direct, lambda params, x, t: t - x, steps, {})
@@ -95,7 +96,7 @@ def test_the_solver_is_of_order_4_also_where_the_field_changes_with_time():
 
 def test_the_way_back_leads_to_the_start():
     field = lambda params, x, t: t - x
-    with jax.enable_x64(True):
+    with in_float64():
         there = example.direct(field, 100, {}, np.array([3.0]), 0.0, 2.0)
         back = example.direct(field, 100, {}, there, 2.0, 0.0)
         np.testing.assert_allclose(back, [3.0], rtol=1e-7)

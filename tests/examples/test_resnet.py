@@ -18,6 +18,7 @@ from tests.examples.reference import (
     saved_by_torch,
     torchvision,
 )
+from tests.precision import in_float64
 from tests.quick import quickly
 
 
@@ -41,7 +42,7 @@ def test_outputs_statistics_and_gradients_are_torchvisions(case, training):
     ours, theirs = case.pair()
     # In float32 the gradients of torchvision itself are off by a tenth now and then, since rounding
     # moves an input of a ReLU across 0.
-    with jax.enable_x64(True):
+    with in_float64():
         fn, params, state = nn.functionalize(ours.double().train(training), mutable=True)
 
         def loss_of(params, state, x):

@@ -10,6 +10,7 @@ import torch
 from torch.func import functional_call
 
 import statefulnn as nn
+from tests.precision import in_float64
 
 # torch's own forward mode still uses torch.jit.script.
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
@@ -17,7 +18,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:Deprecation
 
 @pytest.fixture(autouse=True)
 def _float64():
-    with jax.enable_x64(True):
+    with in_float64():
         yield
 
 

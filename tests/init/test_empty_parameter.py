@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import statefulnn as nn
+from tests.precision import in_float64
 
 MODULES = Path(nn.__file__).parent / "modules"
 
@@ -24,7 +25,7 @@ def test_it_is_a_parameter_of_zeros():
     np.testing.assert_array_equal(p, np.zeros((2, 3)))
     p = nn.init.empty_parameter(4, jnp.bfloat16, requires_grad=False)
     assert (p.shape, p.dtype, p.requires_grad) == ((4,), jnp.bfloat16, False)
-    with jax.enable_x64(True):
+    with in_float64():
         assert nn.init.empty_parameter(2).dtype == jnp.float64
 
 

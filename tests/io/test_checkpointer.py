@@ -25,6 +25,7 @@ import pytest
 import statefulnn as nn
 from tests.devices import run_on_devices
 from tests.io.fuzzing import Fuzzer, changed_tree, dumps, run_fuzz
+from tests.precision import in_float64
 
 ROOT = Path(__file__).resolve().parents[2]
 X = jnp.asarray(np.random.default_rng(0).standard_normal((32, 4)), jnp.float32)
@@ -180,7 +181,7 @@ def test_64_bits_come_back_where_jax_has_none(tmp_path):
 
 
 def test_x64_models_are_kept(tmp_path):
-    with jax.enable_x64(True):
+    with in_float64():
         model, other = nn.Linear(2, 3, dtype=jnp.float64), nn.Linear(2, 3, dtype=jnp.float64)
         with nn.Checkpointer(tmp_path) as checkpointer:
             checkpointer.save(0, model=model)
@@ -959,7 +960,7 @@ def test_integers_that_do_not_fit_are_an_error_that_names_them(tmp_path):
         checkpointer.restore(model=other, strict=False)
         assert other.count.dtype == jnp.int16 and other.count.tolist() == [-3, 300]
 
-    with jax.enable_x64(True), nn.Checkpointer(tmp_path / "wide") as checkpointer:
+    with in_float64(), nn.Checkpointer(tmp_path / "wide") as checkpointer:
         checkpointer.save(0, small=holding([7], jnp.int64), large=holding([2**40], jnp.int64))
     other = holding([5], jnp.int32)
     nn.Checkpointer(tmp_path / "wide").restore(small=other, strict=False)

@@ -18,6 +18,7 @@ import safetensors.numpy
 import statefulnn as nn
 from statefulnn.io import exported
 from tests.io.mutations import for_mutations
+from tests.precision import in_float64
 
 
 def floats(*shape: int) -> np.ndarray:
@@ -366,7 +367,7 @@ def test_low_precision_is_kept(dtype, tmp_path):
 
 
 def test_64_bits_are_kept_or_refused(tmp_path):
-    with jax.enable_x64(True):
+    with in_float64():
         model = nn.Linear(3, 2, dtype=jnp.float64)
         x = jnp.ones((2, 3))
         nn.export(model, x, tmp_path / "m")

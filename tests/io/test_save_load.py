@@ -21,6 +21,7 @@ import safetensors.torch
 import torch
 
 import statefulnn as nn
+from tests.precision import in_float64
 
 
 def network() -> nn.Sequential:
@@ -189,7 +190,7 @@ def test_every_dtype_and_shape_is_kept(dtype, shape, tmp_path):
 
 def test_64_bits_are_jax_s_where_they_are_on(tmp_path):
     nn.save({"a": np.arange(3.0)}, tmp_path / "x")
-    with jax.enable_x64(True):
+    with in_float64():
         found = nn.load(tmp_path / "x")["a"]
     assert isinstance(found, jax.Array) and found.dtype == "float64"
 

@@ -11,6 +11,7 @@ import torch
 
 import statefulnn as nn
 import statefulnn.functional as F
+from tests.precision import in_float64
 from tests.quick import quickly
 
 K = 6
@@ -182,7 +183,7 @@ def test_tasks_in_parallel_are_the_mean_over_tasks():
     ],
 )
 def test_float64_finite_differences_agree(options, standard_promotion):
-    with jax.enable_x64(True):
+    with in_float64():
         fn, params = nn.functionalize(nn.Sequential(nn.Linear(1, 5), nn.Tanh(), nn.Linear(5, 1)))
         params = {n: jnp.asarray(p, jnp.float64) for n, p in params.items()}
         x, y, xq, yq = (jnp.asarray(v, jnp.float64) for v in data())

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import statefulnn as nn
+from tests.precision import in_float64
 from tests.quick import quickly
 
 RNG = np.random.default_rng(0)
@@ -328,7 +329,7 @@ def test_conjugate_gradients_are_scipy_s(steps):
 
     a = RNG.standard_normal((12, 8))
     h, b = a.T @ a + np.eye(8), RNG.standard_normal(8)
-    with jax.enable_x64(True):
+    with in_float64():
         ours = nn.meta.cg(steps, tol=None)(lambda v: jnp.asarray(h) @ v, jnp.asarray(b))
     np.testing.assert_allclose(ours, cg(h, b, rtol=0.0, maxiter=steps)[0], rtol=1e-8)
 

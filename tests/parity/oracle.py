@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 import statefulnn as nn
+from tests.precision import in_float64
 from tests.quick import QUICKLY
 
 TOLERANCE = {"float32": 2e-5, "float64": 1e-10, "bfloat16": 3e-2, "float16": 4e-3}
@@ -261,7 +262,7 @@ def compare_buffers(ours: nn.Module, theirs: torch.nn.Module, tolerance: float) 
 @contextlib.contextmanager
 def sixty_four_bits() -> Iterator[None]:
     """Enable 64-bit types inside."""
-    with jax.enable_x64(True):
+    with in_float64():
         yield
 
 

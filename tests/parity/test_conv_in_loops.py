@@ -17,6 +17,7 @@ import torch
 import statefulnn as nn
 import statefulnn.functional as F
 from statefulnn.functional import _conv_lowering
+from tests.precision import in_float64
 from tests.quick import quickly
 
 CASES = {
@@ -76,7 +77,7 @@ def test_derivatives_in_a_loop_are_torchs(case, size, order, monkeypatch):
     if size != "small":
         monkeypatch.setattr(_conv_lowering, "LARGE_BATCH", 1)
         jax.clear_caches()
-    with jax.enable_x64(True):
+    with in_float64():
         layer, reference, batches = pair(case)
         fn, params = nn.functionalize(layer)
         value = lambda x, p: (fn(p, x) ** 3).sum()

@@ -13,6 +13,7 @@ from jax.extend.random import threefry_2x32
 
 import statefulnn as nn
 from statefulnn.core import threefry
+from tests.precision import in_float64
 from tests.quick import diagonal, first
 
 # layer, arguments, parameter, and the distribution it starts from:
@@ -289,7 +290,7 @@ def test_values_are_the_same_in_compiled_code(draw: str, shape: tuple, dtype: st
 
 @pytest.mark.parametrize("draw", first(2, ["uniform", "normal", "symmetric", "asymmetric"]))
 def test_float64_values_are_the_same_in_compiled_code(draw: str) -> None:
-    with jax.enable_x64(True):
+    with in_float64():
         key = jax.random.key(5)
         eager = drawn_with(key, DRAWS[draw], (31, 7), "float64")
         compiled = jax.jit(lambda key: drawn_with(key, DRAWS[draw], (31, 7), "float64"))(key)
@@ -354,7 +355,7 @@ def test_construction_in_compiled_code_gives_the_eager_values() -> None:
 
 
 def test_float64_draws_use_all_their_bits() -> None:
-    with jax.enable_x64(True):
+    with in_float64():
         value = np.asarray(nn.init.uniform_(nn.Parameter(jnp.zeros(1000))))
         assert value.dtype == np.float64
         assert (value != value.astype(np.float32)).mean() > 0.9

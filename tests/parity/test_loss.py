@@ -17,6 +17,7 @@ import statefulnn as nn
 import statefulnn.functional as F
 from tests.parity.oracle import array, close, integers, same_class, to_jax, to_torch
 from tests.parity.rows.loss import TARGETS, TIMES
+from tests.precision import in_float64
 from tests.quick import diagonal, quickly
 
 # --------------------------------------------------------------------------------------------------
@@ -247,7 +248,7 @@ def test_ctc_after_log_softmax_has_the_derivative_of_the_likelihood() -> None:
     lengths = {"input_lengths": (7, 5), "target_lengths": (2, 3)}
     targets = np.array([[1, 2, 0], [3, 3, 1]])
     loss = lambda x: F.ctc_loss(jax.nn.log_softmax(x, -1), to_jax(targets), **lengths)
-    with jax.enable_x64(True):
+    with in_float64():
         x = jnp.asarray(logits, jnp.float64)
         slope, step = jax.grad(loss)(x), 1e-5
         for place in ((0, 0, 1), (4, 1, 3), (6, 1, 2), (3, 0, 0)):

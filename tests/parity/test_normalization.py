@@ -19,6 +19,7 @@ import torch.nn.functional as TF
 import statefulnn as nn
 import statefulnn.functional as F
 from tests.parity.oracle import Case, array, close, load, pair, sixty_four_bits
+from tests.precision import in_float64
 
 
 @pytest.mark.parametrize(
@@ -84,7 +85,7 @@ def test_batches_are_counted_from_any_number_as_in_torch(
 def test_the_number_of_batches_stays_at_the_largest_of_its_dtype(
     layer: str, counts: bool, momentum: float | None, x64: bool, compiled: bool
 ) -> None:
-    with jax.enable_x64(x64):
+    with in_float64(x64):
         options = {"momentum": momentum, "track_running_stats": True, "dtype": jnp.float32}
         ours = getattr(nn, layer)(3, **options)
         counter = ours.num_batches_tracked
@@ -106,7 +107,7 @@ def test_the_number_of_batches_stays_at_the_largest_of_its_dtype(
 
 @pytest.mark.parametrize("dtype", ["int8", "uint8", "int16", "int32", "uint32", "int64", "uint64"])
 def test_a_count_of_any_integer_dtype_goes_up_to_its_largest(dtype: str) -> None:
-    with jax.enable_x64("64" in dtype):
+    with in_float64("64" in dtype):
         largest = np.iinfo(dtype).max
         x = jnp.asarray(array(4, 3))
         statistics = jnp.zeros(3, jnp.float32), jnp.ones(3, jnp.float32)

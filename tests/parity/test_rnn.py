@@ -13,6 +13,7 @@ import torch
 import statefulnn as nn
 from statefulnn.functional.recurrent import recurrent
 from tests.parity.oracle import Case, array, close, flat, pair, to_jax, to_torch
+from tests.precision import in_float64
 from tests.quick import QUICKLY, quickly
 
 pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
@@ -276,7 +277,7 @@ KINDS = [
 def test_forward_mode_agrees_with_differences_and_with_reverse_mode(
     layer: str, kwargs: Any
 ) -> None:
-    with jax.enable_x64(True):
+    with in_float64():
         (pure, _), at, _ = arrays_of(layer, "float64", **kwargs)
         along = [jnp.asarray(array(*x.shape, seed=7 + i), x.dtype) for i, x in enumerate(at)]
         step = 1e-6
@@ -293,7 +294,7 @@ def test_forward_mode_agrees_with_differences_and_with_reverse_mode(
 
 @pytest.mark.parametrize("layer, kwargs", KINDS, ids=str)
 def test_second_derivatives_of_all_arguments_agree_with_torch(layer: str, kwargs: Any) -> None:
-    with jax.enable_x64(True):
+    with in_float64():
         (pure, torch_pure), at, t_at = arrays_of(layer, "float64", **kwargs)
         along = [array(*x.shape, seed=7 + i).astype("float64") for i, x in enumerate(at)]
         cube = lambda *args: (pure(*args) ** 3).sum()

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import statefulnn as nn
+from tests.precision import in_float64
 
 X = np.random.default_rng(0).standard_normal((6, 2, 8, 8)).astype(np.float32)
 COTANGENT = np.random.default_rng(1).standard_normal((6, 5)).astype(np.float32)
@@ -244,7 +245,7 @@ def test_packed_sequences():
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float64"])
 def test_gradients_have_the_dtype_of_the_outputs(dtype):
-    with jax.enable_x64(dtype == "float64"):
+    with in_float64(dtype == "float64"):
         m = mlp().to(jnp.dtype(dtype))
         out, _, backward = nn.capture(m, "1", grads=True)(jnp.ones((1, 2), dtype))
         grads = backward(jnp.ones_like(out))

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import statefulnn as nn
+from tests.precision import in_float64
 
 
 class Net(nn.Module):
@@ -126,7 +127,7 @@ def test_an_ensemble_by_vmap_over_stacked_state_is_torch_s(jit):
 
 
 def test_the_hessian_is_the_difference_of_gradients():
-    with jax.enable_x64(True):
+    with in_float64():
         fn, params = nn.functionalize(Net().double())
         x = jnp.asarray(X, jnp.float64)
 
@@ -317,7 +318,7 @@ def test_bfloat16_and_empty_batches():
 
 
 def test_under_x64_float64_stays_float64():
-    with jax.enable_x64(True):
+    with in_float64():
         m = Net().double()
         fn, params = nn.functionalize(m)
         out = fn(params, jnp.asarray(X, jnp.float64))

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import statefulnn as nn
+from tests.precision import in_float64
 
 
 class Net(nn.Module):
@@ -196,7 +197,7 @@ def test_complex_outputs_are_refused():
 
 
 def test_it_agrees_with_finite_differences_in_float64():
-    with jax.enable_x64(True):
+    with in_float64():
         m = Net().double()
         x = X.astype(jnp.float64)
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import statefulnn as nn
+from tests.precision import in_float64
 
 
 class Net(nn.Module):
@@ -323,7 +323,7 @@ def test_x64_on_and_off_are_two_compilations_with_the_right_dtypes():
     f = nn.jit(lambda m, x: m(x))
     m = Net()
     assert f(m, np.arange(3.0)).dtype == jnp.float32
-    with jax.enable_x64(True):
+    with in_float64():
         d = Net().double()
         assert f(d, np.arange(3.0)).dtype == jnp.float64
         assert int(d.calls) == 1

@@ -1,13 +1,15 @@
-"""nn.jit compiles for what is in force around the call: initialisation version, kernels of attention."""
+"""nn.jit compiles for what is in force around the call: initialisation version, default dtype, kernels of attention."""
 
 from __future__ import annotations
 
 import asyncio
 import threading
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 
 import statefulnn as nn
 from statefulnn.attention import SDPBackend, sdpa_kernel
@@ -183,3 +185,38 @@ def test_a_setting_does_not_make_modules_be_walked_anew(monkeypatch) -> None:
         with nn.init.version("2026.1"):
             compiled(model, x)
     assert len(walks) == 2
+
+
+def test_layers_are_float32_until_another_default_is_set_also_in_compiled_code():
+    # As in torch: its default does not follow from what dtypes there are.
+    built = nn.jit(lambda: nn.Linear(2, 3).weight.value)
+    with jax.enable_x64(True):
+        assert (
+            built().dtype
+            == nn.Linear(2, 3).weight.dtype
+            == nn.LazyLinear(3).weight.dtype
+            == "float32"
+        )
+        assert nn.BatchNorm1d(2).running_mean.dtype == "float32"
+        with nn.default_dtype(jnp.float64):
+            assert built().dtype == nn.Linear(2, 3).weight.dtype == "float64"
+            assert nn.Linear(2, 3, dtype=jnp.float32).weight.dtype == "float32"
+        assert built().dtype == "float32"
+    nn.set_default_dtype(jnp.bfloat16)
+    try:
+        assert nn.get_default_dtype() == built().dtype == nn.Linear(2, 3).weight.dtype == "bfloat16"
+        torch.set_default_dtype(torch.bfloat16)
+        assert torch.nn.Linear(2, 3).weight.dtype == torch.bfloat16
+    finally:
+        nn.set_default_dtype(jnp.float32)
+        torch.set_default_dtype(torch.float32)
+
+
+def test_a_default_that_is_no_floating_dtype_or_not_enabled_is_refused():
+    with pytest.raises(nn.DtypeError, match=r"nn.set_default_dtype\(jnp.bfloat16\)"):
+        nn.set_default_dtype(jnp.int32)
+    with pytest.raises(nn.DtypeError, match="jax_enable_x64"):
+        nn.set_default_dtype("float64")
+    with pytest.raises(nn.DtypeError, match="jax_enable_x64"), nn.default_dtype(jnp.float64):
+        pass
+    assert nn.get_default_dtype() == "float32"

@@ -13,6 +13,7 @@ import optax
 import pytest
 
 import statefulnn as nn
+from tests.precision import in_float64
 
 X = np.random.default_rng(0).normal(size=(6, 4)).astype(np.float32)
 
@@ -307,7 +308,7 @@ def test_copies_and_rebuilt_modules_share_compiled_code():
 def test_bfloat16_and_float64_arrays_keep_their_dtype():
     low = nn.statefulize(quadratic, {n: jnp.bfloat16(v) for n, v in QUADRATIC.items()})
     assert low(jnp.ones(3, jnp.bfloat16)).dtype == jnp.bfloat16
-    with jax.enable_x64(True):
+    with in_float64():
         high = nn.statefulize(quadratic, {n: np.float64(v) for n, v in QUADRATIC.items()})
         assert high(jnp.ones(3)).dtype == jnp.float64
 
