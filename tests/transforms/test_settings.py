@@ -1,4 +1,4 @@
-"""nn.jit compiles for what is in force around the call: initialisation version, default dtype, kernels of attention."""
+"""nn.jit compiles for what is in force around it: initialisation version, default dtype, attention's kernels."""
 
 from __future__ import annotations
 
@@ -149,7 +149,7 @@ def test_a_call_looks_at_the_settings_only_where_they_have_been_set(monkeypatch)
     model = Builds()
     compiled = nn.jit(lambda m, x: m(x))
     looks = []
-    monkeypatch.setattr("statefulnn.core.plan.settings", lambda: looks.append(1) or ("torch", None))
+    monkeypatch.setattr("statefulnn.core.plan.settings", lambda: looks.append(1) or now)
     compiled(model, 0.0)
     compiled(model, 0.0)
     looks.clear()
