@@ -1,4 +1,4 @@
-"""nn.jit compiles for what is in force around it: initialisation version, default dtype, attention's kernels."""
+"""nn.jit compiles for what is in force around it: initialisation version, default dtype, kernels."""
 
 from __future__ import annotations
 
@@ -148,7 +148,7 @@ def test_each_task_has_the_version_of_its_own_block() -> None:
 def test_a_call_looks_at_the_settings_only_where_they_have_been_set(monkeypatch) -> None:
     model = Builds()
     compiled = nn.jit(lambda m, x: m(x))
-    looks = []
+    looks, now = [], settings()
     monkeypatch.setattr("statefulnn.core.plan.settings", lambda: looks.append(1) or now)
     compiled(model, 0.0)
     compiled(model, 0.0)
