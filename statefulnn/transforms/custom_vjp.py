@@ -28,6 +28,7 @@ from statefulnn.core.moduledef import ModuleDef
 from statefulnn.core.ownership import Scope
 from statefulnn.core.plan import build_plan
 from statefulnn.core.pytree import flatten_collecting, unflatten_with
+from statefulnn.core.tracebacks import shortened
 from statefulnn.transforms.differentiate import function_name
 from statefulnn.transforms.lift import Mark, SplitCall, Writes, spread, template, unbound
 from statefulnn.transforms.types import P, R
@@ -101,6 +102,7 @@ class custom_vjp(Generic[P, R]):
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         return self.__func__(*(() if self.__self__ is None else (self.__self__,)), *args, **kwargs)
 
+    @shortened
     def __func__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the function; if it is a module's, the module is the first argument."""
         if self.fwd is None or self.bwd is None:

@@ -7,6 +7,7 @@ and may run in several threads.
 from __future__ import annotations
 
 import functools
+import inspect
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, Self, TypeAlias, overload
@@ -27,6 +28,7 @@ from statefulnn.core.ownership import Scope
 from statefulnn.core.parameter import Parameter
 from statefulnn.core.plan import build_plan, plan_of
 from statefulnn.core.state_dict import _dtype_kind as dtype_kind
+from statefulnn.core.tracebacks import shorten, shortened
 from statefulnn.transforms import refusals
 from statefulnn.transforms.lift import check_structure
 from statefulnn.transforms.types import PyTree, R
@@ -121,6 +123,7 @@ def _checked(name: str, value: object, own: Any, function: str) -> Any:
     return value
 
 
+@shortened
 def functional_call(
     module: Module,
     parameter_and_buffer_dicts: Mapping[str, Any] | Sequence[Mapping[str, Any]],
@@ -355,7 +358,11 @@ def _pure_function(moduledef: ModuleDef, own: list[Any], method: str, mutable: b
         ) -> tuple[PyTree, dict[str, Any]]:
             need = (("params", params, wanted_params), ("state", state, wanted_state))
             given = {**params, **state} if isinstance(state, Mapping) else params
-            out, after = call(given, need, inputs, rng, kwargs)
+            try:
+                out, after = call(given, need, inputs, rng, kwargs)
+            except Exception as error:
+                shorten(error)
+                raise
             return out, _by_name(moduledef, after, ("buffer", "frozen"))
 
         function: Callable = stateful
@@ -368,7 +375,12 @@ def _pure_function(moduledef: ModuleDef, own: list[Any], method: str, mutable: b
             rng: Randomness = None,
             **kwargs: PyTree,
         ) -> PyTree:
-            return call(params, (("params", params, wanted_params),), inputs, rng, kwargs)[0]
+            need = (("params", params, wanted_params),)
+            try:
+                return call(params, need, inputs, rng, kwargs)[0]
+            except Exception as error:
+                shorten(error)
+                raise
 
         function = pure
 
@@ -376,6 +388,12 @@ def _pure_function(moduledef: ModuleDef, own: list[Any], method: str, mutable: b
         twin = merge(moduledef, own).train(training)
         return _pure_function(plan_of(twin).moduledef, own, method, mutable)
 
+    # JAX's messages are about the user's forward, with the parameters of this function.
+    own_signature = inspect.signature(function)
+    function.__wrapped__, function.__signature__ = (
+        getattr(moduledef.nodes[0].cls, method),
+        own_signature,
+    )
     fn = PureFunction(function)
     fn._made_of = (moduledef, own, method, mutable)
     name, doc = f"{type_name}.{method}", f"{type_name}.{method} as a pure function {signature}."
@@ -385,6 +403,7 @@ def _pure_function(moduledef: ModuleDef, own: list[Any], method: str, mutable: b
     return fn
 
 
+@shortened
 def stack_module_state(models: Sequence[Module]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Stack the parameters and buffers of equal models along a new first axis.
 

@@ -11,6 +11,7 @@ from jax.typing import ArrayLike
 
 from statefulnn.core.baked_in import probing
 from statefulnn.core.errors import TraceLeakError
+from statefulnn.core.tracebacks import shortened
 from statefulnn.transforms import refusals
 from statefulnn.transforms.lift import SplitCall, Writes, several_unbound
 from statefulnn.transforms.scan import Loop, scan
@@ -18,6 +19,7 @@ from statefulnn.transforms.types import PyTree
 from statefulnn.transforms.vmap import vmap
 
 
+@shortened
 def while_loop(cond_fun: Callable, body_fun: Callable, init_val: PyTree) -> PyTree:
     """Run ``val = body_fun(val)`` while ``cond_fun(val)``, as ``jax.lax.while_loop``, with modules.
 
@@ -55,6 +57,7 @@ def while_loop(cond_fun: Callable, body_fun: Callable, init_val: PyTree) -> PyTr
     return loop.finish(state)[0]
 
 
+@shortened
 def fori_loop(
     lower: ArrayLike,
     upper: ArrayLike,
@@ -100,6 +103,7 @@ def fori_loop(
     return loop.finish(jax.lax.fori_loop(lower, upper, step, loop.start, unroll=unroll))[0]
 
 
+@shortened
 def map(f: Callable, xs: PyTree, *, batch_size: int | None = None) -> PyTree:
     """Call a function on each slice of `xs`, one after the other, as ``jax.lax.map``, with modules.
 
@@ -176,6 +180,7 @@ class _Part(NamedTuple):
         return jax.tree.map(joined, out), writes
 
 
+@shortened
 def associative_scan(fn: Callable, elems: PyTree, reverse: bool = False, axis: int = 0) -> PyTree:
     """Combine elements along an axis with an associative function, as ``jax.lax.associative_scan``.
 
