@@ -8,6 +8,7 @@ package called; what it was caused by loses them too. ``STATEFULNN_TRACEBACK=ful
 from __future__ import annotations
 
 import functools
+import inspect
 import opcode
 import os
 from collections.abc import Callable
@@ -22,7 +23,7 @@ from statefulnn.core.errors import StatefulnnError, explain
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 _PACKAGE = os.path.dirname(os.path.dirname(__file__)) + os.sep
-_JAX = os.path.dirname(jax.__file__) + os.sep
+_JAX = os.path.dirname(inspect.getfile(jax)) + os.sep
 _OF_JAX = "For simplicity, JAX has removed its internal frames"
 _HIDDEN = (
     "STATEFULNN_TRACEBACK=full shows the frames of statefulnn, JAX_TRACEBACK_FILTERING=off those of "

@@ -28,7 +28,7 @@ from statefulnn.core.ownership import Scope
 from statefulnn.core.parameter import Parameter
 from statefulnn.core.plan import build_plan, plan_of
 from statefulnn.core.state_dict import _dtype_kind as dtype_kind
-from statefulnn.core.tracebacks import shorten, shortened
+from statefulnn.core.tracebacks import shortened
 from statefulnn.transforms import refusals
 from statefulnn.transforms.lift import check_structure
 from statefulnn.transforms.types import PyTree, R
@@ -319,6 +319,20 @@ def _rebuilt(module: Module, method: str, mutable: bool) -> Callable:
     return functionalize(module, method=method, mutable=mutable)[0]
 
 
+# One object each: it is part of what tells functions apart.
+_PARAMETERS = {
+    False: inspect.signature(lambda params, /, *inputs, rng=None, **kwargs: None),
+    True: inspect.signature(lambda params, state, /, *inputs, rng=None, **kwargs: None),
+}
+
+
+def _as_method(function: Callable, method: Callable, mutable: bool) -> Callable:
+    """Return a pure function that JAX's messages name as the method, with its own parameters."""
+    told = shortened(function)
+    told.__dict__.update(__wrapped__=method, __signature__=_PARAMETERS[mutable])
+    return told
+
+
 def _pure_function(moduledef: ModuleDef, own: list[Any], method: str, mutable: bool) -> Callable:
     """Return a method of a module as a pure function, see `functionalize`.
 
@@ -358,11 +372,7 @@ def _pure_function(moduledef: ModuleDef, own: list[Any], method: str, mutable: b
         ) -> tuple[PyTree, dict[str, Any]]:
             need = (("params", params, wanted_params), ("state", state, wanted_state))
             given = {**params, **state} if isinstance(state, Mapping) else params
-            try:
-                out, after = call(given, need, inputs, rng, kwargs)
-            except Exception as error:
-                shorten(error)
-                raise
+            out, after = call(given, need, inputs, rng, kwargs)
             return out, _by_name(moduledef, after, ("buffer", "frozen"))
 
         function: Callable = stateful
@@ -375,12 +385,7 @@ def _pure_function(moduledef: ModuleDef, own: list[Any], method: str, mutable: b
             rng: Randomness = None,
             **kwargs: PyTree,
         ) -> PyTree:
-            need = (("params", params, wanted_params),)
-            try:
-                return call(params, need, inputs, rng, kwargs)[0]
-            except Exception as error:
-                shorten(error)
-                raise
+            return call(params, (("params", params, wanted_params),), inputs, rng, kwargs)[0]
 
         function = pure
 
@@ -388,13 +393,7 @@ def _pure_function(moduledef: ModuleDef, own: list[Any], method: str, mutable: b
         twin = merge(moduledef, own).train(training)
         return _pure_function(plan_of(twin).moduledef, own, method, mutable)
 
-    # JAX's messages are about the user's forward, with the parameters of this function.
-    own_signature = inspect.signature(function)
-    function.__wrapped__, function.__signature__ = (
-        getattr(moduledef.nodes[0].cls, method),
-        own_signature,
-    )
-    fn = PureFunction(function)
+    fn = PureFunction(_as_method(function, getattr(moduledef.nodes[0].cls, method), mutable))
     fn._made_of = (moduledef, own, method, mutable)
     name, doc = f"{type_name}.{method}", f"{type_name}.{method} as a pure function {signature}."
     training = next(value for name, value, _ in moduledef.nodes[0].values if name == "training")
