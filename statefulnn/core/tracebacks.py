@@ -7,6 +7,7 @@ package called; what it was caused by loses them too. ``STATEFULNN_TRACEBACK=ful
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import opcode
@@ -56,42 +57,61 @@ def shorten(error: Exception) -> None:
 
     Where calls are many, that costs nothing until there is an error: a `shortened` function costs a frame.
     """
-    mode = os.environ.get("STATEFULNN_TRACEBACK") or "short"
-    if mode not in ("short", "full"):
-        _note(error, _UNKNOWN)
-    # JAX shows frames of its own if it is told to: then they are all wanted.
-    if mode != "short" or jax.config.jax_traceback_filtering in ("off", "remove_frames"):
-        return
-    todo: list[BaseException | None] = [error]
-    seen: set[int] = set()
-    while todo:
-        one = todo.pop()
-        if one is not None and id(one) not in seen:
-            seen.add(id(one))
-            todo += [one.__cause__, one.__context__]
-            _shorten_one(one)
+    # Without room for a call, the boundaries further out do it.
+    with contextlib.suppress(RecursionError):
+        mode = os.environ.get("STATEFULNN_TRACEBACK") or "short"
+        if mode not in ("short", "full"):
+            _note(error, _UNKNOWN)
+        # Who is shown the frames of JAX, wants all.
+        of_jax = getattr(jax.config, "jax_traceback_filtering", None)
+        if mode == "short" and of_jax not in ("off", "remove_frames"):
+            _shorten_last(error)
+            _shorten_earlier(error)
 
 
-def _shorten_one(error: BaseException) -> None:
+def _shorten_last(error: Exception) -> None:
     own, kept = _without_own(error.__traceback__)
-    texts = [a for a in error.args if isinstance(a, str)]
-    explained = isinstance(error, StatefulnnError) or any(_EXPLAINED in text for text in texts)
     # An error without an explanation in the package may be a mistake there: its last frame tells where.
-    if own is not None and not explained:
+    if own is not None and not _explained(error):
         kept.append(own)
-    last = kept[-1] if kept else None
-    shown = None
-    for entry in reversed(kept):
-        shown = TracebackType(shown, entry.tb_frame, entry.tb_lasti, entry.tb_lineno)
-    error.with_traceback(shown)
-    notes = getattr(error, "__notes__", None)
-    of_jax = [note for note in notes or () if _OF_JAX in note]
+    _show(error, kept)
+    notes = getattr(error, "__notes__", [])
+    of_jax = [note for note in notes if _OF_JAX in note]
     for note in of_jax:
         notes.remove(note)
     # Whoever wrote `raise` has said what he wants to say.
-    on_purpose = last is not None and last.tb_frame.f_code.co_code[last.tb_lasti] == _RAISE
-    if (of_jax or own is not None) and not explained and not on_purpose:
+    on_purpose = kept and kept[-1].tb_frame.f_code.co_code[kept[-1].tb_lasti] == _RAISE
+    if (of_jax or own is not None) and not _explained(error) and not on_purpose:
         _note(error, _HIDDEN)
+
+
+def _shorten_earlier(error: BaseException) -> None:
+    """Shorten the errors that an error came from."""
+    todo, seen = [error], {id(error)}
+    while todo:
+        later = todo.pop()
+        for earlier in (later.__cause__, later.__context__):
+            if earlier is None or id(earlier) in seen:
+                continue
+            seen.add(id(earlier))
+            todo.append(earlier)
+            _, kept = _without_own(earlier.__traceback__)
+            _show(earlier, kept)
+            # An explanation stands for what the package met by itself.
+            if earlier is not later.__cause__ and not kept and _explained(later):
+                later.__suppress_context__ = True
+
+
+def _explained(error: BaseException) -> bool:
+    texts = [text for text in error.args if isinstance(text, str)]
+    return isinstance(error, StatefulnnError) or any(_EXPLAINED in text for text in texts)
+
+
+def _show(error: BaseException, entries: list[TracebackType]) -> None:
+    shown = None
+    for entry in reversed(entries):
+        shown = TracebackType(shown, entry.tb_frame, entry.tb_lasti, entry.tb_lineno)
+    error.with_traceback(shown)
 
 
 def _without_own(entry: TracebackType | None) -> tuple[TracebackType | None, list[TracebackType]]:

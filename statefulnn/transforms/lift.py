@@ -403,8 +403,8 @@ def several_unbound(functions: Sequence[Callable]) -> tuple[list[Callable], tupl
             owner = owners[number]
             return function(*args) if owner is None else function(owner, *args)
 
-        is_module = function is call_module
-        call.__wrapped__ = type(pairs[number][1]).forward if is_module else function
+        forward = getattr(type(owners[number]), "forward", function)
+        call.__wrapped__ = forward if function is call_module else function
         return call
 
     owners = tuple(owner for _, owner in pairs)

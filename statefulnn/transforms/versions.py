@@ -390,8 +390,8 @@ class Donation:
                 rename(error, traced, lambda: self._labels(source_of(traced)))
                 raise
 
-        own = inspect.signature(donating)
-        functools.update_wrapper(donating, traced, updated=()).__signature__ = own
+        own = {"__signature__": inspect.signature(donating)}
+        functools.update_wrapper(donating, traced, updated=()).__dict__.update(own)
         jitted = jax.jit(donating, donate_argnums=0, **for_jax)
 
         def call(leaves: list[jax.Array], dynamic: list[ArrayLike]) -> Any:
