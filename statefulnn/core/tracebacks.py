@@ -131,5 +131,7 @@ def _without_own(entry: TracebackType | None) -> tuple[TracebackType | None, lis
 
 
 def _note(error: BaseException, text: str) -> None:
-    if text not in getattr(error, "__notes__", ()):
-        error.add_note(text)
+    # A class may refuse notes: they are a courtesy.
+    with contextlib.suppress(Exception):
+        if text not in getattr(error, "__notes__", ()):
+            error.add_note(text)
