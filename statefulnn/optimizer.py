@@ -26,6 +26,7 @@ from statefulnn.core.extras import import_extra
 from statefulnn.core.module import Module, Ref, find_box, place_box
 from statefulnn.core.parameter import Buffer, Parameter
 from statefulnn.core.plan import plan_of
+from statefulnn.core.tracebacks import shortened
 from statefulnn.transforms.jit import jit
 
 # Static attributes compare by identity unless they are known types: equal treedefs are made one object,
@@ -154,6 +155,7 @@ class Optimizer(Module):
         leaves = [next(constants) if b is None else b.value for b in self._boxes()]
         return jax.tree_util.tree_unflatten(self._treedef, leaves)
 
+    @shortened
     def step(self, grads: Mapping[str, Any], **extra: Any) -> None:
         """Update the parameters and the slots in place.
 

@@ -72,6 +72,7 @@ from statefulnn.core.registry import (
 )
 from statefulnn.core.stamps import Stamp, clock
 from statefulnn.core.static_keys import hidden_member, refuse_hidden
+from statefulnn.core.tracebacks import shorten, shortened
 from statefulnn.core.uninitialized import is_lazy
 from statefulnn.core.walk import (
     CALL,
@@ -241,6 +242,7 @@ class Module(ModuleBase):
             if clock.baked_in:
                 BakedIn.trace_failed()
             _locate(error, self)
+            shorten(error)
             raise
 
     def _path(self) -> tuple[str, ...]:
@@ -893,6 +895,7 @@ class Module(ModuleBase):
         """
         return _state_dict.state_dict(self, destination, prefix, keep_vars)
 
+    @shortened
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
     ) -> _state_dict.IncompatibleKeys:

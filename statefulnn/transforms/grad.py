@@ -9,6 +9,7 @@ from typing import Any, Literal, TypeVar, overload
 import jax
 
 from statefulnn.core.failures import typed_failures
+from statefulnn.core.tracebacks import shortened
 from statefulnn.transforms.differentiate import Differentiation, real_scalar
 from statefulnn.transforms.types import P, R
 
@@ -64,6 +65,7 @@ def value_and_grad(
     if fun is None:
         return functools.partial(value_and_grad, argnums=argnums, has_aux=has_aux)
 
+    @shortened
     @functools.wraps(fun)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         call = Differentiation(fun, args, kwargs, argnums, has_aux, real_scalar(fun))
@@ -113,6 +115,7 @@ def grad(
         return functools.partial(grad, argnums=argnums, has_aux=has_aux)
     both = value_and_grad(fun, argnums, has_aux)
 
+    @shortened
     @functools.wraps(fun)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         value, grads = both(*args, **kwargs)
