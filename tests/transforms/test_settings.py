@@ -13,6 +13,7 @@ import torch
 
 import statefulnn as nn
 from statefulnn.attention import SDPBackend, sdpa_kernel
+from statefulnn.core.construction import settings
 from statefulnn.core.stamps import clock
 
 
