@@ -9,9 +9,9 @@ from __future__ import annotations
 import ast
 import base64
 import json
-import os
 import posixpath
 import re
+import textwrap
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,7 +24,8 @@ from mkdocs.structure.pages import Page
 ROOT = Path(__file__).resolve().parents[2]
 REPOSITORY = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]["Repository"]
 
-LINK = re.compile(r"(?<=\]\()\s*(?![a-z]+:|#)([^)#\s]+)(?=[)#])")
+# A link to a file; what stands in a block of code is none.
+LINK = re.compile(r"^( *```).*?^\1|(?<=\]\()\s*(?![a-z]+:|#)([^)#\s]+)(?=[)#])", re.M | re.S)
 FENCE = re.compile(r"^( *)```python[^\n]*\n(?=( *>>>)?)", re.M)
 BADGE = re.compile(r"\[!\[[^]]*\]\([^)]*\)\]\(([^)]*)\)")
 CODE = re.compile(r"<(a|h[1-6]|pre)\b.*?</\1>|<code>((?:nn|F)(?:\.\w+)+)(?:\(\))?</code>", re.S)
@@ -80,13 +81,15 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     source = SOURCES.get(here)
 
     def moved(match: re.Match[str]) -> str:
-        target = posixpath.normpath(posixpath.join(posixpath.dirname(source), match[1]))
+        if not match[2]:
+            return match[0]
+        target = posixpath.normpath(posixpath.join(posixpath.dirname(source), match[2]))
         if target in PAGES:
             return posixpath.relpath(PAGES[target], posixpath.dirname(here) or ".")
         if target.startswith("docs/") and (ROOT / target).is_file():
             return posixpath.relpath(target, posixpath.join("docs", posixpath.dirname(here)))
         kind = "tree" if (ROOT / target).is_dir() else "blob"
-        return f"{REPOSITORY}/{kind}/main/{target}" if (ROOT / target).exists() else match[1]
+        return f"{REPOSITORY}/{kind}/main/{target}" if (ROOT / target).exists() else match[2]
 
     if source:
         markdown = LINK.sub(moved, markdown)
@@ -133,9 +136,10 @@ def tutorial(page: str, source: str) -> Iterator[tuple[str, str | bytes]]:
 def described(source: str) -> tuple[str, str]:
     """Return the first sentence of a file's docstring, and the rest."""
     doc = ast.get_docstring(ast.parse((ROOT / source).read_text())) or ""
-    title, _, rest = doc.partition("\n\n")
-    commands = re.compile(r"^(?: {4})?(?=python examples/)", re.M)
-    return title.replace("\n", " "), commands.sub("    ", rest)
+    title, *paragraphs = doc.split("\n\n")
+    code = re.compile(r"(    |python examples/)")
+    shown = [f"```text\n{textwrap.dedent(p)}\n```" if code.match(p) else p for p in paragraphs]
+    return title.replace("\n", " "), "\n\n".join(shown)
 
 
 def picture_of(source: str) -> str | None:
@@ -176,20 +180,40 @@ def glossary() -> str:
 
 
 def families() -> dict[str, griffe.Module]:
-    """Return the public packages by the name of their page; those that others repeat come first."""
+    """Return what has an `__all__` by the name of its page; those whose names others repeat come first."""
     found: dict[str, griffe.Module] = {}
 
-    def visit(module: griffe.Module, name: str) -> None:
-        found[name] = module
-        for export in module.exports or ():
-            member = module[str(export)]
-            member = member.final_target if member.is_alias else member
-            if member.is_module:
-                visit(member, f"{name}.{export}".removeprefix("statefulnn."))
+    def visit(module: griffe.Module) -> None:
+        if module.exports and not module.name.startswith("_"):
+            path = module.path.removeprefix("statefulnn.").removeprefix("core.")
+            found[path] = module
+        for member in module.modules.values():
+            if not member.is_alias:
+                visit(member)
 
-    visit(package(), "statefulnn")
+    visit(package())
+    del found["compat"]
     first = ("modules", "errors", "functional", "statefulnn")
-    return {name: found[name] for name in (*first, *(n for n in found if n not in first))}
+    return {name: found[name] for name in (*first, *sorted(found.keys() - set(first)))}
+
+
+def names(module: griffe.Module) -> Iterator[tuple[str, griffe.Object, str]]:
+    """Yield the public names of a package, what each stands for, and the path that leads there.
+
+    A submodule may have the name of the function that the package takes from it.
+    """
+    public = {str(name) for name in module.exports or ()} | set(
+        re.findall(r"import (\w+) as \1$", module.source, re.M)
+    )
+    for name in sorted(public, key=str.lower):
+        member = module[name]
+        path = f"{module.path}.{name}"
+        if member.is_module and not member.is_alias and name in module.imports:
+            path = module.imports[name]
+            member = package()[path.removeprefix("statefulnn.")]
+        member = member.final_target if member.is_alias else member
+        if not member.is_module:
+            yield name, member, path
 
 
 _package: list[griffe.Module] = []
@@ -204,28 +228,26 @@ def package() -> griffe.Module:
 
 
 def reference_pages() -> Iterator[tuple[str, str]]:
+    """Yield a page for each public package; what several of them have is shown on the first."""
     shown: dict[str, str] = {}  # the path where an object is defined -> how users write it
-    index = ["# Reference", "| | |\n|---|---|"]
-    top = {str(name) for name in package().exports or ()}
-    for name, module in families().items():
-        prefix = {"statefulnn": "nn", "functional": "F"}.get(name, f"nn.{name}")
+    index = "# Reference\n\nEach public name has an entry, made of its docstring.\n\n| package | what it holds |\n|---|---|\n"
+    top = {name: path for name, _, path in names(package())}
+    for page, module in families().items():
+        prefix = {"statefulnn": "nn", "functional": "F"}.get(page, f"nn.{page}")
         summary = module.docstring.value.partition("\n")[0] if module.docstring else ""
         text = [f"---\ntitle: {prefix}\n---\n\n# {prefix}", summary]
-        for export in sorted(map(str, module.exports or ()), key=str.lower):
-            member = module[export]
-            target = member.final_target if member.is_alias else member
-            known_at_top = name in ("modules", "errors") and export in top
-            path, spelt = (
-                (f"statefulnn.{export}", f"nn.{export}") if known_at_top else (f"{module.path}.{export}", f"{prefix}.{export}")
-            )
-            if target.is_module:
+        for name, member, path in names(module):
+            spelt = f"{prefix}.{name}"
+            if page in ("modules", "errors") and name in top:
+                path, spelt = top[name], f"nn.{name}"
+            if member.path in shown:
+                if shown[member.path] != spelt:
+                    text.append(f"## {spelt}\n\nThis is `{shown[member.path]}`.")
                 continue
-            if target.path in shown:
-                text.append(f"## {spelt}\n\nThis is `{shown[target.path]}`.")
-                continue
-            shown[target.path] = spelt
-            reference[spelt] = f"reference/{name}.html#{path}"
-            text.append(f"::: {path}\n    options:\n      heading: {spelt}\n      toc_label: {export}")
-        index.append(f"| [`{prefix}`]({name}.md) | {summary} |")
-        yield f"reference/{name}.md", "\n\n".join(text) + "\n"
-    yield "reference/index.md", "\n\n".join(index[:1]) + "\n\n" + "\n".join(index[1:]) + "\n"
+            shown[member.path] = spelt
+            reference[spelt] = f"reference/{page}.html#{path}"
+            options = f"options: {{heading: {spelt}, toc_label: {name}}}"
+            text.append(f"::: {path}\n    {options}")
+        index += f"| [`{prefix}`]({page}.md) | {summary} |\n"
+        yield f"reference/{page}.md", "\n\n".join(text) + "\n"
+    yield "reference/index.md", index
