@@ -184,7 +184,7 @@ def families() -> dict[str, griffe.Module]:
     found: dict[str, griffe.Module] = {}
 
     def visit(module: griffe.Module) -> None:
-        if module.exports and not module.name.startswith("_"):
+        if "listing" in module.imports:  # what makes `dir` show `__all__`: a package that users see
             path = module.path.removeprefix("statefulnn.").removeprefix("core.")
             found[path] = module
         for member in module.modules.values():
@@ -192,8 +192,7 @@ def families() -> dict[str, griffe.Module]:
                 visit(member)
 
     visit(package())
-    del found["compat"]
-    first = ("modules", "errors", "functional", "statefulnn")
+    first = ("modules", "errors", "statefulnn", "functional")
     return {name: found[name] for name in (*first, *sorted(found.keys() - set(first)))}
 
 
