@@ -55,7 +55,9 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
         if "Examples" in entry:
             entry["Examples"] += sorted(p for p in SOURCES if p.startswith("examples/"))
         if "Reference" in entry:
-            entry["Reference"] += [f"reference/{name}.md" for name in families()]
+            first = ["statefulnn", "modules", "functional"]
+            rest = [name for name in families() if name not in first]
+            entry["Reference"] += [f"reference/{name}.md" for name in first + rest]
     return config
 
 
@@ -121,7 +123,8 @@ def tutorial(page: str, source: str) -> Iterator[tuple[str, str | bytes]]:
         text.append(code if cell["cell_type"] == "markdown" else f"```python\n{code}\n```")
         for output in cell.get("outputs", ()):
             if output["output_type"] == "stream":
-                text.append(f"```{{.text .output}}\n{''.join(output['text']).rstrip()}\n```")
+                shown = re.sub(r"^.*\r", "", "".join(output["text"]), flags=re.M)
+                text.append(f"```{{.text .output}}\n{shown.rstrip()}\n```")
             elif "image/png" in output["data"]:
                 picture = f"{page.removesuffix('.md')}-{len(text)}.png"
                 alternative = "".join(output["data"]["text/plain"]).strip("<>")
@@ -171,7 +174,7 @@ def glossary() -> str:
     """Return the terms of design.md, each under a heading of its own."""
     table = (ROOT / "docs/design.md").read_text().partition("## Terms")[2].partition("\n## ")[0]
     rows = re.findall(r"^\| \*\*(.+?)\*\* \| (.+) \|$", table, re.M)
-    terms = [f"## {term}\n\n{meaning[0].upper()}{meaning[1:]}." for term, meaning in sorted(rows, key=str)]
+    terms = [f"## {term}\n\n{meaning[0].upper()}{meaning[1:]}." for term, meaning in sorted(rows, key=lambda row: row[0].lower())]
     intro = "These words have one meaning in the code, the errors and the pages. They come from [Design](design.md#terms)."
     return "\n\n".join(["# Glossary", intro, *terms]) + "\n"
 
