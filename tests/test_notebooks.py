@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import re
+import tomllib
 from pathlib import Path
 
 import jax
@@ -77,9 +78,22 @@ def test_a_run_prints_and_draws_what_is_stored(notebook, tmp_path, monkeypatch):
             assert len(shown) == pictures(cell), f"cell {number} draws {len(shown)}"
 
 
+def prose(notebook: Path) -> str:
+    cells = json.loads(notebook.read_text())["cells"]
+    return "\n\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "markdown")
+
+
+@pages
+def test_colab_opens_the_notebook_and_installs_from_the_repository(notebook):
+    repository = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]["Repository"]
+    path = f"{repository.removeprefix('https://')}/blob/main/notebooks/{notebook.name}"
+    path = path.replace("github.com", "github", 1)
+    assert f"(https://colab.research.google.com/{path})" in prose(notebook)
+    assert f" @ git+{repository}\"" in "".join(code_cells(notebook)[0]["source"])
+
+
 @pages
 def test_links_lead_somewhere(notebook):
-    cells = json.loads(notebook.read_text())["cells"]
-    text = "".join("".join(c["source"]) for c in cells if c["cell_type"] == "markdown")
+    text = prose(notebook)
     for target in re.findall(r"\]\((?!https?:|#)([^)#\s]+)", text):
         assert (notebook.parent / target).exists(), target
