@@ -85,11 +85,12 @@ def prose(notebook: Path) -> str:
 
 @pages
 def test_colab_opens_the_notebook_and_installs_from_the_repository(notebook):
-    repository = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]["Repository"]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    repository = project["urls"]["Repository"]
     path = f"{repository.removeprefix('https://')}/blob/main/notebooks/{notebook.name}"
     path = path.replace("github.com", "github", 1)
     assert f"(https://colab.research.google.com/{path})" in prose(notebook)
-    assert f" @ git+{repository}\"" in "".join(code_cells(notebook)[0]["source"])
+    assert f' @ git+{repository}"' in "".join(code_cells(notebook)[0]["source"])
 
 
 @pages

@@ -1,4 +1,4 @@
-"""What the site shows beside the pages of docs/: made here, when it is built, out of what the repository holds.
+"""What the site shows beside the pages of docs/, made from the repository when the site is built.
 
 mkdocs calls the functions ``on_...`` in turn. Pages keep links that work on GitHub, from file to file of the
 repository; here they become links from page to page, or to the file in the repository.
@@ -27,7 +27,7 @@ REPOSITORY = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["ur
 # A link to a file; what stands in a block of code is none.
 LINK = re.compile(r"^( *```).*?^\1|(?<=\]\()\s*(?![a-z]+:|#)([^)#\s]+)(?=[)#])", re.M | re.S)
 FENCE = re.compile(r"^( *)```python[^\n]*\n(?=( *>>>)?)", re.M)
-BADGE = re.compile(r"\[!\[[^]]*\]\([^)]*\)\]\(([^)]*)\)")
+BADGE = re.compile(r"\[!\[[^]]*\]\([^)]*\)\]\((https://colab[^)]*)\)")
 CODE = re.compile(r"<(a|h[1-6]|pre)\b.*?</\1>|<code>((?:nn|F)(?:\.\w+)+)(?:\(\))?</code>", re.S)
 
 # Page of the site -> file of the repository that it shows.
@@ -43,7 +43,8 @@ SOURCES = {
 }  # fmt: skip
 PAGES = {source: page for page, source in SOURCES.items()}
 
-reference: dict[str, str] = {}  # `nn.Linear` -> its address, reference/modules.html#statefulnn.Linear
+# `nn.Linear` -> its address, reference/modules.html#statefulnn.Linear
+reference: dict[str, str] = {}
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
@@ -51,7 +52,7 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
     config.extra["social"] = [
         {"icon": "fontawesome/brands/github", "link": REPOSITORY, "name": "the repository"}
     ]
-    for entry in config.nav:
+    for entry in config.nav or ():
         if "Examples" in entry:
             entry["Examples"] += sorted(p for p in SOURCES if p.startswith("examples/"))
         if "Reference" in entry:
@@ -80,7 +81,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Turn links between files of the repository into links between pages."""
     here = page.file.src_uri
-    source = SOURCES.get(here)
+    source = SOURCES.get(here, "")
 
     def moved(match: re.Match[str]) -> str:
         if not match[2]:
@@ -161,7 +162,8 @@ def example(source: str) -> str:
 
 
 def gallery() -> str:
-    cards = ["# Examples", "Each is a program to run and to change.", '<div class="grid cards" markdown>']
+    cards = ["# Examples\n\nEach is a program to run and to change."]
+    cards.append('<div class="grid cards" markdown>')
     for page, source in sorted(SOURCES.items()):
         if page.startswith("examples/"):
             name, picture = posixpath.basename(page), picture_of(source)
@@ -174,8 +176,9 @@ def glossary() -> str:
     """Return the terms of design.md, each under a heading of its own."""
     table = (ROOT / "docs/design.md").read_text().partition("## Terms")[2].partition("\n## ")[0]
     rows = re.findall(r"^\| \*\*(.+?)\*\* \| (.+) \|$", table, re.M)
-    terms = [f"## {term}\n\n{meaning[0].upper()}{meaning[1:]}." for term, meaning in sorted(rows, key=lambda row: row[0].lower())]
-    intro = "These words have one meaning in the code, the errors and the pages. They come from [Design](design.md#terms)."
+    rows.sort(key=lambda row: row[0].lower())
+    terms = [f"## {term}\n\n{meaning[0].upper()}{meaning[1:]}." for term, meaning in rows]
+    intro = "The code, the errors and the pages use these words of [Design](design.md#terms)."
     return "\n\n".join(["# Glossary", intro, *terms]) + "\n"
 
 
@@ -232,7 +235,8 @@ def package() -> griffe.Module:
 def reference_pages() -> Iterator[tuple[str, str]]:
     """Yield a page for each public package; what several of them have is shown on the first."""
     shown: dict[str, str] = {}  # the path where an object is defined -> how users write it
-    index = "# Reference\n\nEach public name has an entry, made of its docstring.\n\n| package | what it holds |\n|---|---|\n"
+    index = "# Reference\n\nEach public name has an entry, made of its docstring.\n\n"
+    index += "| package | what it holds |\n|---|---|\n"
     top = {name: path for name, _, path in names(package())}
     for page, module in families().items():
         prefix = {"statefulnn": "nn", "functional": "F"}.get(page, f"nn.{page}")

@@ -1,4 +1,4 @@
-"""The documentation site is built without a warning, opens in a browser, and leads nowhere that is not there."""
+"""The documentation site is built without a warning, fits its window, and has no dead links."""
 
 from __future__ import annotations
 
@@ -51,6 +51,10 @@ def test_every_page_fits_its_window_and_loads_nothing_from_elsewhere(page, site,
         opened.page.goto(path.as_uri())
         wide = opened.evaluate("document.documentElement.scrollWidth - window.innerWidth")
         assert wide <= 0, f"{path.relative_to(site)} is {wide} pixels too wide"
+        broken = opened.evaluate(
+            "[...document.images].filter(i => i.complete && !i.naturalWidth).map(i => i.src)"
+        )
+        assert not broken, f"{path.relative_to(site)}: {broken}"
         # The next page cuts requests of this one short; that is no failure where the file is there.
         errors = [e for e in opened.errors if not Path(e.removeprefix("failed: file:")).is_file()]
         assert not errors, f"{path.relative_to(site)}: {errors}"
@@ -68,6 +72,13 @@ def test_the_search_finds_a_layer(page, site, width):
     result.click()
     opened.page.wait_for_url("**/reference/modules.html*")
     assert not opened.errors
+
+
+def test_the_gallery_shows_the_picture_of_each_example_that_draws_one(page, site):
+    opened = page(site / "examples" / "index.html")
+    shown = opened.evaluate("[...document.querySelectorAll('.cards img')].map(i => i.src)")
+    drawn = {p.stem for p in ROOT.glob("examples/*.py") if ".savefig(" in p.read_text()}
+    assert {Path(url).stem for url in shown} == drawn
 
 
 def test_dark_pages_are_dark(page, site):
