@@ -29,6 +29,7 @@ demo: $(VENV)/.stamp-demo  ## train two models and time the compiled step (3 min
 
 test: $(VENV)/.stamp-test  ## all tests but the long ones, with the code in README, docs and docstrings
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	@echo "the long tests are apart: make test-long"
 
 test-long: $(VENV)/.stamp-test  ## the long tests: examples at full length, and what is left out to be quick
 	$(BIN)/python -m pytest -m long

@@ -242,6 +242,7 @@ def reference_pages() -> Iterator[tuple[str, str]]:
         prefix = {"statefulnn": "nn", "functional": "F"}.get(page, f"nn.{page}")
         summary = module.docstring.value.partition("\n")[0] if module.docstring else ""
         text = [f"---\ntitle: {prefix}\n---\n\n# {prefix}", summary]
+        reference[prefix] = f"reference/{page}.html"
         for name, member, path in names(module):
             spelt = f"{prefix}.{name}"
             if page in ("modules", "errors") and name in top:
