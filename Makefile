@@ -14,7 +14,7 @@ PYTEST_ARGS ?= -n 2 --dist worksteal
 EVERY_NTH ?= 60
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-newest test-long docs-test lint format types bench clean
+.PHONY: help demo test test-newest test-long docs docs-test lint format types bench clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 14
@@ -27,10 +27,11 @@ test test-newest test-long docs-test: export JAX_PERSISTENT_CACHE_MIN_COMPILE_TI
 demo: $(VENV)/.stamp-demo  ## train two models and time the compiled step (3 minutes)
 	$(BIN)/python examples/demo.py
 
-test: $(VENV)/.stamp-test  ## all tests, the code in README, docs and docstrings included
+test: $(VENV)/.stamp-test  ## all tests but the long ones, with the code in README, docs and docstrings
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	@echo "the long tests are apart: make test-long"
 
-test-long: $(VENV)/.stamp-test  ## the full-length versions of the examples
+test-long: $(VENV)/.stamp-test  ## the long tests: examples at full length, and what is left out to be quick
 	$(BIN)/python -m pytest -m long
 
 docs-test: $(VENV)/.stamp-test  ## only the code in README, docs and docstrings
@@ -44,6 +45,10 @@ test-newest:  ## a sample of all tests on the newest JAX, in a second environmen
 	else \
 	  echo "test-newest skipped: the newest JAX needs Python 3.12 or newer, and none was found"; \
 	fi
+
+docs: $(VENV)/.stamp-docs  ## the documentation site, into out/site; a warning or a broken link is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "open $(CURDIR)/out/site/index.html"
 
 lint: $(VENV)/.stamp-test  ## ruff: lint and format
 	$(BIN)/ruff check .
@@ -68,10 +73,10 @@ $(BIN)/python: .ci/find-python
 	$$(.ci/find-python oldest) -m venv $(VENV)
 	@touch $@
 
-$(VENV)/.stamp-demo $(VENV)/.stamp-test $(VENV)/.stamp-bench: $(VENV)/.stamp-%: \
+$(VENV)/.stamp-demo $(VENV)/.stamp-test $(VENV)/.stamp-docs $(VENV)/.stamp-bench: $(VENV)/.stamp-%: \
 		$(BIN)/python pyproject.toml requirements/oldest.txt
 	@echo "installing into $(VENV) ($*)"
-	@extras=$$(case $* in demo) echo examples;; test) echo dev,examples,reference;; bench) echo bench;; esac); \
+	@extras=$$(case $* in demo) echo examples;; docs) echo docs;; test) echo dev,docs,examples,reference;; bench) echo bench;; esac); \
 	constraint=$$($(BIN)/python -c 'import sys; sys.version_info[:2] == (3, 11) and print("-c requirements/oldest.txt")'); \
 	$(BIN)/pip install $(PIP_FLAGS) $$constraint -e ".[$$extras]"
 	@touch $@
@@ -79,5 +84,5 @@ $(VENV)/.stamp-demo $(VENV)/.stamp-test $(VENV)/.stamp-bench: $(VENV)/.stamp-%: 
 $(NEWEST)/.stamp-test: pyproject.toml
 	$$(.ci/find-python newest) -m venv $(NEWEST)
 	@echo "installing into $(NEWEST)"
-	@$(NEWEST)/bin/pip install $(PIP_FLAGS) --upgrade -e ".[dev,examples,reference]"
+	@$(NEWEST)/bin/pip install $(PIP_FLAGS) --upgrade -e ".[dev,docs,examples,reference]"
 	@touch $@

@@ -113,7 +113,7 @@ def ggn(
         a symmetric `LinearOperator`, ``(P, P)``.
 
     Raises:
-        as `hessian`.
+        StatefulnnError: as `hessian`.
 
     Source: Schraudolph 2002, "Fast curvature matrix-vector products for second-order gradient descent".
 
@@ -152,7 +152,7 @@ def empirical_fisher(
         a symmetric `LinearOperator`, ``(P, P)``.
 
     Raises:
-        as `hessian`.
+        StatefulnnError: as `hessian`.
 
     Source: Kunstner, Balles, Hennig 2019, "Limitations of the Empirical Fisher Approximation",
     https://arxiv.org/abs/1905.12558.
@@ -198,7 +198,8 @@ def fisher(
         a symmetric `LinearOperator`, ``(P, P)``.
 
     Raises:
-        as `hessian`; ValueError: for an unknown likelihood, or `samples` below 1.
+        StatefulnnError: as `hessian`.
+        ValueError: for an unknown likelihood, or `samples` below 1.
 
     Source: Amari 1998, "Natural gradient works efficiently in learning"; Martens 2020, "New Insights and
     Perspectives on the Natural Gradient Method", https://arxiv.org/abs/1412.1193.
@@ -237,7 +238,7 @@ def jacobian(
         batches; ``A.T`` takes such arrays.
 
     Raises:
-        as `hessian`.
+        StatefulnnError: as `hessian`.
 
     Example:
         >>> J = nn.curvature.jacobian(nn.Linear(2, 1), jnp.array([[1.0, 2.0], [3.0, 4.0]]))
@@ -265,7 +266,7 @@ def tangent_kernel(
         a symmetric `LinearOperator`, ``(N C, N C)``, of arrays like the outputs, ``(N, C)``.
 
     Raises:
-        as `hessian`.
+        StatefulnnError: as `hessian`.
 
     Source: Jacot, Gabriel, Hongler 2018, https://arxiv.org/abs/1806.07572.
 
