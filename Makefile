@@ -14,7 +14,7 @@ PYTEST_ARGS ?= -n 2 --dist worksteal
 EVERY_NTH ?= 60
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-newest test-long docs docs-test lint format types bench clean
+.PHONY: help demo test test-newest test-long docs docs-test lint format types wheel bench clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 14
@@ -49,6 +49,9 @@ test-newest:  ## a sample of all tests on the newest JAX, in a second environmen
 docs: $(VENV)/.stamp-docs  ## the documentation site, into out/site; a warning or a broken link is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 	@echo "open $(CURDIR)/out/site/index.html"
+
+wheel: $(VENV)/.stamp-test  ## what is published: built, checked, tried in new environments (EXTRAS=all for each)
+	$(BIN)/python .ci/check_wheel.py $(EXTRAS)
 
 lint: $(VENV)/.stamp-test  ## ruff: lint and format
 	$(BIN)/ruff check .

@@ -234,10 +234,9 @@ def test_runtime_dependencies_are_jax_jaxlib_and_numpy():
     assert third_party <= {"jax", "jaxlib", "numpy", "optax", "statefulnn", "tqdm", *LIBRARIES}
 
 
-def test_version_is_the_one_of_the_project_file_and_the_changelog():
-    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
-    assert nn.__version__ == version
-    assert f"## {version}" in (ROOT / "CHANGELOG.md").read_text()
+def test_version_is_the_one_that_is_cited_and_has_an_entry_in_the_changelog():
+    assert f"\nversion: {nn.__version__}\n" in (ROOT / "CITATION.cff").read_text()
+    assert f"\n## {nn.__version__}\n" in (ROOT / "CHANGELOG.md").read_text()
 
 
 def test_wheel_holds_the_package_its_type_marker_and_the_licence(tmp_path):
