@@ -198,6 +198,7 @@ def classifier():
     return fn, train(params), x, jnp.asarray(y)
 
 
+@pytest.mark.long
 def test_probabilities_grow_less_certain_than_those_of_the_network():
     fn, params, x, y = classifier()
     posterior = Laplace.fit((fn, params), x, y, likelihood="classification", prior_precision=0.1)
@@ -307,6 +308,7 @@ def test_frozen_parameters_are_not_random():
     np.testing.assert_allclose(posterior.eigenvalues, [4.0], rtol=1e-6)
 
 
+@pytest.mark.long
 def test_half_precision_models_have_a_posterior_in_float32():
     model = nn.Linear(2, 3, dtype=jnp.bfloat16)
     x = jnp.asarray(np.random.randn(6, 2), jnp.bfloat16)

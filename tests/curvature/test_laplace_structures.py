@@ -238,6 +238,7 @@ def test_padding_is_no_datum():
             fit(tokens, np.full((6, 3), -100))
 
 
+@pytest.mark.long
 def test_targets_of_a_regression_may_have_the_shape_of_the_outputs():
     with in_float64():
         model, x = nn.Linear(2, 3, dtype=jnp.float64), np.random.randn(5, 4, 2)
@@ -300,6 +301,7 @@ def test_functional_samples_are_the_outputs_of_drawn_parameters_of_a_linear_mode
         np.testing.assert_allclose(got, drawn, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.long
 def test_functional_samples_vary_as_functional_says():
     with in_float64():
         ours, _, x, y = networks("dense")
@@ -382,6 +384,7 @@ def test_what_is_wrong_is_named():
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+@pytest.mark.long
 def test_low_rank_keeps_the_largest_eigenvalues_of_the_dense_matrix():
     with in_float64():
         ours, theirs, x, y = networks("dense")
@@ -433,6 +436,7 @@ def test_a_few_products_find_the_largest_eigenvalues_of_many_parameters():
         )
 
 
+@pytest.mark.long
 def test_a_rank_beyond_the_number_of_parameters_is_the_whole_matrix():
     with in_float64():
         x = np.random.default_rng(0).normal(size=(3, 4))  # three examples: rank 3 of 5
