@@ -19,7 +19,7 @@ from jax.experimental.compilation_cache import compilation_cache
 import statefulnn as nn
 import statefulnn.functional as F
 
-# Most of the tests' time is XLA's, for programs that run once: so it takes less trouble over them, also in the
+# Most of the tests' time is XLA's, for programs that run once: it takes less trouble over them, also in the
 # processes that tests start. A newer JAX need not know these flags: there the sample runs what users run.
 if importlib.metadata.version("jaxlib").startswith("0.10."):
     QUICKLY = "--xla_backend_optimization_level=1 --xla_cpu_use_fusion_emitters=false"
