@@ -10,7 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TypeAlias, TypeVar
 
+import jax.numpy as jnp
+import numpy as np
+
 from statefulnn.core.errors import (
+    ArgumentError,
     DtypeError,
     MissingRngError,
     RegistrationError,
@@ -21,6 +25,7 @@ from statefulnn.core.errors import (
     TraceLeakError,
     UninitializedModuleError,
     UninitializedParameterError,
+    UnknownAttributeError,
     UnknownNameError,
     explain,
     name_of,
@@ -48,6 +53,122 @@ def listed(texts: Sequence[str], shown: int = SHOWN) -> str:
 
 
 # --------------------------------------------------------------------------------------------------
+# Habits of other libraries
+
+
+def name_of_habit(message: str, answer: Reason) -> UnknownAttributeError:
+    return _refusal(UnknownAttributeError, message, *answer)
+
+
+def argument_of_habit(cls: str, method: str, name: str, answer: Reason) -> ArgumentError:
+    what = f"{cls}.{method}() got an unexpected argument {name!r}"
+    return _refusal(ArgumentError, what, *answer)
+
+
+def field_as_argument(cls: str, name: str) -> ArgumentError:
+    return _refusal(
+        ArgumentError,
+        f"{cls}.__init__() got an unexpected keyword argument {name!r}",
+        f"{name!r} is annotated in the class, which makes it no argument",
+        f"def __init__(self, {name}): super().__init__(); self.{name} = {name}",
+    )
+
+
+def array_for_an_option(
+    cls: str, name: str, needed: Sequence[str], inputs: Sequence[str]
+) -> ArgumentError:
+    return _refusal(
+        ArgumentError,
+        f"made nn.{cls} with an array as {name!r}",
+        "a layer is built of its settings first, and called with arrays then",
+        f"nn.{cls}({', '.join(needed)})({', '.join(inputs)})",
+    )
+
+
+def flag_over_method(cls: str, name: str, answer: Reason) -> RegistrationError:
+    return _refusal(RegistrationError, f"assigned {name!r} of {cls} as a flag", *answer)
+
+
+def no_callable(function: str, kind: str, example: str) -> ArgumentError:
+    return _refusal(
+        ArgumentError,
+        f"{function} takes a function or a Module, got {kind}",
+        "it returns another function, which calls the one that it was given",
+        example,
+    )
+
+
+def array_of(value: object, name: str) -> str:
+    """Return the code that makes an array of a value, or says what becomes of it."""
+    library = type(value).__module__.partition(".")[0]
+    if library == "torch" and hasattr(value, "numpy"):
+        cut = ".detach()" if getattr(value, "requires_grad", False) else ""
+        return f"jnp.asarray({name}{cut}.numpy())"
+    if isinstance(value, np.ndarray):  # of objects or texts
+        return f"jnp.asarray({name}.astype(np.float32)), if it holds numbers"
+    return f"jnp.asarray({name})"
+
+
+def no_dtype(given: object) -> ArgumentError:
+    name = str(given).rpartition(".")[2]  # that of torch.float32, for instance
+    known = name if hasattr(getattr(jnp, name, None), "dtype") else "float32"
+    is_device = hasattr(given, "type") and hasattr(given, "index")
+    return _refusal(
+        ArgumentError,
+        f"was given {given!r} as a dtype",
+        "dtypes are those of numpy and JAX, and places are devices of JAX or their names",
+        f'device="{given}"' if is_device else f"dtype=jnp.{known}",
+    )
+
+
+def cast_to_integers(dtype: Dtype) -> ArgumentError:
+    return _refusal(
+        ArgumentError,
+        "nn.Module.to only accepts floating point or complex dtypes, but got desired "
+        f"dtype={dtype}",
+        "parameters of integers cannot be trained",
+        f"model.to(jnp.float32); or model.type(jnp.{dtype}) once its parameters are frozen",
+    )
+
+
+def no_forward(cls: str) -> NotImplementedError:
+    return _refusal(
+        NotImplementedError,
+        f'Module [{cls}] is missing the required "forward" function',
+        "a call of a module is a call of its forward",
+        "def forward(self, x): ...; nn.Sequential(*layers) calls layers one after the other",
+    )
+
+
+def no_size(shape: Sequence[object]) -> ArgumentError:
+    return _refusal(
+        ArgumentError,
+        f"made a parameter of shape {tuple(shape)}",
+        "the sizes of a layer are whole numbers, and n / 2 is none",
+        "n // 2, or int(n)",
+    )
+
+
+def negative_size(shape: Sequence[int]) -> ShapeError:
+    return _refusal(
+        ShapeError,
+        f"made a parameter of shape {tuple(shape)}",
+        "sizes are counted from 0",
+        f"max(0, {min(shape)}), or what the size should have been",
+    )
+
+
+def list_of_parameters() -> ArgumentError:
+    return _refusal(
+        ArgumentError,
+        "passed model.parameters() to a function of trees, such as tx.init of optax",
+        "it yields the parameters one by one, and without their names",
+        "opt = nn.Optimizer(model, tx), which keeps the state of tx; or fn, params = "
+        "nn.functionalize(model), then tx.init(params)",
+    )
+
+
+# --------------------------------------------------------------------------------------------------
 # Arrays and boxes
 
 
@@ -60,12 +181,12 @@ def sequence_for_an_array(kind: str, subject: Subject) -> RegistrationError:
     )
 
 
-def no_array(kind: str, subject: Subject) -> RegistrationError:
+def no_array(value: object, subject: Subject) -> RegistrationError:
     return _refusal(
         RegistrationError,
-        f"wrote an object of type {kind} to {name_of(subject)}",
+        f"wrote an object of type {type(value).__name__} to {name_of(subject)}",
         "only arrays can be held",
-        "pass a jax.Array or a numpy array",
+        f"pass a jax.Array or a numpy array: {array_of(value, 'value')}",
     )
 
 
@@ -177,12 +298,16 @@ def no_device(given: object) -> TypeError:
     )
 
 
-def absent_device(given: str, have: str, error: Exception) -> ValueError:
+def absent_device(given: str, have: Sequence[str], error: Exception) -> ValueError:
+    platform = given.partition(":")[0]
+    install = ""
+    if platform in ("gpu", "cuda") and not any(d.startswith(("gpu", "cuda")) for d in have):
+        install = 'pip install -U "jax[cuda13]" on a machine with a GPU of NVIDIA\'s; '
     return _refusal(
         ValueError,
         f"was given {given!r} as a device",
-        f"JAX does not have it (it has {have}): {error}",
-        'a device that is there, or "meta"',
+        f"JAX does not have it (it has {', '.join(have)}): {error}",
+        f'{install}or a device that is there, device="{have[0]}"',
     )
 
 
