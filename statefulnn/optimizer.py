@@ -7,6 +7,7 @@ name, and a raw JAX transformation sees them as leaves. Needs the extra ``optim`
 from __future__ import annotations
 
 import collections
+import types
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -14,8 +15,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from statefulnn.core import habits
 from statefulnn.core.compat import EAGER, Tracer, current_trace
 from statefulnn.core.errors import (
+    ArgumentError,
     DtypeError,
     ShapeError,
     StructureChangeError,
@@ -79,21 +82,24 @@ class Optimizer(Module):
     # optax's transformations are closures over settings that stay as they are.
     _unwatched = ("tx",)
 
+    _habits = habits.OPTIMIZER
+    zero_grad: Any = property()  # of nothing: Python asks `__getattr__`, which has the answer
+
     module: Any
 
     def __init__(self, module: Module, tx: Any) -> None:
         super().__init__()
-        optax = import_extra("optax", "optim", "made an nn.Optimizer", "does the arithmetic")
+        optax = import_extra("optax", "optax", "made an nn.Optimizer", "does the arithmetic")
         if not isinstance(module, Module):
-            raise TypeError(
+            raise ArgumentError(
                 explain(
-                    f"nn.Optimizer was given {type(module).__name__} as the module",
-                    "it trains the parameters of an nn.Module",
+                    f"nn.Optimizer was given {_described(module)} as the module",
+                    "it trains the parameters of an nn.Module, and finds them itself",
                     "nn.Optimizer(model, optax.adam(1e-3))",
                 )
             )
         if not isinstance(tx, optax.GradientTransformation):
-            raise TypeError(
+            raise ArgumentError(
                 explain(
                     f"nn.Optimizer was given {_described(tx)} as the transformation",
                     "it needs an optax transformation: an object with init and update",
@@ -154,7 +160,12 @@ class Optimizer(Module):
         leaves = [next(constants) if b is None else b.value for b in self._boxes()]
         return jax.tree_util.tree_unflatten(self._treedef, leaves)
 
-    def step(self, grads: Mapping[str, Any], **extra: Any) -> None:
+    def __setattr__(self, name: str, value: object) -> None:
+        if name in ("learning_rate", "lr", "param_groups") and type(self) is Optimizer:
+            getattr(self, name)  # has the answer
+        super().__setattr__(name, value)
+
+    def step(self, grads: Mapping[str, Any] = types.MappingProxyType({}), **extra: Any) -> None:
         """Update the parameters and the slots in place.
 
         Args:
@@ -255,11 +266,11 @@ class Optimizer(Module):
 
     def _checked(self, grads: Any, parameters: Mapping[str, Parameter]) -> dict[str, Any]:
         if not isinstance(grads, Mapping):
-            raise TypeError(
+            raise ArgumentError(
                 explain(
                     f"Optimizer.step was given {_described(grads)}",
                     "gradients are matched to parameters by name",
-                    "pass the dict that nn.grad or nn.value_and_grad returns: opt.step(grads)",
+                    f"the dict that nn.grad and nn.value_and_grad return: {habits.TRAIN}",
                 )
             )
         unknown = [n for n in grads if n not in parameters]
@@ -275,18 +286,18 @@ class Optimizer(Module):
                     f"Optimizer.step was given {' and '.join(parts)}",
                     f"it needs one gradient for each trainable parameter: {_listed(self._names)}",
                     "take the gradient with respect to the module the optimizer was built with: "
-                    "grads = nn.grad(loss)(opt.module)",
+                    f"{habits.TRAIN.replace('(model,', '(opt.module,')}",
                 )
             )
         checked = {}
         for name, p in parameters.items():
             grad = grads[name]
             if not _is_array(grad):
-                raise TypeError(
+                raise ArgumentError(
                     explain(
                         f"Optimizer.step was given {_described(grad)} as the gradient of {name!r}",
                         "a gradient is an array of the parameter's shape",
-                        f'grads["{name}"] = jnp.zeros_like(param) leaves its direction alone',
+                        f'grads["{name}"] = jnp.zeros({p.shape}, jnp.{p.dtype}) leaves it as it is',
                     )
                 )
             grad = checked[name] = grad if isinstance(grad, jax.Array) else jnp.asarray(grad)
@@ -371,5 +382,9 @@ def _listed(names: Any, limit: int = 8) -> str:
 
 
 def _described(value: Any) -> str:
+    if isinstance(value, jax.Array):
+        return "an array"
+    if isinstance(value, Iterator):
+        return "an iterator"
     name = getattr(value, "__name__", None)
     return f"the {type(value).__name__} {name}" if name else f"a {type(value).__name__}"

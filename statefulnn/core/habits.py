@@ -31,7 +31,7 @@ def _answers(why: str, **code: str) -> dict[str, Answer]:
     return {name: Answer(why, instead) for name, instead in code.items()}
 
 
-_TRAIN = "loss, grads = nn.value_and_grad(loss_fn)(model, x, y); opt.step(grads)"
+TRAIN = "loss, grads = nn.value_and_grad(loss_fn)(model, x, y); opt.step(grads)"
 _RATE = (
     "opt = nn.Optimizer(model, optax.inject_hyperparams(optax.adam)(learning_rate=1e-3)), then "
     "opt.hyperparams.learning_rate = jnp.asarray(1e-4)"
@@ -111,7 +111,9 @@ PACKAGE: Answers = {
         BatchStat="nn.Buffer(array)",
     ),
     **_answers("one generator serves all layers", Rngs="nn.manual_seed(0)"),
-    **_answers("a module is split into its ModuleDef and a list of arrays", GraphDef="nn.split(model)"),
+    **_answers(
+        "a module is split into its ModuleDef and a list of arrays", GraphDef="nn.split(model)"
+    ),
     **_answers("initial values are written in place", initializers="nn.init.xavier_uniform_(p)"),
 }
 
@@ -157,12 +159,8 @@ MODULE: Answers = {
 _SETTINGS = "optax's transformation has the settings, and those that are injected are buffers"
 OPTIMIZER: Answers = {
     **MODULE,
-    **_answers(
-        "gradients are results and not kept, so there is nothing to reset", zero_grad=_TRAIN
-    ),
-    **_answers(
-        "a step takes the gradients", update=_TRAIN, apply_gradients=_TRAIN, minimize=_TRAIN
-    ),
+    **_answers("gradients are results and not kept, so there is nothing to reset", zero_grad=TRAIN),
+    **_answers("a step takes the gradients", update=TRAIN, apply_gradients=TRAIN, minimize=TRAIN),
     **_answers(_SETTINGS, param_groups=_RATE, learning_rate=_RATE, lr=_RATE, defaults=_RATE),
 }
 
@@ -241,9 +239,7 @@ CONSTRUCTOR: Answers = {
         rate="nn.Dropout(0.5)",
         param_dtype="nn.Linear(in_features, out_features, dtype=jnp.float32)",
     ),
-    **_answers(
-        _MODE, **dict.fromkeys(("deterministic", "use_running_average"), "model.eval()(x)")
-    ),
+    **_answers(_MODE, **dict.fromkeys(("deterministic", "use_running_average"), "model.eval()(x)")),
     **_answers(
         "optax's transformation has the settings",
         **dict.fromkeys(
@@ -284,7 +280,7 @@ def misfit(function: Callable, args: tuple, kwargs: Mapping[str, object], table:
         signature.bind_partial(*args, **kwargs)
     except TypeError:
         names = [k for k in kwargs if k in table and k not in signature.parameters]
-        keys = (jax.dtypes.issubdtype(getattr(a, "dtype", None), jax.dtypes.prng_key) for a in args)
+        keys = (jnp.issubdtype(getattr(a, "dtype", None), jax.dtypes.prng_key) for a in args)
         return names[0] if names else "key" if any(keys) else ""
     return ""
 
@@ -293,7 +289,9 @@ def refuse_call(module: Any, args: tuple, kwargs: Mapping[str, object]) -> None:
     """Raise if a call failed because of an argument that there is an answer for."""
     name = misfit(module.forward, args, kwargs, CALL)
     if name:
-        raise refusals.argument_of_habit(type(module).__name__, "forward", name, CALL[name]) from None
+        raise refusals.argument_of_habit(
+            type(module).__name__, "forward", name, CALL[name]
+        ) from None
 
 
 # Annotations that say that an argument is no array.

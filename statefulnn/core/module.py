@@ -766,8 +766,10 @@ class Module(ModuleBase):
             if param.grad is not None:
                 param.grad = None if set_to_none else jnp.zeros_like(param.grad)
 
-    def apply(self, fn: Callable[[Module], Any]) -> Self:
+    def apply(self, fn: Callable[[Module], Any], *others: object) -> Self:
         """Call a function on every module, children first, and return the module."""
+        if others or not callable(fn):  # as Flax has it
+            raise refusals.apply_of_arrays(type(self).__name__)
         with under_way(("apply", id(fn)), self) as met:
             for event, _, module in walk(self, _children, method="apply", met=met):
                 if event is LEAVE:
@@ -1116,7 +1118,7 @@ class _Parameters(Iterator[Parameter]):
         return next(self._parameters)
 
 
-def _refuse_parameters(_: _Parameters) -> Any:
+def _refuse_parameters(*_: object) -> Any:
     raise refusals.list_of_parameters()
 
 

@@ -300,14 +300,14 @@ def no_device(given: object) -> TypeError:
 
 def absent_device(given: str, have: Sequence[str], error: Exception) -> ValueError:
     platform = given.partition(":")[0]
-    install = ""
+    instead = f'device="{have[0]}"'
     if platform in ("gpu", "cuda") and not any(d.startswith(("gpu", "cuda")) for d in have):
-        install = 'pip install -U "jax[cuda13]" on a machine with a GPU of NVIDIA\'s; '
+        instead = f'pip install -U "jax[cuda13]" on a machine with a GPU of NVIDIA; {instead} here'
     return _refusal(
         ValueError,
         f"was given {given!r} as a device",
         f"JAX does not have it (it has {', '.join(have)}): {error}",
-        f'{install}or a device that is there, device="{have[0]}"',
+        instead,
     )
 
 
@@ -502,6 +502,22 @@ def no_child(what: str, name: object) -> RegistrationError:
     )
 
 
+def no_module_in(where: str, value: object) -> RegistrationError:
+    kind = type(value).__name__
+    what, instead = f"{kind} is not a Module subclass: put into {where}", "an nn.Module"
+    if isinstance(value, type):
+        what = f"put the class {value.__name__} into {where}, and not a module of it"
+        ours = value.__module__.startswith("statefulnn.")
+        instead = f"{'nn.' if ours else ''}{value.__name__}()"
+    elif isinstance(value, (list, tuple)) and where == "Sequential":
+        instead = f"nn.Sequential(*layers) of a {kind}"
+    elif callable(value):
+        instead = f"nn.Lambda({getattr(value, '__name__', 'fn')})"
+    return _refusal(
+        RegistrationError, what, "only modules can be called, counted and saved there", instead
+    )
+
+
 def not_in_a_box(kind: str, name: object) -> RegistrationError:
     return _refusal(
         RegistrationError,
@@ -574,6 +590,18 @@ def nothing_chosen(
 # State dicts
 
 
+def no_state_dict(cls: str, given: object) -> ArgumentError:
+    instead = "model.load_state_dict(other.state_dict())"
+    if isinstance(given, str) or hasattr(given, "__fspath__"):
+        instead = f"model.load_state_dict(nn.load({str(given)!r}))"
+    return _refusal(
+        ArgumentError,
+        f"Expected state_dict to be dict-like, got {type(given)}.",
+        f"{cls} finds arrays by name",
+        instead,
+    )
+
+
 def key_of_no_text(cls: str, key: object, kind: str) -> TypeError:
     return _refusal(
         TypeError,
@@ -608,13 +636,20 @@ def entries_of_one_box_differ(first: str, key: str, noun: str) -> str:
     )
 
 
-def state_dict_does_not_fit(cls: str, problems: Sequence[str]) -> StateDictError:
+def state_dict_does_not_fit(
+    cls: str, problems: Sequence[str], has_tensors: bool = False
+) -> StateDictError:
+    instead = "rename or reshape the entries, or pass strict=False to skip names that do not match"
+    if has_tensors:
+        instead = (
+            "{name: t.numpy() for name, t in state_dict.items()}; nn.load(path) reads torch's files"
+        )
     return _refusal(
         StateDictError,
         "\n\t".join([f"Error(s) in loading state_dict for {cls}:", *problems]),
         "names, shapes and kinds of dtype have to match, integers have to fit, and names of "
         "one parameter have one value; the module was left as it was",
-        "rename or reshape the entries, or pass strict=False to skip names that do not match",
+        instead,
     )
 
 
@@ -627,6 +662,15 @@ NO_KEY = (
     "pass one: functional_call(..., rng=key), fn(params, x, rng=key); or call module.eval() first if "
     "nothing should be random",
 )
+
+
+def no_seed(kind: str) -> ArgumentError:
+    return _refusal(
+        ArgumentError,
+        f"seeded a generator with an object of type {kind}",
+        "a seed is an integer, and a key belongs to a stream of its own",
+        "nn.manual_seed(0); with nn.rng_scope(key): out = model(x)",
+    )
 
 
 def no_generator(what: str, why: str, instead: str) -> MissingRngError:
@@ -662,6 +706,15 @@ def seed_of_an_argument() -> MissingRngError:
 
 # --------------------------------------------------------------------------------------------------
 # Hooks, and gradients of whole modules
+
+
+def apply_of_arrays(cls: str) -> ArgumentError:
+    return _refusal(
+        ArgumentError,
+        f"called apply of a {cls} with something else than one function",
+        "it calls a function on every module; a pure function takes the parameters",
+        "fn, params = nn.functionalize(model); out = fn(params, x)",
+    )
 
 
 def hook_without_call(kind: str) -> TypeError:

@@ -12,6 +12,7 @@ from jax import lax
 from statefulnn.core.errors import explain
 from statefulnn.functional._checks import (
     array,
+    channels_advice,
     numbers,
     require_rank,
     require_same_dtype,
@@ -57,8 +58,12 @@ def _conv(
         raise shape_error(
             f"{given}, and groups={groups}",
             f"the input has {channels} channels and the weight expects {weight.shape[1] * groups}",
-            f"nn.Conv{spatial}d({channels}, {weight.shape[0]}, {tuple(kernel)}), or an input with its "
-            f"{weight.shape[1] * groups} channels on axis {x.ndim - spatial - 1}",
+            channels_advice(
+                x,
+                weight.shape[1] * groups,
+                spatial,
+                f"nn.Conv{spatial}d({channels}, {weight.shape[0]}, {tuple(kernel)})",
+            ),
         )
     check_bias(bias, weight.shape[0], given)
     require_same_dtype(function, input=x, weight=weight, bias=bias)

@@ -28,6 +28,7 @@ from statefulnn.core.plan import Plan, build_plan, plan_of
 from statefulnn.core.pytree import flatten_collecting, unflatten_with
 from statefulnn.core.stamps import clock, value_changed
 from statefulnn.transforms import refusals
+from statefulnn.transforms.arguments import advising
 from statefulnn.transforms.types import PyTree, TreeDef
 
 
@@ -100,7 +101,7 @@ class Signature(NamedTuple):
         arguments = roots[:-1] if self.has_generator else roots
         args, kwargs = unflatten_with(self.treedef, dynamic, arguments)
         generator = roots[-1] if self.has_generator else None
-        with use_generator(generator), watching(outer_traces()) as inventory:
+        with use_generator(generator), watching(outer_traces()) as inventory, advising():
             out = f(*args, **kwargs)
             inventory.note_returned(flatten_collecting(out)[0])
         check_structure(self.moduledef, modules, roots, boxes)
