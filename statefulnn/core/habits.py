@@ -280,7 +280,9 @@ def misfit(function: Callable, args: tuple, kwargs: Mapping[str, object], table:
         signature.bind_partial(*args, **kwargs)
     except TypeError:
         names = [k for k in kwargs if k in table and k not in signature.parameters]
-        keys = (jnp.issubdtype(getattr(a, "dtype", None), jax.dtypes.prng_key) for a in args)
+        keys = (
+            jnp.issubdtype(a.dtype, jax.dtypes.prng_key) for a in args if isinstance(a, jax.Array)
+        )
         return names[0] if names else "key" if any(keys) else ""
     return ""
 
@@ -301,6 +303,8 @@ _PLAIN = re.compile(r"(int|float|bool|str|None|Size|Sequence\[int\]|( \| ))+")
 def refuse_construction(cls: type, args: tuple, kwargs: Mapping[str, object]) -> None:
     """Raise for arguments of a constructor that belong into a call, or are other libraries' names."""
     init: Any = cls.__init__
+    if init.__qualname__ == "Module.__init__":  # which refuses all arguments itself
+        init = lambda self: None
     if not cls.__module__.startswith("statefulnn."):
         field = next((k for k in kwargs if k in inspect.get_annotations(cls)), None)
         if field is not None and misfit(init, (cls, *args), kwargs, {field: Answer("", "")}):

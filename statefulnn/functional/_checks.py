@@ -92,16 +92,21 @@ def require_same_or_wider(function: str, **arrays: Any) -> None:
 
 
 def _mixed(function: str, first: str, x: Any, name: str, other: Any) -> None:
-    # An optimizer cannot train a module of integers, so the way out is not to make one of them.
-    module = f", or the module: module.to(jnp.{x.dtype})"
     raise DtypeError(
         explain(
             f"{function} was given {first} of dtype {x.dtype} and {name} of dtype {other.dtype}",
             "mixed dtypes are not promoted: a model would silently compute in another precision",
-            f"cast it: {first}.astype(jnp.{other.dtype})"
-            f"{module if jnp.issubdtype(x.dtype, jnp.inexact) else ''}",
+            cast_advice(x, other, first),
         )
     )
+
+
+def cast_advice(x: Any, other: Any, name: str = "input") -> str:
+    """Return what to write where an array has another dtype than the parameters."""
+    cast = f"cast it: {name}.astype(jnp.{other.dtype})"
+    if jnp.issubdtype(x.dtype, jnp.inexact):  # a module does not become one of integers
+        cast += f", or the module: module.to(jnp.{x.dtype})"
+    return cast
 
 
 def require_rank(x: Any, ranks: Sequence[int], name: str, function: str, layout: str) -> None:
@@ -111,11 +116,16 @@ def require_rank(x: Any, ranks: Sequence[int], name: str, function: str, layout:
             explain(
                 f"{function} was given {name} of shape {tuple(x.shape)}",
                 f"it has {x.ndim} dimensions, and {layout} is needed",
-                f"add the missing axis: {name}[None]"
-                if x.ndim + 1 in ranks
-                else f"reshape it: {name}.reshape(...) to {layout}",
+                rank_advice(x, ranks, name),
             )
         )
+
+
+def rank_advice(x: Any, ranks: Sequence[int], name: str = "input") -> str:
+    """Return what to write where an array has too many axes or too few."""
+    if x.ndim + 1 in ranks:
+        return f"add the missing axis in front: {name}[None]"
+    return f"reshape it to one of these: {', '.join(map(str, ranks))} dimensions"
 
 
 def shape_advice(x: Any, name: str, shape: tuple[int, ...]) -> str:

@@ -14,6 +14,7 @@ from statefulnn.functional._checks import (
     array,
     channels_advice,
     numbers,
+    rank_advice,
     require_rank,
     require_same_dtype,
     shape_error,
@@ -146,7 +147,7 @@ def check_axes(x: Any, weight: Any, spatial: int, function: str, layout: str) ->
         raise shape_error(
             f"{function} was given input of shape {x.shape} and weight of shape {weight.shape}",
             f"the input is (N, C, {axes}) or (C, {axes}), the weight ({layout}, {kernel})",
-            "reshape to these axes: input[None] adds one in front",
+            rank_advice(x, (spatial + 1, spatial + 2)),
         )
 
 
