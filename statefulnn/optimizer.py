@@ -7,6 +7,7 @@ name, and a raw JAX transformation sees them as leaves. Needs the extra ``optim`
 from __future__ import annotations
 
 import collections
+import math
 import types
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -307,8 +308,7 @@ class Optimizer(Module):
                         f"Optimizer.step was given a gradient of shape {grad.shape} for {name!r} of "
                         f"shape {p.shape}",
                         "a broadcast update would train something else than was meant",
-                        f"reduce it to the parameter's shape first: grads[{name!r}].reshape("
-                        f"{p.shape}), .sum(0) or .mean(0)",
+                        _shape_advice(name, grad.shape, p.shape),
                     )
                 )
             if grad.dtype != p.dtype:
@@ -338,6 +338,14 @@ def _built_for(name: str) -> str:
 
 def _trainable(module: Module) -> Iterator[tuple[str, Parameter]]:
     return ((name, p) for name, p in module.named_parameters() if p.requires_grad)
+
+
+def _shape_advice(name: str, given: tuple[int, ...], own: tuple[int, ...]) -> str:
+    if given[1:] == own and given[0] != 1:
+        return f"the mean of the gradients of examples: grads[{name!r}].mean(0)"
+    if math.prod(given) == math.prod(own):
+        return f"grads[{name!r}].reshape({own})"
+    return f"a gradient of shape {own}"
 
 
 def _is_array(leaf: Any) -> bool:

@@ -372,8 +372,8 @@ def test_advice_about_an_input_fits_it(name, channels, shape, dtype):
             if isinstance(value, nn.Module):
                 try:
                     jax.eval_shape(value.eval(), input)
-                except nn.DtypeError:
-                    pass
+                except (nn.ShapeError, nn.DtypeError) as other:  # the size fits, if nothing else
+                    assert not re.search("channels|features", str(other))
         arrays = [v for v in values if isinstance(v, jax.Array)]
         if not arrays:
             return
