@@ -352,6 +352,20 @@ def refuse_flag(module: Any, name: str) -> None:
         raise refusals.flag_over_method(type(module).__name__, name, FLAGS[name])
 
 
+_SETUP = Answer(
+    "nobody calls setup() here: what is assigned in __init__ is registered",
+    "def __init__(self): super().__init__(); self.fc = nn.Linear(in_features, out_features)",
+)
+
+
+def refuse_attribute(message: str, module: Any, name: str) -> NoReturn:
+    """Raise for an attribute that a module does not have."""
+    table = module._habits
+    if name not in table and name[:1] != "_" and callable(getattr(type(module), "setup", None)):
+        table = {name: _SETUP}
+    refuse_name(message, name, table)
+
+
 def of_package(name: str, functional: Any) -> Answers:
     """Return the answers for a name that the package does not have: functions, arrays and dtypes too."""
     if name in functional.__all__:

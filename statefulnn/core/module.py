@@ -283,7 +283,7 @@ class Module(ModuleBase):
                 f"{message} has no attribute '{name}': it is declared in _python_cache, so clones "
                 f"inside transformed code start without it; use getattr(self, {name!r}, None)"
             )
-        habits.refuse_name(message, name, type(self)._habits)
+        habits.refuse_attribute(message, self, name)
 
     @property
     def __dict__(self) -> dict[str, Any]:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -671,7 +671,7 @@ class Module(ModuleBase):
 
     def parameters(self, recurse: bool = True) -> Iterator[Parameter]:
         """Yield the parameters, each once."""
-        return _Parameters(param for _, param in self.named_parameters(recurse=recurse))
+        return ParameterIterator(param for _, param in self.named_parameters(recurse=recurse))
 
     def named_buffers(
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
@@ -1108,7 +1108,7 @@ class Module(ModuleBase):
         return jit(self, **kwargs)
 
 
-class _Parameters(Iterator[Parameter]):
+class ParameterIterator(Iterator[Parameter]):
     """The parameters of a module, one by one; functions of trees do not take it for a leaf."""
 
     def __init__(self, parameters: Iterator[Parameter]) -> None:
@@ -1117,12 +1117,15 @@ class _Parameters(Iterator[Parameter]):
     def __next__(self) -> Parameter:
         return next(self._parameters)
 
+    def __getitem__(self, number: object) -> Any:
+        raise refusals.parameter_by_number(number)
+
 
 def _refuse_parameters(*_: object) -> Any:
     raise refusals.list_of_parameters()
 
 
-jax.tree_util.register_pytree_node(_Parameters, _refuse_parameters, _refuse_parameters)
+jax.tree_util.register_pytree_node(ParameterIterator, _refuse_parameters, _refuse_parameters)
 
 
 def _register(cls: type) -> None:

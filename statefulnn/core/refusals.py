@@ -158,6 +158,15 @@ def negative_size(shape: Sequence[int]) -> ShapeError:
     )
 
 
+def parameter_by_number(number: object) -> ArgumentError:
+    return _refusal(
+        ArgumentError,
+        f"asked for number {number} of model.parameters()",
+        "it yields the parameters, and is no list of them",
+        f"list(model.parameters())[{number}]; model.get_parameter(name)",
+    )
+
+
 def list_of_parameters() -> ArgumentError:
     return _refusal(
         ArgumentError,
@@ -289,9 +298,9 @@ def moved_from_meta() -> NotImplementedError:
     )
 
 
-def no_device(given: object) -> TypeError:
+def no_device(given: object) -> ArgumentError:
     return _refusal(
-        TypeError,
+        ArgumentError,
         f"was given {given!r} as a device",
         "arrays are put on a jax.Device or a jax.sharding.Sharding",
         'device=jax.devices()[0], device="cpu", or device="meta" for shapes alone',
@@ -531,9 +540,9 @@ def not_in_a_box(kind: str, name: object) -> RegistrationError:
 # Split, merge and names (law 10)
 
 
-def no_module(kind: str, function: str, hint: str) -> TypeError:
+def no_module(kind: str, function: str, hint: str) -> ArgumentError:
     return _refusal(
-        TypeError,
+        ArgumentError,
         f"called {function} with an object of type {kind}",
         "it works on modules",
         f"pass {hint}",
@@ -565,9 +574,9 @@ def unknown_names(
     )
 
 
-def filter_of_no_text(what: str, where: str) -> TypeError:
+def filter_of_no_text(what: str, where: str) -> ArgumentError:
     return _refusal(
-        TypeError,
+        ArgumentError,
         f"{where} was given {what}",
         "names are texts, and a filter chooses among them",
         'pass a name, a pattern such as "head.*", a list of both, or a function of the name',
@@ -602,9 +611,9 @@ def no_state_dict(cls: str, given: object) -> ArgumentError:
     )
 
 
-def key_of_no_text(cls: str, key: object, kind: str) -> TypeError:
+def key_of_no_text(cls: str, key: object, kind: str) -> ArgumentError:
     return _refusal(
-        TypeError,
+        ArgumentError,
         f"load_state_dict of {cls} was given the key {key!r} of type {kind}",
         "entries are found by the dotted names of parameters and buffers",
         "use names such as 'fc.weight'; module.state_dict() shows them",
@@ -717,9 +726,9 @@ def apply_of_arrays(cls: str) -> ArgumentError:
     )
 
 
-def hook_without_call(kind: str) -> TypeError:
+def hook_without_call(kind: str) -> ArgumentError:
     return _refusal(
-        TypeError,
+        ArgumentError,
         f"registered an object of type {kind} as a hook",
         "a hook is called",
         "pass a function",
@@ -751,9 +760,9 @@ def outputs_differ(cls: str) -> ShapeError:
     )
 
 
-def forward_mode(cls: str) -> TypeError:
+def forward_mode(cls: str) -> ArgumentError:
     return _refusal(
-        TypeError,
+        ArgumentError,
         f"differentiated {cls} in forward mode (jax.jvp, jax.jacfwd)",
         "it has backward hooks, and forward mode has no cotangents to show them",
         "remove the hooks (handle.remove()), or use reverse mode (jax.grad, jax.vjp)",
@@ -770,9 +779,9 @@ def gradient_of_nothing(cls: str) -> RuntimeError:
     )
 
 
-def gradient_of_no_array(hook: str, kind: str) -> TypeError:
+def gradient_of_no_array(hook: str, kind: str) -> ArgumentError:
     return _refusal(
-        TypeError,
+        ArgumentError,
         f"a {hook} replaced a gradient by an object of type {kind}",
         "a gradient is an array",
         "return a tuple of arrays, or None to keep the gradients as they are",

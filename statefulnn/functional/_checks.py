@@ -30,10 +30,12 @@ def array(x: Any, name: str, function: str) -> Any:
         return x.__jax_array__()
     if isinstance(x, jax.Array):
         return x
-    if isinstance(x, (np.ndarray, np.generic, int, float, complex)):
+    is_number = isinstance(x, (np.ndarray, np.generic, int, float, complex))
+    if is_number and np.result_type(x).kind != "O":
         return jnp.asarray(x)
-    if hasattr(x, "__jax_array__"):
-        return x.__jax_array__()
+    convert = getattr(x, "__jax_array__", None)
+    if convert is not None:
+        return convert()
     raise DtypeError(
         explain(
             f"{function} was given {name}={type(x).__name__}",

@@ -38,6 +38,14 @@ class Fields(nn.Module):
         return x
 
 
+class SetUp(nn.Module):
+    def setup(self):
+        self.fc = nn.Linear(3, 2)
+
+    def forward(self, x):
+        return self.fc(x)
+
+
 def loss_fn(model, x, y):
     return F.mse_loss(model(x), y)
 
@@ -153,6 +161,8 @@ MISTAKES: list[tuple[str, str, str]] = [
     # modules
     ("model.backward()", "grads = nn.grad(loss_fn)(model, x, y)", ""),
     ("model.params", "fn, params = nn.functionalize(model)", ""),
+    ("model.parameters()[0]", "list(model.parameters())[0]", ""),
+    ("SetUp()(x)", "self.fc = nn.Linear(in_features, out_features)", ""),
     ("model.requires_grad = False", "model.requires_grad_(False)", ""),
     ("model.train = True", "model.train(True)", ""),
     ("model.device", "next(model.parameters()).device", ""),
@@ -187,6 +197,7 @@ MISTAKES: list[tuple[str, str, str]] = [
     ("F.cross_entropy(logits, labels.astype(jnp.float32))", "target.astype(jnp.int32)", "target = labels"),
     ("F.cross_entropy(labels, logits)", "F.cross_entropy(target, input)",
      "input, target = labels, logits"),
+    ("layer(np.array([None, 1.0]))", "input.astype(np.float32)", "input = np.ones(2, object)"),
     # transformations
     ("nn.grad(x)", "nn.grad(lambda model: F.mse_loss(model(x), y))(model)", ""),
     ("nn.jit(x)", "nn.jit(lambda model, x: model(x))(model, x)", ""),
