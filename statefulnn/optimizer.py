@@ -30,6 +30,7 @@ from statefulnn.core.extras import import_extra
 from statefulnn.core.module import Module, Ref, find_box, place_box
 from statefulnn.core.parameter import Buffer, Parameter
 from statefulnn.core.plan import plan_of
+from statefulnn.core.tracebacks import shortened
 from statefulnn.transforms.jit import jit
 
 # Static attributes compare by identity unless they are known types: equal treedefs are made one object,
@@ -166,6 +167,7 @@ class Optimizer(Module):
             getattr(self, name)  # has the answer
         super().__setattr__(name, value)
 
+    @shortened
     def step(self, grads: Mapping[str, Any] = types.MappingProxyType({}), **extra: Any) -> None:
         """Update the parameters and the slots in place.
 

@@ -73,6 +73,7 @@ from statefulnn.core.registry import (
 )
 from statefulnn.core.stamps import Stamp, clock
 from statefulnn.core.static_keys import hidden_member, refuse_hidden
+from statefulnn.core.tracebacks import shorten, shortened
 from statefulnn.core.uninitialized import is_lazy
 from statefulnn.core.walk import (
     CALL,
@@ -246,6 +247,7 @@ class Module(ModuleBase):
             if isinstance(error, TypeError):
                 habits.refuse_call(self, args, kwargs)
             _locate(error, self)
+            shorten(error)
             raise
 
     def _path(self) -> tuple[str, ...]:
@@ -898,6 +900,7 @@ class Module(ModuleBase):
         """
         return _state_dict.state_dict(self, destination, prefix, keep_vars)
 
+    @shortened
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
     ) -> _state_dict.IncompatibleKeys:

@@ -6,11 +6,13 @@ from typing import Any
 
 from statefulnn.core.errors import explain
 from statefulnn.core.extras import import_extra
+from statefulnn.core.tracebacks import shortened
 from statefulnn.curvature._models import check_choice
 
 _ACCOUNTANTS = ("pld", "rdp")
 
 
+@shortened
 def privacy_spent(
     noise_multiplier: float,
     sample_rate: float,
@@ -54,6 +56,7 @@ def privacy_spent(
     return float(_accountant(accountant, function).compose(event).get_epsilon(delta))
 
 
+@shortened
 def noise_multiplier_for(
     epsilon: float, delta: float, sample_rate: float, steps: int, *, accountant: str = "pld"
 ) -> float:

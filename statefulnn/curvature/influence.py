@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from statefulnn.core.names import Filter
+from statefulnn.core.tracebacks import shortened
 from statefulnn.curvature._models import Model, check_choice
 from statefulnn.curvature.matrices import (
     Loss,
@@ -21,6 +22,7 @@ from statefulnn.curvature.operators import Scalar
 CURVATURES = {"ggn": ggn, "hessian": hessian, "empirical_fisher": empirical_fisher}
 
 
+@shortened
 def influence(
     model: Model,
     loss: Loss,

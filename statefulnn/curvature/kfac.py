@@ -15,6 +15,7 @@ from jax.tree_util import register_dataclass
 
 from statefulnn.core.names import Filter
 from statefulnn.core.reports import fail_unless
+from statefulnn.core.tracebacks import shortened
 from statefulnn.curvature._batches import examples_in, joined
 from statefulnn.curvature._blocks import length
 from statefulnn.curvature._gaussians import Pair, by_pair
@@ -25,6 +26,7 @@ from statefulnn.curvature.matrices import Loss, problem_of
 from statefulnn.curvature.operators import LinearOperator, Scalar, not_positive_definite, scalar
 
 
+@shortened
 def kfac(
     model: Model,
     loss: Loss,

@@ -14,6 +14,7 @@ from jax.flatten_util import ravel_pytree
 from statefulnn.core.compat import Tracer
 from statefulnn.core.errors import MissingRngError, explain
 from statefulnn.core.generator import as_key
+from statefulnn.core.tracebacks import shortened
 from statefulnn.curvature._blocks import fold_blocks, map_blocks
 from statefulnn.curvature._gaussians import gaussian
 from statefulnn.curvature._kron import find_blocks, kron_curvature
@@ -170,6 +171,7 @@ class Laplace:
     outputs: tuple[int, ...] = _field(static=True)
 
     @classmethod
+    @shortened
     def fit(
         cls,
         model: Model,
@@ -281,6 +283,7 @@ class Laplace:
             outputs=seen.shape,
         )
 
+    @shortened
     def log_marginal_likelihood(
         self, log_prior_precision: Any = None, log_sigma: Any = None
     ) -> Any:
@@ -326,6 +329,7 @@ class Laplace:
         occam = self._gaussian(prior, jnp.exp(2 * log_noise), groups).log_ratio()
         return self._log_likelihood(log_noise) + (occam - fit) / 2
 
+    @shortened
     def maximize_evidence(self, steps: int = 1000, tolerance: float = 1e-5) -> Laplace:
         """Return this posterior with the hyperparameters that maximise the marginal likelihood.
 
@@ -376,6 +380,7 @@ class Laplace:
         )
         return dataclasses.replace(self, prior_precision=prior, sigma=sigma)
 
+    @shortened
     def functional(self, x: Any, *, batch_size: int | None = None) -> tuple[Any, Any]:
         """Return mean and covariance of the outputs, under the linearised model.
 
@@ -394,6 +399,7 @@ class Laplace:
 
         return self._on_examples(x, of_block, batch_size, "Laplace.functional")
 
+    @shortened
     def predict(self, x: Any, *, batch_size: int | None = None) -> tuple[Any, Any]:
         """Return mean and variance of the targets of a regression, under the linearised model.
 
@@ -411,6 +417,7 @@ class Laplace:
         mean, covariance = self.functional(x, batch_size=batch_size)
         return mean, jnp.diagonal(covariance, axis1=-2, axis2=-1) + self.sigma**2
 
+    @shortened
     def predict_proba(
         self,
         x: Any,
@@ -454,6 +461,7 @@ class Laplace:
 
         return self._on_examples(x, of_block, batch_size, "Laplace.predict_proba")
 
+    @shortened
     def functional_samples(
         self, x: Any, *, rng: Any = None, samples: int = 100, batch_size: int | None = None
     ) -> Any:
@@ -494,6 +502,7 @@ class Laplace:
         check_batch_size(batch_size, function)
         return jnp.swapaxes(map_blocks(block, self._checked_inputs(x, function), batch_size), 0, 1)
 
+    @shortened
     def sample(self, rng: Any, samples: int = 1) -> Any:
         """Draw parameters from the posterior.
 

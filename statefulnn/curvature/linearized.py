@@ -9,9 +9,11 @@ from typing import Any
 import jax
 
 from statefulnn.core.errors import ShapeError, explain
+from statefulnn.core.tracebacks import shortened
 from statefulnn.curvature._models import Model, path_name, pure
 
 
+@shortened
 def linearize_model(model: Model) -> tuple[Callable, Any]:
     """Return the first-order Taylor expansion of a model in its parameters.
 
@@ -51,6 +53,7 @@ def linearize_model(model: Model) -> tuple[Callable, Any]:
     return _expansion(model, 1, "linearize_model")
 
 
+@shortened
 def taylor_model(model: Model, degree: int = 2) -> tuple[Callable, Any]:
     """Return the Taylor expansion of a model in its parameters, to any degree.
 

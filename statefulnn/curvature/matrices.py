@@ -16,6 +16,7 @@ from statefulnn.core.generator import as_key, next_key
 from statefulnn.core.module import Module
 from statefulnn.core.names import Filter, chosen
 from statefulnn.core.reports import fail_unless
+from statefulnn.core.tracebacks import shortened
 from statefulnn.curvature._batches import (
     Stacks,
     examples_in,
@@ -38,6 +39,7 @@ REDUCTIONS = ("mean", "sum")
 Loss = Callable[[Any, Any], Any]
 
 
+@shortened
 def hessian(
     model: Model,
     loss: Loss,
@@ -89,6 +91,7 @@ def hessian(
     return problem.symmetric(rule)
 
 
+@shortened
 def ggn(
     model: Model,
     loss: Loss,
@@ -126,6 +129,7 @@ def ggn(
     return problem.sandwich(outputs, Bound(_loss_of_outputs, (problem.loss,)))
 
 
+@shortened
 def empirical_fisher(
     model: Model,
     loss: Loss,
@@ -164,6 +168,7 @@ def empirical_fisher(
     return problem.sandwich(outputs, Bound(_half_squares, (problem.mean,)))
 
 
+@shortened
 def fisher(
     model: Model,
     data: Any,
@@ -217,6 +222,7 @@ def fisher(
     return problem.sandwich(outputs, Bound(_half_squares, (problem.mean,)))
 
 
+@shortened
 def jacobian(
     model: Model, data: Any, *, subset: Filter = "all", batch_size: int | None = None
 ) -> LinearOperator:
@@ -244,6 +250,7 @@ def jacobian(
     return problem.rows(Bound(_outputs, (problem.fn,)))
 
 
+@shortened
 def tangent_kernel(
     model: Model, data: Any, *, subset: Filter = "all", batch_size: int | None = None
 ) -> LinearOperator:

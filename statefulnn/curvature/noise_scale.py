@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from statefulnn.core.errors import ShapeError, explain
 from statefulnn.core.scaling import exponent_of, shifted
+from statefulnn.core.tracebacks import shortened
 from statefulnn.curvature._blocks import fold_blocks, length
 from statefulnn.curvature._examples import check_examples, flattened, gradient_of_examples
 from statefulnn.curvature._models import (
@@ -39,6 +40,7 @@ class NoiseScale(NamedTuple):
     trace: Any
 
 
+@shortened
 def gradient_noise_scale(gradients: Any) -> NoiseScale:
     """Return the simple noise scale ``tr Σ / |G|²`` from the gradients of single examples.
 
@@ -80,6 +82,7 @@ def gradient_noise_scale(gradients: Any) -> NoiseScale:
     return _scale(*_summary(gradients))
 
 
+@shortened
 def noise_scale_of(
     loss: Callable, params: Any, *examples: Any, batch_size: int | None = None
 ) -> NoiseScale:
@@ -118,6 +121,7 @@ def noise_scale_of(
     return _scale(*fold_blocks(summary, _merged, examples, batch_size)[0])
 
 
+@shortened
 def noise_scale_from_batches(
     small_squared: Any, big_squared: Any, small: int, big: int
 ) -> NoiseScale:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from statefulnn.core.errors import ShapeError, explain
 from statefulnn.core.module import Module
+from statefulnn.core.tracebacks import shortened
 from statefulnn.curvature._blocks import length, map_blocks
 from statefulnn.curvature._contractions import contract
 from statefulnn.curvature._layers import layer_factors, structured_layers
@@ -31,6 +32,7 @@ METHODS = ("auto", "jacobian", "products", "layers")
 OUTPUTS = ("full", "diagonal", "trace")
 
 
+@shortened
 def empirical_ntk(
     model: Model,
     x1: Any,

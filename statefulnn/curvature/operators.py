@@ -16,6 +16,7 @@ from statefulnn.core.conjugate_gradients import Solver, conjugate_gradients
 from statefulnn.core.errors import ConvergenceError, DtypeError, ShapeError, explain
 from statefulnn.core.failures import typed_failures, wait_for
 from statefulnn.core.reports import lanes_of
+from statefulnn.core.tracebacks import shortened
 from statefulnn.curvature._spaces import Space
 
 Scalar = int | float | jax.Array
@@ -160,12 +161,14 @@ class LinearOperator:
         """Return a vector ``(P,)`` as a tree."""
         return self.source.take(flat, False, "A.unflatten(v)")[0]
 
+    @shortened
     def matvec(self, vector: Any) -> Any:
         """Return the product with one vector, a tree or flat ``(P,)``."""
         tree, flat = self.source.take(vector, False, "A @ v")
         out = self._run(tree, False)
         return self.target.flatten(out) if flat else out
 
+    @shortened
     def matmat(self, vectors: Any) -> Any:
         """Return the products with k vectors, which are worked on together.
 
@@ -179,6 +182,7 @@ class LinearOperator:
         out = self._run(trees, True)
         return jax.vmap(self.target.flatten, out_axes=1)(out) if flat else out
 
+    @shortened
     def to_dense(self) -> jax.Array:
         """Return the matrix, ``(rows, columns)``: for small ones, since all columns are made together."""
         return self.matmat(jnp.eye(self.source.size, dtype=self.dtype))
@@ -187,6 +191,7 @@ class LinearOperator:
         """Return ``A + damping I``."""
         return self + scalar(damping, "A.damped(c)") * identity(self.source)
 
+    @shortened
     def inverse(
         self,
         tol: float | None = 1e-5,

@@ -14,6 +14,7 @@ from statefulnn.core.compat import Tracer
 from statefulnn.core.errors import MissingRngError, explain, user_stack_level
 from statefulnn.core.generator import as_key
 from statefulnn.core.module import Module
+from statefulnn.core.tracebacks import shortened
 from statefulnn.curvature._blocks import fold_blocks
 from statefulnn.curvature._examples import (
     check_examples,
@@ -49,6 +50,7 @@ class Clipped(NamedTuple):
     share: Any
 
 
+@shortened
 def clip_per_example(gradients: Any, max_norm: float, *, reduce: str = "mean") -> Clipped:
     """Shorten each example's gradient to a norm of at most `max_norm`, then sum or average.
 
@@ -97,6 +99,7 @@ def clip_per_example(gradients: Any, max_norm: float, *, reduce: str = "mean") -
     return Clipped(total, norms, _share(norms, max_norm))
 
 
+@shortened
 def dp_gradients(
     loss: Callable,
     max_norm: float,
@@ -170,6 +173,7 @@ def dp_gradients(
         )
     noiseless = not isinstance(noise_multiplier, Tracer) and noise_multiplier == 0
 
+    @shortened
     def private(params: Any, /, *examples: Any, rng: Any = None) -> Any:
         if rng is None and not noiseless:
             raise MissingRngError(
@@ -203,6 +207,7 @@ def dp_gradients(
     return private
 
 
+@shortened
 def ghost_clip(
     loss: Callable, max_norm: float, *, reduce: str = "mean", batch_size: int | None = None
 ) -> Callable:
@@ -250,6 +255,7 @@ def ghost_clip(
     max_norm = _checked_norm(max_norm, function)
     check_batch_size(batch_size, function)
 
+    @shortened
     def clipped(model: Any, /, *examples: Any) -> Clipped:
         n = check_examples(examples, function)
         arrays = jax.tree.map(jnp.asarray, examples)

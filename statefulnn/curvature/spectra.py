@@ -14,6 +14,7 @@ from jax.tree_util import register_dataclass
 from statefulnn.core.errors import ConvergenceError, explain
 from statefulnn.core.generator import as_key, next_key
 from statefulnn.core.reports import fail_unless, lanes_of
+from statefulnn.core.tracebacks import shortened
 from statefulnn.curvature._lanczos import extend, random_start
 from statefulnn.curvature._models import check_choice
 from statefulnn.curvature.operators import (
@@ -57,6 +58,7 @@ class Estimate(NamedTuple):
     error: Any
 
 
+@shortened
 def eigenpairs(
     A: LinearOperator,
     k: int = 1,
@@ -270,6 +272,7 @@ class SpectralDensity:
         return jnp.mean(jnp.sum(bumps * self.weights, axis=-1), axis=-1)
 
 
+@shortened
 def spectral_density(
     A: LinearOperator, *, samples: int = 10, steps: int = 30, rng: Any = None
 ) -> SpectralDensity:
@@ -324,6 +327,7 @@ def quadrature(A: LinearOperator, probes: Any, key: Any, steps: int) -> Spectral
     return SpectralDensity(nodes, weights, size)
 
 
+@shortened
 def logdet(A: LinearOperator, *, samples: int = 10, steps: int = 30, rng: Any = None) -> Estimate:
     """Return an estimate of the logarithm of the determinant, by stochastic Lanczos quadrature.
 

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from statefulnn.core.errors import ShapeError, explain
+from statefulnn.core.tracebacks import shortened
 from statefulnn.curvature._models import check_choice
 from statefulnn.curvature.operators import (
     LinearOperator,
@@ -22,6 +23,7 @@ TRACES = ("hutchinson", "hutch++", "xtrace")
 DIAGONALS = ("hutchinson", "xdiag")
 
 
+@shortened
 def trace(
     A: LinearOperator, *, method: str = "xtrace", samples: int = 30, rng: Any = None
 ) -> Estimate:
@@ -70,6 +72,7 @@ def trace(
     return {"hutchinson": hutchinson, "xtrace": xtrace}[method](A, probes)
 
 
+@shortened
 def diagonal(
     A: LinearOperator, *, method: str = "xdiag", samples: int = 30, rng: Any = None
 ) -> Estimate:

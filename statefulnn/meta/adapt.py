@@ -15,6 +15,7 @@ from statefulnn.core.errors import DtypeError, ShapeError, UnknownNameError, exp
 from statefulnn.core.generator import as_key
 from statefulnn.core.module import Module
 from statefulnn.core.repeated import body_of_loop
+from statefulnn.core.tracebacks import shortened
 from statefulnn.meta._arrays import strong_arrays
 from statefulnn.meta._cotangents import counted, note_losses
 from statefulnn.meta._names import chosen_names
@@ -57,6 +58,7 @@ class Adapted(NamedTuple):
     slots: Any
 
 
+@shortened
 def adapt(
     fn: Callable | None,
     params: Any,

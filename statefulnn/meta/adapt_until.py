@@ -13,6 +13,7 @@ from statefulnn.core.conjugate_gradients import norm
 from statefulnn.core.errors import DivergenceWarning, NotDifferentiableError, explain
 from statefulnn.core.repeated import body_of_loop
 from statefulnn.core.reports import lanes_of, report_unless, warn
+from statefulnn.core.tracebacks import shortened
 from statefulnn.meta._cotangents import not_backwards
 from statefulnn.meta.adapt import InnerTask, Loop
 from statefulnn.meta.inner_optimizer import MOST_STEPS
@@ -39,6 +40,7 @@ class Stopped(NamedTuple):
     steps: Any
 
 
+@shortened
 def adapt_until(
     fn: Callable | None,
     params: Any,

@@ -13,9 +13,11 @@ import numpy as np
 from statefulnn.core.compat import Tracer
 from statefulnn.core.errors import DtypeError, explain
 from statefulnn.core.reports import fail_unless, finite, report_unless
+from statefulnn.core.tracebacks import shortened
 from statefulnn.meta.tasks import require_rng, say_which_diverged
 
 
+@shortened
 def es_gradient(
     objective: Callable,
     params: Any,
@@ -75,6 +77,7 @@ class PES(NamedTuple):
     sums: Any
 
 
+@shortened
 def pes_init(state: Any, params: Any, pairs: int) -> PES:
     """Return the start of persistent evolution strategies: all particles in one inner state.
 
@@ -97,6 +100,7 @@ def pes_init(state: Any, params: Any, pairs: int) -> PES:
     return PES(jax.tree_util.tree_map(spread, state), jax.tree_util.tree_map(zeros, params))
 
 
+@shortened
 def pes_gradient(
     unroll: Callable,
     params: Any,

@@ -23,10 +23,12 @@ from statefulnn.core.conjugate_gradients import (
 )
 from statefulnn.core.errors import ConvergenceError, TraceLeakError, explain
 from statefulnn.core.reports import fail_unless, lanes_of, staging
+from statefulnn.core.tracebacks import shortened
 from statefulnn.meta._closures import hoisted
 from statefulnn.transforms.differentiate import function_name
 
 
+@shortened
 def implicit_gradient(
     solver: Callable,
     *,
@@ -100,6 +102,7 @@ def implicit_gradient(
         )
 
     @functools.wraps(solver)
+    @shortened
     def function(init: Any, *args: Any, **named: Any) -> Any:
         if named:
             raise TypeError(

@@ -16,9 +16,11 @@ from statefulnn.core.extras import import_extra
 from statefulnn.core.failures import typed_failures
 from statefulnn.core.repeated import body_of_loop
 from statefulnn.core.reports import said_once, warn
+from statefulnn.core.tracebacks import shortened
 from statefulnn.meta._arrays import strong_arrays
 
 
+@shortened
 def loop(
     step: Callable,
     init: Any,

@@ -7,9 +7,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from statefulnn.core.tracebacks import shortened
 from statefulnn.meta.per_step import require_steps
 
 
+@shortened
 def reptile_gradient(params: Any, adapted: Any) -> Any:
     """Return Reptile's meta-gradient of one task: from the adapted parameters back to the start.
 

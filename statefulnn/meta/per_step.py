@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from statefulnn.core.compat import Tracer
 from statefulnn.core.errors import ShapeError, explain
+from statefulnn.core.tracebacks import shortened
 from statefulnn.meta._names import chosen_names
 
 
@@ -43,6 +44,7 @@ jax.tree_util.register_pytree_with_keys(
 )
 
 
+@shortened
 def per_step(values: Mapping[str, Any], steps: int, only: Any = None) -> dict[str, Any]:
     """Return a dict of arrays with a row for each inner step in place of some of them.
 

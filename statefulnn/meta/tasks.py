@@ -14,6 +14,7 @@ from statefulnn.core.errors import DivergenceWarning, MissingRngError, ShapeErro
 from statefulnn.core.generator import as_key
 from statefulnn.core.repeated import HasRepeatedForm, repeated, straight_code_only
 from statefulnn.core.reports import finite, named_lanes, report_unless, warn
+from statefulnn.core.tracebacks import shortened
 from statefulnn.meta._cotangents import looked_at, results_counted, watched_task
 from statefulnn.meta._one_by_one import one_by_one
 
@@ -22,6 +23,7 @@ VECTORIZE = ("auto", "vmap", "loop")
 NEVER = np.array(-1)  # the step in which a loss is no longer finite
 
 
+@shortened
 def over_tasks(
     one_task: Callable,
     *,
@@ -74,6 +76,7 @@ def over_tasks(
             f"over_tasks: vectorize must be one of {VECTORIZE} or a number of tasks, got {vectorize!r}"
         )
 
+    @shortened
     def function(shared: Any, *data: Any, rng: Any = None) -> Any:
         tasks = _count(data)
         if reduce == "mean" and not tasks:

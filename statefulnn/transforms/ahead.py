@@ -14,6 +14,7 @@ import jax
 from statefulnn.core.compat import EAGER, current_trace
 from statefulnn.core.failures import raise_original
 from statefulnn.core.moduledef import differences
+from statefulnn.core.tracebacks import shorten, shortened
 from statefulnn.transforms import refusals
 from statefulnn.transforms.dispatch import Dispatch
 from statefulnn.transforms.versions import Version
@@ -31,6 +32,7 @@ class Lowered:
         ((8, 4), True)
     """
 
+    @shortened
     def __init__(self, function: Dispatch, args: tuple, kwargs: dict[str, Any]) -> None:
         known, version, dynamic = function.look_up(args, kwargs)
         self._function, self._version = function, version
@@ -38,6 +40,7 @@ class Lowered:
         self._names = known.plan.moduledef.leaf_names
         self._lowered = version.lower(known.plan.leaves(), dynamic)
 
+    @shortened
     def compile(self, *args: Any, **options: Any) -> Compiled:
         """Return the compiled function; the arguments are those of ``jax.stages.Lowered.compile``."""
         return Compiled(self, self._lowered.compile(*args, **options))
@@ -81,35 +84,39 @@ class Compiled:
         Raises:
             TypeError: for others.
         """
-        lowered, function = self._lowered, self._lowered._function
-        if function.owner is not None:
-            args = (function.owner, *args)
-        known, version, dynamic = function.look_up(args, kwargs)
-        if version is not lowered._version:
-            changes = _changes(lowered._version, version)
-            if changes:
-                raise refusals.other_arguments(_function_name(function), changes)
-        if current_trace() is not EAGER:
-            known.plan.note_read()
-        leaves = known.plan.leaves()
-        given = version.given(leaves, dynamic)
         try:
-            out, written = self._compiled(*given)
-        except (TypeError, ValueError):
-            # JAX knows the arrays by their place in flat lists; what it found is said again by name.
-            changes = self._other_arrays(given, [*leaves, *dynamic], lowered._names)
-            if changes:
-                raise refusals.other_arguments(_function_name(function), changes) from None
+            lowered, function = self._lowered, self._lowered._function
+            if function.owner is not None:
+                args = (function.owner, *args)
+            known, version, dynamic = function.look_up(args, kwargs)
+            if version is not lowered._version:
+                changes = _changes(lowered._version, version)
+                if changes:
+                    raise refusals.other_arguments(_function_name(function), changes)
+            if current_trace() is not EAGER:
+                known.plan.note_read()
+            leaves = known.plan.leaves()
+            given = version.given(leaves, dynamic)
+            try:
+                out, written = self._compiled(*given)
+            except (TypeError, ValueError):
+                # JAX knows the arrays by their place in flat lists; what it found is said again by name.
+                changes = self._other_arrays(given, [*leaves, *dynamic], lowered._names)
+                if changes:
+                    raise refusals.other_arguments(_function_name(function), changes) from None
+                raise
+            except RuntimeError as error:
+                raise_original(error)
+                raise
+            # JAX keeps the dict in which a result comes for the next one: it is not to be emptied.
+            return (
+                out
+                if written is None
+                else function.finish(known, leaves, out, dict(written), args, kwargs)
+            )
+        except Exception as error:
+            shorten(error)
             raise
-        except RuntimeError as error:
-            raise_original(error)
-            raise
-        # JAX keeps the dict in which a result comes for the next one: it is not to be emptied.
-        return (
-            out
-            if written is None
-            else function.finish(known, leaves, out, dict(written), args, kwargs)
-        )
 
     @property
     def out_info(self) -> Any:

@@ -6,9 +6,8 @@ refused it, so that calls that work pay nothing.
 
 from __future__ import annotations
 
-import contextlib
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 
 import jax
 import numpy as np
@@ -49,13 +48,9 @@ _EARLY = (
 )
 
 
-@contextlib.contextmanager
-def advising() -> Iterator[None]:
+def advise(error: Exception) -> None:
     """Note on an error of JAX's about a value that is not known yet what to write instead."""
-    try:
-        yield
-    except _EARLY as error:
+    if isinstance(error, _EARLY):
         note = next(refusals.EARLY[c] for c in type(error).__mro__ if c in refusals.EARLY)
         if note not in getattr(error, "__notes__", ()):
             error.add_note(note)
-        raise

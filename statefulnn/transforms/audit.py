@@ -12,6 +12,7 @@ from jax.typing import ArrayLike
 
 from statefulnn.core.graph import require_module
 from statefulnn.core.module import Module
+from statefulnn.core.tracebacks import shortened
 from statefulnn.transforms.functional_call import functionalize
 
 
@@ -48,6 +49,7 @@ class AuditReport:
         return "\n".join(lines)
 
 
+@shortened
 def audit(model: Module, *inputs: Any, rng: ArrayLike | None = None, **kwargs: Any) -> AuditReport:
     """Look for parameters that never get a gradient, such as those of a layer whose output is dropped.
 

@@ -11,12 +11,15 @@ from jax.typing import ArrayLike
 
 from statefulnn.core.baked_in import probing
 from statefulnn.core.pytree import unflatten_with
+from statefulnn.core.tracebacks import shortened
 from statefulnn.transforms import refusals
 from statefulnn.transforms.lift import SplitCall, Writes, several_unbound
+from statefulnn.transforms.naming import argument_names, source_of
 from statefulnn.transforms.scan import described
 from statefulnn.transforms.types import PyTree
 
 
+@shortened
 def cond(pred: ArrayLike, true_fun: Callable, false_fun: Callable, *operands: PyTree) -> PyTree:
     """Run one of two functions on the operands, as ``jax.lax.cond``, with modules.
 
@@ -52,6 +55,7 @@ def cond(pred: ArrayLike, true_fun: Callable, false_fun: Callable, *operands: Py
     return _branched(choose, ("true_fun", "false_fun"), (true_fun, false_fun), operands)
 
 
+@shortened
 def switch(index: ArrayLike, branches: Sequence[Callable], *operands: PyTree) -> PyTree:
     """Run the function with this number on the operands, as ``jax.lax.switch``, with modules.
 
@@ -93,15 +97,20 @@ def _branched(
             raise refusals.no_branch(name, repr(function))
     branches, owners = several_unbound(functions)
     call = SplitCall(((owners, *operands), {}))
-    run, leaves = call.signature.run, call.leaves
+    signature, leaves = call.signature, call.leaves
+    # The owners come first, see `several_unbound`.
+    named = [(b, ["owners", *argument_names(source_of(b), len(operands))]) for b in branches]
     # The branches of a conditional return the same arrays, but each may write other boxes. So a first,
     # abstract run tells which boxes any of them writes; then each returns the values of all of these.
     with probing():
-        tried = [jax.eval_shape(functools.partial(run, b), leaves, call.dynamic) for b in branches]
+        tried = [
+            jax.eval_shape(signature.pure(b, names=names), leaves, call.dynamic)
+            for b, names in named
+        ]
     indices = sorted({i for _, writes in tried for i in writes.indices})
     for name, one in zip(names[1:], tried[1:], strict=True):
         _check_alike(call, (names[0], name), tried[0], one, indices)
-    pure = [functools.partial(run, b, returned=indices) for b in branches]
+    pure = [signature.pure(b, names=names, returned=indices) for b, names in named]
     return call.finish(*choose(*pure, leaves, call.dynamic))
 
 

@@ -16,11 +16,13 @@ from statefulnn.core.listeners import listening, run_abstractly
 from statefulnn.core.module import Module
 from statefulnn.core.ownership import ModuleBase
 from statefulnn.core.plan import plan_of
+from statefulnn.core.tracebacks import shortened
 from statefulnn.transforms import refusals
 from statefulnn.transforms.lift import SplitCall, Writes
 from statefulnn.transforms.types import PyTree, TreeDef
 
 
+@shortened
 def capture(
     module: Module,
     names: Iterable[str] | str | None = None,
@@ -104,10 +106,12 @@ def capture(
             recorder.require(wanted)
         return out, recorder
 
+    @shortened
     def call(*args: Any, **kwargs: Any) -> Any:
         out, recorder = recorded(module, None, args, kwargs)
         return out, {name: _one_or_all(calls) for name, calls in recorder.outputs.items()}
 
+    @shortened
     def call_with_grads(*args: Any, **kwargs: Any) -> Any:
         return _with_grads(recorded, SplitCall(((module, *args), kwargs)))
 
@@ -276,6 +280,7 @@ def _with_grads(recorded: Callable, call: SplitCall) -> tuple[Any, dict[str, Any
     out, outputs, written = parts[0].joined(floating, rest)
     call.finish(None, written)
 
+    @shortened
     def backward(cotangent: PyTree) -> dict[str, PyTree]:
         """Return the gradients with respect to the captured outputs."""
         (gradients,) = pullback(_matched(cotangent, out))

@@ -9,6 +9,7 @@ from typing import Any, overload
 
 from jax.experimental import checkify as of_jax
 
+from statefulnn.core.tracebacks import shortened
 from statefulnn.transforms.lift import SplitCall, unbound
 from statefulnn.transforms.types import P, R
 
@@ -62,10 +63,11 @@ def checkify(fun: Callable | None = None, errors: frozenset[Any] = of_jax.user_c
 
     function, owner = unbound(fun)
 
+    @shortened
     @functools.wraps(function)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         call = SplitCall((args, kwargs))
-        pure = functools.partial(call.run, function)
+        pure = call.signature.pure(function)
         err, result = of_jax.checkify(pure, errors)(call.leaves, call.dynamic)
         return err, call.finish(*result)
 

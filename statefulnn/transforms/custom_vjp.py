@@ -28,8 +28,10 @@ from statefulnn.core.moduledef import ModuleDef
 from statefulnn.core.ownership import Scope
 from statefulnn.core.plan import build_plan
 from statefulnn.core.pytree import flatten_collecting, unflatten_with
+from statefulnn.core.tracebacks import shortened
 from statefulnn.transforms.differentiate import function_name
 from statefulnn.transforms.lift import Mark, SplitCall, Writes, spread, template, unbound
+from statefulnn.transforms.naming import as_users, told_as
 from statefulnn.transforms.types import P, R
 
 
@@ -101,6 +103,7 @@ class custom_vjp(Generic[P, R]):
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         return self.__func__(*(() if self.__self__ is None else (self.__self__,)), *args, **kwargs)
 
+    @shortened
     def __func__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the function; if it is a module's, the module is the first argument."""
         if self.fwd is None or self.bwd is None:
@@ -115,8 +118,8 @@ class custom_vjp(Generic[P, R]):
             raise _traced(self.fun, self.nondiff_argnums)
         call = SplitCall((tuple(None if i in fixed else a for i, a in enumerate(bound.args)), {}))
         rule = _Rule(call, fixed, self.fun, self.fwd, self.bwd)
-        vjp = jax.custom_vjp(rule.primal)
-        vjp.defvjp(rule.forward, rule.backward)
+        vjp = jax.custom_vjp(as_users(rule.primal, self.fun))
+        vjp.defvjp(as_users(rule.forward, self.fwd), rule.backward)
         out, written = vjp(call.leaves, call.dynamic)
         if current_trace() is not EAGER:
             # JAX marks every output as one that lanes differ in and gradients flow through. A copy, cut off
@@ -165,12 +168,14 @@ class _Rule:
             kept.append(Partial(readable, arrays, list(plan.leaves())))
             return result[0]
 
+        told_as(body, self._fwd)
         return self._run(body, leaves, dynamic), kept.pop()
 
     def _run(self, function: Callable, leaves: list[Any], dynamic: list[Any]) -> tuple[Any, Writes]:
         def with_fixed(*args: Any) -> Any:
             return function(*(self._fixed.get(i, a) for i, a in enumerate(args)))
 
+        told_as(with_fixed, function)
         with _arguments_only(self._fun):
             out, written = self._signature.run(with_fixed, leaves, dynamic)
         if written.out is not None:

@@ -24,6 +24,7 @@ from statefulnn.core.generator import Forbidden, Generator, current_generator, s
 from statefulnn.core.ownership import ModuleBase
 from statefulnn.core.plan import Plan, build_plan, count_changes
 from statefulnn.core.pytree import flatten_collecting
+from statefulnn.core.tracebacks import shorten
 from statefulnn.transforms.arguments import refuse_what_is_no_array
 from statefulnn.transforms.lift import Signature, call_module, restore_output, write_back
 from statefulnn.transforms.types import PyTree, TreeDef
@@ -126,52 +127,59 @@ class Dispatch:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         # Everything down to `version.call` is paid for by every step of a training loop: no functions are
         # called that need not be, and no list is built that is there already.
-        if self.owner is not None:
-            args = (self.owner, *args)
-        known: Any = None
-        version: Any = None
-        dynamic: Any = None
-        if not kwargs:
-            count, generator = len(args), streams.current
-            for recent in self._recent:
-                if recent.count == count and recent.generator is generator:
-                    dynamic = []
-                    for arg, want in zip(args, recent.wants):  # noqa: B905 (of one length)
-                        if type(arg) is want:
-                            dynamic.append(arg)
-                        elif id(arg) != want:
-                            break
-                    else:
-                        # The same modules; whether they are still what the code was compiled for, the
-                        # plan knows (law 9).
-                        if recent.known.plan.valid():
-                            known, version = recent.known, recent.version
-                        break
-        if known is None:
-            known, version, dynamic = self.look_up(args, kwargs)
-        if current_trace() is not EAGER:
-            known.plan.note_read()
-        # The list is the plan's own, and shared by all calls until somebody writes: a call that only reads
-        # gathers nothing, and JAX finds the very same arrays. Nobody changes it in place.
-        leaves = known.plan.cached_leaves
-        if leaves is None:
-            leaves = known.plan.leaves()
-            # Only gathering tells where the arrays lie, and a version is for one placement of them.
-            if known.plan.placements is not version.placements:
-                known, version, dynamic = self.look_up(args, kwargs)
-        self.versions.counter = self._counter
         try:
-            out, written = version.call(leaves, dynamic)
-        except (TypeError, RuntimeError) as error:
-            # JAX does not know which array is whose: an error about one that is deleted names the parameter.
-            for box, leaf in zip(known.plan.boxes, leaves, strict=True):
-                check_usable(leaf, box.label)
-            raise_original(error)
-            if self.function is call_module:
-                refuse_what_is_no_array(args[0].forward, args[1:], kwargs)
-            refuse_what_is_no_array(self.function, args, kwargs)
+            if self.owner is not None:
+                args = (self.owner, *args)
+            known: Any = None
+            version: Any = None
+            dynamic: Any = None
+            if not kwargs:
+                count, generator = len(args), streams.current
+                for recent in self._recent:
+                    if recent.count == count and recent.generator is generator:
+                        dynamic = []
+                        for arg, want in zip(args, recent.wants):  # noqa: B905 (of one length)
+                            if type(arg) is want:
+                                dynamic.append(arg)
+                            elif id(arg) != want:
+                                break
+                        else:
+                            # The same modules; whether they are still what the code was compiled for, the
+                            # plan knows (law 9).
+                            if recent.known.plan.valid():
+                                known, version = recent.known, recent.version
+                            break
+            if known is None:
+                known, version, dynamic = self.look_up(args, kwargs)
+            if current_trace() is not EAGER:
+                known.plan.note_read()
+            # The list is the plan's own, and shared by all calls until somebody writes: a call that only
+            # reads gathers nothing, and JAX finds the very same arrays. Nobody changes it in place.
+            leaves = known.plan.cached_leaves
+            if leaves is None:
+                leaves = known.plan.leaves()
+                # Only gathering tells where the arrays lie, and a version is for one placement of them.
+                if known.plan.placements is not version.placements:
+                    known, version, dynamic = self.look_up(args, kwargs)
+            self.versions.counter = self._counter
+            try:
+                out, written = version.call(leaves, dynamic)
+            except (TypeError, RuntimeError) as error:
+                # JAX does not know which array is whose: an error about one that is deleted names the
+                # parameter.
+                for box, leaf in zip(known.plan.boxes, leaves, strict=True):
+                    check_usable(leaf, box.label)
+                raise_original(error)
+                if self.function is call_module:
+                    refuse_what_is_no_array(args[0].forward, args[1:], kwargs)
+                refuse_what_is_no_array(self.function, args, kwargs)
+                raise
+            return (
+                out if written is None else self.finish(known, leaves, out, written, args, kwargs)
+            )
+        except Exception as error:
+            shorten(error)
             raise
-        return out if written is None else self.finish(known, leaves, out, written, args, kwargs)
 
     def finish(
         self,

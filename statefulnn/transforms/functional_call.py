@@ -7,6 +7,7 @@ and may run in several threads.
 from __future__ import annotations
 
 import functools
+import inspect
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, Self, TypeAlias, overload
@@ -27,6 +28,7 @@ from statefulnn.core.ownership import Scope
 from statefulnn.core.parameter import Parameter
 from statefulnn.core.plan import build_plan, plan_of
 from statefulnn.core.state_dict import _dtype_kind as dtype_kind
+from statefulnn.core.tracebacks import shortened
 from statefulnn.transforms import refusals
 from statefulnn.transforms.lift import check_structure
 from statefulnn.transforms.types import PyTree, R
@@ -121,6 +123,7 @@ def _checked(name: str, value: object, own: Any, function: str) -> Any:
     return value
 
 
+@shortened
 def functional_call(
     module: Module,
     parameter_and_buffer_dicts: Mapping[str, Any] | Sequence[Mapping[str, Any]],
@@ -316,6 +319,20 @@ def _rebuilt(module: Module, method: str, mutable: bool) -> Callable:
     return functionalize(module, method=method, mutable=mutable)[0]
 
 
+# One object each: it is part of what tells functions apart.
+_PARAMETERS = {
+    False: inspect.signature(lambda params, /, *inputs, rng=None, **kwargs: None),
+    True: inspect.signature(lambda params, state, /, *inputs, rng=None, **kwargs: None),
+}
+
+
+def _as_method(function: Callable, method: Callable, mutable: bool) -> Callable:
+    """Return a pure function that JAX's messages name as the method, with its own parameters."""
+    told = shortened(function)
+    told.__dict__.update(__wrapped__=method, __signature__=_PARAMETERS[mutable])
+    return told
+
+
 def _pure_function(moduledef: ModuleDef, own: list[Any], method: str, mutable: bool) -> Callable:
     """Return a method of a module as a pure function, see `functionalize`.
 
@@ -376,7 +393,7 @@ def _pure_function(moduledef: ModuleDef, own: list[Any], method: str, mutable: b
         twin = merge(moduledef, own).train(training)
         return _pure_function(plan_of(twin).moduledef, own, method, mutable)
 
-    fn = PureFunction(function)
+    fn = PureFunction(_as_method(function, getattr(moduledef.nodes[0].cls, method), mutable))
     fn._made_of = (moduledef, own, method, mutable)
     name, doc = f"{type_name}.{method}", f"{type_name}.{method} as a pure function {signature}."
     training = next(value for name, value, _ in moduledef.nodes[0].values if name == "training")
@@ -385,6 +402,7 @@ def _pure_function(moduledef: ModuleDef, own: list[Any], method: str, mutable: b
     return fn
 
 
+@shortened
 def stack_module_state(models: Sequence[Module]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Stack the parameters and buffers of equal models along a new first axis.
 

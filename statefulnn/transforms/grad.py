@@ -10,6 +10,7 @@ import jax
 
 from statefulnn.core.failures import typed_failures
 from statefulnn.core.refusals import no_callable
+from statefulnn.core.tracebacks import shortened
 from statefulnn.transforms.differentiate import Differentiation, real_scalar
 from statefulnn.transforms.types import P, R
 
@@ -66,6 +67,7 @@ def value_and_grad(
         return functools.partial(value_and_grad, argnums=argnums, has_aux=has_aux)
     _require_function(fun, "nn.value_and_grad")
 
+    @shortened
     @functools.wraps(fun)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         call = Differentiation(fun, args, kwargs, argnums, has_aux, real_scalar(fun))
@@ -116,6 +118,7 @@ def grad(
     _require_function(fun, "nn.grad")
     both = value_and_grad(fun, argnums, has_aux)
 
+    @shortened
     @functools.wraps(fun)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         value, grads = both(*args, **kwargs)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Concatenate, Generic, ParamSpec, Self, Ty
 from statefulnn.core.module import Module
 from statefulnn.core.ownership import ModuleBase
 from statefulnn.core.refusals import no_callable
+from statefulnn.core.tracebacks import shortened
 from statefulnn.transforms.ahead import Lowered
 from statefulnn.transforms.dispatch import Dispatch
 from statefulnn.transforms.lift import call_module, unbound
@@ -34,6 +35,7 @@ class JitFunction(Dispatch, Generic[P, R]):
 
         def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R: ...
 
+    @shortened
     def lower(self, *args: Any, **kwargs: Any) -> Lowered:
         """Return the computation for these arguments, as ``jax.jit(f).lower`` does.
 

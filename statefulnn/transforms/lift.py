@@ -9,6 +9,8 @@ caller's boxes and the caller's own modules into the output. A transform is thes
 
 from __future__ import annotations
 
+import functools
+import re
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -28,7 +30,8 @@ from statefulnn.core.plan import Plan, build_plan, plan_of
 from statefulnn.core.pytree import flatten_collecting, unflatten_with
 from statefulnn.core.stamps import clock, value_changed
 from statefulnn.transforms import refusals
-from statefulnn.transforms.arguments import advising
+from statefulnn.transforms.arguments import advise
+from statefulnn.transforms.naming import argument_names, as_users, rename, source_of
 from statefulnn.transforms.types import PyTree, TreeDef
 
 
@@ -82,6 +85,7 @@ class Signature(NamedTuple):
         on_scope: Callable[[Scope], None] | None = None,
         returned: Collection[int] = (),
         lost: tuple[str, str] | None = None,
+        names: Sequence[Any] | None = None,
     ) -> tuple[Any, Writes]:
         """Run a function on clones, as a pure function of arrays.
 
@@ -92,6 +96,7 @@ class Signature(NamedTuple):
             on_scope: is shown the scope of the clones after the call.
             returned: leaf positions to return whether written or not.
             lost: if the clones may only be read, why a write would be lost, and what to do instead.
+            names: of the arguments for messages, see `labels`; by default those of `f`.
 
         Returns:
             the output, and the values that were written.
@@ -101,8 +106,13 @@ class Signature(NamedTuple):
         arguments = roots[:-1] if self.has_generator else roots
         args, kwargs = unflatten_with(self.treedef, dynamic, arguments)
         generator = roots[-1] if self.has_generator else None
-        with use_generator(generator), watching(outer_traces()) as inventory, advising():
-            out = f(*args, **kwargs)
+        with use_generator(generator), watching(outer_traces()) as inventory:
+            try:
+                out = f(*args, **kwargs)
+            except Exception as error:
+                rename(error, self.written_by_user(f), lambda: self.labels(f, names))
+                advise(error)
+                raise
             inventory.note_returned(flatten_collecting(out)[0])
         check_structure(self.moduledef, modules, roots, boxes)
         if on_scope is not None:
@@ -116,6 +126,45 @@ class Signature(NamedTuple):
         )
         out, described = describe_output(out, modules, boxes)
         return out, Writes(indices, [boxes[i]._value for i in indices], described)
+
+    def pure(self, f: Callable, **options: Any) -> Callable:
+        """Return `run` with a function as a function of arrays, which JAX takes for the user's."""
+        return as_users(functools.partial(self.run, f, **options), self.written_by_user(f))
+
+    def written_by_user(self, f: Callable) -> Callable:
+        """Return a function as the user wrote it: forward, where the function calls a module."""
+        kind, number = next(iter(self.moduledef.roots), ("box", 0))
+        is_module = source_of(f) is call_module and kind == "node"
+        return self.moduledef.nodes[number].cls.forward if is_module else f
+
+    def labels(self, f: Callable, names: Sequence[Any] | None = None) -> dict[str, list[str]]:
+        """Return what messages call the leaves, and the other arrays, after the arguments of a function.
+
+        Args:
+            f: the function.
+            names: of its positional arguments; that of a tuple may be a tuple of names.
+        """
+        tree = template(self.treedef)
+        if names is None:
+            names = argument_names(self.written_by_user(f), len(tree[0]))
+        roots: dict[str, str] = {}
+        arrays: dict[int, str] = {}
+        for (which, first, *path), mark in jax.tree_util.tree_flatten_with_path(tree)[0]:
+            name = first.key if which.idx else names[first.idx]
+            while isinstance(name, tuple):
+                name, path = name[path[0].idx], path[1:]
+            label = f"{name}{jax.tree_util.keystr(tuple(path))}"
+            if mark.is_leaf:
+                arrays[mark.number] = label
+            else:
+                roots[f"[{mark.number}]"] = label
+        # Where there are several roots, names begin with their numbers: core/moduledef.py.
+        parts = [re.match(r"(\[\d+\])?(.*)", n) for n in self.moduledef.leaf_names]
+        leaves = []
+        for root, rest in [p.groups() for p in parts if p]:
+            where = roots.get(root or "[0]", "the generator")
+            leaves.append(where + (rest if root else f".{rest}"))
+        return {"leaves": leaves, "dynamic": [arrays[i] for i in sorted(arrays)]}
 
 
 class SplitCall:
@@ -356,6 +405,8 @@ def several_unbound(functions: Sequence[Callable]) -> tuple[list[Callable], tupl
             owner = owners[number]
             return function(*args) if owner is None else function(owner, *args)
 
+        forward = getattr(type(owners[number]), "forward", function)
+        call.__wrapped__ = forward if function is call_module else function
         return call
 
     owners = tuple(owner for _, owner in pairs)

@@ -11,13 +11,16 @@ from jax.typing import ArrayLike
 
 from statefulnn.core.baked_in import probing
 from statefulnn.core.errors import TraceLeakError
+from statefulnn.core.tracebacks import shortened
 from statefulnn.transforms import refusals
 from statefulnn.transforms.lift import SplitCall, Writes, several_unbound
+from statefulnn.transforms.naming import told_as
 from statefulnn.transforms.scan import Loop, scan
 from statefulnn.transforms.types import PyTree
 from statefulnn.transforms.vmap import vmap
 
 
+@shortened
 def while_loop(cond_fun: Callable, body_fun: Callable, init_val: PyTree) -> PyTree:
     """Run ``val = body_fun(val)`` while ``cond_fun(val)``, as ``jax.lax.while_loop``, with modules.
 
@@ -51,10 +54,12 @@ def while_loop(cond_fun: Callable, body_fun: Callable, init_val: PyTree) -> PyTr
     """
     loop = Loop(lambda f, carry, _: (f(carry), None), (body_fun, cond_fun), init_val)
     loop.learn()
-    state = jax.lax.while_loop(loop.ask, lambda state: loop.step(state)[0], loop.start)
+    ask = told_as(lambda val: loop.ask(val), cond_fun)
+    state = jax.lax.while_loop(ask, lambda state: loop.step(state)[0], loop.start)
     return loop.finish(state)[0]
 
 
+@shortened
 def fori_loop(
     lower: ArrayLike,
     upper: ArrayLike,
@@ -100,6 +105,7 @@ def fori_loop(
     return loop.finish(jax.lax.fori_loop(lower, upper, step, loop.start, unroll=unroll))[0]
 
 
+@shortened
 def map(f: Callable, xs: PyTree, *, batch_size: int | None = None) -> PyTree:
     """Call a function on each slice of `xs`, one after the other, as ``jax.lax.map``, with modules.
 
@@ -131,7 +137,8 @@ def map(f: Callable, xs: PyTree, *, batch_size: int | None = None) -> PyTree:
     if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 0):
         raise refusals.no_batch_size(batch_size)
     if batch_size is None:
-        return scan(lambda owners, x: (owners, one(owners, x)), owners, xs)[1]
+        step = told_as(lambda owners, x: (owners, one(owners, x)), one)
+        return scan(step, owners, xs)[1]
     loop = Loop(lambda f, carry, x: (carry, f(x)), (f,), (), xs)
     size = loop.check_lengths()
     # Whole batches are a scan of vmaps; the elements that are left over at the end are one more vmap.
@@ -176,6 +183,7 @@ class _Part(NamedTuple):
         return jax.tree.map(joined, out), writes
 
 
+@shortened
 def associative_scan(fn: Callable, elems: PyTree, reverse: bool = False, axis: int = 0) -> PyTree:
     """Combine elements along an axis with an associative function, as ``jax.lax.associative_scan``.
 
@@ -213,6 +221,7 @@ def associative_scan(fn: Callable, elems: PyTree, reverse: bool = False, axis: i
         call.signature.run(body, call.leaves, (), lost=refusals.NO_ORDER)
         return combined.pop()
 
+    told_as(pure, combine)
     # An abstract run first: what is wrong is said once, and not in the middle of JAX's tree of calls.
     try:
         with probing():  # JAX may call it outside of every trace, where a closure could write

@@ -8,6 +8,7 @@ from typing import Any, overload
 
 import jax
 
+from statefulnn.core.tracebacks import shortened
 from statefulnn.transforms.lift import SplitCall, unbound
 from statefulnn.transforms.types import P, R
 
@@ -39,12 +40,13 @@ def remat(fun: Callable | None = None, **options: Any) -> Any:
 
     function, owner = unbound(fun)
 
+    @shortened
     @functools.wraps(function)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         if owner is not None:
             args = (owner, *args)
         call = SplitCall((args, kwargs))
-        pure = functools.partial(call.run, function)
+        pure = call.signature.pure(function)
         return call.finish(*jax.checkpoint(pure, **options)(call.leaves, call.dynamic))
 
     return wrapper

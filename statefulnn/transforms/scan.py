@@ -16,11 +16,14 @@ from statefulnn.core.module import Module
 from statefulnn.core.ownership import ModuleBase
 from statefulnn.core.pytree import flatten_collecting, unflatten_with
 from statefulnn.core.repeated import repeated
+from statefulnn.core.tracebacks import shortened
 from statefulnn.transforms import refusals
 from statefulnn.transforms.lift import SplitCall, Writes, leaves_below, several_unbound
+from statefulnn.transforms.naming import as_users
 from statefulnn.transforms.types import PyTree
 
 
+@shortened
 def scan(
     f: Callable,
     init: PyTree,
@@ -147,7 +150,8 @@ class Loop:
             leaves[i] = _slice_of(leaves[i])
         dynamic = [*self._dynamic[0], *map(_slice_of, self._dynamic[1])]
         with probing():
-            following, _, writes = jax.eval_shape(self._run, leaves, dynamic, *extra)
+            run = as_users(self._run, self._functions[0])
+            following, _, writes = jax.eval_shape(run, leaves, dynamic, *extra)
         self._check_carry(following)
         for i, new in zip(writes.indices, writes.values, strict=True):
             old = leaves[i] if i in sliced else jax.typeof(leaves[i])
@@ -247,8 +251,11 @@ class Loop:
             following.extend(after[0])
             return _snapshot(y, x)
 
+        body.__wrapped__ = self._functions[0]
         with repeated():
-            y, writes = self.call.signature.run(body, leaves, dynamic, returned=self._written)
+            y, writes = self.call.signature.run(
+                body, leaves, dynamic, returned=self._written, names=(("owners", "carry"), "x")
+            )
         return following, y, writes
 
 

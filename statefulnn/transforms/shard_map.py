@@ -14,6 +14,7 @@ from statefulnn.core.errors import StateWriteError, explain
 from statefulnn.core.generator import Generator, advance
 from statefulnn.core.names import chosen
 from statefulnn.core.plan import build_plan
+from statefulnn.core.tracebacks import shortened
 from statefulnn.transforms.lift import SplitCall, Writes, spread, template, unbound
 from statefulnn.transforms.types import P, R
 
@@ -99,6 +100,7 @@ def shard_map(
         raise ValueError(f"randomness must be one of {_RANDOMNESS}, got {randomness!r}")
     function, owner = unbound(fun)
 
+    @shortened
     @functools.wraps(function)
     def wrapper(*args: Any) -> Any:
         count = len(args) - (owner is not None)

@@ -33,6 +33,7 @@ from statefulnn.core.narrowing import check_jax_holds
 from statefulnn.core.ownership import ModuleBase
 from statefulnn.core.parameter import Buffer, Parameter
 from statefulnn.core.static_keys import KeyMaker
+from statefulnn.core.tracebacks import shortened
 from statefulnn.transforms import refusals
 from statefulnn.transforms.types import PyTree, TreeDef
 
@@ -167,6 +168,7 @@ class Statefulized(Module):
             return kwargs  # as calling the function without a key: it knows whether it needs one
 
 
+@shortened
 def statefulize(fn: Callable, params: PyTree, state: PyTree = None) -> Module:
     """Return a pure function and its arrays as a module: the way back from `functionalize`.
 

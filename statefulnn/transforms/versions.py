@@ -39,6 +39,7 @@ from statefulnn.core.plan import RETRACE_LIMIT
 from statefulnn.core.static_keys import KeyMaker
 from statefulnn.transforms import refusals
 from statefulnn.transforms.lift import Signature, leaves_below, template
+from statefulnn.transforms.naming import as_users, rename, source_of
 from statefulnn.transforms.types import PyTree
 
 MOST_VERSIONS = 64  # of one function, and traces of one version, that are kept
@@ -279,14 +280,12 @@ class Versions:
             results[number] = (written.indices, written.out)
             return out, {number: values}
 
-        traced.__name__ = traced.__qualname__ = name
-
         for_jax = self._options.for_jax
 
         def make() -> Any:
             # Each a function of its own: JAX finds code by the function, and drops it with it. The same
             # function, jitted again, would get the old code back, and nothing would ever be dropped.
-            again = functools.wraps(traced)(lambda leaves, dynamic: traced(leaves, dynamic))
+            again = as_users(traced, signature.written_by_user(function), name)
             if donation is None:
                 return jax.jit(again, **for_jax)
             return donation.compiled(again, for_jax)
@@ -300,7 +299,7 @@ class Versions:
         Args:
             modules: the modules and boxes in the arguments.
         """
-        function = _innermost(self._function)
+        function = source_of(self._function)
         code = getattr(function, "__code__", None) or getattr(
             type(function).__call__, "__code__", None
         )
@@ -355,15 +354,24 @@ class Donation:
         roots = [m.number for m in marks if not m.is_leaf]
         self.leaves = frozenset(leaves_below(signature.moduledef, roots))
         self._dynamic = frozenset(m.number for m in marks if m.is_leaf)
-        self._num_leaves = signature.moduledef.num_leaves
+        self._signature, self._num_leaves = signature, signature.moduledef.num_leaves
 
     def select(self, leaves: Sequence[jax.Array], dynamic: Sequence[ArrayLike]) -> tuple:
         """Return the arrays that are donated, and the others."""
         others = [dynamic[i] for i in sorted(self._dynamic)]
         gone = donated(leaves, sorted(self.leaves), others)
+        return gone, self._kept(leaves, dynamic)
+
+    def _kept(self, leaves: Sequence[Any], dynamic: Sequence[Any]) -> list[Any]:
         kept = [v for i, v in enumerate(leaves) if i not in self.leaves]
-        kept += [v for i, v in enumerate(dynamic) if i not in self._dynamic]
-        return gone, kept
+        return kept + [v for i, v in enumerate(dynamic) if i not in self._dynamic]
+
+    def _labels(self, function: Callable) -> dict[str, list[str]]:
+        """Return what messages call the arguments of the jitted function."""
+        leaves, dynamic = self._signature.labels(function).values()
+        gone = [leaves[i] for i in sorted(self.leaves)]
+        gone += [dynamic[i] for i in sorted(self._dynamic)]
+        return {"gone": gone, "kept": self._kept(leaves, dynamic)}
 
     def _joined(self, gone: Sequence[jax.Array], kept: Sequence[jax.Array]) -> tuple[list, list]:
         """Undo `select`: return the leaves, and the other arrays."""
@@ -375,10 +383,15 @@ class Donation:
     def compiled(self, traced: Callable, for_jax: dict[str, Any]) -> Any:
         """Compile a function of ``(leaves, dynamic)`` so that it takes the memory it is given."""
 
-        @functools.wraps(traced)
         def donating(gone: list[jax.Array], kept: list[jax.Array]) -> Any:
-            return traced(*self._joined(gone, kept))
+            try:
+                return traced(*self._joined(gone, kept))
+            except Exception as error:
+                rename(error, traced, lambda: self._labels(source_of(traced)))
+                raise
 
+        own = {"__signature__": inspect.signature(donating)}
+        functools.update_wrapper(donating, traced, updated=()).__dict__.update(own)
         jitted = jax.jit(donating, donate_argnums=0, **for_jax)
 
         def call(leaves: list[jax.Array], dynamic: list[ArrayLike]) -> Any:
@@ -435,15 +448,6 @@ def _holds_nothing(function: Callable) -> bool:
         return False
     held = (function.__closure__, function.__defaults__, function.__kwdefaults__, function.__dict__)
     return not any(held)
-
-
-def _innermost(function: Any) -> Any:
-    """Return the user's own function under wrappers and partial functions."""
-    for name in ("__wrapped__", "func"):
-        inner = getattr(function, name, None)
-        if inner is not None and callable(inner):
-            return _innermost(inner)
-    return function
 
 
 def _modules_in(function: Any, depth: int = 3) -> list[Any]:

@@ -15,6 +15,7 @@ from statefulnn.core.compat import varies
 from statefulnn.core.errors import MissingRngError, explain
 from statefulnn.core.generator import Forbidden, advance, use_generator
 from statefulnn.core.repeated import repeated
+from statefulnn.core.tracebacks import shortened
 from statefulnn.transforms import refusals
 from statefulnn.transforms.lift import SplitCall, Writes, leaves_below, template, unbound
 from statefulnn.transforms.types import P, PyTree, R
@@ -95,6 +96,7 @@ def vmap(
     one_lane, owner = unbound(fun)
     function = _without_randomness(one_lane) if randomness == "error" else one_lane
 
+    @shortened
     @functools.wraps(one_lane)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         axes = in_axes
