@@ -30,7 +30,7 @@ USES = {
     """,
     "checkpoints": """
         with nn.Checkpointer("run") as checkpointer:
-            checkpointer.save(1, nn.Linear(3, 4))
+            checkpointer.save(1, model=nn.Linear(3, 4))
     """,
     "torch": """
         import torch

@@ -4,7 +4,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from statefulnn import attention, functional, init, modules, parameter, utils
-from statefulnn.core import errors
+from statefulnn.core import errors, habits
 from statefulnn.core.default_dtype import default_dtype, get_default_dtype, set_default_dtype
 from statefulnn.core.errors import *  # noqa: F403
 from statefulnn.core.generator import (
@@ -151,7 +151,7 @@ if not TYPE_CHECKING:  # with it, a type checker would take any name for one of 
             return importlib.import_module(f"statefulnn.{name}")
         if name in _LATER_NAMES:
             return getattr(importlib.import_module(f"statefulnn.{_LATER_NAMES[name]}"), name)
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        habits.refuse_name(f"module {__name__!r}", name, habits.of_package(name, functional))
 
 
 __dir__ = listing(globals(), "io", "map")

@@ -7,6 +7,8 @@ name, and a raw JAX transformation sees them as leaves. Needs the extra ``optim`
 from __future__ import annotations
 
 import collections
+import math
+import types
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -14,8 +16,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from statefulnn.core import habits
 from statefulnn.core.compat import EAGER, Tracer, current_trace
 from statefulnn.core.errors import (
+    ArgumentError,
     DtypeError,
     ShapeError,
     StructureChangeError,
@@ -80,21 +84,24 @@ class Optimizer(Module):
     # optax's transformations are closures over settings that stay as they are.
     _unwatched = ("tx",)
 
+    _habits = habits.OPTIMIZER
+    zero_grad: Any = property()  # of nothing: Python asks `__getattr__`, which has the answer
+
     module: Any
 
     def __init__(self, module: Module, tx: Any) -> None:
         super().__init__()
-        optax = import_extra("optax", "optim", "made an nn.Optimizer", "does the arithmetic")
+        optax = import_extra("optax", "optax", "made an nn.Optimizer", "does the arithmetic")
         if not isinstance(module, Module):
-            raise TypeError(
+            raise ArgumentError(
                 explain(
-                    f"nn.Optimizer was given {type(module).__name__} as the module",
-                    "it trains the parameters of an nn.Module",
+                    f"nn.Optimizer was given {_described(module)} as the module",
+                    "it trains the parameters of an nn.Module, and finds them itself",
                     "nn.Optimizer(model, optax.adam(1e-3))",
                 )
             )
         if not isinstance(tx, optax.GradientTransformation):
-            raise TypeError(
+            raise ArgumentError(
                 explain(
                     f"nn.Optimizer was given {_described(tx)} as the transformation",
                     "it needs an optax transformation: an object with init and update",
@@ -155,8 +162,13 @@ class Optimizer(Module):
         leaves = [next(constants) if b is None else b.value for b in self._boxes()]
         return jax.tree_util.tree_unflatten(self._treedef, leaves)
 
+    def __setattr__(self, name: str, value: object) -> None:
+        if name in ("learning_rate", "lr", "param_groups") and type(self) is Optimizer:
+            getattr(self, name)  # has the answer
+        super().__setattr__(name, value)
+
     @shortened
-    def step(self, grads: Mapping[str, Any], **extra: Any) -> None:
+    def step(self, grads: Mapping[str, Any] = types.MappingProxyType({}), **extra: Any) -> None:
         """Update the parameters and the slots in place.
 
         Args:
@@ -257,11 +269,11 @@ class Optimizer(Module):
 
     def _checked(self, grads: Any, parameters: Mapping[str, Parameter]) -> dict[str, Any]:
         if not isinstance(grads, Mapping):
-            raise TypeError(
+            raise ArgumentError(
                 explain(
                     f"Optimizer.step was given {_described(grads)}",
                     "gradients are matched to parameters by name",
-                    "pass the dict that nn.grad or nn.value_and_grad returns: opt.step(grads)",
+                    f"the dict that nn.grad and nn.value_and_grad return: {habits.TRAIN}",
                 )
             )
         unknown = [n for n in grads if n not in parameters]
@@ -277,18 +289,18 @@ class Optimizer(Module):
                     f"Optimizer.step was given {' and '.join(parts)}",
                     f"it needs one gradient for each trainable parameter: {_listed(self._names)}",
                     "take the gradient with respect to the module the optimizer was built with: "
-                    "grads = nn.grad(loss)(opt.module)",
+                    f"{habits.TRAIN.replace('(model,', '(opt.module,')}",
                 )
             )
         checked = {}
         for name, p in parameters.items():
             grad = grads[name]
             if not _is_array(grad):
-                raise TypeError(
+                raise ArgumentError(
                     explain(
                         f"Optimizer.step was given {_described(grad)} as the gradient of {name!r}",
                         "a gradient is an array of the parameter's shape",
-                        f'grads["{name}"] = jnp.zeros_like(param) leaves its direction alone',
+                        f'grads["{name}"] = jnp.zeros({p.shape}, jnp.{p.dtype}) leaves it as it is',
                     )
                 )
             grad = checked[name] = grad if isinstance(grad, jax.Array) else jnp.asarray(grad)
@@ -298,8 +310,7 @@ class Optimizer(Module):
                         f"Optimizer.step was given a gradient of shape {grad.shape} for {name!r} of "
                         f"shape {p.shape}",
                         "a broadcast update would train something else than was meant",
-                        f"reduce it to the parameter's shape first: grads[{name!r}].reshape("
-                        f"{p.shape}), .sum(0) or .mean(0)",
+                        _shape_advice(name, grad.shape, p.shape),
                     )
                 )
             if grad.dtype != p.dtype:
@@ -329,6 +340,14 @@ def _built_for(name: str) -> str:
 
 def _trainable(module: Module) -> Iterator[tuple[str, Parameter]]:
     return ((name, p) for name, p in module.named_parameters() if p.requires_grad)
+
+
+def _shape_advice(name: str, given: tuple[int, ...], own: tuple[int, ...]) -> str:
+    if given[1:] == own and given[0] != 1:
+        return f"the mean of the gradients of examples: grads[{name!r}].mean(0)"
+    if math.prod(given) == math.prod(own):
+        return f"grads[{name!r}].reshape({own})"
+    return f"a gradient of shape {own}"
 
 
 def _is_array(leaf: Any) -> bool:
@@ -373,5 +392,9 @@ def _listed(names: Any, limit: int = 8) -> str:
 
 
 def _described(value: Any) -> str:
+    if isinstance(value, jax.Array):
+        return "an array"
+    if isinstance(value, Iterator):
+        return "an iterator"
     name = getattr(value, "__name__", None)
     return f"the {type(value).__name__} {name}" if name else f"a {type(value).__name__}"

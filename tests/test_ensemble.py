@@ -1134,6 +1134,6 @@ def test_per_member_refuses_what_has_no_axis_of_members():
 
 def test_without_optax_per_member_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "optax", None)
-    with pytest.raises(ImportError, match=r'pip install "statefulnn\[optim\]"') as error:
+    with pytest.raises(ImportError, match="pip install optax") as error:
         per_member(None)
     explained(error)

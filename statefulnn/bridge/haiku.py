@@ -33,7 +33,7 @@ __all__ = ["from_haiku", "haiku_arrays", "to_haiku"]
 __dir__ = listing(globals())
 
 hk = import_extra(
-    "haiku", "haiku", "imported statefulnn.bridge.haiku", "made the functions it takes"
+    "haiku", "dm-haiku", "imported statefulnn.bridge.haiku", "made the functions it takes"
 )
 
 _ROOT = "~"  # where Haiku keeps what belongs to no module

@@ -76,10 +76,9 @@ def as_array(value: object, subject: Subject = "a box") -> Any:
     convert = getattr(value, "__jax_array__", None)
     if convert is not None:
         return convert()
-    kind = type(value).__name__
     if isinstance(value, (list, tuple)):
-        raise refusals.sequence_for_an_array(kind, subject)
-    raise refusals.no_array(kind, subject)
+        raise refusals.sequence_for_an_array(type(value).__name__, subject)
+    raise refusals.no_array(value, subject)
 
 
 def check_not_deleted(value: Value, subject: Subject) -> None:

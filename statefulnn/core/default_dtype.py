@@ -16,11 +16,11 @@ from statefulnn.core.construction import (
     set_session_dtype,
 )
 from statefulnn.core.errors import DtypeError, explain
-from statefulnn.core.placement import supported
+from statefulnn.core.placement import as_dtype, supported
 
 
 def _floating(function: str, dtype: DTypeLike) -> np.dtype:
-    found = jnp.dtype(dtype)
+    found = as_dtype(dtype)
     if not jnp.issubdtype(found, jnp.floating):
         raise DtypeError(
             explain(
@@ -95,4 +95,4 @@ def default_dtype(dtype: DTypeLike) -> Iterator[None]:
 
 def dtype_of_new(dtype: DTypeLike | None) -> np.dtype:
     """Return the dtype of something new: what was asked for, or the default."""
-    return supported(current_dtype() if dtype is None else jnp.dtype(dtype))
+    return supported(current_dtype() if dtype is None else as_dtype(dtype))

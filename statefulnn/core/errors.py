@@ -15,6 +15,7 @@ from types import FrameType
 from statefulnn.core.listing import listing
 
 __all__ = [
+    "ArgumentError",
     "CheckpointError",
     "ConvergenceError",
     "DivergenceWarning",
@@ -34,6 +35,7 @@ __all__ = [
     "TraceLeakError",
     "UninitializedModuleError",
     "UninitializedParameterError",
+    "UnknownAttributeError",
     "UnknownNameError",
     "UntrainedLeavesWarning",
     "UnusedModuleError",
@@ -104,6 +106,14 @@ class StructureChangeError(StatefulnnError, RuntimeError):
 
 class RegistrationError(StatefulnnError, TypeError):
     """A value that cannot be registered where it was put, or would not be found there."""
+
+
+class ArgumentError(StatefulnnError, TypeError):
+    """An argument of another kind than the function takes."""
+
+
+class UnknownAttributeError(StatefulnnError, AttributeError):
+    """A name of torch's, Flax's or optax's that is written in another way here."""
 
 
 class UninitializedModuleError(StatefulnnError, AttributeError):

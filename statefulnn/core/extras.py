@@ -8,12 +8,12 @@ from typing import Any
 from statefulnn.core.errors import explain
 
 
-def import_extra(library: str, extra: str, did: str, needs: str) -> Any:
-    """Import a library of an extra, or raise an error that names the extra.
+def import_extra(library: str, package: str, did: str, needs: str) -> Any:
+    """Import a library of an extra, or raise an error that says how to install it.
 
     Args:
         library: the name of its module.
-        extra: the extra of this package that installs it.
+        package: what pip installs it by.
         did: what was called, for the message.
         needs: what the library does there, for the message.
 
@@ -21,7 +21,7 @@ def import_extra(library: str, extra: str, did: str, needs: str) -> Any:
         ImportError: if it is not installed.
 
     Example:
-        >>> import_extra("json", "io", "saved a model", "writes the header").dumps([1])
+        >>> import_extra("json", "json", "saved a model", "writes the header").dumps([1])
         '[1]'
     """
     try:
@@ -34,6 +34,6 @@ def import_extra(library: str, extra: str, did: str, needs: str) -> Any:
             explain(
                 did,
                 f"{library}, which {needs}, is not installed",
-                f'pip install "statefulnn[{extra}]"',
+                f"pip install {package}",
             )
         ) from error

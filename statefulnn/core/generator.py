@@ -40,7 +40,10 @@ def _entropy() -> int:
 
 
 def _state_from_seed(seed: int) -> np.ndarray:
-    seed = int(seed) & 0xFFFFFFFFFFFFFFFF
+    try:
+        seed = int(seed) & 0xFFFFFFFFFFFFFFFF
+    except (TypeError, ValueError):
+        raise refusals.no_seed(type(seed).__name__) from None
     return np.array([seed >> 32, seed & 0xFFFFFFFF, 0, 0], np.uint32)
 
 

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from statefulnn.core import refusals
+from statefulnn.core import habits, refusals
 from statefulnn.core import state_dict as _state_dict
 from statefulnn.core.arrays import filled
 from statefulnn.core.baked_in import BakedIn
@@ -51,6 +51,7 @@ from statefulnn.core.placement import (
     META,
     DeviceLike,
     Value,
+    as_dtype,
     cast,
     placed,
     resolve_device,
@@ -177,6 +178,8 @@ class Module(ModuleBase):
     # By which version of the initial values the module draws its own; noted when it is built.
     init_version: str = DEFAULT_VERSION
     training: bool
+    # What is said of attributes that are not there.
+    _habits: Mapping[str, Any] = habits.MODULE
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -187,6 +190,8 @@ class Module(ModuleBase):
         _register(cls)
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        if args or kwargs:
+            habits.refuse_construction(cls, args, kwargs)
         self = object.__new__(cls)
         set_shell(self, None)
         set_plan(self, None)
@@ -217,9 +222,7 @@ class Module(ModuleBase):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Compute the output; every subclass defines it."""
-        raise NotImplementedError(
-            f'Module [{type(self).__name__}] is missing the required "forward" function'
-        )
+        raise refusals.no_forward(type(self).__name__)
 
     @_typed_by_forward
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -241,6 +244,8 @@ class Module(ModuleBase):
         except Exception as error:
             if clock.baked_in:
                 BakedIn.trace_failed()
+            if isinstance(error, TypeError):
+                habits.refuse_call(self, args, kwargs)
             _locate(error, self)
             shorten(error)
             raise
@@ -274,13 +279,13 @@ class Module(ModuleBase):
             return getattr(self, name)
         elif name in REGISTRIES or name in ("training", "_nn_stamp"):
             raise _uninitialized(self, f"read {name!r}")
-        message = f"'{type(self).__name__}' object has no attribute '{name}'"
+        message = f"'{type(self).__name__}' object"
         if name in type(self)._python_cache:
-            message += (
-                ": it is declared in _python_cache, so clones inside transformed code start without "
-                f"it; use getattr(self, {name!r}, None)"
+            raise AttributeError(
+                f"{message} has no attribute '{name}': it is declared in _python_cache, so clones "
+                f"inside transformed code start without it; use getattr(self, {name!r}, None)"
             )
-        raise AttributeError(message)
+        habits.refuse_attribute(message, self, name)
 
     @property
     def __dict__(self) -> dict[str, Any]:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -343,6 +348,8 @@ class Module(ModuleBase):
                 return
             if type(old) is type(value) and isinstance(value, (bool, int, str)) and old == value:
                 return
+        elif name in habits.FLAGS and isinstance(value, bool):
+            habits.refuse_flag(self, name)
         self._check_static_write(name, value)
         object.__setattr__(self, name, value)
         self._nn_stamp.touch(lambda: repr(self._label(name)))
@@ -666,8 +673,7 @@ class Module(ModuleBase):
 
     def parameters(self, recurse: bool = True) -> Iterator[Parameter]:
         """Yield the parameters, each once."""
-        for _, param in self.named_parameters(recurse=recurse):
-            yield param
+        return ParameterIterator(param for _, param in self.named_parameters(recurse=recurse))
 
     def named_buffers(
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
@@ -762,8 +768,10 @@ class Module(ModuleBase):
             if param.grad is not None:
                 param.grad = None if set_to_none else jnp.zeros_like(param.grad)
 
-    def apply(self, fn: Callable[[Module], Any]) -> Self:
+    def apply(self, fn: Callable[[Module], Any], *others: object) -> Self:
         """Call a function on every module, children first, and return the module."""
+        if others or not callable(fn):  # as Flax has it
+            raise refusals.apply_of_arrays(type(self).__name__)
         with under_way(("apply", id(fn)), self) as met:
             for event, _, module in walk(self, _children, method="apply", met=met):
                 if event is LEAVE:
@@ -810,12 +818,9 @@ class Module(ModuleBase):
             else:
                 dtype = arg
         if dtype is not None:
-            dtype = np.dtype(dtype)
+            dtype = as_dtype(dtype)
             if not jnp.issubdtype(dtype, jnp.inexact):
-                raise TypeError(
-                    "nn.Module.to only accepts floating point or complex dtypes, but got desired "
-                    f"dtype={dtype}"
-                )
+                raise refusals.cast_to_integers(dtype)
         place = resolve_device(device)
 
         def convert(value: Value) -> Any:
@@ -1104,6 +1109,26 @@ class Module(ModuleBase):
         from statefulnn.transforms.jit import jit  # the layer above: only this method reaches up
 
         return jit(self, **kwargs)
+
+
+class ParameterIterator(Iterator[Parameter]):
+    """The parameters of a module, one by one; functions of trees do not take it for a leaf."""
+
+    def __init__(self, parameters: Iterator[Parameter]) -> None:
+        self._parameters = parameters
+
+    def __next__(self) -> Parameter:
+        return next(self._parameters)
+
+    def __getitem__(self, number: object) -> Any:
+        raise refusals.parameter_by_number(number)
+
+
+def _refuse_parameters(*_: object) -> Any:
+    raise refusals.list_of_parameters()
+
+
+jax.tree_util.register_pytree_node(ParameterIterator, _refuse_parameters, _refuse_parameters)
 
 
 def _register(cls: type) -> None:

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from statefulnn.core import refusals
+from statefulnn.core import habits, refusals
 from statefulnn.core.arrays import as_array
 from statefulnn.core.box import Box, unwrap
 from statefulnn.core.compat import EAGER, Tracer, current_trace
@@ -58,7 +58,19 @@ class ArrayBox(Box, _Array):
         # Shape, dtype, T, at, astype, reshape, mean ... are the array's own.
         if name.startswith("__"):
             raise AttributeError(name)
-        return getattr(self._value if name in _METADATA else self.value, name)
+        value = self._value if name in _METADATA else self.value
+        try:
+            return getattr(value, name)
+        except AttributeError:
+            if name not in habits.BOX:
+                raise
+        habits.refuse_name(f"{type(self).__name__!r} object", name, habits.BOX)
+
+    def view(self, dtype: DTypeLike | None = None, *shape: int) -> jax.Array:
+        """Return the bits of the array as another dtype, as ``jax.Array.view`` does."""
+        if shape or isinstance(dtype, (int, tuple)):  # torch's reshapes
+            raise refusals.name_of_habit("called view with a shape", habits.BOX["view"])
+        return self.value.view(dtype)
 
     def __dir__(self) -> list[str]:
         return sorted({*super().__dir__(), *dir(self._value)})

@@ -114,7 +114,7 @@ def resolve_device(place: object) -> Any:
     try:
         return jax.devices(platform)[int(index or 0)]
     except (RuntimeError, IndexError, ValueError) as error:
-        have = ", ".join(sorted({f"{d.platform}:{d.id}" for d in jax.devices()}))
+        have = sorted({f"{d.platform}:{d.id}" for d in jax.devices()})
         raise refusals.absent_device(place, have, error) from None
 
 
@@ -232,6 +232,14 @@ def cast(value: Value, dtype: DTypeLike) -> Any:
     if isinstance(value, jax.ShapeDtypeStruct):
         return jax.ShapeDtypeStruct(value.shape, dtype)
     return value.astype(dtype)
+
+
+def as_dtype(given: Any) -> np.dtype:
+    """Return the dtype for anything that users name one by."""
+    try:
+        return np.dtype(given)
+    except TypeError:
+        raise refusals.no_dtype(given) from None
 
 
 def supported(dtype: np.dtype) -> np.dtype:

@@ -10,7 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TypeAlias, TypeVar
 
+import jax.numpy as jnp
+import numpy as np
+
 from statefulnn.core.errors import (
+    ArgumentError,
     DtypeError,
     MissingRngError,
     RegistrationError,
@@ -21,6 +25,7 @@ from statefulnn.core.errors import (
     TraceLeakError,
     UninitializedModuleError,
     UninitializedParameterError,
+    UnknownAttributeError,
     UnknownNameError,
     explain,
     name_of,
@@ -48,6 +53,131 @@ def listed(texts: Sequence[str], shown: int = SHOWN) -> str:
 
 
 # --------------------------------------------------------------------------------------------------
+# Habits of other libraries
+
+
+def name_of_habit(message: str, answer: Reason) -> UnknownAttributeError:
+    return _refusal(UnknownAttributeError, message, *answer)
+
+
+def argument_of_habit(cls: str, method: str, name: str, answer: Reason) -> ArgumentError:
+    what = f"{cls}.{method}() got an unexpected argument {name!r}"
+    return _refusal(ArgumentError, what, *answer)
+
+
+def field_as_argument(cls: str, name: str) -> ArgumentError:
+    return _refusal(
+        ArgumentError,
+        f"{cls}.__init__() got an unexpected keyword argument {name!r}",
+        f"{name!r} is annotated in the class, which makes it no argument",
+        f"def __init__(self, {name}): super().__init__(); self.{name} = {name}",
+    )
+
+
+def array_for_an_option(
+    cls: str, name: str, needed: Sequence[str], inputs: Sequence[str]
+) -> ArgumentError:
+    return _refusal(
+        ArgumentError,
+        f"made nn.{cls} with an array as {name!r}",
+        "a layer is built of its settings first, and called with arrays then",
+        f"nn.{cls}({', '.join(needed)})({', '.join(inputs)})",
+    )
+
+
+def flag_over_method(cls: str, name: str, answer: Reason) -> RegistrationError:
+    return _refusal(RegistrationError, f"assigned {name!r} of {cls} as a flag", *answer)
+
+
+def no_callable(function: str, kind: str, example: str) -> ArgumentError:
+    return _refusal(
+        ArgumentError,
+        f"{function} takes a function or a Module, got {kind}",
+        "it returns another function, which calls the one that it was given",
+        example,
+    )
+
+
+def array_of(value: object, name: str) -> str:
+    """Return the code that makes an array of a value, or says what becomes of it."""
+    library = type(value).__module__.partition(".")[0]
+    if library == "torch" and hasattr(value, "numpy"):
+        cut = ".detach()" if getattr(value, "requires_grad", False) else ""
+        return f"jnp.asarray({name}{cut}.numpy())"
+    if isinstance(value, np.ndarray):  # of objects or texts
+        return f"jnp.asarray({name}.astype(np.float32)), if it holds numbers"
+    return f"jnp.asarray({name})"
+
+
+def no_dtype(given: object) -> ArgumentError:
+    name = str(given).rpartition(".")[2]  # that of torch.float32, for instance
+    known = name if hasattr(getattr(jnp, name, None), "dtype") else "float32"
+    is_device = hasattr(given, "type") and hasattr(given, "index")
+    return _refusal(
+        ArgumentError,
+        f"was given {given!r} as a dtype",
+        "dtypes are those of numpy and JAX, and places are devices of JAX or their names",
+        f'device="{given}"' if is_device else f"dtype=jnp.{known}",
+    )
+
+
+def cast_to_integers(dtype: Dtype) -> ArgumentError:
+    return _refusal(
+        ArgumentError,
+        "nn.Module.to only accepts floating point or complex dtypes, but got desired "
+        f"dtype={dtype}",
+        "parameters of integers cannot be trained",
+        f"model.to(jnp.float32); or model.type(jnp.{dtype}) once its parameters are frozen",
+    )
+
+
+def no_forward(cls: str) -> NotImplementedError:
+    return _refusal(
+        NotImplementedError,
+        f'Module [{cls}] is missing the required "forward" function',
+        "a call of a module is a call of its forward",
+        "def forward(self, x): ...; nn.Sequential(*layers) calls layers one after the other",
+    )
+
+
+def no_size(shape: Sequence[object]) -> ArgumentError:
+    return _refusal(
+        ArgumentError,
+        f"made a parameter of shape {tuple(shape)}",
+        "the sizes of a layer are whole numbers, and n / 2 is none",
+        "n // 2, or int(n)",
+    )
+
+
+def negative_size(shape: Sequence[int]) -> ShapeError:
+    return _refusal(
+        ShapeError,
+        f"made a parameter of shape {tuple(shape)}",
+        "sizes are counted from 0",
+        f"max(0, {min(shape)}), or what the size should have been",
+    )
+
+
+def parameter_by_number(number: object) -> ArgumentError:
+    return _refusal(
+        ArgumentError,
+        f"asked for number {number} of model.parameters()",
+        "it yields the parameters, and is no list of them",
+        f"list(model.parameters())[{number}]; model.get_parameter(name)",
+    )
+
+
+def list_of_parameters() -> ArgumentError:
+    return _refusal(
+        ArgumentError,
+        "passed model.parameters() to a function of trees, such as tx.init of optax",
+        "it yields the parameters one by one, and without their names",
+        "opt = nn.Optimizer(model, tx), which keeps the state of tx; or fn, params = "
+        "nn.functionalize(model), then tx.init(params)",
+    )
+
+
+# --------------------------------------------------------------------------------------------------
 # Arrays and boxes
 
 
@@ -60,12 +190,12 @@ def sequence_for_an_array(kind: str, subject: Subject) -> RegistrationError:
     )
 
 
-def no_array(kind: str, subject: Subject) -> RegistrationError:
+def no_array(value: object, subject: Subject) -> RegistrationError:
     return _refusal(
         RegistrationError,
-        f"wrote an object of type {kind} to {name_of(subject)}",
+        f"wrote an object of type {type(value).__name__} to {name_of(subject)}",
         "only arrays can be held",
-        "pass a jax.Array or a numpy array",
+        f"pass a jax.Array or a numpy array: {array_of(value, 'value')}",
     )
 
 
@@ -168,21 +298,25 @@ def moved_from_meta() -> NotImplementedError:
     )
 
 
-def no_device(given: object) -> TypeError:
+def no_device(given: object) -> ArgumentError:
     return _refusal(
-        TypeError,
+        ArgumentError,
         f"was given {given!r} as a device",
         "arrays are put on a jax.Device or a jax.sharding.Sharding",
         'device=jax.devices()[0], device="cpu", or device="meta" for shapes alone',
     )
 
 
-def absent_device(given: str, have: str, error: Exception) -> ValueError:
+def absent_device(given: str, have: Sequence[str], error: Exception) -> ValueError:
+    platform = given.partition(":")[0]
+    instead = f'device="{have[0]}"'
+    if platform in ("gpu", "cuda") and not any(d.startswith(("gpu", "cuda")) for d in have):
+        instead = f'pip install -U "jax[cuda13]" on a machine with a GPU of NVIDIA; {instead} here'
     return _refusal(
         ValueError,
         f"was given {given!r} as a device",
-        f"JAX does not have it (it has {have}): {error}",
-        'a device that is there, or "meta"',
+        f"JAX does not have it (it has {', '.join(have)}): {error}",
+        instead,
     )
 
 
@@ -377,6 +511,22 @@ def no_child(what: str, name: object) -> RegistrationError:
     )
 
 
+def no_module_in(where: str, value: object) -> RegistrationError:
+    kind = type(value).__name__
+    what, instead = f"{kind} is not a Module subclass: put into {where}", "an nn.Module"
+    if isinstance(value, type):
+        what = f"put the class {value.__name__} into {where}, and not a module of it"
+        ours = value.__module__.startswith("statefulnn.")
+        instead = f"{'nn.' if ours else ''}{value.__name__}()"
+    elif isinstance(value, (list, tuple)) and where == "Sequential":
+        instead = f"nn.Sequential(*layers) of a {kind}"
+    elif callable(value):
+        instead = f"nn.Lambda({getattr(value, '__name__', 'fn')})"
+    return _refusal(
+        RegistrationError, what, "only modules can be called, counted and saved there", instead
+    )
+
+
 def not_in_a_box(kind: str, name: object) -> RegistrationError:
     return _refusal(
         RegistrationError,
@@ -390,9 +540,9 @@ def not_in_a_box(kind: str, name: object) -> RegistrationError:
 # Split, merge and names (law 10)
 
 
-def no_module(kind: str, function: str, hint: str) -> TypeError:
+def no_module(kind: str, function: str, hint: str) -> ArgumentError:
     return _refusal(
-        TypeError,
+        ArgumentError,
         f"called {function} with an object of type {kind}",
         "it works on modules",
         f"pass {hint}",
@@ -424,9 +574,9 @@ def unknown_names(
     )
 
 
-def filter_of_no_text(what: str, where: str) -> TypeError:
+def filter_of_no_text(what: str, where: str) -> ArgumentError:
     return _refusal(
-        TypeError,
+        ArgumentError,
         f"{where} was given {what}",
         "names are texts, and a filter chooses among them",
         'pass a name, a pattern such as "head.*", a list of both, or a function of the name',
@@ -449,9 +599,21 @@ def nothing_chosen(
 # State dicts
 
 
-def key_of_no_text(cls: str, key: object, kind: str) -> TypeError:
+def no_state_dict(cls: str, given: object) -> ArgumentError:
+    instead = "model.load_state_dict(other.state_dict())"
+    if isinstance(given, str) or hasattr(given, "__fspath__"):
+        instead = f"model.load_state_dict(nn.load({str(given)!r}))"
     return _refusal(
-        TypeError,
+        ArgumentError,
+        f"Expected state_dict to be dict-like, got {type(given)}.",
+        f"{cls} finds arrays by name",
+        instead,
+    )
+
+
+def key_of_no_text(cls: str, key: object, kind: str) -> ArgumentError:
+    return _refusal(
+        ArgumentError,
         f"load_state_dict of {cls} was given the key {key!r} of type {kind}",
         "entries are found by the dotted names of parameters and buffers",
         "use names such as 'fc.weight'; module.state_dict() shows them",
@@ -483,13 +645,20 @@ def entries_of_one_box_differ(first: str, key: str, noun: str) -> str:
     )
 
 
-def state_dict_does_not_fit(cls: str, problems: Sequence[str]) -> StateDictError:
+def state_dict_does_not_fit(
+    cls: str, problems: Sequence[str], has_tensors: bool = False
+) -> StateDictError:
+    instead = "rename or reshape the entries, or pass strict=False to skip names that do not match"
+    if has_tensors:
+        instead = (
+            "{name: t.numpy() for name, t in state_dict.items()}; nn.load(path) reads torch's files"
+        )
     return _refusal(
         StateDictError,
         "\n\t".join([f"Error(s) in loading state_dict for {cls}:", *problems]),
         "names, shapes and kinds of dtype have to match, integers have to fit, and names of "
         "one parameter have one value; the module was left as it was",
-        "rename or reshape the entries, or pass strict=False to skip names that do not match",
+        instead,
     )
 
 
@@ -502,6 +671,15 @@ NO_KEY = (
     "pass one: functional_call(..., rng=key), fn(params, x, rng=key); or call module.eval() first if "
     "nothing should be random",
 )
+
+
+def no_seed(kind: str) -> ArgumentError:
+    return _refusal(
+        ArgumentError,
+        f"seeded a generator with an object of type {kind}",
+        "a seed is an integer, and a key belongs to a stream of its own",
+        "nn.manual_seed(0); with nn.rng_scope(key): out = model(x)",
+    )
 
 
 def no_generator(what: str, why: str, instead: str) -> MissingRngError:
@@ -539,9 +717,18 @@ def seed_of_an_argument() -> MissingRngError:
 # Hooks, and gradients of whole modules
 
 
-def hook_without_call(kind: str) -> TypeError:
+def apply_of_arrays(cls: str) -> ArgumentError:
     return _refusal(
-        TypeError,
+        ArgumentError,
+        f"called apply of a {cls} with something else than one function",
+        "it calls a function on every module; a pure function takes the parameters",
+        "fn, params = nn.functionalize(model); out = fn(params, x)",
+    )
+
+
+def hook_without_call(kind: str) -> ArgumentError:
+    return _refusal(
+        ArgumentError,
         f"registered an object of type {kind} as a hook",
         "a hook is called",
         "pass a function",
@@ -573,9 +760,9 @@ def outputs_differ(cls: str) -> ShapeError:
     )
 
 
-def forward_mode(cls: str) -> TypeError:
+def forward_mode(cls: str) -> ArgumentError:
     return _refusal(
-        TypeError,
+        ArgumentError,
         f"differentiated {cls} in forward mode (jax.jvp, jax.jacfwd)",
         "it has backward hooks, and forward mode has no cotangents to show them",
         "remove the hooks (handle.remove()), or use reverse mode (jax.grad, jax.vjp)",
@@ -592,9 +779,9 @@ def gradient_of_nothing(cls: str) -> RuntimeError:
     )
 
 
-def gradient_of_no_array(hook: str, kind: str) -> TypeError:
+def gradient_of_no_array(hook: str, kind: str) -> ArgumentError:
     return _refusal(
-        TypeError,
+        ArgumentError,
         f"a {hook} replaced a gradient by an object of type {kind}",
         "a gradient is an array",
         "return a tuple of arrays, or None to keep the gradients as they are",

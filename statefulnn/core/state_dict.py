@@ -120,7 +120,7 @@ def save_own(module: Module, destination: dict, prefix: str, keep_vars: bool) ->
 def load_state_dict(module: Module, given: object, strict: bool, assign: bool) -> IncompatibleKeys:
     """Load names into boxes, or raise and leave every box as it was."""
     if not isinstance(given, Mapping):
-        raise TypeError(f"Expected state_dict to be dict-like, got {type(given)}.")
+        raise refusals.no_state_dict(type(module).__name__, given)
     metadata = getattr(given, "_metadata", None)
     state = OrderedDict(given)
     for key in state:
@@ -142,7 +142,8 @@ def load_state_dict(module: Module, given: object, strict: bool, assign: bool) -
                 names = ", ".join(f'"{k}"' for k in missing)
                 errors.insert(0, f"Missing key(s) in state_dict: {names}. ")
         if errors:
-            raise refusals.state_dict_does_not_fit(type(module).__name__, errors)
+            tensors = any(type(v).__module__ == "torch" for v in state.values())
+            raise refusals.state_dict_does_not_fit(type(module).__name__, errors, tensors)
     except BaseException:
         # All or nothing. A lazy parameter that was given a shape becomes a lazy one again.
         for box, cls, value in before:

@@ -94,11 +94,13 @@ def noise_multiplier_for(
 
 
 def _library(function: str) -> Any:
-    return import_extra("dp_accounting", "privacy", f"called {function}", "computes ε")
+    return import_extra("dp_accounting", "dp-accounting", f"called {function}", "computes ε")
 
 
 def _accountant(name: str, function: str) -> Any:
-    part = import_extra(f"dp_accounting.{name}", "privacy", f"called {function}", "computes ε")
+    part = import_extra(
+        f"dp_accounting.{name}", "dp-accounting", f"called {function}", "computes ε"
+    )
     return part.PLDAccountant() if name == "pld" else part.RdpAccountant()
 
 

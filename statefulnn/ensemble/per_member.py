@@ -52,7 +52,7 @@ def per_member(tx: Any, **hyperparameters: Any) -> Any:
         >>> opt.state_dict()["mu.stack.weight"].shape, opt.state_dict()["count"].shape
         ((4, 3, 2), (4,))
     """
-    optax = import_extra("optax", "optim", "called per_member", "makes what it maps")
+    optax = import_extra("optax", "optax", "called per_member", "makes what it maps")
     lists = [k for k, v in hyperparameters.items() if isinstance(v, list)]
     if lists:
         raise TypeError(

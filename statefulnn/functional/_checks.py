@@ -6,6 +6,7 @@ there just as well.
 
 from __future__ import annotations
 
+import math
 import operator
 import warnings
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ import numpy as np
 from statefulnn.core.compat import Tracer
 from statefulnn.core.errors import DtypeError, ShapeError, explain
 from statefulnn.core.parameter import ArrayBox
+from statefulnn.core.refusals import array_of
 
 LOW_PRECISION = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
 
@@ -28,15 +30,17 @@ def array(x: Any, name: str, function: str) -> Any:
         return x.__jax_array__()
     if isinstance(x, jax.Array):
         return x
-    if isinstance(x, (np.ndarray, np.generic, int, float, complex)):
+    is_number = isinstance(x, (np.ndarray, np.generic, int, float, complex))
+    if is_number and np.result_type(x).kind != "O":
         return jnp.asarray(x)
-    if hasattr(x, "__jax_array__"):
-        return x.__jax_array__()
+    convert = getattr(x, "__jax_array__", None)
+    if convert is not None:
+        return convert()
     raise DtypeError(
         explain(
             f"{function} was given {name}={type(x).__name__}",
             "it computes with arrays",
-            f"pass an array: {name}=jnp.asarray(...)",
+            f"pass an array: {array_of(x, name)}",
         )
     )
 
@@ -94,10 +98,17 @@ def _mixed(function: str, first: str, x: Any, name: str, other: Any) -> None:
         explain(
             f"{function} was given {first} of dtype {x.dtype} and {name} of dtype {other.dtype}",
             "mixed dtypes are not promoted: a model would silently compute in another precision",
-            f"cast one of them: {first}.astype({name}.dtype), or the module with "
-            f"module.to({x.dtype})",
+            cast_advice(x, other, first),
         )
     )
+
+
+def cast_advice(x: Any, other: Any, name: str = "input") -> str:
+    """Return what to write where an array has another dtype than the parameters."""
+    cast = f"cast it: {name}.astype(jnp.{other.dtype})"
+    if jnp.issubdtype(x.dtype, jnp.inexact):  # a module does not become one of integers
+        cast += f", or the module: module.to(jnp.{x.dtype})"
+    return cast
 
 
 def require_rank(x: Any, ranks: Sequence[int], name: str, function: str, layout: str) -> None:
@@ -107,9 +118,40 @@ def require_rank(x: Any, ranks: Sequence[int], name: str, function: str, layout:
             explain(
                 f"{function} was given {name} of shape {tuple(x.shape)}",
                 f"it has {x.ndim} dimensions, and {layout} is needed",
-                f"reshape it, or add the missing axis: {name}[None]",
+                rank_advice(x, ranks, name),
             )
         )
+
+
+def rank_advice(x: Any, ranks: Sequence[int], name: str = "input") -> str:
+    """Return what to write where an array has too many axes or too few."""
+    if x.ndim + 1 in ranks:
+        return f"add the missing axis in front: {name}[None]"
+    return f"reshape it to one of these: {', '.join(map(str, ranks))} dimensions"
+
+
+def shape_advice(x: Any, name: str, shape: tuple[int, ...]) -> str:
+    """Return what to write where an array should have another shape: a reshape, if that can be."""
+    if x.size == math.prod(shape):
+        return f"{name}.reshape({shape})"
+    return f"a {name} of shape {shape}"
+
+
+def channels_advice(x: Any, expected: int, spatial: int, layer: str) -> str:
+    """Return what to write where an input has other channels than a layer expects.
+
+    Args:
+        x: the input, with its channels in front of `spatial` axes.
+        expected: how many channels the layer has.
+        spatial: how many axes come after the channels.
+        layer: the layer that takes the input as it is.
+    """
+    axis = x.ndim - spatial - 1
+    if x.shape[-1] == expected:  # images as JAX's own layers take them: channels last
+        return f"put the channels first: jnp.moveaxis(input, -1, {axis})"
+    if axis == 0 and expected == 1:  # it is a batch, of images without an axis for the channel
+        return "give each its channel: input[:, None]"
+    return f"{f'{layer}, or ' if axis else ''}an input with its {expected} channels on axis {axis}"
 
 
 def shape_error(what: str, why: str, instead: str) -> ShapeError:

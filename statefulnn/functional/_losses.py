@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from statefulnn.functional._checks import require_float, shape_error, widened
+from statefulnn.functional._checks import require_float, shape_advice, shape_error, widened
 
 
 def common_dtype(*arrays: Any) -> Any:
@@ -45,8 +45,15 @@ def broadcast_shape(function: str, **arrays: Any) -> tuple[int, ...]:
         raise shape_error(
             f"{function} was given {given}",
             "they meet element by element, and these sizes do not broadcast",
-            f"reshape them to one shape, such as {next(iter(shapes.values()))}",
+            _one_shape({n: x for n, x in arrays.items() if x is not None}),
         ) from None
+
+
+def _one_shape(arrays: dict[str, Any]) -> str:
+    """Return what to write for the first array that has another shape than the first of all."""
+    shape = tuple(next(iter(arrays.values())).shape)
+    name = next(n for n, x in arrays.items() if x.shape != shape)
+    return shape_advice(arrays[name], name, shape)
 
 
 def require_shape(x: Any, shape: tuple[int, ...], name: str, like: str, function: str) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 from jax import lax
 
 from statefulnn.functional import _pool_lowering as lowering
-from statefulnn.functional._checks import array, numbers, shape_error, widened
+from statefulnn.functional._checks import array, numbers, rank_advice, shape_error, widened
 from statefulnn.functional.pooling import require_kind
 
 Size = int | Sequence[int]
@@ -32,7 +32,7 @@ def _input(input: Any, n: int, empty_channels: bool, function: str) -> Any:
             f"{function} was given input of shape {x.shape}",
             f"the input is (N, C, {axes}) or (C, {axes}), and only N "
             + ("and C may be 0" if empty_channels else "may be 0"),
-            "reshape to these axes: input[None] adds one in front",
+            rank_advice(x, (n + 1, n + 2)),
         )
     return x
 

@@ -15,6 +15,7 @@ from statefulnn.core.box import Box
 from statefulnn.core.errors import StateWriteError, explain
 from statefulnn.functional._checks import (
     array,
+    channels_advice,
     require_same_or_wider,
     shape_error,
     widened,
@@ -52,8 +53,7 @@ def _require_fit(
             raise shape_error(
                 f"{function} was given input of shape {x.shape} and {name} of shape {value.shape}",
                 f"the input has {x.shape[1]} channels (axis 1), so {name} must be {channels}",
-                f"a normalisation over {x.shape[1]} features, such as nn.BatchNorm2d({x.shape[1]}), "
-                "or an input with its channels on axis 1",
+                channels_advice(x, value.size, x.ndim - 2, _layer_of(x, function)),
             )
     if (running_mean is None) != (running_var is None):
         raise shape_error(
@@ -62,6 +62,11 @@ def _require_fit(
             "pass both, or None for both",
         )
     require_same_or_wider(function, input=x, **given)
+
+
+def _layer_of(x: Any, function: str) -> str:
+    kind = "InstanceNorm" if "instance" in function else "BatchNorm"
+    return f"nn.{kind}{max(x.ndim - 2, 1)}d({x.shape[1]})"
 
 
 def _require_eps(function: str, eps: float, training: bool) -> None:

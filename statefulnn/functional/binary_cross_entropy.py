@@ -16,6 +16,7 @@ from statefulnn.functional._checks import (
     reduced,
     reduction_of,
     require_float,
+    shape_advice,
     shape_error,
 )
 from statefulnn.functional._losses import broadcast_shape, together
@@ -80,7 +81,7 @@ def _check_same_shape(x: Any, y: Any, w: Any, function: str) -> None:
         raise shape_error(
             f"{function} was given input of shape {x.shape} and target of shape {y.shape}",
             "each answer has one target: broadcasting them is never meant",
-            f"reshape one to the other: target.reshape({x.shape})",
+            shape_advice(y, "target", x.shape),
         )
     if w is not None and broadcast_shape(function, target=y, weight=w) != y.shape:
         raise shape_error(

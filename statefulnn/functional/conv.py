@@ -12,7 +12,9 @@ from jax import lax
 from statefulnn.core.errors import explain
 from statefulnn.functional._checks import (
     array,
+    channels_advice,
     numbers,
+    rank_advice,
     require_rank,
     require_same_dtype,
     shape_error,
@@ -57,8 +59,12 @@ def _conv(
         raise shape_error(
             f"{given}, and groups={groups}",
             f"the input has {channels} channels and the weight expects {weight.shape[1] * groups}",
-            f"nn.Conv{spatial}d({channels}, {weight.shape[0]}, {tuple(kernel)}), or an input with its "
-            f"{weight.shape[1] * groups} channels on axis {x.ndim - spatial - 1}",
+            channels_advice(
+                x,
+                weight.shape[1] * groups,
+                spatial,
+                f"nn.Conv{spatial}d({channels}, {weight.shape[0]}, {tuple(kernel)})",
+            ),
         )
     check_bias(bias, weight.shape[0], given)
     require_same_dtype(function, input=x, weight=weight, bias=bias)
@@ -141,7 +147,7 @@ def check_axes(x: Any, weight: Any, spatial: int, function: str, layout: str) ->
         raise shape_error(
             f"{function} was given input of shape {x.shape} and weight of shape {weight.shape}",
             f"the input is (N, C, {axes}) or (C, {axes}), the weight ({layout}, {kernel})",
-            "reshape to these axes: input[None] adds one in front",
+            rank_advice(x, (spatial + 1, spatial + 2)),
         )
 
 

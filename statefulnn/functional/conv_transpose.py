@@ -8,7 +8,13 @@ from typing import Any
 
 import jax
 
-from statefulnn.functional._checks import array, numbers, require_same_dtype, shape_error
+from statefulnn.functional._checks import (
+    array,
+    channels_advice,
+    numbers,
+    require_same_dtype,
+    shape_error,
+)
 from statefulnn.functional._conv_lowering import convolve_transposed, repeated_on_cpu
 from statefulnn.functional.conv import (
     check_axes,
@@ -60,9 +66,13 @@ def _conv_transpose(
         raise shape_error(
             given,
             f"the input has {channels} channels and the weight expects {weight.shape[0]}",
-            f"nn.ConvTranspose{spatial}d({channels}, {weight.shape[1] * groups}, "
-            f"{tuple(weight.shape[2:])}), or an input with its {weight.shape[0]} channels on axis "
-            f"{x.ndim - spatial - 1}",
+            channels_advice(
+                x,
+                weight.shape[0],
+                spatial,
+                f"nn.ConvTranspose{spatial}d({channels}, {weight.shape[1] * groups}, "
+                f"{tuple(weight.shape[2:])})",
+            ),
         )
     check_bias(bias, weight.shape[1] * groups, given)
     require_same_dtype(function, input=x, weight=weight, bias=bias)

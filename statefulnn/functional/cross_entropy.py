@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from statefulnn.core.errors import DtypeError, explain
+from statefulnn.core.errors import DtypeError, ShapeError, explain
 from statefulnn.functional._checks import (
     array,
     concrete_on_cpu,
@@ -129,14 +130,20 @@ def _check_logits_and_weight(x: Any, w: Any, function: str) -> None:
         )
 
 
+def _check_order(x: Any, y: Any, function: str) -> None:
+    if jnp.issubdtype(x.dtype, jnp.integer) and jnp.issubdtype(y.dtype, jnp.floating):
+        raise DtypeError(
+            explain(
+                f"{function} was given input of dtype {x.dtype} and target of dtype {y.dtype}",
+                "the input holds the model's outputs, and the target what they should be",
+                f"the other order: {function}(target, input)",
+            )
+        )
+
+
 def _check_target(x: Any, y: Any, function: str) -> None:
     if y.shape != _target_shape(x):
-        raise shape_error(
-            f"{function} was given input of shape {x.shape} and target of shape {y.shape}",
-            f"class numbers for that input have shape {_target_shape(x)}, and probabilities "
-            f"{x.shape}",
-            "put the classes on axis 1 of the input, and drop other axes of the target",
-        )
+        raise _target_of_other_shape(x, y, function)
     if not jnp.issubdtype(y.dtype, jnp.integer):
         raise DtypeError(
             explain(
@@ -146,6 +153,21 @@ def _check_target(x: Any, y: Any, function: str) -> None:
                 f"target.astype(jnp.int32); or probabilities of shape {x.shape}",
             )
         )
+
+
+def _target_of_other_shape(x: Any, y: Any, function: str) -> ShapeError:
+    shape, both = _target_shape(x), function == "F.cross_entropy"
+    probabilities = f", and probabilities {x.shape}" if both else ""
+    instead = f"a target of shape {shape}, with the classes on axis 1 of the input"
+    if y.shape == x.shape:
+        instead = f"target.argmax({_class_axis(x)}) of one-hot targets"
+    elif y.size == math.prod(shape):
+        instead = f"target.reshape({shape})"
+    return shape_error(
+        f"{function} was given input of shape {x.shape} and target of shape {y.shape}",
+        f"class numbers for that input have shape {shape}{probabilities}",
+        instead,
+    )
 
 
 def check_classes(
@@ -290,6 +312,7 @@ def cross_entropy(
     reduction = reduction_of(reduction, size_average, reduce, function)
     x = array(input, "input", function)
     y = array(target, "target", function)
+    _check_order(x, y, function)
     w = None if weight is None else array(weight, "weight", function)
     if not 0.0 <= label_smoothing <= 1.0:
         raise RuntimeError(
@@ -307,7 +330,7 @@ def cross_entropy(
                     f"{function} was given input and target of shape {x.shape}, the target of "
                     f"dtype {y.dtype}",
                     "a target of the input's shape holds class probabilities, which are floating",
-                    f"target.astype(input.dtype); or class numbers of shape {_target_shape(x)}",
+                    f"target.astype(input.dtype); or class numbers, target.argmax({_class_axis(x)})",
                 )
             )
         if ignore_index >= 0:
@@ -381,6 +404,7 @@ def nll_loss(
     reduction = reduction_of(reduction, size_average, reduce, function)
     x = array(input, "input", function)
     y = array(target, "target", function)
+    _check_order(x, y, function)
     w = None if weight is None else array(weight, "weight", function)
     check_classes(x, y, ignore_index, function)
     return _nll(x, y, w, ignore_index, reduction)

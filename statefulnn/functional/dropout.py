@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from statefulnn.core.errors import explain
+from statefulnn.core.errors import ArgumentError, explain
 from statefulnn.core.threefry import traced_unit
 from statefulnn.functional._checks import array, require_float, require_real_float, shape_error
 from statefulnn.functional._random import drawing
@@ -71,7 +71,7 @@ def _all_dropped(x: Any) -> Any:
     return x * jnp.zeros((), x.dtype)
 
 
-def _checked(input: Any, p: float, training: bool, function: str) -> tuple[Any, Any]:
+def _checked(input: Any, p: float, training: Any, function: str) -> tuple[Any, Any]:
     """Return the input, and the output where nothing is drawn (None if something is)."""
     if not 0.0 <= p <= 1.0:
         # Torch tells these apart: what is not a number passes its first question.
@@ -81,6 +81,14 @@ def _checked(input: Any, p: float, training: bool, function: str) -> tuple[Any, 
                 f"{function} was given p={p}",
                 f"dropout probability has to be between 0 and 1, but got {p}",
                 f"{function}(input, p=0.5)",
+            )
+        )
+    if hasattr(training, "dtype") and not jnp.issubdtype(training.dtype, jnp.bool_):
+        raise ArgumentError(
+            explain(
+                f"{function} was given an array of dtype {training.dtype} as training",
+                "it is a flag, and a key has a name of its own",
+                f"{function}(input, p, rng=key)",
             )
         )
     x = array(input, "input", function)

@@ -91,13 +91,15 @@ def _refuse_linear(x: Any, w: Any, b: Any) -> None:
             "reshape the weight to two dimensions",
         )
     if x.shape[-1:] != w.shape[-1:]:
-        features = x.shape[-1] if x.ndim else 0
-        raise shape_error(
-            given,
-            f"the last axis of the input has {features} features and the weight expects {w.shape[-1]}",
-            f"nn.Linear({features}, {w.shape[0] if w.ndim == 2 else 1}), or an input whose last axis "
-            f"is {w.shape[-1]}",
-        )
+        if not x.ndim:
+            why, layer = "the input has no axis of features", ""
+        else:
+            why = f"the last axis of the input has {x.shape[-1]} features and the weight expects "
+            why, layer = (
+                why + str(w.shape[-1]),
+                f"nn.Linear({x.shape[-1]}, {w.shape[0] if w.ndim == 2 else 1}), or ",
+            )
+        raise shape_error(given, why, f"{layer}an input whose last axis is {w.shape[-1]}")
     out = w.shape[:-1]
     if b.ndim == 0 or (b.ndim == 1 and b.shape[0] == 1):
         fix = f"broadcast it: jnp.broadcast_to(bias, {out})"

@@ -30,7 +30,7 @@ def _margin_ranking(input1: Any, input2: Any, target: Any, margin: float, reduct
             f"{function} was given inputs of shapes {input1.shape} and {input2.shape}, and target of "
             f"shape {target.shape}",
             "all three need the same number of dimensions",
-            f"reshape them to {input1.shape}",
+            "jnp.atleast_2d(x) of each, or x[None] of one that has an axis less",
         )
     dtype, a, b, y = together(function, input1=input1, input2=input2, target=target)
     return reduced(hinge(-y * (a - b) + margin), reduction).astype(dtype)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from statefulnn.core.errors import DtypeError, explain
 from statefulnn.functional import _pool_lowering as lowering
-from statefulnn.functional._checks import array, numbers, shape_error
+from statefulnn.functional._checks import array, numbers, rank_advice, shape_error
 
 Size = int | Sequence[int]
 
@@ -24,7 +24,7 @@ def spatial(input: Any, n: int, function: str) -> Any:
         raise shape_error(
             f"{function} was given input of shape {x.shape}",
             f"the input is (N, C, {axes}) or (C, {axes}), and only N may be 0",
-            "reshape to these axes: input[None] adds one in front",
+            rank_advice(x, (n + 1, n + 2)),
         )
     return x
 

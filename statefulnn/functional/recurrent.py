@@ -22,6 +22,7 @@ from statefulnn.core.compat import Tracer
 from statefulnn.core.errors import DtypeError, explain
 from statefulnn.functional._checks import (
     array,
+    cast_advice,
     require_float,
     require_same_dtype,
     shape_error,
@@ -378,7 +379,9 @@ def recurrent(
         raise shape_error(
             f"{name} was given input of shape {tuple(x.shape)}",
             "expected input to be 2D or 3D: (T, F), or (T, N, F) with a batch",
-            "reshape it, or add the missing axis: input[:, None]",
+            "add the missing axis of features: input[:, None]"
+            if x.ndim == 1
+            else "reshape it to one of these",
         )
     if x.dtype != first["weight_ih"].dtype:
         raise ValueError(
@@ -386,8 +389,7 @@ def recurrent(
                 f"{name} was given input of dtype {x.dtype}, and its weights are of dtype "
                 f"{first['weight_ih'].dtype}",
                 "mixed dtypes are not promoted: a model would silently compute in another precision",
-                f"cast the input: input.astype({first['weight_ih'].dtype}); or the model: "
-                f"module.to({x.dtype})",
+                cast_advice(x, first["weight_ih"]),
             )
         )
     require_float(x, "input", name)

@@ -68,7 +68,7 @@ def _implicit_dim(x: Any, function: str) -> int:
     dim = 0 if x.ndim in (0, 1, 3) else 1
     warnings.warn(
         f"Implicit dimension choice for {function} has been deprecated: it took dim={dim}, as old "
-        "torch code expects; write it: dim=-1",
+        f"torch code expects; write it: dim={dim}, or dim=-1 for the last axis",
         UserWarning,
         stacklevel=3,
     )

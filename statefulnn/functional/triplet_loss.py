@@ -27,7 +27,7 @@ def _check_ranks(anchor: Any, positive: Any, negative: Any, function: str) -> No
             f"{function} was given anchor, positive and negative of shapes {anchor.shape}, "
             f"{positive.shape} and {negative.shape}",
             "all three need the same number of dimensions",
-            f"reshape them to {anchor.shape}",
+            "jnp.atleast_2d(x) of each, or x[None] of one that has an axis less",
         )
 
 

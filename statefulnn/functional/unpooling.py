@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from statefulnn.core.errors import DtypeError, explain
-from statefulnn.functional._checks import array, concrete_on_cpu, numbers, shape_error
+from statefulnn.functional._checks import array, concrete_on_cpu, numbers, rank_advice, shape_error
 from statefulnn.functional.pooling import Size, require_kind
 
 
@@ -118,7 +118,7 @@ def _unpool(
         raise shape_error(
             f"{function} was given input of shape {x.shape}",
             f"the input is (N, C, {axes}) or (C, {axes}), and only the first size may be 0",
-            "reshape to these axes: input[None] adds one in front",
+            rank_advice(x, (n + 1, n + 2)),
         )
     if x.shape != where.shape:
         raise shape_error(

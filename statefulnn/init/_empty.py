@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
-from statefulnn.core import arrays
+from statefulnn.core import arrays, refusals
 from statefulnn.core.default_dtype import dtype_of_new
 from statefulnn.core.parameter import Parameter
 from statefulnn.core.placement import elsewhere, place_in_force, resolve_device
+
+
+def sizes(shape: object) -> tuple[int, ...]:
+    """Return a shape as integers, or raise for what is none, such as the float that ``n / 2`` gives."""
+    given: Any = shape if isinstance(shape, (tuple, list)) else (shape,)
+    try:
+        found = tuple(map(operator.index, given))
+    except TypeError:
+        raise refusals.no_size(given) from None
+    if min(found, default=0) < 0:
+        raise refusals.negative_size(found)
+    return found
 
 
 def filled(shape: int | Sequence[int], value: float, dtype: Any = None, device: Any = None) -> Any:
@@ -21,7 +34,7 @@ def filled(shape: int | Sequence[int], value: float, dtype: Any = None, device: 
         device: a device, a sharding or a platform's name; None leaves the choice to JAX.
     """
     dtype = dtype_of_new(dtype)
-    shape = (shape,) if isinstance(shape, int) else tuple(shape)
+    shape = sizes(shape)
     place = place_in_force() if device is None else resolve_device(device)
     return arrays.filled(shape, dtype, place, value)
 

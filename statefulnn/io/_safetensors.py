@@ -192,7 +192,7 @@ def write(
         note: the name of the text that may be padded with blanks, so that the first array begins at a
             multiple of `ALIGNMENT`, as a mapped array must.
     """
-    safetensors = import_extra("safetensors", "io", "called nn.save", "writes the file")
+    safetensors = import_extra("safetensors", "safetensors", "called nn.save", "writes the file")
     specs = {
         name: safetensors.TensorSpec(
             dtype=array.dtype.name,

@@ -117,7 +117,7 @@ class Checkpointer:
         self.keep_last, self.keep_best, self.save_every = keep_last, keep_best, save_every
         self.best_by, self.best_mode, self.asynchronous = best_by, best_mode, asynchronous
         self._orbax = import_extra(
-            "orbax.checkpoint", "checkpoints", "made an nn.Checkpointer", "writes the steps"
+            "orbax.checkpoint", "orbax-checkpoint", "made an nn.Checkpointer", "writes the steps"
         )
         silence()
         self._opened: Any = None

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.ma import MaskedArray
 
 from statefulnn.core.box import Box
-from statefulnn.core.errors import CheckpointError, explain
+from statefulnn.core.errors import ArgumentError, CheckpointError, explain
 from statefulnn.core.generator import Generator
 from statefulnn.core.names import Filter, chosen
 from statefulnn.core.placement import is_meta
@@ -34,6 +34,19 @@ _OTHERS = {
     **dict.fromkeys((".npz", ".npy"), "np.load"),
     **dict.fromkeys((".h5", ".hdf5", ".onnx", ".gguf", ".msgpack"), "others' readers"),
 }
+
+
+def _path(path: Any, function: str, example: str) -> Path:
+    try:
+        return Path(path)
+    except TypeError:
+        raise ArgumentError(
+            explain(
+                f"{function} was given an object of type {type(path).__name__} as the path",
+                "a path is a text or a pathlib.Path",
+                example,
+            )
+        ) from None
 
 
 def save(
@@ -80,7 +93,7 @@ def save(
         >>> bool((other.weight == model.weight).all())
         True
     """
-    path = Path(path)
+    path = _path(path, "nn.save", 'nn.save(model, "model.safetensors")')
     arrays, notes = _taken_apart(_part(_state_of(obj), names))
     texts = {str(k): v for k, v in (metadata or {}).items()}
     texts_only = lambda k, v: is_plain(k) and isinstance(v, str) and is_plain(v)
@@ -154,7 +167,7 @@ def load(
 
     Example: see `save`.
     """
-    path = Path(path)
+    path = _path(path, "nn.load", 'model.load_state_dict(nn.load("model.safetensors"))')
     limit = None if max_bytes is None else number_of_bytes(max_bytes, "nn.load: max_bytes")
     budget = Budget(path, limit)
     with reading(path), collector.paused():

@@ -98,7 +98,7 @@ def adam(
                 "pass a small positive number, such as 1e-8",
             )
         )
-    optax = import_extra("optax", "optim", "called nn.meta.adam", "does the arithmetic")
+    optax = import_extra("optax", "optax", "called nn.meta.adam", "does the arithmetic")
     return optax.adam(learning_rate, b1, b2, eps, eps_root)
 
 

@@ -134,7 +134,7 @@ def _bar(steps: int, progress: str | bool) -> Iterator[Callable]:
     if not progress:
         yield lambda count, outs: None
         return
-    tqdm = import_extra("tqdm", "examples", "called loop(progress=...)", "draws the bar").tqdm
+    tqdm = import_extra("tqdm", "tqdm", "called loop(progress=...)", "draws the bar").tqdm
     label = progress if isinstance(progress, str) else None
     with tqdm(total=steps, desc=label, unit="step", unit_scale=True) as bar:
 

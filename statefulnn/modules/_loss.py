@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from statefulnn.core.habits import array_for_an_option
 from statefulnn.core.module import Module
 from statefulnn.functional._checks import array, reduction_of
 
@@ -26,6 +27,8 @@ class _Loss(Module):
 
 
 class _WeightedLoss(_Loss):
+    _by_class = False  # whether the weight has an entry for each class
+
     def __init__(
         self,
         weight: Any = None,
@@ -34,4 +37,6 @@ class _WeightedLoss(_Loss):
         reduction: str = "mean",
     ) -> None:
         super().__init__(size_average, reduce, reduction)
+        if self._by_class and getattr(weight, "ndim", 1) > 1:  # outputs of a model
+            raise array_for_an_option(type(self), "weight")
         self._register_weight("weight", weight)

@@ -12,6 +12,7 @@ from typing import Any, Self
 
 import numpy as np
 
+from statefulnn.core import refusals
 from statefulnn.core.box import Box
 from statefulnn.core.errors import RegistrationError, explain
 from statefulnn.core.module import Module
@@ -61,14 +62,7 @@ def _index(container: Any, index: Any, length: int) -> int:
 
 def _require_module(value: Any, where: str) -> Module:
     if not isinstance(value, Module):
-        shown = value.__name__ if isinstance(value, type) else type(value).__name__
-        raise RegistrationError(
-            explain(
-                f"{shown} is not a Module subclass: put into {where}",
-                "only modules can be called, counted and saved there",
-                "pass an instance of nn.Module; a plain function becomes one with nn.Lambda(fn)",
-            )
-        )
+        raise refusals.no_module_in(where, value)
     return value
 
 

@@ -38,6 +38,8 @@ class CrossEntropyLoss(_WeightedLoss):
         2.773
     """
 
+    _by_class = True
+
     def __init__(
         self,
         weight: Any = None,
@@ -182,6 +184,8 @@ class NLLLoss(_WeightedLoss):
         >>> float(nn.NLLLoss()(jnp.array([[-0.5, -1.0], [-2.0, -0.25]]), jnp.array([0, 1])))
         0.375
     """
+
+    _by_class = True
 
     def __init__(
         self,

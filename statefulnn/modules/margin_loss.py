@@ -141,6 +141,8 @@ class MultiMarginLoss(_WeightedLoss):
         0.25
     """
 
+    _by_class = True
+
     def __init__(
         self,
         p: int = 1,

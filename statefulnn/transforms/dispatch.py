@@ -25,7 +25,8 @@ from statefulnn.core.ownership import ModuleBase
 from statefulnn.core.plan import Plan, build_plan, count_changes
 from statefulnn.core.pytree import flatten_collecting
 from statefulnn.core.tracebacks import shorten
-from statefulnn.transforms.lift import Signature, restore_output, write_back
+from statefulnn.transforms.arguments import refuse_what_is_no_array
+from statefulnn.transforms.lift import Signature, call_module, restore_output, write_back
 from statefulnn.transforms.types import PyTree, TreeDef
 from statefulnn.transforms.versions import Options, Statics, Version, versions_of
 
@@ -169,6 +170,9 @@ class Dispatch:
                 for box, leaf in zip(known.plan.boxes, leaves, strict=True):
                     check_usable(leaf, box.label)
                 raise_original(error)
+                if self.function is call_module:
+                    refuse_what_is_no_array(args[0].forward, args[1:], kwargs)
+                refuse_what_is_no_array(self.function, args, kwargs)
                 raise
             return (
                 out if written is None else self.finish(known, leaves, out, written, args, kwargs)

@@ -9,6 +9,7 @@ from typing import Any, Literal, TypeVar, overload
 import jax
 
 from statefulnn.core.failures import typed_failures
+from statefulnn.core.refusals import no_callable
 from statefulnn.core.tracebacks import shortened
 from statefulnn.transforms.differentiate import Differentiation, real_scalar
 from statefulnn.transforms.types import P, R
@@ -64,6 +65,7 @@ def value_and_grad(
     """
     if fun is None:
         return functools.partial(value_and_grad, argnums=argnums, has_aux=has_aux)
+    _require_function(fun, "nn.value_and_grad")
 
     @shortened
     @functools.wraps(fun)
@@ -113,6 +115,7 @@ def grad(
     """
     if fun is None:
         return functools.partial(grad, argnums=argnums, has_aux=has_aux)
+    _require_function(fun, "nn.grad")
     both = value_and_grad(fun, argnums, has_aux)
 
     @shortened
@@ -122,3 +125,9 @@ def grad(
         return (grads, value[1]) if has_aux else grads
 
     return wrapper
+
+
+def _require_function(fun: object, name: str) -> None:
+    if not callable(fun):
+        example = f"{name}(lambda model: F.mse_loss(model(x), y))(model)"
+        raise no_callable(name, type(fun).__name__, example)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Concatenate, Generic, ParamSpec, Self, Ty
 
 from statefulnn.core.module import Module
 from statefulnn.core.ownership import ModuleBase
+from statefulnn.core.refusals import no_callable
 from statefulnn.core.tracebacks import shortened
 from statefulnn.transforms.ahead import Lowered
 from statefulnn.transforms.dispatch import Dispatch
@@ -128,13 +129,14 @@ def jit(
     numbers = (static_argnums,) if isinstance(static_argnums, int) else tuple(static_argnums)
     names = (static_argnames,) if isinstance(static_argnames, str) else tuple(static_argnames)
     donated = (donate,) if isinstance(donate, int) else tuple(donate)
+    if not callable(fun):
+        example = "nn.jit(lambda model, x: model(x))(model, x)"
+        raise no_callable("nn.jit", type(fun).__name__, example)
     function, owner = unbound(fun)
     if owner is not None:
         # The module is the first argument: shift the positions past it.
         numbers = tuple(n + 1 if n >= 0 else n for n in numbers)
         donated = tuple(n + 1 if n >= 0 else n for n in donated)
-    if not callable(fun):
-        raise TypeError(f"nn.jit takes a function or a Module, got {type(fun).__name__}")
     chosen = Options(frozenset(numbers), frozenset(names), frozenset(donated), options)
     named = (
         type(owner).forward if isinstance(owner, Module) and function is call_module else function

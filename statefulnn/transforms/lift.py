@@ -30,6 +30,7 @@ from statefulnn.core.plan import Plan, build_plan, plan_of
 from statefulnn.core.pytree import flatten_collecting, unflatten_with
 from statefulnn.core.stamps import clock, value_changed
 from statefulnn.transforms import refusals
+from statefulnn.transforms.arguments import advise
 from statefulnn.transforms.naming import argument_names, as_users, rename, source_of
 from statefulnn.transforms.types import PyTree, TreeDef
 
@@ -110,6 +111,7 @@ class Signature(NamedTuple):
                 out = f(*args, **kwargs)
             except Exception as error:
                 rename(error, self.written_by_user(f), lambda: self.labels(f, names))
+                advise(error)
                 raise
             inventory.note_returned(flatten_collecting(out)[0])
         check_structure(self.moduledef, modules, roots, boxes)

@@ -10,7 +10,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TypeAlias
 
+import jax
+
 from statefulnn.core.errors import (
+    ArgumentError,
     DtypeError,
     PicklingError,
     RegistrationError,
@@ -23,6 +26,7 @@ from statefulnn.core.errors import (
     UnusedModuleError,
     explain,
 )
+from statefulnn.core.refusals import array_of
 
 Shape: TypeAlias = tuple[int, ...]
 Dtype: TypeAlias = object  # whatever prints as its name
@@ -120,6 +124,39 @@ def returned_without_numbers(kind: str, name: str) -> UninitializedParameterErro
 # --------------------------------------------------------------------------------------------------
 # Compiled code
 
+_KNOWN_LATER = (
+    "Why: the value is known when the compiled code runs, and not while it is traced\n  Instead: "
+)
+# What to write where JAX raises an error about a value that is not known yet.
+EARLY: dict[type, str] = {
+    jax.errors.TracerBoolConversionError: _KNOWN_LATER
+    + "jnp.where(condition, a, b); nn.cond(condition, f, g, x)",
+    jax.errors.TracerIntegerConversionError: _KNOWN_LATER
+    + "nn.jit(f, static_argnums=1) for an argument that Python counts with; nn.fori_loop",
+    jax.errors.TracerArrayConversionError: _KNOWN_LATER + "functions of jnp in place of np",
+    jax.errors.NonConcreteBooleanIndexError: _KNOWN_LATER + "jnp.where(x > 0, x, 0)",
+    jax.errors.ConcretizationTypeError: _KNOWN_LATER
+    + "return the array, and call float(out) or out.item() outside",
+}
+
+
+def argument_of_no_array(function: str, name: str, value: object) -> ArgumentError:
+    kind = type(value).__name__
+    instead, called = array_of(value, name), function if function.isidentifier() else "f"
+    if isinstance(value, str):
+        instead = f"nn.jit({called}, static_argnames={name.partition('[')[0]!r})"
+    elif hasattr(value, "__iter__") and not hasattr(value, "__array__"):
+        instead = f"for batch in {name}: {called}(..., batch), with arrays in the batch"
+    elif not hasattr(value, "__array__"):
+        instead = f"an array, or static_argnames={name.partition('[')[0]!r} of nn.jit"
+    return ArgumentError(
+        explain(
+            f"called {function}, which is compiled, with {name} of type {kind}",
+            "compiled code takes modules, arrays and numbers",
+            instead,
+        )
+    )
+
 
 def no_argument_for_option(option: str, given: object, have: Sequence[str]) -> ValueError:
     return ValueError(
@@ -151,8 +188,8 @@ def static_and_donated(position: int) -> ValueError:
     )
 
 
-def other_arguments(function: str, changes: Sequence[str]) -> TypeError:
-    return TypeError(
+def other_arguments(function: str, changes: Sequence[str]) -> ArgumentError:
+    return ArgumentError(
         explain(
             f"called {function}, compiled ahead of time, with other arguments:\n{_indented(changes)}",
             "it is compiled for one structure, and one shape and dtype of each array",
@@ -201,8 +238,8 @@ def made_anew(function: str, place: str, count: int) -> str:
 # Pure calls
 
 
-def no_dicts(kind: str) -> TypeError:
-    return TypeError(
+def no_dicts(kind: str) -> ArgumentError:
+    return ArgumentError(
         explain(
             f"functional_call was given parameters of type {kind}",
             "it finds arrays by name",
@@ -211,8 +248,8 @@ def no_dicts(kind: str) -> TypeError:
     )
 
 
-def no_array(function: str, name: str, kind: str) -> TypeError:
-    return TypeError(
+def no_array(function: str, name: str, kind: str) -> ArgumentError:
+    return ArgumentError(
         explain(
             f"{function} was given an object of type {kind} for {name!r}",
             "parameters and buffers are arrays",
@@ -274,8 +311,8 @@ def no_method(module: str, method: str) -> AttributeError:
     )
 
 
-def not_by_name(module: str, noun: str, kind: str, signature: str) -> TypeError:
-    return TypeError(
+def not_by_name(module: str, noun: str, kind: str, signature: str) -> ArgumentError:
+    return ArgumentError(
         explain(
             f"the function of {module} was given {noun} of type {kind}",
             f"it finds arrays by name; the arguments are {signature}",
@@ -308,8 +345,8 @@ def models_differ(number: int, changes: Sequence[Change]) -> ValueError:
 # Derivatives
 
 
-def no_such_argument(function: str, number: int, count: int) -> TypeError:
-    return TypeError(
+def no_such_argument(function: str, number: int, count: int) -> ArgumentError:
+    return ArgumentError(
         explain(
             f"differentiated argument {number} of {function}, called with {count} "
             "positional arguments",
@@ -324,8 +361,8 @@ def nothing_to_differentiate(function: str, kind: str) -> UnusedModuleError:
         explain(
             f"differentiated {function} with respect to {kind}",
             "it has no trainable parameters and holds no arrays, so the gradient is empty",
-            "unfreeze what is to be trained, module.requires_grad_(True), or choose another argument "
-            "with argnums",
+            "self.w = nn.Parameter(array) in __init__ makes one; module.requires_grad_(True) unfreezes "
+            "those that are there; argnums chooses another argument",
         )
     )
 
@@ -341,16 +378,18 @@ def never_read(function: str, kind: str) -> UnusedModuleError:
     )
 
 
-def no_scalar(function: str, kind: str, shape: Shape | None, is_tuple: bool) -> TypeError:
+def no_scalar(function: str, kind: str, shape: Shape | None, is_tuple: bool) -> ArgumentError:
     what = f"an array of shape {shape}" if shape is not None else f"a {kind}"
-    hint = "return loss.mean()" if shape is not None else "return the scalar loss"
+    hint = "return loss.mean()" if shape is not None else "return loss"
     if is_tuple:
-        hint = "return the loss alone, or pass has_aux=True to return (loss, aux)"
-    return TypeError(explain(f"{function} returned {what}", "a gradient is that of a scalar", hint))
+        hint = "nn.value_and_grad(f, has_aux=True) to return (loss, aux); or return the loss alone"
+    return ArgumentError(
+        explain(f"{function} returned {what}", "a gradient is that of a scalar", hint)
+    )
 
 
-def no_real_loss(function: str, dtype: Dtype) -> TypeError:
-    return TypeError(
+def no_real_loss(function: str, dtype: Dtype) -> ArgumentError:
+    return ArgumentError(
         explain(
             f"{function} returned a loss of dtype {dtype}",
             "a gradient is that of a real number",
@@ -359,8 +398,8 @@ def no_real_loss(function: str, dtype: Dtype) -> TypeError:
     )
 
 
-def no_aux(function: str, kind: str) -> TypeError:
-    return TypeError(
+def no_aux(function: str, kind: str) -> ArgumentError:
+    return ArgumentError(
         explain(
             f"{function} returned {kind} with has_aux=True",
             "the loss and the auxiliary output are needed",
@@ -369,8 +408,8 @@ def no_aux(function: str, kind: str) -> TypeError:
     )
 
 
-def module_as_output(function: str, kind: str) -> TypeError:
-    return TypeError(
+def module_as_output(function: str, kind: str) -> ArgumentError:
+    return ArgumentError(
         explain(
             f"{function} returned a {kind} as its differentiated output",
             "a derivative is that of arrays",
@@ -379,8 +418,8 @@ def module_as_output(function: str, kind: str) -> TypeError:
     )
 
 
-def not_one_for_each(what: str, kind: str, count: int) -> TypeError:
-    return TypeError(
+def not_one_for_each(what: str, kind: str, count: int) -> ArgumentError:
+    return ArgumentError(
         explain(
             f"gave {what} of type {kind} for {count} arguments",
             "there is one for each argument that is differentiated",
@@ -389,8 +428,8 @@ def not_one_for_each(what: str, kind: str, count: int) -> TypeError:
     )
 
 
-def direction_of_other_structure(what: str, error: ValueError) -> TypeError:
-    return TypeError(
+def direction_of_other_structure(what: str, error: ValueError) -> ArgumentError:
+    return ArgumentError(
         explain(
             f"gave {what} of another structure than the argument ({error})",
             "each array of the argument has its own",
@@ -481,8 +520,8 @@ def lanes_disagree(name: str) -> StateWriteError:
 # Loops and branches
 
 
-def no_pair_of_a_step(kind: str) -> TypeError:
-    return TypeError(
+def no_pair_of_a_step(kind: str) -> ArgumentError:
+    return ArgumentError(
         explain(
             f"a scanned function returned {kind}",
             "a step gives the next carry and an output",
@@ -523,8 +562,8 @@ def no_batch_size(given: object) -> ValueError:
     )
 
 
-def no_branch(name: str, kind: str) -> TypeError:
-    return TypeError(
+def no_branch(name: str, kind: str) -> ArgumentError:
+    return ArgumentError(
         explain(
             f"passed {kind} as {name}",
             "each branch is called with the operands, and both give the same structure",
@@ -606,8 +645,8 @@ def captured_inside(name: str) -> TraceLeakError:
     )
 
 
-def module_captured() -> TypeError:
-    return TypeError(
+def module_captured() -> ArgumentError:
+    return ArgumentError(
         explain(
             "nn.capture(grads=True) met an output that holds a module",
             "gradients are those of arrays",
@@ -627,8 +666,8 @@ def other_shapes_the_second_time() -> ShapeError:
     )
 
 
-def cotangent_of_other_structure(given: str, own: str) -> TypeError:
-    return TypeError(
+def cotangent_of_other_structure(given: str, own: str) -> ArgumentError:
+    return ArgumentError(
         explain(
             f"backward was given a cotangent of {given}",
             f"the output of the captured call is of {own}",
@@ -663,8 +702,8 @@ def cotangent_of_other_dtype(given: Dtype, own: Dtype) -> DtypeError:
 # statefulize; `did` says what was called, since every bridge makes such modules
 
 
-def no_function(did: str, kind: str) -> TypeError:
-    return TypeError(
+def no_function(did: str, kind: str) -> ArgumentError:
+    return ArgumentError(
         explain(
             f"{did} with {kind} as the function",
             "a module is called, and calls it",
@@ -703,8 +742,8 @@ def name_not_unique(did: str, name: str, where: str) -> RegistrationError:
     )
 
 
-def no_new_state(module: str, kind: str) -> TypeError:
-    return TypeError(
+def no_new_state(module: str, kind: str) -> ArgumentError:
+    return ArgumentError(
         explain(
             f"the function of {module} returned {kind}",
             "a function with state returns two things, its output and the new state",

@@ -13,9 +13,8 @@ from __future__ import annotations
 
 import functools
 import math
-import types
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -97,7 +96,7 @@ class _Gradients:
             )
         if isinstance(given, Parameter):
             given = [given]
-        elif isinstance(given, types.GeneratorType):
+        elif isinstance(given, Iterator):
             given = list(given)
             if not given and function == "clip_grad_norm_":
                 warnings.warn(

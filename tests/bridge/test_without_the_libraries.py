@@ -17,8 +17,10 @@ def run(code: str) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("library", ["flax", "equinox", "haiku"])
-def test_a_bridge_without_its_library_names_the_extra(library):
+@pytest.mark.parametrize(
+    ("library", "package"), [("flax", "flax"), ("equinox", "equinox"), ("haiku", "dm-haiku")]
+)
+def test_a_bridge_without_its_library_says_what_to_install(library, package):
     message = run(
         "import sys\n"
         f"sys.modules[{library!r}] = None  # as if it were not installed\n"
@@ -28,7 +30,7 @@ def test_a_bridge_without_its_library_names_the_extra(library):
         "except ImportError as error:\n"
         "    print(error)\n"
     )
-    assert f'pip install "statefulnn[{library}]"' in message
+    assert f"pip install {package}" in message
     assert f"imported statefulnn.bridge.{library}" in message
 
 

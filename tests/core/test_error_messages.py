@@ -181,6 +181,18 @@ CASES = {
         ["weight", "Forgot"],
         [r"super\(\)\.__init__\(\)"],
     ),
+    "name of another library": (
+        nn.UnknownAttributeError,
+        lambda: nn.no_grad,
+        ["no_grad", "nn.grad"],
+        [r"model\.eval\(\)"],
+    ),
+    "array in a constructor": (
+        nn.ArgumentError,
+        lambda: nn.ReLU(X),
+        ["nn.ReLU", "inplace"],
+        [r"nn\.ReLU\(\)\(input\)"],
+    ),
     "lazy": (
         nn.UninitializedParameterError,
         lambda: nn.jit(nn.LazyLinear(3))(jnp.ones((1, 2))),
@@ -313,6 +325,8 @@ def test_no_message_shows_a_memory_address(case):
 
 
 BUILTIN = {
+    nn.ArgumentError: [TypeError],
+    nn.UnknownAttributeError: [AttributeError],
     nn.StateWriteError: [RuntimeError],
     nn.TraceLeakError: [RuntimeError],
     nn.StructureChangeError: [RuntimeError],

@@ -97,5 +97,5 @@ def test_what_is_wrong_is_named(monkeypatch):
         lambda: curvature.privacy_spent(1.0, 0.1, 5, DELTA),
         lambda: curvature.noise_multiplier_for(1.0, DELTA, 0.1, 5),
     ):
-        with pytest.raises(ImportError, match=r'pip install "statefulnn\[privacy\]"'):
+        with pytest.raises(ImportError, match="pip install dp-accounting"):
             call()

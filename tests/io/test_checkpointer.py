@@ -989,7 +989,7 @@ def test_orbax_is_imported_when_a_checkpointer_is_made():
         "    print(error)\n"
     )
     out, err = start(code).communicate(timeout=60)
-    assert 'pip install "statefulnn[checkpoints]"' in out, err
+    assert "pip install orbax-checkpoint" in out, err
 
 
 def test_threads_may_look_while_one_saves(tmp_path):

@@ -455,7 +455,7 @@ def test_dtypes_that_differ_are_refused_as_in_torch(layer: str) -> None:
     with pytest.raises(ValueError, match="dtype"):
         getattr(torch.nn, layer)(3, 5)(half)
     with pytest.raises(
-        ValueError, match=r"(?s)dtype.*input\.astype\(float32\).*module\.to\(bfloat16\)"
+        ValueError, match=r"(?s)dtype.*input\.astype\(jnp\.float32\).*module\.to\(jnp\.bfloat16\)"
     ):
         getattr(nn, layer)(3, 5)(jnp.ones((2, 4, 3), jnp.bfloat16))
     state = jnp.ones((1, 4, 5), jnp.bfloat16)
