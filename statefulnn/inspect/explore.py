@@ -182,9 +182,7 @@ def _call(
     }
 
 
-def _stacks(
-    call: Call, calls: dict[int, Call], signatures: dict[str, int]
-) -> Iterator[list[int]]:
+def _stacks(call: Call, calls: dict[int, Call], signatures: dict[str, int]) -> Iterator[list[int]]:
     """Yield runs of equal calls that may be drawn as one: what leaves them leaves the last one."""
 
     def may_follow(run: list[int], number: int) -> bool:
@@ -202,7 +200,11 @@ def _stacks(
         targets.setdefault(source, set()).add(target)
     runs: list[list[int]] = []
     for number in call.children:
-        if runs and may_follow(runs[-1], number) and targets.get(runs[-1][-1], set()) <= {number, "out"}:
+        if (
+            runs
+            and may_follow(runs[-1], number)
+            and targets.get(runs[-1][-1], set()) <= {number, "out"}
+        ):
             runs[-1].append(number)
         else:
             runs.append([number])

@@ -38,6 +38,22 @@ def turns(eqn: Any) -> int:
     return eqn.params["length"] if eqn.primitive.name == "scan" else 1
 
 
+def flops_of_layer(eqn: Any) -> int | None:
+    """Return the operations of a convolution of `statefulnn.functional`, None of any other equation.
+
+    They are counted by what it computes: on some devices it runs as several smaller ones.
+    """
+    transposed = {"_conv": False, "_conv_transpose": True}.get(str(eqn.params.get("name")))
+    if transposed is None or len(eqn.invars) not in (2, 3) or len(eqn.outvars) != 1:
+        return None
+    (image, kernel, *bias), (out,) = eqn.invars, eqn.outvars
+    channels = (image if transposed else out).aval.shape[1 - kernel.aval.ndim :][0]
+    if channels != kernel.aval.shape[0]:
+        return None
+    each = _size(image if transposed else out)
+    return 2 * each * _size(kernel) // kernel.aval.shape[0] + len(bias) * _size(out)
+
+
 def flops_of(eqn: Any) -> int:
     """Return the floating-point operations of an equation that runs no jaxpr."""
     name, (out, *_) = eqn.primitive.name, eqn.outvars
@@ -45,9 +61,12 @@ def flops_of(eqn: Any) -> int:
         (contracted, _), _ = eqn.params["dimension_numbers"]
         return 2 * _size(out) * math.prod(eqn.invars[0].aval.shape[i] for i in contracted)
     if name == "conv_general_dilated":
-        kernel = eqn.invars[1].aval.shape
-        features = kernel[eqn.params["dimension_numbers"].rhs_spec[0]]
-        return 2 * _size(out) * math.prod(kernel) // features
+        image, kernel = eqn.invars
+        outer, inner, *_ = eqn.params["dimension_numbers"].rhs_spec
+        # A transposed convolution spreads its input, and what it puts between is not multiplied.
+        spread = math.prod(eqn.params["lhs_dilation"]) > 1
+        each, axis = (image, inner) if spread else (out, outer)
+        return 2 * _size(each) * _size(kernel) // kernel.aval.shape[axis]
     if name in _MOVES:
         return 0
     if "window_dimensions" in eqn.params and _is_floating(out):  # pooling

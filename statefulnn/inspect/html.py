@@ -134,14 +134,16 @@ def _array(held: Held, found: Statistics | str | None) -> str:
 
 
 def _numbers(found: Statistics) -> str:
-    bad = [f"{n:,} {what}" for n, what in ((found.nans, "NaN"), (found.infinities, "infinite")) if n]
+    bad = [
+        f"{n:,} {what}" for n, what in ((found.nans, "NaN"), (found.infinities, "infinite")) if n
+    ]
     loud = f" <strong>{' and '.join(bad)}</strong>" if bad else ""
     spread = f"{found.mean:.3g} ± {found.std:.3g}, from {found.low:.3g} to {found.high:.3g}"
     text = f"all {found.low:.6g}" if found.low == found.high else spread
     if not any(found.histogram):
         text = "no finite number"
     of = f" (a sample of one in {found.step})" if found.step > 1 else ""
-    return f"{_picture(found.histogram)}{loud}<span>{text}{of}</span>"
+    return f" {_picture(found.histogram)}{loud} <span>{text}{of}</span>"
 
 
 def _picture(histogram: tuple[int, ...]) -> str:

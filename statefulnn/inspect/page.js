@@ -416,7 +416,7 @@ function drawBox(b, left, top, depth) {
   b.left = left; b.top = top;
   drawnBoxes.set(b.id, b);
   const m = b.call.module === null ? null : modules[b.call.module];
-  const part = m ? share(m) : 0;
+  const part = (b.members ?? [b.number]).reduce((sum, n) => sum + (m ? share(modules[calls[n].module]) : 0), 0);
   const x = left + b.w / 2, wideBar = b.w - 16;
   const label = `${b.lines[0]}, ${b.lines[1]}, gives ${b.lines[2]}${b.which}`;
   const g = svg("g", { class: `box${b.open ? " open" : ""}${m ? "" : " foreign"}`, "data-module": m ? m.id : "", "data-call": b.id, tabindex: 0,

@@ -71,7 +71,8 @@ def _of_numbers(array: np.ndarray, step: int) -> Statistics:
     nans = int(np.isnan(array).sum())
     low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 0.0)
     # Near the ends of float64 the width of a bin overflows or vanishes.
-    scale = max(abs(low), abs(high)) or 1.0
+    most = max(abs(low), abs(high))
+    scale = 1.0 if most == 0 or 1e-100 < most < 1e100 else most
     bins = np.histogram(finite / scale, BINS, (low / scale, high / scale))[0]
     mean = float((finite / scale).mean() * scale) if finite.size else 0.0
     std = float((finite / scale).std() * scale) if finite.size else 0.0
@@ -85,4 +86,6 @@ def sharding_of(value: Any) -> str | None:
     if sharding is None or len(sharding.device_set) == 1:
         return None
     spec = getattr(sharding, "spec", None)
-    return f"{type(sharding).__name__ if spec is None else spec} on {len(sharding.device_set)} devices"
+    return (
+        f"{type(sharding).__name__ if spec is None else spec} on {len(sharding.device_set)} devices"
+    )

@@ -224,7 +224,9 @@ def footer(summary: Summary) -> list[str]:
     buffers = f", and {total.buffers:,} numbers in buffers" if total.buffers else ""
     lines = [f"{total.parameters:,} parameters, {trained}{buffers}: {in_bytes(total.nbytes)}"]
     if total.without_shape:
-        lines.append(f"not counted, since their shapes are not known: {', '.join(total.without_shape)}")
+        lines.append(
+            f"not counted, since their shapes are not known: {', '.join(total.without_shape)}"
+        )
     if total.flops is not None:
         memory = in_bytes(summary.activations or 0)
         lines.append(f"{total.flops:,} FLOPs a call; outputs of the layers take {memory}")

@@ -29,7 +29,7 @@ from statefulnn.core.module import Module
 from statefulnn.core.ownership import ModuleBase, birth_scope
 from statefulnn.core.plan import plan_of
 from statefulnn.core.uninitialized import is_lazy
-from statefulnn.inspect.flops import flops_of, inner_jaxprs, turns
+from statefulnn.inspect.flops import flops_of, flops_of_layer, inner_jaxprs, turns
 
 _MARK = "statefulnn:"
 _runs = itertools.count()
@@ -160,7 +160,9 @@ class _Recorder:
 
     def __init__(self, model: Module) -> None:
         self.calls: list[Call] = []
-        self.marked_boxes: dict[int, str] = {}  # by the call of a clone: the name of a box in the clone
+        self.marked_boxes: dict[
+            int, str
+        ] = {}  # by the call of a clone: the name of a box in the clone
         self._open: list[tuple[ModuleBase, int]] = []
         self._known: dict[int, tuple[str, int | None]] = {}
         self._modules: dict[str, Any] = dict(model.named_modules())
@@ -210,7 +212,10 @@ class _Recorder:
             self._open.pop()
         number = self._open.pop()[1]
         call = self.calls[number]
-        call.output, call.cls = _structs(out), type(module).__name__  # lazy layers change their class
+        call.output, call.cls = (
+            _structs(out),
+            type(module).__name__,
+        )  # lazy layers change their class
 
         def marked(x: Any) -> Any:
             if not _is_array(x) or jax.dtypes.issubdtype(x.dtype, jax.dtypes.extended):
@@ -302,7 +307,9 @@ class _Reader:
         while (parent := self._calls[inwards[-1]].parent) is not None:
             inwards.append(parent)  # here, and the calls around it
         for where, source in self._sources.get(variable, ()):
-            while where not in inwards:  # it left its call by an attribute: the call as a whole is the source
+            while (
+                where not in inwards
+            ):  # it left its call by an attribute: the call as a whole is the source
                 where, source = self._calls[where].parent or 0, where
             for call in reversed(inwards[: inwards.index(where)]):
                 self._edge(where, source, call, variable)
@@ -379,5 +386,7 @@ class _Reader:
         """Return the operations of an equation without marks: of branches, those of the dearest."""
         if not jaxprs:
             return flops_of(eqn)
+        if (known := flops_of_layer(eqn)) is not None:
+            return known
         costs = [self._summed(j) or 0 for j in jaxprs]
         return turns(eqn) * (max(costs) if eqn.primitive.name == "cond" else sum(costs))
