@@ -24,7 +24,7 @@ _MOST_LINES, _MOST_VALUES = 4000, 500
 @functools.cache
 def asset(name: str) -> str:
     """Return the text of a file that lies beside this one."""
-    return importlib.resources.files(__package__).joinpath(name).read_text("utf-8")
+    return importlib.resources.files("statefulnn.inspect").joinpath(name).read_text("utf-8")
 
 
 def html_of_module(module: Module) -> str:

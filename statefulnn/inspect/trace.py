@@ -218,7 +218,7 @@ class _Recorder:
         )  # lazy layers change their class
 
         def marked(x: Any) -> Any:
-            if not _is_array(x) or jax.dtypes.issubdtype(x.dtype, jax.dtypes.extended):
+            if not _is_array(x) or jnp.issubdtype(x.dtype, jax.dtypes.extended):
                 return x
             return checkpoint_name(x, f"{_MARK}out:{number}")
 

@@ -1,14 +1,21 @@
-"""The page of nn.explore, and modules in notebooks, in a browser: no errors, search, folding, every module."""
+"""The page of nn.explore and modules in notebooks, in a browser: they show every module, fold and search."""
 
 from __future__ import annotations
 
-import gpt2
 import jax.numpy as jnp
 import pytest
-import resnet
 
+import gpt2
+import resnet
 import statefulnn as nn
 from tests.inspect.models import SHARED_INPUTS, Shared, image, tokens
+
+LISTED = "[...document.querySelectorAll('#tree li')].map(li => modules[li.dataset.id].path)"
+# Where an element is on the screen: left, top, right, bottom.
+PLACE = """query => {
+  const {left, top, right, bottom} = document.querySelector(query).getBoundingClientRect();
+  return [left, top, right, bottom];
+}"""
 
 
 def _small_gpt2():
@@ -60,9 +67,7 @@ def test_the_page_opens_without_an_error_and_the_tree_has_every_module(page, wri
     model, path = written(name)
     opened = page(path)
     opened.page.click("#unfold-all")
-    shown = opened.evaluate(
-        "[...document.querySelectorAll('#tree li')].map(li => modules[li.dataset.id].path)"
-    )
+    shown = opened.evaluate(LISTED)
     assert set(shown) >= {name for name, _ in model.named_modules()}
     assert len(shown) == len(set(shown))
     assert opened.errors == []
@@ -165,12 +170,8 @@ def test_a_module_is_found_in_the_drawing_when_it_is_chosen_in_the_tree(page, wr
     assert opened.evaluate("document.querySelector('g.box.selected title').textContent").startswith(
         "transformer.h.7.attn.c_proj"
     )
-    area = opened.evaluate(
-        "(r => [r.left, r.top, r.right, r.bottom])($('graph').getBoundingClientRect())"
-    )
-    box = opened.evaluate(
-        "(r => [r.left, r.top, r.right, r.bottom])(document.querySelector('g.box.selected').getBoundingClientRect())"
-    )
+    area = opened.evaluate(PLACE, "#graph")
+    box = opened.evaluate(PLACE, "g.box.selected")
     assert area[0] < box[2] and box[0] < area[2]
     assert area[1] < box[3] and box[1] < area[3]
 
@@ -201,9 +202,8 @@ def test_arrays_have_histograms_and_nan_is_an_alarm(page, tmp_path):
 def test_it_fits_phones_and_desktops_in_light_and_dark(page, written, width, dark):
     opened = page(written("resnet50")[1], width=width, height=800, dark=dark)
     assert opened.evaluate("document.documentElement.scrollWidth <= innerWidth")
-    shown = opened.evaluate(
-        "[...document.querySelectorAll('main > section')].filter(s => s.getBoundingClientRect().width > 0).length"
-    )
+    places = [opened.evaluate(PLACE, f"#{part}-part") for part in ("tree", "graph", "detail")]
+    shown = sum(right > left for left, _, right, _ in places)
     assert shown == (1 if width == 390 else 3)
     light = "getComputedStyle(document.body).backgroundColor.match(/\\d+/g).every(v => v > 128)"
     assert opened.evaluate(light) != dark

@@ -5,14 +5,14 @@ from __future__ import annotations
 import copy
 import html.parser
 
-import gpt2
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import resnet
 import torch
 
+import gpt2
+import resnet
 import statefulnn as nn
 from tests.examples.reference import torchvision, transformers
 from tests.inspect.models import SHARED_INPUTS, Shared, image, tokens
