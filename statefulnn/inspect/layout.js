@@ -86,13 +86,13 @@ function place(layers, gap) {
     const middle = (layer[0].x + layer[layer.length - 1].x) / 2;
     for (const n of layer) n.x -= middle;
   }
-  for (let i = 0; i < 40; i++) {
+  for (let i = 0; i < 25; i++) {  // downwards at last, so that what follows one node stands below it
     const list = i % 2 ? [...layers].reverse() : layers;
     for (const layer of list) {
       for (const n of layer) {
-        const near = i < 20 ? n[i % 2 ? "down" : "up"] : [...n.up, ...n.down];
+        const near = n[i % 2 ? "down" : "up"];
         // Chains of layers stay straight, and so do long edges; these give way to each other.
-        const weight = m => (m.bend && n.bend ? 8 : m.bend || n.bend ? 0.1 : 1);
+        const weight = m => (m.bend && n.bend ? 8 : m.bend || n.bend ? 0.02 : 1);
         const total = near.reduce((sum, m) => sum + weight(m), 0);
         n.want = near.length ? near.reduce((sum, m) => sum + weight(m) * m.x, 0) / total : n.x;
       }

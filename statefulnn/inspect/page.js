@@ -282,7 +282,7 @@ function drawDetail() {
       traced && fact("Outputs", inBytes(m.outputs)),
       fact("Mode", m.mode)),
     m.calls.length > 0 && html("section", null, html("h3", null, m.calls.length > 1 ? `${m.calls.length} calls` : "Call"), html("ul", { class: "calls" }, m.calls.slice(0, 20).map(callLine))),
-    traced && !m.calls.length && m.shared === null && !m.children.length && html("p", { class: "alarm" }, "This call of the model did not call it."),
+    traced && !m.calls.length && m.shared === null && !m.children.length && html("p", { class: "muted" }, "This call of the model did not call it."),
     m.arrays.length > 0 && html("section", null, html("h3", null, "Arrays"), m.arrays.map(a => arrayCard(m, a))),
     m.children.length > 0 && value(m) > 0 && html("section", null, html("h3", null, `${METRICS[metric].label} by part`), bars(m.children.filter(c => value(c) && c.shared === null).sort((a, b) => value(b) - value(a)).slice(0, 16), c => c.name)),
     below.length > 1 && html("section", null, html("h3", null, `Layers with the most ${METRICS[metric].label}`), bars(below.slice(0, 10), x => x.path)),
@@ -542,9 +542,15 @@ function reveal(m) {
   if (box) intoView(box);
 }
 
+// Mark the boxes of the selected module; where it is folded away, the box that it is in.
 function markGraph() {
-  const ids = new Set([String(selected.id), selected.shared !== null ? String(byPath.get(selected.shared).id) : ""]);
-  for (const b of drawnBoxes.values()) b.element.classList.toggle("selected", ids.has(b.element.dataset.module) && b.element.dataset.module !== "");
+  const own = selected.shared === null ? selected : byPath.get(selected.shared);
+  const around = new Set(ancestors(own));
+  for (const b of drawnBoxes.values()) {
+    const here = (b.members ?? [b.number]).map(n => modules[calls[n].module]);
+    b.element.classList.toggle("selected", here.includes(own));
+    b.element.classList.toggle("holds", !b.open && !here.includes(own) && here.some(m => around.has(m)));
+  }
 }
 
 const fingers = new Map();

@@ -98,7 +98,8 @@ def summary(
     """Return a table of a model's modules: outputs, parameters, memory, floating-point operations.
 
     The model is called once on shapes (``jax.make_jaxpr``), on a copy: nothing is computed, and nothing of
-    the model changes. Equal neighbours, such as the blocks of a list, share a row.
+    the model changes. Its hooks run, unless one keeps what it is given. Equal neighbours, such as the blocks
+    of a list, share a row.
 
     Operations are those of one forward pass: ``2 * m * n * k`` for a product of matrices or a convolution,
     otherwise one for each element; a scan counts each of its steps, a ``while_loop`` one, of the branches
@@ -220,9 +221,9 @@ def footer(summary: Summary) -> list[str]:
     """Return the lines under the table."""
     total = summary.total
     frozen = total.parameters - total.trainable
-    trained = "all trained" if not frozen else f"{total.trainable:,} trained, {frozen:,} frozen"
+    trained = f", {total.trainable:,} trained, {frozen:,} frozen" if frozen else ", all trained" * bool(total.parameters)
     buffers = f", and {total.buffers:,} numbers in buffers" if total.buffers else ""
-    lines = [f"{total.parameters:,} parameters, {trained}{buffers}: {in_bytes(total.nbytes)}"]
+    lines = [f"{total.parameters:,} parameters{trained}{buffers}: {in_bytes(total.nbytes)}"]
     if total.without_shape:
         lines.append(
             f"not counted, since their shapes are not known: {', '.join(total.without_shape)}"

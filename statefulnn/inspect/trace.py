@@ -23,6 +23,7 @@ from jax.extend.core import Var
 
 from statefulnn.core.baked_in import probing
 from statefulnn.core.box import Box
+from statefulnn.core.errors import TraceLeakError
 from statefulnn.core.generator import rng_scope
 from statefulnn.core.listeners import listening
 from statefulnn.core.module import Module
@@ -110,14 +111,26 @@ def trace(model: Module, inputs: tuple, kwargs: dict[str, Any]) -> Trace:
         args, keywords = treedef.unflatten([held.get(i, x) for i, x in enumerate(leaves)])
         recorder = _Recorder(clone)
         recorders.append(recorder)
-        with rng_scope(jax.random.key(0)), listening(recorder.leave, entering=recorder.enter):
+        listens = listening(recorder.leave, entering=recorder.enter, silently=without_hooks)
+        with rng_scope(jax.random.key(0)), listens:
             clone(*args, **keywords)
         shapes.update({name: _struct(box._value) for name, box in boxes_of(clone)})
 
-    # JAX keeps what inner functions were traced to. In a context of its own, no other trace meets the marks.
-    with probing(), set_xla_metadata(statefulnn=f"inspection {next(_runs)}"):
-        jaxpr = jax.make_jaxpr(run)([_struct(b._value) for b in boxes], [leaves[i] for i in arrays])
-    return Trace(_Reader(recorders[0]).read(jaxpr.jaxpr, list(names.values())), shapes)
+    def traced() -> Any:
+        # JAX keeps what inner functions were traced to. In a context of its own, no other trace meets the
+        # marks.
+        with probing(), set_xla_metadata(statefulnn_inspection=str(next(_runs))):
+            structs = [_struct(b._value) for b in boxes], [leaves[i] for i in arrays]
+            return jax.make_jaxpr(run)(*structs)
+
+    without_hooks = False
+    try:
+        jaxpr = traced()
+    except TraceLeakError:
+        # A hook that keeps outputs is usual, and what is traced cannot be kept.
+        without_hooks = True
+        jaxpr = traced()
+    return Trace(_Reader(recorders[-1]).read(jaxpr.jaxpr, list(names.values())), shapes)
 
 
 def boxes_of(model: Module) -> Iterable[tuple[str, Any]]:

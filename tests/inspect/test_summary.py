@@ -223,6 +223,23 @@ def test_a_hook_that_changes_the_output_is_seen():
     assert by_path(nn.summary(model, image(5, 3)))["0"].output.shape == (5, 2)
 
 
+def test_a_hook_that_keeps_outputs_keeps_nothing_of_the_trace():
+    kept = []
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU())
+    model[0].register_forward_hook(lambda module, args, out: kept.append(out))
+    assert nn.summary(model, image(5, 3)).total.output.shape == (5, 4)
+    assert kept == []
+
+
+def test_it_leaves_no_mark_in_what_is_compiled_afterwards():
+    model = nn.Linear(3, 3)
+    compiled = nn.jit(lambda model, x: nn.remat(model)(x))
+    nn.summary(model, jnp.ones((2, 3)))
+    fn, params = nn.functionalize(model)
+    assert "statefulnn:" not in str(jax.make_jaxpr(jax.checkpoint(fn))(params, jnp.ones((2, 3))))
+    np.testing.assert_allclose(compiled(model, jnp.ones((2, 3))), model(jnp.ones((2, 3))), rtol=1e-6)
+
+
 class _Cells(html.parser.HTMLParser):
     def __init__(self):
         super().__init__()
