@@ -69,15 +69,24 @@ def _sample(value: jax.Array, step: int) -> np.ndarray:
 def _of_numbers(array: np.ndarray, step: int) -> Statistics:
     finite = array[np.isfinite(array)]
     nans = int(np.isnan(array).sum())
+    zeros, infinities = int((array == 0).sum()), array.size - finite.size - nans
     low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 0.0)
-    # Near the ends of float64 the width of a bin overflows or vanishes.
     most = max(abs(low), abs(high))
-    scale = 1.0 if most == 0 or 1e-100 < most < 1e100 else most
-    bins = np.histogram(finite / scale, BINS, (low / scale, high / scale))[0]
+    # A sum of numbers near the end of float64 overflows.
+    scale = most if most > 1e100 else 1.0
     mean = float((finite / scale).mean() * scale) if finite.size else 0.0
     std = float((finite / scale).std() * scale) if finite.size else 0.0
-    zeros, infinities = int((array == 0).sum()), array.size - finite.size - nans
+    bins = _histogram(finite, low, high, most)
     return Statistics(step, mean, std, low, high, zeros, nans, infinities, tuple(bins.tolist()))
+
+
+def _histogram(finite: np.ndarray, low: float, high: float, most: float) -> np.ndarray:
+    if 1e-9 * most < high / 2 - low / 2 < 1e300 and high - low > 1e-300:
+        return np.histogram(finite, BINS, (low, high))[0]
+    # The bins would be wider than what a number holds, or narrower than the next number.
+    width = high / 2 - low / 2
+    places = (finite / 2 - low / 2) / width if width else np.full_like(finite, 0.5)
+    return np.histogram(places, BINS, (0, 1))[0]
 
 
 def sharding_of(value: Any) -> str | None:

@@ -121,13 +121,13 @@ def summary(
         >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 2))
         >>> table = nn.summary(model, jax.ShapeDtypeStruct((4, 8), "float32"), width=80)
         >>> print(table)
-        layer            output   parameters  bytes  FLOPs
-        ──────────────────────────────────────────────────
-        Sequential       (4, 2)          178  712 B  1.4 k
-        ├─ 0: Linear     (4, 16)         144  576 B  1.1 k
-        ├─ 1: ReLU       (4, 16)           0      0     64
-        └─ 2: Linear     (4, 2)           34  136 B    264
-        ──────────────────────────────────────────────────
+        layer         output   parameters  bytes  FLOPs
+        ───────────────────────────────────────────────
+        Sequential    (4, 2)          178  712 B  1.4 k
+        ├─ 0: Linear  (4, 16)         144  576 B  1.1 k
+        ├─ 1: ReLU    (4, 16)           0      0     64
+        └─ 2: Linear  (4, 2)           34  136 B    264
+        ───────────────────────────────────────────────
         178 parameters, all trained: 712 B
         1,416 FLOPs a call; outputs of the layers take 544 B
         >>> table.total.parameters, table.rows[1].output.shape
@@ -221,7 +221,11 @@ def footer(summary: Summary) -> list[str]:
     """Return the lines under the table."""
     total = summary.total
     frozen = total.parameters - total.trainable
-    trained = f", {total.trainable:,} trained, {frozen:,} frozen" if frozen else ", all trained" * bool(total.parameters)
+    trained = (
+        f", {total.trainable:,} trained, {frozen:,} frozen"
+        if frozen
+        else ", all trained" * bool(total.parameters)
+    )
     buffers = f", and {total.buffers:,} numbers in buffers" if total.buffers else ""
     lines = [f"{total.parameters:,} parameters{trained}{buffers}: {in_bytes(total.nbytes)}"]
     if total.without_shape:

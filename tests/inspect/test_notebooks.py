@@ -130,7 +130,11 @@ def test_numbers_near_the_ends_of_what_a_dtype_holds_are_no_problem():
     most = float(jnp.finfo(jnp.float32).max)
     found = statistics_of(jnp.asarray([-most, most, 0.0]))
     assert (found.low, found.high, sum(found.histogram)) == (-most, most, 3)
-    assert statistics_of(jnp.full(3, 1e-45)).histogram  # no bin is narrower than nothing
+    for near in ([1.0, 1.0 + 2**-23], [0.0, 1e-45], [1e30, 1.0000001e30], [5.0, 5.0, 5.0]):
+        assert sum(statistics_of(jnp.asarray(near)).histogram) == len(near)
+    with jax.enable_x64(True):
+        for far in ([-1.7e308, 1.7e308], [1.0, 1.0 + 2**-52], [0.0, 5e-324]):
+            assert sum(statistics_of(jnp.asarray(far)).histogram) == 2
 
 
 def test_what_has_no_numbers_says_why():

@@ -237,7 +237,9 @@ def test_it_leaves_no_mark_in_what_is_compiled_afterwards():
     nn.summary(model, jnp.ones((2, 3)))
     fn, params = nn.functionalize(model)
     assert "statefulnn:" not in str(jax.make_jaxpr(jax.checkpoint(fn))(params, jnp.ones((2, 3))))
-    np.testing.assert_allclose(compiled(model, jnp.ones((2, 3))), model(jnp.ones((2, 3))), rtol=1e-6)
+    np.testing.assert_allclose(
+        compiled(model, jnp.ones((2, 3))), model(jnp.ones((2, 3))), rtol=1e-6
+    )
 
 
 class _Cells(html.parser.HTMLParser):
