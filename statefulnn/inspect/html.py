@@ -143,7 +143,8 @@ def _numbers(found: Statistics) -> str:
     if not any(found.histogram):
         text = "no finite number"
     of = f" (a sample of one in {found.step})" if found.step > 1 else ""
-    return f" {_picture(found.histogram)}{loud} <span>{text}{of}</span>"
+    picture = "" if found.low == found.high else _picture(found.histogram)
+    return f" {picture}{loud} <span>{text}{of}</span>"
 
 
 def _picture(histogram: tuple[int, ...]) -> str:

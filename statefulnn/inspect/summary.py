@@ -221,11 +221,9 @@ def footer(summary: Summary) -> list[str]:
     """Return the lines under the table."""
     total = summary.total
     frozen = total.parameters - total.trainable
-    trained = (
-        f", {total.trainable:,} trained, {frozen:,} frozen"
-        if frozen
-        else ", all trained" * bool(total.parameters)
-    )
+    trained = ", all trained" if total.parameters else ""
+    if frozen:
+        trained = f", {total.trainable:,} trained, {frozen:,} frozen"
     buffers = f", and {total.buffers:,} numbers in buffers" if total.buffers else ""
     lines = [f"{total.parameters:,} parameters{trained}{buffers}: {in_bytes(total.nbytes)}"]
     if total.without_shape:
