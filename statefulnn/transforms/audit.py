@@ -148,7 +148,10 @@ def _live_inputs(eqn: Any, wanted: list[bool]) -> list[bool]:
     body = params.get("jaxpr", params.get("call_jaxpr"))
     body = getattr(body, "jaxpr", body)
     if name == "scan":
-        consts, carried = params["num_consts"], params["num_carry"]
+        # Constants, what is carried, slices; and what is carried, slices. A slice has an axis less.
+        same = lambda a, b: sum(x.aval.ndim == y.aval.ndim for x, y in zip(a, b, strict=True))
+        carried = same(body.outvars, eqn.outvars)
+        consts = same(body.invars, eqn.invars) - carried
         while True:
             inputs = _live(body, wanted)
             carry = [a or b for a, b in zip(wanted, inputs[consts : consts + carried])]  # noqa: B905
