@@ -58,6 +58,7 @@ if TYPE_CHECKING:
     from statefulnn import bridge, curvature, func, meta
     from statefulnn import io as io
     from statefulnn.ensemble import Ensemble
+    from statefulnn.inspect import explore, summary
     from statefulnn.io import Checkpointer, export, load, load_exported, save
     from statefulnn.transforms.loops import map as map
 
@@ -86,6 +87,7 @@ __all__ = [
     "default_generator",
     "device",
     "errors",
+    "explore",
     "export",
     "fori_loop",
     "func",
@@ -123,6 +125,7 @@ __all__ = [
     "split",
     "stack_module_state",
     "statefulize",
+    "summary",
     "switch",
     "utils",
     "value_and_grad",
@@ -141,6 +144,7 @@ _LATER = ("bridge", "curvature", "func", "io", "meta")
 _LATER_NAMES = {
     "Ensemble": "ensemble",
     "map": "transforms.loops",
+    **dict.fromkeys(("explore", "summary"), "inspect"),
     **dict.fromkeys(("Checkpointer", "export", "load", "load_exported", "save"), "io"),
 }
 

@@ -40,11 +40,16 @@ ALLOWED = {
     "func": {"core", "modules", "transforms"},
     "meta": {"core", "transforms"},
     "curvature": {"core", "functional", "modules", "transforms"},
+    "inspect": {"core"},
 }
 # Libraries whose models come in and go out, and the file or folder of bridge/ that knows each.
 LIBRARIES = set(nn.bridge.__all__)
 # Imports upwards that are there for a reason, inside a function.
-EXCEPTIONS = {("statefulnn/core/module.py", "statefulnn.transforms.jit.jit")}  # Module.compile
+EXCEPTIONS = {
+    ("statefulnn/core/module.py", "statefulnn.transforms.jit.jit"),  # Module.compile
+    ("statefulnn/core/module.py", "statefulnn.inspect.html.html_of_module"),  # _repr_html_
+    ("statefulnn/core/parameter.py", "statefulnn.inspect.html.html_of_array"),
+}
 
 
 def imports_of(source: Path) -> list[tuple[int, str]]:
@@ -204,7 +209,7 @@ def test_an_import_of_all_names_binds_them_and_hides_nothing_of_python_s(source)
 
 def test_what_is_built_on_top_is_imported_when_it_is_first_used():
     code = (
-        "import sys, statefulnn as nn; names = {'func', 'meta', 'curvature', 'ensemble'}\n"
+        "import sys, statefulnn as nn; names = {'func', 'meta', 'curvature', 'ensemble', 'inspect'}\n"
         "loaded = {n for n in names if f'statefulnn.{n}' in sys.modules}\n"
         "assert not loaded, loaded\n"
         "assert callable(nn.meta.adapt) and callable(nn.func.vjp) and callable(nn.Ensemble)\n"
@@ -250,5 +255,8 @@ def test_wheel_holds_the_package_its_type_marker_and_the_licence(tmp_path):
     (wheel,) = tmp_path.glob("statefulnn-*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     shipped = {n for n in names if n.startswith("statefulnn/")}
-    assert shipped == {relative(s) for s in SOURCES} | {"statefulnn/py.typed"}
+    pages = {relative(s) for s in (PACKAGE / "inspect").glob("*.*") if s.suffix != ".py"}
+    assert {"statefulnn/inspect/page.html", "statefulnn/inspect/page.js"} <= pages
+    assert shipped == {relative(s) for s in SOURCES} | pages | {"statefulnn/py.typed"}
+    assert wheel.stat().st_size < 1_000_000
     assert any(n.endswith("licenses/LICENSE") for n in names)

@@ -66,6 +66,8 @@ def hooks_of(module: Module, name: str) -> list[Any]:
 
 def call_with_hooks(module: Module, args: tuple, kwargs: dict) -> Any:
     """Call ``forward`` with every hook that applies."""
+    for entering in active.entering:
+        entering(module, args, kwargs)
     if active.muted:
         return heard(module, module.forward(*args, **kwargs))
     called: set[int] = set()

@@ -20,6 +20,8 @@ class _Active(threading.local):
 
     # Functions (module, output) -> output, see transforms.capture.
     listeners: tuple[Callable[[Any, Any], Any], ...] = ()
+    # Functions (module, args, kwargs), shown each call before it begins.
+    entering: tuple[Callable[[Any, tuple, dict], None], ...] = ()
     muted: bool = False  # a probe is running: no hook fires
 
 
@@ -27,13 +29,20 @@ active = _Active()
 
 
 @contextlib.contextmanager
-def listening(*listeners: Callable[[Any, Any], Any], silently: bool = False) -> Iterator[None]:
+def listening(
+    *listeners: Callable[[Any, Any], Any],
+    entering: Callable[[Any, tuple, dict], None] | None = None,
+    silently: bool = False,
+) -> Iterator[None]:
     """Show every call of a module inside to listeners, which return its output or another one.
 
-    With ``silently=True`` no hook fires inside, and nobody else listens.
+    What `entering` is shown, before a call begins, is the module and its arguments. With ``silently=True``
+    no hook fires inside, and nobody else listens.
     """
-    before = active.listeners, active.muted
+    before = active.listeners, active.entering, active.muted
     active.listeners = listeners if silently else (*active.listeners, *listeners)
+    added = () if entering is None else (entering,)
+    active.entering = added if silently else (*active.entering, *added)
     active.muted = active.muted or silently
     # JAX remembers what inner functions (jit, scan, checkpoint) were traced to. In a context of its own
     # a silent run does not leave them behind without their hooks.
@@ -42,7 +51,7 @@ def listening(*listeners: Callable[[Any, Any], Any], silently: bool = False) -> 
         with context:
             yield
     finally:
-        active.listeners, active.muted = before
+        active.listeners, active.entering, active.muted = before
 
 
 def heard(module: ModuleBase, out: Any) -> Any:

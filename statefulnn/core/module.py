@@ -1061,6 +1061,12 @@ class Module(ModuleBase):
                     lines.append(start + ("None" if module is None else "..."))
         return "\n".join(lines)
 
+    def _repr_html_(self) -> str:
+        """Return the module as a tree to fold, for notebooks."""
+        from statefulnn.inspect.html import html_of_module  # the layer above, as in `compile`
+
+        return html_of_module(self)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         return deepcopied(self, memo)
 

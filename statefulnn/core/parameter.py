@@ -75,6 +75,14 @@ class ArrayBox(Box, _Array):
     def __dir__(self) -> list[str]:
         return sorted({*super().__dir__(), *dir(self._value)})
 
+    def _repr_html_(self) -> str:
+        """Return shape, dtype and what the numbers look like, for notebooks."""
+        from statefulnn.inspect.html import (
+            html_of_array,
+        )  # the layer above: only this method reaches up
+
+        return html_of_array(self)
+
     def __len__(self) -> int:
         return len(self.value)
 

@@ -104,28 +104,62 @@ def audit(model: Module, *inputs: Any, rng: ArrayLike | None = None, **kwargs: A
     return AuditReport(unused, zero, frozen, used)
 
 
+# Primitives that run one jaxpr once, by the names that JAX has had for them.
+_CALLS = (
+    "pjit",
+    "jit",
+    "closed_call",
+    "core_call",
+    "checkpoint",
+    "remat",
+    "remat2",
+    "custom_jvp_call",
+    "custom_vjp_call",
+)
+
+
 def _reached(fn: Callable, params: dict[str, jax.Array]) -> set[str]:
     """Return the names whose arrays the output of a function depends on, by its jaxpr."""
     # A gradient of zero would not tell: a parameter may be used, and have no slope at this point.
     names, _ = zip(*sorted(params.items()), strict=True) if params else ((), ())
     jaxpr = jax.make_jaxpr(fn)(params).jaxpr
+    live = _live(jaxpr, [True] * len(jaxpr.outvars))
+    return {name for name, used in zip(names, live, strict=True) if used}
+
+
+def _live(jaxpr: Any, wanted: list[bool]) -> list[bool]:
+    """Return which inputs of a jaxpr the wanted ones of its outputs depend on."""
     # From the outputs backwards, as reverse mode goes.
-    needed = {id(v) for v in jaxpr.outvars}
+    needed = {id(v) for v, want in zip(jaxpr.outvars, wanted, strict=True) if want}
     for eqn in reversed(jaxpr.eqns):
-        if any(id(v) in needed for v in eqn.outvars):
-            needed.update(_needed_inputs(eqn, needed))
-    return {name for name, var in zip(names, jaxpr.invars, strict=True) if id(var) in needed}
+        outputs = [id(v) in needed for v in eqn.outvars]
+        if any(outputs):
+            inputs = _live_inputs(eqn, outputs)
+            needed.update(id(v) for v, used in zip(eqn.invars, inputs, strict=True) if used)
+    return [id(v) in needed for v in jaxpr.invars]
 
 
-def _needed_inputs(eqn: Any, needed: set[int]) -> list[int]:
-    # A call's inputs count only if they reach one of its outputs that is needed: each layer is a call, and
-    # may return more than the model uses. Of any other equation all inputs count.
-    inner = eqn.params.get("jaxpr")
-    if eqn.primitive.name not in ("pjit", "jit") or inner is None:
-        return [id(v) for v in eqn.invars]
-    body = inner.jaxpr
-    live = {id(b) for b, v in zip(body.outvars, eqn.outvars, strict=True) if id(v) in needed}
-    for inner_eqn in reversed(body.eqns):
-        if any(id(v) in live for v in inner_eqn.outvars):
-            live.update(_needed_inputs(inner_eqn, live))
-    return [id(v) for b, v in zip(body.invars, eqn.invars, strict=True) if id(b) in live]
+def _live_inputs(eqn: Any, wanted: list[bool]) -> list[bool]:
+    # Of a call, an input counts only if it reaches an output that is needed: each layer is a call, and may
+    # return more than the model uses. A scan may carry it there in later steps. Of any other equation all
+    # inputs count.
+    name, params = eqn.primitive.name, eqn.params
+    if name == "cond":  # the first input says which branch runs
+        branches = [_live(branch.jaxpr, wanted) for branch in params["branches"]]
+        return [True, *map(any, zip(*branches, strict=True))]
+    body = params.get("jaxpr", params.get("call_jaxpr"))
+    body = getattr(body, "jaxpr", body)
+    if name == "scan":
+        # Constants, what is carried, slices; and what is carried, slices. A slice has an axis less.
+        same = lambda a, b: sum(x.aval.ndim == y.aval.ndim for x, y in zip(a, b, strict=True))
+        carried = same(body.outvars, eqn.outvars)
+        consts = same(body.invars, eqn.invars) - carried
+        while True:
+            inputs = _live(body, wanted)
+            carry = [a or b for a, b in zip(wanted, inputs[consts : consts + carried])]  # noqa: B905
+            if carry == wanted[:carried]:
+                return inputs
+            wanted = [*carry, *wanted[carried:]]
+    if name not in _CALLS or body is None or len(body.invars) != len(eqn.invars):
+        return [True] * len(eqn.invars)
+    return _live(body, wanted)

@@ -15,7 +15,7 @@ from tests.browsers import HOW_TO_INSTALL, find_browser
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
 
-TIME_OUT = 600_000  # milliseconds: a busy machine is slow, and that is no failure
+TIME_OUT = 120_000  # milliseconds: a busy machine is slow, and that is no failure
 
 
 @dataclasses.dataclass

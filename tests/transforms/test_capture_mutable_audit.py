@@ -217,3 +217,53 @@ def test_audit_leaves_the_model_as_it_was():
     assert int(m.a.calls) == 0
     for x, y in zip(before[1], nn.split(m)[1], strict=True):
         np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
+
+
+class Dropped(nn.Module):
+    """The output of `a` is dropped, in the same transformed function that computes the other one."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.how = how
+        self.a, self.b, self.c = Scale(2.0), Scale(3.0), Scale(5.0)
+
+    def forward(self, x):
+        def both(model, x):
+            return model.a(x), model.b(x)
+
+        if self.how == "remat":
+            return nn.remat(both)(self, x)[1]
+        if self.how == "checkpoint":
+            products = jax.checkpoint(lambda a, b, x: (a * x, b * x))
+            return products(self.a.w.value, self.b.w.value, x)[1]
+        if self.how == "cond":
+            other = lambda model, x: (x, model.c(x))
+            return nn.cond(x > 0, both, other, self, x)[1]
+        if self.how == "remat in cond":
+            return nn.cond(x > 0, nn.remat(both), lambda model, x: (x, model.c(x)), self, x)[1]
+        return nn.scan(lambda model, x: (model, both(model, x)), self, x[None])[1][1][0]
+
+
+@pytest.mark.parametrize("how", ["remat", "checkpoint", "cond", "remat in cond", "scan"])
+def test_audit_sees_what_is_dropped_inside_of_a_transformed_function(how):
+    model = Dropped(how).eval()
+    report = nn.audit(model, jnp.asarray(1.0))
+    with_c = how in ("cond", "remat in cond")
+    assert report.unused == (["a.w"] if with_c else ["a.w", "c.w"])
+    assert report.zero_grad == (["c.w"] if with_c else [])  # of the branch that did not run
+    assert report.used == ["b.w"]
+
+
+def test_audit_follows_a_parameter_through_the_carry_of_a_scan():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(jnp.asarray(2.0))
+
+        def forward(self, x):
+            # It enters the first of three carries, and the output is the last one, two steps later.
+            step = lambda c, _: ((c[0] * 1.0, c[0], c[1]), None)
+            return jax.lax.scan(step, (self.w.value, x, x), None, length=3)[0][2]
+
+    report = nn.audit(Net(), jnp.asarray(1.0))
+    assert report.used == ["w"]
