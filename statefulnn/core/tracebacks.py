@@ -90,6 +90,11 @@ def _shorten_earlier(error: BaseException) -> None:
     todo, seen = [error], {id(error)}
     while todo:
         later = todo.pop()
+        # Without room for the call of `shorten`, the same happens once more on the way out.
+        if isinstance(later, RecursionError) and isinstance(later.__context__, RecursionError):
+            later.__context__ = later.__context__.__context__
+            todo.append(later)
+            continue
         for earlier in (later.__cause__, later.__context__):
             if earlier is None or id(earlier) in seen:
                 continue
