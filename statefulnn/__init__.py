@@ -1,58 +1,66 @@
 """torch.nn's object model on JAX: write models as classes, compile and transform them as functions."""
 
+import gc
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from statefulnn import attention, functional, init, modules, parameter, utils
-from statefulnn.core import errors, habits
-from statefulnn.core.default_dtype import default_dtype, get_default_dtype, set_default_dtype
-from statefulnn.core.errors import *  # noqa: F403
-from statefulnn.core.generator import (
-    Generator,
-    default_generator,
-    get_rng_state,
-    initial_seed,
-    manual_seed,
-    next_key,
-    rng_scope,
-    set_rng_state,
-)
-from statefulnn.core.graph import merge, mutable, split
-from statefulnn.core.listing import listing
-from statefulnn.core.module import (
-    Module,
-    Ref,
-    register_module_forward_hook,
-    register_module_forward_pre_hook,
-    register_module_full_backward_hook,
-    register_module_full_backward_pre_hook,
-)
-from statefulnn.core.moduledef import ModuleDef
-from statefulnn.core.parameter import Buffer, Parameter
-from statefulnn.core.placement import device
-from statefulnn.core.uninitialized import UninitializedBuffer, UninitializedParameter
-from statefulnn.modules import *  # noqa: F403
-from statefulnn.optimizer import Optimizer
-from statefulnn.transforms.audit import audit
-from statefulnn.transforms.branches import cond, switch
-from statefulnn.transforms.capture import capture
-from statefulnn.transforms.checkify import checkify
-from statefulnn.transforms.custom_vjp import custom_vjp
-from statefulnn.transforms.functional_call import (
-    functional_call,
-    functionalize,
-    stack_module_state,
-)
-from statefulnn.transforms.grad import grad, value_and_grad
-from statefulnn.transforms.jit import jit
-from statefulnn.transforms.loops import associative_scan, fori_loop, while_loop
-from statefulnn.transforms.remat import remat
-from statefulnn.transforms.scan import scan
-from statefulnn.transforms.shard_map import shard_map
-from statefulnn.transforms.statefulize import statefulize
-from statefulnn.transforms.vmap import vmap
-from statefulnn.utils import parameters_to_vector, vector_to_parameters
-from statefulnn.utils.materialize import materialize
+# What an import makes stays: a collection meanwhile would look through all of JAX and free nothing.
+_collecting = gc.isenabled()
+gc.disable()
+try:
+    from statefulnn import attention, functional, init, modules, parameter, utils
+    from statefulnn.core import errors, habits
+    from statefulnn.core.default_dtype import default_dtype, get_default_dtype, set_default_dtype
+    from statefulnn.core.errors import *  # noqa: F403
+    from statefulnn.core.generator import (
+        Generator,
+        default_generator,
+        get_rng_state,
+        initial_seed,
+        manual_seed,
+        next_key,
+        rng_scope,
+        set_rng_state,
+    )
+    from statefulnn.core.graph import merge, mutable, split
+    from statefulnn.core.listing import listing
+    from statefulnn.core.module import (
+        Module,
+        Ref,
+        register_module_forward_hook,
+        register_module_forward_pre_hook,
+        register_module_full_backward_hook,
+        register_module_full_backward_pre_hook,
+    )
+    from statefulnn.core.moduledef import ModuleDef
+    from statefulnn.core.parameter import Buffer, Parameter
+    from statefulnn.core.placement import device
+    from statefulnn.core.uninitialized import UninitializedBuffer, UninitializedParameter
+    from statefulnn.modules import *  # noqa: F403
+    from statefulnn.optimizer import Optimizer
+    from statefulnn.transforms.audit import audit
+    from statefulnn.transforms.branches import cond, switch
+    from statefulnn.transforms.capture import capture
+    from statefulnn.transforms.checkify import checkify
+    from statefulnn.transforms.custom_vjp import custom_vjp
+    from statefulnn.transforms.functional_call import (
+        functional_call,
+        functionalize,
+        stack_module_state,
+    )
+    from statefulnn.transforms.grad import grad, value_and_grad
+    from statefulnn.transforms.jit import jit
+    from statefulnn.transforms.loops import associative_scan, fori_loop, while_loop
+    from statefulnn.transforms.remat import remat
+    from statefulnn.transforms.scan import scan
+    from statefulnn.transforms.shard_map import shard_map
+    from statefulnn.transforms.statefulize import statefulize
+    from statefulnn.transforms.vmap import vmap
+    from statefulnn.utils import parameters_to_vector, vector_to_parameters
+    from statefulnn.utils.materialize import materialize
+finally:
+    if _collecting:
+        gc.enable()
 
 if TYPE_CHECKING:
     from statefulnn import bridge, curvature, func, meta

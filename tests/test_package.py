@@ -260,3 +260,14 @@ def test_wheel_holds_the_package_its_type_marker_and_the_licence(tmp_path):
     assert shipped == {relative(s) for s in SOURCES} | pages | {"statefulnn/py.typed"}
     assert wheel.stat().st_size < 1_000_000
     assert any(n.endswith("licenses/LICENSE") for n in names)
+
+
+@pytest.mark.parametrize("before", ["enable", "disable"])
+def test_an_import_leaves_the_garbage_collector_as_it_was_and_collects_nothing_old(before):
+    printed = run_python(
+        f"import gc, jax, jax.numpy; gc.{before}()\n"
+        "oldest = gc.get_stats()[2]['collections']\n"
+        "import statefulnn\n"
+        "print(gc.isenabled(), gc.get_stats()[2]['collections'] - oldest)\n"
+    )
+    assert printed.split() == [str(before == "enable"), "0"]

@@ -213,10 +213,10 @@ def names(module: griffe.Module) -> Iterator[tuple[str, griffe.Object, str]]:
     for name in sorted(public, key=str.lower):
         member = module[name]
         path = f"{module.path}.{name}"
-        if member.is_module and not member.is_alias and name in module.imports:
-            path = module.imports[name]
-            member = package()[path.removeprefix("statefulnn.")]
         member = member.final_target if member.is_alias else member
+        if member.is_module and name in member.parent.imports:
+            path = member.parent.imports[name]
+            member = package()[path.removeprefix("statefulnn.")]
         if not member.is_module:
             yield name, member, path
 
