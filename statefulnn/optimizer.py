@@ -9,6 +9,7 @@ from __future__ import annotations
 import collections
 import math
 import types
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -21,12 +22,15 @@ from statefulnn.core.compat import EAGER, Tracer, current_trace
 from statefulnn.core.errors import (
     ArgumentError,
     DtypeError,
+    OtherModuleWarning,
     ShapeError,
     StructureChangeError,
     UnknownNameError,
     explain,
+    user_stack_level,
 )
 from statefulnn.core.extras import import_extra
+from statefulnn.core.gradients import parameter_of
 from statefulnn.core.module import Module, Ref, find_box, place_box
 from statefulnn.core.parameter import Buffer, Parameter
 from statefulnn.core.plan import plan_of
@@ -190,6 +194,7 @@ class Optimizer(Module):
             >>> round(before - float(model.weight[0, 0]), 4)
             0.5
         """
+        self._check_owner(grads)
         inputs = jax.tree_util.tree_leaves((grads, extra))
         eager = current_trace() is EAGER and not any(isinstance(x, Tracer) for x in inputs)
         if eager and all(_is_array(x) for x in inputs):
@@ -218,6 +223,27 @@ class Optimizer(Module):
         for box, new in zip(boxes, leaves, strict=True):
             if box is not None and new is not box.value:
                 box.value = new
+
+    def _check_owner(self, grads: Any) -> None:
+        """Warn of gradients that are known to be those of another module."""
+        first = self._names[0]
+        gradient = grads.get(first) if isinstance(grads, Mapping) else None
+        owner = parameter_of(gradient)
+        if owner is None or owner is getattr(self, _built_for(first)):
+            return
+        if any(owner is p for p in self.module.parameters()):
+            return  # replaced since then, which is an error of its own
+        warnings.warn(
+            explain(
+                f"stepped an Optimizer of a {type(self.module).__name__} with gradients of another module",
+                "the step changes the module that the optimizer was built for, and the other one learns "
+                "nothing",
+                "build the optimizer for the model that is trained, opt = nn.Optimizer(model, tx); if it "
+                "is meant, as with gradients of an adapted copy, filter nn.OtherModuleWarning",
+            ),
+            OtherModuleWarning,
+            stacklevel=user_stack_level(),
+        )
 
     def _boxes(self) -> list[Any]:
         return [None if path is None else find_box(self, path) for path in self._slots]

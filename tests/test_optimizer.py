@@ -759,3 +759,37 @@ def test_a_different_transformation_of_the_same_make_takes_its_own_steps(name):
                 updates, state = jax.jit(tx.update)(grads, state, params)
                 params = optax.apply_updates(params, updates)
         assert_close(values(model), params, rtol=2e-6, atol=1e-7)
+
+
+def test_gradients_of_another_module_are_told_of():
+    # A model that is built anew, with the optimizer of the one before, learns nothing.
+    old, x = nn.Linear(3, 1), jnp.ones((2, 3))
+    opt = nn.Optimizer(old, optax.sgd(0.1))
+    loss = lambda m: (m(x) ** 2).sum()
+
+    @nn.jit
+    def step(model, opt):
+        opt.step(nn.grad(loss)(model))
+
+    eagerly = lambda model, opt: opt.step(nn.grad(loss)(model))
+    for run in (step, eagerly):
+        run(old, opt)  # warnings are errors
+    for run, new in (
+        (step, nn.Linear(3, 1)),
+        (eagerly, nn.Linear(3, 1)),
+        (eagerly, copy.deepcopy(old)),
+    ):
+        with pytest.warns(nn.OtherModuleWarning, match="the other one learns nothing") as told:
+            run(new, opt)
+        assert told[0].filename == __file__
+
+
+def test_gradients_of_unknown_origin_or_of_two_modules_in_turn_are_nobody_s_business():
+    x = jnp.ones((2, 3))
+    models = [nn.Linear(3, 1), nn.Linear(3, 1)]
+    opts = [nn.Optimizer(m, optax.sgd(0.1)) for m in models]
+    grads = [nn.grad(lambda m: m(x).sum())(m) for m in models]
+    for opt, found in zip(opts, grads, strict=True):
+        opt.step(found)
+    opts[0].step(jax.tree.map(jnp.add, *grads))
+    opts[0].step(nn.jit(nn.grad(lambda m: m(x).sum()))(models[1]))

@@ -22,6 +22,7 @@ __all__ = [
     "DtypeError",
     "MissingRngError",
     "NotDifferentiableError",
+    "OtherModuleWarning",
     "PicklingError",
     "ReductionError",
     "RegistrationError",
@@ -181,6 +182,10 @@ class PicklingError(StatefulnnError, pickle.PicklingError):
 
 class DivergenceWarning(RuntimeWarning):
     """Numbers of a task, or of a training run, that are no longer finite."""
+
+
+class OtherModuleWarning(UserWarning):
+    """An optimizer was given gradients of a module that is not the one it trains."""
 
 
 class UntrainedLeavesWarning(UserWarning):

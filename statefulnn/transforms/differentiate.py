@@ -7,6 +7,7 @@ user's terms: a module stands for a dict of dotted name -> array.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -16,6 +17,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from statefulnn.core.box import Box
+from statefulnn.core.gradients import note_gradient
 from statefulnn.core.hooks import hooks_of
 from statefulnn.core.module import Module
 from statefulnn.core.ownership import Scope
@@ -201,7 +203,10 @@ class _Target:
             names = self._names(self._call.roots[mark.number])
             if isinstance(names, int):
                 return of_leaf[names]
-            return {name: of_leaf[p] for name, p in names.items()}
+            shown = {name: of_leaf[p] for name, p in names.items()}
+            for name in itertools.islice(shown, 1):  # one tells whose they are
+                note_gradient(shown[name], self._call.plan.boxes[names[name]])
+            return shown
 
         return jax.tree_util.tree_map(one, self._template)
 
