@@ -3,8 +3,8 @@
 Each function takes gradients in one of two forms:
 
 - Parameters whose ``grad`` is set, as torch does: ``grad`` is replaced.
-- Gradients, as `nn.grad` gives them: a dict or any other tree of arrays. Arrays are immutable, so the
-  clipped ones are returned. This form works inside compiled functions.
+- Gradients, as `nn.grad` gives them: a dict, whose entries are replaced, or any other tree of arrays. The
+  clipped ones are returned: the same dict, or another tree. This form works inside compiled functions.
 
 Source: ``torch.nn.utils.clip_grad``.
 """
@@ -81,9 +81,10 @@ class _Gradients:
     Attributes:
         values: the arrays.
         parameters: the parameters they belong to, None for a tree of gradients.
+        names: the dict that holds them, None for parameters and other trees.
     """
 
-    __slots__ = ("parameters", "treedef", "values")
+    __slots__ = ("names", "parameters", "treedef", "values")
 
     def __init__(self, given: Any, function: str) -> None:
         if isinstance(given, ModuleBase):
@@ -108,10 +109,15 @@ class _Gradients:
         ):
             given = list(given)
         self.parameters: list[Parameter] | None = None
+        self.names: dict[str, Any] | None = None
         if isinstance(given, (list, tuple)) and all(isinstance(p, Parameter) for p in given):
             self.parameters = [p for p in given if p.grad is not None]
             self.values = [unwrap(p.grad) for p in self.parameters]
             self.treedef = None
+            if given and not self.parameters:
+                _warn_of_no_gradient(function)
+        elif type(given) is dict and all(map(_is_array, given.values())):
+            self.names, self.values, self.treedef = given, list(given.values()), None
         else:
             self.values, self.treedef = jax.tree.flatten(
                 given, is_leaf=lambda x: isinstance(x, (Box, ModuleBase))
@@ -120,7 +126,10 @@ class _Gradients:
             _require_gradient(value, function)
 
     def replaced(self, values: Sequence[Any]) -> Any:
-        """Put other arrays in place of the gradients; return the tree, None for parameters."""
+        """Put other arrays in place of the gradients; return the dict or tree, None for parameters."""
+        if self.names is not None:
+            self.names.update(zip(self.names, values, strict=True))
+            return self.names
         if self.parameters is None:
             return jax.tree.unflatten(self.treedef, values)
         for parameter, value in zip(self.parameters, values, strict=True):
@@ -131,8 +140,23 @@ class _Gradients:
         return None
 
 
+def _warn_of_no_gradient(function: str) -> None:
+    warnings.warn(
+        explain(
+            f"{function} was given parameters, and none of them has a grad",
+            "nn.grad returns the gradients and sets no grad, so nothing was clipped",
+            f"give it what nn.grad returned: {function}(grads, 1.0)",
+        ),
+        stacklevel=user_stack_level(),
+    )
+
+
+def _is_array(value: object) -> bool:
+    return isinstance(value, (jax.Array, np.ndarray, np.generic))
+
+
 def _require_gradient(value: Any, function: str) -> None:
-    if not isinstance(value, (jax.Array, np.ndarray, np.generic)):
+    if not _is_array(value):
         raise TypeError(
             explain(
                 f"{function} was given a {type(value).__name__} among gradients",
@@ -225,8 +249,8 @@ def clip_grads_with_norm_(
     """Scale gradients by ``max_norm / (total_norm + 1e-6)``, if that is less than 1.
 
     Args:
-        parameters: a Parameter or an iterable of them, whose ``grad`` is replaced; or a tree of
-            gradients.
+        parameters: a Parameter or an iterable of them, whose ``grad`` is replaced; a dict of
+            gradients, whose entries are replaced; or another tree of gradients.
         max_norm: the largest norm that is left as it is.
         total_norm: the norm, from `get_total_norm`.
         foreach: accepted for compatibility with torch.
@@ -267,8 +291,8 @@ def clip_grad_norm_(
     """Scale gradients so that their norm, taken together, is at most `max_norm`.
 
     Args:
-        parameters: a Parameter or an iterable of them, whose ``grad`` is replaced; or a tree of
-            gradients, such as the dict that `nn.grad` returns.
+        parameters: a Parameter or an iterable of them, whose ``grad`` is replaced; the dict that
+            `nn.grad` returns, whose entries are replaced; or another tree of gradients.
         max_norm: the largest norm that is left as it is.
         norm_type: the order p; infinite for the largest absolute value.
         error_if_nonfinite: whether a norm that is NaN or infinite is an error; not while tracing.
@@ -341,8 +365,8 @@ def clip_grad_value_(parameters: Any, clip_value: float, foreach: bool | None = 
     """Limit every element of gradients to ``[-clip_value, clip_value]``.
 
     Args:
-        parameters: a Parameter or an iterable of them, whose ``grad`` is replaced; or a tree of
-            gradients.
+        parameters: a Parameter or an iterable of them, whose ``grad`` is replaced; a dict of
+            gradients, whose entries are replaced; or another tree of gradients.
         clip_value: the limit.
         foreach: accepted for compatibility with torch.
 

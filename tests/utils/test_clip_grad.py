@@ -136,8 +136,6 @@ def test_nothing_to_clip():
         with pytest.warns(UserWarning, match="empty generator"):
             assert float(utils.clip_grad_norm_((p for p in []), 1.0)) == 0.0
         assert utils.clip_grads_with_norm_([], 1.0, 2.0) is None
-    model = nn.Linear(2, 2)
-    assert float(UTILS.clip_grad_norm_(model.parameters(), 1.0)) == 0.0
     clipped, norm = UTILS.clip_grad_norm_({}, 1.0)
     assert clipped == {} and float(norm) == 0.0
 
@@ -245,3 +243,21 @@ def test_the_deprecated_name():
     with pytest.warns(FutureWarning, match="clip_grad_norm_"):
         UTILS.clip_grad_norm(ours, 0.1)
     same_grads(ours, theirs)
+
+
+def test_a_dict_of_gradients_is_clipped_in_place_and_keeps_its_order():
+    # As torch's line is written: its result is not taken.
+    grads = nn.grad(lambda m: (m(jnp.ones((2, 3))) ** 2).sum() * 100)(nn.Linear(3, 2))
+    names, before = list(grads), dict(grads)
+    clipped, norm = nn.utils.clip_grad_norm_(grads, 1.0)
+    assert clipped is grads and list(grads) == names == ["weight", "bias"]
+    assert norm > 1
+    np.testing.assert_allclose(nn.utils.get_total_norm(grads), 1.0, rtol=1e-5)
+    np.testing.assert_allclose(grads["bias"], before["bias"] / norm, rtol=1e-5)
+    assert nn.utils.clip_grad_value_(grads, 1e-3) is grads
+    assert max(float(jnp.abs(g).max()) for g in grads.values()) <= np.float32(1e-3)
+
+
+def test_parameters_of_which_none_has_a_gradient_are_told_of():
+    with pytest.warns(UserWarning, match=r"clip_grad_norm_\(grads, 1.0\)"):
+        assert float(nn.utils.clip_grad_norm_(nn.Linear(3, 2).parameters(), 1.0)) == 0.0
