@@ -39,7 +39,7 @@ from statefulnn.core.watch import Watch
 
 # Attributes that live in a module's __dict__ but are not static attributes. Hooks of state_dict and
 # friends never run inside compiled code, so they are no part of a ModuleDef.
-_NOT_STATIC = frozenset(
+NOT_STATIC = frozenset(
     "_parameters _buffers _modules _state_dict_hooks _state_dict_pre_hooks "
     "_load_state_dict_pre_hooks _load_state_dict_post_hooks".split()
 )
@@ -206,7 +206,7 @@ class _Builder:
         box, node = self._box, self._node
         d.members = members("_parameters", box), members("_buffers", box), members("_modules", node)
         rest, references = [], []
-        hidden = _NOT_STATIC.union(getattr(type(module), "_python_cache", ()))
+        hidden = NOT_STATIC.union(getattr(type(module), "_python_cache", ()))
         for name, value in attributes.items():
             if name in hidden:
                 continue

@@ -117,6 +117,32 @@ def test_a_module_appended_to_a_plain_list_later_raises_at_the_next_split(how, u
         LATER[how](m)
 
 
+USES = {
+    "state_dict": lambda m: m.state_dict(),
+    "load_state_dict": lambda m: m.load_state_dict({}, strict=False),
+    "train": lambda m: m.train(),
+    "eval": lambda m: m.eval(),
+    "to": lambda m: m.to(jnp.bfloat16),
+    "save": lambda m: nn.save(m, "never written"),
+}
+
+
+@pytest.mark.parametrize(
+    "value", [nn.Linear(2, 2), nn.Parameter(jnp.zeros(2))], ids=["module", "parameter"]
+)
+@pytest.mark.parametrize("use", USES)
+def test_what_is_put_into_a_list_later_raises_where_it_would_be_missed(use, value):
+    model = nn.Sequential(nn.Linear(2, 2), nn.Module())
+    model[1].layers = []
+    USES["eval"](model).train()  # an empty list is nothing
+    model[1].layers.append(value)
+    with pytest.raises(
+        nn.RegistrationError, match=r"the list '1.layers'(.|\n)*nn.(ModuleList|ParameterList)"
+    ):
+        USES[use](model)
+    assert model.training and model[0].weight.dtype == jnp.float32
+
+
 def test_a_module_put_into_a_plain_dict_later_raises_at_the_next_split():
     m = Leaf()
     m.table = {"sizes": [1, 2]}
