@@ -59,6 +59,8 @@ class Optimizer(Module):
     Attributes:
         module: the module to train.
         tx: the transformation.
+        hyperparams: where `tx` comes of ``optax.inject_hyperparams``, its settings by name. They are buffers: read
+            them, and assign arrays between two steps; that compiles nothing.
 
     Raises:
         TypeError: if `tx` is no optax transformation, or `module` no module.
@@ -83,6 +85,10 @@ class Optimizer(Module):
         >>> losses = [float(train_step(model, opt, x, y)) for _ in range(20)]
         >>> losses[-1] < losses[0]
         True
+        >>> opt = nn.Optimizer(model, optax.inject_hyperparams(optax.adam)(learning_rate=1e-2))
+        >>> opt.hyperparams.learning_rate = opt.hyperparams.learning_rate / 10
+        >>> round(float(opt.hyperparams.learning_rate), 6)
+        0.001
     """
 
     # optax's transformations are closures over settings that stay as they are.
