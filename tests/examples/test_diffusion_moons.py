@@ -35,8 +35,11 @@ def test_points_lie_near_both_moons(capsys):
 
 @pytest.mark.long
 @pytest.mark.parametrize("seed", range(3))
-def test_at_full_length_they_lie_nearly_as_near_as_the_data(seed):
-    check(example.main(["--seed", str(seed)]), 2)
+def test_at_full_length_the_average_draws_nearer_points_than_the_last_weights(seed):
+    shown = example.main(["--seed", str(seed)])
+    check(shown, 2)
+    last, average = (example.distances(shown[f"{w} weights"]).min(1) for w in ("last", "averaged"))
+    assert average.mean() < last.mean()
 
 
 def test_distances_are_those_of_the_data():
