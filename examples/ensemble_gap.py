@@ -1,7 +1,7 @@
 """An ensemble of networks that say how sure they are, on data with a gap: noise learned, ignorance shown.
 
 Each network gives a mean and a variance, and so learns the noise, which grows with x. Where there are no data
-the networks disagree, and together they know that they do not know. About five seconds on two cores.
+the networks disagree, and together they know that they do not know. About ten seconds on two cores.
 
     python examples/ensemble_gap.py [--members 10] [--steps 1500] [--seed 0]
 """

@@ -67,11 +67,11 @@ def test_the_average_follows_by_its_formula():
 def test_sampling_with_the_true_noise_of_one_point_leads_to_it():
     """For data at one point the noise is known: what is left of a point when the data's share is gone."""
 
-    class Known(nn.Module):
+    class Known(example.Denoiser):
         def forward(self, points, times):
             signal, share = np.stack([example.SIGNAL, example.NOISE])
             signal, share = (nn.Parameter(a).value[times, None] for a in (signal, share))
-            return (points - signal * np.float32([0.3, -0.2])) / share
+            return (points - signal * np.array([0.3, -0.2], np.float32)) / share
 
     noise = np.random.default_rng(0).normal(size=(6, 2)).astype(np.float32)
     np.testing.assert_allclose(example.sample(Known(), noise), [[0.3, -0.2]] * 6, atol=1e-4)
