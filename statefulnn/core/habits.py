@@ -298,8 +298,21 @@ def misfit(function: Callable, args: tuple, kwargs: Mapping[str, object], table:
     return ""
 
 
-def refuse_call(module: Any, args: tuple, kwargs: Mapping[str, object]) -> None:
-    """Raise if a call failed because of an argument that there is an answer for."""
+# Keywords of jnp that functions of F do not take.
+_AXES = {"axis": "dim=1", "keepdims": "keepdim=True"}
+_UNEXPECTED = re.compile(r"(\w+)\(\) got an unexpected keyword argument '(\w+)'")
+
+
+def refuse_call(module: Any, args: tuple, kwargs: Mapping[str, object], error: TypeError) -> None:
+    """Raise, or note on the error, if a call failed by an argument that there is an answer for."""
+    found = _UNEXPECTED.match(str(error))
+    if found is not None and found[2] in _AXES and found[2] not in kwargs:
+        note = (
+            "  Why: functions of F have torch's names and arguments\n  Instead: "
+            f"F.{found[1]}(x, {_AXES[found[2]]})"
+        )
+        if note not in getattr(error, "__notes__", ()):
+            error.add_note(note)
     name = misfit(module.forward, args, kwargs, CALL)
     if name:
         raise refusals.argument_of_habit(

@@ -168,6 +168,15 @@ def parameter_by_number(number: object) -> ArgumentError:
     )
 
 
+def number_of_parameters() -> ArgumentError:
+    return _refusal(
+        ArgumentError,
+        "asked for the length of model.parameters()",
+        "it yields the parameters, and is no list of them",
+        "sum(p.size for p in model.parameters()), the numbers in them; len(list(model.parameters()))",
+    )
+
+
 def list_of_parameters() -> ArgumentError:
     return _refusal(
         ArgumentError,
@@ -661,9 +670,23 @@ def entries_of_one_box_differ(first: str, key: str, noun: str) -> str:
 
 
 def state_dict_does_not_fit(
-    cls: str, problems: Sequence[str], has_tensors: bool = False
+    cls: str,
+    problems: Sequence[str],
+    has_tensors: bool = False,
+    prefix: str = "",
+    has_kernels: bool = False,
 ) -> StateDictError:
     instead = "rename or reshape the entries, or pass strict=False to skip names that do not match"
+    if prefix:
+        instead = (
+            f"nn.utils.consume_prefix_in_state_dict_if_present(state_dict, {prefix!r}) before, which "
+            "cuts off what stands in front of the names"
+        )
+    elif has_kernels:
+        instead = (
+            "nn.bridge.flax.from_nnx(module) or from_linen(...) for models of Flax; by hand, "
+            'state_dict["weight"] = state_dict.pop("kernel").T for nn.Linear'
+        )
     if has_tensors:
         instead = (
             "{name: t.numpy() for name, t in state_dict.items()}; nn.load(path) reads torch's files"

@@ -319,12 +319,14 @@ def no_method(module: str, method: str) -> AttributeError:
     )
 
 
-def not_by_name(module: str, noun: str, kind: str, signature: str) -> ArgumentError:
+def not_by_name(module: str, noun: str, kind: str, signature: str, has_them: bool) -> ArgumentError:
     return ArgumentError(
         explain(
             f"the function of {module} was given {noun} of type {kind}",
             f"it finds arrays by name; the arguments are {signature}",
-            f"pass the dict of {noun} first",
+            f"pass what is in it, {kind.lower()}.{noun}"
+            if has_them
+            else f"pass the dict of {noun} first",
         )
     )
 

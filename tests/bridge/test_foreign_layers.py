@@ -1,4 +1,4 @@
-"""Layers of other libraries as attributes: each is told at the assignment, and the bridge makes one of ours."""
+"""Layers of other libraries as attributes: told at the assignment, and made ours by a bridge."""
 
 from __future__ import annotations
 

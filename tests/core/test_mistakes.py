@@ -73,6 +73,7 @@ def names(tmp_path, monkeypatch):
         **globals(),
         **{k: v for k, v in locals().items() if k not in ("monkeypatch", "tmp_path")},
         "opt": nn.Optimizer(model, tx),
+        "fn": nn.functionalize(model)[0],
         "params": nn.functionalize(model)[1],
         "grads": nn.grad(loss_fn)(model, x, y),
         "other": Net(),
@@ -179,6 +180,8 @@ MISTAKES: list[tuple[str, str, str]] = [
     ("model.backward()", "grads = nn.grad(loss_fn)(model, x, y)", ""),
     ("model.params", "fn, params = nn.functionalize(model)", ""),
     ("model.parameters()[0]", "list(model.parameters())[0]", ""),
+    ("len(model.parameters())", "sum(p.size for p in model.parameters())", ""),
+    ("nn.Lambda(lambda x: F.softmax(x, axis=-1))(x)", "F.softmax(x, dim=1)", ""),
     ("SetUp()(x)", "self.fc = nn.Linear(in_features, out_features)", ""),
     ("model.requires_grad = False", "model.requires_grad_(False)", ""),
     ("model.train = True", "model.train(True)", ""),
@@ -187,6 +190,10 @@ MISTAKES: list[tuple[str, str, str]] = [
     ('model.to("cuda:3")', 'device="cpu:0"', ""),
     ("model.to(torch.float32)", "dtype=jnp.float32", ""),
     ("model.to(jnp.int32)", "model.to(jnp.float32)", ""),
+    ('model.load_state_dict({f"module.{n}": v for n, v in state_dict.items()})',
+     "nn.utils.consume_prefix_in_state_dict_if_present(state_dict, 'module.')", ""),
+    ('layer.load_state_dict({"kernel": jnp.ones((3, 3)), "bias": jnp.ones(3)})',
+     'state_dict["weight"] = state_dict.pop("kernel").T', 'state_dict = {"kernel": jnp.ones((3, 3))}'),
     ('model.load_state_dict("file.pt")', "model.load_state_dict(nn.load('file.pt'))", ""),
     ("model.load_state_dict(model.state_dict)", "model.load_state_dict(other.state_dict())", ""),
     ("model.load_state_dict(torch.load('file.pt'))", "{name: t.numpy() for name, t in state_dict.items()}",
@@ -242,10 +249,19 @@ MISTAKES: list[tuple[str, str, str]] = [
      "step(model, opt, x)", "step = lambda model, opt, x: model(x)"),
     ("nn.vmap(lambda m, x: m(x))(model, x)", "nn.vmap(f, in_axes=(None, 0))(model, xs)",
      "f, xs = (lambda m, x: m(x)), x"),
+    # inner loops
+    ("nn.meta.adapt(params, fn, F.mse_loss, (x, y), lr=0.1)",
+     "adapt(fn, params, loss, (x, y), lr=0.01)", "adapt, loss = nn.meta.adapt, F.mse_loss"),
+    ("nn.meta.adapt(fn, params, lambda p, x, y: 0.0, (x, y), lr=0.1)",
+     "adapt(None, params, loss, (x, y), lr=0.01)",
+     "adapt, loss = nn.meta.adapt, lambda p, x, y: F.mse_loss(fn(p, x), y)"),
+    ("fn(nn.meta.adapt(fn, params, F.mse_loss, (x, y), lr=0.1), x)", "adapted.params",
+     "adapted = nn.meta.adapt(fn, params, F.mse_loss, (x, y), lr=0.1)"),
     ("nn.jit(lambda x: x[x > 0])(x)", "jnp.where(x > 0, x, 0)", ""),
     ("nn.jit(lambda x, n: [x for _ in range(n)])(x, 3)", "nn.jit(f, static_argnums=1)",
      "f = lambda x, n: x"),
 ]  # fmt: skip
+MISTAKES_OF_PYTHON = ("axis=-1",)
 MISTAKES_OF_JAX = (
     "item()",
     "else -x",
@@ -268,7 +284,7 @@ def test_the_message_of_a_mistake_holds_code_that_runs(mistake, remedy, with_nam
     error = answer(mistake, names)
     text = "\n".join([str(error), *getattr(error, "__notes__", ())])
     assert remedy in text.partition("Instead:")[2]
-    if not any(part in mistake for part in MISTAKES_OF_JAX):
+    if not any(part in mistake for part in (*MISTAKES_OF_JAX, *MISTAKES_OF_PYTHON)):
         assert isinstance(error, (nn.StatefulnnError, ValueError, NotImplementedError))
     if with_names != "pip":
         exec(with_names, names)
