@@ -90,6 +90,7 @@ class Optimizer(Module):
 
     module: Any
 
+    @shortened
     def __init__(self, module: Module, tx: Any) -> None:
         super().__init__()
         optax = import_extra("optax", "optax", "made an nn.Optimizer", "does the arithmetic")

@@ -19,6 +19,7 @@ import jax
 
 from statefulnn.core.errors import ArgumentError, CheckpointError, StateDictError, explain
 from statefulnn.core.extras import import_extra
+from statefulnn.core.tracebacks import shortened
 from statefulnn.io._locks import LockFile
 from statefulnn.io._run_arrays import arrays_of, check_shapes
 from statefulnn.io._run_folder import check_files, close_at_exit, lock_of, silence
@@ -127,6 +128,7 @@ class Checkpointer:
     # ----------------------------------------------------------------------------------------------
     # Saving
 
+    @shortened
     def save(
         self,
         step: int,
@@ -280,6 +282,7 @@ class Checkpointer:
     # ----------------------------------------------------------------------------------------------
     # Restoring
 
+    @shortened
     def restore(
         self,
         step: int | str | None = None,
