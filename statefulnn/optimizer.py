@@ -34,6 +34,7 @@ from statefulnn.core.gradients import parameter_of
 from statefulnn.core.module import Module, Ref, find_box, place_box
 from statefulnn.core.parameter import Buffer, Parameter
 from statefulnn.core.plan import plan_of
+from statefulnn.core.refusals import array_of
 from statefulnn.core.tracebacks import shortened
 from statefulnn.transforms.jit import jit
 
@@ -99,15 +100,18 @@ class Optimizer(Module):
 
     module: Any
 
+    @shortened
     def __init__(self, module: Module, tx: Any) -> None:
         super().__init__()
         optax = import_extra("optax", "optax", "made an nn.Optimizer", "does the arithmetic")
         if not isinstance(module, Module):
+            several = isinstance(module, (list, tuple))
+            model = "nn.ModuleList([a, b])" if several else "model"
             raise ArgumentError(
                 explain(
                     f"nn.Optimizer was given {_described(module)} as the module",
                     "it trains the parameters of an nn.Module, and finds them itself",
-                    "nn.Optimizer(model, optax.adam(1e-3))",
+                    f"nn.Optimizer({model}, optax.adam(1e-3))",
                 )
             )
         if not isinstance(tx, optax.GradientTransformation):
@@ -328,11 +332,14 @@ class Optimizer(Module):
         for name, p in parameters.items():
             grad = grads[name]
             if not _is_array(grad):
+                entry = f'grads["{name}"]'
+                array = f"jnp.zeros({p.shape}, jnp.{p.dtype}), which leaves it as it is"
+                array = array if grad is None else array_of(grad, entry)
                 raise ArgumentError(
                     explain(
                         f"Optimizer.step was given {_described(grad)} as the gradient of {name!r}",
                         "a gradient is an array of the parameter's shape",
-                        f'grads["{name}"] = jnp.zeros({p.shape}, jnp.{p.dtype}) leaves it as it is',
+                        f"{entry} = {array}",
                     )
                 )
             grad = checked[name] = grad if isinstance(grad, jax.Array) else jnp.asarray(grad)

@@ -33,6 +33,7 @@ __all__ = [
     "StateWriteError",
     "StatefulnnError",
     "StructureChangeError",
+    "TakenNameError",
     "TraceLeakError",
     "UninitializedModuleError",
     "UninitializedParameterError",
@@ -136,6 +137,12 @@ class UnknownNameError(StatefulnnError, KeyError):
         return str(self.args[0]) if self.args else ""
 
 
+class TakenNameError(StatefulnnError, KeyError):
+    """A name that something else has already."""
+
+    __str__ = UnknownNameError.__str__
+
+
 class ShapeError(StatefulnnError, RuntimeError, ValueError):
     """Arrays whose shapes do not fit."""
 
@@ -189,4 +196,4 @@ class OtherModuleWarning(UserWarning):
 
 
 class UntrainedLeavesWarning(UserWarning):
-    """A gradient of a whole module that has frozen parameters or buffers, which hold zeros in it."""
+    """Numbers that look trained and are not: zeros in a gradient, or layers of another library."""

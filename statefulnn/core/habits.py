@@ -44,7 +44,7 @@ _MODE = "train() and eval() set the mode, before the call"
 _LAYERS = "layers have torch's names and arguments, the size of the input among them"
 _PARAMETERS = "a module has its parameters from the start, and a pure function takes them as a dict"
 _DRAWS = "random numbers come from the generator in force; a scope gives another one"
-_SEED = "initial values are drawn from the default generator, when the layer is built"
+_SEED = "initial values, and what dropout drops, are drawn from the default generator"
 
 # Names of the package.
 PACKAGE: Answers = {
@@ -145,6 +145,11 @@ MODULE: Answers = {
         summary="print(model)",
     ),
     **_answers(
+        "each parameter says whether it is trained, and a method sets all of a module",
+        freeze="model.requires_grad_(False)",
+        unfreeze="model.requires_grad_(True)",
+    ),
+    **_answers(
         "files hold the state dict",
         save='nn.save(model, "model.safetensors")',
         load='model.load_state_dict(nn.load("model.safetensors"))',
@@ -161,6 +166,7 @@ OPTIMIZER: Answers = {
     **MODULE,
     **_answers("gradients are results and not kept, so there is nothing to reset", zero_grad=TRAIN),
     **_answers("a step takes the gradients", update=TRAIN, apply_gradients=TRAIN, minimize=TRAIN),
+    **_answers("the module that is trained has this name", model="opt.module"),
     **_answers(_SETTINGS, param_groups=_RATE, learning_rate=_RATE, lr=_RATE, defaults=_RATE),
 }
 
@@ -169,6 +175,7 @@ _OPERATES = "a box has the attributes of its jax.Array, and jnp has the function
 _MOVES = "a box keeps its place and its dtype, and a module moves all of its own"
 _WRITES = "arrays are immutable: a new one is written to the box"
 BOX: Answers = {
+    **_answers("it has torch's name", trainable="p.requires_grad"),
     **_answers(
         _GRADIENT,
         backward="grads = nn.grad(loss_fn)(model, x, y)",
@@ -246,6 +253,10 @@ CONSTRUCTOR: Answers = {
             ("lr", "learning_rate", "params"), "opt = nn.Optimizer(model, optax.adam(1e-3))"
         ),
     ),
+    **_answers(
+        "parameters with requires_grad=True are trained, and all others are left alone",
+        wrt="model.fc.requires_grad_(False); opt = nn.Optimizer(model, optax.adam(1e-3))",
+    ),
 }
 
 # Keywords of calls.
@@ -287,8 +298,21 @@ def misfit(function: Callable, args: tuple, kwargs: Mapping[str, object], table:
     return ""
 
 
-def refuse_call(module: Any, args: tuple, kwargs: Mapping[str, object]) -> None:
-    """Raise if a call failed because of an argument that there is an answer for."""
+# Keywords of jnp that functions of F do not take.
+_AXES = {"axis": "dim=1", "keepdims": "keepdim=True"}
+_UNEXPECTED = re.compile(r"(\w+)\(\) got an unexpected keyword argument '(\w+)'")
+
+
+def refuse_call(module: Any, args: tuple, kwargs: Mapping[str, object], error: TypeError) -> None:
+    """Raise, or note on the error, if a call failed by an argument that there is an answer for."""
+    found = _UNEXPECTED.match(str(error))
+    if found is not None and found[2] in _AXES and found[2] not in kwargs:
+        note = (
+            "  Why: functions of F have torch's names and arguments\n  Instead: "
+            f"F.{found[1]}(x, {_AXES[found[2]]})"
+        )
+        if note not in getattr(error, "__notes__", ()):
+            error.add_note(note)
     name = misfit(module.forward, args, kwargs, CALL)
     if name:
         raise refusals.argument_of_habit(

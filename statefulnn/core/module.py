@@ -246,7 +246,7 @@ class Module(ModuleBase):
             if clock.baked_in:
                 BakedIn.trace_failed()
             if isinstance(error, TypeError):
-                habits.refuse_call(self, args, kwargs)
+                habits.refuse_call(self, args, kwargs, error)
             _locate(error, self)
             shorten(error)
             raise
@@ -1134,6 +1134,12 @@ class ParameterIterator(Iterator[Parameter]):
 
     def __getitem__(self, number: object) -> Any:
         raise refusals.parameter_by_number(number)
+
+    def __len__(self) -> int:
+        raise refusals.number_of_parameters()
+
+    def __bool__(self) -> bool:  # as any iterator
+        return True
 
 
 def _refuse_parameters(*_: object) -> Any:

@@ -22,6 +22,7 @@ from statefulnn.core.errors import (
     StateDictError,
     StateWriteError,
     StructureChangeError,
+    TakenNameError,
     TraceLeakError,
     UninitializedModuleError,
     UninitializedParameterError,
@@ -164,6 +165,15 @@ def parameter_by_number(number: object) -> ArgumentError:
         f"asked for number {number} of model.parameters()",
         "it yields the parameters, and is no list of them",
         f"list(model.parameters())[{number}]; model.get_parameter(name)",
+    )
+
+
+def number_of_parameters() -> ArgumentError:
+    return _refusal(
+        ArgumentError,
+        "asked for the length of model.parameters()",
+        "it yields the parameters, and is no list of them",
+        "sum(p.size for p in model.parameters()), the numbers in them; len(list(model.parameters()))",
     )
 
 
@@ -363,10 +373,10 @@ def write_while_tracing(subject: Subject) -> TraceLeakError:
         TraceLeakError,
         f"wrote to {name_of(subject)} inside a function that JAX traces "
         "(jax.jit, lax.scan, lax.cond, jax.checkpoint, checkify ...)",
-        "the module is not an argument of that function: the write would happen once, while "
-        "tracing, and leave a dead tracer or a stale value behind",
-        "pass the module as an argument to nn.jit (nn.scan, nn.cond, nn.checkify ...), which writes "
-        "back; or return the new value and write it outside",
+        "what is written to belongs to no argument of that function: the write would happen once, "
+        "while tracing, and leave a dead tracer or a stale value behind",
+        "pass every module that changes as an argument to nn.jit (nn.scan, nn.cond, nn.checkify ...), "
+        "the optimizer too: step(model, opt, x); or return the new value and write it outside",
     )
 
 
@@ -376,8 +386,9 @@ def value_would_outlive_its_trace(subject: Subject) -> TraceLeakError:
         f"wrote a traced value to {name_of(subject)}",
         "the module lives outside the transformation that made the value, so the value "
         "would outlive its trace",
-        "pass the module as an argument to nn.value_and_grad, nn.vmap or nn.jit, which "
-        "write back; or return the value (has_aux=True) and write it outside",
+        "pass the module as an argument to nn.value_and_grad, nn.vmap or nn.jit, which write back, "
+        "and an optimizer too: step(model, opt, x); or return the value (has_aux=True) and write it "
+        "outside",
     )
 
 
@@ -453,6 +464,19 @@ def reserved_attribute(name: str, cls: str) -> RegistrationError:
     )
 
 
+def foreign_layer(where: str, kind: str, library: str) -> str:
+    instead = {
+        "torch": "nn.bridge.torch.from_torch(module, x)",
+        "flax": "nn.bridge.flax.from_nnx(module)",
+        "equinox": "nn.bridge.equinox.from_equinox(module)",
+    }
+    return explain(
+        f"kept a {kind} of another library in {where}",
+        "it is a plain value here: its numbers are neither trained, nor saved, nor moved",
+        f"self.layer = {instead[library]}, which makes a module of it; or a layer of this package",
+    )
+
+
 def array_over_parameter(kind: str, label: str, name: str) -> RegistrationError:
     return _refusal(
         RegistrationError,
@@ -482,9 +506,9 @@ def buffer_without_array(kind: str, label: str) -> RegistrationError:
     )
 
 
-def name_in_the_class(name: str, noun: str, cls: str) -> KeyError:
+def name_in_the_class(name: str, noun: str, cls: str) -> TakenNameError:
     return _refusal(
-        KeyError,
+        TakenNameError,
         f"attribute {name!r} already exists: assigned a {noun} to it",
         f"{cls}.{name} is an attribute of the class, which Python finds first",
         f"another name, or leave {name!r} out of the class; an annotation alone may stay",
@@ -646,9 +670,23 @@ def entries_of_one_box_differ(first: str, key: str, noun: str) -> str:
 
 
 def state_dict_does_not_fit(
-    cls: str, problems: Sequence[str], has_tensors: bool = False
+    cls: str,
+    problems: Sequence[str],
+    has_tensors: bool = False,
+    prefix: str = "",
+    has_kernels: bool = False,
 ) -> StateDictError:
     instead = "rename or reshape the entries, or pass strict=False to skip names that do not match"
+    if prefix:
+        instead = (
+            f"nn.utils.consume_prefix_in_state_dict_if_present(state_dict, {prefix!r}) before, which "
+            "cuts off what stands in front of the names"
+        )
+    elif has_kernels:
+        instead = (
+            "nn.bridge.flax.from_nnx(module) or from_linen(...) for models of Flax; by hand, "
+            'state_dict["weight"] = state_dict.pop("kernel").T for nn.Linear'
+        )
     if has_tensors:
         instead = (
             "{name: t.numpy() for name, t in state_dict.items()}; nn.load(path) reads torch's files"

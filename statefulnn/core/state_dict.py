@@ -117,6 +117,16 @@ def save_own(module: Module, destination: dict, prefix: str, keep_vars: bool) ->
         destination[prefix + EXTRA_STATE] = module.get_extra_state()
 
 
+def _prefix(missing: list[str], unexpected: list[str]) -> str:
+    """Return what stands before the missing names in those that were given; "" if they differ otherwise."""
+    name = missing[0] if missing else ""
+    for given in unexpected:
+        prefix = given.removesuffix(name)
+        if prefix.endswith(".") and {prefix + n for n in missing} <= set(unexpected):
+            return prefix
+    return ""
+
+
 def load_state_dict(module: Module, given: object, strict: bool, assign: bool) -> IncompatibleKeys:
     """Load names into boxes, or raise and leave every box as it was."""
     if not isinstance(given, Mapping):
@@ -143,7 +153,13 @@ def load_state_dict(module: Module, given: object, strict: bool, assign: bool) -
                 errors.insert(0, f"Missing key(s) in state_dict: {names}. ")
         if errors:
             tensors = any(type(v).__module__ == "torch" for v in state.values())
-            raise refusals.state_dict_does_not_fit(type(module).__name__, errors, tensors)
+            raise refusals.state_dict_does_not_fit(
+                type(module).__name__,
+                errors,
+                tensors,
+                _prefix(missing, unexpected),
+                any(name.split(".")[-1] == "kernel" for name in unexpected),
+            )
     except BaseException:
         # All or nothing. A lazy parameter that was given a shape becomes a lazy one again.
         for box, cls, value in before:

@@ -17,6 +17,7 @@ import functools
 import math
 import operator
 import types
+import warnings
 import weakref
 from collections.abc import Callable, Hashable
 from typing import Any
@@ -25,9 +26,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from statefulnn.core import refusals
 from statefulnn.core.box import Box
 from statefulnn.core.compat import EAGER, Tracer, current_trace
-from statefulnn.core.errors import RegistrationError, TraceLeakError, explain
+from statefulnn.core.errors import (
+    RegistrationError,
+    TraceLeakError,
+    UntrainedLeavesWarning,
+    explain,
+    user_stack_level,
+)
 from statefulnn.core.objects import (
     ATOMS,
     CONTAINERS,
@@ -41,6 +49,7 @@ from statefulnn.core.objects import (
     is_value,
     layout_of,
     maxlen_of,
+    mro_of,
     package_of,
     state_of,
     views_of,
@@ -441,21 +450,63 @@ def refuse_hidden(where: Callable[[], str], value: object) -> None:
     hidden = find_hidden(value)
     if hidden is not None:
         raise hidden_member(where(), hidden)
+    stranger = find_hidden(value, foreign_library)
+    if stranger is not None and _has_numbers(stranger):
+        text = refusals.foreign_layer(
+            where(), type(stranger).__name__, foreign_library(type(stranger))
+        )
+        warnings.warn(text, UntrainedLeavesWarning, stacklevel=user_stack_level())
 
 
-def find_hidden(value: object, depth: int = 0) -> Any:
-    """Return a module or box that sits inside containers, None if there is none."""
+def _is_member(kind: type) -> bool:
+    return issubclass(kind, (ModuleBase, Box))
+
+
+def find_hidden(
+    value: object, sought: Callable[[type], object] = _is_member, depth: int = 0
+) -> Any:
+    """Return a module or box that sits inside containers, None if there is none.
+
+    Args:
+        value: what is looked into.
+        sought: says of a class whether its instances are what is looked for.
+        depth: how many containers are around.
+    """
     kind = type(value)
-    if issubclass(kind, (ModuleBase, Box)):
+    if sought(kind):
         return value
     layout = layout_of(kind)
     if depth < _DEPTH and (layout.container is not None or layout.is_open):
         content = content_of(value)
         for item in (*content.keys, *content.members, *content.attributes):
-            found = None if type(item) in _PLAIN else find_hidden(item, depth + 1)
+            found = None if type(item) in _PLAIN else find_hidden(item, sought, depth + 1)
             if found is not None:
                 return found
     return None
+
+
+# The classes whose instances hold what these libraries train, and the bridge of each.
+_FOREIGN = {
+    ("torch.nn", "Module"): "torch",
+    ("torch.nn", "Parameter"): "torch",
+    ("flax.nnx", "Module"): "flax",
+    ("flax.nnx", "Variable"): "flax",
+    ("equinox._module", "Module"): "equinox",
+}
+
+
+@functools.lru_cache(256)
+def foreign_library(kind: type) -> str:
+    """Return the bridge of the library whose layer or parameter a class is; "" if it is neither."""
+    # By name: a library that the user has not imported is not imported here.
+    names = ((".".join(str(c.__module__).split(".")[:2]), c.__name__) for c in mro_of(kind))
+    return next((_FOREIGN[name] for name in names if name in _FOREIGN), "")
+
+
+def _has_numbers(stranger: Any) -> bool:
+    if foreign_library(type(stranger)) == "torch":
+        return not hasattr(stranger, "parameters") or any(True for _ in stranger.parameters())
+    return any(hasattr(leaf, "dtype") for leaf in jax.tree_util.tree_leaves(stranger))
 
 
 def hidden_member(where: str, value: object) -> RegistrationError:

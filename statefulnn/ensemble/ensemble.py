@@ -22,6 +22,7 @@ from statefulnn.core.graph import merge, split
 from statefulnn.core.module import Module
 from statefulnn.core.plan import plan_of
 from statefulnn.core.state_dict import IncompatibleKeys
+from statefulnn.core.tracebacks import shortened
 from statefulnn.ensemble._building import build, check_factory, described, first_key, owned, stacked
 from statefulnn.ensemble._state_dicts import stacked_dicts, unstacked
 from statefulnn.transforms.lift import call_module
@@ -76,6 +77,7 @@ class Ensemble(Module):
 
     stack: Any
 
+    @shortened
     def __init__(self, make_member: Callable[[], Module], n: int, *, rng: Any = None) -> None:
         super().__init__()
         check_factory(make_member)
@@ -91,6 +93,7 @@ class Ensemble(Module):
         self.stack = owned(merge(*build(make_member, n, first_key(rng))))
 
     @classmethod
+    @shortened
     def of(cls, models: Sequence[Module]) -> Self:
         """Return the ensemble of models that exist; their arrays are copied.
 
@@ -142,6 +145,7 @@ class Ensemble(Module):
         """
         return self.map(call_module, *inputs, in_axes=in_axes, **kwargs)
 
+    @shortened
     def map(
         self, fn: Callable[..., Any], /, *inputs: Any, in_axes: Any = None, **kwargs: Any
     ) -> Any:
@@ -182,6 +186,7 @@ class Ensemble(Module):
         in_axes = (0, *(axes[j] for j in own))
         return vmap(lane, in_axes=in_axes)(self.stack, *(inputs[j] for j in own))
 
+    @shortened
     def mean(self, *inputs: Any, of: Callable[[Any], Any] | None = None, **kwargs: Any) -> Any:
         """Return the mean of the members' outputs.
 
@@ -201,6 +206,7 @@ class Ensemble(Module):
         """
         return jax.tree.map(lambda v: v.mean(0), self._outputs(inputs, of, kwargs))
 
+    @shortened
     def variance(self, *inputs: Any, of: Callable[[Any], Any] | None = None, **kwargs: Any) -> Any:
         """Return the variance of the outputs over the members, the mean squared distance from `mean`.
 
@@ -215,6 +221,7 @@ class Ensemble(Module):
         outputs = self(*inputs, **kwargs)
         return outputs if of is None else jax.vmap(of)(outputs)
 
+    @shortened
     def vote(self, *inputs: Any, dim: int = -1, **kwargs: Any) -> Any:
         """Return the class that most members choose; of several such classes the lowest, as ``torch.mode``.
 
@@ -238,6 +245,7 @@ class Ensemble(Module):
         """
         return _most_votes(*self._logits(inputs, dim, kwargs))
 
+    @shortened
     def disagreement(self, *inputs: Any, dim: int = -1, **kwargs: Any) -> Any:
         """Return the share of pairs of members that choose different classes, between 0 and 1.
 
@@ -299,6 +307,7 @@ class Ensemble(Module):
     # ----------------------------------------------------------------------------------------------
     # Members
 
+    @shortened
     def member(self, i: int) -> Module:
         """Return one member as a module of its own: a copy, which no longer follows the ensemble.
 
@@ -329,6 +338,7 @@ class Ensemble(Module):
             )
         return i % n
 
+    @shortened
     def apply(self, fn: Callable[[Module], Any]) -> Self:
         """Call a function on every module of every member, then on the ensemble, and return it.
 
@@ -372,6 +382,7 @@ class Ensemble(Module):
         """
         return unstacked(self.stack.state_dict(), len(self))
 
+    @shortened
     def load_state_dict(
         self,
         state_dict: Mapping[str, Any] | Sequence[Mapping[str, Any]],
@@ -394,6 +405,7 @@ class Ensemble(Module):
             state_dict = stacked_dicts(state_dict, len(self))
         return super().load_state_dict(state_dict, strict, assign)
 
+    @shortened
     def load_member(
         self, i: int, state_dict: Mapping[str, Any], strict: bool = True
     ) -> IncompatibleKeys:

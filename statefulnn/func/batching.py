@@ -13,6 +13,7 @@ import numpy as np
 from statefulnn.core.box import Box
 from statefulnn.core.errors import explain
 from statefulnn.core.ownership import ModuleBase
+from statefulnn.core.tracebacks import shortened
 from statefulnn.transforms.vmap import vmap as mapped
 
 
@@ -76,6 +77,7 @@ def vmap(
     if not isinstance(chunk_size, int) or chunk_size < 1:
         raise ValueError(f"vmap: chunk_size must be a positive integer or None, got {chunk_size}")
 
+    @shortened
     @functools.wraps(func)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         leaves, treedef = jax.tree_util.tree_flatten((args, kwargs), is_leaf=_is_object)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from statefulnn.core.errors import ShapeError, explain
+from statefulnn.core.tracebacks import shortened
 from statefulnn.transforms.differentiate import function_name
 from statefulnn.transforms.grad import grad as grad_of
 from statefulnn.transforms.grad import value_and_grad
@@ -39,6 +40,7 @@ def grad_and_value(
         return functools.partial(grad_and_value, argnums=argnums, has_aux=has_aux)
     both = value_and_grad(func, argnums, has_aux)
 
+    @shortened
     @functools.wraps(func)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         value, grads = both(*args, **kwargs)
@@ -90,6 +92,7 @@ def per_sample_grad(
     one_example = grad_of(loss, argnums, has_aux)
     numbers = (argnums,) if isinstance(argnums, int) else tuple(argnums)
 
+    @shortened
     @functools.wraps(loss)
     def wrapper(*args: Any) -> Any:
         shared = {n % len(args) for n in numbers if -len(args) <= n < len(args)}

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
 from statefulnn.core.errors import ShapeError, explain
+from statefulnn.core.tracebacks import shortened
 from statefulnn.transforms.differentiate import Differentiation, function_name
 
 
@@ -18,6 +19,7 @@ def _all(primals: tuple) -> tuple[int, ...]:
     return tuple(range(len(primals)))
 
 
+@shortened
 def vjp(func: Callable, *primals: Any, has_aux: bool = False) -> tuple:
     """Run a function and return what pulls cotangents of its output back to its arguments.
 
@@ -50,6 +52,7 @@ def vjp(func: Callable, *primals: Any, has_aux: bool = False) -> tuple:
     return (out, vjp_fn, aux) if has_aux else (out, vjp_fn)
 
 
+@shortened
 def jvp(func: Callable, primals: tuple, tangents: tuple, *, has_aux: bool = False) -> tuple:
     """Run a function and its derivative along tangents.
 
@@ -90,6 +93,7 @@ def jvp(func: Callable, primals: tuple, tangents: tuple, *, has_aux: bool = Fals
     return (out, tangent, aux) if has_aux else (out, tangent)
 
 
+@shortened
 def linearize(func: Callable, *primals: Any) -> tuple:
     """Run a function and return its derivative as a function of tangents, to be used many times.
 
@@ -149,6 +153,7 @@ def jacrev(
     if chunk_size is not None and (not isinstance(chunk_size, int) or chunk_size < 1):
         raise ValueError(f"jacrev: chunk_size must be a positive integer or None, got {chunk_size}")
 
+    @shortened
     @functools.wraps(func)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         call = Differentiation(func, args, kwargs, argnums, has_aux)
@@ -222,6 +227,7 @@ def hessian(func: Callable, argnums: int | tuple[int, ...] = 0, has_aux: bool = 
 
 
 def _jacobian(transform: Callable, func: Callable, argnums: Any, has_aux: bool) -> Callable:
+    @shortened
     @functools.wraps(func)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         call = Differentiation(func, args, kwargs, argnums, has_aux)

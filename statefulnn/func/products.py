@@ -14,11 +14,13 @@ import jax
 import jax.numpy as jnp
 
 from statefulnn.core.errors import ShapeError, explain
+from statefulnn.core.tracebacks import shortened
 from statefulnn.transforms.differentiate import Differentiation, function_name, real_scalar
 
 LIKELIHOODS = ("categorical", "bernoulli", "gaussian", "poisson", "empirical")
 
 
+@shortened
 def hvp(func: Callable, primals: tuple, vector: Any) -> Any:
     """Return the product of a loss's Hessian with a vector, forward over reverse.
 
@@ -48,6 +50,7 @@ def hvp(func: Callable, primals: tuple, vector: Any) -> Any:
     return call.show(product)
 
 
+@shortened
 def ggn_vp(func: Callable, loss: Callable, primals: tuple, vector: Any) -> Any:
     """Return the product of the generalised Gauss-Newton matrix ``J' H J`` with a vector.
 
@@ -84,6 +87,7 @@ def ggn_vp(func: Callable, loss: Callable, primals: tuple, vector: Any) -> Any:
     return _sandwich(func, primals, vector, curvature)
 
 
+@shortened
 def fisher_vp(func: Callable, primals: tuple, vector: Any, likelihood: str = "categorical") -> Any:
     """Return the product of the Fisher information matrix with a vector, averaged over examples.
 

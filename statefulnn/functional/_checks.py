@@ -36,13 +36,11 @@ def array(x: Any, name: str, function: str) -> Any:
     convert = getattr(x, "__jax_array__", None)
     if convert is not None:
         return convert()
-    raise DtypeError(
-        explain(
-            f"{function} was given {name}={type(x).__name__}",
-            "it computes with arrays",
-            f"pass an array: {array_of(x, name)}",
-        )
-    )
+    why, instead = "it computes with arrays", f"pass an array: {array_of(x, name)}"
+    if isinstance(x, tuple) and any(isinstance(part, jax.Array) for part in x):
+        why += ", and a layer such as nn.GRU or nn.MultiheadAttention returns several"
+        instead = "take the output apart, out, *rest = layer(x), and pass out"
+    raise DtypeError(explain(f"{function} was given {name}={type(x).__name__}", why, instead))
 
 
 def is_float(dtype: Any) -> bool:

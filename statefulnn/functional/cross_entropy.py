@@ -136,7 +136,7 @@ def _check_order(x: Any, y: Any, function: str) -> None:
             explain(
                 f"{function} was given input of dtype {x.dtype} and target of dtype {y.dtype}",
                 "the input holds the model's outputs, and the target what they should be",
-                f"the other order: {function}(target, input)",
+                f"{function}(logits, targets)",
             )
         )
 

@@ -446,6 +446,14 @@ def _masks(name: str, x: Any, lengths: Any, batch: tuple[int, ...], time: int) -
             "lengths are those of the sequences of a batch, and this input is one sequence",
             "leave lengths out, or add an axis for the batch: input[:, None]",
         )
+    if found.dtype == bool:
+        raise DtypeError(
+            explain(
+                f"{given}, and dtype bool",
+                "lengths count the steps of each sequence, and a mask marks them",
+                "lengths.sum(1), if each row has True for the steps of a sequence",
+            )
+        )
     if found.shape != batch:
         raise shape_error(
             given,

@@ -35,6 +35,7 @@ class Row:
         ties: (name, first name) of parameters that have another name before this one.
         shared: the first name of a module that has several; the numbers are there.
         unused: whether the call called neither the module nor one in it.
+        read: whether the call computed with its parameters or buffers.
         without_shape: names of lazy parameters of unknown shape.
     """
 
@@ -53,6 +54,7 @@ class Row:
     ties: tuple[tuple[str, str], ...] = ()
     shared: str | None = None
     unused: bool = False
+    read: bool = False
     without_shape: tuple[str, ...] = ()
 
     @property
@@ -167,6 +169,7 @@ def _row(group: list[Node], level: int, trace: Trace | None) -> Row:
         ties=tuple((h.name, h.tied) for h in node.own if h.tied is not None),
         shared=node.shared,
         unused=trace is not None and not node.is_called,
+        read=node.read,
         without_shape=tuple(node.without_shape),
     )
 
@@ -190,7 +193,7 @@ def remarks(row: Row) -> list[str]:
     if row.shared is not None:
         said.append(f"is {row.shared or 'the model'}")
     elif row.unused and row.parameters:
-        said.append("not called")
+        said.append("used by its parent" if row.read else "not called")
     elif row.calls is not None and row.calls > 1:
         said.append(f"{row.calls} calls")
     return said

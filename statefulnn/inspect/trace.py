@@ -79,10 +79,12 @@ class Trace:
     Attributes:
         calls: by number; the model's own is the first.
         shapes: of boxes that had no shape before the call, by dotted name.
+        read: the dotted names of boxes that something was computed with.
     """
 
     calls: dict[int, Call]
     shapes: dict[str, jax.ShapeDtypeStruct]
+    read: frozenset[str]
 
 
 def trace(model: Module, inputs: tuple, kwargs: dict[str, Any]) -> Trace:
@@ -130,7 +132,10 @@ def trace(model: Module, inputs: tuple, kwargs: dict[str, Any]) -> Trace:
         # A hook that keeps outputs is usual, and what is traced cannot be kept.
         without_hooks = True
         jaxpr = traced()
-    return Trace(_Reader(recorders[-1]).read(jaxpr.jaxpr, list(names.values())), shapes)
+    reader = _Reader(recorders[-1])
+    calls = reader.read(jaxpr.jaxpr, list(names.values()))
+    read = frozenset(name for box in reader.used for name in reader.names[box])
+    return Trace(calls, shapes, read)
 
 
 def boxes_of(model: Module) -> Iterable[tuple[str, Any]]:
@@ -162,6 +167,19 @@ def _structs(tree: Any) -> Any:
 
 def _is_member(x: object) -> bool:
     return isinstance(x, (Box, ModuleBase))
+
+
+def _read_by(eqn: Any) -> set[Any]:
+    """Return the variables that an equation computes with; a call may be given more than it reads."""
+    jaxprs = list(inner_jaxprs(eqn))
+    if not jaxprs:
+        return {v for v in eqn.invars if isinstance(v, Var)}
+    found = set()
+    for jaxpr in jaxprs:
+        read = {v for inner in jaxpr.eqns for v in _read_by(inner)}
+        pairs = zip(reversed(jaxpr.invars), reversed(eqn.invars), strict=False)
+        found |= {outer for own, outer in pairs if own in read and isinstance(outer, Var)}
+    return found
 
 
 class _Recorder:
@@ -246,8 +264,9 @@ class _Reader:
     def __init__(self, recorder: _Recorder) -> None:
         self._calls = calls = recorder.calls
         self._marked_boxes = recorder.marked_boxes
-        self._names: list[list[str]] = []
+        self.names: list[list[str]] = []
         self._boxes: dict[Any, int] = {}  # by variable
+        self.used: set[int] = set()
         self._met: set[int] = set()
         self._unmarked: dict[int, tuple[Any, int | None]] = {}
         self._parents = {c.parent for c in calls}
@@ -255,7 +274,7 @@ class _Reader:
         self._sources: dict[Any, frozenset[tuple[int, int | str]]] = {}
 
     def read(self, jaxpr: Any, names: list[list[str]]) -> dict[int, Call]:
-        self._names = names
+        self.names = names
         self._boxes = {v: i for i, v in enumerate(jaxpr.invars[: len(names)])}
         for variable in jaxpr.invars[len(names) :]:
             self._sources[variable] = frozenset({(0, "in")})
@@ -290,7 +309,7 @@ class _Reader:
     def _rename(self, call: Call, box: int | None) -> None:
         """Give a clone's calls the name of the module that holds the box; of tied ones keep the guess."""
         ending = self._marked_boxes[call.number]
-        names = self._names[box] if box is not None else ()
+        names = self.names[box] if box is not None else ()
         owners = [n.removesuffix(ending).removesuffix(".") for n in names if n.endswith(ending)]
         before = call.path
         if owners and before is not None and before not in owners:
@@ -335,6 +354,7 @@ class _Reader:
         if any(self._is_marked(j) for j in jaxprs):
             self._inside(eqn, jaxprs, current, times)
             return
+        self.used.update(self._boxes[v] for v in _read_by(eqn) if v in self._boxes)
         self._calls[current].flops += times * self._cost(eqn, jaxprs)
         sources: set[int | str] = set()
         for variable in eqn.invars:

@@ -67,6 +67,7 @@ class Node:
         children: its submodules; none if it is shown under another name.
         calls: what a trace saw of it.
         boxes: all parameters and buffers in it, each once, by id.
+        read: whether a trace computed with one of them.
     """
 
     path: str
@@ -77,6 +78,7 @@ class Node:
     children: list[Node] = dataclasses.field(default_factory=list)
     calls: list[Call] = dataclasses.field(default_factory=list)
     boxes: dict[int, Held] = dataclasses.field(default_factory=dict)
+    read: bool = False
     signature: int = 0
 
     @property
@@ -135,6 +137,7 @@ def tree_of(model: Module, trace: Trace | None = None) -> Node:
             for part in (node.own, *(child.boxes.values() for child in node.children)):
                 for held in part:
                     node.boxes.setdefault(id(held.box), held)
+            node.read = trace is not None and any(h.path in trace.read for h in node.boxes.values())
             node.signature = signatures.setdefault(_signature(node), len(signatures))
             continue
         node = Node(path, path.rsplit(".", 1)[-1], module)
@@ -177,6 +180,7 @@ def _signature(node: Node) -> Any:
         tuple((h.name, h.shape, str(h.dtype), h.trainable, h.tied) for h in node.own),
         tuple((c.flops, c.times, describe(c.output)) for c in node.calls),
         tuple((child.name, child.signature) for child in node.children),
+        node.read,
     )
 
 

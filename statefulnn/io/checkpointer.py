@@ -13,12 +13,13 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Never
 
 import jax
 
-from statefulnn.core.errors import CheckpointError, StateDictError, explain
+from statefulnn.core.errors import ArgumentError, CheckpointError, StateDictError, explain
 from statefulnn.core.extras import import_extra
+from statefulnn.core.tracebacks import shortened
 from statefulnn.io._locks import LockFile
 from statefulnn.io._run_arrays import arrays_of, check_shapes
 from statefulnn.io._run_folder import check_files, close_at_exit, lock_of, silence
@@ -127,10 +128,11 @@ class Checkpointer:
     # ----------------------------------------------------------------------------------------------
     # Saving
 
+    @shortened
     def save(
         self,
         step: int,
-        *,
+        *unnamed: Never,
         metrics: Mapping[str, Any] | None = None,
         force: bool = False,
         **objects: Any,
@@ -141,6 +143,7 @@ class Checkpointer:
 
         Args:
             step: the number of the step.
+            unnamed: nothing; for the message where objects have no names.
             metrics: numbers by name, for `best_step`.
             force: whether to save at a step that is no multiple of `save_every`.
             objects: modules, optimizers and whatever has ``state_dict`` and ``load_state_dict``; generators;
@@ -154,6 +157,14 @@ class Checkpointer:
             CheckpointError: for what cannot be saved, for a step that is not after the last one, and if
                 another process writes to the folder. Nothing is written then.
         """
+        if unnamed:
+            raise ArgumentError(
+                explain(
+                    f"saved {len(unnamed)} objects without names",
+                    "objects are saved, and found again, by name",
+                    "checkpointer.save(step, model=model, opt=opt)",
+                )
+            )
         step = _integer(step)
         if step % self.save_every and not force:
             return False
@@ -271,6 +282,7 @@ class Checkpointer:
     # ----------------------------------------------------------------------------------------------
     # Restoring
 
+    @shortened
     def restore(
         self,
         step: int | str | None = None,
@@ -308,12 +320,15 @@ class Checkpointer:
             else:
                 compared(label, obj, notes[label], report)
         if strict and report:
+            advice = "build the objects as they were"
+            if any(label not in notes for label in objects):
+                advice = f"restore them under the names they were saved by: {', '.join(notes)}"
             raise StateDictError(
                 explain(
                     f"restored step {step} of {self.folder}, which differs (saved -> present):\n{report}",
                     "restoring some of it would continue another run; nothing was changed",
-                    "build the objects as they were; or restore(..., strict=False), which restores what "
-                    "fits and returns the rest as .report",
+                    f"{advice}; or restore(..., strict=False), which restores what fits and returns the "
+                    "rest as .report",
                 )
             )
         arrays = self._arrays(step, notes, objects, device)

@@ -85,6 +85,13 @@ class DamagedFileError(RuntimeError):
     """A file that is not what nn.export wrote, or is of a newer format."""
 
 
+class UnknownWeightError(KeyError):
+    """A name of a weight that the file does not have, or one that is missing."""
+
+    def __str__(self) -> str:  # KeyError shows the repr of its argument, newlines and all
+        return str(self.args[0])
+
+
 def load_exported(path: str | os.PathLike, *, device: Any = None) -> ExportedModule:
     """Read a file of nn.export.
 
@@ -244,7 +251,7 @@ class ExportedModule:
         given = {self.ties.get(name, name) for name in state}
         missing = [name for name in new if name not in given]
         if strict and missing:
-            raise KeyError(
+            raise UnknownWeightError(
                 _message(
                     f"load_state_dict was not given {_listed(missing)}",
                     "with strict=True every weight must be given",
@@ -294,7 +301,7 @@ class ExportedModule:
         for name, value in given.items():
             first = self.ties.get(name, name)
             if first not in self._specs:
-                raise KeyError(
+                raise UnknownWeightError(
                     _message(
                         f"was given a weight {_shown(name)}",
                         f"the file has {_listed(self._specs)}",

@@ -20,6 +20,7 @@ from statefulnn.core.errors import ArgumentError, CheckpointError, explain
 from statefulnn.core.generator import Generator
 from statefulnn.core.names import Filter, chosen
 from statefulnn.core.placement import is_meta
+from statefulnn.core.tracebacks import shortened
 from statefulnn.io._atomic import replacing
 from statefulnn.io._folders import opened
 from statefulnn.io._placing import Device, placed
@@ -49,6 +50,7 @@ def _path(path: Any, function: str, example: str) -> Path:
         ) from None
 
 
+@shortened
 def save(
     obj: Any,
     path: str | PathLike[str],
@@ -125,6 +127,7 @@ def save(
         write(temporary, arrays, texts, NOTE)
 
 
+@shortened
 def load(
     path: str | PathLike[str],
     *,

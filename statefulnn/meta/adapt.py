@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -11,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from statefulnn.core.box import Box
-from statefulnn.core.errors import DtypeError, ShapeError, UnknownNameError, explain
+from statefulnn.core.errors import ArgumentError, DtypeError, ShapeError, UnknownNameError, explain
 from statefulnn.core.generator import as_key
 from statefulnn.core.module import Module
 from statefulnn.core.repeated import body_of_loop
@@ -176,6 +177,7 @@ class InnerTask:
                     f"pass one tuple: {function}(fn, params, loss, (x, y), lr=0.01)",
                 )
             )
+        _check_functions(function, given["fn"], given["params"], given["loss"])
         _check_task(given["fn"], given["params"], given["data"], given["state"])
         return cls(**{field.name: given[field.name] for field in dataclasses.fields(cls)})
 
@@ -188,6 +190,39 @@ def _check_options(steps: int, truncate: int | None, checkpoint: str, unroll: in
         raise ValueError(f"adapt: truncate must be a number of steps or None, got {truncate!r}")
     if unroll is not None and (not isinstance(unroll, int) or unroll < 0):
         raise ValueError(f"adapt: unroll must be a number of steps, got {unroll!r}")
+
+
+def _check_functions(function: str, fn: Any, params: Any, loss: Any) -> None:
+    """Raise unless the model and the loss are functions, in this order, and the loss takes two arguments."""
+    wrong = {
+        what: value
+        for what, value in (("fn", fn), ("loss", loss))
+        if not callable(value) and (what, value) != ("fn", None)
+    }
+    if wrong and not isinstance(params, Module):
+        what, value = next(iter(wrong.items()))
+        raise ArgumentError(
+            explain(
+                f"{function} was given {type(value).__name__} as {what}",
+                "the function comes first, then its parameters, then the loss",
+                f"{function}(fn, params, loss, (x, y), lr=0.01)",
+            )
+        )
+    if fn is None or isinstance(fn, Module):
+        return
+    try:
+        inspect.signature(loss).bind(None, None)
+    except TypeError:
+        raise ArgumentError(
+            explain(
+                f"{function} was given a loss that does not take two arguments",
+                "with fn it is called with the model's output and the target",
+                f"{function}(fn, params, lambda out, target: ..., (x, y), lr=0.01); a loss of the "
+                f"parameters takes None for fn: {function}(None, params, loss, (x, y), lr=0.01)",
+            )
+        ) from None
+    except ValueError:  # it has no signature: the call will tell
+        return
 
 
 def _check_task(fn: Callable | None, params: Any, data: Any, state: Any) -> None:

@@ -27,8 +27,9 @@ def refuse_what_is_no_array(function: Callable, args: tuple, kwargs: Mapping[str
     for path, value in jax.tree_util.tree_flatten_with_path(dict(given), is_leaf=ours)[0]:
         if not ours(value) and not _is_array(value):
             name = getattr(path[0], "key", "args") + jax.tree_util.keystr(path[1:])
+            holds = any(map(ours, getattr(value, "__dict__", {}).values()))
             raise refusals.argument_of_no_array(
-                getattr(function, "__name__", "forward"), name, value
+                getattr(function, "__name__", "forward"), name, value, holds
             )
 
 

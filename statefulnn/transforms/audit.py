@@ -1,16 +1,20 @@
-"""nn.audit: which parameters a model does not use."""
+"""nn.audit: which parameters a model does not use, and what it uses that is no parameter of it."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import html
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from statefulnn.core.baked_in import probing
+from statefulnn.core.compat import current_trace, trace_of
 from statefulnn.core.graph import require_module
+from statefulnn.core.listeners import listening
 from statefulnn.core.module import Module
 from statefulnn.core.tracebacks import shortened
 from statefulnn.transforms.functional_call import functionalize
@@ -25,17 +29,23 @@ class AuditReport:
         zero_grad: trainable parameters that enter it, but whose gradient is exactly zero.
         frozen: parameters with ``requires_grad=False``.
         used: all other parameters.
+        built: layers that the call builds, with parameters of their own: new ones each time, never trained.
+        outside: layers with parameters that the call uses, and that belong to another model, or to none.
+        constants: attributes that are plain floating arrays: neither trained nor saved.
     """
 
     unused: list[str]
     zero_grad: list[str]
     frozen: list[str]
     used: list[str]
+    built: list[str] = dataclasses.field(default_factory=list)
+    outside: list[str] = dataclasses.field(default_factory=list)
+    constants: list[str] = dataclasses.field(default_factory=list)
 
     @property
     def ok(self) -> bool:
-        """Whether every trainable parameter gets a gradient."""
-        return not self.unused and not self.zero_grad
+        """Whether every trainable parameter gets a gradient, and no layer is built by the call."""
+        return not self.unused and not self.zero_grad and not self.built
 
     def __str__(self) -> str:
         lines = [f"{len(self.used)} parameters get a gradient"]
@@ -43,15 +53,24 @@ class AuditReport:
             ("never used", self.unused),
             ("gradient exactly zero", self.zero_grad),
             ("frozen", self.frozen),
+            ("built by the call, so never trained", self.built),
+            ("used, and no part of the model", self.outside),
+            ("plain arrays, neither trained nor saved", self.constants),
         ):
             if names:
                 lines.append(f"{title}: " + ", ".join(names))
         return "\n".join(lines)
 
+    def _repr_html_(self) -> str:
+        """Return the text for notebooks."""
+        return f"<pre>{html.escape(str(self))}</pre>"
+
 
 @shortened
 def audit(model: Module, *inputs: Any, rng: ArrayLike | None = None, **kwargs: Any) -> AuditReport:
     """Look for parameters that never get a gradient, such as those of a layer whose output is dropped.
+
+    It also lists layers and arrays that the call uses, and that are no part of the model.
 
     The gradient is that of a random projection of all floating outputs, on one call with `inputs`. The
     model is not changed.
@@ -63,7 +82,7 @@ def audit(model: Module, *inputs: Any, rng: ArrayLike | None = None, **kwargs: A
         kwargs: the keyword arguments of its call.
 
     Returns:
-        an `AuditReport`; print it, or look at ``unused``, ``zero_grad`` and ``frozen``.
+        an `AuditReport`; print it, or look at its lists, such as ``unused``.
 
     Example:
         >>> import jax.numpy as jnp, statefulnn as nn
@@ -95,13 +114,45 @@ def audit(model: Module, *inputs: Any, rng: ArrayLike | None = None, **kwargs: A
                 total += jnp.sum(weight * jnp.real(leaf).astype(jnp.float32))
         return total
 
-    reached = _reached(projected, params)
+    reached, built, outside, constants = _reached(projected, params)
     grads = jax.grad(projected)(params)
     unused = [n for n in params if n not in reached]
     zero = [n for n in params if n in reached and not bool(jnp.any(grads[n] != 0))]
     frozen = [n for n, p in model.named_parameters() if not p.requires_grad]
     used = [n for n in params if n not in unused and n not in zero]
-    return AuditReport(unused, zero, frozen, used)
+    return AuditReport(unused, zero, frozen, used, built, outside, _arrays_among(constants, model))
+
+
+def _arrays_among(constants: Sequence[Any], model: Module) -> list[str]:
+    """Return the names of attributes that are floating arrays, and among the constants of a call."""
+    known = set(map(id, constants))
+    return [
+        f"{prefix}.{name}" if prefix else name
+        for prefix, module in model.named_modules()
+        for name, value in vars(module).items()
+        if id(value) in known and jnp.issubdtype(value.dtype, jnp.inexact)
+    ]
+
+
+class _Strangers:
+    """Listens to calls: which modules with parameters are no part of the model."""
+
+    def __init__(self) -> None:
+        self.found: list[Module] = []
+        self._seen: set[int] = set()
+
+    def enter(self, module: Any, args: tuple, kwargs: dict) -> None:
+        # What belongs to the model is a clone here.
+        scope = module._nn_stamp.scope
+        if (scope is None or scope.birth) and id(module) not in self._seen:
+            self._seen.update(map(id, module.modules()))
+            self.found.append(module)
+
+    def values(self) -> list[list[Any]]:
+        """Return the parameters of each; none for one of an inner trace, where nobody can read them."""
+        found = [[p._value for p in module.parameters()] for module in self.found]
+        here = (None, current_trace())
+        return [v if all(trace_of(x) in here for x in v) else [] for v in found]
 
 
 # Primitives that run one jaxpr once, by the names that JAX has had for them.
@@ -118,13 +169,40 @@ _CALLS = (
 )
 
 
-def _reached(fn: Callable, params: dict[str, jax.Array]) -> set[str]:
-    """Return the names whose arrays the output of a function depends on, by its jaxpr."""
+def _reached(
+    fn: Callable, params: dict[str, jax.Array]
+) -> tuple[set[str], list[str], list[str], list[Any]]:
+    """Return the names whose arrays the output depends on, layers built and from outside, constants."""
+    strangers = _Strangers()
+    sizes: list[int] = []
+
+    def call(params: dict) -> Any:
+        with listening(entering=strangers.enter):
+            out = fn(params)
+        values = strangers.values()
+        sizes[:] = map(len, values)
+        return out, values
+
     # A gradient of zero would not tell: a parameter may be used, and have no slope at this point.
     names, _ = zip(*sorted(params.items()), strict=True) if params else ((), ())
-    jaxpr = jax.make_jaxpr(fn)(params).jaxpr
-    live = _live(jaxpr, [True] * len(jaxpr.outvars))
-    return {name for name, used in zip(names, live, strict=True) if used}
+    with probing():
+        closed = jax.make_jaxpr(call)(params)
+
+    def reaching(first: int, count: int) -> list[bool]:
+        outputs = range(len(closed.jaxpr.outvars))
+        return _live(closed.jaxpr, [first <= i < first + count for i in outputs])
+
+    reached = {name for name, used in zip(names, reaching(0, 1), strict=True) if used}
+    built: list[str] = []
+    outside: list[str] = []
+    at = 1
+    for module, size in zip(strangers.found, sizes, strict=True):
+        # What a hypernetwork writes into a layer depends on parameters, which are trained.
+        if size and not any(reaching(at, size)):
+            text = repr(module) if not module._modules else type(module).__name__
+            (outside if module._nn_stamp.scope is None else built).append(text)
+        at += size
+    return reached, built, outside, closed.consts
 
 
 def _live(jaxpr: Any, wanted: list[bool]) -> list[bool]:

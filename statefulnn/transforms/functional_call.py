@@ -350,7 +350,9 @@ def _pure_function(moduledef: ModuleDef, own: list[Any], method: str, mutable: b
     ) -> tuple[PyTree, list[Any]]:
         for noun, values, wanted in need:
             if not isinstance(values, Mapping):
-                raise refusals.not_by_name(type_name, noun, type(values).__name__, signature)
+                raise refusals.not_by_name(
+                    type_name, noun, type(values).__name__, signature, hasattr(values, noun)
+                )
             missing = [n for n in wanted if n not in values]
             if missing:
                 raise refusals.not_given(type_name, noun, missing)

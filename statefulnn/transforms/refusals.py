@@ -130,7 +130,8 @@ _KNOWN_LATER = (
 # What to write where JAX raises an error about a value that is not known yet.
 EARLY: dict[type, str] = {
     jax.errors.TracerBoolConversionError: _KNOWN_LATER
-    + "jnp.where(condition, a, b); nn.cond(condition, f, g, x)",
+    + "jnp.where(condition, a, b); nn.cond(condition, f, g, x); "
+    'nn.jit(f, static_argnames="train") for a flag of Python\'s',
     jax.errors.TracerIntegerConversionError: _KNOWN_LATER
     + "nn.jit(f, static_argnums=1) for an argument that Python counts with; nn.fori_loop",
     jax.errors.TracerArrayConversionError: _KNOWN_LATER + "functions of jnp in place of np",
@@ -140,10 +141,17 @@ EARLY: dict[type, str] = {
 }
 
 
-def argument_of_no_array(function: str, name: str, value: object) -> ArgumentError:
+def argument_of_no_array(
+    function: str, name: str, value: object, holds_modules: bool
+) -> ArgumentError:
     kind = type(value).__name__
     instead, called = array_of(value, name), function if function.isidentifier() else "f"
-    if isinstance(value, str):
+    if name == "self" or holds_modules:
+        instead = (
+            f"class {kind}(nn.Module), which registers what it holds; or a function of that: "
+            "step(model, opt, x)"
+        )
+    elif isinstance(value, str):
         instead = f"nn.jit({called}, static_argnames={name.partition('[')[0]!r})"
     elif hasattr(value, "__iter__") and not hasattr(value, "__array__"):
         instead = f"for batch in {name}: {called}(..., batch), with arrays in the batch"
@@ -311,12 +319,14 @@ def no_method(module: str, method: str) -> AttributeError:
     )
 
 
-def not_by_name(module: str, noun: str, kind: str, signature: str) -> ArgumentError:
+def not_by_name(module: str, noun: str, kind: str, signature: str, has_them: bool) -> ArgumentError:
     return ArgumentError(
         explain(
             f"the function of {module} was given {noun} of type {kind}",
             f"it finds arrays by name; the arguments are {signature}",
-            f"pass the dict of {noun} first",
+            f"pass what is in it, {kind.lower()}.{noun}"
+            if has_them
+            else f"pass the dict of {noun} first",
         )
     )
 
@@ -500,7 +510,8 @@ def other_numbers_of_lanes(sizes: Mapping[int, str]) -> ShapeError:
         explain(
             f"nn.vmap found these numbers of lanes: {listed}",
             "all mapped axes have one size",
-            "choose the axes with in_axes (None for what all lanes share), or pass axis_size",
+            "choose the axes with in_axes, None for what all lanes share: "
+            "nn.vmap(f, in_axes=(None, 0))(model, xs); or pass axis_size",
         )
     )
 

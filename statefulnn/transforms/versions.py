@@ -189,7 +189,11 @@ class Version:
         """Count a trace; warn if there are many, and let go of old code if there are very many."""
         self.traces += 1
         before = self._shapes
-        self._shapes = [(jnp.shape(v), jnp.result_type(v)) for v in (*leaves, *dynamic)]
+        # Equinox leaves None in a module where there is nothing to differentiate.
+        self._shapes = [
+            ((), None) if v is None else (jnp.shape(v), jnp.result_type(v))
+            for v in (*leaves, *dynamic)
+        ]
         if self.traces == SHAPES_LIMIT:
             changed = [
                 i for i, (a, b) in enumerate(zip(before, self._shapes, strict=True)) if a != b

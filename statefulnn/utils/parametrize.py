@@ -24,7 +24,7 @@ import numpy as np
 
 from statefulnn.core.box import Box, unwrap
 from statefulnn.core.compat import Tracer, chain, current_trace, kind
-from statefulnn.core.errors import RegistrationError, explain
+from statefulnn.core.errors import RegistrationError, TakenNameError, explain
 from statefulnn.core.listing import listing
 from statefulnn.core.module import Module
 from statefulnn.core.parameter import Buffer, Parameter
@@ -343,7 +343,7 @@ class Parametrized(Computation):
 
     def write(self, module: Any, value: Any) -> None:
         if isinstance(value, (Parameter, Buffer)):
-            raise KeyError(
+            raise TakenNameError(
                 explain(
                     f"attribute '{self.name}' already exists",
                     f"{type(module).__name__}.{self.name} is parametrized: it is computed, and holds "

@@ -224,6 +224,12 @@ CASES = {
         ["nrm"],
         ["norm|named_modules"],
     ),
+    "module over a method": (
+        nn.TakenNameError,
+        lambda: setattr(Net(), "parameters", nn.Linear(1, 1)),
+        ["'parameters'"],
+        ["another name"],
+    ),
     "wrong shape": (
         nn.ShapeError,
         lambda: nn.functional_call(Net(), {"norm.scale": jnp.ones(3)}, (X,)),
@@ -335,6 +341,7 @@ BUILTIN = {
     nn.UninitializedParameterError: [RuntimeError, ValueError],
     nn.MissingRngError: [RuntimeError],
     nn.UnknownNameError: [KeyError],
+    nn.TakenNameError: [KeyError],
     nn.ShapeError: [RuntimeError, ValueError],
     nn.DtypeError: [RuntimeError, TypeError],
     nn.StateDictError: [RuntimeError],

@@ -46,6 +46,14 @@ class SetUp(nn.Module):
         return self.fc(x)
 
 
+class Trainer:
+    def __init__(self, model, opt):
+        self.model, self.opt = model, opt
+
+    def step(self, x, y):
+        self.opt.step(nn.grad(loss_fn)(self.model, x, y))
+
+
 def loss_fn(model, x, y):
     return F.mse_loss(model(x), y)
 
@@ -65,6 +73,7 @@ def names(tmp_path, monkeypatch):
         **globals(),
         **{k: v for k, v in locals().items() if k not in ("monkeypatch", "tmp_path")},
         "opt": nn.Optimizer(model, tx),
+        "fn": nn.functionalize(model)[0],
         "params": nn.functionalize(model)[1],
         "grads": nn.grad(loss_fn)(model, x, y),
         "other": Net(),
@@ -123,6 +132,9 @@ MISTAKES: list[tuple[str, str, str]] = [
     ("nn.Linear(3, 4, rngs=key)", "nn.manual_seed(0)", ""),
     ("nn.Linear(3, 4, kernel_init=None)", "nn.init.xavier_uniform_(layer.weight)", ""),
     ("nn.Dropout(rate=0.5)", "nn.Dropout(0.5)", ""),
+    ("nn.Dropout(0.5, rngs=key)", "nn.manual_seed(0)", ""),
+    ("model.freeze()", "model.requires_grad_(False)", ""),
+    ("p.trainable", "p.requires_grad", ""),
     ("Fields(features=3)", "self.features = features", "features = 3"),
     ("model.init(key, x)", "fn, params = nn.functionalize(model); out = fn(params, x)", ""),
     ("model.apply(params, x)", "fn, params = nn.functionalize(model); out = fn(params, x)", ""),
@@ -142,6 +154,12 @@ MISTAKES: list[tuple[str, str, str]] = [
     ("opt.param_groups[0]['lr']", "optax.inject_hyperparams(optax.adam)(learning_rate=1e-3)", ""),
     ("nn.Optimizer(model.parameters(), lr=0.1)", "nn.Optimizer(model, optax.adam(1e-3))", ""),
     ("nn.Optimizer(model.parameters(), tx)", "nn.Optimizer(model, optax.adam(1e-3))", ""),
+    ("nn.Optimizer((model, other), tx)", "nn.Optimizer(nn.ModuleList([a, b]), optax.adam(1e-3))",
+     "a, b = model, other"),
+    ("nn.Optimizer(model, tx, wrt=nn.Parameter)", "model.fc.requires_grad_(False)", ""),
+    ("opt.model", "opt.module", ""),
+    ("opt.step({n: g.tolist() for n, g in grads.items()})",
+     'grads["fc.weight"] = jnp.asarray(grads["fc.weight"])', ""),
     ("nn.Optimizer(model, optax.adam)", "nn.Optimizer(model, optax.adam(1e-3))", ""),
     ("tx.init(model.parameters())", "tx.init(params)", ""),
     # parameters
@@ -162,6 +180,8 @@ MISTAKES: list[tuple[str, str, str]] = [
     ("model.backward()", "grads = nn.grad(loss_fn)(model, x, y)", ""),
     ("model.params", "fn, params = nn.functionalize(model)", ""),
     ("model.parameters()[0]", "list(model.parameters())[0]", ""),
+    ("len(model.parameters())", "sum(p.size for p in model.parameters())", ""),
+    ("nn.Lambda(lambda x: F.softmax(x, axis=-1))(x)", "F.softmax(x, dim=1)", ""),
     ("SetUp()(x)", "self.fc = nn.Linear(in_features, out_features)", ""),
     ("model.requires_grad = False", "model.requires_grad_(False)", ""),
     ("model.train = True", "model.train(True)", ""),
@@ -170,6 +190,10 @@ MISTAKES: list[tuple[str, str, str]] = [
     ('model.to("cuda:3")', 'device="cpu:0"', ""),
     ("model.to(torch.float32)", "dtype=jnp.float32", ""),
     ("model.to(jnp.int32)", "model.to(jnp.float32)", ""),
+    ('model.load_state_dict({f"module.{n}": v for n, v in state_dict.items()})',
+     "nn.utils.consume_prefix_in_state_dict_if_present(state_dict, 'module.')", ""),
+    ('layer.load_state_dict({"kernel": jnp.ones((3, 3)), "bias": jnp.ones(3)})',
+     'state_dict["weight"] = state_dict.pop("kernel").T', 'state_dict = {"kernel": jnp.ones((3, 3))}'),
     ('model.load_state_dict("file.pt")', "model.load_state_dict(nn.load('file.pt'))", ""),
     ("model.load_state_dict(model.state_dict)", "model.load_state_dict(other.state_dict())", ""),
     ("model.load_state_dict(torch.load('file.pt'))", "{name: t.numpy() for name, t in state_dict.items()}",
@@ -195,8 +219,11 @@ MISTAKES: list[tuple[str, str, str]] = [
     ("F.cross_entropy(logits, jnp.eye(2, dtype=jnp.int32)[labels])", "target.argmax(1)",
      "target = jnp.eye(2)[labels]"),
     ("F.cross_entropy(logits, labels.astype(jnp.float32))", "target.astype(jnp.int32)", "target = labels"),
-    ("F.cross_entropy(labels, logits)", "F.cross_entropy(target, input)",
-     "input, target = labels, logits"),
+    ("F.cross_entropy(labels, logits)", "F.cross_entropy(logits, targets)", "targets = labels"),
+    ("nn.Sequential(nn.GRU(3, 4), nn.Linear(4, 2))(x)", "out, *rest = layer(x)",
+     "layer = nn.GRU(3, 4)"),
+    ("nn.GRU(3, 4, batch_first=True)(x[None], lengths=x[None, :, 0] > 0)", "lengths.sum(1)",
+     "lengths = x > 0"),
     ("layer(np.array([None, 1.0]))", "input.astype(np.float32)", "input = np.ones(2, object)"),
     # transformations
     ("nn.grad(x)", "nn.grad(lambda model: F.mse_loss(model(x), y))(model)", ""),
@@ -214,11 +241,34 @@ MISTAKES: list[tuple[str, str, str]] = [
     ("nn.jit(lambda m, x: m(x).sum().item())(model, x)", "float(out)", "out = x.sum()"),
     ("nn.jit(lambda m, x: x if x.sum() > 0 else -x)(model, x)", "jnp.where(condition, a, b)",
      "condition, a, b = True, x, x"),
+    ("nn.jit(lambda m, x, train: m(x) if train else x)(model, x, True)",
+     'nn.jit(f, static_argnames="train")', "f = lambda m, x, train: m(x)"),
+    ("nn.jit(Trainer.step)(Trainer(model, opt), x, y)", "step(model, opt, x)",
+     "step = lambda model, opt, x: model(x)"),
+    ("nn.jit(lambda m, x: opt.step(nn.grad(lambda m: m(x).sum())(m)))(model, x)",
+     "step(model, opt, x)", "step = lambda model, opt, x: model(x)"),
+    ("nn.vmap(lambda m, x: m(x))(model, x)", "nn.vmap(f, in_axes=(None, 0))(model, xs)",
+     "f, xs = (lambda m, x: m(x)), x"),
+    # inner loops
+    ("nn.meta.adapt(params, fn, F.mse_loss, (x, y), lr=0.1)",
+     "adapt(fn, params, loss, (x, y), lr=0.01)", "adapt, loss = nn.meta.adapt, F.mse_loss"),
+    ("nn.meta.adapt(fn, params, lambda p, x, y: 0.0, (x, y), lr=0.1)",
+     "adapt(None, params, loss, (x, y), lr=0.01)",
+     "adapt, loss = nn.meta.adapt, lambda p, x, y: F.mse_loss(fn(p, x), y)"),
+    ("fn(nn.meta.adapt(fn, params, F.mse_loss, (x, y), lr=0.1), x)", "adapted.params",
+     "adapted = nn.meta.adapt(fn, params, F.mse_loss, (x, y), lr=0.1)"),
     ("nn.jit(lambda x: x[x > 0])(x)", "jnp.where(x > 0, x, 0)", ""),
     ("nn.jit(lambda x, n: [x for _ in range(n)])(x, 3)", "nn.jit(f, static_argnums=1)",
      "f = lambda x, n: x"),
 ]  # fmt: skip
-MISTAKES_OF_JAX = ("item()", "else -x", "x[x > 0]", "range(n)")  # which raises its own classes
+MISTAKES_OF_PYTHON = ("axis=-1",)
+MISTAKES_OF_JAX = (
+    "item()",
+    "else -x",
+    "if train",
+    "x[x > 0]",
+    "range(n)",
+)  # which raises its own classes
 
 
 def answer(mistake: str, names: dict) -> Exception:
@@ -234,7 +284,7 @@ def test_the_message_of_a_mistake_holds_code_that_runs(mistake, remedy, with_nam
     error = answer(mistake, names)
     text = "\n".join([str(error), *getattr(error, "__notes__", ())])
     assert remedy in text.partition("Instead:")[2]
-    if not any(part in mistake for part in MISTAKES_OF_JAX):
+    if not any(part in mistake for part in (*MISTAKES_OF_JAX, *MISTAKES_OF_PYTHON)):
         assert isinstance(error, (nn.StatefulnnError, ValueError, NotImplementedError))
     if with_names != "pip":
         exec(with_names, names)
@@ -305,6 +355,36 @@ def test_attributes_that_a_class_has_of_its_own_may_have_any_name():
     assert own.requires_grad is False
     assert (own.params, own.dtype) == (2, "float32")
     assert own(1.0, key=1, training=True) == 1.0
+
+
+def test_a_trainer_that_is_a_module_may_compile_its_methods():
+    class Steps(nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.model, self.opt = model, nn.Optimizer(model, optax.sgd(0.5))
+
+        @nn.jit
+        def step(self, x, y):
+            self.opt.step(nn.grad(loss_fn)(self.model, x, y))
+
+    x, y = jnp.ones((5, 3)), jnp.ones((5, 2))
+    compiled, by_hand = Net(), Net()
+    by_hand.load_state_dict(compiled.state_dict())
+    Steps(compiled).step(x, y)
+    grads = nn.grad(loss_fn)(by_hand, x, y)
+    for name, p in by_hand.named_parameters():
+        np.testing.assert_allclose(compiled.get_parameter(name), p - 0.5 * grads[name], rtol=1e-5)
+
+
+def test_a_key_error_shows_its_lines_as_lines():
+    model = Net()
+    with pytest.raises(KeyError) as info:
+        model.parameters = nn.Linear(3, 1)
+    assert "\n  Why: " in str(info.value)
+    layer = nn.utils.parametrizations.weight_norm(nn.Linear(3, 3))
+    with pytest.raises(KeyError) as info:
+        layer.weight = nn.Parameter(jnp.ones((3, 3)))
+    assert "\n  Why: " in str(info.value)
 
 
 def test_a_type_error_inside_of_forward_stays_what_it_is():

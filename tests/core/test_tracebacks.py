@@ -72,6 +72,22 @@ CALLS = {
     "over_tasks": (lambda: nn.meta.over_tasks(task)(PARAMS, X[None]), ["task", "forward"]),
     "curvature": (lambda: nn.curvature.hessian(Net(), optax.l2_loss, (X, X)), ["forward"]),
     "ntk": (lambda: nn.curvature.empirical_ntk(Net(), X), ["forward"]),
+    "grad_and_value": (lambda: nn.func.grad_and_value(loss)(Net(), X), ["loss", "forward"]),
+    "per_sample_grad": (
+        lambda: nn.func.per_sample_grad(loss)(Net(), X[None]),
+        ["loss", "forward"],
+    ),
+    "vmap in chunks": (
+        lambda: nn.func.vmap(loss, (None, 0), chunk_size=1)(Net(), X[None]),
+        ["loss", "forward"],
+    ),
+    "jacrev": (lambda: nn.func.jacrev(loss)(Net(), X), ["loss", "forward"]),
+    "hessian": (lambda: nn.func.hessian(loss)(Net(), X), ["loss", "forward"]),
+    "vjp": (lambda: nn.func.vjp(loss, Net(), X), ["loss", "forward"]),
+    "hvp": (lambda: nn.func.hvp(loss, (Net(), X), PARAMS), ["loss", "forward"]),
+    "ensemble": (lambda: nn.Ensemble(Net, 2).mean(X), ["forward"]),
+    "optimizer": (lambda: nn.Optimizer(Net(), 0.1), []),
+    "load": (lambda: nn.load(__file__), []),
     "load_state_dict": (lambda: Net().load_state_dict({}), []),
     "step": (lambda: nn.Optimizer(Net(), optax.sgd(0.1)).step({}), []),
 }

@@ -136,6 +136,26 @@ def test_clones_that_transformations_make_are_known_by_their_boxes():
     assert [rows[f"blocks.{i}"].calls for i in range(5)] == [1, 0, 2, 1, 0]
 
 
+def test_a_layer_whose_weights_its_parent_reads_is_no_layer_that_nobody_uses():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = nn.MultiheadAttention(4, 2)
+            self.read, self.unused = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x):
+            x, _ = nn.remat(lambda m, x: m(x, x, x))(self.attention, x)
+            return nn.jit(lambda net, x: x @ net.read.weight)(self, x)
+
+    text = str(nn.summary(Net(), jnp.ones((3, 4)), width=100))
+    for said in (
+        "out_proj: Linear  (used by its parent)",
+        "read: Linear  (used by its parent)",
+        "unused: Linear  (not called)",
+    ):
+        assert said in text
+
+
 def test_a_module_in_a_scan_is_called_once_a_step():
     class Net(nn.Module):
         def __init__(self):

@@ -311,6 +311,7 @@ def test_all_differences_are_reported_and_nothing_is_changed(tmp_path):
         text = str(raised.value)
         for line in (
             "missing: ema",
+            "under the names they were saved by: model, opt, order",
             "missing: model.3.weight",
             "missing: opt.mu.3.bias",
             "unexpected: model.0.bias",
@@ -1049,3 +1050,11 @@ def test_an_array_that_is_larger_than_its_notes_say_is_refused_before_it_is_read
     monkeypatch.setattr(orbax.checkpoint.CheckpointManager, "restore", read)
     with pytest.raises(nn.CheckpointError, match=r"shape \(9000000, 3\)(.|\n)*shape \(4, 3\)"):
         nn.Checkpointer(tmp_path / "run").restore(model=model)
+
+
+def test_objects_without_names_are_told_to_have_some(tmp_path):
+    model = nn.Linear(1, 1)
+    with nn.Checkpointer(tmp_path) as checkpointer:
+        with pytest.raises(nn.ArgumentError, match=r"save\(step, model=model, opt=opt\)"):
+            checkpointer.save(0, model)  # pyright: ignore[reportArgumentType]
+        assert checkpointer.steps() == []

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -267,3 +269,64 @@ def test_audit_follows_a_parameter_through_the_carry_of_a_scan():
 
     report = nn.audit(Net(), jnp.asarray(1.0))
     assert report.used == ["w"]
+
+
+OUTSIDE = nn.Linear(3, 3)
+
+
+class Strange(nn.Module):
+    """Uses layers and arrays in ways that register nothing."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.head = nn.Linear(3, 2)
+        self.teacher = nn.Ref(OUTSIDE) if how == "referred" else nn.Linear(3, 3)
+        self.scale = jnp.full(3, 2.0)
+        self.unused = jnp.full(3, 3.0)
+        self.steps = jnp.arange(3)
+        self.how = how
+
+    def forward(self, x):
+        x = x[:, self.steps] + self.teacher(x)
+        if self.how == "built":
+            x = nn.Sequential(nn.ReLU(), nn.Linear(3, 3))(nn.Linear(3, 3)(nn.ReLU()(x)))
+        elif self.how == "outside":
+            x = OUTSIDE(OUTSIDE(x))
+        elif self.how == "constant":
+            x = x * self.scale
+        elif self.how == "hypernetwork, written":
+            layer = nn.Linear(3, 3, bias=False)
+            layer.weight.value = self.teacher.weight + 1
+            x = layer(x)
+        elif self.how == "hypernetwork, called":
+            layer = nn.Linear(3, 3, bias=False)
+            x = nn.functional_call(layer, {"weight": self.teacher.weight + 1}, (x,))
+        elif self.how == "remat":
+            x = nn.remat(lambda layer, x: layer(x))(self.teacher, x)
+        return self.head(x)
+
+
+@pytest.mark.parametrize(
+    ("how", "found"),
+    [
+        ("built", {"built": ["Linear(in_features=3, out_features=3, bias=True)", "Sequential"]}),
+        ("outside", {"outside": ["Linear(in_features=3, out_features=3, bias=True)"]}),
+        ("constant", {"constants": ["scale"]}),
+        ("referred", {}),
+        ("hypernetwork, written", {}),
+        ("hypernetwork, called", {}),
+        ("remat", {}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_audit_lists_what_the_call_uses_and_the_model_does_not_have(how, found):
+    report = nn.audit(Strange(how), jnp.ones((2, 3)))
+    lists = {name: getattr(report, name) for name in ("built", "outside", "constants")}
+    assert lists == {"built": [], "outside": [], "constants": [], **found}
+    assert report.ok == ("built" not in found)
+    for names in found.values():
+        assert ", ".join(names) in str(report)
+        assert "<pre>" in report._repr_html_()
+    with warnings.catch_warnings():  # the audit compiles nothing: what it read may change
+        warnings.simplefilter("error")
+        OUTSIDE.weight.value = OUTSIDE.weight + 1
