@@ -76,7 +76,7 @@ def _check(a: Any, b: Any, offs: Any) -> None:
 
 def grouped_mm(
     mat_a: Any, mat_b: Any, *, offs: Any = None, bias: None = None, out_dtype: Any = None
-) -> Any:
+) -> jax.Array:
     """Multiply matrices group by group, the groups of different sizes lying one after another.
 
     Args:

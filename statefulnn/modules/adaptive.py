@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+from jax.typing import ArrayLike, DTypeLike
 
 from statefulnn.core.errors import DtypeError, explain
 from statefulnn.core.module import Module
+from statefulnn.core.placement import DeviceLike
 from statefulnn.functional import adaptive
 from statefulnn.functional._checks import array, require_rank, shape_error
 from statefulnn.functional.cross_entropy import check_classes
@@ -69,8 +71,8 @@ class AdaptiveLogSoftmaxWithLoss(Module):
         cutoffs: Sequence[int],
         div_value: float = 4.0,
         head_bias: bool = False,
-        device: Any = None,
-        dtype: Any = None,
+        device: DeviceLike | None = None,
+        dtype: DTypeLike | None = None,
     ) -> None:
         super().__init__()
         cutoffs = list(cutoffs)
@@ -163,7 +165,7 @@ class AdaptiveLogSoftmaxWithLoss(Module):
                 f"nn.AdaptiveLogSoftmaxWithLoss({x.shape[-1]}, ...)",
             )
 
-    def log_prob(self, input: Any) -> Any:
+    def log_prob(self, input: ArrayLike) -> Any:
         """Return the log-probabilities of all classes.
 
         Args:
@@ -181,7 +183,7 @@ class AdaptiveLogSoftmaxWithLoss(Module):
         x = self._rows(input, "nn.AdaptiveLogSoftmaxWithLoss.log_prob")
         return adaptive.log_prob(x, *self._weights(), self.shortlist_size)
 
-    def predict(self, input: Any) -> Any:
+    def predict(self, input: ArrayLike) -> Any:
         """Return the most probable class of each row.
 
         Args:

@@ -182,7 +182,7 @@ class Sequential(Module):
         _renumber(self, modules)
         return self
 
-    def pop(self, key: Any) -> Module:
+    def pop(self, key: int | slice) -> Module:
         """Remove the module at a position and return it."""
         module = self[key]
         del self[key]
@@ -255,7 +255,7 @@ class ModuleList(Module):
         self.add_module(str(len(self)), _require_module(module, "ModuleList"))
         return self
 
-    def pop(self, key: Any) -> Any:
+    def pop(self, key: int) -> Module:
         """Remove the module at a position and return it."""
         module = self[key]
         del self[key]
@@ -441,7 +441,7 @@ class ParameterList(Module):
     def __iadd__(self, values: Iterable[Any]) -> Self:
         return self.extend(values)
 
-    def append(self, value: Any) -> Self:
+    def append(self, value: object) -> Self:
         """Add an element at the end, and return the container."""
         setattr(self, str(self._size), _as_parameter(value))
         self._size += 1

@@ -7,6 +7,7 @@ import warnings
 from typing import Any
 
 import numpy as np
+from jax.typing import ArrayLike, DTypeLike
 
 from statefulnn import init
 from statefulnn.core.box import unwrap
@@ -14,6 +15,7 @@ from statefulnn.core.errors import explain
 from statefulnn.core.generator import next_key
 from statefulnn.core.module import Module
 from statefulnn.core.parameter import Parameter
+from statefulnn.core.placement import DeviceLike
 from statefulnn.functional._checks import array, require_rank
 from statefulnn.functional.packed import (
     PackedSequence,
@@ -73,8 +75,8 @@ class RNNBase(Module):
         dropout: float = 0.0,
         bidirectional: bool = False,
         proj_size: int = 0,
-        device: Any = None,
-        dtype: Any = None,
+        device: DeviceLike | None = None,
+        dtype: DTypeLike | None = None,
     ) -> None:
         super().__init__()
         _check_options(
@@ -146,7 +148,7 @@ class RNNBase(Module):
             layers.append(layer)
         return layers
 
-    def forward(self, input: Any, hx: Any = None, lengths: Any = None) -> tuple[Any, Any]:
+    def forward(self, input: ArrayLike, hx: Any = None, lengths: Any = None) -> tuple[Any, Any]:
         packed = isinstance(input, PackedSequence)
         # Drawn even for a single layer only if there is something to drop.
         drops = self.training and self.dropout > 0 and self.num_layers > 1
@@ -360,8 +362,8 @@ class RNN(RNNBase):
         batch_first: bool = False,
         dropout: float = 0.0,
         bidirectional: bool = False,
-        device: Any = None,
-        dtype: Any = None,
+        device: DeviceLike | None = None,
+        dtype: DTypeLike | None = None,
         *,
         proj_size: int = 0,
     ) -> None:
@@ -436,8 +438,8 @@ class LSTM(RNNBase):
         dropout: float = 0.0,
         bidirectional: bool = False,
         proj_size: int = 0,
-        device: Any = None,
-        dtype: Any = None,
+        device: DeviceLike | None = None,
+        dtype: DTypeLike | None = None,
     ) -> None:
         super().__init__(
             "LSTM",
@@ -507,8 +509,8 @@ class GRU(RNNBase):
         batch_first: bool = False,
         dropout: float = 0.0,
         bidirectional: bool = False,
-        device: Any = None,
-        dtype: Any = None,
+        device: DeviceLike | None = None,
+        dtype: DTypeLike | None = None,
         *,
         proj_size: int = 0,
     ) -> None:

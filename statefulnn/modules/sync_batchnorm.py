@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Hashable
 from typing import Any
 
+import jax
 import numpy as np
+from jax.typing import ArrayLike, DTypeLike
 
 from statefulnn.core.errors import ShapeError, explain
 from statefulnn.core.module import Module
+from statefulnn.core.placement import DeviceLike
 from statefulnn.modules.batchnorm import _BatchNorm
 
 
@@ -61,8 +64,8 @@ class SyncBatchNorm(_BatchNorm):
         affine: bool = True,
         track_running_stats: bool = True,
         process_group: Any = None,
-        device: Any = None,
-        dtype: Any = None,
+        device: DeviceLike | None = None,
+        dtype: DTypeLike | None = None,
         *,
         bias: bool = True,
         axis_name: Hashable = None,
@@ -73,7 +76,7 @@ class SyncBatchNorm(_BatchNorm):
         self.process_group = process_group
         self.axis_name = axis_name
 
-    def forward(self, input: Any) -> Any:
+    def forward(self, input: ArrayLike) -> jax.Array:
         self._check_input_dim(input)
         return self._normalised(input, self.axis_name if self.training else None)
 

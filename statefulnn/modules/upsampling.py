@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import jax
+from jax.typing import ArrayLike
+
 from statefulnn import functional as F
 from statefulnn.core.module import Module
 
@@ -50,7 +53,7 @@ class Upsample(Module):
         self.align_corners = align_corners
         self.recompute_scale_factor = recompute_scale_factor
 
-    def forward(self, input: Any) -> Any:
+    def forward(self, input: ArrayLike) -> jax.Array:
         return F.interpolate(
             input,
             self.size,
