@@ -76,7 +76,9 @@ class Ensemble(Module):
 
     stack: Any
 
-    def __init__(self, make_member: Callable[[], Module], n: int, *, rng: Any = None) -> None:
+    def __init__(
+        self, make_member: Callable[[], Module], n: int, *, rng: jax.Array | None = None
+    ) -> None:
         super().__init__()
         check_factory(make_member)
         n = operator.index(n)
@@ -125,7 +127,7 @@ class Ensemble(Module):
     # ----------------------------------------------------------------------------------------------
     # Calls
 
-    def forward(self, *inputs: Any, in_axes: Any = None, **kwargs: Any) -> Any:
+    def forward(self, *inputs: object, in_axes: Any = None, **kwargs: object) -> Any:
         """Call every member.
 
         Args:
@@ -143,7 +145,7 @@ class Ensemble(Module):
         return self.map(call_module, *inputs, in_axes=in_axes, **kwargs)
 
     def map(
-        self, fn: Callable[..., Any], /, *inputs: Any, in_axes: Any = None, **kwargs: Any
+        self, fn: Callable[..., Any], /, *inputs: object, in_axes: Any = None, **kwargs: object
     ) -> Any:
         """Call a function with every member, such as one that computes a member's loss.
 
@@ -182,7 +184,9 @@ class Ensemble(Module):
         in_axes = (0, *(axes[j] for j in own))
         return vmap(lane, in_axes=in_axes)(self.stack, *(inputs[j] for j in own))
 
-    def mean(self, *inputs: Any, of: Callable[[Any], Any] | None = None, **kwargs: Any) -> Any:
+    def mean(
+        self, *inputs: object, of: Callable[[Any], Any] | None = None, **kwargs: object
+    ) -> Any:
         """Return the mean of the members' outputs.
 
         Args:
@@ -201,7 +205,9 @@ class Ensemble(Module):
         """
         return jax.tree.map(lambda v: v.mean(0), self._outputs(inputs, of, kwargs))
 
-    def variance(self, *inputs: Any, of: Callable[[Any], Any] | None = None, **kwargs: Any) -> Any:
+    def variance(
+        self, *inputs: object, of: Callable[[Any], Any] | None = None, **kwargs: object
+    ) -> Any:
         """Return the variance of the outputs over the members, the mean squared distance from `mean`.
 
         Args:
@@ -215,7 +221,7 @@ class Ensemble(Module):
         outputs = self(*inputs, **kwargs)
         return outputs if of is None else jax.vmap(of)(outputs)
 
-    def vote(self, *inputs: Any, dim: int = -1, **kwargs: Any) -> Any:
+    def vote(self, *inputs: object, dim: int = -1, **kwargs: object) -> jax.Array:
         """Return the class that most members choose; of several such classes the lowest, as ``torch.mode``.
 
         A member whose logits are not all numbers has no vote; where none has one, the result is -1.
@@ -238,7 +244,7 @@ class Ensemble(Module):
         """
         return _most_votes(*self._logits(inputs, dim, kwargs))
 
-    def disagreement(self, *inputs: Any, dim: int = -1, **kwargs: Any) -> Any:
+    def disagreement(self, *inputs: object, dim: int = -1, **kwargs: object) -> jax.Array:
         """Return the share of pairs of members that choose different classes, between 0 and 1.
 
         A member whose logits are not all numbers is in no pair; without any pair the result is NaN.
@@ -329,7 +335,7 @@ class Ensemble(Module):
             )
         return i % n
 
-    def apply(self, fn: Callable[[Module], Any]) -> Self:
+    def apply(self, fn: Callable[[Module], object]) -> Self:
         """Call a function on every module of every member, then on the ensemble, and return it.
 
         The function sees the modules of one member, so ``nn.init`` functions find the shapes they expect
@@ -374,7 +380,7 @@ class Ensemble(Module):
 
     def load_state_dict(
         self,
-        state_dict: Mapping[str, Any] | Sequence[Mapping[str, Any]],
+        state_dict: Mapping[str, object] | Sequence[Mapping[str, object]],
         strict: bool = True,
         assign: bool = False,
     ) -> IncompatibleKeys:
@@ -395,7 +401,7 @@ class Ensemble(Module):
         return super().load_state_dict(state_dict, strict, assign)
 
     def load_member(
-        self, i: int, state_dict: Mapping[str, Any], strict: bool = True
+        self, i: int, state_dict: Mapping[str, object], strict: bool = True
     ) -> IncompatibleKeys:
         """Copy arrays by the member's own names into one member; all or nothing.
 

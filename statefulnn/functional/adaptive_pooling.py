@@ -293,7 +293,7 @@ def adaptive_max_pool1d(
 
 def adaptive_max_pool1d_with_indices(
     input: ArrayLike, output_size: Size, return_indices: bool = False
-) -> tuple[Any, Any]:
+) -> tuple[jax.Array, jax.Array]:
     """Return what `adaptive_max_pool1d` returns with ``return_indices=True``.
 
     Example:
@@ -333,7 +333,7 @@ def adaptive_max_pool2d(
 
 def adaptive_max_pool2d_with_indices(
     input: ArrayLike, output_size: OutputSize, return_indices: bool = False
-) -> tuple[Any, Any]:
+) -> tuple[jax.Array, jax.Array]:
     """Return what `adaptive_max_pool2d` returns with ``return_indices=True``.
 
     Example:
@@ -373,7 +373,7 @@ def adaptive_max_pool3d(
 
 def adaptive_max_pool3d_with_indices(
     input: ArrayLike, output_size: OutputSize, return_indices: bool = False
-) -> tuple[Any, Any]:
+) -> tuple[jax.Array, jax.Array]:
     """Return what `adaptive_max_pool3d` returns with ``return_indices=True``.
 
     Example:

@@ -296,9 +296,9 @@ def batch_norm_with_stats(
     bias: ArrayLike | None = None,
     momentum: float | None = 0.1,
     eps: float = 1e-5,
-    num_batches_tracked: Any = None,
+    num_batches_tracked: ArrayLike | None = None,
     axis_name: Hashable = None,
-) -> tuple[Any, ...]:
+) -> tuple[jax.Array, ...]:
     """Normalise each channel over the batch and return the new running statistics as well.
 
     Args:
@@ -412,7 +412,7 @@ def instance_norm_with_stats(
     bias: ArrayLike | None = None,
     momentum: float = 0.1,
     eps: float = 1e-5,
-) -> tuple[Any, Any, Any]:
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Normalise each channel of each example and return the new running statistics as well.
 
     Args:

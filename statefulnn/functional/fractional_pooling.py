@@ -167,7 +167,7 @@ def fractional_max_pool2d(
     output_size: Size | None = None,
     output_ratio: float | Sequence[float] | None = None,
     return_indices: bool = False,
-    _random_samples: Any = None,
+    _random_samples: ArrayLike | None = None,
     *,
     rng: jax.Array | None = None,
 ) -> jax.Array:
@@ -221,10 +221,10 @@ def fractional_max_pool2d_with_indices(
     output_size: Size | None = None,
     output_ratio: float | Sequence[float] | None = None,
     return_indices: bool = False,
-    _random_samples: Any = None,
+    _random_samples: ArrayLike | None = None,
     *,
     rng: jax.Array | None = None,
-) -> tuple[Any, Any]:
+) -> tuple[jax.Array, jax.Array]:
     """Return what `fractional_max_pool2d` returns with ``return_indices=True``.
 
     Example:
@@ -252,7 +252,7 @@ def fractional_max_pool3d(
     output_size: Size | None = None,
     output_ratio: float | Sequence[float] | None = None,
     return_indices: bool = False,
-    _random_samples: Any = None,
+    _random_samples: ArrayLike | None = None,
     *,
     rng: jax.Array | None = None,
 ) -> jax.Array:
@@ -306,10 +306,10 @@ def fractional_max_pool3d_with_indices(
     output_size: Size | None = None,
     output_ratio: float | Sequence[float] | None = None,
     return_indices: bool = False,
-    _random_samples: Any = None,
+    _random_samples: ArrayLike | None = None,
     *,
     rng: jax.Array | None = None,
-) -> tuple[Any, Any]:
+) -> tuple[jax.Array, jax.Array]:
     """Return what `fractional_max_pool3d` returns with ``return_indices=True``.
 
     Example:

@@ -287,7 +287,9 @@ def _affine_grid(theta: Any, size: tuple[int, ...], align_corners: bool) -> Any:
     return out
 
 
-def affine_grid(theta: Any, size: Sequence[int], align_corners: bool | None = None) -> jax.Array:
+def affine_grid(
+    theta: ArrayLike, size: Sequence[int], align_corners: bool | None = None
+) -> jax.Array:
     """Return the grid with which `grid_sample` applies an affine map.
 
     Args:

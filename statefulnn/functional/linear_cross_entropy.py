@@ -218,10 +218,10 @@ def _whole(
 
 def linear_cross_entropy(
     input: ArrayLike,
-    linear_weight: Any,
+    linear_weight: ArrayLike,
     target: ArrayLike,
     *,
-    linear_bias: Any = None,
+    linear_bias: ArrayLike | None = None,
     weight: ArrayLike | None = None,
     reduction: str = "mean",
     ignore_index: int | None = None,

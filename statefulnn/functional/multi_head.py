@@ -195,7 +195,7 @@ def multi_head_attention_forward(
     *,
     batch_first: bool = False,
     rng: jax.Array | None = None,
-) -> tuple[Any, Any]:
+) -> tuple[jax.Array, jax.Array | None]:
     """Project to queries, keys and values, attend with several heads, and project back.
 
     Args:

@@ -197,7 +197,7 @@ def _unflatten(sizes: Any, children: Any) -> PackedSequence:
 jax.tree_util.register_pytree_with_keys(PackedSequence, _flatten_with_keys, _unflatten, _flatten)
 
 
-def static_integers(values: jax.Array, name: str) -> np.ndarray:
+def static_integers(values: object, name: str) -> np.ndarray:
     """Return integers that are known while code is traced, as numpy int64 of one axis."""
     if isinstance(values, Tracer) or (
         isinstance(values, (list, tuple)) and any(isinstance(v, Tracer) for v in values)

@@ -144,7 +144,7 @@ def max_pool1d_with_indices(
     dilation: Size = 1,
     ceil_mode: bool = False,
     return_indices: bool = False,
-) -> tuple[Any, Any]:
+) -> tuple[jax.Array, jax.Array]:
     """Return what `max_pool1d` returns with ``return_indices=True``.
 
     Example:
@@ -219,7 +219,7 @@ def max_pool2d_with_indices(
     dilation: Size = 1,
     ceil_mode: bool = False,
     return_indices: bool = False,
-) -> tuple[Any, Any]:
+) -> tuple[jax.Array, jax.Array]:
     """Return what `max_pool2d` returns with ``return_indices=True``.
 
     Example:
@@ -294,7 +294,7 @@ def max_pool3d_with_indices(
     dilation: Size = 1,
     ceil_mode: bool = False,
     return_indices: bool = False,
-) -> tuple[Any, Any]:
+) -> tuple[jax.Array, jax.Array]:
     """Return what `max_pool3d` returns with ``return_indices=True``.
 
     Example:

@@ -129,7 +129,7 @@ def triplet_margin_with_distance_loss(
     positive: ArrayLike,
     negative: ArrayLike,
     *,
-    distance_function: Callable[[Any, Any], Any] | None = None,
+    distance_function: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
     margin: float = 1.0,
     swap: bool = False,
     reduction: str = "mean",

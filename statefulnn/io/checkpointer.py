@@ -19,6 +19,7 @@ import jax
 
 from statefulnn.core.errors import CheckpointError, StateDictError, explain
 from statefulnn.core.extras import import_extra
+from statefulnn.core.placement import DeviceLike
 from statefulnn.io._locks import LockFile
 from statefulnn.io._run_arrays import arrays_of, check_shapes
 from statefulnn.io._run_folder import check_files, close_at_exit, lock_of, silence
@@ -131,9 +132,9 @@ class Checkpointer:
         self,
         step: int,
         *,
-        metrics: Mapping[str, Any] | None = None,
+        metrics: Mapping[str, object] | None = None,
         force: bool = False,
-        **objects: Any,
+        **objects: object,
     ) -> bool:
         """Save objects by name, as they are at this moment.
 
@@ -275,9 +276,9 @@ class Checkpointer:
         self,
         step: int | str | None = None,
         *,
-        device: Any = None,
+        device: DeviceLike | Callable[[str, tuple[int, ...]], DeviceLike] | None = None,
         strict: bool = True,
-        **objects: Any,
+        **objects: object,
     ) -> Restored:
         """Put what was saved back into objects, in place.
 

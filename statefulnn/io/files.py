@@ -50,7 +50,7 @@ def _path(path: Any, function: str, example: str) -> Path:
 
 
 def save(
-    obj: Any,
+    obj: object,
     path: str | PathLike[str],
     *,
     names: Filter = None,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
 from jax.typing import ArrayLike, DTypeLike
 
 from statefulnn import functional as F
@@ -132,7 +133,7 @@ class MultiheadAttention(Module):
         attn_mask: ArrayLike | None = None,
         average_attn_weights: bool = True,
         is_causal: bool = False,
-    ) -> tuple[Any, Any]:
+    ) -> tuple[jax.Array, jax.Array | None]:
         return F.multi_head_attention_forward(
             query,
             key,

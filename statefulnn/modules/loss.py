@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 from jax.typing import ArrayLike
 
@@ -156,7 +154,7 @@ class PoissonNLLLoss(_Loss):
         self.full = full
         self.eps = eps
 
-    def forward(self, log_input: Any, target: ArrayLike) -> jax.Array:
+    def forward(self, log_input: ArrayLike, target: ArrayLike) -> jax.Array:
         return F.poisson_nll_loss(
             log_input,
             target,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 from jax.typing import ArrayLike
@@ -279,7 +278,7 @@ class TripletMarginWithDistanceLoss(_Loss):
     def __init__(
         self,
         *,
-        distance_function: Callable[[Any, Any], Any] | None = None,
+        distance_function: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
         margin: float = 1.0,
         swap: bool = False,
         reduction: str = "mean",

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import numbers
 import warnings
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
+import jax
 import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
@@ -25,6 +27,13 @@ from statefulnn.functional.packed import (
     places,
 )
 from statefulnn.functional.recurrent import KINDS, recurrent
+
+# For each sequence, how many steps it has.
+Lengths: TypeAlias = ArrayLike | Sequence[int]
+# Hidden state and cell state of an LSTM.
+StatePair: TypeAlias = tuple[ArrayLike, ArrayLike]
+# Sequences come out as they went in.
+Steps = TypeVar("Steps", jax.Array, np.ndarray, PackedSequence)
 
 _ROLES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")
 
@@ -148,7 +157,12 @@ class RNNBase(Module):
             layers.append(layer)
         return layers
 
-    def forward(self, input: ArrayLike, hx: Any = None, lengths: Any = None) -> tuple[Any, Any]:
+    def forward(
+        self,
+        input: ArrayLike | PackedSequence,
+        hx: ArrayLike | StatePair | None = None,
+        lengths: Lengths | None = None,
+    ) -> tuple[Any, Any]:
         packed = isinstance(input, PackedSequence)
         # Drawn even for a single layer only if there is something to drop.
         drops = self.training and self.dropout > 0 and self.num_layers > 1
@@ -352,6 +366,12 @@ class RNN(RNNBase):
         ((5, 2, 4), (2, 2, 4))
     """
 
+    if TYPE_CHECKING:  # RNNBase runs it
+
+        def forward(
+            self, input: Steps, hx: ArrayLike | None = None, lengths: Lengths | None = None
+        ) -> tuple[Steps, jax.Array]: ...
+
     def __init__(
         self,
         input_size: int,
@@ -428,6 +448,12 @@ class LSTM(RNNBase):
         ((5, 2, 4), (2, 2, 2), (2, 2, 4))
     """
 
+    if TYPE_CHECKING:  # RNNBase runs it
+
+        def forward(
+            self, input: Steps, hx: StatePair | None = None, lengths: Lengths | None = None
+        ) -> tuple[Steps, tuple[jax.Array, jax.Array]]: ...
+
     def __init__(
         self,
         input_size: int,
@@ -499,6 +525,12 @@ class GRU(RNNBase):
         >>> out.shape, last.shape
         ((2, 5, 4), (1, 2, 4))
     """
+
+    if TYPE_CHECKING:  # RNNBase runs it
+
+        def forward(
+            self, input: Steps, hx: ArrayLike | None = None, lengths: Lengths | None = None
+        ) -> tuple[Steps, jax.Array]: ...
 
     def __init__(
         self,

@@ -112,7 +112,7 @@ class RNNCell(RNNCellBase):
         super().__init__(input_size, hidden_size, bias, 1, device, dtype)
         self.nonlinearity = nonlinearity
 
-    def forward(self, input: ArrayLike, hx: Any = None) -> jax.Array:
+    def forward(self, input: ArrayLike, hx: ArrayLike | None = None) -> jax.Array:
         if self.nonlinearity not in ("tanh", "relu"):
             raise RuntimeError(
                 explain(
@@ -173,7 +173,9 @@ class LSTMCell(RNNCellBase):
     ) -> None:
         super().__init__(input_size, hidden_size, bias, 4, device, dtype)
 
-    def forward(self, input: ArrayLike, hx: Any = None) -> tuple[Any, Any]:
+    def forward(
+        self, input: ArrayLike, hx: tuple[ArrayLike, ArrayLike] | None = None
+    ) -> tuple[jax.Array, jax.Array]:
         return self._step("LSTM", input, hx)
 
 
@@ -220,5 +222,5 @@ class GRUCell(RNNCellBase):
     ) -> None:
         super().__init__(input_size, hidden_size, bias, 3, device, dtype)
 
-    def forward(self, input: ArrayLike, hx: Any = None) -> jax.Array:
+    def forward(self, input: ArrayLike, hx: ArrayLike | None = None) -> jax.Array:
         return self._step("GRU", input, hx)

@@ -52,7 +52,7 @@ class Embedding(Module):
         norm_type: float = 2.0,
         scale_grad_by_freq: bool = False,
         sparse: bool = False,
-        _weight: Any = None,
+        _weight: ArrayLike | None = None,
         _freeze: bool = False,
         device: DeviceLike | None = None,
         dtype: DTypeLike | None = None,
@@ -91,7 +91,7 @@ class Embedding(Module):
     @classmethod
     def from_pretrained(
         cls,
-        embeddings: Any,
+        embeddings: ArrayLike,
         freeze: bool = True,
         padding_idx: int | None = None,
         max_norm: float | None = None,
@@ -185,7 +185,7 @@ class EmbeddingBag(Module):
         scale_grad_by_freq: bool = False,
         mode: str = "mean",
         sparse: bool = False,
-        _weight: Any = None,
+        _weight: ArrayLike | None = None,
         include_last_offset: bool = False,
         padding_idx: int | None = None,
         device: DeviceLike | None = None,
@@ -235,7 +235,7 @@ class EmbeddingBag(Module):
     @classmethod
     def from_pretrained(
         cls,
-        embeddings: Any,
+        embeddings: ArrayLike,
         freeze: bool = True,
         max_norm: float | None = None,
         norm_type: float = 2.0,

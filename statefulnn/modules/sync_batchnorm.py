@@ -63,7 +63,7 @@ class SyncBatchNorm(_BatchNorm):
         momentum: float | None = 0.1,
         affine: bool = True,
         track_running_stats: bool = True,
-        process_group: Any = None,
+        process_group: Hashable = None,
         device: DeviceLike | None = None,
         dtype: DTypeLike | None = None,
         *,
@@ -101,7 +101,7 @@ class SyncBatchNorm(_BatchNorm):
 
     @classmethod
     def convert_sync_batchnorm(
-        cls, module: Module, process_group: Any = None, *, axis_name: Hashable = None
+        cls, module: Module, process_group: Hashable = None, *, axis_name: Hashable = None
     ) -> Module:
         """Replace every BatchNorm layer in a module by a SyncBatchNorm with the same state.
 

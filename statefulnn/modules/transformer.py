@@ -529,7 +529,7 @@ class Transformer(Module):
     @staticmethod
     def generate_square_subsequent_mask(
         sz: int, device: DeviceLike | None = None, dtype: DTypeLike | None = None
-    ) -> Any:
+    ) -> jax.Array:
         """Return the causal mask ``(sz, sz)``: 0 up to the diagonal and -inf above it.
 
         Args:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 from jax.typing import ArrayLike
@@ -37,7 +36,7 @@ class Upsample(Module):
     def __init__(
         self,
         size: int | Sequence[int] | None = None,
-        scale_factor: Any = None,
+        scale_factor: float | tuple[float, ...] | list[float] | None = None,
         mode: str = "nearest",
         align_corners: bool | None = None,
         recompute_scale_factor: bool | None = None,
@@ -88,7 +87,7 @@ class UpsamplingNearest2d(Upsample):
     def __init__(
         self,
         size: int | Sequence[int] | None = None,
-        scale_factor: float | Sequence[float] | None = None,
+        scale_factor: float | tuple[float, ...] | list[float] | None = None,
     ) -> None:
         super().__init__(size, scale_factor, mode="nearest")
 
@@ -112,6 +111,6 @@ class UpsamplingBilinear2d(Upsample):
     def __init__(
         self,
         size: int | Sequence[int] | None = None,
-        scale_factor: float | Sequence[float] | None = None,
+        scale_factor: float | tuple[float, ...] | list[float] | None = None,
     ) -> None:
         super().__init__(size, scale_factor, mode="bilinear", align_corners=True)

@@ -50,7 +50,9 @@ class AuditReport:
 
 
 @shortened
-def audit(model: Module, *inputs: Any, rng: ArrayLike | None = None, **kwargs: Any) -> AuditReport:
+def audit(
+    model: Module, *inputs: object, rng: ArrayLike | None = None, **kwargs: object
+) -> AuditReport:
     """Look for parameters that never get a gradient, such as those of a layer whose output is dropped.
 
     The gradient is that of a random projection of all floating outputs, on one call with `inputs`. The
