@@ -182,7 +182,9 @@ class Optimizer(Module):
         super().__setattr__(name, value)
 
     @shortened
-    def step(self, grads: Mapping[str, Any] = types.MappingProxyType({}), **extra: Any) -> None:
+    def step(
+        self, grads: Mapping[str, object] = types.MappingProxyType({}), **extra: object
+    ) -> None:
         """Update the parameters and the slots in place.
 
         Args:

@@ -141,3 +141,18 @@ for q in net.parameters():
     assert_type(q.requires_grad_(False), nn.Parameter)
 assert_type(nn.materialize(model), nn.Sequential)
 assert_type(nn.utils.skip_init(nn.Linear, 2, 3), nn.Linear)
+
+# Layers and functions say what they give.
+assert_type(nn.Identity()("x"), str)
+assert_type(F.mse_loss(x, x), jax.Array)
+outputs, weights = nn.MultiheadAttention(2, 1)(x, x, x)
+assert_type(outputs, jax.Array)
+assert_type(weights, jax.Array | None)
+steps, (h, c) = nn.LSTM(2, 3)(x)
+assert_type(steps, jax.Array)
+assert_type(h, jax.Array)
+steps, h = nn.jit(nn.GRU(2, 3))(x)
+assert_type(h, jax.Array)
+packed, (h, c) = nn.LSTM(2, 3)(nn.utils.rnn.pack_sequence([x, x[:3]]))
+assert_type(packed, nn.utils.rnn.PackedSequence)
+assert_type(nn.init.zeros_(p), nn.Parameter)

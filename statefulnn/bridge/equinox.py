@@ -122,8 +122,8 @@ class _Equinox(Model):
 
 
 def from_equinox(
-    module: Any,
-    state: Any = None,
+    module: object,
+    state: object = None,
     *,
     axis_name: str | None = None,
     call: Callable | None = None,
@@ -264,7 +264,9 @@ class EquinoxModule(eqx.Module):
         self.inference = not module.training
         self.index = eqx.nn.StateIndex(state[0]) if mutable else None
 
-    def __call__(self, *inputs: Any, state: Any = None, key: Any = None, **kwargs: Any) -> Any:
+    def __call__(
+        self, *inputs: object, state: Any = None, key: jax.Array | None = None, **kwargs: object
+    ) -> Any:
         """Call the module; one with state takes it as the last input and returns ``(out, state)``."""
         fn: Any = self.fn
         if fn.training is self.inference:

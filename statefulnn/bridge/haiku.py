@@ -77,11 +77,11 @@ class _Haiku(Model):
 
 def from_haiku(
     transformed: Any,
-    params: Any,
-    *inputs: Any,
-    state: Any = None,
+    params: object,
+    *inputs: object,
+    state: object = None,
     mode: Any = "auto",
-    **kwargs: Any,
+    **kwargs: object,
 ) -> Module:
     """Return a transformed function of Haiku with its arrays as a module.
 

@@ -17,7 +17,7 @@ import contextlib
 import os
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any, TypeAlias, TypeGuard
+from typing import Any, TypeAlias, TypeGuard, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +29,8 @@ from statefulnn.core.compat import EAGER, current_trace
 from statefulnn.core.ownership import Scope
 from statefulnn.core.placement import anywhere
 from statefulnn.core.stamps import value_changed
+
+Out = TypeVar("Out")
 
 State: TypeAlias = jax.Array | np.ndarray  # uint32[4]: two words of key, two of counter
 Seed: TypeAlias = int | np.integer | np.ndarray | jax.Array  # an integer, or a random key
@@ -165,7 +167,7 @@ class Generator(Box):
             return (int(words[0]) << 32) | int(words[1])
         return self._seed
 
-    def get_state(self) -> Any:
+    def get_state(self) -> jax.Array:
         """Return the state, uint32[4]."""
         self._become_constant()
         return jnp.asarray(self.state)
@@ -189,7 +191,7 @@ class Generator(Box):
         self._seed = None
         return self
 
-    def next_key(self) -> Any:
+    def next_key(self) -> jax.Array:
         """Return a fresh random key and advance the stream.
 
         Raises:
@@ -197,7 +199,7 @@ class Generator(Box):
         """
         return self.drawn(advance)
 
-    def drawn(self, kernel: Callable[[State], tuple[Any, State]]) -> Any:
+    def drawn(self, kernel: Callable[[State], tuple[Out, State]]) -> Out:
         """Draw with the state, put in the one after it, and return what was drawn.
 
         Threads take turns, so that no two of them draw with the same state.
@@ -225,7 +227,7 @@ class Generator(Box):
         """Say whether the state is known here, and not a traced value."""
         return not isinstance(self._value, compat.Tracer)
 
-    def drawable_state(self) -> Any:
+    def drawable_state(self) -> State:
         """Return the state if a draw is legal here; `drawn` draws with it."""
         # Eager draws from the user's generators are always legal, and come often.
         if current_trace() is not EAGER or self._scope is not None:
@@ -317,7 +319,7 @@ def use_generator(generator: Generator | Forbidden | None) -> Iterator[None]:
         streams.current = before
 
 
-def rng_scope(key: Seed) -> contextlib.AbstractContextManager[Any]:
+def rng_scope(key: Seed) -> contextlib.AbstractContextManager[object]:
     """Make everything inside draw from a stream that starts at a key.
 
     Args:
@@ -344,7 +346,7 @@ def drawing_generator(generator: Generator | None = None) -> Generator:
     return current
 
 
-def next_key(generator: Generator | None = None) -> Any:
+def next_key(generator: Generator | None = None) -> jax.Array:
     """Return a fresh random key from the generator in force: what a layer of your own draws with.
 
     Args:
@@ -390,7 +392,7 @@ def initial_seed() -> int:
     return _default().initial_seed()
 
 
-def get_rng_state() -> Any:
+def get_rng_state() -> jax.Array:
     """Return the state of the default generator, uint32[4]; inside of `nn.jit` of the one in force."""
     return _default().get_state()
 

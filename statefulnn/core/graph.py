@@ -124,7 +124,7 @@ def unpack_shell(module: ModuleBase) -> None:
     build_clones(moduledef, leaves, scope, into=module)
 
 
-def split(module: ModuleBase) -> tuple[ModuleDef, list[Any]]:
+def split(module: ModuleBase) -> tuple[ModuleDef, list[jax.Array]]:
     """Return the static half of a module and its arrays.
 
     Args:

@@ -626,7 +626,7 @@ class Module(ModuleBase):
             raise AttributeError(f"`{name}` is not an nn.Parameter")
         return param
 
-    def get_buffer(self, target: str) -> Any:
+    def get_buffer(self, target: str) -> jax.Array:
         """Return the array of the buffer at a dotted path.
 
         Raises:
@@ -678,7 +678,7 @@ class Module(ModuleBase):
 
     def named_buffers(
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
-    ) -> Iterator[tuple[str, Any]]:
+    ) -> Iterator[tuple[str, jax.Array]]:
         """Yield (dotted name, array) of every buffer."""
         boxes = self._named_members(
             lambda m: list(m._buffers.items()), prefix, recurse, remove_duplicate
@@ -686,7 +686,7 @@ class Module(ModuleBase):
         for name, box in boxes:
             yield name, box.value
 
-    def buffers(self, recurse: bool = True) -> Iterator[Any]:
+    def buffers(self, recurse: bool = True) -> Iterator[jax.Array]:
         """Yield the arrays of the buffers, each once."""
         for _, array in self.named_buffers(recurse=recurse):
             yield array
@@ -770,7 +770,7 @@ class Module(ModuleBase):
             if param.grad is not None:
                 param.grad = None if set_to_none else jnp.zeros_like(param.grad)
 
-    def apply(self, fn: Callable[[Module], Any], *others: object) -> Self:
+    def apply(self, fn: Callable[[Module], object], *others: object) -> Self:
         """Call a function on every module, children first, and return the module."""
         if others or not callable(fn):  # as Flax has it
             raise refusals.apply_of_arrays(type(self).__name__)
@@ -907,7 +907,7 @@ class Module(ModuleBase):
 
     @shortened
     def load_state_dict(
-        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+        self, state_dict: Mapping[str, object], strict: bool = True, assign: bool = False
     ) -> _state_dict.IncompatibleKeys:
         """Copy arrays by name into parameters and buffers; all or nothing.
 
@@ -956,7 +956,7 @@ class Module(ModuleBase):
             "Reached a code path in Module.get_extra_state() that should never be called."
         )
 
-    def set_extra_state(self, state: Any) -> None:
+    def set_extra_state(self, state: object) -> None:
         """Take what `get_extra_state` gave."""
         raise RuntimeError(
             "Reached a code path in Module.set_extra_state() that should never be called."

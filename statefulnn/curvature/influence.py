@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -26,8 +27,8 @@ CURVATURES = {"ggn": ggn, "hessian": hessian, "empirical_fisher": empirical_fish
 def influence(
     model: Model,
     loss: Loss,
-    train: Any,
-    test: Any,
+    train: Iterable[object],
+    test: Iterable[object],
     *,
     damping: Scalar = 0.0,
     curvature: str = "ggn",

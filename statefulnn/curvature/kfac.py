@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,7 +30,7 @@ from statefulnn.curvature.operators import LinearOperator, Scalar, not_positive_
 def kfac(
     model: Model,
     loss: Loss,
-    data: Any,
+    data: Iterable[object],
     *,
     reduction: str = "mean",
     subset: Filter = "all",

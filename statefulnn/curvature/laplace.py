@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
+from jax.typing import ArrayLike
 
 from statefulnn.core.compat import Tracer
 from statefulnn.core.errors import MissingRngError, explain
@@ -50,7 +51,7 @@ from statefulnn.curvature._priors import (
     groups_of,
     squares,
 )
-from statefulnn.curvature.operators import check_count
+from statefulnn.curvature.operators import Scalar, check_count
 
 LIKELIHOODS = ("regression", "classification")
 STRUCTURES = ("full", "kron", "diag", "lowrank")
@@ -175,14 +176,14 @@ class Laplace:
     def fit(
         cls,
         model: Model,
-        x: Any,
-        y: Any,
+        x: object,
+        y: ArrayLike,
         *,
         likelihood: str,
         structure: str = "full",
         subset: Subset = "all",
-        prior_precision: Any = 1.0,
-        sigma: Any = 1.0,
+        prior_precision: ArrayLike | Mapping[str, ArrayLike] = 1.0,
+        sigma: Scalar = 1.0,
         batch_size: int | None = None,
         rank: int = 20,
     ) -> Laplace:
@@ -285,8 +286,8 @@ class Laplace:
 
     @shortened
     def log_marginal_likelihood(
-        self, log_prior_precision: Any = None, log_sigma: Any = None
-    ) -> Any:
+        self, log_prior_precision: ArrayLike | None = None, log_sigma: ArrayLike | None = None
+    ) -> jax.Array:
         """Return the logarithm of the evidence, to be differentiated by its arguments.
 
         With D the diagonal of the prior precisions,
@@ -381,7 +382,9 @@ class Laplace:
         return dataclasses.replace(self, prior_precision=prior, sigma=sigma)
 
     @shortened
-    def functional(self, x: Any, *, batch_size: int | None = None) -> tuple[Any, Any]:
+    def functional(
+        self, x: object, *, batch_size: int | None = None
+    ) -> tuple[jax.Array, jax.Array]:
         """Return mean and covariance of the outputs, under the linearised model.
 
         Args:
@@ -400,7 +403,7 @@ class Laplace:
         return self._on_examples(x, of_block, batch_size, "Laplace.functional")
 
     @shortened
-    def predict(self, x: Any, *, batch_size: int | None = None) -> tuple[Any, Any]:
+    def predict(self, x: object, *, batch_size: int | None = None) -> tuple[jax.Array, jax.Array]:
         """Return mean and variance of the targets of a regression, under the linearised model.
 
         Args:
@@ -420,13 +423,13 @@ class Laplace:
     @shortened
     def predict_proba(
         self,
-        x: Any,
+        x: object,
         *,
         link: str = "probit",
         samples: int = 100,
-        rng: Any = None,
+        rng: jax.Array | None = None,
         batch_size: int | None = None,
-    ) -> Any:
+    ) -> jax.Array:
         """Return the probabilities of the classes, under the linearised model.
 
         Args:
@@ -463,8 +466,13 @@ class Laplace:
 
     @shortened
     def functional_samples(
-        self, x: Any, *, rng: Any = None, samples: int = 100, batch_size: int | None = None
-    ) -> Any:
+        self,
+        x: object,
+        *,
+        rng: jax.Array | None = None,
+        samples: int = 100,
+        batch_size: int | None = None,
+    ) -> jax.Array:
         """Draw functions: the outputs of the linearised model for parameters of the posterior.
 
         A draw is one function on all of `x`: its outputs vary together, as `functional` does not tell.
@@ -503,7 +511,7 @@ class Laplace:
         return jnp.swapaxes(map_blocks(block, self._checked_inputs(x, function), batch_size), 0, 1)
 
     @shortened
-    def sample(self, rng: Any, samples: int = 1) -> Any:
+    def sample(self, rng: jax.Array, samples: int = 1) -> Any:
         """Draw parameters from the posterior.
 
         Args:
@@ -529,7 +537,7 @@ class Laplace:
         repeated = jax.tree.map(lambda p: jnp.broadcast_to(p, (samples, *p.shape)), rest)
         return with_rest(drawn, repeated)
 
-    def covariance(self) -> Any:
+    def covariance(self) -> jax.Array:
         """Return the posterior covariance of the parameters, ``(P, P)``, or its diagonal ``(P,)``.
 
         The order of the parameters is that of ``jax.flatten_util.ravel_pytree``. It is the diagonal for
@@ -541,7 +549,7 @@ class Laplace:
         root = form.root(jnp.eye(self._size(), dtype=self.eigenvalues.dtype))
         return jnp.matmul(root, root.T, precision="highest")
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, jax.Array]:
         """Return the posterior as arrays and plain data by name, without the model's code.
 
         ``nn.save(posterior, path)`` writes it; see `from_state_dict`.
@@ -549,7 +557,7 @@ class Laplace:
         return state_of(self)
 
     @classmethod
-    def from_state_dict(cls, model: Model, state: Mapping[str, Any]) -> Laplace:
+    def from_state_dict(cls, model: Model, state: Mapping[str, ArrayLike]) -> Laplace:
         """Make a posterior of what `state_dict` returned.
 
         Args:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -43,7 +43,7 @@ Loss = Callable[[Any, Any], Any]
 def hessian(
     model: Model,
     loss: Loss,
-    data: Any,
+    data: Iterable[object],
     *,
     reduction: str = "mean",
     subset: Filter = "all",
@@ -95,7 +95,7 @@ def hessian(
 def ggn(
     model: Model,
     loss: Loss,
-    data: Any,
+    data: Iterable[object],
     *,
     reduction: str = "mean",
     subset: Filter = "all",
@@ -133,7 +133,7 @@ def ggn(
 def empirical_fisher(
     model: Model,
     loss: Loss,
-    data: Any,
+    data: Iterable[object],
     *,
     reduction: str = "mean",
     subset: Filter = "all",
@@ -171,11 +171,11 @@ def empirical_fisher(
 @shortened
 def fisher(
     model: Model,
-    data: Any,
+    data: Iterable[object],
     *,
     likelihood: str = "categorical",
     samples: int | None = None,
-    rng: Any = None,
+    rng: jax.Array | None = None,
     reduction: str = "mean",
     subset: Filter = "all",
     batch_size: int | None = None,
@@ -225,7 +225,7 @@ def fisher(
 
 @shortened
 def jacobian(
-    model: Model, data: Any, *, subset: Filter = "all", batch_size: int | None = None
+    model: Model, data: Iterable[object], *, subset: Filter = "all", batch_size: int | None = None
 ) -> LinearOperator:
     """Return the Jacobian of a model's outputs by its parameters, as an operator.
 
@@ -253,7 +253,7 @@ def jacobian(
 
 @shortened
 def tangent_kernel(
-    model: Model, data: Any, *, subset: Filter = "all", batch_size: int | None = None
+    model: Model, data: Iterable[object], *, subset: Filter = "all", batch_size: int | None = None
 ) -> LinearOperator:
     """Return the neural tangent kernel ``J Jᵀ`` of a model on data, as an operator.
 

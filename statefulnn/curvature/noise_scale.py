@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from statefulnn.core.errors import ShapeError, explain
 from statefulnn.core.scaling import exponent_of, shifted
@@ -41,7 +42,7 @@ class NoiseScale(NamedTuple):
 
 
 @shortened
-def gradient_noise_scale(gradients: Any) -> NoiseScale:
+def gradient_noise_scale(gradients: object) -> NoiseScale:
     """Return the simple noise scale ``tr Σ / |G|²`` from the gradients of single examples.
 
     Batches much smaller than it lose nothing by being doubled, much larger ones gain nothing.
@@ -84,7 +85,7 @@ def gradient_noise_scale(gradients: Any) -> NoiseScale:
 
 @shortened
 def noise_scale_of(
-    loss: Callable, params: Any, *examples: Any, batch_size: int | None = None
+    loss: Callable, params: object, *examples: object, batch_size: int | None = None
 ) -> NoiseScale:
     """Return the simple noise scale of a loss; see `gradient_noise_scale`.
 
@@ -123,7 +124,7 @@ def noise_scale_of(
 
 @shortened
 def noise_scale_from_batches(
-    small_squared: Any, big_squared: Any, small: int, big: int
+    small_squared: ArrayLike, big_squared: ArrayLike, small: int, big: int
 ) -> NoiseScale:
     """Return the simple noise scale from the gradients of two batches of different size.
 

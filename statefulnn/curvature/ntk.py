@@ -35,13 +35,13 @@ OUTPUTS = ("full", "diagonal", "trace")
 @shortened
 def empirical_ntk(
     model: Model,
-    x1: Any,
-    x2: Any = None,
+    x1: object,
+    x2: object = None,
     *,
     outputs: str = "full",
     method: str = "auto",
     batch_size: int | None = None,
-) -> Any:
+) -> jax.Array:
     """Return the empirical neural tangent kernel, ``Θ(x1, x2) = J(x1) J(x2)ᵀ``.
 
     J is the Jacobian of the outputs of one example with respect to all parameters. The methods give

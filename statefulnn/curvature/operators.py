@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.tree_util import register_dataclass
+from jax.typing import ArrayLike
 
 from statefulnn.core.compat import Tracer
 from statefulnn.core.conjugate_gradients import Solver, conjugate_gradients
@@ -91,8 +92,8 @@ class LinearOperator:
     @staticmethod
     def of(
         product: Callable[[Any, Any], Any],
-        like: Any,
-        operands: Any = (),
+        like: object,
+        operands: object = (),
         *,
         symmetric: bool = False,
     ) -> LinearOperator:
@@ -153,23 +154,23 @@ class LinearOperator:
         """Shapes and dtypes of the vectors it returns."""
         return self.target.structure
 
-    def flatten(self, vector: Any) -> jax.Array:
+    def flatten(self, vector: object) -> jax.Array:
         """Return a vector that the operator takes as ``(P,)``."""
         return self.source.flatten(self.source.take(vector, False, "A.flatten(v)")[0])
 
-    def unflatten(self, flat: Any) -> Any:
+    def unflatten(self, flat: ArrayLike) -> Any:
         """Return a vector ``(P,)`` as a tree."""
         return self.source.take(flat, False, "A.unflatten(v)")[0]
 
     @shortened
-    def matvec(self, vector: Any) -> Any:
+    def matvec(self, vector: object) -> Any:
         """Return the product with one vector, a tree or flat ``(P,)``."""
         tree, flat = self.source.take(vector, False, "A @ v")
         out = self._run(tree, False)
         return self.target.flatten(out) if flat else out
 
     @shortened
-    def matmat(self, vectors: Any) -> Any:
+    def matmat(self, vectors: object) -> Any:
         """Return the products with k vectors, which are worked on together.
 
         Args:

@@ -51,7 +51,7 @@ class Clipped(NamedTuple):
 
 
 @shortened
-def clip_per_example(gradients: Any, max_norm: float, *, reduce: str = "mean") -> Clipped:
+def clip_per_example(gradients: object, max_norm: float, *, reduce: str = "mean") -> Clipped:
     """Shorten each example's gradient to a norm of at most `max_norm`, then sum or average.
 
     The norm of an example is that over all parameters together. A gradient g becomes

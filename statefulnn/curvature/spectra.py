@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.tree_util import register_dataclass
+from jax.typing import ArrayLike
 
 from statefulnn.core.errors import ConvergenceError, explain
 from statefulnn.core.generator import as_key, next_key
@@ -67,7 +68,7 @@ def eigenpairs(
     tol: float | None = 1e-5,
     basis_size: int | None = None,
     max_restarts: int = 100,
-    rng: Any = None,
+    rng: jax.Array | None = None,
 ) -> Eigenpairs:
     """Return k eigenpairs at an end of the spectrum, by Lanczos with thick restarts.
 
@@ -248,7 +249,7 @@ class SpectralDensity:
     weights: Any
     size: int = field(metadata={"static": True})
 
-    def integral(self, function: Callable[[Any], Any]) -> Estimate:
+    def integral(self, function: Callable[[jax.Array], ArrayLike]) -> Estimate:
         """Return an estimate of the trace of ``f(A)``, the sum of f over the eigenvalues.
 
         Args:
@@ -257,7 +258,7 @@ class SpectralDensity:
         each = self.size * jnp.sum(self.weights * function(self.nodes), axis=1)
         return average(each)
 
-    def density(self, x: Any, width: Any) -> Any:
+    def density(self, x: ArrayLike, width: ArrayLike) -> jax.Array:
         """Return the density of eigenvalues at places, smoothed by a Gaussian.
 
         Args:
@@ -274,7 +275,7 @@ class SpectralDensity:
 
 @shortened
 def spectral_density(
-    A: LinearOperator, *, samples: int = 10, steps: int = 30, rng: Any = None
+    A: LinearOperator, *, samples: int = 10, steps: int = 30, rng: jax.Array | None = None
 ) -> SpectralDensity:
     """Return the distribution of the eigenvalues, by stochastic Lanczos quadrature.
 
@@ -328,7 +329,9 @@ def quadrature(A: LinearOperator, probes: Any, key: Any, steps: int) -> Spectral
 
 
 @shortened
-def logdet(A: LinearOperator, *, samples: int = 10, steps: int = 30, rng: Any = None) -> Estimate:
+def logdet(
+    A: LinearOperator, *, samples: int = 10, steps: int = 30, rng: jax.Array | None = None
+) -> Estimate:
     """Return an estimate of the logarithm of the determinant, by stochastic Lanczos quadrature.
 
     Args:

@@ -25,7 +25,7 @@ DIAGONALS = ("hutchinson", "xdiag")
 
 @shortened
 def trace(
-    A: LinearOperator, *, method: str = "xtrace", samples: int = 30, rng: Any = None
+    A: LinearOperator, *, method: str = "xtrace", samples: int = 30, rng: jax.Array | None = None
 ) -> Estimate:
     """Return an unbiased estimate of the trace.
 
@@ -74,7 +74,7 @@ def trace(
 
 @shortened
 def diagonal(
-    A: LinearOperator, *, method: str = "xdiag", samples: int = 30, rng: Any = None
+    A: LinearOperator, *, method: str = "xdiag", samples: int = 30, rng: jax.Array | None = None
 ) -> Estimate:
     """Return an unbiased estimate of the diagonal.
 

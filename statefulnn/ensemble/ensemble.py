@@ -78,7 +78,9 @@ class Ensemble(Module):
     stack: Any
 
     @shortened
-    def __init__(self, make_member: Callable[[], Module], n: int, *, rng: Any = None) -> None:
+    def __init__(
+        self, make_member: Callable[[], Module], n: int, *, rng: jax.Array | None = None
+    ) -> None:
         super().__init__()
         check_factory(make_member)
         n = operator.index(n)
@@ -128,7 +130,7 @@ class Ensemble(Module):
     # ----------------------------------------------------------------------------------------------
     # Calls
 
-    def forward(self, *inputs: Any, in_axes: Any = None, **kwargs: Any) -> Any:
+    def forward(self, *inputs: object, in_axes: Any = None, **kwargs: object) -> Any:
         """Call every member.
 
         Args:
@@ -147,7 +149,7 @@ class Ensemble(Module):
 
     @shortened
     def map(
-        self, fn: Callable[..., Any], /, *inputs: Any, in_axes: Any = None, **kwargs: Any
+        self, fn: Callable[..., Any], /, *inputs: object, in_axes: Any = None, **kwargs: object
     ) -> Any:
         """Call a function with every member, such as one that computes a member's loss.
 
@@ -187,7 +189,9 @@ class Ensemble(Module):
         return vmap(lane, in_axes=in_axes)(self.stack, *(inputs[j] for j in own))
 
     @shortened
-    def mean(self, *inputs: Any, of: Callable[[Any], Any] | None = None, **kwargs: Any) -> Any:
+    def mean(
+        self, *inputs: object, of: Callable[[Any], Any] | None = None, **kwargs: object
+    ) -> Any:
         """Return the mean of the members' outputs.
 
         Args:
@@ -207,7 +211,9 @@ class Ensemble(Module):
         return jax.tree.map(lambda v: v.mean(0), self._outputs(inputs, of, kwargs))
 
     @shortened
-    def variance(self, *inputs: Any, of: Callable[[Any], Any] | None = None, **kwargs: Any) -> Any:
+    def variance(
+        self, *inputs: object, of: Callable[[Any], Any] | None = None, **kwargs: object
+    ) -> Any:
         """Return the variance of the outputs over the members, the mean squared distance from `mean`.
 
         Args:
@@ -222,7 +228,7 @@ class Ensemble(Module):
         return outputs if of is None else jax.vmap(of)(outputs)
 
     @shortened
-    def vote(self, *inputs: Any, dim: int = -1, **kwargs: Any) -> Any:
+    def vote(self, *inputs: object, dim: int = -1, **kwargs: object) -> jax.Array:
         """Return the class that most members choose; of several such classes the lowest, as ``torch.mode``.
 
         A member whose logits are not all numbers has no vote; where none has one, the result is -1.
@@ -246,7 +252,7 @@ class Ensemble(Module):
         return _most_votes(*self._logits(inputs, dim, kwargs))
 
     @shortened
-    def disagreement(self, *inputs: Any, dim: int = -1, **kwargs: Any) -> Any:
+    def disagreement(self, *inputs: object, dim: int = -1, **kwargs: object) -> jax.Array:
         """Return the share of pairs of members that choose different classes, between 0 and 1.
 
         A member whose logits are not all numbers is in no pair; without any pair the result is NaN.
@@ -339,7 +345,7 @@ class Ensemble(Module):
         return i % n
 
     @shortened
-    def apply(self, fn: Callable[[Module], Any]) -> Self:
+    def apply(self, fn: Callable[[Module], object]) -> Self:
         """Call a function on every module of every member, then on the ensemble, and return it.
 
         The function sees the modules of one member, so ``nn.init`` functions find the shapes they expect
@@ -385,7 +391,7 @@ class Ensemble(Module):
     @shortened
     def load_state_dict(
         self,
-        state_dict: Mapping[str, Any] | Sequence[Mapping[str, Any]],
+        state_dict: Mapping[str, object] | Sequence[Mapping[str, object]],
         strict: bool = True,
         assign: bool = False,
     ) -> IncompatibleKeys:
@@ -407,7 +413,7 @@ class Ensemble(Module):
 
     @shortened
     def load_member(
-        self, i: int, state_dict: Mapping[str, Any], strict: bool = True
+        self, i: int, state_dict: Mapping[str, object], strict: bool = True
     ) -> IncompatibleKeys:
         """Copy arrays by the member's own names into one member; all or nothing.
 

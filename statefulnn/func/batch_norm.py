@@ -14,7 +14,7 @@ per step       ``nn.meta.per_step(state, steps)``: a row for each inner step, as
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import TypeVar
 
 from statefulnn.core.errors import explain
 from statefulnn.core.graph import require_module
@@ -23,8 +23,10 @@ from statefulnn.modules.batchnorm import _NormBase
 
 POLICIES = ("batch", "frozen")
 
+M = TypeVar("M", bound=Module)
 
-def replace_all_batch_norm_modules_(root: Module) -> Module:
+
+def replace_all_batch_norm_modules_(root: M) -> M:
     """Make every batch normalisation in a module use the statistics of the batch only, in place.
 
     The running statistics are removed. `with_batch_norm` does the same to a copy.
@@ -51,7 +53,7 @@ def replace_all_batch_norm_modules_(root: Module) -> Module:
     return root
 
 
-def with_batch_norm(module: Any, policy: str) -> Any:
+def with_batch_norm(module: M, policy: str) -> M:
     """Return a copy of a module whose batch normalisations write nothing.
 
     Args:

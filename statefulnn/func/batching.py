@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import jax
@@ -27,7 +27,7 @@ def vmap(
     in_axes: Any = None,
     out_axes: Any = None,
     axis_size: int | None = None,
-    axis_name: Any = None,
+    axis_name: Hashable = None,
 ) -> Any:
     """Return a function that maps over an axis of its arguments, modules included.
 

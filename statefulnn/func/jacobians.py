@@ -20,7 +20,7 @@ def _all(primals: tuple) -> tuple[int, ...]:
 
 
 @shortened
-def vjp(func: Callable, *primals: Any, has_aux: bool = False) -> tuple:
+def vjp(func: Callable, *primals: object, has_aux: bool = False) -> tuple:
     """Run a function and return what pulls cotangents of its output back to its arguments.
 
     Args:
@@ -94,7 +94,7 @@ def jvp(func: Callable, primals: tuple, tangents: tuple, *, has_aux: bool = Fals
 
 
 @shortened
-def linearize(func: Callable, *primals: Any) -> tuple:
+def linearize(func: Callable, *primals: object) -> tuple:
     """Run a function and return its derivative as a function of tangents, to be used many times.
 
     Args:

@@ -8,7 +8,7 @@ function of the vector: ``jax.jit(lambda v: nn.func.hvp(loss, (params, x, y), v)
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -17,11 +17,13 @@ from statefulnn.core.errors import ShapeError, explain
 from statefulnn.core.tracebacks import shortened
 from statefulnn.transforms.differentiate import Differentiation, function_name, real_scalar
 
+Tree = TypeVar("Tree")
+
 LIKELIHOODS = ("categorical", "bernoulli", "gaussian", "poisson", "empirical")
 
 
 @shortened
-def hvp(func: Callable, primals: tuple, vector: Any) -> Any:
+def hvp(func: Callable, primals: tuple, vector: Tree) -> Tree:
     """Return the product of a loss's Hessian with a vector, forward over reverse.
 
     Args:
@@ -51,7 +53,7 @@ def hvp(func: Callable, primals: tuple, vector: Any) -> Any:
 
 
 @shortened
-def ggn_vp(func: Callable, loss: Callable, primals: tuple, vector: Any) -> Any:
+def ggn_vp(func: Callable, loss: Callable, primals: tuple, vector: Tree) -> Tree:
     """Return the product of the generalised Gauss-Newton matrix ``J' H J`` with a vector.
 
     J is the Jacobian of `func`, H the Hessian of `loss` by the outputs. For a convex loss the matrix is
@@ -88,7 +90,9 @@ def ggn_vp(func: Callable, loss: Callable, primals: tuple, vector: Any) -> Any:
 
 
 @shortened
-def fisher_vp(func: Callable, primals: tuple, vector: Any, likelihood: str = "categorical") -> Any:
+def fisher_vp(
+    func: Callable, primals: tuple, vector: Tree, likelihood: str = "categorical"
+) -> Tree:
     """Return the product of the Fisher information matrix with a vector, averaged over examples.
 
     Args:

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import ArrayLike
 
 from statefulnn.core.errors import explain
 from statefulnn.functional._checks import (
@@ -30,7 +31,7 @@ def _sigmoid(x: Any) -> Any:
     return lax.logistic(_as_float(x))
 
 
-def sigmoid(input: Any) -> Any:
+def sigmoid(input: ArrayLike) -> jax.Array:
     """Return ``1 / (1 + exp(-x))`` elementwise; integers become floats.
 
     Args:
@@ -61,7 +62,7 @@ def _logsigmoid(x: Any) -> Any:
     return _log_sigmoid(widened(x)).astype(x.dtype)
 
 
-def logsigmoid(input: Any) -> Any:
+def logsigmoid(input: ArrayLike) -> jax.Array:
     """Return ``log(sigmoid(x))`` elementwise, computed without overflow.
 
     Args:
@@ -82,7 +83,7 @@ def _tanh(x: Any) -> Any:
     return jnp.tanh(_as_float(x))
 
 
-def tanh(input: Any) -> Any:
+def tanh(input: ArrayLike) -> jax.Array:
     """Return the hyperbolic tangent elementwise; integers become floats.
 
     Args:
@@ -106,7 +107,7 @@ def _tanhshrink(x: Any) -> Any:
     return x - jnp.tanh(x)
 
 
-def tanhshrink(input: Any) -> Any:
+def tanhshrink(input: ArrayLike) -> jax.Array:
     """Return ``x - tanh(x)`` elementwise; integers become floats.
 
     Args:
@@ -130,7 +131,7 @@ def _softsign(x: Any) -> Any:
     return x / (1 + jnp.abs(x)).astype(x.dtype)
 
 
-def softsign(input: Any) -> Any:
+def softsign(input: ArrayLike) -> jax.Array:
     """Return ``x / (1 + |x|)`` elementwise; integers become floats.
 
     Args:
@@ -155,7 +156,7 @@ def _softplus(x: Any, beta: float, threshold: float) -> Any:
     return jnp.where(linear, wide, soft).astype(x.dtype)
 
 
-def softplus(input: Any, beta: float = 1.0, threshold: float = 20.0) -> Any:
+def softplus(input: ArrayLike, beta: float = 1.0, threshold: float = 20.0) -> jax.Array:
     """Return ``log(1 + exp(beta · x)) / beta`` elementwise, a smooth relu.
 
     Args:
@@ -193,7 +194,7 @@ def _gelu(x: Any, approximate: str) -> Any:
     return out.astype(x.dtype)
 
 
-def gelu(input: Any, approximate: str = "none") -> Any:
+def gelu(input: ArrayLike, approximate: str = "none") -> jax.Array:
     """Return ``x Φ(x)`` elementwise, Φ the distribution function of the normal distribution.
 
     Args:
@@ -221,7 +222,7 @@ def _silu(x: Any) -> Any:
     return (wide * lax.logistic(wide)).astype(x.dtype)
 
 
-def silu(input: Any, inplace: bool = False) -> Any:
+def silu(input: ArrayLike, inplace: bool = False) -> jax.Array:
     """Return ``x σ(x)`` elementwise, also called swish.
 
     Args:
@@ -270,7 +271,7 @@ def _mish(x: Any) -> Any:
     return _mish_of(widened(x)).astype(x.dtype)
 
 
-def mish(input: Any, inplace: bool = False) -> Any:
+def mish(input: ArrayLike, inplace: bool = False) -> jax.Array:
     """Return ``x · tanh(softplus(x))`` elementwise.
 
     Args:
@@ -300,7 +301,7 @@ def _six(like: Any) -> Any:
     return jnp.asarray(6, like.dtype)
 
 
-def hardsigmoid(input: Any, inplace: bool = False) -> Any:
+def hardsigmoid(input: ArrayLike, inplace: bool = False) -> jax.Array:
     """Return ``relu6(x + 3) / 6`` elementwise; the derivative at -3 and 3 is 0.
 
     Args:
@@ -330,7 +331,7 @@ def _hardswish(x: Any) -> Any:
     return out.astype(x.dtype)
 
 
-def hardswish(input: Any, inplace: bool = False) -> Any:
+def hardswish(input: ArrayLike, inplace: bool = False) -> jax.Array:
     """Return ``x · relu6(x + 3) / 6`` elementwise; the derivative is 0 at -3 and 1 at 3.
 
     Args:
@@ -354,7 +355,7 @@ def _shrunk(x: Any, lambd: float, shift: float, function: str) -> Any:
     return jnp.where(x > lambd, x - shift, jnp.where(x < -lambd, x + shift, rest))
 
 
-def hardshrink(input: Any, lambd: float = 0.5) -> Any:
+def hardshrink(input: ArrayLike, lambd: float = 0.5) -> jax.Array:
     """Return x where ``|x| > lambd``, and 0 elsewhere.
 
     Args:
@@ -371,7 +372,7 @@ def hardshrink(input: Any, lambd: float = 0.5) -> Any:
     return _shrunk(array(input, "input", "F.hardshrink"), lambd, 0.0, "F.hardshrink")
 
 
-def softshrink(input: Any, lambd: float = 0.5) -> Any:
+def softshrink(input: ArrayLike, lambd: float = 0.5) -> jax.Array:
     """Move x towards 0 by `lambd`, and no further than 0.
 
     Args:
@@ -419,7 +420,7 @@ def _glu(x: Any, dim: int) -> Any:
     return (first * lax.logistic(second)).astype(x.dtype)
 
 
-def glu(input: Any, dim: int = -1) -> Any:
+def glu(input: ArrayLike, dim: int = -1) -> jax.Array:
     """Return ``a σ(b)``, a and b the halves of the input along an axis.
 
     Args:

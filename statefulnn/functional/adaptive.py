@@ -28,7 +28,7 @@ def _head_logits(x: Any, head: tuple[Any, Any]) -> Any:
 
 @functools.partial(jax.jit, static_argnums=4)
 def log_prob_of_targets(
-    x: Any, target: Any, head: Any, tail: Any, cutoffs: tuple[int, ...]
+    x: jax.Array, target: jax.Array, head: Any, tail: Any, cutoffs: tuple[int, ...]
 ) -> tuple[Any, Any]:
     """Return the log-probability of each target, and the negative of their mean.
 
@@ -70,13 +70,13 @@ def _all_log_probs(x: Any, head: Any, tail: Any, first: int) -> Any:
 
 
 @functools.partial(jax.jit, static_argnums=3)
-def log_prob(x: Any, head: Any, tail: Any, first: int) -> Any:
+def log_prob(x: jax.Array, head: Any, tail: Any, first: int) -> jax.Array:
     """Return the log-probabilities of all classes, ``(N, n_classes)``; arguments as above."""
     return _all_log_probs(x, head, tail, first).astype(x.dtype)
 
 
 @functools.partial(jax.jit, static_argnums=3)
-def predict(x: Any, head: Any, tail: Any, first: int) -> Any:
+def predict(x: jax.Array, head: Any, tail: Any, first: int) -> jax.Array:
     """Return the most probable class of each row, ``(N,)``; arguments as above."""
     best = jnp.argmax(_all_log_probs(x, head, tail, first), 1)
     return best.astype(jax.dtypes.canonicalize_dtype(jnp.int64))

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.typing import ArrayLike
 
 from statefulnn.functional import _pool_lowering as lowering
 from statefulnn.functional._checks import array, numbers, rank_advice, shape_error, widened
@@ -194,7 +195,7 @@ def _max(input: Any, output_size: Any, with_indices: bool, n: int, function: str
     return _max_kernel(x, _outs(x, output_size, n, function), bool(with_indices))
 
 
-def adaptive_avg_pool1d(input: Any, output_size: Size) -> Any:
+def adaptive_avg_pool1d(input: ArrayLike, output_size: Size) -> jax.Array:
     """Take means over as many windows as asked for, which cover the input evenly.
 
     Args:
@@ -217,7 +218,7 @@ def adaptive_avg_pool1d(input: Any, output_size: Size) -> Any:
     return _avg(input, output_size, 1, "F.adaptive_avg_pool1d")
 
 
-def adaptive_avg_pool2d(input: Any, output_size: OutputSize) -> Any:
+def adaptive_avg_pool2d(input: ArrayLike, output_size: OutputSize) -> jax.Array:
     """Take means over as many windows as asked for, which cover the input evenly.
 
     Args:
@@ -240,7 +241,7 @@ def adaptive_avg_pool2d(input: Any, output_size: OutputSize) -> Any:
     return _avg(input, output_size, 2, "F.adaptive_avg_pool2d")
 
 
-def adaptive_avg_pool3d(input: Any, output_size: OutputSize) -> Any:
+def adaptive_avg_pool3d(input: ArrayLike, output_size: OutputSize) -> jax.Array:
     """Take means over as many windows as asked for, which cover the input evenly.
 
     Args:
@@ -263,7 +264,9 @@ def adaptive_avg_pool3d(input: Any, output_size: OutputSize) -> Any:
     return _avg(input, output_size, 3, "F.adaptive_avg_pool3d")
 
 
-def adaptive_max_pool1d(input: Any, output_size: Size, return_indices: bool = False) -> Any:
+def adaptive_max_pool1d(
+    input: ArrayLike, output_size: Size, return_indices: bool = False
+) -> jax.Array:
     """Take maxima over as many windows as asked for, which cover the input evenly.
 
     Args:
@@ -289,8 +292,8 @@ def adaptive_max_pool1d(input: Any, output_size: Size, return_indices: bool = Fa
 
 
 def adaptive_max_pool1d_with_indices(
-    input: Any, output_size: Size, return_indices: bool = False
-) -> tuple[Any, Any]:
+    input: ArrayLike, output_size: Size, return_indices: bool = False
+) -> tuple[jax.Array, jax.Array]:
     """Return what `adaptive_max_pool1d` returns with ``return_indices=True``.
 
     Example:
@@ -301,7 +304,9 @@ def adaptive_max_pool1d_with_indices(
     return _max(input, output_size, True, 1, "F.adaptive_max_pool1d_with_indices")
 
 
-def adaptive_max_pool2d(input: Any, output_size: OutputSize, return_indices: bool = False) -> Any:
+def adaptive_max_pool2d(
+    input: ArrayLike, output_size: OutputSize, return_indices: bool = False
+) -> jax.Array:
     """Take maxima over as many windows as asked for, which cover the input evenly.
 
     Args:
@@ -327,8 +332,8 @@ def adaptive_max_pool2d(input: Any, output_size: OutputSize, return_indices: boo
 
 
 def adaptive_max_pool2d_with_indices(
-    input: Any, output_size: OutputSize, return_indices: bool = False
-) -> tuple[Any, Any]:
+    input: ArrayLike, output_size: OutputSize, return_indices: bool = False
+) -> tuple[jax.Array, jax.Array]:
     """Return what `adaptive_max_pool2d` returns with ``return_indices=True``.
 
     Example:
@@ -339,7 +344,9 @@ def adaptive_max_pool2d_with_indices(
     return _max(input, output_size, True, 2, "F.adaptive_max_pool2d_with_indices")
 
 
-def adaptive_max_pool3d(input: Any, output_size: OutputSize, return_indices: bool = False) -> Any:
+def adaptive_max_pool3d(
+    input: ArrayLike, output_size: OutputSize, return_indices: bool = False
+) -> jax.Array:
     """Take maxima over as many windows as asked for, which cover the input evenly.
 
     Args:
@@ -365,8 +372,8 @@ def adaptive_max_pool3d(input: Any, output_size: OutputSize, return_indices: boo
 
 
 def adaptive_max_pool3d_with_indices(
-    input: Any, output_size: OutputSize, return_indices: bool = False
-) -> tuple[Any, Any]:
+    input: ArrayLike, output_size: OutputSize, return_indices: bool = False
+) -> tuple[jax.Array, jax.Array]:
     """Return what `adaptive_max_pool3d` returns with ``return_indices=True``.
 
     Example:

@@ -8,12 +8,13 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
+from jax.typing import ArrayLike, DTypeLike
 
 from statefulnn.core.box import unwrap
 from statefulnn.core.construction import allowed_backends
@@ -28,6 +29,9 @@ from statefulnn.functional._checks import (
     widened,
 )
 from statefulnn.functional.dropout import kept_factors
+
+# What a kernel gives.
+Out = TypeVar("Out")
 
 # --------------------------------------------------------------------------------------------------
 # The formula
@@ -46,7 +50,7 @@ def _accumulated(x: Any) -> Any:
     return jnp.float32 if x.dtype in LOW_PRECISION else x.dtype
 
 
-def masked_scores(form: Form, query: Any, key: Any, masks: Sequence[Any]) -> Any:
+def masked_scores(form: Form, query: jax.Array, key: jax.Array, masks: Sequence[Any]) -> jax.Array:
     """Return the masked scores ``(*, H, L, S)``, at least in float32."""
     wide = _accumulated(query)
     low = query.dtype in LOW_PRECISION
@@ -84,7 +88,7 @@ def _exponentials(scores: Any) -> tuple[Any, Any]:
 
 
 @jax.custom_jvp
-def softmax_of_scores(scores: Any) -> Any:
+def softmax_of_scores(scores: Any) -> jax.Array:
     """Return the softmax over the last axis, or 0 where everything is masked."""
     powers, total = _exponentials(scores)
     return powers / total
@@ -97,7 +101,7 @@ def _(primals: Any, tangents: Any) -> tuple[Any, Any]:
     return weights, moved - weights * jnp.sum(moved, -1, keepdims=True)
 
 
-def weighted_values(form: Form, weights: Any, value: Any) -> Any:
+def weighted_values(form: Form, weights: Any, value: jax.Array) -> jax.Array:
     """Return ``weights V``, summed at least in float32."""
     wide = _accumulated(value)
     weights = weights.astype(value.dtype)
@@ -118,7 +122,9 @@ def _by_weights(form: Form, query: Any, key: Any, value: Any, masks: Any, kept: 
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def attend(form: Form, query: Any, key: Any, value: Any, masks: Any, kept: Any) -> Any:
+def attend(
+    form: Form, query: jax.Array, key: jax.Array, value: jax.Array, masks: Any, kept: Any
+) -> jax.Array:
     """Return ``softmax(scale · Q Kᵀ + masks) V`` for arrays that fit.
 
     Args:
@@ -159,7 +165,9 @@ attend.defjvp(_attend_jvp, symbolic_zeros=True)
 # Dropout
 
 
-def with_draw(p: float, rng: Any, kernel: Callable[[Any, Any], tuple[Any, Any]]) -> Any:
+def with_draw(
+    p: float, rng: jax.Array | None, kernel: Callable[[Any, Any], tuple[Out, Any]]
+) -> Out:
     """Return what a kernel computes that may drop elements.
 
     Args:
@@ -174,7 +182,7 @@ def with_draw(p: float, rng: Any, kernel: Callable[[Any, Any], tuple[Any, Any]])
     return drawing_generator().drawn(lambda state: kernel(None, state))
 
 
-def kept_weights(key: Any, state: Any, p: Any, shape: Any, dtype: Any) -> tuple[Any, Any]:
+def kept_weights(key: Any, state: Any, p: float, shape: Any, dtype: DTypeLike) -> tuple[Any, Any]:
     """Return the factors of dropout, or None where nothing is drawn, and the state after the draw."""
     if key is None:
         if state is None:
@@ -188,7 +196,7 @@ def kept_weights(key: Any, state: Any, p: Any, shape: Any, dtype: Any) -> tuple[
 
 
 def cudnn_serves(
-    query: Any, key: Any, value: Any, form: Form, plain: bool, capability: Any
+    query: jax.Array, key: jax.Array, value: jax.Array, form: Form, plain: bool, capability: Any
 ) -> bool:
     """Say whether cuDNN's flash attention computes this, with the same result.
 
@@ -246,12 +254,12 @@ def _cudnn(form: Form, query: Any, key: Any, value: Any) -> Any:
 def attend_by_platform(
     form: Form,
     backends: frozenset[str] | None,
-    query: Any,
-    key: Any,
-    value: Any,
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
     masks: Any,
     kept: Any,
-) -> Any:
+) -> jax.Array:
     """As `attend`, by the platform's own kernel where that is as good and allowed."""
     allowed = backends is None or bool(
         backends & {"CUDNN_ATTENTION", "FLASH_ATTENTION", "EFFICIENT_ATTENTION"}
@@ -299,17 +307,17 @@ def _attention(
 
 
 def scaled_dot_product_attention(
-    query: Any,
-    key: Any,
-    value: Any,
-    attn_mask: Any = None,
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    attn_mask: ArrayLike | None = None,
     dropout_p: float = 0.0,
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
     *,
-    rng: Any = None,
-) -> Any:
+    rng: jax.Array | None = None,
+) -> jax.Array:
     """Return ``softmax(scale · Q Kᵀ + mask) V``.
 
     On NVIDIA GPUs float16 and bfloat16 without mask and dropout go to cuDNN's flash attention, which

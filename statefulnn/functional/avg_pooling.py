@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.typing import ArrayLike
 
 from statefulnn.functional import _pool_lowering as lowering
 from statefulnn.functional._checks import shape_error
@@ -21,7 +22,9 @@ def _avg_kernel(x: Any, w: lowering.Windows, count_include_pad: bool, divisor: i
     return average(x, w, count_include_pad, divisor).astype(x.dtype)
 
 
-def average(x: Any, w: lowering.Windows, count_include_pad: bool, divisor: int | None) -> Any:
+def average(
+    x: jax.Array, w: lowering.Windows, count_include_pad: bool, divisor: int | None
+) -> jax.Array:
     """Return the mean of each window, of float16 and bfloat16 inputs in float32."""
     total = lowering.sums(x, w)
     count: Any = np.asarray(1 if divisor is None else divisor)
@@ -65,13 +68,13 @@ def _avg_pool(
 
 
 def avg_pool1d(
-    input: Any,
+    input: ArrayLike,
     kernel_size: Size,
     stride: Size | None = None,
     padding: Size = 0,
     ceil_mode: bool = False,
     count_include_pad: bool = True,
-) -> Any:
+) -> jax.Array:
     """Take the mean of each window.
 
     Args:
@@ -109,14 +112,14 @@ def avg_pool1d(
 
 
 def avg_pool2d(
-    input: Any,
+    input: ArrayLike,
     kernel_size: Size,
     stride: Size | None = None,
     padding: Size = 0,
     ceil_mode: bool = False,
     count_include_pad: bool = True,
     divisor_override: int | None = None,
-) -> Any:
+) -> jax.Array:
     """Take the mean of each window.
 
     Args:
@@ -155,14 +158,14 @@ def avg_pool2d(
 
 
 def avg_pool3d(
-    input: Any,
+    input: ArrayLike,
     kernel_size: Size,
     stride: Size | None = None,
     padding: Size = 0,
     ceil_mode: bool = False,
     count_include_pad: bool = True,
     divisor_override: int | None = None,
-) -> Any:
+) -> jax.Array:
     """Take the mean of each window.
 
     Args:

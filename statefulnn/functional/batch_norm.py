@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import ArrayLike
 
 from statefulnn.core.box import Box
 from statefulnn.core.errors import StateWriteError, explain
@@ -91,9 +92,9 @@ def _require_statistics(function: str, mean: Any) -> None:
         )
 
 
-def _require_boxes(function: str, running_mean: Any, running_var: Any) -> None:
+def _require_boxes(function: str, running_mean: Any, running_var: Any) -> tuple[Any, Any]:
     if running_mean is None or (isinstance(running_mean, Box) and isinstance(running_var, Box)):
-        return
+        return running_mean, running_var
     raise StateWriteError(
         explain(
             f"{function} was given plain arrays as running statistics, and is to update them",
@@ -224,15 +225,15 @@ def _by_own_statistics(
 
 
 def batch_norm(
-    input: Any,
-    running_mean: Any,
-    running_var: Any,
-    weight: Any = None,
-    bias: Any = None,
+    input: ArrayLike,
+    running_mean: ArrayLike | None,
+    running_var: ArrayLike | None,
+    weight: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
     training: bool = False,
     momentum: float = 0.1,
     eps: float = 1e-5,
-) -> Any:
+) -> jax.Array:
     """Normalise each channel over the batch, or by running statistics.
 
     In training mode running statistics that are given as `nn.Buffer` boxes are updated in place, as
@@ -278,26 +279,26 @@ def batch_norm(
         if eps < 0:
             _require_eps(function, eps, False)
         return _by_running_statistics(x, mean, var, w, b, eps, function)
-    _require_boxes(function, running_mean, running_var)
+    boxes = _require_boxes(function, running_mean, running_var)
     out, new_mean, new_var, _ = _by_batch_statistics(
         x, mean, var, None, w, b, momentum, eps, function
     )
     if mean is not None:
-        running_mean.value, running_var.value = new_mean, new_var
+        boxes[0].value, boxes[1].value = new_mean, new_var
     return out
 
 
 def batch_norm_with_stats(
-    input: Any,
-    running_mean: Any,
-    running_var: Any,
-    weight: Any = None,
-    bias: Any = None,
+    input: ArrayLike,
+    running_mean: ArrayLike | None,
+    running_var: ArrayLike | None,
+    weight: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
     momentum: float | None = 0.1,
     eps: float = 1e-5,
-    num_batches_tracked: Any = None,
+    num_batches_tracked: ArrayLike | None = None,
     axis_name: Hashable = None,
-) -> tuple[Any, ...]:
+) -> tuple[jax.Array, ...]:
     """Normalise each channel over the batch and return the new running statistics as well.
 
     Args:
@@ -350,15 +351,15 @@ def batch_norm_with_stats(
 
 
 def instance_norm(
-    input: Any,
-    running_mean: Any = None,
-    running_var: Any = None,
-    weight: Any = None,
-    bias: Any = None,
+    input: ArrayLike,
+    running_mean: ArrayLike | None = None,
+    running_var: ArrayLike | None = None,
+    weight: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
     use_input_stats: bool = True,
     momentum: float = 0.1,
     eps: float = 1e-5,
-) -> Any:
+) -> jax.Array:
     """Normalise each channel of each example by itself, or by running statistics.
 
     Running statistics are updated where the input's own are used, as in `batch_norm`: give them as
@@ -396,22 +397,22 @@ def instance_norm(
     b = _or_none(bias, "bias", function)
     if not use_input_stats:
         return _by_running_statistics(x, mean, var, w, b, eps, function)
-    _require_boxes(function, running_mean, running_var)
+    boxes = _require_boxes(function, running_mean, running_var)
     out, new_mean, new_var = _by_own_statistics(x, mean, var, w, b, momentum, eps, function)
     if mean is not None:
-        running_mean.value, running_var.value = new_mean, new_var
+        boxes[0].value, boxes[1].value = new_mean, new_var
     return out
 
 
 def instance_norm_with_stats(
-    input: Any,
-    running_mean: Any,
-    running_var: Any,
-    weight: Any = None,
-    bias: Any = None,
+    input: ArrayLike,
+    running_mean: ArrayLike | None,
+    running_var: ArrayLike | None,
+    weight: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
     momentum: float = 0.1,
     eps: float = 1e-5,
-) -> tuple[Any, Any, Any]:
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Normalise each channel of each example and return the new running statistics as well.
 
     Args:

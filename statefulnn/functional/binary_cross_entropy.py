@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
+from jax.typing import ArrayLike
 
 from statefulnn.core.errors import explain
 from statefulnn.functional._checks import (
@@ -92,13 +93,13 @@ def _check_same_shape(x: Any, y: Any, w: Any, function: str) -> None:
 
 
 def binary_cross_entropy(
-    input: Any,
-    target: Any,
-    weight: Any = None,
+    input: ArrayLike,
+    target: ArrayLike,
+    weight: ArrayLike | None = None,
     size_average: bool | None = None,
     reduce: bool | None = None,
     reduction: str = "mean",
-) -> Any:
+) -> jax.Array:
     """Return the cross entropy between probabilities and targets from 0 to 1.
 
     ``-(target · log input + (1 - target) · log(1 - input))``, each logarithm at least -100.
@@ -160,14 +161,14 @@ def _binary_cross_entropy_with_logits(
 
 
 def binary_cross_entropy_with_logits(
-    input: Any,
-    target: Any,
-    weight: Any = None,
+    input: ArrayLike,
+    target: ArrayLike,
+    weight: ArrayLike | None = None,
     size_average: bool | None = None,
     reduce: bool | None = None,
     reduction: str = "mean",
-    pos_weight: Any = None,
-) -> Any:
+    pos_weight: ArrayLike | None = None,
+) -> jax.Array:
     """Return the binary cross entropy of ``sigmoid(input)``, without losing digits.
 
     Args:
@@ -218,13 +219,13 @@ def _multilabel_soft_margin(input: Any, target: Any, weight: Any, reduction: str
 
 
 def multilabel_soft_margin_loss(
-    input: Any,
-    target: Any,
-    weight: Any = None,
+    input: ArrayLike,
+    target: ArrayLike,
+    weight: ArrayLike | None = None,
     size_average: bool | None = None,
     reduce: bool | None = None,
     reduction: str = "mean",
-) -> Any:
+) -> jax.Array:
     """Return the binary cross entropy of logits, averaged over the last axis.
 
     Args:
@@ -264,12 +265,12 @@ def _soft_margin(input: Any, target: Any, reduction: str) -> Any:
 
 
 def soft_margin_loss(
-    input: Any,
-    target: Any,
+    input: ArrayLike,
+    target: ArrayLike,
     size_average: bool | None = None,
     reduce: bool | None = None,
     reduction: str = "mean",
-) -> Any:
+) -> jax.Array:
     """Return the logistic loss ``log(1 + exp(-target · input))``.
 
     Computed so that it does not overflow: torch's is infinite from 89 on in float32.

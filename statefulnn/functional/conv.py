@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 from jax import lax
+from jax.typing import ArrayLike
 
 from statefulnn.core.errors import explain
 from statefulnn.functional._checks import (
@@ -91,13 +92,13 @@ def _conv(
     return out if batched else out[0]
 
 
-def with_bias(out: Any, bias: Any) -> Any:
+def with_bias(out: Any, bias: jax.Array) -> jax.Array:
     """Add a bias for each channel of ``(N, C, *)``."""
     return out if bias is None else out + bias.reshape(1, -1, *(1,) * (out.ndim - 2))
 
 
 def steps(
-    x: Any, weight: Any, stride: Any, dilation: Any, spatial: int, function: str
+    x: jax.Array, weight: jax.Array, stride: Any, dilation: Any, spatial: int, function: str
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Return stride and dilation as tuples; raise unless they and the sizes are positive."""
     stride = numbers(stride, spatial, "stride", function)
@@ -130,7 +131,7 @@ def check_groups(channels: int, groups: int, does: str, given: str) -> None:
         )
 
 
-def check_bias(bias: Any, channels: int, given: str) -> None:
+def check_bias(bias: jax.Array, channels: int, given: str) -> None:
     """Raise unless there is one bias for each output channel, or none at all."""
     if bias is not None and bias.shape != (channels,):
         raise shape_error(
@@ -140,7 +141,7 @@ def check_bias(bias: Any, channels: int, given: str) -> None:
         )
 
 
-def check_axes(x: Any, weight: Any, spatial: int, function: str, layout: str) -> None:
+def check_axes(x: jax.Array, weight: jax.Array, spatial: int, function: str, layout: str) -> None:
     """Raise unless input and weight have the axes of `spatial` dimensions."""
     if weight.ndim != spatial + 2 or x.ndim not in (spatial + 1, spatial + 2):
         axes, kernel = AXES[spatial]
@@ -189,15 +190,15 @@ def padded(
 
 def conv_nd(
     spatial: int,
-    input: Any,
-    weight: Any,
-    bias: Any,
+    input: ArrayLike,
+    weight: ArrayLike,
+    bias: ArrayLike | None,
     stride: Any,
     padding: Any,
     dilation: Any,
     groups: int,
     padding_mode: str = "zeros",
-) -> Any:
+) -> jax.Array:
     """Convolve over `spatial` axes; `conv1d` to `conv3d` are this with the number filled in."""
     function = f"F.conv{spatial}d"
     x = array(input, "input", function)
@@ -209,14 +210,14 @@ def conv_nd(
 
 
 def conv1d(
-    input: Any,
-    weight: Any,
-    bias: Any = None,
+    input: ArrayLike,
+    weight: ArrayLike,
+    bias: ArrayLike | None = None,
     stride: int | Sequence[int] = 1,
     padding: int | Sequence[int] | str = 0,
     dilation: int | Sequence[int] = 1,
     groups: int = 1,
-) -> Any:
+) -> jax.Array:
     """Convolve (cross-correlate) over one axis.
 
     Args:
@@ -246,14 +247,14 @@ def conv1d(
 
 
 def conv2d(
-    input: Any,
-    weight: Any,
-    bias: Any = None,
+    input: ArrayLike,
+    weight: ArrayLike,
+    bias: ArrayLike | None = None,
     stride: int | Sequence[int] = 1,
     padding: int | Sequence[int] | str = 0,
     dilation: int | Sequence[int] = 1,
     groups: int = 1,
-) -> Any:
+) -> jax.Array:
     """Convolve (cross-correlate) over two axes.
 
     Args:
@@ -284,14 +285,14 @@ def conv2d(
 
 
 def conv3d(
-    input: Any,
-    weight: Any,
-    bias: Any = None,
+    input: ArrayLike,
+    weight: ArrayLike,
+    bias: ArrayLike | None = None,
     stride: int | Sequence[int] = 1,
     padding: int | Sequence[int] | str = 0,
     dilation: int | Sequence[int] = 1,
     groups: int = 1,
-) -> Any:
+) -> jax.Array:
     """Convolve (cross-correlate) over three axes.
 
     Args:
@@ -346,7 +347,7 @@ def _conv_tbc(x: Any, weight: Any, bias: Any, pad: int) -> Any:
     return out + bias[None, None]
 
 
-def conv_tbc(input: Any, weight: Any, bias: Any, pad: int = 0) -> Any:
+def conv_tbc(input: ArrayLike, weight: ArrayLike, bias: ArrayLike, pad: int = 0) -> jax.Array:
     """Convolve over the first axis: time, batch, channels.
 
     Args:

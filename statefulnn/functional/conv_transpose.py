@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+from jax.typing import ArrayLike
 
 from statefulnn.functional._checks import (
     array,
@@ -108,15 +109,15 @@ def transposed_sizes(
 
 def conv_transpose_nd(
     spatial: int,
-    input: Any,
-    weight: Any,
-    bias: Any,
+    input: ArrayLike,
+    weight: ArrayLike,
+    bias: ArrayLike | None,
     stride: Any,
     padding: Any,
     output_padding: Any,
     groups: int,
     dilation: Any,
-) -> Any:
+) -> jax.Array:
     """Convolve, transposed, over `spatial` axes; the public functions fill in the number."""
     function = f"F.conv_transpose{spatial}d"
     x = array(input, "input", function)
@@ -137,15 +138,15 @@ def conv_transpose_nd(
 
 
 def conv_transpose1d(
-    input: Any,
-    weight: Any,
-    bias: Any = None,
+    input: ArrayLike,
+    weight: ArrayLike,
+    bias: ArrayLike | None = None,
     stride: int | Sequence[int] = 1,
     padding: int | Sequence[int] = 0,
     output_padding: int | Sequence[int] = 0,
     groups: int = 1,
     dilation: int | Sequence[int] = 1,
-) -> Any:
+) -> jax.Array:
     """Apply a transposed convolution over one axis: a convolution's gradient by its input.
 
     Args:
@@ -180,15 +181,15 @@ def conv_transpose1d(
 
 
 def conv_transpose2d(
-    input: Any,
-    weight: Any,
-    bias: Any = None,
+    input: ArrayLike,
+    weight: ArrayLike,
+    bias: ArrayLike | None = None,
     stride: int | Sequence[int] = 1,
     padding: int | Sequence[int] = 0,
     output_padding: int | Sequence[int] = 0,
     groups: int = 1,
     dilation: int | Sequence[int] = 1,
-) -> Any:
+) -> jax.Array:
     """Apply a transposed convolution over two axes: a convolution's gradient by its input.
 
     Args:
@@ -223,15 +224,15 @@ def conv_transpose2d(
 
 
 def conv_transpose3d(
-    input: Any,
-    weight: Any,
-    bias: Any = None,
+    input: ArrayLike,
+    weight: ArrayLike,
+    bias: ArrayLike | None = None,
     stride: int | Sequence[int] = 1,
     padding: int | Sequence[int] = 0,
     output_padding: int | Sequence[int] = 0,
     groups: int = 1,
     dilation: int | Sequence[int] = 1,
-) -> Any:
+) -> jax.Array:
     """Apply a transposed convolution over three axes: a convolution's gradient by its input.
 
     Args:

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import ArrayLike, DTypeLike
 
 from statefulnn.core.errors import DtypeError, ShapeError, explain
 from statefulnn.functional._checks import (
@@ -27,7 +28,7 @@ from statefulnn.functional._losses import together
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
-def log_sum_exp(x: Any, shift: Any, axis: int) -> Any:
+def log_sum_exp(x: jax.Array, shift: Any, axis: int) -> jax.Array:
     """Return ``log Σ exp(x - shift)`` along an axis, with the softmax as its derivative.
 
     The rule computes the softmax from `x` again: the exponentials need not be kept for it, which for a
@@ -46,7 +47,7 @@ def _log_sum_exp_jvp(axis: int, primals: Any, tangents: Any) -> tuple[Any, Any]:
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
-def picked(x: Any, label: Any, axis: int) -> Any:
+def picked(x: jax.Array, label: Any, axis: int) -> jax.Array:
     """Return the entry at each label along an axis, NaN where there is none.
 
     The derivative is a choice between the cotangent and 0 at each entry, which fuses with what comes
@@ -66,7 +67,7 @@ def _picked_jvp(axis: int, primals: Any, tangents: Any) -> tuple[Any, Any]:
     return picked(x, label, axis), jnp.sum(jnp.where(here, tangents[0], 0), axis)
 
 
-def labels_of(target: Any, ignore_index: int, classes: int) -> tuple[Any, Any]:
+def labels_of(target: jax.Array, ignore_index: int, classes: int) -> tuple[Any, Any]:
     """Return class numbers to look up, and where they are ignored.
 
     A class that does not exist makes the loss NaN; a negative one must not count from the end.
@@ -76,7 +77,7 @@ def labels_of(target: Any, ignore_index: int, classes: int) -> tuple[Any, Any]:
     return jnp.where(label < 0, classes, label), ignored
 
 
-def shares_of(label: Any, ignored: Any, weight: Any, dtype: Any) -> Any:
+def shares_of(label: Any, ignored: Any, weight: jax.Array | None, dtype: DTypeLike) -> jax.Array:
     """Return the weight of each label, 0 where it is ignored."""
     share = jnp.ones((), dtype)
     if weight is not None:
@@ -84,7 +85,7 @@ def shares_of(label: Any, ignored: Any, weight: Any, dtype: Any) -> Any:
     return jnp.where(ignored, jnp.zeros((), dtype), share)
 
 
-def weighted(loss: Any, share: Any, reduction: str) -> Any:
+def weighted(loss: Any, share: Any, reduction: str) -> jax.Array:
     """Reduce losses that are weighted already; the mean is over the weights."""
     if reduction == "mean":
         return jnp.sum(loss) / jnp.sum(share)
@@ -171,8 +172,8 @@ def _target_of_other_shape(x: Any, y: Any, function: str) -> ShapeError:
 
 
 def check_classes(
-    x: Any,
-    target: Any,
+    x: jax.Array,
+    target: jax.Array,
     ignore_index: int | None,
     function: str,
     error: type[Exception] = IndexError,
@@ -225,7 +226,12 @@ def _cross_entropy_indices(
 
 
 def losses_of_classes(
-    logits: Any, target: Any, weight: Any, ignore_index: int, smoothing: float, axis: int
+    logits: jax.Array,
+    target: jax.Array,
+    weight: jax.Array | None,
+    ignore_index: int,
+    smoothing: float,
+    axis: int,
 ) -> tuple[Any, Any]:
     """Return the weighted cross entropy of each target, and its weight."""
     classes = logits.shape[axis]
@@ -269,15 +275,15 @@ def _cross_entropy_probabilities(
 
 
 def cross_entropy(
-    input: Any,
-    target: Any,
-    weight: Any = None,
+    input: ArrayLike,
+    target: ArrayLike,
+    weight: ArrayLike | None = None,
     size_average: bool | None = None,
     ignore_index: int = -100,
     reduce: bool | None = None,
     reduction: str = "mean",
     label_smoothing: float = 0.0,
-) -> Any:
+) -> jax.Array:
     """Return the cross entropy between logits and classes or class probabilities.
 
     Args:
@@ -365,14 +371,14 @@ def _nll(input: Any, target: Any, weight: Any, ignore_index: int, reduction: str
 
 
 def nll_loss(
-    input: Any,
-    target: Any,
-    weight: Any = None,
+    input: ArrayLike,
+    target: ArrayLike,
+    weight: ArrayLike | None = None,
     size_average: bool | None = None,
     ignore_index: int = -100,
     reduce: bool | None = None,
     reduction: str = "mean",
-) -> Any:
+) -> jax.Array:
     """Return the negative log likelihood of classes, given log-probabilities.
 
     Args:

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.typing import ArrayLike
 
 from statefulnn.core.errors import DtypeError, explain
 from statefulnn.functional._checks import (
@@ -24,7 +25,7 @@ from statefulnn.functional._checks import (
 from statefulnn.functional._losses import signum, together
 
 
-def p_norm(x: Any, p: float, axes: tuple[int, ...], function: str) -> Any:
+def p_norm(x: jax.Array, p: float, axes: tuple[int, ...], function: str) -> jax.Array:
     """Return the p-norm over axes, which stay with size 1; where it is 0, so is its derivative.
 
     Args:
@@ -117,7 +118,7 @@ def _cosine_similarity(x1: Any, x2: Any, dim: int, eps: float) -> Any:
     return jnp.sum(scaled(x1) * scaled(x2), axes).astype(dtype)
 
 
-def cosine_similarity(x1: Any, x2: Any, dim: int = 1, eps: float = 1e-8) -> Any:
+def cosine_similarity(x1: ArrayLike, x2: ArrayLike, dim: int = 1, eps: float = 1e-8) -> jax.Array:
     """Return the cosine of the angle between vectors, ``x1 · x2 / (‖x1‖ ‖x2‖)``.
 
     Args:
@@ -155,8 +156,8 @@ def _pairwise_distance(x1: Any, x2: Any, p: float, eps: float, keepdim: bool) ->
 
 
 def pairwise_distance(
-    x1: Any, x2: Any, p: float = 2.0, eps: float = 1e-6, keepdim: bool = False
-) -> Any:
+    x1: ArrayLike, x2: ArrayLike, p: float = 2.0, eps: float = 1e-6, keepdim: bool = False
+) -> jax.Array:
     """Return the p-norm of ``x1 - x2 + eps`` over the last axis.
 
     Args:
@@ -241,7 +242,7 @@ def _pdist(x: Any, p: float) -> Any:
     return out.astype(x.dtype)
 
 
-def pdist(input: Any, p: float = 2.0) -> Any:
+def pdist(input: ArrayLike, p: float = 2.0) -> jax.Array:
     """Return the distances between all pairs of rows.
 
     Args:
@@ -285,12 +286,12 @@ def _normalize(x: Any, p: float, dim: Any, eps: float) -> Any:
 
 
 def normalize(
-    input: Any,
+    input: ArrayLike,
     p: float = 2.0,
     dim: int | Sequence[int] = 1,
     eps: float = 1e-12,
     out: None = None,
-) -> Any:
+) -> jax.Array:
     """Divide vectors by their p-norm.
 
     Args:

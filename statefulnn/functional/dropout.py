@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike, DTypeLike
 
 from statefulnn.core.errors import ArgumentError, explain
 from statefulnn.core.threefry import traced_unit
@@ -21,14 +22,16 @@ def _kept(key: Any, shape: Sequence[int], p: Any) -> Any:
     return traced_unit(key, shape) < 1 - jnp.asarray(p, jnp.float32)
 
 
-def kept_factors(key: Any, shape: Sequence[int], p: Any, dtype: Any) -> Any:
+def kept_factors(key: jax.Array, shape: Sequence[int], p: float, dtype: DTypeLike) -> jax.Array:
     """Draw what dropout multiplies by: 0 with probability `p`, else ``1 / (1 - p)``."""
     keep = 1 - jnp.asarray(p, jnp.float32)
     scale = jnp.where(keep > 0, 1 / keep, 0)
     return jnp.where(_kept(key, shape, p), scale, 0).astype(dtype)
 
 
-def dropped(x: Any, key: Any, p: Any, shape: Sequence[int] | None = None) -> Any:
+def dropped(
+    x: jax.Array, key: jax.Array, p: float, shape: Sequence[int] | None = None
+) -> jax.Array:
     """Return x with elements dropped; of a smaller shape that is broadcast, whole parts of it."""
     # A product, not a choice: what is not a number stays visible where it is dropped.
     return x * kept_factors(key, x.shape if shape is None else shape, p, x.dtype)
@@ -100,8 +103,13 @@ def _checked(input: Any, p: float, training: Any, function: str) -> tuple[Any, A
 
 
 def dropout(
-    input: Any, p: float = 0.5, training: bool = True, inplace: bool = False, *, rng: Any = None
-) -> Any:
+    input: ArrayLike,
+    p: float = 0.5,
+    training: bool = True,
+    inplace: bool = False,
+    *,
+    rng: jax.Array | None = None,
+) -> jax.Array:
     """Set elements to zero with probability `p`, and divide the others by ``1 - p``.
 
     Args:
@@ -148,8 +156,13 @@ def _without_channels(
 
 
 def dropout1d(
-    input: Any, p: float = 0.5, training: bool = True, inplace: bool = False, *, rng: Any = None
-) -> Any:
+    input: ArrayLike,
+    p: float = 0.5,
+    training: bool = True,
+    inplace: bool = False,
+    *,
+    rng: jax.Array | None = None,
+) -> jax.Array:
     """Set whole channels to zero with probability `p`, and divide the others by ``1 - p``.
 
     Args:
@@ -193,8 +206,13 @@ def _odd_rank(function: str, ndim: int, usual: str) -> None:
 
 
 def dropout2d(
-    input: Any, p: float = 0.5, training: bool = True, inplace: bool = False, *, rng: Any = None
-) -> Any:
+    input: ArrayLike,
+    p: float = 0.5,
+    training: bool = True,
+    inplace: bool = False,
+    *,
+    rng: jax.Array | None = None,
+) -> jax.Array:
     """Set whole channels to zero with probability `p`, and divide the others by ``1 - p``.
 
     An input of three axes is taken as ``(N, C, L)``, with a warning, as torch does.
@@ -234,8 +252,13 @@ def dropout2d(
 
 
 def dropout3d(
-    input: Any, p: float = 0.5, training: bool = True, inplace: bool = False, *, rng: Any = None
-) -> Any:
+    input: ArrayLike,
+    p: float = 0.5,
+    training: bool = True,
+    inplace: bool = False,
+    *,
+    rng: jax.Array | None = None,
+) -> jax.Array:
     """Set whole channels to zero with probability `p`, and divide the others by ``1 - p``.
 
     Args:
@@ -264,8 +287,13 @@ def dropout3d(
 
 
 def alpha_dropout(
-    input: Any, p: float = 0.5, training: bool = False, inplace: bool = False, *, rng: Any = None
-) -> Any:
+    input: ArrayLike,
+    p: float = 0.5,
+    training: bool = False,
+    inplace: bool = False,
+    *,
+    rng: jax.Array | None = None,
+) -> jax.Array:
     """Drop elements with probability `p` in a way that keeps mean 0 and variance 1, for `selu`.
 
     A dropped element is set to the negative limit of selu, and then all are scaled and shifted.
@@ -300,8 +328,13 @@ def alpha_dropout(
 
 
 def feature_alpha_dropout(
-    input: Any, p: float = 0.5, training: bool = False, inplace: bool = False, *, rng: Any = None
-) -> Any:
+    input: ArrayLike,
+    p: float = 0.5,
+    training: bool = False,
+    inplace: bool = False,
+    *,
+    rng: jax.Array | None = None,
+) -> jax.Array:
     """Drop whole channels with probability `p` in a way that keeps mean 0 and variance 1.
 
     Args:

@@ -8,13 +8,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import ArrayLike
 
 from statefulnn.core.box import Box
 from statefulnn.core.errors import DtypeError, StateWriteError, explain
 from statefulnn.functional._checks import array, concrete_on_cpu, require_rank
 
 
-def rows_of(input: Any, weight: Any, by_frequency: bool) -> Any:
+def rows_of(input: jax.Array, weight: jax.Array, by_frequency: bool) -> jax.Array:
     """Return the rows of a table, NaN where there is none; their gradients by frequency or plain."""
     num_rows = weight.shape[0]
     # Rows that do not exist read as NaN rather than as the nearest row: a wrong index shows. Negative
@@ -61,8 +62,8 @@ def _renormalised(input: Any, weight: Any, max_norm: float, norm_type: float) ->
 
 
 def renormalise(
-    input: Any, table: Any, box: Any, max_norm: float, norm_type: float, function: str
-) -> Any:
+    input: jax.Array, table: Any, box: Any, max_norm: float, norm_type: float, function: str
+) -> jax.Array:
     """Shrink the used rows of a table that are too long, in its box, and return the table."""
     if not isinstance(box, Box):
         raise StateWriteError(
@@ -77,14 +78,14 @@ def renormalise(
 
 
 def embedding(
-    input: Any,
-    weight: Any,
+    input: ArrayLike,
+    weight: ArrayLike,
     padding_idx: int | None = None,
     max_norm: float | None = None,
     norm_type: float = 2.0,
     scale_grad_by_freq: bool = False,
     sparse: bool = False,
-) -> Any:
+) -> jax.Array:
     """Look up rows of a table.
 
     Args:

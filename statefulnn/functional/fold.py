@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import ArrayLike
 
 from statefulnn.functional._checks import array, numbers, shape_error
 from statefulnn.functional.conv import static
@@ -87,12 +88,12 @@ def _unfold(x: Any, kernel: Any, dilation: Any, padding: Any, stride: Any) -> An
 
 
 def unfold(
-    input: Any,
+    input: ArrayLike,
     kernel_size: int | Sequence[int],
     dilation: int | Sequence[int] = 1,
     padding: int | Sequence[int] = 0,
     stride: int | Sequence[int] = 1,
-) -> Any:
+) -> jax.Array:
     """Lay the sliding blocks of an image side by side, each as a column.
 
     Args:
@@ -172,13 +173,13 @@ def _overlapped(
 
 
 def fold(
-    input: Any,
+    input: ArrayLike,
     output_size: int | Sequence[int],
     kernel_size: int | Sequence[int],
     dilation: int | Sequence[int] = 1,
     padding: int | Sequence[int] = 0,
     stride: int | Sequence[int] = 1,
-) -> Any:
+) -> jax.Array:
     """Put sliding blocks back into an image, and add where they overlap.
 
     Args:

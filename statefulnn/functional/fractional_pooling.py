@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.typing import ArrayLike
 
 from statefulnn.core.box import unwrap
 from statefulnn.core.errors import DtypeError, explain
@@ -161,15 +162,15 @@ def _checked_samples(samples: Any, x: Any, n: int, function: str) -> Any:
 
 
 def fractional_max_pool2d(
-    input: Any,
+    input: ArrayLike,
     kernel_size: Size,
     output_size: Size | None = None,
     output_ratio: float | Sequence[float] | None = None,
     return_indices: bool = False,
-    _random_samples: Any = None,
+    _random_samples: ArrayLike | None = None,
     *,
-    rng: Any = None,
-) -> Any:
+    rng: jax.Array | None = None,
+) -> jax.Array:
     """Take the largest element of each of randomly placed, overlapping windows.
 
     The distances between windows are 1 and 2, or other neighbouring numbers, in a random order, so
@@ -215,15 +216,15 @@ def fractional_max_pool2d(
 
 
 def fractional_max_pool2d_with_indices(
-    input: Any,
+    input: ArrayLike,
     kernel_size: Size,
     output_size: Size | None = None,
     output_ratio: float | Sequence[float] | None = None,
     return_indices: bool = False,
-    _random_samples: Any = None,
+    _random_samples: ArrayLike | None = None,
     *,
-    rng: Any = None,
-) -> tuple[Any, Any]:
+    rng: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array]:
     """Return what `fractional_max_pool2d` returns with ``return_indices=True``.
 
     Example:
@@ -246,15 +247,15 @@ def fractional_max_pool2d_with_indices(
 
 
 def fractional_max_pool3d(
-    input: Any,
+    input: ArrayLike,
     kernel_size: Size,
     output_size: Size | None = None,
     output_ratio: float | Sequence[float] | None = None,
     return_indices: bool = False,
-    _random_samples: Any = None,
+    _random_samples: ArrayLike | None = None,
     *,
-    rng: Any = None,
-) -> Any:
+    rng: jax.Array | None = None,
+) -> jax.Array:
     """Take the largest element of each of randomly placed, overlapping windows.
 
     The distances between windows are 1 and 2, or other neighbouring numbers, in a random order, so
@@ -300,15 +301,15 @@ def fractional_max_pool3d(
 
 
 def fractional_max_pool3d_with_indices(
-    input: Any,
+    input: ArrayLike,
     kernel_size: Size,
     output_size: Size | None = None,
     output_ratio: float | Sequence[float] | None = None,
     return_indices: bool = False,
-    _random_samples: Any = None,
+    _random_samples: ArrayLike | None = None,
     *,
-    rng: Any = None,
-) -> tuple[Any, Any]:
+    rng: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array]:
     """Return what `fractional_max_pool3d` returns with ``return_indices=True``.
 
     Example:

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.typing import ArrayLike
 
 from statefulnn.core.errors import DtypeError, explain
 from statefulnn.functional._checks import (
@@ -199,12 +200,12 @@ def _aligned(align_corners: bool | None, function: str) -> bool:
 
 
 def grid_sample(
-    input: Any,
-    grid: Any,
+    input: ArrayLike,
+    grid: ArrayLike,
     mode: str = "bilinear",
     padding_mode: str = "zeros",
     align_corners: bool | None = None,
-) -> Any:
+) -> jax.Array:
     """Sample images or volumes at positions between their pixels.
 
     Args:
@@ -286,7 +287,9 @@ def _affine_grid(theta: Any, size: tuple[int, ...], align_corners: bool) -> Any:
     return out
 
 
-def affine_grid(theta: Any, size: Sequence[int], align_corners: bool | None = None) -> Any:
+def affine_grid(
+    theta: ArrayLike, size: Sequence[int], align_corners: bool | None = None
+) -> jax.Array:
     """Return the grid with which `grid_sample` applies an affine map.
 
     Args:

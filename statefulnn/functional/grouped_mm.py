@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.typing import ArrayLike, DTypeLike
 
 from statefulnn.core.errors import DtypeError, explain
 from statefulnn.functional._checks import array, require_float, require_same_dtype, shape_error
@@ -75,8 +76,13 @@ def _check(a: Any, b: Any, offs: Any) -> None:
 
 
 def grouped_mm(
-    mat_a: Any, mat_b: Any, *, offs: Any = None, bias: None = None, out_dtype: Any = None
-) -> Any:
+    mat_a: ArrayLike,
+    mat_b: ArrayLike,
+    *,
+    offs: ArrayLike | None = None,
+    bias: None = None,
+    out_dtype: DTypeLike | None = None,
+) -> jax.Array:
     """Multiply matrices group by group, the groups of different sizes lying one after another.
 
     Args:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+import jax
+from jax.typing import ArrayLike
 
 from statefulnn.functional.rectifier import (
     celu,
@@ -16,7 +17,7 @@ from statefulnn.functional.rectifier import (
 from statefulnn.functional.rectifier import threshold as _threshold
 
 
-def relu_(input: Any) -> Any:
+def relu_(input: ArrayLike) -> jax.Array:
     """Return `relu` of the input as a new array; the input stays as it is.
 
     Args:
@@ -32,7 +33,7 @@ def relu_(input: Any) -> Any:
     return relu(input)
 
 
-def threshold_(input: Any, threshold: float, value: float) -> Any:
+def threshold_(input: ArrayLike, threshold: float, value: float) -> jax.Array:
     """Return `threshold` of the input as a new array; the input stays as it is.
 
     Args:
@@ -50,7 +51,7 @@ def threshold_(input: Any, threshold: float, value: float) -> Any:
     return _threshold(input, threshold, value)
 
 
-def hardtanh_(input: Any, min_val: float = -1.0, max_val: float = 1.0) -> Any:
+def hardtanh_(input: ArrayLike, min_val: float = -1.0, max_val: float = 1.0) -> jax.Array:
     """Return `hardtanh` of the input as a new array; the input stays as it is.
 
     Args:
@@ -68,7 +69,7 @@ def hardtanh_(input: Any, min_val: float = -1.0, max_val: float = 1.0) -> Any:
     return hardtanh(input, min_val, max_val)
 
 
-def leaky_relu_(input: Any, negative_slope: float = 0.01) -> Any:
+def leaky_relu_(input: ArrayLike, negative_slope: float = 0.01) -> jax.Array:
     """Return `leaky_relu` of the input as a new array; the input stays as it is.
 
     Args:
@@ -86,13 +87,13 @@ def leaky_relu_(input: Any, negative_slope: float = 0.01) -> Any:
 
 
 def rrelu_(
-    input: Any,
+    input: ArrayLike,
     lower: float = 1.0 / 8,
     upper: float = 1.0 / 3,
     training: bool = False,
     *,
-    rng: Any = None,
-) -> Any:
+    rng: jax.Array | None = None,
+) -> jax.Array:
     """Return `rrelu` of the input as a new array; the input stays as it is.
 
     Args:
@@ -112,7 +113,7 @@ def rrelu_(
     return rrelu(input, lower, upper, training, rng=rng)
 
 
-def elu_(input: Any, alpha: float = 1.0) -> Any:
+def elu_(input: ArrayLike, alpha: float = 1.0) -> jax.Array:
     """Return `elu` of the input as a new array; the input stays as it is.
 
     Args:
@@ -129,7 +130,7 @@ def elu_(input: Any, alpha: float = 1.0) -> Any:
     return elu(input, alpha)
 
 
-def selu_(input: Any) -> Any:
+def selu_(input: ArrayLike) -> jax.Array:
     """Return `selu` of the input as a new array; the input stays as it is.
 
     Args:
@@ -145,7 +146,7 @@ def selu_(input: Any) -> Any:
     return selu(input)
 
 
-def celu_(input: Any, alpha: float = 1.0) -> Any:
+def celu_(input: ArrayLike, alpha: float = 1.0) -> jax.Array:
     """Return `celu` of the input as a new array; the input stays as it is.
 
     Args:

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.typing import ArrayLike
 
 from statefulnn.core.errors import DtypeError, explain
 from statefulnn.functional._checks import LOW_PRECISION, array, is_float, shape_error
@@ -218,14 +219,14 @@ def _real(value: Any) -> Any:
 
 
 def interpolate(
-    input: Any,
+    input: ArrayLike,
     size: Size = None,
     scale_factor: Factor = None,
     mode: str = "nearest",
     align_corners: bool | None = None,
     recompute_scale_factor: bool | None = None,
     antialias: bool = False,
-) -> Any:
+) -> jax.Array:
     """Resize the spatial axes.
 
     Args:
@@ -282,12 +283,12 @@ def _deprecated(name: str, instead: str) -> None:
 
 
 def upsample(
-    input: Any,
+    input: ArrayLike,
     size: Size = None,
     scale_factor: Factor = None,
     mode: str = "nearest",
     align_corners: bool | None = None,
-) -> Any:
+) -> jax.Array:
     """Resize the spatial axes: the old name of `interpolate`, which warns.
 
     Args:
@@ -317,7 +318,7 @@ def upsample(
     return interpolate(input, size, scale_factor, mode, align_corners)
 
 
-def upsample_nearest(input: Any, size: Size = None, scale_factor: Factor = None) -> Any:
+def upsample_nearest(input: ArrayLike, size: Size = None, scale_factor: Factor = None) -> jax.Array:
     """Resize by nearest neighbours: the old name of ``interpolate(mode="nearest")``, which warns.
 
     Args:
@@ -345,7 +346,9 @@ def upsample_nearest(input: Any, size: Size = None, scale_factor: Factor = None)
     return interpolate(input, size, scale_factor, mode="nearest")
 
 
-def upsample_bilinear(input: Any, size: Size = None, scale_factor: Factor = None) -> Any:
+def upsample_bilinear(
+    input: ArrayLike, size: Size = None, scale_factor: Factor = None
+) -> jax.Array:
     """Resize images linearly, corners aligned: an old name of `interpolate`, which warns.
 
     Args:

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from statefulnn.functional._checks import array, reduced, reduction_of
 from statefulnn.functional._losses import together
@@ -30,13 +31,13 @@ def _kl_div(input: Any, target: Any, reduction: str, log_target: bool) -> Any:
 
 
 def kl_div(
-    input: Any,
-    target: Any,
+    input: ArrayLike,
+    target: ArrayLike,
     size_average: bool | None = None,
     reduce: bool | None = None,
     reduction: str = "mean",
     log_target: bool = False,
-) -> Any:
+) -> jax.Array:
     """Return the Kullback-Leibler divergence of `input` from `target`.
 
     ``target · (log target - input)``, where `input` holds log-probabilities.

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
+from jax.typing import ArrayLike
 
 from statefulnn.functional._checks import array, require_rank, require_same_dtype, shape_error
 
@@ -54,7 +55,7 @@ def _linear(input: Any, weight: Any, bias: Any) -> Any:
     return out if bias is None else out + bias.reshape((1,) * (out.ndim - bias.ndim) + bias.shape)
 
 
-def linear(input: Any, weight: Any, bias: Any = None) -> Any:
+def linear(input: ArrayLike, weight: ArrayLike, bias: ArrayLike | None = None) -> jax.Array:
     """Apply ``y = x Aᵀ + b`` to the last axis.
 
     Args:
@@ -125,7 +126,9 @@ def _bilinear(input1: Any, input2: Any, weight: Any, bias: Any) -> Any:
     return out.reshape(*batch, weight.shape[0])
 
 
-def bilinear(input1: Any, input2: Any, weight: Any, bias: Any = None) -> Any:
+def bilinear(
+    input1: ArrayLike, input2: ArrayLike, weight: ArrayLike, bias: ArrayLike | None = None
+) -> jax.Array:
     """Apply ``y_o = x1ᵀ A_o x2 + b_o`` to the last axes.
 
     Args:

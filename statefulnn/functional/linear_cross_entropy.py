@@ -11,6 +11,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import ArrayLike
 
 from statefulnn.core.errors import explain
 from statefulnn.functional._checks import (
@@ -216,17 +217,17 @@ def _whole(
 
 
 def linear_cross_entropy(
-    input: Any,
-    linear_weight: Any,
-    target: Any,
+    input: ArrayLike,
+    linear_weight: ArrayLike,
+    target: ArrayLike,
     *,
-    linear_bias: Any = None,
-    weight: Any = None,
+    linear_bias: ArrayLike | None = None,
+    weight: ArrayLike | None = None,
     reduction: str = "mean",
     ignore_index: int | None = None,
     label_smoothing: float = 0.0,
     options: LinearCrossEntropyOptions | None = None,
-) -> Any:
+) -> jax.Array:
     """Return ``cross_entropy(linear(input, linear_weight, linear_bias), target)``.
 
     Args:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.typing import ArrayLike
 
 from statefulnn.functional._checks import array, require_real_float, shape_error, widened
 
@@ -54,8 +55,8 @@ def _local_response_norm(x: Any, size: int, alpha: float, beta: float, k: float)
 
 
 def local_response_norm(
-    input: Any, size: int, alpha: float = 1e-4, beta: float = 0.75, k: float = 1.0
-) -> Any:
+    input: ArrayLike, size: int, alpha: float = 1e-4, beta: float = 0.75, k: float = 1.0
+) -> jax.Array:
     """Divide each channel by ``(k + alpha · mean of squares over `size` channels around it) ** beta``.
 
     Channels that do not exist count as zeros.
@@ -112,7 +113,7 @@ def _cross_map_lrn2d(x: Any, size: int, alpha: float, beta: float, k: float) -> 
     return (wide * _powered(total * (alpha / size) + k, -beta)).astype(x.dtype)
 
 
-def cross_map_lrn2d(input: Any, size: int, alpha: float, beta: float, k: float) -> Any:
+def cross_map_lrn2d(input: ArrayLike, size: int, alpha: float, beta: float, k: float) -> jax.Array:
     """Compute what `nn.CrossMapLRN2d` does.
 
     Args:

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import ArrayLike
 
 from statefulnn.core.errors import explain
 from statefulnn.functional._checks import (
@@ -67,13 +68,13 @@ def _huber_of(delta: float) -> Callable[[Any], Any]:
 
 
 def l1_loss(
-    input: Any,
-    target: Any,
+    input: ArrayLike,
+    target: ArrayLike,
     size_average: bool | None = None,
     reduce: bool | None = None,
     reduction: str = "mean",
-    weight: Any = None,
-) -> Any:
+    weight: ArrayLike | None = None,
+) -> jax.Array:
     """Return the absolute difference of two arrays, averaged, summed or elementwise.
 
     Args:
@@ -107,13 +108,13 @@ def l1_loss(
 
 
 def mse_loss(
-    input: Any,
-    target: Any,
+    input: ArrayLike,
+    target: ArrayLike,
     size_average: bool | None = None,
     reduce: bool | None = None,
     reduction: str = "mean",
-    weight: Any = None,
-) -> Any:
+    weight: ArrayLike | None = None,
+) -> jax.Array:
     """Return the squared difference of two arrays, averaged, summed or elementwise.
 
     Args:
@@ -147,13 +148,13 @@ def mse_loss(
 
 
 def smooth_l1_loss(
-    input: Any,
-    target: Any,
+    input: ArrayLike,
+    target: ArrayLike,
     size_average: bool | None = None,
     reduce: bool | None = None,
     reduction: str = "mean",
     beta: float = 1.0,
-) -> Any:
+) -> jax.Array:
     """Return a loss that is quadratic for differences below `beta` and linear above.
 
     With d the difference: ``d² / (2 beta)`` where ``|d| < beta``, else ``|d| - beta / 2``.
@@ -198,12 +199,12 @@ def smooth_l1_loss(
 
 
 def huber_loss(
-    input: Any,
-    target: Any,
+    input: ArrayLike,
+    target: ArrayLike,
     reduction: str = "mean",
     delta: float = 1.0,
-    weight: Any = None,
-) -> Any:
+    weight: ArrayLike | None = None,
+) -> jax.Array:
     """Return a loss that is quadratic for differences up to `delta` and linear above.
 
     With d the difference: ``d² / 2`` where ``|d| < delta``, else ``delta (|d| - delta / 2)``.
@@ -260,15 +261,15 @@ def _poisson_nll(
 
 
 def poisson_nll_loss(
-    input: Any,
-    target: Any,
+    input: ArrayLike,
+    target: ArrayLike,
     log_input: bool = True,
     full: bool = False,
     size_average: bool | None = None,
     eps: float = 1e-8,
     reduce: bool | None = None,
     reduction: str = "mean",
-) -> Any:
+) -> jax.Array:
     """Return the negative log likelihood of counts under Poisson distributions.
 
     ``exp(input) - target · input``, or for rates ``input - target · log(input + eps)``.
@@ -333,13 +334,13 @@ def _fitting_variance(x: Any, var: Any) -> Any:
 
 
 def gaussian_nll_loss(
-    input: Any,
-    target: Any,
-    var: Any,
+    input: ArrayLike,
+    target: ArrayLike,
+    var: ArrayLike,
     full: bool = False,
     eps: float = 1e-6,
     reduction: str = "mean",
-) -> Any:
+) -> jax.Array:
     """Return the negative log likelihood of reals under normal distributions.
 
     ``(log v + (input - target)² / v) / 2`` with ``v = max(var, eps)``.

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.typing import ArrayLike
 
 from statefulnn.core.errors import explain
 from statefulnn.functional import _pool_lowering as lowering
@@ -69,12 +70,12 @@ def _lp_pool(
 
 
 def lp_pool1d(
-    input: Any,
+    input: ArrayLike,
     norm_type: float,
     kernel_size: Size,
     stride: Size | None = None,
     ceil_mode: bool = False,
-) -> Any:
+) -> jax.Array:
     """Take the sum of the p-th powers of each window, and of that the p-th root.
 
     Args:
@@ -104,12 +105,12 @@ def lp_pool1d(
 
 
 def lp_pool2d(
-    input: Any,
+    input: ArrayLike,
     norm_type: float,
     kernel_size: Size,
     stride: Size | None = None,
     ceil_mode: bool = False,
-) -> Any:
+) -> jax.Array:
     """Take the sum of the p-th powers of each window, and of that the p-th root.
 
     Args:
@@ -139,12 +140,12 @@ def lp_pool2d(
 
 
 def lp_pool3d(
-    input: Any,
+    input: ArrayLike,
     norm_type: float,
     kernel_size: Size,
     stride: Size | None = None,
     ceil_mode: bool = False,
-) -> Any:
+) -> jax.Array:
     """Take the sum of the p-th powers of each window, and of that the p-th root.
 
     Args:

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from statefulnn.core.errors import DtypeError, explain
 from statefulnn.functional._checks import (
@@ -37,14 +38,14 @@ def _margin_ranking(input1: Any, input2: Any, target: Any, margin: float, reduct
 
 
 def margin_ranking_loss(
-    input1: Any,
-    input2: Any,
-    target: Any,
+    input1: ArrayLike,
+    input2: ArrayLike,
+    target: ArrayLike,
     margin: float = 0,
     size_average: bool | None = None,
     reduce: bool | None = None,
     reduction: str = "mean",
-) -> Any:
+) -> jax.Array:
     """Return ``max(0, -target · (input1 - input2) + margin)``.
 
     Args:
@@ -86,13 +87,13 @@ def _hinge_embedding(input: Any, target: Any, margin: float, reduction: str) -> 
 
 
 def hinge_embedding_loss(
-    input: Any,
-    target: Any,
+    input: ArrayLike,
+    target: ArrayLike,
     margin: float = 1.0,
     size_average: bool | None = None,
     reduce: bool | None = None,
     reduction: str = "mean",
-) -> Any:
+) -> jax.Array:
     """Return the distance where the target is 1, and ``max(0, margin - input)`` where it is -1.
 
     Args:
@@ -151,14 +152,14 @@ def _cosine_embedding(input1: Any, input2: Any, target: Any, margin: float, redu
 
 
 def cosine_embedding_loss(
-    input1: Any,
-    input2: Any,
-    target: Any,
+    input1: ArrayLike,
+    input2: ArrayLike,
+    target: ArrayLike,
     margin: float = 0,
     size_average: bool | None = None,
     reduce: bool | None = None,
     reduction: str = "mean",
-) -> Any:
+) -> jax.Array:
     """Return ``1 - cos`` where the target is 1, and ``max(0, cos - margin)`` where it is -1.
 
     Args:
@@ -252,15 +253,15 @@ def _multi_margin(
 
 
 def multi_margin_loss(
-    input: Any,
-    target: Any,
+    input: ArrayLike,
+    target: ArrayLike,
     p: int = 1,
     margin: float = 1.0,
-    weight: Any = None,
+    weight: ArrayLike | None = None,
     size_average: bool | None = None,
     reduce: bool | None = None,
     reduction: str = "mean",
-) -> Any:
+) -> jax.Array:
     """Return the hinge loss of several classes.
 
     With y the target: the sum over ``i != y`` of ``max(0, margin - input[y] + input[i])^p``, over C.
@@ -307,7 +308,7 @@ def multi_margin_loss(
     return _multi_margin(x, y, int(p), float(margin), w, reduction)
 
 
-def check_p(p: Any, function: str) -> None:
+def check_p(p: float, function: str) -> None:
     """Raise unless p is 1 or 2."""
     if p != 1 and p != 2:
         raise ValueError(
@@ -345,12 +346,12 @@ def _multilabel_margin(input: Any, target: Any, reduction: str) -> Any:
 
 
 def multilabel_margin_loss(
-    input: Any,
-    target: Any,
+    input: ArrayLike,
+    target: ArrayLike,
     size_average: bool | None = None,
     reduce: bool | None = None,
     reduction: str = "mean",
-) -> Any:
+) -> jax.Array:
     """Return the hinge loss between each label of an example and each class that is none.
 
     The sum over labels j and other classes i of ``max(0, 1 - input[j] + input[i])``, over C.

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from statefulnn.core.construction import allowed_backends
 from statefulnn.core.errors import DtypeError, explain
@@ -166,35 +167,35 @@ def _masks(arrays: _Arrays, batch: int, heads: int, added: int) -> list[Any]:
 
 
 def multi_head_attention_forward(
-    query: Any,
-    key: Any,
-    value: Any,
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
     embed_dim_to_check: int,
     num_heads: int,
-    in_proj_weight: Any,
-    in_proj_bias: Any,
-    bias_k: Any,
-    bias_v: Any,
+    in_proj_weight: ArrayLike,
+    in_proj_bias: ArrayLike | None,
+    bias_k: ArrayLike | None,
+    bias_v: ArrayLike | None,
     add_zero_attn: bool,
     dropout_p: float,
-    out_proj_weight: Any,
-    out_proj_bias: Any,
+    out_proj_weight: ArrayLike,
+    out_proj_bias: ArrayLike | None,
     training: bool = True,
-    key_padding_mask: Any = None,
+    key_padding_mask: ArrayLike | None = None,
     need_weights: bool = True,
-    attn_mask: Any = None,
+    attn_mask: ArrayLike | None = None,
     use_separate_proj_weight: bool = False,
-    q_proj_weight: Any = None,
-    k_proj_weight: Any = None,
-    v_proj_weight: Any = None,
-    static_k: Any = None,
-    static_v: Any = None,
+    q_proj_weight: ArrayLike | None = None,
+    k_proj_weight: ArrayLike | None = None,
+    v_proj_weight: ArrayLike | None = None,
+    static_k: ArrayLike | None = None,
+    static_v: ArrayLike | None = None,
     average_attn_weights: bool = True,
     is_causal: bool = False,
     *,
     batch_first: bool = False,
-    rng: Any = None,
-) -> tuple[Any, Any]:
+    rng: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array | None]:
     """Project to queries, keys and values, attend with several heads, and project back.
 
     Args:
@@ -286,7 +287,7 @@ def multi_head_attention_forward(
         allowed_backends.get(),
     )
 
-    def kernel(key: Any, state: Any) -> tuple[tuple[Any, Any], Any]:
+    def kernel(key: Any, state: Any) -> tuple[tuple[jax.Array, jax.Array | None], Any]:
         out, weights, state = _multi_head(q, arrays, key, state, dropout_p, options)
         return (out, weights), state
 

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import ArrayLike
 
 from statefulnn.core.errors import explain
 from statefulnn.functional._checks import (
@@ -73,12 +74,12 @@ def _layer_norm(x: Any, weight: Any, bias: Any, shape: tuple[int, ...], eps: flo
 
 
 def layer_norm(
-    input: Any,
+    input: ArrayLike,
     normalized_shape: Sequence[int],
-    weight: Any = None,
-    bias: Any = None,
+    weight: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
     eps: float = 1e-5,
-) -> Any:
+) -> jax.Array:
     """Normalise the last axes to mean 0 and variance 1, then scale and shift.
 
     Args:
@@ -122,8 +123,11 @@ def _rms_norm(x: Any, weight: Any, shape: tuple[int, ...], eps: float | None) ->
 
 
 def rms_norm(
-    input: Any, normalized_shape: Sequence[int], weight: Any = None, eps: float | None = None
-) -> Any:
+    input: ArrayLike,
+    normalized_shape: Sequence[int],
+    weight: ArrayLike | None = None,
+    eps: float | None = None,
+) -> jax.Array:
     """Divide the last axes by their root mean square, then scale.
 
     Args:
@@ -194,8 +198,12 @@ def _group_norm(x: Any, weight: Any, bias: Any, groups: int, eps: float) -> Any:
 
 
 def group_norm(
-    input: Any, num_groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5
-) -> Any:
+    input: ArrayLike,
+    num_groups: int,
+    weight: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    eps: float = 1e-5,
+) -> jax.Array:
     """Normalise each group of channels of each example to mean 0 and variance 1, then scale and shift.
 
     Args:

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from statefulnn.core.compat import Tracer
 from statefulnn.core.errors import DtypeError, explain
@@ -20,7 +21,7 @@ def _one_hot(x: Any, num_classes: int) -> Any:
     return (x[..., None] == jnp.arange(num_classes, dtype=x.dtype)).astype(dtype)
 
 
-def one_hot(tensor: Any, num_classes: int = -1) -> Any:
+def one_hot(tensor: ArrayLike, num_classes: int = -1) -> jax.Array:
     """Return vectors that are 1 at a class and 0 elsewhere.
 
     Args:

@@ -6,11 +6,12 @@ In comments: T the longest length, N sequences, S the sum of all lengths.
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self, overload
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from statefulnn.core.compat import Tracer
 from statefulnn.core.errors import DtypeError, explain
@@ -196,7 +197,7 @@ def _unflatten(sizes: Any, children: Any) -> PackedSequence:
 jax.tree_util.register_pytree_with_keys(PackedSequence, _flatten_with_keys, _unflatten, _flatten)
 
 
-def static_integers(values: Any, name: str) -> np.ndarray:
+def static_integers(values: object, name: str) -> np.ndarray:
     """Return integers that are known while code is traced, as numpy int64 of one axis."""
     if isinstance(values, Tracer) or (
         isinstance(values, (list, tuple)) and any(isinstance(v, Tracer) for v in values)
@@ -230,7 +231,13 @@ def _inverse(permutation: Any) -> Any:
     return jnp.zeros_like(permutation).at[permutation].set(places, unique_indices=True)
 
 
-def invert_permutation(permutation: Any) -> Any:
+@overload
+def invert_permutation(permutation: None) -> None: ...
+@overload
+def invert_permutation(permutation: np.ndarray) -> np.ndarray: ...
+@overload
+def invert_permutation(permutation: jax.Array) -> jax.Array: ...
+def invert_permutation(permutation: Any) -> jax.Array | np.ndarray | None:
     """Return the inverse of a permutation, or None for None.
 
     Args:
@@ -290,7 +297,7 @@ def _filled(data: Any, index: Any, value: Any) -> Any:
     return jnp.where(inside, rows, value)
 
 
-def padded_data(data: Any, batch_sizes: Any, padding_value: Any = None) -> Any:
+def padded_data(data: jax.Array, batch_sizes: Any, padding_value: Any = None) -> jax.Array:
     """Return packed data ``(S, *)`` as ``(T, N, *)``, with zeros or a value where a sequence has ended."""
     value = None if padding_value is None else np.asarray(padding_value).astype(data.dtype)
     return _padded(data, places(batch_sizes).packed, value)
@@ -301,7 +308,7 @@ def _taken(x: Any, index: Any) -> Any:
     return jnp.take(x.reshape(-1, *x.shape[2:]), index, axis=0, unique_indices=True, mode="clip")
 
 
-def packed_data(x: Any, batch_sizes: Any) -> Any:
+def packed_data(x: jax.Array, batch_sizes: Any) -> jax.Array:
     """Return ``(T, N, *)`` as packed data ``(S, *)``."""
     return _taken(x, places(batch_sizes).padded)
 
@@ -311,6 +318,6 @@ def _along(x: Any, indices: Any, axis: int) -> Any:
     return jax.tree.map(lambda s: jnp.take(s, indices, axis=axis), x)
 
 
-def permuted(x: Any, indices: Any, axis: int = 1) -> Any:
+def permuted(x: Any, indices: ArrayLike | None, axis: int = 1) -> Any:
     """Return arrays in another order along one axis; None for `indices` leaves them as they are."""
     return x if indices is None or x is None else _along(x, indices, axis)

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.typing import ArrayLike
 
 from statefulnn.core.errors import DtypeError, explain
 from statefulnn.functional._checks import array, shape_error
@@ -46,7 +47,7 @@ def check_border(size: int, low: int, high: int, mode: str, given: str) -> None:
         )
 
 
-def continued(x: Any, axis: int, low: int, high: int, mode: str) -> Any:
+def continued(x: jax.Array, axis: int, low: int, high: int, mode: str) -> jax.Array:
     """Continue one axis beyond its border; negative numbers cut it."""
     size = x.shape[axis]
     cut = functools.partial(lax.slice_in_dim, axis=axis)
@@ -146,7 +147,9 @@ def _pairs(x: Any, pad: Sequence[int], mode: str) -> list[tuple[int, int]]:
     return pairs
 
 
-def pad(input: Any, pad: Sequence[int], mode: str = "constant", value: float | None = None) -> Any:
+def pad(
+    input: ArrayLike, pad: Sequence[int], mode: str = "constant", value: float | None = None
+) -> jax.Array:
     """Add to the borders of the last axes, or cut them off.
 
     Args:

@@ -7,6 +7,7 @@ import operator
 from typing import Any
 
 import jax
+from jax.typing import ArrayLike
 
 from statefulnn.core.errors import DtypeError, explain
 from statefulnn.functional._checks import array, shape_error
@@ -51,7 +52,7 @@ def _pixel_shuffle(x: Any, r: int) -> Any:
     return x.reshape(*batch, c // (r * r), h * r, w * r)
 
 
-def pixel_shuffle(input: Any, upscale_factor: int) -> Any:
+def pixel_shuffle(input: ArrayLike, upscale_factor: int) -> jax.Array:
     """Move channels into the image: each r² of them become a block of r by r pixels.
 
     Args:
@@ -93,7 +94,7 @@ def _pixel_unshuffle(x: Any, r: int) -> Any:
     return x.reshape(*batch, c * r * r, h // r, w // r)
 
 
-def pixel_unshuffle(input: Any, downscale_factor: int) -> Any:
+def pixel_unshuffle(input: ArrayLike, downscale_factor: int) -> jax.Array:
     """Move pixels into channels: each block of r by r pixels becomes r² channels.
 
     Args:
@@ -136,7 +137,7 @@ def _channel_shuffle(x: Any, groups: int) -> Any:
     return x.reshape(n, groups, c // groups, *rest).swapaxes(1, 2).reshape(x.shape)
 
 
-def channel_shuffle(input: Any, groups: int) -> Any:
+def channel_shuffle(input: ArrayLike, groups: int) -> jax.Array:
     """Take the channels in turn from each of several groups.
 
     Args:
@@ -161,7 +162,7 @@ def channel_shuffle(input: Any, groups: int) -> Any:
     return _channel_shuffle(x, _whole(groups, "groups", "F.channel_shuffle"))
 
 
-def native_channel_shuffle(input: Any, groups: int) -> Any:
+def native_channel_shuffle(input: ArrayLike, groups: int) -> jax.Array:
     """Take the channels in turn from each of several groups: another name of `channel_shuffle`.
 
     Args:

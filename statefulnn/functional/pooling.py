@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from statefulnn.core.errors import DtypeError, explain
 from statefulnn.functional import _pool_lowering as lowering
@@ -16,7 +17,7 @@ from statefulnn.functional._checks import array, numbers, rank_advice, shape_err
 Size = int | Sequence[int]
 
 
-def spatial(input: Any, n: int, function: str) -> Any:
+def spatial(input: jax.Array, n: int, function: str) -> jax.Array:
     """Return an input of n spatial axes, ``(N, C, *)`` or ``(C, *)``, of which only N may be 0."""
     x = array(input, "input", function)
     if x.ndim not in (n + 1, n + 2) or 0 in x.shape[x.ndim - n - 1 :]:
@@ -29,7 +30,7 @@ def spatial(input: Any, n: int, function: str) -> Any:
     return x
 
 
-def require_kind(x: Any, function: str, *, integers: bool = True) -> None:
+def require_kind(x: jax.Array, function: str, *, integers: bool = True) -> None:
     """Raise unless an array is real and floating, or of integers where these are allowed."""
     kinds = (jnp.floating, jnp.integer) if integers else (jnp.floating,)
     if not any(jnp.issubdtype(x.dtype, kind) for kind in kinds):
@@ -43,7 +44,7 @@ def require_kind(x: Any, function: str, *, integers: bool = True) -> None:
 
 
 def windows_of(
-    x: Any,
+    x: jax.Array,
     n: int,
     kernel_size: Any,
     stride: Any,
@@ -90,14 +91,14 @@ def _max_pool(
 
 
 def max_pool1d(
-    input: Any,
+    input: ArrayLike,
     kernel_size: Size,
     stride: Size | None = None,
     padding: Size = 0,
     dilation: Size = 1,
     ceil_mode: bool = False,
     return_indices: bool = False,
-) -> Any:
+) -> jax.Array:
     """Take the largest element of each window.
 
     Args:
@@ -136,14 +137,14 @@ def max_pool1d(
 
 
 def max_pool1d_with_indices(
-    input: Any,
+    input: ArrayLike,
     kernel_size: Size,
     stride: Size | None = None,
     padding: Size = 0,
     dilation: Size = 1,
     ceil_mode: bool = False,
     return_indices: bool = False,
-) -> tuple[Any, Any]:
+) -> tuple[jax.Array, jax.Array]:
     """Return what `max_pool1d` returns with ``return_indices=True``.
 
     Example:
@@ -165,14 +166,14 @@ def max_pool1d_with_indices(
 
 
 def max_pool2d(
-    input: Any,
+    input: ArrayLike,
     kernel_size: Size,
     stride: Size | None = None,
     padding: Size = 0,
     dilation: Size = 1,
     ceil_mode: bool = False,
     return_indices: bool = False,
-) -> Any:
+) -> jax.Array:
     """Take the largest element of each window.
 
     Args:
@@ -211,14 +212,14 @@ def max_pool2d(
 
 
 def max_pool2d_with_indices(
-    input: Any,
+    input: ArrayLike,
     kernel_size: Size,
     stride: Size | None = None,
     padding: Size = 0,
     dilation: Size = 1,
     ceil_mode: bool = False,
     return_indices: bool = False,
-) -> tuple[Any, Any]:
+) -> tuple[jax.Array, jax.Array]:
     """Return what `max_pool2d` returns with ``return_indices=True``.
 
     Example:
@@ -240,14 +241,14 @@ def max_pool2d_with_indices(
 
 
 def max_pool3d(
-    input: Any,
+    input: ArrayLike,
     kernel_size: Size,
     stride: Size | None = None,
     padding: Size = 0,
     dilation: Size = 1,
     ceil_mode: bool = False,
     return_indices: bool = False,
-) -> Any:
+) -> jax.Array:
     """Take the largest element of each window.
 
     Args:
@@ -286,14 +287,14 @@ def max_pool3d(
 
 
 def max_pool3d_with_indices(
-    input: Any,
+    input: ArrayLike,
     kernel_size: Size,
     stride: Size | None = None,
     padding: Size = 0,
     dilation: Size = 1,
     ceil_mode: bool = False,
     return_indices: bool = False,
-) -> tuple[Any, Any]:
+) -> tuple[jax.Array, jax.Array]:
     """Return what `max_pool3d` returns with ``return_indices=True``.
 
     Example:

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import ArrayLike
 
 from statefulnn.core.errors import DtypeError, explain
 from statefulnn.functional._checks import (
@@ -43,7 +44,7 @@ def _relu(x: Any) -> Any:
     return jnp.where(x <= 0, jnp.zeros((), x.dtype), x)
 
 
-def relu(input: Any, inplace: bool = False) -> Any:
+def relu(input: ArrayLike, inplace: bool = False) -> jax.Array:
     """Return ``max(x, 0)`` elementwise; the derivative at 0 is 0.
 
     Args:
@@ -68,7 +69,7 @@ def _threshold(x: Any, threshold: float, value: float) -> Any:
     return jnp.where(x <= threshold, jnp.asarray(value, x.dtype), x)
 
 
-def threshold(input: Any, threshold: float, value: float, inplace: bool = False) -> Any:
+def threshold(input: ArrayLike, threshold: float, value: float, inplace: bool = False) -> jax.Array:
     """Return x where it is above a threshold, and a constant elsewhere.
 
     Args:
@@ -105,7 +106,9 @@ def _hardtanh(x: Any, low: float, high: float) -> Any:
     return jnp.where((x > bounds[0]) & (x < bounds[1]), x, clipped)
 
 
-def hardtanh(input: Any, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False) -> Any:
+def hardtanh(
+    input: ArrayLike, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False
+) -> jax.Array:
     """Limit x to an interval; the derivative at its ends is 0.
 
     Args:
@@ -135,7 +138,7 @@ def hardtanh(input: Any, min_val: float = -1.0, max_val: float = 1.0, inplace: b
     return _hardtanh(array(input, "input", "F.hardtanh"), min_val, max_val)
 
 
-def relu6(input: Any, inplace: bool = False) -> Any:
+def relu6(input: ArrayLike, inplace: bool = False) -> jax.Array:
     """Return ``min(max(x, 0), 6)`` elementwise; the derivative at 0 and 6 is 0.
 
     Args:
@@ -158,7 +161,7 @@ def _leaky_relu(x: Any, slope: float) -> Any:
     return jnp.where(x > 0, x, (widened(x) * slope).astype(x.dtype))
 
 
-def leaky_relu(input: Any, negative_slope: float = 0.01, inplace: bool = False) -> Any:
+def leaky_relu(input: ArrayLike, negative_slope: float = 0.01, inplace: bool = False) -> jax.Array:
     """Return x where it is positive, and ``negative_slope · x`` elsewhere.
 
     Args:
@@ -197,7 +200,7 @@ def _prelu(x: Any, weight: Any) -> Any:
     return jnp.where(positive, x, slope * negative)
 
 
-def prelu(input: Any, weight: Any) -> Any:
+def prelu(input: ArrayLike, weight: ArrayLike) -> jax.Array:
     """Return x where it is positive, and ``weight · x`` elsewhere, with a weight that is learnt.
 
     Args:
@@ -229,14 +232,14 @@ _rrelu = drawing(_noisy_slopes)
 
 
 def rrelu(
-    input: Any,
+    input: ArrayLike,
     lower: float = 1.0 / 8,
     upper: float = 1.0 / 3,
     training: bool = False,
     inplace: bool = False,
     *,
-    rng: Any = None,
-) -> Any:
+    rng: jax.Array | None = None,
+) -> jax.Array:
     """Return x where it is positive, and elsewhere x times a slope that is random in training.
 
     Args:
@@ -284,7 +287,7 @@ def _elu(x: Any, alpha: float, scale: float, steepness: float, function: str) ->
     return jnp.where(positive, wide * scale, saturating).astype(x.dtype)
 
 
-def elu(input: Any, alpha: float = 1.0, inplace: bool = False) -> Any:
+def elu(input: ArrayLike, alpha: float = 1.0, inplace: bool = False) -> jax.Array:
     """Return x where it is positive, and ``alpha · (exp(x) - 1)`` elsewhere.
 
     Args:
@@ -307,7 +310,7 @@ SELU_ALPHA = 1.6732632423543772
 SELU_SCALE = 1.0507009873554805
 
 
-def selu(input: Any, inplace: bool = False) -> Any:
+def selu(input: ArrayLike, inplace: bool = False) -> jax.Array:
     """Return ``scale · elu(x, alpha)`` with the constants that keep mean 0 and variance 1.
 
     Args:
@@ -324,7 +327,7 @@ def selu(input: Any, inplace: bool = False) -> Any:
     return _elu(array(input, "input", "F.selu"), SELU_ALPHA, SELU_SCALE, 1.0, "F.selu")
 
 
-def celu(input: Any, alpha: float = 1.0, inplace: bool = False) -> Any:
+def celu(input: ArrayLike, alpha: float = 1.0, inplace: bool = False) -> jax.Array:
     """Return x where it is positive, and ``alpha · (exp(x / alpha) - 1)`` elsewhere.
 
     The derivative is continuous for every alpha.

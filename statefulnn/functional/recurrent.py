@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.typing import ArrayLike
 
 from statefulnn.core.compat import Tracer
 from statefulnn.core.errors import DtypeError, explain
@@ -318,16 +319,16 @@ def _network(
 
 def recurrent(
     mode: str,
-    input: Any,
+    input: ArrayLike,
     hx: Any,
     layers: Sequence[dict[str, Any]],
     bidirectional: bool = False,
     batch_first: bool = False,
     dropout: float = 0.0,
-    mask: Any = None,
-    rng: Any = None,
+    mask: ArrayLike | None = None,
+    rng: jax.Array | None = None,
     lengths: Any = None,
-) -> Any:
+) -> tuple[jax.Array, Any]:
     """Run a recurrent network of one or more layers over sequences.
 
     Compile time does not depend on the number of steps.
@@ -544,7 +545,7 @@ def _nn_stamp(
 
 
 def recurrent_cell(
-    mode: str, input: Any, hx: Any, w_ih: Any, w_hh: Any, b_ih: Any = None, b_hh: Any = None
+    mode: str, input: ArrayLike, hx: Any, w_ih: Any, w_hh: Any, b_ih: Any = None, b_hh: Any = None
 ) -> Any:
     """Take one step of a recurrent network.
 

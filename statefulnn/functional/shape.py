@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+from jax.typing import ArrayLike
 
 from statefulnn.core.errors import DtypeError, explain
 from statefulnn.functional._checks import array, dimension, shape_error
@@ -19,7 +20,7 @@ def _reshape(x: Any, shape: tuple[int, ...]) -> Any:
     return x.reshape(shape)
 
 
-def flatten(input: Any, start_dim: int = 0, end_dim: int = -1) -> Any:
+def flatten(input: ArrayLike, start_dim: int = 0, end_dim: int = -1) -> jax.Array:
     """Merge neighbouring axes into one.
 
     Args:
@@ -48,7 +49,7 @@ def flatten(input: Any, start_dim: int = 0, end_dim: int = -1) -> Any:
     return x if merged == shape else _reshape(x, merged)
 
 
-def unflatten(input: Any, dim: int, sizes: Sequence[int]) -> Any:
+def unflatten(input: ArrayLike, dim: int, sizes: Sequence[int]) -> jax.Array:
     """Split one axis into several.
 
     Args:

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import ArrayLike, DTypeLike
 
 from statefulnn.functional._checks import array, dimension, require_real_float, widened
 from statefulnn.functional._random import drawing
@@ -75,7 +76,9 @@ def _implicit_dim(x: Any, function: str) -> int:
     return dim
 
 
-def softmax(input: Any, dim: int | None = None, _stacklevel: int = 3, dtype: Any = None) -> Any:
+def softmax(
+    input: ArrayLike, dim: int | None = None, _stacklevel: int = 3, dtype: DTypeLike | None = None
+) -> jax.Array:
     """Return ``exp(x) / sum(exp(x))`` along one axis.
 
     Args:
@@ -101,7 +104,9 @@ def softmax(input: Any, dim: int | None = None, _stacklevel: int = 3, dtype: Any
     return _softmax(x, dim, dtype, False, False, "F.softmax")
 
 
-def log_softmax(input: Any, dim: int | None = None, _stacklevel: int = 3, dtype: Any = None) -> Any:
+def log_softmax(
+    input: ArrayLike, dim: int | None = None, _stacklevel: int = 3, dtype: DTypeLike | None = None
+) -> jax.Array:
     """Return ``log(softmax(x))`` along one axis, computed without overflow.
 
     Args:
@@ -124,7 +129,9 @@ def log_softmax(input: Any, dim: int | None = None, _stacklevel: int = 3, dtype:
     return _softmax(x, dim, dtype, True, False, "F.log_softmax")
 
 
-def softmin(input: Any, dim: int | None = None, _stacklevel: int = 3, dtype: Any = None) -> Any:
+def softmin(
+    input: ArrayLike, dim: int | None = None, _stacklevel: int = 3, dtype: DTypeLike | None = None
+) -> jax.Array:
     """Return ``softmax(-x)`` along one axis.
 
     Args:
@@ -166,14 +173,14 @@ _gumbel_softmax = drawing(_gumbel_kernel, static_argnums=(3, 4))
 
 
 def gumbel_softmax(
-    logits: Any,
+    logits: ArrayLike,
     tau: float = 1,
     hard: bool = False,
     eps: float = 1e-10,
     dim: int = -1,
     *,
-    rng: Any = None,
-) -> Any:
+    rng: jax.Array | None = None,
+) -> jax.Array:
     """Draw from the Gumbel-Softmax distribution: a differentiable sample of one category.
 
     Args:

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from statefulnn.core.errors import explain
 from statefulnn.functional._checks import array, reduced, reduction_of, shape_error
@@ -64,9 +65,9 @@ def _triplet_margin(
 
 
 def triplet_margin_loss(
-    anchor: Any,
-    positive: Any,
-    negative: Any,
+    anchor: ArrayLike,
+    positive: ArrayLike,
+    negative: ArrayLike,
     margin: float = 1.0,
     p: float = 2,
     eps: float = 1e-6,
@@ -74,7 +75,7 @@ def triplet_margin_loss(
     size_average: bool | None = None,
     reduce: bool | None = None,
     reduction: str = "mean",
-) -> Any:
+) -> jax.Array:
     """Return ``max(0, d(anchor, positive) - d(anchor, negative) + margin)``.
 
     Args:
@@ -124,15 +125,15 @@ def _hinge_of_distances(near: Any, far: Any, swapped: Any, margin: float, reduct
 
 
 def triplet_margin_with_distance_loss(
-    anchor: Any,
-    positive: Any,
-    negative: Any,
+    anchor: ArrayLike,
+    positive: ArrayLike,
+    negative: ArrayLike,
     *,
-    distance_function: Callable[[Any, Any], Any] | None = None,
+    distance_function: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
     margin: float = 1.0,
     swap: bool = False,
     reduction: str = "mean",
-) -> Any:
+) -> jax.Array:
     """Return ``max(0, d(anchor, positive) - d(anchor, negative) + margin)`` for any distance.
 
     Args:

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from statefulnn.core.errors import DtypeError, explain
 from statefulnn.functional._checks import array, concrete_on_cpu, numbers, rank_advice, shape_error
@@ -149,13 +150,13 @@ def _unpool(
 
 
 def max_unpool1d(
-    input: Any,
-    indices: Any,
+    input: ArrayLike,
+    indices: ArrayLike,
     kernel_size: Size,
     stride: Size | None = None,
     padding: Size = 0,
     output_size: Sequence[int] | None = None,
-) -> Any:
+) -> jax.Array:
     """Put the values of a max pooling back where they came from, among zeros.
 
     Args:
@@ -187,13 +188,13 @@ def max_unpool1d(
 
 
 def max_unpool2d(
-    input: Any,
-    indices: Any,
+    input: ArrayLike,
+    indices: ArrayLike,
     kernel_size: Size,
     stride: Size | None = None,
     padding: Size = 0,
     output_size: Sequence[int] | None = None,
-) -> Any:
+) -> jax.Array:
     """Put the values of a max pooling back where they came from, among zeros.
 
     Args:
@@ -225,13 +226,13 @@ def max_unpool2d(
 
 
 def max_unpool3d(
-    input: Any,
-    indices: Any,
+    input: ArrayLike,
+    indices: ArrayLike,
     kernel_size: Size,
     stride: Size | None = None,
     padding: Size = 0,
     output_size: Sequence[int] | None = None,
-) -> Any:
+) -> jax.Array:
     """Put the values of a max pooling back where they came from, among zeros.
 
     Args:

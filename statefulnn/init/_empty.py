@@ -6,10 +6,12 @@ import operator
 from collections.abc import Sequence
 from typing import Any
 
+from jax.typing import DTypeLike
+
 from statefulnn.core import arrays, refusals
 from statefulnn.core.default_dtype import dtype_of_new
 from statefulnn.core.parameter import Parameter
-from statefulnn.core.placement import elsewhere, place_in_force, resolve_device
+from statefulnn.core.placement import DeviceLike, elsewhere, place_in_force, resolve_device
 
 
 def sizes(shape: object) -> tuple[int, ...]:
@@ -41,8 +43,8 @@ def filled(shape: int | Sequence[int], value: float, dtype: Any = None, device: 
 
 def empty_parameter(
     shape: int | Sequence[int],
-    dtype: Any = None,
-    device: Any = None,
+    dtype: DTypeLike | None = None,
+    device: DeviceLike | None = None,
     requires_grad: bool = True,
 ) -> Parameter:
     """Return a Parameter that ``reset_parameters`` is to give its values; until then it is zeros.

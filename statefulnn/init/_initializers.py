@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,8 @@ from statefulnn.core.generator import Generator
 from statefulnn.core.placement import is_meta
 from statefulnn.init import _draw
 
+Tensor = TypeVar("Tensor")
+
 _LINEAR = (
     "linear",
     "conv1d",
@@ -30,7 +32,7 @@ _LINEAR = (
 )
 
 
-def _box(tensor: Any, function: str) -> Box:
+def _box(tensor: Any, function: str) -> Any:
     if not isinstance(tensor, Box):
         raise RegistrationError(
             explain(
@@ -78,7 +80,7 @@ def _filled(box: Any, value: float) -> Any:
     return _write(box, values)
 
 
-def calculate_gain(nonlinearity: str, param: Any = None) -> float:
+def calculate_gain(nonlinearity: str, param: float | None = None) -> float:
     """Return the factor by which a non-linearity should raise the standard deviation of weights.
 
     Args:
@@ -122,8 +124,8 @@ def calculate_gain(nonlinearity: str, param: Any = None) -> float:
 
 
 def uniform_(
-    tensor: Any, a: float = 0.0, b: float = 1.0, generator: Generator | None = None
-) -> Any:
+    tensor: Tensor, a: float = 0.0, b: float = 1.0, generator: Generator | None = None
+) -> Tensor:
     """Fill a Parameter with draws from U(a, b).
 
     Args:
@@ -156,8 +158,8 @@ def uniform_(
 
 
 def normal_(
-    tensor: Any, mean: float = 0.0, std: float = 1.0, generator: Generator | None = None
-) -> Any:
+    tensor: Tensor, mean: float = 0.0, std: float = 1.0, generator: Generator | None = None
+) -> Tensor:
     """Fill a Parameter with draws from N(mean, std²).
 
     Args:
@@ -192,13 +194,13 @@ def normal_(
 
 
 def trunc_normal_(
-    tensor: Any,
+    tensor: Tensor,
     mean: float = 0.0,
     std: float = 1.0,
     a: float = -2.0,
     b: float = 2.0,
     generator: Generator | None = None,
-) -> Any:
+) -> Tensor:
     """Fill a Parameter with draws from N(mean, std²), cut off at a and b.
 
     Args:
@@ -232,7 +234,7 @@ def trunc_normal_(
     return _write(box, _draw.normal(generator, mean, std, box.value, a, b))
 
 
-def constant_(tensor: Any, val: float) -> Any:
+def constant_(tensor: Tensor, val: float) -> Tensor:
     """Fill a Parameter with one value, and return it.
 
     Source: ``torch.nn.init.constant_``.
@@ -245,7 +247,7 @@ def constant_(tensor: Any, val: float) -> Any:
     return _filled(_box(tensor, "constant_"), val)
 
 
-def ones_(tensor: Any) -> Any:
+def ones_(tensor: Tensor) -> Tensor:
     """Fill a Parameter with ones, and return it.
 
     Source: ``torch.nn.init.ones_``.
@@ -258,7 +260,7 @@ def ones_(tensor: Any) -> Any:
     return _filled(_box(tensor, "ones_"), 1)
 
 
-def zeros_(tensor: Any) -> Any:
+def zeros_(tensor: Tensor) -> Tensor:
     """Fill a Parameter with zeros, and return it.
 
     Source: ``torch.nn.init.zeros_``.
@@ -282,7 +284,7 @@ def _require_axes(box: Any, counts: tuple[int, ...], function: str, layout: str)
         )
 
 
-def eye_(tensor: Any) -> Any:
+def eye_(tensor: Tensor) -> Tensor:
     """Fill a matrix with the identity (as far as it goes), and return the Parameter.
 
     Source: ``torch.nn.init.eye_``.
@@ -298,7 +300,7 @@ def eye_(tensor: Any) -> Any:
     return _write(box, np.eye(rows, columns).astype(box.value.dtype))
 
 
-def dirac_(tensor: Any, groups: int = 1) -> Any:
+def dirac_(tensor: Tensor, groups: int = 1) -> Tensor:
     """Make a convolution's kernel pass its input channels on, and return the Parameter.
 
     Args:
@@ -346,7 +348,9 @@ def _fans(box: Any, function: str) -> tuple[int, int]:
     return box.value.shape[1] * field, box.value.shape[0] * field
 
 
-def xavier_uniform_(tensor: Any, gain: float = 1.0, generator: Generator | None = None) -> Any:
+def xavier_uniform_(
+    tensor: Tensor, gain: float = 1.0, generator: Generator | None = None
+) -> Tensor:
     """Fill with draws from U(-a, a), ``a = gain √(6 / (fan_in + fan_out))``, and return the Parameter.
 
     Args:
@@ -367,7 +371,7 @@ def xavier_uniform_(tensor: Any, gain: float = 1.0, generator: Generator | None 
     return uniform_(box, -bound, bound, generator)
 
 
-def xavier_normal_(tensor: Any, gain: float = 1.0, generator: Generator | None = None) -> Any:
+def xavier_normal_(tensor: Tensor, gain: float = 1.0, generator: Generator | None = None) -> Tensor:
     """Fill with draws from N(0, s²), ``s = gain √(2 / (fan_in + fan_out))``, and return the Parameter.
 
     Args:
@@ -409,12 +413,12 @@ Mode = Literal["fan_in", "fan_out"]
 
 
 def kaiming_uniform_(
-    tensor: Any,
+    tensor: Tensor,
     a: float = 0,
     mode: Mode = "fan_in",
     nonlinearity: str = "leaky_relu",
     generator: Generator | None = None,
-) -> Any:
+) -> Tensor:
     """Fill with draws from U(-b, b), ``b = gain √(3 / fan)``, and return the Parameter.
 
     Args:
@@ -441,12 +445,12 @@ def kaiming_uniform_(
 
 
 def kaiming_normal_(
-    tensor: Any,
+    tensor: Tensor,
     a: float = 0,
     mode: Mode = "fan_in",
     nonlinearity: str = "leaky_relu",
     generator: Generator | None = None,
-) -> Any:
+) -> Tensor:
     """Fill with draws from N(0, s²), ``s = gain / √fan``, and return the Parameter.
 
     Args:
@@ -469,7 +473,7 @@ def kaiming_normal_(
     return box if std is None else normal_(box, 0.0, std, generator)
 
 
-def orthogonal_(tensor: Any, gain: float = 1, generator: Generator | None = None) -> Any:
+def orthogonal_(tensor: Tensor, gain: float = 1, generator: Generator | None = None) -> Tensor:
     """Fill with a random (semi-)orthogonal matrix times a factor, and return the Parameter.
 
     Args:
@@ -515,7 +519,7 @@ def _orthogonal(generator: Generator | None, rows: int, columns: int, dtype: Any
     return q.T if rows < columns else q
 
 
-def orthogonal_by_block_(tensor: Any, blocks: int, generator: Generator | None = None) -> Any:
+def orthogonal_by_block_(tensor: Tensor, blocks: int, generator: Generator | None = None) -> Tensor:
     """Fill a matrix of several stacked blocks (the gates of a cell) with one orthogonal matrix each.
 
     Args:
@@ -543,8 +547,8 @@ def orthogonal_by_block_(tensor: Any, blocks: int, generator: Generator | None =
 
 
 def sparse_(
-    tensor: Any, sparsity: float, std: float = 0.01, generator: Generator | None = None
-) -> Any:
+    tensor: Tensor, sparsity: float, std: float = 0.01, generator: Generator | None = None
+) -> Tensor:
     """Fill a matrix with draws from N(0, std²), a share of each column zero, and return the Parameter.
 
     Args:

@@ -22,10 +22,10 @@ from statefulnn.inspect.tree import Held, Node, bytes_of, describe, tree_of
 
 def explore(
     model: Module,
-    *inputs: Any,
+    *inputs: object,
     path: str | Path = "model.html",
     values: bool = True,
-    **kwargs: Any,
+    **kwargs: object,
 ) -> Path:
     """Write one page that shows a model, and return its path.
 

@@ -95,7 +95,11 @@ class Summary:
 
 
 def summary(
-    model: Module, *inputs: Any, depth: int | None = None, width: int | None = None, **kwargs: Any
+    model: Module,
+    *inputs: object,
+    depth: int | None = None,
+    width: int | None = None,
+    **kwargs: object,
 ) -> Summary:
     """Return a table of a model's modules: outputs, parameters, memory, floating-point operations.
 

@@ -19,6 +19,7 @@ import jax
 
 from statefulnn.core.errors import ArgumentError, CheckpointError, StateDictError, explain
 from statefulnn.core.extras import import_extra
+from statefulnn.core.placement import DeviceLike
 from statefulnn.core.tracebacks import shortened
 from statefulnn.io._locks import LockFile
 from statefulnn.io._run_arrays import arrays_of, check_shapes
@@ -133,9 +134,9 @@ class Checkpointer:
         self,
         step: int,
         *unnamed: Never,
-        metrics: Mapping[str, Any] | None = None,
+        metrics: Mapping[str, object] | None = None,
         force: bool = False,
-        **objects: Any,
+        **objects: object,
     ) -> bool:
         """Save objects by name, as they are at this moment.
 
@@ -287,9 +288,9 @@ class Checkpointer:
         self,
         step: int | str | None = None,
         *,
-        device: Any = None,
+        device: DeviceLike | Callable[[str, tuple[int, ...]], DeviceLike] | None = None,
         strict: bool = True,
-        **objects: Any,
+        **objects: object,
     ) -> Restored:
         """Put what was saved back into objects, in place.
 

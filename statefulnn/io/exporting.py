@@ -12,7 +12,6 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version as version_of
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +23,7 @@ from statefulnn.core.compat import EAGER, current_trace
 from statefulnn.core.errors import CheckpointError, explain
 from statefulnn.core.graph import require_module
 from statefulnn.core.module import Module
-from statefulnn.core.placement import META, is_meta, resolve_device
+from statefulnn.core.placement import META, DeviceLike, is_meta, resolve_device
 from statefulnn.core.plan import Plan, plan_of
 from statefulnn.io import exported
 from statefulnn.io._atomic import replacing
@@ -37,13 +36,13 @@ from statefulnn.io.exported import DIGEST, FORMAT, MANIFEST, PROGRAM, ExportedMo
 
 def export(
     module: Module,
-    inputs: Any,
+    inputs: object,
     path: str | os.PathLike,
     *,
-    kwargs: Mapping[str, Any] | None = None,
-    methods: str | Iterable[str] | Mapping[str, Mapping[str, Any]] = ("forward",),
+    kwargs: Mapping[str, object] | None = None,
+    methods: str | Iterable[str] | Mapping[str, Mapping[str, object]] = ("forward",),
     batch: str | None = "b",
-    shapes: Mapping[str, Any] | None = None,
+    shapes: Mapping[str, object] | None = None,
     constraints: Sequence[str] = (),
     platforms: Sequence[str] = ("cpu", "cuda"),
     rng: bool = False,
@@ -154,7 +153,7 @@ def _check_readable(path: Path, manifest: str, arrays: Mapping[str, np.ndarray])
         raise refused(f"with what a file cannot hold: {what}", why, "leave it out") from None
 
 
-def load_exported(path: str | os.PathLike, *, device: Any = None) -> ExportedModule:
+def load_exported(path: str | os.PathLike, *, device: DeviceLike | None = None) -> ExportedModule:
     """Read a file of `export`: an object that is called as the module was, without its class.
 
     The file ``statefulnn/io/exported.py`` does the same alone: it needs JAX and NumPy only.

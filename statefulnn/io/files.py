@@ -52,7 +52,7 @@ def _path(path: Any, function: str, example: str) -> Path:
 
 @shortened
 def save(
-    obj: Any,
+    obj: object,
     path: str | PathLike[str],
     *,
     names: Filter = None,

@@ -65,7 +65,7 @@ class Placeholder:
     def __jax_array__(self) -> NoReturn:
         raise self._refusal("used as an array")
 
-    def __call__(self, *_: Any, **__: Any) -> NoReturn:
+    def __call__(self, *_: object, **__: object) -> NoReturn:
         raise self._refusal("called")
 
     def __getattr__(self, name: str) -> NoReturn:

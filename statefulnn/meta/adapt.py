@@ -15,6 +15,7 @@ from statefulnn.core.box import Box
 from statefulnn.core.errors import ArgumentError, DtypeError, ShapeError, UnknownNameError, explain
 from statefulnn.core.generator import as_key
 from statefulnn.core.module import Module
+from statefulnn.core.names import Filter
 from statefulnn.core.repeated import body_of_loop
 from statefulnn.core.tracebacks import shortened
 from statefulnn.meta._arrays import strong_arrays
@@ -62,17 +63,17 @@ class Adapted(NamedTuple):
 @shortened
 def adapt(
     fn: Callable | None,
-    params: Any,
+    params: object,
     loss: Callable,
-    data: Any,
-    *separate: Any,
-    optimizer: Any = None,
-    slots: Any = None,
-    lr: Any = None,
+    data: object,
+    *separate: object,
+    optimizer: object = None,
+    slots: object = None,
+    lr: object = None,
     steps: int = 1,
-    only: Any = None,
-    state: Mapping[str, Any] | None = None,
-    rng: Any = None,
+    only: Filter = None,
+    state: Mapping[str, object] | None = None,
+    rng: jax.Array | None = None,
     first_order: bool = False,
     truncate: int | None = None,
     checkpoint: str = "none",

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from statefulnn.core.conjugate_gradients import norm
 from statefulnn.core.errors import DivergenceWarning, NotDifferentiableError, explain
+from statefulnn.core.names import Filter
 from statefulnn.core.repeated import body_of_loop
 from statefulnn.core.reports import lanes_of, report_unless, warn
 from statefulnn.core.tracebacks import shortened
@@ -43,20 +44,20 @@ class Stopped(NamedTuple):
 @shortened
 def adapt_until(
     fn: Callable | None,
-    params: Any,
+    params: object,
     loss: Callable,
-    data: Any,
-    *separate: Any,
-    steps: Any,
+    data: object,
+    *separate: object,
+    steps: int | jax.Array | Callable,
     tol: float | None = None,
     validate: Callable | None = None,
     patience: int = 1,
-    optimizer: Any = None,
-    slots: Any = None,
-    lr: Any = None,
-    only: Any = None,
-    state: Mapping[str, Any] | None = None,
-    rng: Any = None,
+    optimizer: object = None,
+    slots: object = None,
+    lr: object = None,
+    only: Filter = None,
+    state: Mapping[str, object] | None = None,
+    rng: jax.Array | None = None,
     first_order: bool = False,
     truncate: int | None = None,
 ) -> Stopped:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from statefulnn.core.compat import Tracer
 from statefulnn.core.errors import DtypeError, explain
@@ -16,17 +17,19 @@ from statefulnn.core.reports import fail_unless, finite, report_unless
 from statefulnn.core.tracebacks import shortened
 from statefulnn.meta.tasks import require_rng, say_which_diverged
 
+Tree = TypeVar("Tree")
+
 
 @shortened
 def es_gradient(
     objective: Callable,
-    params: Any,
+    params: Tree,
     *,
-    key: Any = None,
-    sigma: Any = 0.01,
+    key: jax.Array | None = None,
+    sigma: ArrayLike = 0.01,
     pairs: int = 16,
     report: bool = True,
-) -> tuple[Any, Any]:
+) -> tuple[jax.Array, Tree]:
     """Estimate the gradient of a smoothed objective from its values alone.
 
     The objective is smoothed by normal perturbations of `params`; each is used with both signs, which
@@ -78,7 +81,7 @@ class PES(NamedTuple):
 
 
 @shortened
-def pes_init(state: Any, params: Any, pairs: int) -> PES:
+def pes_init(state: object, params: object, pairs: int) -> PES:
     """Return the start of persistent evolution strategies: all particles in one inner state.
 
     Args:
@@ -103,13 +106,13 @@ def pes_init(state: Any, params: Any, pairs: int) -> PES:
 @shortened
 def pes_gradient(
     unroll: Callable,
-    params: Any,
+    params: Tree,
     pes: PES,
     *,
-    key: Any = None,
-    sigma: Any = 0.01,
+    key: jax.Array | None = None,
+    sigma: ArrayLike = 0.01,
     report: bool = True,
-) -> tuple[Any, Any, PES]:
+) -> tuple[jax.Array, Tree, PES]:
     """Estimate the gradient of a long unroll from a short piece of it, without truncation bias.
 
     Each particle goes on from where its own perturbed past led it, and its loss is credited to the sum

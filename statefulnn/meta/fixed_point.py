@@ -76,7 +76,7 @@ class FixedPoint(Module):
         self.cell = cell
         self.steps, self.tol, self.solve = steps, tol, solve
 
-    def forward(self, *inputs: Any, start: Any = None) -> Any:
+    def forward(self, *inputs: object, start: object = None) -> Any:
         """Return the fixed point.
 
         Args:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from statefulnn.core.compat import Tracer
 from statefulnn.core.errors import NotDifferentiableError, explain
@@ -23,8 +24,12 @@ _verdicts: dict[Any, str] = {}  # by optimizer, structure of the parameters, and
 
 
 def learning_rates(
-    params: Mapping[str, Any], value: float, *, each: str = "element", steps: int | None = None
-) -> dict[str, Any]:
+    params: Mapping[str, ArrayLike],
+    value: float,
+    *,
+    each: str = "element",
+    steps: int | None = None,
+) -> dict[str, jax.Array | PerStep]:
     """Return learning rates to learn, one for each element or each array of the parameters.
 
     Args:
@@ -58,7 +63,7 @@ def learning_rates(
 
 
 def adam(
-    learning_rate: Any,
+    learning_rate: ArrayLike | Callable[[Any], ArrayLike],
     b1: float = 0.9,
     b2: float = 0.999,
     eps: float = 1e-8,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -19,19 +19,21 @@ from statefulnn.core.reports import said_once, warn
 from statefulnn.core.tracebacks import shortened
 from statefulnn.meta._arrays import strong_arrays
 
+Carry = TypeVar("Carry")
+
 
 @shortened
 def loop(
     step: Callable,
-    init: Any,
-    xs: Any = None,
+    init: Carry,
+    xs: object = None,
     length: int | None = None,
     *,
     chunk: int = 100,
     progress: str | bool = False,
     on_chunk: Callable | None = None,
     report: bool = True,
-) -> tuple[Any, Any]:
+) -> tuple[Carry, Any]:
     """Run ``carry, out = step(carry, x)`` many times, as ``jax.lax.scan``, in compiled chunks.
 
     One call of compiled code does `chunk` steps. Between calls the results come to the host: for a

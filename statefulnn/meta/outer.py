@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from statefulnn.core.tracebacks import shortened
 from statefulnn.meta.per_step import require_steps
 
+Tree = TypeVar("Tree")
+
 
 @shortened
-def reptile_gradient(params: Any, adapted: Any) -> Any:
+def reptile_gradient(params: Tree, adapted: Tree) -> Tree:
     """Return Reptile's meta-gradient of one task: from the adapted parameters back to the start.
 
     An optimizer that descends along it moves the start towards what the tasks adapt to.
@@ -31,7 +34,7 @@ def reptile_gradient(params: Any, adapted: Any) -> Any:
     return jax.tree_util.tree_map(jnp.subtract, params, adapted)
 
 
-def multi_step_weights(steps: int, progress: Any) -> Any:
+def multi_step_weights(steps: int, progress: ArrayLike) -> jax.Array:
     """Return the weight of the loss after each inner step, annealed towards the last one alone.
 
     At first all steps count alike, which keeps training stable; at the end only the last one.

@@ -7,9 +7,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from statefulnn.core.compat import Tracer
 from statefulnn.core.errors import ShapeError, explain
+from statefulnn.core.names import Filter
 from statefulnn.core.tracebacks import shortened
 from statefulnn.meta._names import chosen_names
 
@@ -30,8 +32,8 @@ class PerStep:
 
     __slots__ = ("rows",)
 
-    def __init__(self, rows: Any) -> None:
-        self.rows = rows
+    def __init__(self, rows: ArrayLike) -> None:
+        self.rows: Any = rows
 
     def __repr__(self) -> str:
         return f"PerStep({self.rows!r})"
@@ -45,7 +47,9 @@ jax.tree_util.register_pytree_with_keys(
 
 
 @shortened
-def per_step(values: Mapping[str, Any], steps: int, only: Any = None) -> dict[str, Any]:
+def per_step(
+    values: Mapping[str, ArrayLike], steps: int, only: Filter = None
+) -> dict[str, ArrayLike | PerStep]:
     """Return a dict of arrays with a row for each inner step in place of some of them.
 
     With buffers, each inner step has running statistics of its own; with parameters, a value of its

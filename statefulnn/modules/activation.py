@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+import jax
+from jax.typing import ArrayLike
 
 from statefulnn import functional as F
 from statefulnn.core.module import Module
@@ -20,7 +21,7 @@ class Sigmoid(Module):
         [0.5]
     """
 
-    def forward(self, input: Any) -> Any:
+    def forward(self, input: ArrayLike) -> jax.Array:
         return F.sigmoid(input)
 
 
@@ -36,7 +37,7 @@ class LogSigmoid(Module):
         [-1000.0, -0.693...]
     """
 
-    def forward(self, input: Any) -> Any:
+    def forward(self, input: ArrayLike) -> jax.Array:
         return F.logsigmoid(input)
 
 
@@ -52,7 +53,7 @@ class Tanh(Module):
         [0.0]
     """
 
-    def forward(self, input: Any) -> Any:
+    def forward(self, input: ArrayLike) -> jax.Array:
         return F.tanh(input)
 
 
@@ -68,7 +69,7 @@ class Tanhshrink(Module):
         [0.0, 99.0]
     """
 
-    def forward(self, input: Any) -> Any:
+    def forward(self, input: ArrayLike) -> jax.Array:
         return F.tanhshrink(input)
 
 
@@ -84,7 +85,7 @@ class Softsign(Module):
         [-0.75, 0.5]
     """
 
-    def forward(self, input: Any) -> Any:
+    def forward(self, input: ArrayLike) -> jax.Array:
         return F.softsign(input)
 
 
@@ -109,7 +110,7 @@ class Softplus(Module):
         self.beta = beta
         self.threshold = threshold
 
-    def forward(self, input: Any) -> Any:
+    def forward(self, input: ArrayLike) -> jax.Array:
         return F.softplus(input, self.beta, self.threshold)
 
     def extra_repr(self) -> str:
@@ -137,7 +138,7 @@ class GELU(Module):
         super().__init__()
         self.approximate = approximate
 
-    def forward(self, input: Any) -> Any:
+    def forward(self, input: ArrayLike) -> jax.Array:
         return F.gelu(input, self.approximate)
 
     def extra_repr(self) -> str:
@@ -165,7 +166,7 @@ class SiLU(Module):
         super().__init__()
         self.inplace = inplace
 
-    def forward(self, input: Any) -> Any:
+    def forward(self, input: ArrayLike) -> jax.Array:
         return F.silu(input)
 
     def extra_repr(self) -> str:
@@ -193,7 +194,7 @@ class Mish(Module):
         super().__init__()
         self.inplace = inplace
 
-    def forward(self, input: Any) -> Any:
+    def forward(self, input: ArrayLike) -> jax.Array:
         return F.mish(input)
 
     def extra_repr(self) -> str:
@@ -221,7 +222,7 @@ class Hardsigmoid(Module):
         super().__init__()
         self.inplace = inplace
 
-    def forward(self, input: Any) -> Any:
+    def forward(self, input: ArrayLike) -> jax.Array:
         return F.hardsigmoid(input)
 
 
@@ -246,7 +247,7 @@ class Hardswish(Module):
         super().__init__()
         self.inplace = inplace
 
-    def forward(self, input: Any) -> Any:
+    def forward(self, input: ArrayLike) -> jax.Array:
         return F.hardswish(input)
 
 
@@ -269,7 +270,7 @@ class Hardshrink(Module):
         super().__init__()
         self.lambd = lambd
 
-    def forward(self, input: Any) -> Any:
+    def forward(self, input: ArrayLike) -> jax.Array:
         return F.hardshrink(input, self.lambd)
 
     def extra_repr(self) -> str:
@@ -295,7 +296,7 @@ class Softshrink(Module):
         super().__init__()
         self.lambd = lambd
 
-    def forward(self, input: Any) -> Any:
+    def forward(self, input: ArrayLike) -> jax.Array:
         return F.softshrink(input, self.lambd)
 
     def extra_repr(self) -> str:
@@ -323,7 +324,7 @@ class GLU(Module):
         super().__init__()
         self.dim = dim
 
-    def forward(self, input: Any) -> Any:
+    def forward(self, input: ArrayLike) -> jax.Array:
         return F.glu(input, self.dim)
 
     def extra_repr(self) -> str:

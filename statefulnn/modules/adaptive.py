@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike, DTypeLike
 
 from statefulnn.core.errors import DtypeError, explain
 from statefulnn.core.module import Module
+from statefulnn.core.placement import DeviceLike
 from statefulnn.functional import adaptive
 from statefulnn.functional._checks import array, require_rank, shape_error
 from statefulnn.functional.cross_entropy import check_classes
@@ -69,8 +72,8 @@ class AdaptiveLogSoftmaxWithLoss(Module):
         cutoffs: Sequence[int],
         div_value: float = 4.0,
         head_bias: bool = False,
-        device: Any = None,
-        dtype: Any = None,
+        device: DeviceLike | None = None,
+        dtype: DTypeLike | None = None,
     ) -> None:
         super().__init__()
         cutoffs = list(cutoffs)
@@ -124,7 +127,7 @@ class AdaptiveLogSoftmaxWithLoss(Module):
         tail = [tuple(array(layer.weight, "weight", "") for layer in pair) for pair in self.tail]
         return head, tuple(tail)
 
-    def forward(self, input_: Any, target_: Any) -> _ASMoutput:
+    def forward(self, input_: ArrayLike, target_: ArrayLike) -> _ASMoutput:
         name = "nn.AdaptiveLogSoftmaxWithLoss"
         x, target = array(input_, "input", name), array(target_, "target", name)
         self._check(x, target, name)
@@ -163,7 +166,7 @@ class AdaptiveLogSoftmaxWithLoss(Module):
                 f"nn.AdaptiveLogSoftmaxWithLoss({x.shape[-1]}, ...)",
             )
 
-    def log_prob(self, input: Any) -> Any:
+    def log_prob(self, input: ArrayLike) -> jax.Array:
         """Return the log-probabilities of all classes.
 
         Args:
@@ -181,7 +184,7 @@ class AdaptiveLogSoftmaxWithLoss(Module):
         x = self._rows(input, "nn.AdaptiveLogSoftmaxWithLoss.log_prob")
         return adaptive.log_prob(x, *self._weights(), self.shortlist_size)
 
-    def predict(self, input: Any) -> Any:
+    def predict(self, input: ArrayLike) -> jax.Array:
         """Return the most probable class of each row.
 
         Args:

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import jax
+from jax.typing import ArrayLike
+
 from statefulnn import functional as F
 from statefulnn.core.module import Module
 
@@ -45,7 +48,7 @@ class AdaptiveAvgPool1d(_AdaptiveAvgPool):
         (1, 64, 5)
     """
 
-    def forward(self, input: Any) -> Any:
+    def forward(self, input: ArrayLike) -> jax.Array:
         return F.adaptive_avg_pool1d(input, self.output_size)
 
 
@@ -64,7 +67,7 @@ class AdaptiveAvgPool2d(_AdaptiveAvgPool):
         (1, 64, 5, 9)
     """
 
-    def forward(self, input: Any) -> Any:
+    def forward(self, input: ArrayLike) -> jax.Array:
         return F.adaptive_avg_pool2d(input, self.output_size)
 
 
@@ -83,7 +86,7 @@ class AdaptiveAvgPool3d(_AdaptiveAvgPool):
         (1, 4, 5, 9, 2)
     """
 
-    def forward(self, input: Any) -> Any:
+    def forward(self, input: ArrayLike) -> jax.Array:
         return F.adaptive_avg_pool3d(input, self.output_size)
 
 
@@ -104,7 +107,7 @@ class AdaptiveMaxPool1d(_AdaptiveMaxPool):
         (1, 64, 5)
     """
 
-    def forward(self, input: Any) -> Any:
+    def forward(self, input: ArrayLike) -> jax.Array:
         return F.adaptive_max_pool1d(input, self.output_size, self.return_indices)
 
 
@@ -125,7 +128,7 @@ class AdaptiveMaxPool2d(_AdaptiveMaxPool):
         (1, 64, 5, 9)
     """
 
-    def forward(self, input: Any) -> Any:
+    def forward(self, input: ArrayLike) -> jax.Array:
         return F.adaptive_max_pool2d(input, self.output_size, self.return_indices)
 
 
@@ -146,5 +149,5 @@ class AdaptiveMaxPool3d(_AdaptiveMaxPool):
         (1, 4, 5, 9, 2)
     """
 
-    def forward(self, input: Any) -> Any:
+    def forward(self, input: ArrayLike) -> jax.Array:
         return F.adaptive_max_pool3d(input, self.output_size, self.return_indices)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+
+import jax
+from jax.typing import ArrayLike
 
 from statefulnn import functional as F
 from statefulnn.core.module import Module
@@ -69,7 +71,7 @@ class AvgPool1d(Module):
         self.ceil_mode = ceil_mode
         self.count_include_pad = count_include_pad
 
-    def forward(self, input: Any) -> Any:
+    def forward(self, input: ArrayLike) -> jax.Array:
         return F.avg_pool1d(
             input,
             self.kernel_size,
@@ -103,7 +105,7 @@ class AvgPool2d(_AvgPool):
         (20, 16, 24, 31)
     """
 
-    def forward(self, input: Any) -> Any:
+    def forward(self, input: ArrayLike) -> jax.Array:
         return F.avg_pool2d(
             input,
             self.kernel_size,
@@ -135,7 +137,7 @@ class AvgPool3d(_AvgPool):
         (2, 4, 4, 8, 4)
     """
 
-    def forward(self, input: Any) -> Any:
+    def forward(self, input: ArrayLike) -> jax.Array:
         return F.avg_pool3d(
             input,
             self.kernel_size,
@@ -186,7 +188,7 @@ class LPPool1d(_LPPool):
         (20, 16, 24)
     """
 
-    def forward(self, input: Any) -> Any:
+    def forward(self, input: ArrayLike) -> jax.Array:
         return F.lp_pool1d(
             input, float(self.norm_type), self.kernel_size, self.stride, self.ceil_mode
         )
@@ -210,7 +212,7 @@ class LPPool2d(_LPPool):
         (20, 16, 24, 15)
     """
 
-    def forward(self, input: Any) -> Any:
+    def forward(self, input: ArrayLike) -> jax.Array:
         return F.lp_pool2d(
             input, float(self.norm_type), self.kernel_size, self.stride, self.ceil_mode
         )
@@ -234,7 +236,7 @@ class LPPool3d(_LPPool):
         (2, 4, 4, 4, 3)
     """
 
-    def forward(self, input: Any) -> Any:
+    def forward(self, input: ArrayLike) -> jax.Array:
         return F.lp_pool3d(
             input, float(self.norm_type), self.kernel_size, self.stride, self.ceil_mode
         )

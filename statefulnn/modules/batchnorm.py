@@ -7,13 +7,14 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.typing import ArrayLike, DTypeLike
 
 from statefulnn import functional as F
 from statefulnn import init
 from statefulnn.core.arrays import filled as box_filled
 from statefulnn.core.errors import ShapeError, explain
 from statefulnn.core.module import Module
-from statefulnn.core.placement import is_meta, resolve_device
+from statefulnn.core.placement import DeviceLike, is_meta, resolve_device
 from statefulnn.init._empty import filled
 
 
@@ -30,8 +31,8 @@ class _NormBase(Module):
         momentum: float | None = 0.1,
         affine: bool = True,
         track_running_stats: bool = True,
-        device: Any = None,
-        dtype: Any = None,
+        device: DeviceLike | None = None,
+        dtype: DTypeLike | None = None,
         *,
         bias: bool = True,
     ) -> None:
@@ -119,7 +120,7 @@ def _zero_count(device: Any = None) -> Any:
 
 
 class _BatchNorm(_NormBase):
-    def forward(self, input: Any) -> Any:
+    def forward(self, input: ArrayLike) -> jax.Array:
         self._check_input_dim(input)
         return self._normalised(input)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+import jax
+from jax.typing import ArrayLike
 
 from statefulnn import functional as F
 from statefulnn.modules._loss import _Loss, _WeightedLoss
@@ -26,7 +27,7 @@ class BCELoss(_WeightedLoss):
         0.6931
     """
 
-    def forward(self, input: Any, target: Any) -> Any:
+    def forward(self, input: ArrayLike, target: ArrayLike) -> jax.Array:
         return F.binary_cross_entropy(input, target, weight=self.weight, reduction=self.reduction)
 
 
@@ -52,17 +53,17 @@ class BCEWithLogitsLoss(_Loss):
 
     def __init__(
         self,
-        weight: Any = None,
+        weight: ArrayLike | None = None,
         size_average: bool | None = None,
         reduce: bool | None = None,
         reduction: str = "mean",
-        pos_weight: Any = None,
+        pos_weight: ArrayLike | None = None,
     ) -> None:
         super().__init__(size_average, reduce, reduction)
         self._register_weight("weight", weight)
         self._register_weight("pos_weight", pos_weight)
 
-    def forward(self, input: Any, target: Any) -> Any:
+    def forward(self, input: ArrayLike, target: ArrayLike) -> jax.Array:
         return F.binary_cross_entropy_with_logits(
             input,
             target,
@@ -90,7 +91,7 @@ class MultiLabelSoftMarginLoss(_WeightedLoss):
         0.6931
     """
 
-    def forward(self, input: Any, target: Any) -> Any:
+    def forward(self, input: ArrayLike, target: ArrayLike) -> jax.Array:
         return F.multilabel_soft_margin_loss(
             input, target, weight=self.weight, reduction=self.reduction
         )
@@ -113,5 +114,5 @@ class SoftMarginLoss(_Loss):
         0.1269
     """
 
-    def forward(self, input: Any, target: Any) -> Any:
+    def forward(self, input: ArrayLike, target: ArrayLike) -> jax.Array:
         return F.soft_margin_loss(input, target, reduction=self.reduction)

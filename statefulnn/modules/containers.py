@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import operator
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, Self
+from collections.abc import Callable, ItemsView, Iterable, Iterator, KeysView, Mapping, ValuesView
+from typing import Any, NoReturn, Self
 
 import numpy as np
 
@@ -182,7 +182,7 @@ class Sequential(Module):
         _renumber(self, modules)
         return self
 
-    def pop(self, key: Any) -> Module:
+    def pop(self, key: int | slice) -> Module:
         """Remove the module at a position and return it."""
         module = self[key]
         del self[key]
@@ -255,7 +255,7 @@ class ModuleList(Module):
         self.add_module(str(len(self)), _require_module(module, "ModuleList"))
         return self
 
-    def pop(self, key: Any) -> Any:
+    def pop(self, key: int) -> Module:
         """Remove the module at a position and return it."""
         module = self[key]
         del self[key]
@@ -335,7 +335,10 @@ class ModuleDict(Module):
         (['a', 'b'], 3)
     """
 
-    def __init__(self, modules: Any = None) -> None:
+    def __init__(
+        self,
+        modules: Mapping[str, Module] | ModuleDict | Iterable[tuple[str, Module]] | None = None,
+    ) -> None:
         super().__init__()
         if modules is not None:
             self.update(modules)
@@ -370,19 +373,21 @@ class ModuleDict(Module):
         del self[key]
         return module
 
-    def keys(self) -> Any:
+    def keys(self) -> KeysView[str]:
         """Return the names."""
         return self._modules.keys()
 
-    def items(self) -> Any:
+    def items(self) -> ItemsView[str, Any]:
         """Return the pairs of name and module."""
         return self._modules.items()
 
-    def values(self) -> Any:
+    def values(self) -> ValuesView[Any]:
         """Return the modules."""
         return self._modules.values()
 
-    def update(self, modules: Any) -> None:
+    def update(
+        self, modules: Mapping[str, Module] | ModuleDict | Iterable[tuple[str, Module]]
+    ) -> None:
         """Add or replace modules by name."""
         for key, module in _pairs(self, modules, "module"):
             self[key] = module
@@ -418,7 +423,7 @@ class ParameterList(Module):
         ['0', '1']
     """
 
-    def __init__(self, values: Iterable[Any] | None = None) -> None:
+    def __init__(self, values: Iterable[object] | None = None) -> None:
         super().__init__()
         self._size = 0
         if values is not None:
@@ -441,13 +446,13 @@ class ParameterList(Module):
     def __iadd__(self, values: Iterable[Any]) -> Self:
         return self.extend(values)
 
-    def append(self, value: Any) -> Self:
+    def append(self, value: object) -> Self:
         """Add an element at the end, and return the container."""
         setattr(self, str(self._size), _as_parameter(value))
         self._size += 1
         return self
 
-    def extend(self, values: Iterable[Any]) -> Self:
+    def extend(self, values: Iterable[object]) -> Self:
         """Add elements at the end, and return the container."""
         if isinstance(values, (str, Box)) or not isinstance(values, Iterable):
             raise TypeError(
@@ -461,7 +466,7 @@ class ParameterList(Module):
     def extra_repr(self) -> str:
         return "\n".join(f"  ({i}): {_describe(v)}" for i, v in enumerate(self))
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: object, **kwargs: object) -> NoReturn:
         raise RuntimeError("ParameterList should not be called.")
 
 
@@ -478,7 +483,13 @@ class ParameterDict(Module):
         ((2,), ['scale'])
     """
 
-    def __init__(self, parameters: Any = None) -> None:
+    def __init__(
+        self,
+        parameters: Mapping[str, object]
+        | ParameterDict
+        | Iterable[tuple[str, object]]
+        | None = None,
+    ) -> None:
         super().__init__()
         self._keys: dict[str, None] = {}
         if parameters is not None:
@@ -527,7 +538,7 @@ class ParameterDict(Module):
         """Return a dict of the same parameters."""
         return ParameterDict(OrderedDict(self.items()))
 
-    def setdefault(self, key: str, default: Any = None) -> Any:
+    def setdefault(self, key: str, default: object = None) -> Any:
         """Return the value of a key, which is set to a default if it is missing."""
         if key not in self:
             self[key] = default
@@ -551,27 +562,29 @@ class ParameterDict(Module):
         key = list(self._keys)[-1]
         return key, self.pop(key)
 
-    def get(self, key: str, default: Any = None) -> Any:
+    def get(self, key: str, default: object = None) -> Any:
         """Return the value of a key, or a default."""
         return self[key] if key in self else default
 
-    def fromkeys(self, keys: Iterable[str], default: Any = None) -> ParameterDict:
+    def fromkeys(self, keys: Iterable[str], default: object = None) -> ParameterDict:
         """Return a new dict with one value under each key."""
         return ParameterDict((key, default) for key in keys)
 
-    def keys(self) -> Any:
+    def keys(self) -> KeysView[str]:
         """Return the names."""
         return self._keys.keys()
 
-    def items(self) -> Any:
+    def items(self) -> list[tuple[str, Any]]:
         """Return the pairs of name and value."""
         return [(key, self[key]) for key in self._keys]
 
-    def values(self) -> Any:
+    def values(self) -> list[Any]:
         """Return the values."""
         return [self[key] for key in self._keys]
 
-    def update(self, parameters: Any) -> None:
+    def update(
+        self, parameters: Mapping[str, object] | ParameterDict | Iterable[tuple[str, object]]
+    ) -> None:
         """Add or replace values by name."""
         pairs = _pairs(self, parameters, "parameter")
         if isinstance(parameters, Mapping) and not isinstance(parameters, OrderedDict):
@@ -596,5 +609,5 @@ class ParameterDict(Module):
     def extra_repr(self) -> str:
         return "\n".join(f"  ({k}): {_describe(v)}" for k, v in self.items())
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: object, **kwargs: object) -> NoReturn:
         raise RuntimeError("ParameterDict should not be called.")

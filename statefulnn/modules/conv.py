@@ -5,9 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import jax
+from jax.typing import ArrayLike, DTypeLike
+
 from statefulnn import init
 from statefulnn.core.errors import explain
 from statefulnn.core.module import Module
+from statefulnn.core.placement import DeviceLike
 from statefulnn.functional._checks import numbers
 from statefulnn.functional.conv import check_padding_mode, conv_nd, padded
 
@@ -108,8 +112,8 @@ class _ConvNd(_Convolution):
         groups: int = 1,
         bias: bool = True,
         padding_mode: str = "zeros",
-        device: Any = None,
-        dtype: Any = None,
+        device: DeviceLike | None = None,
+        dtype: DTypeLike | None = None,
     ) -> None:
         super().__init__()
         check_padding_mode(padding_mode, f"nn.{type(self).__name__}")
@@ -132,7 +136,7 @@ class _ConvNd(_Convolution):
         """Draw new initial values."""
         init.rules(self).conv(self.weight, self.bias)
 
-    def forward(self, input: Any) -> Any:
+    def forward(self, input: ArrayLike) -> jax.Array:
         return conv_nd(
             self.spatial,
             input,

@@ -5,8 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import jax
+from jax.typing import ArrayLike, DTypeLike
+
 from statefulnn import init
 from statefulnn.core.errors import DtypeError, explain
+from statefulnn.core.placement import DeviceLike
 from statefulnn.functional.conv_transpose import conv_transpose_nd, transposed_sizes
 from statefulnn.modules.conv import Size, _Convolution
 
@@ -26,8 +30,8 @@ class _ConvTransposeNd(_Convolution):
         bias: bool = True,
         dilation: Size = 1,
         padding_mode: str = "zeros",
-        device: Any = None,
-        dtype: Any = None,
+        device: DeviceLike | None = None,
+        dtype: DTypeLike | None = None,
     ) -> None:
         super().__init__()
         if padding_mode != "zeros":
@@ -61,7 +65,7 @@ class _ConvTransposeNd(_Convolution):
             self.weight, self.bias, groups=self.groups, stride=self.stride
         )
 
-    def forward(self, input: Any, output_size: Sequence[int] | None = None) -> Any:
+    def forward(self, input: ArrayLike, output_size: Sequence[int] | None = None) -> jax.Array:
         return conv_transpose_nd(
             self.spatial,
             input,

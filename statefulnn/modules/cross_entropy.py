@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 import warnings
-from typing import Any
+
+import jax
+from jax.typing import ArrayLike, DTypeLike
 
 from statefulnn import functional as F
 from statefulnn.core.errors import explain
+from statefulnn.core.placement import DeviceLike
 from statefulnn.functional._checks import shape_error
 from statefulnn.functional.linear_cross_entropy import LinearCrossEntropyOptions
 from statefulnn.modules._loss import _Loss, _WeightedLoss
@@ -42,7 +45,7 @@ class CrossEntropyLoss(_WeightedLoss):
 
     def __init__(
         self,
-        weight: Any = None,
+        weight: ArrayLike | None = None,
         size_average: bool | None = None,
         ignore_index: int = -100,
         reduce: bool | None = None,
@@ -53,7 +56,7 @@ class CrossEntropyLoss(_WeightedLoss):
         self.ignore_index = ignore_index
         self.label_smoothing = label_smoothing
 
-    def forward(self, input: Any, target: Any) -> Any:
+    def forward(self, input: ArrayLike, target: ArrayLike) -> jax.Array:
         return F.cross_entropy(
             input,
             target,
@@ -104,10 +107,10 @@ class LinearCrossEntropyLoss(_WeightedLoss):
         *,
         out_features: tuple[int, ...] = (),
         bias: bool = False,
-        device: Any = None,
-        dtype: Any = None,
+        device: DeviceLike | None = None,
+        dtype: DTypeLike | None = None,
         reduction: str = "mean",
-        weight: Any = None,
+        weight: ArrayLike | None = None,
         ignore_index: int | None = None,
         label_smoothing: float = 0.0,
         options: LinearCrossEntropyOptions | None = None,
@@ -136,7 +139,7 @@ class LinearCrossEntropyLoss(_WeightedLoss):
         self.linear = Linear(in_features, outputs, bias=bias, device=device, dtype=dtype)
         self.options = options
 
-    def forward(self, input: Any, target: Any) -> Any:
+    def forward(self, input: ArrayLike, target: ArrayLike) -> jax.Array:
         table, bias = self.linear.weight, self.linear.bias
         if self.out_features:
             # The layer keeps two axes; the loss knows several.
@@ -189,7 +192,7 @@ class NLLLoss(_WeightedLoss):
 
     def __init__(
         self,
-        weight: Any = None,
+        weight: ArrayLike | None = None,
         size_average: bool | None = None,
         ignore_index: int = -100,
         reduce: bool | None = None,
@@ -198,7 +201,7 @@ class NLLLoss(_WeightedLoss):
         super().__init__(weight, size_average, reduce, reduction)
         self.ignore_index = ignore_index
 
-    def forward(self, input: Any, target: Any) -> Any:
+    def forward(self, input: ArrayLike, target: ArrayLike) -> jax.Array:
         return F.nll_loss(
             input,
             target,
@@ -228,7 +231,7 @@ class NLLLoss2d(NLLLoss):
 
     def __init__(
         self,
-        weight: Any = None,
+        weight: ArrayLike | None = None,
         size_average: bool | None = None,
         ignore_index: int = -100,
         reduce: bool | None = None,
@@ -275,7 +278,7 @@ class KLDivLoss(_Loss):
             self.reduction = "batchmean"
         self.log_target = log_target
 
-    def forward(self, input: Any, target: Any) -> Any:
+    def forward(self, input: ArrayLike, target: ArrayLike) -> jax.Array:
         return F.kl_div(input, target, reduction=self.reduction, log_target=self.log_target)
 
 
@@ -311,7 +314,13 @@ class CTCLoss(_Loss):
         self.blank = blank
         self.zero_infinity = zero_infinity
 
-    def forward(self, log_probs: Any, targets: Any, input_lengths: Any, target_lengths: Any) -> Any:
+    def forward(
+        self,
+        log_probs: ArrayLike,
+        targets: ArrayLike,
+        input_lengths: ArrayLike,
+        target_lengths: ArrayLike,
+    ) -> jax.Array:
         return F.ctc_loss(
             log_probs,
             targets,

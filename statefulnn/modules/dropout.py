@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+import jax
+from jax.typing import ArrayLike
 
 from statefulnn import functional as F
 from statefulnn.core.errors import explain
@@ -52,7 +53,7 @@ class Dropout(_DropoutNd):
         [1.0, 1.0, 1.0]
     """
 
-    def forward(self, input: Any) -> Any:
+    def forward(self, input: ArrayLike) -> jax.Array:
         return F.dropout(input, self.p, self.training)
 
 
@@ -80,7 +81,7 @@ class Dropout1d(_DropoutNd):
         (2, 3, 4)
     """
 
-    def forward(self, input: Any) -> Any:
+    def forward(self, input: ArrayLike) -> jax.Array:
         return F.dropout1d(input, self.p, self.training)
 
 
@@ -108,7 +109,7 @@ class Dropout2d(_DropoutNd):
         (2, 3, 4, 4)
     """
 
-    def forward(self, input: Any) -> Any:
+    def forward(self, input: ArrayLike) -> jax.Array:
         return F.dropout2d(input, self.p, self.training)
 
 
@@ -136,7 +137,7 @@ class Dropout3d(_DropoutNd):
         (2, 3, 4, 4, 4)
     """
 
-    def forward(self, input: Any) -> Any:
+    def forward(self, input: ArrayLike) -> jax.Array:
         return F.dropout3d(input, self.p, self.training)
 
 
@@ -164,7 +165,7 @@ class AlphaDropout(_DropoutNd):
         [1.0, 1.0, 1.0]
     """
 
-    def forward(self, input: Any) -> Any:
+    def forward(self, input: ArrayLike) -> jax.Array:
         return F.alpha_dropout(input, self.p, self.training)
 
 
@@ -192,5 +193,5 @@ class FeatureAlphaDropout(_DropoutNd):
         (2, 3, 4)
     """
 
-    def forward(self, input: Any) -> Any:
+    def forward(self, input: ArrayLike) -> jax.Array:
         return F.feature_alpha_dropout(input, self.p, self.training)

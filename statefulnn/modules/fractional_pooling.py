@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import jax
+from jax.typing import ArrayLike
+
 from statefulnn import functional as F
 from statefulnn.core.errors import explain
 from statefulnn.core.module import Module
@@ -89,7 +92,7 @@ class FractionalMaxPool2d(_FractionalMaxPool):
 
     spatial = 2
 
-    def forward(self, input: Any) -> Any:
+    def forward(self, input: ArrayLike) -> jax.Array:
         return F.fractional_max_pool2d(
             input,
             self.kernel_size,
@@ -126,7 +129,7 @@ class FractionalMaxPool3d(_FractionalMaxPool):
 
     spatial = 3
 
-    def forward(self, input: Any) -> Any:
+    def forward(self, input: ArrayLike) -> jax.Array:
         return F.fractional_max_pool3d(
             input,
             self.kernel_size,

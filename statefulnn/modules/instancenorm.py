@@ -5,10 +5,13 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from statefulnn import functional as F
 from statefulnn.core.errors import ShapeError, explain
+from statefulnn.core.placement import DeviceLike
 from statefulnn.modules.batchnorm import _NormBase
 
 
@@ -20,8 +23,8 @@ class _InstanceNorm(_NormBase):
         momentum: float | None = 0.1,
         affine: bool = False,
         track_running_stats: bool = False,
-        device: Any = None,
-        dtype: Any = None,
+        device: DeviceLike | None = None,
+        dtype: DTypeLike | None = None,
         *,
         bias: bool = True,
     ) -> None:
@@ -29,7 +32,7 @@ class _InstanceNorm(_NormBase):
             num_features, eps, momentum, affine, track_running_stats, device, dtype, bias=bias
         )
 
-    def forward(self, input: Any) -> Any:
+    def forward(self, input: jax.Array) -> jax.Array:
         self._check_input_dim(input)
         unbatched = jnp.ndim(input) == self.ranks[0]
         self._check_channels(input.shape, 0 if unbatched else 1)

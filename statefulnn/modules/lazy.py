@@ -6,9 +6,13 @@ import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import jax
+from jax.typing import DTypeLike
+
 from statefulnn.core.compat import EAGER, current_trace
 from statefulnn.core.errors import ShapeError, UninitializedParameterError, explain
 from statefulnn.core.module import Module
+from statefulnn.core.placement import DeviceLike
 from statefulnn.core.uninitialized import UninitializedBuffer, UninitializedParameter, is_lazy
 from statefulnn.modules.batchnorm import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from statefulnn.modules.conv import Conv1d, Conv2d, Conv3d
@@ -128,7 +132,11 @@ class LazyLinear(LazyModuleMixin, Linear):
     cls_to_become = Linear
 
     def __init__(
-        self, out_features: int, bias: bool = True, device: Any = None, dtype: Any = None
+        self,
+        out_features: int,
+        bias: bool = True,
+        device: DeviceLike | None = None,
+        dtype: DTypeLike | None = None,
     ) -> None:
         super().__init__(0, 0, False, device, dtype)
         self.out_features = out_features
@@ -136,7 +144,7 @@ class LazyLinear(LazyModuleMixin, Linear):
         if bias:
             self.bias = UninitializedParameter(device=device, dtype=dtype)
 
-    def initialize_parameters(self, input: Any) -> None:
+    def initialize_parameters(self, input: jax.Array) -> None:
         if not input.ndim:
             raise _refuse("nn.LazyLinear", input.shape, "(*, in_features)")
         self.in_features = input.shape[-1]
@@ -160,7 +168,7 @@ class _LazyConv(LazyModuleMixin):
         if bias:
             self.bias = UninitializedParameter(device=device, dtype=dtype)
 
-    def initialize_parameters(self: Any, input: Any, *args: Any, **kwargs: Any) -> None:
+    def initialize_parameters(self: Any, input: jax.Array, *args: Any, **kwargs: Any) -> None:
         spatial = len(self.kernel_size)
         axes = ("L", "H, W", "D, H, W")[spatial - 1]
         name = f"nn.{type(self).__name__}"
@@ -198,8 +206,8 @@ class _LazyConvForward(_LazyConv):
         groups: int = 1,
         bias: bool = True,
         padding_mode: str = "zeros",
-        device: Any = None,
-        dtype: Any = None,
+        device: DeviceLike | None = None,
+        dtype: DTypeLike | None = None,
     ) -> None:
         # The bias comes later, when its size is known. The next class is the layer that it becomes.
         super().__init__(
@@ -222,8 +230,8 @@ class _LazyConvTransposed(_LazyConv):
         bias: bool = True,
         dilation: Size = 1,
         padding_mode: str = "zeros",
-        device: Any = None,
-        dtype: Any = None,
+        device: DeviceLike | None = None,
+        dtype: DTypeLike | None = None,
     ) -> None:
         super().__init__(
             0,
@@ -355,8 +363,8 @@ class _LazyNorm(LazyModuleMixin):
         momentum: float | None = 0.1,
         affine: bool = True,  # also for InstanceNorm, which torch has otherwise where it is not lazy
         track_running_stats: bool = True,
-        device: Any = None,
-        dtype: Any = None,
+        device: DeviceLike | None = None,
+        dtype: DTypeLike | None = None,
         *,
         bias: bool = True,
     ) -> None:
@@ -374,7 +382,7 @@ class _LazyNorm(LazyModuleMixin):
     def _features_axis(self: Any, input: Any) -> int:
         return 1
 
-    def initialize_parameters(self: Any, input: Any) -> None:
+    def initialize_parameters(self: Any, input: jax.Array) -> None:
         self._check_input_dim(input)
         if not self.has_uninitialized_params():
             if not self.num_features:

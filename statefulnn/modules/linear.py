@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TypeVar
+
+import jax
+from jax.typing import ArrayLike, DTypeLike
 
 from statefulnn import functional as F
 from statefulnn import init
 from statefulnn.core.errors import explain
 from statefulnn.core.module import Module
+from statefulnn.core.placement import DeviceLike
+
+Value = TypeVar("Value")
 
 
 class Identity(Module):
@@ -22,10 +28,10 @@ class Identity(Module):
         [1.0, 1.0]
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: object, **kwargs: object) -> None:
         super().__init__()
 
-    def forward(self, input: Any) -> Any:
+    def forward(self, input: Value) -> Value:
         return input
 
 
@@ -57,8 +63,8 @@ class Linear(Module):
         in_features: int,
         out_features: int,
         bias: bool = True,
-        device: Any = None,
-        dtype: Any = None,
+        device: DeviceLike | None = None,
+        dtype: DTypeLike | None = None,
     ) -> None:
         super().__init__()
         self.in_features = in_features
@@ -73,7 +79,7 @@ class Linear(Module):
         """Draw new initial values."""
         init.rules(self).linear(self.weight, self.bias)
 
-    def forward(self, input: Any) -> Any:
+    def forward(self, input: ArrayLike) -> jax.Array:
         return F.linear(input, self.weight, self.bias)
 
     def extra_repr(self) -> str:
@@ -113,8 +119,8 @@ class Bilinear(Module):
         in2_features: int,
         out_features: int,
         bias: bool = True,
-        device: Any = None,
-        dtype: Any = None,
+        device: DeviceLike | None = None,
+        dtype: DTypeLike | None = None,
     ) -> None:
         super().__init__()
         if in1_features <= 0:
@@ -140,7 +146,7 @@ class Bilinear(Module):
         """Draw new initial values."""
         init.rules(self).bilinear(self.weight, self.bias)
 
-    def forward(self, input1: Any, input2: Any) -> Any:
+    def forward(self, input1: ArrayLike, input2: ArrayLike) -> jax.Array:
         return F.bilinear(input1, input2, self.weight, self.bias)
 
     def extra_repr(self) -> str:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+import jax
+from jax.typing import ArrayLike
 
 from statefulnn import functional as F
 from statefulnn.core.errors import DtypeError, explain
@@ -26,7 +27,7 @@ class L1Loss(_Loss):
         1.5
     """
 
-    def forward(self, input: Any, target: Any) -> Any:
+    def forward(self, input: ArrayLike, target: ArrayLike) -> jax.Array:
         return F.l1_loss(input, target, reduction=self.reduction)
 
 
@@ -47,7 +48,7 @@ class MSELoss(_Loss):
         2.0
     """
 
-    def forward(self, input: Any, target: Any) -> Any:
+    def forward(self, input: ArrayLike, target: ArrayLike) -> jax.Array:
         return F.mse_loss(input, target, reduction=self.reduction)
 
 
@@ -81,7 +82,7 @@ class SmoothL1Loss(_Loss):
         super().__init__(size_average, reduce, reduction)
         self.beta = beta
 
-    def forward(self, input: Any, target: Any) -> Any:
+    def forward(self, input: ArrayLike, target: ArrayLike) -> jax.Array:
         return F.smooth_l1_loss(input, target, reduction=self.reduction, beta=self.beta)
 
 
@@ -115,7 +116,7 @@ class HuberLoss(_Loss):
         super().__init__(reduction=reduction)
         self.delta = delta
 
-    def forward(self, input: Any, target: Any) -> Any:
+    def forward(self, input: ArrayLike, target: ArrayLike) -> jax.Array:
         return F.huber_loss(input, target, reduction=self.reduction, delta=self.delta)
 
 
@@ -153,7 +154,7 @@ class PoissonNLLLoss(_Loss):
         self.full = full
         self.eps = eps
 
-    def forward(self, log_input: Any, target: Any) -> Any:
+    def forward(self, log_input: ArrayLike, target: ArrayLike) -> jax.Array:
         return F.poisson_nll_loss(
             log_input,
             target,
@@ -190,7 +191,7 @@ class GaussianNLLLoss(_Loss):
         self.full = full
         self.eps = eps
 
-    def forward(self, input: Any, target: Any, var: Any) -> Any:
+    def forward(self, input: ArrayLike, target: ArrayLike, var: ArrayLike) -> jax.Array:
         return F.gaussian_nll_loss(
             input, target, var, full=self.full, eps=self.eps, reduction=self.reduction
         )

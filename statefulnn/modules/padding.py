@@ -6,6 +6,9 @@ import operator
 from collections.abc import Sequence
 from typing import Any
 
+import jax
+from jax.typing import ArrayLike
+
 from statefulnn import functional as F
 from statefulnn.core.errors import DtypeError, explain
 from statefulnn.core.module import Module
@@ -37,7 +40,7 @@ class _Pad(Module):
                 )
             ) from None
 
-    def forward(self, input: Any) -> Any:
+    def forward(self, input: ArrayLike) -> jax.Array:
         return F.pad(input, self.padding, self.mode)
 
     def extra_repr(self) -> str:
@@ -49,7 +52,7 @@ class _ConstantPad(_Pad):
         super().__init__(padding)
         self.value = value
 
-    def forward(self, input: Any) -> Any:
+    def forward(self, input: ArrayLike) -> jax.Array:
         return F.pad(input, self.padding, "constant", self.value)
 
     def extra_repr(self) -> str:
@@ -67,7 +70,7 @@ class _ZeroPad(_ConstantPad):
 class _CircularPad(_Pad):
     mode = "circular"
 
-    def forward(self, input: Any) -> Any:
+    def forward(self, input: ArrayLike) -> jax.Array:
         n = self.spatial
         axes = ", ".join("DHW"[-n:])
         layout = f"(N, C, {axes}) or (C, {axes})"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+
+import jax
+from jax.typing import ArrayLike
 
 from statefulnn import functional as F
 from statefulnn.core.module import Module
@@ -56,7 +58,7 @@ class MaxPool1d(_MaxPool):
         (20, 16, 24)
     """
 
-    def forward(self, input: Any) -> Any:
+    def forward(self, input: ArrayLike) -> jax.Array:
         return F.max_pool1d(
             input,
             self.kernel_size,
@@ -88,7 +90,7 @@ class MaxPool2d(_MaxPool):
         (20, 16, 24, 15)
     """
 
-    def forward(self, input: Any) -> Any:
+    def forward(self, input: ArrayLike) -> jax.Array:
         return F.max_pool2d(
             input,
             self.kernel_size,
@@ -120,7 +122,7 @@ class MaxPool3d(_MaxPool):
         (2, 4, 4, 4, 3)
     """
 
-    def forward(self, input: Any) -> Any:
+    def forward(self, input: ArrayLike) -> jax.Array:
         return F.max_pool3d(
             input,
             self.kernel_size,

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any
+
+import jax
+from jax.typing import ArrayLike, DTypeLike
 
 from statefulnn import functional as F
 from statefulnn import init as initializers
 from statefulnn.core.errors import explain
 from statefulnn.core.module import Module
+from statefulnn.core.placement import DeviceLike
 
 
 class ReLU(Module):
@@ -30,7 +33,7 @@ class ReLU(Module):
         super().__init__()
         self.inplace = inplace
 
-    def forward(self, input: Any) -> Any:
+    def forward(self, input: ArrayLike) -> jax.Array:
         return F.relu(input)
 
     def extra_repr(self) -> str:
@@ -60,7 +63,7 @@ class Threshold(Module):
         self.value = value
         self.inplace = inplace
 
-    def forward(self, input: Any) -> Any:
+    def forward(self, input: ArrayLike) -> jax.Array:
         return F.threshold(input, self.threshold, self.value)
 
     def extra_repr(self) -> str:
@@ -118,7 +121,7 @@ class Hardtanh(Module):
         self.max_val = max_val
         self.inplace = inplace
 
-    def forward(self, input: Any) -> Any:
+    def forward(self, input: ArrayLike) -> jax.Array:
         return F.hardtanh(input, self.min_val, self.max_val)
 
     def extra_repr(self) -> str:
@@ -179,7 +182,7 @@ class LeakyReLU(Module):
         self.negative_slope = negative_slope
         self.inplace = inplace
 
-    def forward(self, input: Any) -> Any:
+    def forward(self, input: ArrayLike) -> jax.Array:
         return F.leaky_relu(input, self.negative_slope)
 
     def extra_repr(self) -> str:
@@ -210,7 +213,11 @@ class PReLU(Module):
     """
 
     def __init__(
-        self, num_parameters: int = 1, init: float = 0.25, device: Any = None, dtype: Any = None
+        self,
+        num_parameters: int = 1,
+        init: float = 0.25,
+        device: DeviceLike | None = None,
+        dtype: DTypeLike | None = None,
     ) -> None:
         super().__init__()
         self.num_parameters = num_parameters
@@ -222,7 +229,7 @@ class PReLU(Module):
         """Set the weight to its initial value."""
         initializers.constant_(self.weight, self.init)
 
-    def forward(self, input: Any) -> Any:
+    def forward(self, input: ArrayLike) -> jax.Array:
         return F.prelu(input, self.weight)
 
     def extra_repr(self) -> str:
@@ -256,7 +263,7 @@ class RReLU(Module):
         self.upper = upper
         self.inplace = inplace
 
-    def forward(self, input: Any) -> Any:
+    def forward(self, input: ArrayLike) -> jax.Array:
         return F.rrelu(input, self.lower, self.upper, self.training)
 
     def extra_repr(self) -> str:
@@ -288,7 +295,7 @@ class ELU(Module):
         self.alpha = alpha
         self.inplace = inplace
 
-    def forward(self, input: Any) -> Any:
+    def forward(self, input: ArrayLike) -> jax.Array:
         return F.elu(input, self.alpha)
 
     def extra_repr(self) -> str:
@@ -316,7 +323,7 @@ class SELU(Module):
         super().__init__()
         self.inplace = inplace
 
-    def forward(self, input: Any) -> Any:
+    def forward(self, input: ArrayLike) -> jax.Array:
         return F.selu(input)
 
     def extra_repr(self) -> str:
@@ -346,7 +353,7 @@ class CELU(Module):
         self.alpha = alpha
         self.inplace = inplace
 
-    def forward(self, input: Any) -> Any:
+    def forward(self, input: ArrayLike) -> jax.Array:
         return F.celu(input, self.alpha)
 
     def extra_repr(self) -> str:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import numbers
 import warnings
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
+import jax
 import numpy as np
+from jax.typing import ArrayLike, DTypeLike
 
 from statefulnn import init
 from statefulnn.core.box import unwrap
@@ -14,6 +17,7 @@ from statefulnn.core.errors import explain
 from statefulnn.core.generator import next_key
 from statefulnn.core.module import Module
 from statefulnn.core.parameter import Parameter
+from statefulnn.core.placement import DeviceLike
 from statefulnn.functional._checks import array, require_rank
 from statefulnn.functional.packed import (
     PackedSequence,
@@ -23,6 +27,13 @@ from statefulnn.functional.packed import (
     places,
 )
 from statefulnn.functional.recurrent import KINDS, recurrent
+
+# For each sequence, how many steps it has.
+Lengths: TypeAlias = ArrayLike | Sequence[int]
+# Hidden state and cell state of an LSTM.
+StatePair: TypeAlias = tuple[ArrayLike, ArrayLike]
+# Sequences come out as they went in.
+Steps = TypeVar("Steps", jax.Array, np.ndarray, PackedSequence)
 
 _ROLES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")
 
@@ -73,8 +84,8 @@ class RNNBase(Module):
         dropout: float = 0.0,
         bidirectional: bool = False,
         proj_size: int = 0,
-        device: Any = None,
-        dtype: Any = None,
+        device: DeviceLike | None = None,
+        dtype: DTypeLike | None = None,
     ) -> None:
         super().__init__()
         _check_options(
@@ -146,7 +157,12 @@ class RNNBase(Module):
             layers.append(layer)
         return layers
 
-    def forward(self, input: Any, hx: Any = None, lengths: Any = None) -> tuple[Any, Any]:
+    def forward(
+        self,
+        input: ArrayLike | PackedSequence,
+        hx: ArrayLike | StatePair | None = None,
+        lengths: Lengths | None = None,
+    ) -> tuple[Any, Any]:
         packed = isinstance(input, PackedSequence)
         # Drawn even for a single layer only if there is something to drop.
         drops = self.training and self.dropout > 0 and self.num_layers > 1
@@ -350,6 +366,12 @@ class RNN(RNNBase):
         ((5, 2, 4), (2, 2, 4))
     """
 
+    if TYPE_CHECKING:  # RNNBase runs it
+
+        def forward(
+            self, input: Steps, hx: ArrayLike | None = None, lengths: Lengths | None = None
+        ) -> tuple[Steps, jax.Array]: ...
+
     def __init__(
         self,
         input_size: int,
@@ -360,8 +382,8 @@ class RNN(RNNBase):
         batch_first: bool = False,
         dropout: float = 0.0,
         bidirectional: bool = False,
-        device: Any = None,
-        dtype: Any = None,
+        device: DeviceLike | None = None,
+        dtype: DTypeLike | None = None,
         *,
         proj_size: int = 0,
     ) -> None:
@@ -426,6 +448,12 @@ class LSTM(RNNBase):
         ((5, 2, 4), (2, 2, 2), (2, 2, 4))
     """
 
+    if TYPE_CHECKING:  # RNNBase runs it
+
+        def forward(
+            self, input: Steps, hx: StatePair | None = None, lengths: Lengths | None = None
+        ) -> tuple[Steps, tuple[jax.Array, jax.Array]]: ...
+
     def __init__(
         self,
         input_size: int,
@@ -436,8 +464,8 @@ class LSTM(RNNBase):
         dropout: float = 0.0,
         bidirectional: bool = False,
         proj_size: int = 0,
-        device: Any = None,
-        dtype: Any = None,
+        device: DeviceLike | None = None,
+        dtype: DTypeLike | None = None,
     ) -> None:
         super().__init__(
             "LSTM",
@@ -498,6 +526,12 @@ class GRU(RNNBase):
         ((2, 5, 4), (1, 2, 4))
     """
 
+    if TYPE_CHECKING:  # RNNBase runs it
+
+        def forward(
+            self, input: Steps, hx: ArrayLike | None = None, lengths: Lengths | None = None
+        ) -> tuple[Steps, jax.Array]: ...
+
     def __init__(
         self,
         input_size: int,
@@ -507,8 +541,8 @@ class GRU(RNNBase):
         batch_first: bool = False,
         dropout: float = 0.0,
         bidirectional: bool = False,
-        device: Any = None,
-        dtype: Any = None,
+        device: DeviceLike | None = None,
+        dtype: DTypeLike | None = None,
         *,
         proj_size: int = 0,
     ) -> None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
+import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from statefulnn import functional as F
 from statefulnn.core.errors import ShapeError, explain
@@ -30,7 +30,7 @@ class Softmax(Module):
         super().__init__()
         self.dim = dim
 
-    def forward(self, input: Any) -> Any:
+    def forward(self, input: ArrayLike) -> jax.Array:
         return F.softmax(input, self.dim)
 
     def extra_repr(self) -> str:
@@ -56,7 +56,7 @@ class Softmin(Module):
         super().__init__()
         self.dim = dim
 
-    def forward(self, input: Any) -> Any:
+    def forward(self, input: ArrayLike) -> jax.Array:
         return F.softmin(input, self.dim)
 
     def extra_repr(self) -> str:
@@ -82,7 +82,7 @@ class LogSoftmax(Module):
         super().__init__()
         self.dim = dim
 
-    def forward(self, input: Any) -> Any:
+    def forward(self, input: ArrayLike) -> jax.Array:
         return F.log_softmax(input, self.dim)
 
     def extra_repr(self) -> str:
@@ -101,7 +101,7 @@ class Softmax2d(Module):
         [0.25, 0.25, 0.25, 0.25]
     """
 
-    def forward(self, input: Any) -> Any:
+    def forward(self, input: ArrayLike) -> jax.Array:
         ndim = jnp.ndim(input)
         if ndim not in (3, 4):
             raise ShapeError(

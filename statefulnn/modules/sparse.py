@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from typing import Any, Self
 
+import jax
+from jax.typing import ArrayLike, DTypeLike
+
 from statefulnn import functional as F
 from statefulnn import init
 from statefulnn.core.errors import explain
 from statefulnn.core.module import Module
 from statefulnn.core.parameter import Parameter
+from statefulnn.core.placement import DeviceLike
 from statefulnn.functional._checks import array, shape_error
 
 
@@ -48,10 +52,10 @@ class Embedding(Module):
         norm_type: float = 2.0,
         scale_grad_by_freq: bool = False,
         sparse: bool = False,
-        _weight: Any = None,
+        _weight: ArrayLike | None = None,
         _freeze: bool = False,
-        device: Any = None,
-        dtype: Any = None,
+        device: DeviceLike | None = None,
+        dtype: DTypeLike | None = None,
     ) -> None:
         super().__init__()
         self.num_embeddings = num_embeddings
@@ -73,7 +77,7 @@ class Embedding(Module):
         """Draw new initial values; the padding row is 0."""
         init.rules(self).embedding(self.weight, self.padding_idx)
 
-    def forward(self, input: Any) -> Any:
+    def forward(self, input: ArrayLike) -> jax.Array:
         return F.embedding(
             input,
             self.weight,
@@ -87,7 +91,7 @@ class Embedding(Module):
     @classmethod
     def from_pretrained(
         cls,
-        embeddings: Any,
+        embeddings: ArrayLike,
         freeze: bool = True,
         padding_idx: int | None = None,
         max_norm: float | None = None,
@@ -181,11 +185,11 @@ class EmbeddingBag(Module):
         scale_grad_by_freq: bool = False,
         mode: str = "mean",
         sparse: bool = False,
-        _weight: Any = None,
+        _weight: ArrayLike | None = None,
         include_last_offset: bool = False,
         padding_idx: int | None = None,
-        device: Any = None,
-        dtype: Any = None,
+        device: DeviceLike | None = None,
+        dtype: DTypeLike | None = None,
     ) -> None:
         super().__init__()
         self.num_embeddings = num_embeddings
@@ -208,7 +212,12 @@ class EmbeddingBag(Module):
         """Draw new initial values; the padding row is 0."""
         init.rules(self).embedding(self.weight, self.padding_idx)
 
-    def forward(self, input: Any, offsets: Any = None, per_sample_weights: Any = None) -> Any:
+    def forward(
+        self,
+        input: ArrayLike,
+        offsets: ArrayLike | None = None,
+        per_sample_weights: ArrayLike | None = None,
+    ) -> jax.Array:
         return F.embedding_bag(
             input,
             self.weight,
@@ -226,7 +235,7 @@ class EmbeddingBag(Module):
     @classmethod
     def from_pretrained(
         cls,
-        embeddings: Any,
+        embeddings: ArrayLike,
         freeze: bool = True,
         max_norm: float | None = None,
         norm_type: float = 2.0,

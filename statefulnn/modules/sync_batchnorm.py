@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Hashable
 from typing import Any
 
+import jax
 import numpy as np
+from jax.typing import ArrayLike, DTypeLike
 
 from statefulnn.core.errors import ShapeError, explain
 from statefulnn.core.module import Module
+from statefulnn.core.placement import DeviceLike
 from statefulnn.modules.batchnorm import _BatchNorm
 
 
@@ -60,9 +63,9 @@ class SyncBatchNorm(_BatchNorm):
         momentum: float | None = 0.1,
         affine: bool = True,
         track_running_stats: bool = True,
-        process_group: Any = None,
-        device: Any = None,
-        dtype: Any = None,
+        process_group: Hashable = None,
+        device: DeviceLike | None = None,
+        dtype: DTypeLike | None = None,
         *,
         bias: bool = True,
         axis_name: Hashable = None,
@@ -73,7 +76,7 @@ class SyncBatchNorm(_BatchNorm):
         self.process_group = process_group
         self.axis_name = axis_name
 
-    def forward(self, input: Any) -> Any:
+    def forward(self, input: ArrayLike) -> jax.Array:
         self._check_input_dim(input)
         return self._normalised(input, self.axis_name if self.training else None)
 
@@ -98,7 +101,7 @@ class SyncBatchNorm(_BatchNorm):
 
     @classmethod
     def convert_sync_batchnorm(
-        cls, module: Module, process_group: Any = None, *, axis_name: Hashable = None
+        cls, module: Module, process_group: Hashable = None, *, axis_name: Hashable = None
     ) -> Module:
         """Replace every BatchNorm layer in a module by a SyncBatchNorm with the same state.
 

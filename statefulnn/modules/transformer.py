@@ -9,8 +9,10 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike, DTypeLike
 
 from statefulnn import functional as F
 from statefulnn import init
@@ -18,7 +20,7 @@ from statefulnn.core.arrays import from_numpy
 from statefulnn.core.default_dtype import dtype_of_new
 from statefulnn.core.errors import ShapeError, explain
 from statefulnn.core.module import Module
-from statefulnn.core.placement import resolve_device
+from statefulnn.core.placement import DeviceLike, resolve_device
 from statefulnn.modules.attention import MultiheadAttention
 from statefulnn.modules.containers import ModuleList
 from statefulnn.modules.dropout import Dropout
@@ -129,8 +131,8 @@ class TransformerEncoderLayer(_Layer):
         batch_first: bool = False,
         norm_first: bool = False,
         bias: bool = True,
-        device: Any = None,
-        dtype: Any = None,
+        device: DeviceLike | None = None,
+        dtype: DTypeLike | None = None,
     ) -> None:
         super().__init__()
         to: dict[str, Any] = {"bias": bias, "device": device, "dtype": dtype}
@@ -148,11 +150,11 @@ class TransformerEncoderLayer(_Layer):
 
     def forward(
         self,
-        src: Any,
-        src_mask: Any = None,
-        src_key_padding_mask: Any = None,
+        src: ArrayLike,
+        src_mask: ArrayLike | None = None,
+        src_key_padding_mask: ArrayLike | None = None,
         is_causal: bool = False,
-    ) -> Any:
+    ) -> jax.Array:
         x = src
         masks = src_mask, src_key_padding_mask, is_causal
         if self.norm_first:
@@ -212,8 +214,8 @@ class TransformerDecoderLayer(_Layer):
         batch_first: bool = False,
         norm_first: bool = False,
         bias: bool = True,
-        device: Any = None,
-        dtype: Any = None,
+        device: DeviceLike | None = None,
+        dtype: DTypeLike | None = None,
     ) -> None:
         super().__init__()
         to: dict[str, Any] = {"bias": bias, "device": device, "dtype": dtype}
@@ -236,15 +238,15 @@ class TransformerDecoderLayer(_Layer):
 
     def forward(
         self,
-        tgt: Any,
-        memory: Any,
-        tgt_mask: Any = None,
-        memory_mask: Any = None,
-        tgt_key_padding_mask: Any = None,
-        memory_key_padding_mask: Any = None,
+        tgt: ArrayLike,
+        memory: ArrayLike,
+        tgt_mask: ArrayLike | None = None,
+        memory_mask: ArrayLike | None = None,
+        tgt_key_padding_mask: ArrayLike | None = None,
+        memory_key_padding_mask: ArrayLike | None = None,
         tgt_is_causal: bool = False,
         memory_is_causal: bool = False,
-    ) -> Any:
+    ) -> jax.Array:
         x = tgt
         own = tgt_mask, tgt_key_padding_mask, tgt_is_causal
         across = memory_mask, memory_key_padding_mask, memory_is_causal
@@ -311,12 +313,12 @@ class TransformerEncoder(Module):
 
     def forward(
         self,
-        src: Any,
-        mask: Any = None,
-        src_key_padding_mask: Any = None,
+        src: ArrayLike,
+        mask: ArrayLike | None = None,
+        src_key_padding_mask: ArrayLike | None = None,
         is_causal: bool | None = None,
-    ) -> Any:
-        output = src
+    ) -> jax.Array:
+        output: Any = src
         for layer in self.layers:
             output = layer(
                 output,
@@ -363,16 +365,16 @@ class TransformerDecoder(Module):
 
     def forward(
         self,
-        tgt: Any,
-        memory: Any,
-        tgt_mask: Any = None,
-        memory_mask: Any = None,
-        tgt_key_padding_mask: Any = None,
-        memory_key_padding_mask: Any = None,
+        tgt: ArrayLike,
+        memory: ArrayLike,
+        tgt_mask: ArrayLike | None = None,
+        memory_mask: ArrayLike | None = None,
+        tgt_key_padding_mask: ArrayLike | None = None,
+        memory_key_padding_mask: ArrayLike | None = None,
         tgt_is_causal: bool | None = None,
         memory_is_causal: bool = False,
-    ) -> Any:
-        output = tgt
+    ) -> jax.Array:
+        output: Any = tgt
         for layer in self.layers:
             output = layer(
                 output,
@@ -444,8 +446,8 @@ class Transformer(Module):
         batch_first: bool = False,
         norm_first: bool = False,
         bias: bool = True,
-        device: Any = None,
-        dtype: Any = None,
+        device: DeviceLike | None = None,
+        dtype: DTypeLike | None = None,
     ) -> None:
         super().__init__()
         options = (d_model, nhead, dim_feedforward, dropout, activation, layer_norm_eps)
@@ -474,18 +476,18 @@ class Transformer(Module):
 
     def forward(
         self,
-        src: Any,
-        tgt: Any,
-        src_mask: Any = None,
-        tgt_mask: Any = None,
-        memory_mask: Any = None,
-        src_key_padding_mask: Any = None,
-        tgt_key_padding_mask: Any = None,
-        memory_key_padding_mask: Any = None,
+        src: ArrayLike,
+        tgt: ArrayLike,
+        src_mask: ArrayLike | None = None,
+        tgt_mask: ArrayLike | None = None,
+        memory_mask: ArrayLike | None = None,
+        src_key_padding_mask: ArrayLike | None = None,
+        tgt_key_padding_mask: ArrayLike | None = None,
+        memory_key_padding_mask: ArrayLike | None = None,
         src_is_causal: bool | None = None,
         tgt_is_causal: bool | None = None,
         memory_is_causal: bool = False,
-    ) -> Any:
+    ) -> jax.Array:
         self._check(jnp.shape(src), jnp.shape(tgt))
         memory = self.encoder(
             src,
@@ -525,7 +527,9 @@ class Transformer(Module):
             )
 
     @staticmethod
-    def generate_square_subsequent_mask(sz: int, device: Any = None, dtype: Any = None) -> Any:
+    def generate_square_subsequent_mask(
+        sz: int, device: DeviceLike | None = None, dtype: DTypeLike | None = None
+    ) -> jax.Array:
         """Return the causal mask ``(sz, sz)``: 0 up to the diagonal and -inf above it.
 
         Args:

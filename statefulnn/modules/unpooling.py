@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+
+import jax
+from jax.typing import ArrayLike
 
 from statefulnn import functional as F
 from statefulnn.core.module import Module
@@ -47,7 +49,9 @@ class MaxUnpool1d(_MaxUnpool):
 
     spatial = 1
 
-    def forward(self, input: Any, indices: Any, output_size: Sequence[int] | None = None) -> Any:
+    def forward(
+        self, input: ArrayLike, indices: ArrayLike, output_size: Sequence[int] | None = None
+    ) -> jax.Array:
         return F.max_unpool1d(
             input, indices, self.kernel_size, self.stride, self.padding, output_size
         )
@@ -74,7 +78,9 @@ class MaxUnpool2d(_MaxUnpool):
 
     spatial = 2
 
-    def forward(self, input: Any, indices: Any, output_size: Sequence[int] | None = None) -> Any:
+    def forward(
+        self, input: ArrayLike, indices: ArrayLike, output_size: Sequence[int] | None = None
+    ) -> jax.Array:
         return F.max_unpool2d(
             input, indices, self.kernel_size, self.stride, self.padding, output_size
         )
@@ -101,7 +107,9 @@ class MaxUnpool3d(_MaxUnpool):
 
     spatial = 3
 
-    def forward(self, input: Any, indices: Any, output_size: Sequence[int] | None = None) -> Any:
+    def forward(
+        self, input: ArrayLike, indices: ArrayLike, output_size: Sequence[int] | None = None
+    ) -> jax.Array:
         return F.max_unpool3d(
             input, indices, self.kernel_size, self.stride, self.padding, output_size
         )

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+
+import jax
+from jax.typing import ArrayLike
 
 from statefulnn import functional as F
 from statefulnn.core.module import Module
@@ -34,7 +36,7 @@ class Upsample(Module):
     def __init__(
         self,
         size: int | Sequence[int] | None = None,
-        scale_factor: Any = None,
+        scale_factor: float | tuple[float, ...] | list[float] | None = None,
         mode: str = "nearest",
         align_corners: bool | None = None,
         recompute_scale_factor: bool | None = None,
@@ -50,7 +52,7 @@ class Upsample(Module):
         self.align_corners = align_corners
         self.recompute_scale_factor = recompute_scale_factor
 
-    def forward(self, input: Any) -> Any:
+    def forward(self, input: ArrayLike) -> jax.Array:
         return F.interpolate(
             input,
             self.size,
@@ -85,7 +87,7 @@ class UpsamplingNearest2d(Upsample):
     def __init__(
         self,
         size: int | Sequence[int] | None = None,
-        scale_factor: float | Sequence[float] | None = None,
+        scale_factor: float | tuple[float, ...] | list[float] | None = None,
     ) -> None:
         super().__init__(size, scale_factor, mode="nearest")
 
@@ -109,6 +111,6 @@ class UpsamplingBilinear2d(Upsample):
     def __init__(
         self,
         size: int | Sequence[int] | None = None,
-        scale_factor: float | Sequence[float] | None = None,
+        scale_factor: float | tuple[float, ...] | list[float] | None = None,
     ) -> None:
         super().__init__(size, scale_factor, mode="bilinear", align_corners=True)

@@ -67,7 +67,9 @@ class AuditReport:
 
 
 @shortened
-def audit(model: Module, *inputs: Any, rng: ArrayLike | None = None, **kwargs: Any) -> AuditReport:
+def audit(
+    model: Module, *inputs: object, rng: ArrayLike | None = None, **kwargs: object
+) -> AuditReport:
     """Look for parameters that never get a gradient, such as those of a layer whose output is dropped.
 
     It also lists layers and arrays that the call uses, and that are no part of the model.

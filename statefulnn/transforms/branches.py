@@ -16,11 +16,13 @@ from statefulnn.transforms import refusals
 from statefulnn.transforms.lift import SplitCall, Writes, several_unbound
 from statefulnn.transforms.naming import argument_names, source_of
 from statefulnn.transforms.scan import described
-from statefulnn.transforms.types import PyTree
+from statefulnn.transforms.types import PyTree, R
 
 
 @shortened
-def cond(pred: ArrayLike, true_fun: Callable, false_fun: Callable, *operands: PyTree) -> PyTree:
+def cond(
+    pred: ArrayLike, true_fun: Callable[..., R], false_fun: Callable[..., R], *operands: object
+) -> R:
     """Run one of two functions on the operands, as ``jax.lax.cond``, with modules.
 
     What the function that ran wrote to its modules is written back. A box that only the other one writes
@@ -56,7 +58,7 @@ def cond(pred: ArrayLike, true_fun: Callable, false_fun: Callable, *operands: Py
 
 
 @shortened
-def switch(index: ArrayLike, branches: Sequence[Callable], *operands: PyTree) -> PyTree:
+def switch(index: ArrayLike, branches: Sequence[Callable[..., R]], *operands: object) -> R:
     """Run the function with this number on the operands, as ``jax.lax.switch``, with modules.
 
     See `cond`. An index that is too small or too large chooses the first or the last function.

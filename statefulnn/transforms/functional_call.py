@@ -42,7 +42,7 @@ def _pure_call(
     leaves: Sequence[Any],
     names: Mapping[str, int],
     args: tuple,
-    kwargs: dict,
+    kwargs: Mapping[str, object],
     rng: Randomness,
     method: str,
     writable: tuple[str, ...],
@@ -126,9 +126,9 @@ def _checked(name: str, value: object, own: Any, function: str) -> Any:
 @shortened
 def functional_call(
     module: Module,
-    parameter_and_buffer_dicts: Mapping[str, Any] | Sequence[Mapping[str, Any]],
-    args: PyTree = None,
-    kwargs: dict[str, Any] | None = None,
+    parameter_and_buffer_dicts: Mapping[str, object] | Sequence[Mapping[str, object]],
+    args: object = None,
+    kwargs: Mapping[str, object] | None = None,
     *,
     rng: Randomness = None,
     method: str = "forward",
@@ -405,7 +405,9 @@ def _pure_function(moduledef: ModuleDef, own: list[Any], method: str, mutable: b
 
 
 @shortened
-def stack_module_state(models: Sequence[Module]) -> tuple[dict[str, Any], dict[str, Any]]:
+def stack_module_state(
+    models: Sequence[Module],
+) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
     """Stack the parameters and buffers of equal models along a new first axis.
 
     Args:

@@ -16,12 +16,12 @@ from statefulnn.transforms import refusals
 from statefulnn.transforms.lift import SplitCall, Writes, several_unbound
 from statefulnn.transforms.naming import told_as
 from statefulnn.transforms.scan import Loop, scan
-from statefulnn.transforms.types import PyTree
+from statefulnn.transforms.types import PyTree, R
 from statefulnn.transforms.vmap import vmap
 
 
 @shortened
-def while_loop(cond_fun: Callable, body_fun: Callable, init_val: PyTree) -> PyTree:
+def while_loop(cond_fun: Callable, body_fun: Callable[..., R], init_val: object) -> R:
     """Run ``val = body_fun(val)`` while ``cond_fun(val)``, as ``jax.lax.while_loop``, with modules.
 
     What a step writes to a module in `val` is seen by the next one and by the condition, and written back
@@ -63,11 +63,11 @@ def while_loop(cond_fun: Callable, body_fun: Callable, init_val: PyTree) -> PyTr
 def fori_loop(
     lower: ArrayLike,
     upper: ArrayLike,
-    body_fun: Callable,
-    init_val: PyTree,
+    body_fun: Callable[..., R],
+    init_val: object,
     *,
     unroll: int | bool | None = None,
-) -> PyTree:
+) -> R:
     """Run ``val = body_fun(i, val)`` for i from `lower` to `upper`, as ``jax.lax.fori_loop``, with modules.
 
     What a step writes to a module in `val` is seen by the next one, and written back at the end. As in
@@ -184,7 +184,9 @@ class _Part(NamedTuple):
 
 
 @shortened
-def associative_scan(fn: Callable, elems: PyTree, reverse: bool = False, axis: int = 0) -> PyTree:
+def associative_scan(
+    fn: Callable[..., R], elems: object, reverse: bool = False, axis: int = 0
+) -> R:
     """Combine elements along an axis with an associative function, as ``jax.lax.associative_scan``.
 
     JAX calls the function a few times on many pairs at once, in a tree whose shape is its own affair. So

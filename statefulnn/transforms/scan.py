@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -22,16 +22,19 @@ from statefulnn.transforms.lift import SplitCall, Writes, leaves_below, several_
 from statefulnn.transforms.naming import as_users
 from statefulnn.transforms.types import PyTree
 
+Carry = TypeVar("Carry")
+Out = TypeVar("Out")
+
 
 @shortened
 def scan(
-    f: Callable,
-    init: PyTree,
-    xs: PyTree = None,
+    f: Callable[..., tuple[object, Out]],
+    init: Carry,
+    xs: object = None,
     length: int | None = None,
     reverse: bool = False,
     unroll: int | bool = 1,
-) -> tuple[PyTree, PyTree]:
+) -> tuple[Carry, Out]:
     """Run ``carry, y = f(carry, x)`` over the first axis of `xs`, as ``jax.lax.scan``, with modules.
 
     What a step writes to a module in the carry is seen by the next one, and written back at the end. A

@@ -169,7 +169,7 @@ class Statefulized(Module):
 
 
 @shortened
-def statefulize(fn: Callable, params: PyTree, state: PyTree = None) -> Module:
+def statefulize(fn: Callable, params: object, state: object = None) -> Module:
     """Return a pure function and its arrays as a module: the way back from `functionalize`.
 
     ``statefulize(*functionalize(module, mutable=True))`` behaves as the module: the same names, the same

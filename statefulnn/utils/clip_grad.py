@@ -20,6 +20,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from statefulnn.core.box import Box, unwrap
 from statefulnn.core.compat import EAGER, Tracer, current_trace
@@ -195,11 +196,11 @@ def _require_finite(norm: Any, order: float, function: str) -> None:
 
 
 def get_total_norm(
-    tensors: Any,
+    tensors: object,
     norm_type: float = 2.0,
     error_if_nonfinite: bool = False,
     foreach: bool | None = None,
-) -> Any:
+) -> jax.Array:
     """Return the norm of several arrays as if they were one vector.
 
     Args:
@@ -223,11 +224,12 @@ def get_total_norm(
         >>> float(nn.utils.get_total_norm([jnp.array([3.0]), jnp.array([4.0])]))
         5.0
     """
-    if isinstance(tensors, (Box, jax.Array, np.ndarray)):
-        tensors = [tensors]
-    elif not isinstance(tensors, (dict, list, tuple)) and hasattr(tensors, "__iter__"):
-        tensors = list(tensors)
-    leaves = jax.tree.leaves(tensors, is_leaf=lambda x: isinstance(x, (Box, ModuleBase)))
+    tree: Any = tensors
+    if isinstance(tree, (Box, jax.Array, np.ndarray)):
+        tree = [tree]
+    elif not isinstance(tree, (dict, list, tuple)) and hasattr(tree, "__iter__"):
+        tree = list(tree)
+    leaves = jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, (Box, ModuleBase)))
     return _norm_of([unwrap(x) for x in leaves], norm_type, error_if_nonfinite, "get_total_norm")
 
 
@@ -244,7 +246,7 @@ def _norm_of(values: list[Any], norm_type: float, check: bool, function: str) ->
 
 
 def clip_grads_with_norm_(
-    parameters: Any, max_norm: float, total_norm: Any, foreach: bool | None = None
+    parameters: object, max_norm: float, total_norm: ArrayLike, foreach: bool | None = None
 ) -> Any:
     """Scale gradients by ``max_norm / (total_norm + 1e-6)``, if that is less than 1.
 
@@ -282,7 +284,7 @@ def _limit(value: Any) -> Any:
 
 
 def clip_grad_norm_(
-    parameters: Any,
+    parameters: object,
     max_norm: float,
     norm_type: float = 2.0,
     error_if_nonfinite: bool = False,
@@ -361,7 +363,7 @@ def clip_grad_norm(
     return clip_grad_norm_(parameters, max_norm, norm_type, error_if_nonfinite, foreach)
 
 
-def clip_grad_value_(parameters: Any, clip_value: float, foreach: bool | None = None) -> Any:
+def clip_grad_value_(parameters: object, clip_value: float, foreach: bool | None = None) -> Any:
     """Limit every element of gradients to ``[-clip_value, clip_value]``.
 
     Args:

@@ -7,16 +7,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Any
 
+import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from statefulnn.core.box import unwrap
 from statefulnn.core.errors import ShapeError, explain
 from statefulnn.core.parameter import Parameter
 
 
-def parameters_to_vector(parameters: Iterable[Any]) -> Any:
+def parameters_to_vector(parameters: Iterable[ArrayLike]) -> jax.Array:
     """Return parameters flattened into one array.
 
     Args:
@@ -33,7 +34,7 @@ def parameters_to_vector(parameters: Iterable[Any]) -> Any:
     return jnp.concatenate([jnp.ravel(unwrap(p)) for p in parameters])
 
 
-def vector_to_parameters(vec: Any, parameters: Iterable[Parameter]) -> None:
+def vector_to_parameters(vec: ArrayLike, parameters: Iterable[Parameter]) -> None:
     """Write one vector into parameters, in their order.
 
     Args:
@@ -52,17 +53,17 @@ def vector_to_parameters(vec: Any, parameters: Iterable[Parameter]) -> None:
         ([[0.0, 1.0]], [2.0])
     """
     parameters = list(parameters)
-    vec = unwrap(vec)
+    array = unwrap(vec)
     sizes = [math.prod(p.shape) for p in parameters]
-    if vec.shape != (sum(sizes),):
+    if array.shape != (sum(sizes),):
         raise ShapeError(
             explain(
-                f"vector_to_parameters was given an array of shape {vec.shape}",
+                f"vector_to_parameters was given an array of shape {array.shape}",
                 f"the parameters have {sum(sizes)} elements",
                 f"pass an array of shape ({sum(sizes)},), as parameters_to_vector gives it",
             )
         )
     start = 0
     for p, size in zip(parameters, sizes, strict=True):
-        p.value = vec[start : start + size].reshape(p.shape).astype(p.dtype)
+        p.value = array[start : start + size].reshape(p.shape).astype(p.dtype)
         start += size

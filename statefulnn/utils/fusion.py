@@ -6,13 +6,17 @@ Source: ``torch.nn.utils.fusion``.
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
+from jax.typing import ArrayLike
 
 from statefulnn.core.box import unwrap
 from statefulnn.core.errors import explain
+from statefulnn.core.module import Module
 from statefulnn.core.parameter import Parameter
+
+M = TypeVar("M", bound=Module)
 
 
 def _require_fusible(layer: Any, bn: Any, function: str) -> None:
@@ -60,7 +64,7 @@ def _parameters(
     )
 
 
-def fuse_conv_bn_eval(conv: Any, bn: Any, transpose: bool = False) -> Any:
+def fuse_conv_bn_eval(conv: M, bn: Module, transpose: bool = False) -> M:
     """Return a convolution that does what a convolution and a batch norm do.
 
     Args:
@@ -84,7 +88,7 @@ def fuse_conv_bn_eval(conv: Any, bn: Any, transpose: bool = False) -> Any:
         True
     """
     _require_fusible(conv, bn, "fuse_conv_bn_eval")
-    fused = copy.deepcopy(conv)
+    fused: Any = copy.deepcopy(conv)
     fused.weight, fused.bias = fuse_conv_bn_weights(
         fused.weight,
         fused.bias,
@@ -99,13 +103,13 @@ def fuse_conv_bn_eval(conv: Any, bn: Any, transpose: bool = False) -> Any:
 
 
 def fuse_conv_bn_weights(
-    conv_w: Any,
-    conv_b: Any,
-    bn_rm: Any,
-    bn_rv: Any,
+    conv_w: ArrayLike,
+    conv_b: ArrayLike | None,
+    bn_rm: ArrayLike,
+    bn_rv: ArrayLike,
     bn_eps: float,
-    bn_w: Any,
-    bn_b: Any,
+    bn_w: ArrayLike | None,
+    bn_b: ArrayLike | None,
     transpose: bool = False,
 ) -> tuple[Parameter, Parameter]:
     """Return weight and bias of a convolution that does what convolution and batch norm do.
@@ -138,7 +142,7 @@ def fuse_conv_bn_weights(
     return _parameters(conv_w, conv_b, bn_rm, bn_rv, bn_eps, bn_w, bn_b, shape)
 
 
-def fuse_linear_bn_eval(linear: Any, bn: Any) -> Any:
+def fuse_linear_bn_eval(linear: M, bn: Module) -> M:
     """Return a linear layer that does what a linear layer and a batch norm do.
 
     Args:
@@ -173,7 +177,7 @@ def fuse_linear_bn_eval(linear: Any, bn: Any) -> Any:
                 f"nn.BatchNorm1d({linear.out_features})",
             )
         )
-    fused = copy.deepcopy(linear)
+    fused: Any = copy.deepcopy(linear)
     fused.weight, fused.bias = fuse_linear_bn_weights(
         fused.weight,
         fused.bias,
@@ -187,7 +191,13 @@ def fuse_linear_bn_eval(linear: Any, bn: Any) -> Any:
 
 
 def fuse_linear_bn_weights(
-    linear_w: Any, linear_b: Any, bn_rm: Any, bn_rv: Any, bn_eps: float, bn_w: Any, bn_b: Any
+    linear_w: ArrayLike,
+    linear_b: ArrayLike | None,
+    bn_rm: ArrayLike,
+    bn_rv: ArrayLike,
+    bn_eps: float,
+    bn_w: ArrayLike | None,
+    bn_b: ArrayLike | None,
 ) -> tuple[Parameter, Parameter]:
     """Return weight and bias of a linear layer that does what linear layer and batch norm do.
 

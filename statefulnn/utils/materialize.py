@@ -18,7 +18,7 @@ from statefulnn.core.compat import EAGER, current_trace
 from statefulnn.core.errors import TraceLeakError, UninitializedParameterError, explain
 from statefulnn.core.generator import current_generator, rng_scope
 from statefulnn.core.module import Module
-from statefulnn.core.placement import META, elsewhere, is_meta, resolve_device
+from statefulnn.core.placement import META, DeviceLike, elsewhere, is_meta, resolve_device
 from statefulnn.core.placement import device as device_type
 from statefulnn.core.walk import LEAVE, walk
 from statefulnn.modules.adaptive import AdaptiveLogSoftmaxWithLoss
@@ -68,9 +68,9 @@ def skip_init(module_cls: type[_M], *args: Any, **kwargs: Any) -> _M:
 
 def materialize(
     module: _M,
-    *inputs: Any,
-    device: Any = None,
-    **kwargs: Any,
+    *inputs: object,
+    device: DeviceLike | Callable[[str, jax.ShapeDtypeStruct], DeviceLike] | None = None,
+    **kwargs: object,
 ) -> _M:
     """Give lazy parameters their shapes, and parameters on the meta device their initial values.
 

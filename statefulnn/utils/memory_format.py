@@ -5,10 +5,12 @@ Source: ``torch.nn.utils.memory_format``.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TypeVar
+
+Out = TypeVar("Out")
 
 
-def convert_conv2d_weight_memory_format(module: Any, memory_format: Any) -> Any:
+def convert_conv2d_weight_memory_format(module: Out, memory_format: object) -> Out:
     """Return the module as it is: the compiler chooses the layout in memory.
 
     Args:
@@ -25,7 +27,7 @@ def convert_conv2d_weight_memory_format(module: Any, memory_format: Any) -> Any:
     return module
 
 
-def convert_conv3d_weight_memory_format(module: Any, memory_format: Any) -> Any:
+def convert_conv3d_weight_memory_format(module: Out, memory_format: object) -> Out:
     """Return the module as it is: the compiler chooses the layout in memory.
 
     Args:

@@ -21,6 +21,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.typing import ArrayLike
 
 from statefulnn.core.box import Box, unwrap
 from statefulnn.core.compat import Tracer, chain, current_trace, kind
@@ -219,7 +220,7 @@ class ParametrizationList(ModuleList):
         if not unsafe:
             _require_like(self(), shape, dtype, modules)
 
-    def right_inverse(self, value: Any) -> None:
+    def right_inverse(self, value: ArrayLike) -> None:
         """Write what the right inverses of all parametrizations, the last one first, make of a value.
 
         Args:
@@ -246,7 +247,8 @@ class ParametrizationList(ModuleList):
         if self.is_tensor:
             if not _is_array(value):
                 raise _wrong_result("right_inverse", modules, "an array", value)
-            parts, names = [value], ["original"]
+            parts: list[Any] = [value]
+            names = ["original"]
         else:
             if not isinstance(value, (list, tuple)):
                 raise _wrong_result("right_inverse", modules, "a sequence of arrays", value)
@@ -272,7 +274,7 @@ class ParametrizationList(ModuleList):
         for part, box in zip(parts, boxes, strict=True):
             box.write(unwrap(part))
 
-    def forward(self) -> Any:
+    def forward(self) -> jax.Array:
         if self.is_tensor:
             originals = (self.original,)
         else:

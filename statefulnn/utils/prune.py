@@ -16,8 +16,10 @@ import numbers
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from statefulnn import init
 from statefulnn.core.box import unwrap
@@ -79,7 +81,7 @@ class BasePruningMethod(abc.ABC):
     _tensor_name: str | None = None
 
     @abc.abstractmethod
-    def compute_mask(self, t: Any, default_mask: Any) -> Any:
+    def compute_mask(self, t: jax.Array, default_mask: jax.Array) -> jax.Array:
         """Return a mask of the shape of `t`.
 
         Args:
@@ -87,7 +89,7 @@ class BasePruningMethod(abc.ABC):
             default_mask: the mask so far, which the new one respects.
         """
 
-    def apply_mask(self, module: Module) -> Any:
+    def apply_mask(self, module: Module) -> jax.Array:
         """Return the tensor times its mask."""
         return Pruned(self._name("apply_mask")).read(module)
 
@@ -104,8 +106,13 @@ class BasePruningMethod(abc.ABC):
 
     @classmethod
     def apply(
-        cls, module: Module, name: str, *args: Any, importance_scores: Any = None, **kwargs: Any
-    ) -> Any:
+        cls,
+        module: Module,
+        name: str,
+        *args: Any,
+        importance_scores: ArrayLike | None = None,
+        **kwargs: Any,
+    ) -> BasePruningMethod:
         """Prune a parameter of a module, or prune it further.
 
         Args:
@@ -169,7 +176,12 @@ class BasePruningMethod(abc.ABC):
         setattr(module, HISTORY, {**methods(module), name: method})
         return method
 
-    def prune(self, t: Any, default_mask: Any = None, importance_scores: Any = None) -> Any:
+    def prune(
+        self,
+        t: ArrayLike,
+        default_mask: ArrayLike | None = None,
+        importance_scores: ArrayLike | None = None,
+    ) -> jax.Array:
         """Return a tensor times a mask computed for it; no module is involved.
 
         Args:
@@ -180,12 +192,13 @@ class BasePruningMethod(abc.ABC):
         Raises:
             AssertionError: for importance scores of another shape.
         """
-        t = unwrap(t)
-        scores = t if importance_scores is None else unwrap(importance_scores)
-        _require_same_shape(scores, t, "tensor t")
-        if default_mask is None:
-            default_mask = jnp.ones(t.shape, t.dtype)
-        return t * self.compute_mask(scores, default_mask).astype(t.dtype)
+        tensor = unwrap(t)
+        scores = tensor if importance_scores is None else unwrap(importance_scores)
+        _require_same_shape(scores, tensor, "tensor t")
+        before: Any = default_mask
+        if before is None:
+            before = jnp.ones(tensor.shape, tensor.dtype)
+        return tensor * self.compute_mask(scores, before).astype(tensor.dtype)
 
     def remove(self, module: Module) -> None:
         """Make the tensor a parameter again, which keeps its zeros for now."""
@@ -260,14 +273,14 @@ class PruningContainer(BasePruningMethod):
         (2, 6)
     """
 
-    def __init__(self, *args: Any) -> None:
+    def __init__(self, *args: BasePruningMethod) -> None:
         self._pruning_methods: tuple = ()
         if len(args) == 1 and isinstance(args[0], BasePruningMethod):
             self._tensor_name = args[0]._tensor_name
         for method in args:
             self.add_pruning_method(method)
 
-    def add_pruning_method(self, method: Any) -> None:
+    def add_pruning_method(self, method: BasePruningMethod) -> None:
         """Add a method of the same tensor."""
         if not isinstance(method, BasePruningMethod) and method is not None:
             raise TypeError(
@@ -297,7 +310,7 @@ class PruningContainer(BasePruningMethod):
     def __getitem__(self, idx: Any) -> Any:
         return self._pruning_methods[idx]
 
-    def compute_mask(self, t: Any, default_mask: Any) -> Any:
+    def compute_mask(self, t: jax.Array, default_mask: jax.Array) -> jax.Array:
         """Return the mask after the last method, which is shown what is not pruned yet."""
         return _combined(self._pruning_methods[-1], unwrap(t), default_mask)
 
@@ -318,11 +331,11 @@ class Identity(BasePruningMethod):
 
     PRUNING_TYPE = "unstructured"
 
-    def compute_mask(self, t: Any, default_mask: Any) -> Any:
+    def compute_mask(self, t: jax.Array, default_mask: jax.Array) -> jax.Array:
         return default_mask
 
     @classmethod
-    def apply(cls, module: Module, name: str) -> Any:  # pyright: ignore
+    def apply(cls, module: Module, name: str) -> BasePruningMethod:  # pyright: ignore
         return super().apply(module, name)
 
 
@@ -399,12 +412,12 @@ class RandomUnstructured(_ByAmount):
 
     PRUNING_TYPE = "unstructured"
 
-    def compute_mask(self, t: Any, default_mask: Any) -> Any:
+    def compute_mask(self, t: jax.Array, default_mask: jax.Array) -> jax.Array:
         number = self._number(t.size)
         return _without_lowest(_random(t.shape), number, default_mask) if number else default_mask
 
     @classmethod
-    def apply(cls, module: Module, name: str, amount: float) -> Any:  # pyright: ignore
+    def apply(cls, module: Module, name: str, amount: float) -> BasePruningMethod:  # pyright: ignore
         return super().apply(module, name, amount=amount)
 
 
@@ -429,7 +442,7 @@ class L1Unstructured(_ByAmount):
 
     PRUNING_TYPE = "unstructured"
 
-    def compute_mask(self, t: Any, default_mask: Any) -> Any:
+    def compute_mask(self, t: jax.Array, default_mask: jax.Array) -> jax.Array:
         number = self._number(t.size)
         if not number:
             return default_mask
@@ -437,8 +450,8 @@ class L1Unstructured(_ByAmount):
 
     @classmethod
     def apply(  # pyright: ignore
-        cls, module: Module, name: str, amount: float, importance_scores: Any = None
-    ) -> Any:
+        cls, module: Module, name: str, amount: float, importance_scores: ArrayLike | None = None
+    ) -> BasePruningMethod:
         return super().apply(module, name, amount=amount, importance_scores=importance_scores)
 
 
@@ -514,14 +527,14 @@ class RandomStructured(_Structured):
     def __init__(self, amount: float, dim: int = -1) -> None:
         super().__init__(amount, dim)
 
-    def compute_mask(self, t: Any, default_mask: Any) -> Any:
+    def compute_mask(self, t: jax.Array, default_mask: jax.Array) -> jax.Array:
         number = self._number_of_channels(t)
         if not number:
             return default_mask
         return self._without_channels(_random((t.shape[self.dim],)), number, t, default_mask)
 
     @classmethod
-    def apply(cls, module: Module, name: str, amount: float, dim: int = -1) -> Any:  # pyright: ignore
+    def apply(cls, module: Module, name: str, amount: float, dim: int = -1) -> BasePruningMethod:  # pyright: ignore
         return super().apply(module, name, amount=amount, dim=dim)
 
 
@@ -548,18 +561,19 @@ class LnStructured(_Structured):
         [[1.0, 5.0], [0.0, 0.0], [3.0, 3.0]]
     """
 
-    def __init__(self, amount: float, n: Any, dim: int = -1) -> None:
+    def __init__(self, amount: float, n: float | str, dim: int = -1) -> None:
         super().__init__(amount, dim)
         self.n = n
 
-    def compute_mask(self, t: Any, default_mask: Any) -> Any:
+    def compute_mask(self, t: jax.Array, default_mask: jax.Array) -> jax.Array:
         number = self._number_of_channels(t)
         channels = np.moveaxis(_wide(t), self.dim, 0)
         if self.n == "nuc":
             norms = np.linalg.norm(channels, "nuc", axis=(1, 2))
         else:
             flat = channels.reshape(len(channels), -1)
-            norms = np.linalg.norm(flat, 2 if self.n == "fro" else self.n, axis=1)
+            order: Any = 2 if self.n == "fro" else self.n
+            norms = np.linalg.norm(flat, order, axis=1)
         if not number:
             return default_mask
         return self._without_channels(norms, number, t, default_mask)
@@ -570,10 +584,10 @@ class LnStructured(_Structured):
         module: Module,
         name: str,
         amount: float,
-        n: Any,
+        n: float | str,
         dim: int,
-        importance_scores: Any = None,
-    ) -> Any:
+        importance_scores: ArrayLike | None = None,
+    ) -> BasePruningMethod:
         return super().apply(
             module, name, amount=amount, n=n, dim=dim, importance_scores=importance_scores
         )
@@ -599,10 +613,10 @@ class CustomFromMask(BasePruningMethod):
 
     PRUNING_TYPE = "global"
 
-    def __init__(self, mask: Any) -> None:
+    def __init__(self, mask: ArrayLike) -> None:
         self.mask = mask
 
-    def compute_mask(self, t: Any, default_mask: Any) -> Any:
+    def compute_mask(self, t: jax.Array, default_mask: jax.Array) -> jax.Array:
         mask = jnp.asarray(unwrap(self.mask))
         if default_mask.shape != mask.shape:
             raise AssertionError(
@@ -615,7 +629,7 @@ class CustomFromMask(BasePruningMethod):
         return default_mask * mask.astype(default_mask.dtype)
 
     @classmethod
-    def apply(cls, module: Module, name: str, mask: Any) -> Any:  # pyright: ignore
+    def apply(cls, module: Module, name: str, mask: ArrayLike) -> BasePruningMethod:  # pyright: ignore
         return super().apply(module, name, mask=mask)
 
 
@@ -669,7 +683,7 @@ def random_unstructured(module: Module, name: str, amount: float) -> Module:
 
 
 def l1_unstructured(
-    module: Module, name: str, amount: float, importance_scores: Any = None
+    module: Module, name: str, amount: float, importance_scores: ArrayLike | None = None
 ) -> Module:
     """Prune the elements of a parameter that are nearest to zero.
 
@@ -726,7 +740,12 @@ def random_structured(module: Module, name: str, amount: float, dim: int) -> Mod
 
 
 def ln_structured(
-    module: Module, name: str, amount: float, n: Any, dim: int, importance_scores: Any = None
+    module: Module,
+    name: str,
+    amount: float,
+    n: float | str,
+    dim: int,
+    importance_scores: ArrayLike | None = None,
 ) -> Module:
     """Prune the channels of a parameter that have the smallest norms.
 
@@ -760,7 +779,7 @@ def ln_structured(
 
 def global_unstructured(
     parameters: Iterable[tuple[Module, str]],
-    pruning_method: Any,
+    pruning_method: type[BasePruningMethod],
     importance_scores: dict | None = None,
     **kwargs: Any,
 ) -> None:
@@ -835,7 +854,7 @@ def global_unstructured(
         start += value.size
 
 
-def custom_from_mask(module: Module, name: str, mask: Any) -> Module:
+def custom_from_mask(module: Module, name: str, mask: ArrayLike) -> Module:
     """Prune a parameter by a given mask.
 
     Args:

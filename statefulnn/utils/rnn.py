@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from statefulnn.core.errors import explain
 from statefulnn.core.listing import listing
@@ -44,7 +45,10 @@ def _integers(values: Any) -> Any:
 
 
 def pack_padded_sequence(
-    input: Any, lengths: Any, batch_first: bool = False, enforce_sorted: bool = True
+    input: ArrayLike,
+    lengths: ArrayLike | Sequence[int],
+    batch_first: bool = False,
+    enforce_sorted: bool = True,
 ) -> PackedSequence:
     """Take the padding out of a batch of sequences.
 
@@ -129,7 +133,7 @@ def pad_packed_sequence(
     batch_first: bool = False,
     padding_value: float = 0.0,
     total_length: int | None = None,
-) -> tuple[Any, Any]:
+) -> tuple[jax.Array, jax.Array]:
     """Put the padding back in: the inverse of `pack_padded_sequence`.
 
     Args:
@@ -176,11 +180,11 @@ def pad_packed_sequence(
 
 
 def pad_sequence(
-    sequences: Any,
+    sequences: Iterable[ArrayLike],
     batch_first: bool = False,
     padding_value: float = 0.0,
     padding_side: str = "right",
-) -> Any:
+) -> jax.Array:
     """Stack sequences of different lengths, padded to the longest.
 
     Args:
@@ -251,7 +255,9 @@ def pad_sequence(
     return jnp.stack(rows, 0 if batch_first else 1)
 
 
-def unpad_sequence(padded_sequences: Any, lengths: Any, batch_first: bool = False) -> list[Any]:
+def unpad_sequence(
+    padded_sequences: ArrayLike, lengths: ArrayLike | Sequence[int], batch_first: bool = False
+) -> list[jax.Array]:
     """Split a padded batch into its sequences.
 
     Args:
@@ -291,7 +297,7 @@ def unpad_sequence(padded_sequences: Any, lengths: Any, batch_first: bool = Fals
     return [x[: max(n, 0), i] for i, n in enumerate(sizes.tolist())]
 
 
-def pack_sequence(sequences: Sequence[Any], enforce_sorted: bool = True) -> PackedSequence:
+def pack_sequence(sequences: Sequence[ArrayLike], enforce_sorted: bool = True) -> PackedSequence:
     """Pack sequences of different lengths.
 
     Args:
@@ -314,7 +320,7 @@ def pack_sequence(sequences: Sequence[Any], enforce_sorted: bool = True) -> Pack
     return pack_padded_sequence(padded, lengths, enforce_sorted=enforce_sorted)
 
 
-def unpack_sequence(packed_sequences: PackedSequence) -> list[Any]:
+def unpack_sequence(packed_sequences: PackedSequence) -> list[jax.Array]:
     """Split packed sequences into a list: the inverse of `pack_sequence`.
 
     Args:

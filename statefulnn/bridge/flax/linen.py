@@ -104,12 +104,12 @@ class _Linen(Model):
 
 def from_linen(
     module: linen.Module,
-    variables: Any,
-    *inputs: Any,
+    variables: object,
+    *inputs: object,
     rngs: Sequence[str] = ("dropout",),
     mode: Any = "auto",
     method: Any = None,
-    **kwargs: Any,
+    **kwargs: object,
 ) -> Module:
     """Return a Linen module with its variables as a module.
 

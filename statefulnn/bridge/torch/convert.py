@@ -31,8 +31,8 @@ _HOOKS = (
 
 def from_torch(
     module: torch.nn.Module,
-    *example_inputs: Any,
-    kwargs: Mapping[str, Any] | None = None,
+    *example_inputs: object,
+    kwargs: Mapping[str, object] | None = None,
     modes: Sequence[str] | None = None,
     dynamic: str = "auto",
     operators: Mapping[Any, Callable] | None = None,
