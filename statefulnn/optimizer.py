@@ -60,8 +60,8 @@ class Optimizer(Module):
     Attributes:
         module: the module to train.
         tx: the transformation.
-        hyperparams: where `tx` comes of ``optax.inject_hyperparams``, its settings by name. They are buffers: read
-            them, and assign arrays between two steps; that compiles nothing.
+        hyperparams: where `tx` comes of ``optax.inject_hyperparams``, its settings by name. They are buffers:
+            read them, and assign arrays between two steps; that compiles nothing.
 
     Raises:
         TypeError: if `tx` is no optax transformation, or `module` no module.

@@ -9,13 +9,13 @@ import weakref
 
 import jax
 
-from statefulnn.core.parameter import Parameter
+from statefulnn.core.box import Box
 
 # id of an array -> the array, and the parameter.
-_known: dict[int, tuple[weakref.ref[jax.Array], weakref.ref[Parameter]]] = {}
+_known: dict[int, tuple[weakref.ref[jax.Array], weakref.ref[Box]]] = {}
 
 
-def note_gradient(gradient: object, parameter: Parameter) -> None:
+def note_gradient(gradient: object, parameter: Box) -> None:
     """Remember, as long as both live, that an array is the gradient of a parameter."""
     if not isinstance(gradient, jax.Array):  # a row of a Jacobian
         return
@@ -24,7 +24,7 @@ def note_gradient(gradient: object, parameter: Parameter) -> None:
     _known[key] = forget, weakref.ref(parameter)
 
 
-def parameter_of(gradient: object) -> Parameter | None:
+def parameter_of(gradient: object) -> Box | None:
     """Return the parameter that an array is known to be the gradient of."""
     known = _known.get(id(gradient))
     return known[1]() if known is not None and known[0]() is gradient else None

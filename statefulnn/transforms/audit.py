@@ -186,7 +186,7 @@ def _reached(
         return out, values
 
     # A gradient of zero would not tell: a parameter may be used, and have no slope at this point.
-    names, _ = zip(*sorted(params.items()), strict=True) if params else ((), ())
+    names = sorted(params)
     with probing():
         closed = jax.make_jaxpr(call)(params)
 
@@ -194,7 +194,7 @@ def _reached(
         outputs = range(len(closed.jaxpr.outvars))
         return _live(closed.jaxpr, [first <= i < first + count for i in outputs])
 
-    reached = {name for name, used in zip(names, reaching(0, 1), strict=True) if used}
+    reached: set[str] = {name for name, used in zip(names, reaching(0, 1), strict=True) if used}
     built: list[str] = []
     outside: list[str] = []
     at = 1
