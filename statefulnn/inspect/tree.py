@@ -159,7 +159,8 @@ def held_of(box: Any, path: str, name: str, first: str = "", trace: Trace | None
     """Describe a parameter or buffer; a trace knows the shapes that lazy ones will have."""
     known = (trace.shapes.get(path) if trace else None) if is_lazy(box) else box._value
     trainable = isinstance(box, Parameter) and box.requires_grad
-    shape, dtype = (None, box._value.dtype) if known is None else (tuple(known.shape), known.dtype)
+    dtype = getattr(box._value if known is None else known, "dtype", None)  # Equinox leaves None
+    shape = None if known is None else tuple(known.shape)
     return Held(path, name, box, shape, dtype, trainable, None if first == path else first)
 
 

@@ -192,7 +192,7 @@ def _reached(
         outputs = range(len(closed.jaxpr.outvars))
         return _live(closed.jaxpr, [first <= i < first + count for i in outputs])
 
-    reached = {name for name, used in zip(names, reaching(0, 1), strict=True) if used}
+    reached: set[str] = {name for name, used in zip(names, reaching(0, 1), strict=True) if used}
     built: list[str] = []
     outside: list[str] = []
     at = 1
