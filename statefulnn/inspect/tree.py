@@ -28,7 +28,7 @@ class Held:
         name: the last part of it.
         box: the Parameter or Buffer.
         shape: its shape; None for one that has none yet.
-        dtype: its dtype.
+        dtype: its dtype; None for one without an array.
         trainable: whether it is a parameter that is trained.
         tied: the first name of a box that has several, None under that one.
     """
@@ -37,7 +37,7 @@ class Held:
     name: str
     box: Any
     shape: tuple[int, ...] | None
-    dtype: DTypeLike
+    dtype: DTypeLike | None
     trainable: bool
     tied: str | None
 
