@@ -43,6 +43,7 @@ from statefulnn.core.objects import (
     Identity,
     View,
     behind,
+    class_dict,
     code_of,
     content_of,
     elements_of,
@@ -485,6 +486,7 @@ def find_hidden(
     return None
 
 
+_name_of: Callable[[type], str] = type.__dict__["__name__"].__get__
 # The classes whose instances hold what these libraries train, and the bridge of each.
 _FOREIGN = {
     ("torch.nn", "Module"): "torch",
@@ -499,14 +501,20 @@ _FOREIGN = {
 def foreign_library(kind: type) -> str:
     """Return the bridge of the library whose layer or parameter a class is; "" if it is neither."""
     # By name: a library that the user has not imported is not imported here.
-    names = ((".".join(str(c.__module__).split(".")[:2]), c.__name__) for c in mro_of(kind))
+    names = (
+        (".".join(str(class_dict(c).get("__module__")).split(".")[:2]), _name_of(c))
+        for c in mro_of(kind)
+    )
     return next((_FOREIGN[name] for name in names if name in _FOREIGN), "")
 
 
 def _has_numbers(stranger: Any) -> bool:
-    if foreign_library(type(stranger)) == "torch":
-        return not hasattr(stranger, "parameters") or any(True for _ in stranger.parameters())
-    return any(hasattr(leaf, "dtype") for leaf in jax.tree_util.tree_leaves(stranger))
+    library = foreign_library(type(stranger))
+    if library == "torch" and hasattr(stranger, "parameters"):
+        return any(True for _ in stranger.parameters())
+    # Models of Equinox are trees; those of NNX are graphs, which may have cycles.
+    leaves = jax.tree_util.tree_leaves(stranger) if library == "equinox" else ()
+    return library != "equinox" or any(hasattr(leaf, "dtype") for leaf in leaves)
 
 
 def hidden_member(where: str, value: object) -> RegistrationError:

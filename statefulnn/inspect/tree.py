@@ -28,7 +28,7 @@ class Held:
         name: the last part of it.
         box: the Parameter or Buffer.
         shape: its shape; None for one that has none yet.
-        dtype: its dtype.
+        dtype: its dtype; None for one without an array.
         trainable: whether it is a parameter that is trained.
         tied: the first name of a box that has several, None under that one.
     """
@@ -37,7 +37,7 @@ class Held:
     name: str
     box: Any
     shape: tuple[int, ...] | None
-    dtype: DTypeLike
+    dtype: DTypeLike | None
     trainable: bool
     tied: str | None
 
@@ -159,7 +159,8 @@ def held_of(box: Any, path: str, name: str, first: str = "", trace: Trace | None
     """Describe a parameter or buffer; a trace knows the shapes that lazy ones will have."""
     known = (trace.shapes.get(path) if trace else None) if is_lazy(box) else box._value
     trainable = isinstance(box, Parameter) and box.requires_grad
-    shape, dtype = (None, box._value.dtype) if known is None else (tuple(known.shape), known.dtype)
+    dtype = getattr(box._value if known is None else known, "dtype", None)  # Equinox leaves None
+    shape = None if known is None else tuple(known.shape)
     return Held(path, name, box, shape, dtype, trainable, None if first == path else first)
 
 

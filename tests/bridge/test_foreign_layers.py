@@ -98,6 +98,7 @@ def test_a_gradient_that_equinox_took_has_holes_and_goes_through_compiled_code()
     x = jnp.arange(6.0).reshape(2, 3)
     with pytest.warns(nn.UntrainedLeavesWarning, match="running_mean"):
         _, grads = eqx.filter_value_and_grad(loss)(model, x)
+    assert "BatchNorm1d" in grads._repr_html_() and "BatchNorm1d" in str(nn.summary(grads))
     again = nn.jit(lambda g: g)(grads)
     expected = nn.grad(loss)(model, x)
     assert {n: p.value.tolist() for n, p in again.named_parameters()} == {
