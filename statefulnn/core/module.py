@@ -90,6 +90,9 @@ _PLATFORMS = ("cpu", "gpu", "cuda", "rocm", "tpu", META)
 _ELSEWHERE = "members that another module had first"  # in the state of a copy
 
 
+# Only mypy takes this name for True. It learns what a call takes from a property that stands for forward,
+# pyright from a method whose parameters are those of forward; neither can do it the other's way.
+MYPY = False
 _P = ParamSpec("_P")
 _R_co = TypeVar("_R_co", covariant=True)
 _T = TypeVar("_T")
@@ -99,6 +102,13 @@ class Callee(Protocol[_P, _R_co]):
     """What a call of a module takes and returns: that of its `forward`."""
 
     def forward(self, *args: _P.args, **kwargs: _P.kwargs) -> _R_co: ...
+
+
+class HasForward(Protocol[_R_co]):
+    """What mypy takes a module for: the attribute itself, with what it takes and returns."""
+
+    @property
+    def forward(self) -> _R_co: ...
 
 
 def _typed_by_forward(
@@ -133,6 +143,10 @@ class Ref:
     if TYPE_CHECKING:  # the attribute is the object itself
 
         def __new__(cls, target: _T) -> _T: ...
+
+        # Mypy makes a Ref of it all the same, which may then be anything.
+        def __getattr__(self, name: str) -> Any: ...
+        def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
 
     def __init__(self, target: Module | Box) -> None:
         if not isinstance(target, (Module, Box)):
@@ -224,31 +238,40 @@ class Module(ModuleBase):
         """Compute the output; every subclass defines it."""
         raise refusals.no_forward(type(self).__name__)
 
-    @_typed_by_forward
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        try:
-            stamp = self._nn_stamp
-            scope = stamp.scope
-            if current_trace() is EAGER:
-                if scope is None and not (self._hooked or GLOBAL_STAMP.number or active.listeners):
-                    return self.forward(*args, **kwargs)
-                return call_with_hooks(self, args, kwargs)
-            if scope is None and stamp.baked_in is None:
-                BakedIn.note(stamp)
-            kept = functools.partial(_traced_attribute, self) if scope is None else None
-            with traced_call(self, self._path(), kept):
-                out = call_with_hooks(self, args, kwargs)
-                if scope is not None:
-                    _check_kept(self, scope)
-            return out
-        except Exception as error:
-            if clock.baked_in:
-                BakedIn.trace_failed()
-            if isinstance(error, TypeError):
-                habits.refuse_call(self, args, kwargs)
-            _locate(error, self)
-            shorten(error)
-            raise
+    if MYPY:
+
+        @property
+        def __call__(self: HasForward[_R_co]) -> _R_co: ...  # pyright: ignore[reportRedeclaration]
+
+    else:
+
+        @_typed_by_forward
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            try:
+                stamp = self._nn_stamp
+                scope = stamp.scope
+                if current_trace() is EAGER:
+                    if scope is None and not (
+                        self._hooked or GLOBAL_STAMP.number or active.listeners
+                    ):
+                        return self.forward(*args, **kwargs)
+                    return call_with_hooks(self, args, kwargs)
+                if scope is None and stamp.baked_in is None:
+                    BakedIn.note(stamp)
+                kept = functools.partial(_traced_attribute, self) if scope is None else None
+                with traced_call(self, self._path(), kept):
+                    out = call_with_hooks(self, args, kwargs)
+                    if scope is not None:
+                        _check_kept(self, scope)
+                return out
+            except Exception as error:
+                if clock.baked_in:
+                    BakedIn.trace_failed()
+                if isinstance(error, TypeError):
+                    habits.refuse_call(self, args, kwargs)
+                _locate(error, self)
+                shorten(error)
+                raise
 
     def _path(self) -> tuple[str, ...]:
         """Return the names that lead to the module from the root of its tree."""
