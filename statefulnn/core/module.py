@@ -91,6 +91,9 @@ _PLATFORMS = ("cpu", "gpu", "cuda", "rocm", "tpu", META)
 _ELSEWHERE = "members that another module had first"  # in the state of a copy
 
 
+# Only mypy takes this name for True. It learns what a call takes from a property that stands for forward,
+# pyright from a method whose parameters are those of forward; neither can do it the other's way.
+MYPY = False
 _P = ParamSpec("_P")
 _R_co = TypeVar("_R_co", covariant=True)
 _T = TypeVar("_T")
@@ -100,6 +103,13 @@ class Callee(Protocol[_P, _R_co]):
     """What a call of a module takes and returns: that of its `forward`."""
 
     def forward(self, *args: _P.args, **kwargs: _P.kwargs) -> _R_co: ...
+
+
+class HasForward(Protocol[_R_co]):
+    """What mypy takes a module for: the attribute itself, with what it takes and returns."""
+
+    @property
+    def forward(self) -> _R_co: ...
 
 
 def _typed_by_forward(
@@ -134,6 +144,10 @@ class Ref:
     if TYPE_CHECKING:  # the attribute is the object itself
 
         def __new__(cls, target: _T) -> _T: ...
+
+        # Mypy makes a Ref of it all the same, which may then be anything.
+        def __getattr__(self, name: str) -> Any: ...
+        def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
 
     def __init__(self, target: Module | Box) -> None:
         if not isinstance(target, (Module, Box)):
@@ -225,8 +239,13 @@ class Module(ModuleBase):
         """Compute the output; every subclass defines it."""
         raise refusals.no_forward(type(self).__name__)
 
+    if MYPY:  # which keeps the first of two definitions
+
+        @property
+        def __call__(self: HasForward[_R_co]) -> _R_co: ...  # pyright: ignore[reportRedeclaration]
+
     @_typed_by_forward
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[no-redef]
         try:
             stamp = self._nn_stamp
             scope = stamp.scope
