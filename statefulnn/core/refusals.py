@@ -464,14 +464,14 @@ def reserved_attribute(name: str, cls: str) -> RegistrationError:
     )
 
 
-def foreign_layer(where: str, kind: str, library: str) -> str:
+def foreign_layer(where: str, does: str, kind: str, library: str) -> str:
     instead = {
         "torch": "nn.bridge.torch.from_torch(module, x)",
         "flax": "nn.bridge.flax.from_nnx(module)",
         "equinox": "nn.bridge.equinox.from_equinox(module)",
     }
     return explain(
-        f"kept a {kind} of another library in {where}",
+        f"assigned {where}, which {does} a {kind} of {library}",
         "it is a plain value here: its numbers are neither trained, nor saved, nor moved",
         f"self.layer = {instead[library]}, which makes a module of it; or a layer of this package",
     )

@@ -453,9 +453,8 @@ def refuse_hidden(where: Callable[[], str], value: object) -> None:
         raise hidden_member(where(), hidden)
     stranger = find_hidden(value, foreign_library)
     if stranger is not None and _has_numbers(stranger):
-        text = refusals.foreign_layer(
-            where(), type(stranger).__name__, foreign_library(type(stranger))
-        )
+        does, kind = "is" if stranger is value else "holds", type(stranger)
+        text = refusals.foreign_layer(where(), does, _name_of(kind), foreign_library(kind))
         warnings.warn(text, UntrainedLeavesWarning, stacklevel=user_stack_level())
 
 
