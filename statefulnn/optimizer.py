@@ -176,7 +176,7 @@ class Optimizer(Module):
         leaves = [next(constants) if b is None else b.value for b in self._boxes()]
         return jax.tree_util.tree_unflatten(self._treedef, leaves)
 
-    def __setattr__(self, name: str, value: object) -> None:
+    def __setattr__(self, name: str, value: Any) -> None:
         if name in ("learning_rate", "lr", "param_groups") and type(self) is Optimizer:
             getattr(self, name)  # has the answer
         super().__setattr__(name, value)

@@ -313,7 +313,7 @@ class Module(ModuleBase):
             unpack_shell(self)
         return real_dict(self)
 
-    def __setattr__(self, name: str, value: object) -> None:
+    def __setattr__(self, name: str, value: Any) -> None:
         if name in _SLOTS:
             raise refusals.reserved_attribute(name, type(self).__name__)
         attributes = self.__dict__
