@@ -61,9 +61,8 @@ format: $(VENV)/.stamp-test  ## ruff: mend what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-types: $(VENV)/.stamp-test  ## pyright on the package; pyright and mypy on the code of README, docs and examples
+types: $(VENV)/.stamp-test  ## pyright on the package; tests/test_types.py has it and mypy on README, docs and examples
 	$(BIN)/pyright --pythonpath $(BIN)/python
-	$(BIN)/python -m pytest tests/test_types.py
 
 bench: $(VENV)/.stamp-bench  ## what a call costs beside raw JAX, Flax NNX and Equinox
 	mkdir -p out
