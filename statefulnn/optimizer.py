@@ -241,8 +241,9 @@ class Optimizer(Module):
         first = self._names[0]
         gradient = grads.get(first) if isinstance(grads, Mapping) else None
         owner = parameter_of(gradient)
-        if owner is None or owner is getattr(self, _built_for(first)):
-            return
+        own = getattr(self, _built_for(first))
+        if owner is None or owner is own or owner._scope is not own._scope:
+            return  # nobody's, or the optimizer is no argument of the compiled function, which is an error
         if any(owner is p for p in self.module.parameters()):
             return  # replaced since then, which is an error of its own
         warnings.warn(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from statefulnn import functional as F
@@ -154,14 +155,15 @@ class MultiMarginLoss(_WeightedLoss):
         reduce: bool | None = None,
         reduction: str = "mean",
     ) -> None:
-        super().__init__(weight, size_average, reduce, reduction)
-        check_p(p, "nn.MultiMarginLoss")
-        if self.weight is not None and self.weight.ndim != 1:
+        shape = None if weight is None else jnp.shape(weight)
+        if shape is not None and len(shape) != 1:
             raise shape_error(
-                f"made nn.MultiMarginLoss with weight of shape {self.weight.shape}",
+                f"made nn.MultiMarginLoss with weight of shape {shape}",
                 "there is one factor for each class",
                 "weight.reshape(-1)",
             )
+        super().__init__(weight, size_average, reduce, reduction)
+        check_p(p, "nn.MultiMarginLoss")
         self.p = p
         self.margin = margin
 

@@ -20,7 +20,7 @@ from statefulnn.transforms import refusals
 def refuse_what_is_no_array(function: Callable, args: tuple, kwargs: Mapping[str, object]) -> None:
     """Raise if compiled code was given something else than modules and arrays."""
     try:
-        given = inspect.signature(function).bind(*args, **kwargs).arguments
+        given = inspect.signature(function).bind_partial(*args, **kwargs).arguments
     except (TypeError, ValueError):  # of no signature, or wrong: Python says so
         given = {"args": args, **kwargs}
     ours = lambda value: isinstance(value, (ModuleBase, Box))

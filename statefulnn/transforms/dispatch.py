@@ -19,6 +19,7 @@ from statefulnn.core.arrays import check_usable
 from statefulnn.core.box import Box
 from statefulnn.core.compat import EAGER, current_trace
 from statefulnn.core.construction import settings
+from statefulnn.core.errors import StatefulnnError
 from statefulnn.core.failures import raise_original, wait_for
 from statefulnn.core.generator import Forbidden, Generator, current_generator, streams
 from statefulnn.core.ownership import ModuleBase
@@ -170,9 +171,8 @@ class Dispatch:
                 for box, leaf in zip(known.plan.boxes, leaves, strict=True):
                     check_usable(leaf, box.label)
                 raise_original(error)
-                if self.function is call_module:
-                    refuse_what_is_no_array(args[0].forward, args[1:], kwargs)
-                refuse_what_is_no_array(self.function, args, kwargs)
+                if not isinstance(error, StatefulnnError):
+                    self._refuse_what_is_no_array(args, kwargs)
                 raise
             return (
                 out if written is None else self.finish(known, leaves, out, written, args, kwargs)
@@ -261,6 +261,12 @@ class Dispatch:
         # A few, since they are tried one after the other: training and evaluation alternate, for instance.
         others = [r for r in self._recent if r.count >= 0 and r.wants != wants]
         self._recent = [recent, *others[:3]]
+
+    def _refuse_what_is_no_array(self, args: tuple, kwargs: dict[str, Any]) -> None:
+        args, kwargs, _ = self._without_statics(args, kwargs)
+        if self.function is call_module:
+            refuse_what_is_no_array(args[0].forward, args[1:], kwargs)
+        refuse_what_is_no_array(self.function, args, kwargs)
 
     def _without_statics(
         self, args: tuple, kwargs: dict[str, Any]

@@ -154,12 +154,13 @@ def test_the_memory_of_a_loop_is_that_of_its_turn(way):
 @pytest.mark.parametrize("way", ["loop", 2])
 def test_a_gradient_that_is_not_finite_is_reported_with_its_task(way):
     run = nn.meta.over_tasks(lambda p, x: jnp.sqrt((p * x) ** 2).sum(), vectorize=way)
+    x = jnp.arange(1.0, 16.0).reshape(5, 3)
     with pytest.warns(nn.DivergenceWarning, match=r"task 3 of 5 diverged: the gradient by shared"):
-        jax.block_until_ready(jax.jit(jax.grad(run))(jnp.ones(3), X.at[3].set(0.0)))
+        jax.block_until_ready(jax.jit(jax.grad(run))(jnp.ones(3), x.at[3].set(0.0)))
         jax.effects_barrier()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        jax.block_until_ready(jax.jit(jax.grad(run))(jnp.ones(3), X + 3.0))
+        jax.block_until_ready(jax.jit(jax.grad(run))(jnp.ones(3), x))
         jax.effects_barrier()
 
 
