@@ -238,40 +238,36 @@ class Module(ModuleBase):
         """Compute the output; every subclass defines it."""
         raise refusals.no_forward(type(self).__name__)
 
-    if MYPY:
+    if MYPY:  # which keeps the first definition, and pyright the last
 
         @property
         def __call__(self: HasForward[_R_co]) -> _R_co: ...  # pyright: ignore[reportRedeclaration]
 
-    else:
-
-        @_typed_by_forward
-        def __call__(self, *args: Any, **kwargs: Any) -> Any:
-            try:
-                stamp = self._nn_stamp
-                scope = stamp.scope
-                if current_trace() is EAGER:
-                    if scope is None and not (
-                        self._hooked or GLOBAL_STAMP.number or active.listeners
-                    ):
-                        return self.forward(*args, **kwargs)
-                    return call_with_hooks(self, args, kwargs)
-                if scope is None and stamp.baked_in is None:
-                    BakedIn.note(stamp)
-                kept = functools.partial(_traced_attribute, self) if scope is None else None
-                with traced_call(self, self._path(), kept):
-                    out = call_with_hooks(self, args, kwargs)
-                    if scope is not None:
-                        _check_kept(self, scope)
-                return out
-            except Exception as error:
-                if clock.baked_in:
-                    BakedIn.trace_failed()
-                if isinstance(error, TypeError):
-                    habits.refuse_call(self, args, kwargs)
-                _locate(error, self)
-                shorten(error)
-                raise
+    @_typed_by_forward
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            stamp = self._nn_stamp
+            scope = stamp.scope
+            if current_trace() is EAGER:
+                if scope is None and not (self._hooked or GLOBAL_STAMP.number or active.listeners):
+                    return self.forward(*args, **kwargs)
+                return call_with_hooks(self, args, kwargs)
+            if scope is None and stamp.baked_in is None:
+                BakedIn.note(stamp)
+            kept = functools.partial(_traced_attribute, self) if scope is None else None
+            with traced_call(self, self._path(), kept):
+                out = call_with_hooks(self, args, kwargs)
+                if scope is not None:
+                    _check_kept(self, scope)
+            return out
+        except Exception as error:
+            if clock.baked_in:
+                BakedIn.trace_failed()
+            if isinstance(error, TypeError):
+                habits.refuse_call(self, args, kwargs)
+            _locate(error, self)
+            shorten(error)
+            raise
 
     def _path(self) -> tuple[str, ...]:
         """Return the names that lead to the module from the root of its tree."""
