@@ -239,13 +239,13 @@ class Module(ModuleBase):
         """Compute the output; every subclass defines it."""
         raise refusals.no_forward(type(self).__name__)
 
-    if MYPY:  # which keeps the first of two definitions
+    if MYPY:  # which keeps the first definition, and pyright the last
 
         @property
         def __call__(self: HasForward[_R_co]) -> _R_co: ...  # pyright: ignore[reportRedeclaration]
 
     @_typed_by_forward
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[no-redef]
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         try:
             stamp = self._nn_stamp
             scope = stamp.scope
