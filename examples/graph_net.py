@@ -84,8 +84,10 @@ def draw(edges: np.ndarray, labels, known, logits: np.ndarray, file: Path) -> No
     figure = Figure(figsize=(5, 4), layout="constrained")
     axis = figure.subplots()
     axis.plot(*places[edges].transpose(2, 0, 1), color="0.85", lw=0.4, zorder=0)
-    axis.scatter(*places.T, c=labels, cmap="Set1", s=16)
-    axis.scatter(*places[known].T, c="none", edgecolors="k", s=60, label="labels given")
+    axis.scatter(places[:, 0], places[:, 1], c=labels, cmap="Set1", s=16)
+    axis.scatter(
+        places[known, 0], places[known, 1], c="none", edgecolors="k", s=60, label="labels given"
+    )
     axis.legend()
     axis.axis("off")
     file.parent.mkdir(parents=True, exist_ok=True)

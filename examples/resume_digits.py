@@ -88,17 +88,18 @@ def main(argv: list[str] | None = None) -> nn.Module:
     nn.manual_seed(args.seed)
     model = Classifier()
     opt = nn.Optimizer(model, optax.adamw(1e-3, weight_decay=1e-2))
-    run = {"model": model, "opt": opt, "masks": nn.default_generator}
     first, losses = 0, []
     with nn.Checkpointer(args.folder, keep_last=2) as checkpointer:
         if checkpointer.latest_step() is not None:
-            restored = checkpointer.restore(**run)
+            restored = checkpointer.restore(model=model, opt=opt, masks=nn.default_generator)
             first, losses = restored.step + 1, restored.data["extra"]["losses"]
             print(f"resumed at epoch {first}")
         for epoch in range(first, args.epochs):
             order = np.random.default_rng([args.seed, epoch]).permutation(len(images))
             losses.append(train_epoch(model, opt, images, labels, args.batch_size, order))
-            checkpointer.save(epoch, extra={"losses": losses}, **run)
+            checkpointer.save(
+                epoch, model=model, opt=opt, masks=nn.default_generator, extra={"losses": losses}
+            )
 
     accuracy = np.mean(predict(model.eval(), test_images) == test_labels)
     print(f"loss {losses[-1]:.4f}, test accuracy {accuracy:.2%}")

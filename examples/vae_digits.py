@@ -76,7 +76,11 @@ def draw(model: VAE, test: np.ndarray, file: Path) -> None:
     side = np.linspace(-2, 2, 12, dtype=np.float32)
     codes = np.stack(np.meshgrid(side, side), -1).reshape(-1, 2)
     plane = jax.nn.sigmoid(model.decoder(codes))
-    shown = {"images": test[:60], "from their codes": again, "the plane of codes": plane}
+    shown: dict[str, jax.Array] = {
+        "images": test[:60],
+        "from their codes": again,
+        "the plane of codes": plane,
+    }
     figure = Figure(figsize=(9, 4), layout="constrained")
     axes = figure.subplots(1, 3, width_ratios=[6, 6, 12])
     for axis, (title, images) in zip(axes, shown.items(), strict=True):
