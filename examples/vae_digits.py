@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -76,7 +77,7 @@ def draw(model: VAE, test: np.ndarray, file: Path) -> None:
     side = np.linspace(-2, 2, 12, dtype=np.float32)
     codes = np.stack(np.meshgrid(side, side), -1).reshape(-1, 2)
     plane = jax.nn.sigmoid(model.decoder(codes))
-    shown: dict[str, jax.Array] = {
+    shown: dict[str, Any] = {
         "images": test[:60],
         "from their codes": again,
         "the plane of codes": plane,
