@@ -241,9 +241,11 @@ class Optimizer(Module):
         first = self._names[0]
         gradient = grads.get(first) if isinstance(grads, Mapping) else None
         owner = parameter_of(gradient)
+        if owner is None:
+            return
         own = getattr(self, _built_for(first))
-        if owner is None or owner is own or owner._scope is not own._scope:
-            return  # nobody's, or the optimizer is no argument of the compiled function, which is an error
+        if owner is own or owner._scope is not own._scope:
+            return  # of another scope: the optimizer is no argument there, which is an error of its own
         if any(owner is p for p in self.module.parameters()):
             return  # replaced since then, which is an error of its own
         warnings.warn(

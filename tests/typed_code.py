@@ -163,3 +163,8 @@ assert_type(h, jax.Array)
 packed, (h, c) = nn.LSTM(2, 3)(nn.utils.rnn.pack_sequence([x, x[:3]]))
 assert_type(packed, nn.utils.rnn.PackedSequence)
 assert_type(nn.init.zeros_(p), nn.Parameter)
+
+
+def without_types(model, x):
+    """As most code is: what nothing is known of may be compiled and called."""
+    return nn.jit(model)(x)[0]

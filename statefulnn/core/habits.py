@@ -142,7 +142,7 @@ MODULE: Answers = {
     **_answers(
         "Python has a function for it",
         **dict.fromkeys(("clone", "copy"), "copy.deepcopy(model)"),
-        summary="print(model)",
+        summary="print(nn.summary(model, x))",
     ),
     **_answers(
         "each parameter says whether it is trained, and a method sets all of a module",
@@ -320,24 +320,30 @@ def refuse_call(module: Any, args: tuple, kwargs: Mapping[str, object], error: T
         ) from None
 
 
-# Annotations that say that an argument is no array.
+# The annotations of arguments that are not arrays.
 _PLAIN = re.compile(r"(int|float|bool|str|None|Size|Sequence\[int\]|( \| ))+")
 
 
 def refuse_construction(cls: type, args: tuple, kwargs: Mapping[str, object]) -> None:
     """Raise for arguments of a constructor that belong into a call, or are other libraries' names."""
+    # Layers are many: a signature is looked at only where a name or an array gives a reason.
     init: Any = cls.__init__
-    if init.__qualname__ == "Module.__init__":  # which refuses all arguments itself
-        init = lambda self: None
+    takes_nothing = init.__qualname__ == "Module.__init__"
     if not cls.__module__.startswith("statefulnn."):
-        field = next((k for k in kwargs if k in inspect.get_annotations(cls)), None)
-        if field is not None and misfit(init, (cls, *args), kwargs, {field: Answer("", "")}):
-            raise refusals.field_as_argument(cls.__name__, field)
+        if kwargs and takes_nothing:  # fields, as in Flax
+            field = next((k for k in kwargs if k in inspect.get_annotations(cls)), None)
+            if field is not None:
+                raise refusals.field_as_argument(cls.__name__, field)
         return
-    name = misfit(init, (cls, *args), kwargs, CONSTRUCTOR) if kwargs else ""
-    if name:
-        raise refusals.argument_of_habit(cls.__name__, "__init__", name, CONSTRUCTOR[name])
+    if not CONSTRUCTOR.keys().isdisjoint(kwargs):
+        name = misfit(
+            (lambda self: None) if takes_nothing else init, (cls, *args), kwargs, CONSTRUCTOR
+        )
+        if name:
+            raise refusals.argument_of_habit(cls.__name__, "__init__", name, CONSTRUCTOR[name])
     if any(isinstance(a, jax.Array) and a.ndim for a in (*args, *kwargs.values())):
+        if takes_nothing:  # such as nn.Sigmoid
+            raise array_for_an_option(cls)
         _refuse_arrays(cls, inspect.signature(init), args, kwargs)
 
 
@@ -347,7 +353,7 @@ def _refuse_arrays(
     """Raise if an array is given for an argument that its annotation says is none."""
     try:
         given = signature.bind_partial(cls, *args, **kwargs).arguments
-    except TypeError:  # it takes nothing, such as nn.Sigmoid
+    except TypeError:  # more than it takes
         raise array_for_an_option(cls) from None
     for name, value in given.items():
         if isinstance(value, jax.Array) and _PLAIN.fullmatch(

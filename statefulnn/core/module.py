@@ -58,7 +58,6 @@ from statefulnn.core.placement import (
     supported,
 )
 from statefulnn.core.placement import device as device_type
-from statefulnn.core.plan import NOT_STATIC
 from statefulnn.core.pytree import (
     flatten_module,
     flatten_module_with_keys,
@@ -764,9 +763,12 @@ class Module(ModuleBase):
         """
         if not isinstance(mode, bool):
             raise ValueError("training mode is expected to be boolean")
-        _refuse_hidden_members(self)
         with under_way(("train", mode), self) as met:
-            for event, _, module in walk(self, _children, method="train", met=met, once=True):
+            steps = list(walk(self, _children, method="train", met=met, once=True))
+            for event, _, module in steps:  # before any is changed
+                if event is ENTER:
+                    _state_dict.refuse_hidden_members(module)
+            for event, _, module in steps:
                 if event is ENTER:
                     module.training = mode
                 elif event is CALL:
@@ -805,7 +807,8 @@ class Module(ModuleBase):
     # Conversion
 
     def _apply(self, fn: Callable[[Any], Any], recurse: bool = True) -> Self:
-        _refuse_hidden_members(self)
+        for module in self.modules():
+            _state_dict.refuse_hidden_members(module)
         boxes = [box for _, box in self._named_members(_all_boxes, recurse=recurse)]
         # All or nothing. What has no shape yet is an empty array, whose dtype and place count.
         converted = [fn(box._value if is_lazy(box) else box.value) for box in boxes]
@@ -920,8 +923,6 @@ class Module(ModuleBase):
             are immutable, so the dict is a snapshot. A cycle of modules ends where it would come back
             to a module that it is in, so ``load_state_dict`` finds the same names.
         """
-        if destination is None:  # else the module above has looked
-            _refuse_hidden_members(self)
         return _state_dict.state_dict(self, destination, prefix, keep_vars)
 
     @shortened
@@ -942,7 +943,6 @@ class Module(ModuleBase):
             StateDictError: for names (with `strict`), shapes or dtypes that do not fit; the module is
                 as it was before.
         """
-        _refuse_hidden_members(self)
         return _state_dict.load_state_dict(self, state_dict, strict, assign)
 
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
@@ -1216,18 +1216,6 @@ def _check_static_value(module: Module, name: str, value: object) -> None:
     if tracer_in(value):
         raise _traced_attribute(module, name)
     refuse_hidden(lambda: f"the {type(value).__name__} {module._label(name)!r}", value)
-
-
-def _refuse_hidden_members(root: Module) -> None:
-    """Raise for a module or parameter that was put into a list after the list was assigned (law 7)."""
-    for module in root.modules():
-        caches = getattr(type(module), "_python_cache", ())
-        for name, value in module.__dict__.items():
-            if isinstance(value, CONTAINERS) and name not in NOT_STATIC and name not in caches:
-                refuse_hidden(
-                    lambda m=module, n=name, v=value: f"the {type(v).__name__} {m._label(n)!r}",
-                    value,
-                )
 
 
 def _traced_attribute(module: Module, name: str) -> TraceLeakError:

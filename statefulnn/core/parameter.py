@@ -77,9 +77,8 @@ class ArrayBox(Box, _Array):
 
     def _repr_html_(self) -> str:
         """Return shape, dtype and what the numbers look like, for notebooks."""
-        from statefulnn.inspect.html import (
-            html_of_array,
-        )  # the layer above: only this method reaches up
+        # The layer above: only this method reaches up.
+        from statefulnn.inspect.html import html_of_array
 
         return html_of_array(self)
 

@@ -24,8 +24,11 @@ from statefulnn.core.box import Box
 from statefulnn.core.compat import Tracer
 from statefulnn.core.construction import DEFAULT_VERSION
 from statefulnn.core.narrowing import numbers_beyond, span
+from statefulnn.core.objects import CONTAINERS
 from statefulnn.core.parameter import Parameter
 from statefulnn.core.placement import Value, is_meta
+from statefulnn.core.plan import NOT_STATIC
+from statefulnn.core.static_keys import refuse_hidden
 from statefulnn.core.uninitialized import Uninitialized, is_lazy
 from statefulnn.core.walk import CALL, ENTER, LEAVE, overrides, under_way, walk
 
@@ -82,6 +85,7 @@ def _begin(
     module: Module, destination: dict[str, Any], prefix: str, keep_vars: bool
 ) -> dict[str, Any]:
     """Save what is the module's own; return its metadata."""
+    refuse_hidden_members(module)
     metadata: dict[str, Any] = {"version": module._version}
     if module.init_version != DEFAULT_VERSION:
         metadata["init_version"] = module.init_version
@@ -103,6 +107,16 @@ def _end(module: Module, destination: dict[str, Any], prefix: str, metadata: dic
         if not post and result is not None:
             destination = result
     return destination
+
+
+def refuse_hidden_members(module: Module) -> None:
+    """Raise for a module or parameter that was put into a list after the list was assigned (law 7)."""
+    caches = type(module)._python_cache
+    for name, value in module.__dict__.items():
+        if isinstance(value, CONTAINERS) and name not in NOT_STATIC and name not in caches:
+            refuse_hidden(
+                lambda n=name, v=value: f"the {type(v).__name__} {module._label(n)!r}", value
+            )
 
 
 def save_own(module: Module, destination: dict, prefix: str, keep_vars: bool) -> None:
@@ -258,6 +272,7 @@ def _load(
     entries = [_Entries(state)]
     for event, prefix, m in walk(module, _members):
         if event is ENTER:
+            refuse_hidden_members(m)
             local = {} if metadata is None else dict(metadata.get(prefix[:-1], {}))
             local["assign_to_params_buffers"] = assign
             local[_LOADED] = loaded

@@ -448,11 +448,13 @@ def refuse_hidden(where: Callable[[], str], value: object) -> None:
         return
     if issubclass(kind, functools.partial) or (callable(value) and _method_for(kind) == "_value"):
         KeyMaker(where).of(value)
+    if find_hidden(value, _is_suspect) is None:  # one walk for what nearly all values are: plain
+        return
     hidden = find_hidden(value)
     if hidden is not None:
         raise hidden_member(where(), hidden)
     stranger = find_hidden(value, foreign_library)
-    if stranger is not None and _has_numbers(stranger):
+    if _has_numbers(stranger):
         does, kind = "is" if stranger is value else "holds", type(stranger)
         text = refusals.foreign_layer(where(), does, _name_of(kind), foreign_library(kind))
         warnings.warn(text, UntrainedLeavesWarning, stacklevel=user_stack_level())
@@ -460,6 +462,10 @@ def refuse_hidden(where: Callable[[], str], value: object) -> None:
 
 def _is_member(kind: type) -> bool:
     return issubclass(kind, (ModuleBase, Box))
+
+
+def _is_suspect(kind: type) -> bool:
+    return _is_member(kind) or bool(foreign_library(kind))
 
 
 def find_hidden(

@@ -7,7 +7,6 @@ user's terms: a module stands for a dict of dotted name -> array.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -204,8 +203,9 @@ class _Target:
             if isinstance(names, int):
                 return of_leaf[names]
             shown = {name: of_leaf[p] for name, p in names.items()}
-            for name in itertools.islice(shown, 1):  # one tells whose they are
-                note_gradient(shown[name], self._call.plan.boxes[names[name]])
+            first = next(iter(shown), None)
+            if first is not None:  # one tells whose they are
+                note_gradient(shown[first], self._call.plan.boxes[names[first]])
             return shown
 
         return jax.tree_util.tree_map(one, self._template)

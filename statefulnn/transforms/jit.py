@@ -69,7 +69,6 @@ def jit(
 ) -> JitFunction[P, R]: ...
 @overload
 def jit(
-    fun: None = None,
     *,
     static_argnums: int | Iterable[int] = (),
     static_argnames: str | Iterable[str] = (),
