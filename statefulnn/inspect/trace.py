@@ -191,9 +191,8 @@ class _Recorder:
 
     def __init__(self, model: Module) -> None:
         self.calls: list[Call] = []
-        self.marked_boxes: dict[
-            int, str
-        ] = {}  # by the call of a clone: the name of a box in the clone
+        # By the call of a clone: the name of a box in the clone.
+        self.marked_boxes: dict[int, str] = {}
         self._open: list[tuple[ModuleBase, int]] = []
         self._known: dict[int, tuple[str, int | None]] = {}
         self._modules: dict[str, Any] = dict(model.named_modules())
@@ -243,10 +242,8 @@ class _Recorder:
             self._open.pop()
         number = self._open.pop()[1]
         call = self.calls[number]
-        call.output, call.cls = (
-            _structs(out),
-            type(module).__name__,
-        )  # lazy layers change their class
+        call.output = _structs(out)
+        call.cls = type(module).__name__  # lazy layers change their class
 
         def marked(x: Any) -> Any:
             if not _is_array(x) or jnp.issubdtype(x.dtype, jax.dtypes.extended):
@@ -339,9 +336,8 @@ class _Reader:
         while (parent := self._calls[inwards[-1]].parent) is not None:
             inwards.append(parent)  # here, and the calls around it
         for where, source in self._sources.get(variable, ()):
-            while (
-                where not in inwards
-            ):  # it left its call by an attribute: the call as a whole is the source
+            # What left its call by an attribute comes from the call as a whole.
+            while where not in inwards:
                 where, source = self._calls[where].parent or 0, where
             for call in reversed(inwards[: inwards.index(where)]):
                 self._edge(where, source, call, variable)
