@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from statefulnn.core import habits, refusals
+from statefulnn.core.array_types import ArrayTypes
 from statefulnn.core.arrays import as_array
 from statefulnn.core.box import Box, unwrap
 from statefulnn.core.compat import EAGER, Tracer, current_trace
@@ -28,16 +29,11 @@ from statefulnn.core.ownership import check_write, real_dict
 from statefulnn.core.placement import Value, elsewhere, is_meta, place_in_force, placed
 from statefulnn.core.stamps import clock, tick
 
-if TYPE_CHECKING:  # a type checker takes a box wherever it takes an array
-    from jax import Array as _Array
-else:
-    _Array = object
-
 # What a traced function may ask without making the value a constant of the compiled code.
 _METADATA = frozenset({"aval", "dtype", "itemsize", "nbytes", "ndim", "shape", "sharding", "size"})
 
 
-class ArrayBox(Box, _Array):
+class ArrayBox(Box, ArrayTypes):
     """A box that works where ``jax.numpy`` takes an array; arithmetic on it gives plain arrays."""
 
     __slots__ = ()
@@ -112,17 +108,7 @@ class ArrayBox(Box, _Array):
     def __format__(self, spec: str) -> str:
         return format(self.value, spec)
 
-    if TYPE_CHECKING:  # unlike an array it has a hash, and operators that write it
-
-        def __hash__(self) -> int: ...
-
-        def __iadd__(self, other: object) -> Self: ...
-
-        __isub__ = __imul__ = __itruediv__ = __imatmul__ = __ipow__ = __iadd__
-        __ifloordiv__ = __imod__ = __iand__ = __ior__ = __ixor__ = __ilshift__ = __irshift__ = (
-            __iadd__
-        )
-    else:
+    if not TYPE_CHECKING:
         __hash__ = object.__hash__  # identity, as torch's tensors; `==` below compares elements
 
     def __round__(self, ndigits: int = 0) -> jax.Array:
