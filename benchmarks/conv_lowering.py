@@ -28,6 +28,9 @@ CASES = [
     ("3x3, 64->64, 16x16", (32, 64, 16, 16), (64, 64, 3, 3), 1, 1, 1),
     ("3x3 stride 2, 32->64, 32x32", (32, 32, 32, 32), (64, 32, 3, 3), 2, 1, 1),
     ("3x3 of one channel, 1->32, 28x28", (32, 1, 28, 28), (32, 1, 3, 3), 1, 1, 1),
+    ("3x3, 512->512, 2x2", (8, 512, 2, 2), (512, 512, 3, 3), 1, 1, 1),
+    ("3x3 stride 2, 256->512, 4x4", (8, 256, 4, 4), (512, 256, 3, 3), 2, 1, 1),
+    ("3x3 with a border of 2, 16->32, 32x32", (32, 16, 32, 32), (32, 16, 3, 3), 1, 2, 1),
     ("1x1, 64->128, 16x16", (32, 64, 16, 16), (128, 64, 1, 1), 1, 0, 1),
     ("3x3 in 4 groups, 64->64, 16x16", (32, 64, 16, 16), (64, 16, 3, 3), 1, 1, 4),
     ("3x3 in 16 groups, 64->64, 16x16", (32, 64, 16, 16), (64, 4, 3, 3), 1, 1, 16),
@@ -105,7 +108,7 @@ def ways(x_shape, w_shape, stride, groups):
     if all(k == 1 for k in w_shape[2:]):
         chosen["matmul"] = lowering.pointwise
     if 1 < groups < x_shape[1]:
-        chosen["by group"] = lowering.group_by_group
+        chosen["by group"] = lowering.group_by_group(lowering.dense)
         if len(x_shape) == 4:
             chosen["patches"] = patches_in_groups
     if groups == x_shape[1]:
@@ -121,7 +124,7 @@ def ways(x_shape, w_shape, stride, groups):
 def transposed_ways():
     return {
         "lax": lowering.general_transposed,
-        "phases": lowering.by_phases,
+        "phases": functools.partial(lowering.by_phases, repeated=False),
         "chosen": lowering.convolve_transposed,
     }
 

@@ -15,12 +15,12 @@ depthwise width 4, 128 channels, 256        0.01       0.04
 3x3 in 4 groups, 64 channels, 16x16         0.34       0.04  one convolution a group
 3x3 in 16 groups, 64 channels, 16x16        0.56       0.03
 1x1, 64 to 128 channels, 16x16              0.62       0.35  a matrix product, for each image
-dense 3x3, 16 to 32 channels, 32x32         0.96       0.81  XLA's; the weight's gradient by matrix
-dense 3x3, 64 channels, 16x16               0.76       0.82  products, for each tap, or of all taps image
-dense 3x3, stride 2, 32 to 64, 32x32        0.98       0.76  by image where images are large or channels
-dense 3x3 of one channel to 32, 28x28       0.88       0.81  few
-dense 3x3, no border, 26x26, batch 64       0.42       0.44  XLA's, with one more row that is cut off
-dense 5x5, no border, 28x28, batch 64       0.38       0.36
+dense 3x3, 64 channels, 16x16               1.01       1.03  XLA's
+dense 3x3, border of 2, 16 to 32, 32x32     1.46       0.42  XLA's; the weight's gradient tap by tap
+dense 3x3, 512 channels, 2x2                0.03       0.08  where the image or the output is smaller than
+dense 3x3, stride 2, 256 to 512, 4x4        0.75       0.15  the kernel: a matrix product of all taps
+dense 3x3, no border, 26x26, batch 64       0.33       0.54  XLA's, with one more row that is cut off
+dense 5x5, no border, 28x28, batch 64       0.32       0.43
 2x2, step 2, 64 to 128, 28x28               0.88       0.70  a matrix product of patches that do not
 2x2, step 2, 96 to 192, batch 128           0.87       0.46  overlap; of many numbers the weight's
 4x4, step 4, 3 to 64, 32x32                 0.81       0.73  gradient image by image
@@ -38,8 +38,9 @@ in a loop: dense 3x3, 64 channels, 56x56               0.06  the same, image by 
 Also tried: channels last inside (1.0), groups as a batched matrix product over stacked shifts (1.15 and 0.13
 in 4 groups), a sum of shifted products for a single input channel (0.3 and 3.7), matrix products for the
 gradient by the image (0.7 to 1.5), matrix products image by image forward (0.5 to 3.5), and of patches that
-do not overlap along one axis (1.5 and 1.8 with 64 channels). On other platforms the library behind XLA's
-own operation is left to choose.
+do not overlap along one axis (1.5 and 1.8 with 64 channels). The weight's gradient of a dense convolution
+took 1.04 to 1.8 of XLA's time tap by tap or image by image, and 1.4 times as long to compile. On other
+platforms the library behind XLA's own operation is left to choose.
 """
 
 from __future__ import annotations
@@ -60,14 +61,9 @@ from statefulnn.functional._checks import widened
 
 Pads = Sequence[tuple[int, int]]
 
-# With fewer input channels than this, a matrix product over them is too thin to pay.
-FEWEST_CHANNELS = 8
 # Above this many taps no sum over taps is unrolled: it would be long to compile.
 MOST_TAPS = 128
-# From this many numbers on, what the taps see of one image is better laid out for each image by itself;
-# with many channels (False), with few (True).
-LARGE_IMAGE = {False: 1 << 18, True: 1 << 12}
-# From this many numbers on, so are patches that do not overlap.
+# From this many numbers on, patches that do not overlap are better laid out for each image by itself.
 LARGE_BATCH = 1 << 23
 
 
@@ -171,17 +167,6 @@ def tap_by_tap(
     return total.swapaxes(0, 1)
 
 
-def all_taps(
-    x: Any, w: Any, stride: Sequence[int], pads: Pads, dilation: Sequence[int], groups: int = 1
-) -> Any:
-    """Convolve as one matrix product over all that the taps see, which is laid out in memory."""
-    seen = jnp.stack(list(windows(x, w.shape[2:], stride, pads, dilation)), 2)  # (N, C, k, *out)
-    batch, sizes = x.shape[0], seen.shape[3:]
-    seen = seen.reshape(batch, -1, math.prod(sizes))
-    out = jnp.einsum("ok,nks->nos", w.reshape(w.shape[0], -1), seen)
-    return out.reshape(batch, w.shape[0], *sizes)
-
-
 def as_one_product(
     x: Any, w: Any, stride: Sequence[int], pads: Pads, dilation: Sequence[int], groups: int = 1
 ) -> Any:
@@ -198,26 +183,6 @@ def as_one_product(
     return out.reshape(w.shape[0], *rows.shape[1:]).swapaxes(0, 1)
 
 
-def _along_kernel(
-    x: Any, w: Any, stride: Sequence[int], pads: Pads, dilation: Sequence[int], groups: int
-) -> Any:
-    # Of these ways the transpose matters: by matrix products it is mostly faster than XLA's.
-    kernel, how = w.shape[2:], (stride, pads, dilation, groups)
-    line, few = len(kernel) == 1, x.shape[1] < FEWEST_CHANNELS
-    taps = math.prod(kernel)
-    seen = x.shape[1] * taps * math.prod(jax.eval_shape(lambda: general(x, w, *how)).shape[2:])
-    # XLA's transpose falls off a cliff, 80 times, where the borders make the output the larger one.
-    grown = any(a + b > d * (k - 1) for (a, b), d, k in zip(pads, dilation, kernel, strict=True))
-    if taps > MOST_TAPS:
-        return general(x, w, *how)
-    if not line and seen >= LARGE_IMAGE[few]:
-        return image_by_image(all_taps)(x, w, *how)
-    if (line or few) and not grown:
-        return general(x, w, *how)
-    # The windows are made again in the backward pass, rather than kept: they are x, once for each tap.
-    return jax.checkpoint(lambda x, w: tap_by_tap(x, w, *how), prevent_cse=False)(x, w)
-
-
 def general_with_row(
     x: Any, w: Any, stride: Sequence[int], pads: Pads, dilation: Sequence[int], groups: int
 ) -> Any:
@@ -232,7 +197,23 @@ def general_with_row(
     return lax.slice_in_dim(out, 0, out.shape[2] - 1, axis=2)
 
 
-flat = differentiated(general_with_row, general, _along_kernel)
+def flat(
+    x: Any, w: Any, stride: Sequence[int], pads: Pads, dilation: Sequence[int], groups: int
+) -> Any:
+    """Convolve over one axis or two by XLA's own operation."""
+    how, kernel = (tuple(stride), tuple(pads), tuple(dilation), groups), w.shape[2:]
+    grown = any(a + b > d * (k - 1) for (a, b), d, k in zip(pads, dilation, kernel, strict=True))
+    # Where the borders make the output the larger one, XLA's gradient by the kernel takes 30 times as long.
+    way = _of_wide_borders if grown and math.prod(kernel) <= MOST_TAPS else general_with_row
+    return way(x, w, *how)
+
+
+# The windows are made again in the backward pass, rather than kept: they are x, once for each tap.
+_of_wide_borders = differentiated(
+    general,
+    general,
+    lambda x, w, *how: jax.checkpoint(lambda x, w: tap_by_tap(x, w, *how), prevent_cse=False)(x, w),
+)
 
 
 def dense(
@@ -416,6 +397,24 @@ def for_cpu() -> bool:
     return jax.default_backend() == "cpu"
 
 
+def _smaller_than_kernel(
+    sizes: Sequence[int],
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    pads: Pads,
+    dilation: Sequence[int],
+) -> bool:
+    """Say whether along each axis the image, or the output, is smaller than the kernel.
+
+    There XLA's own operation or its gradient has no fast kernel, and takes up to 60 times as long.
+    """
+    axes = zip(sizes, kernel, stride, pads, dilation, strict=True)
+    return all(
+        min(size, (size + low + high - d * (k - 1) - 1) // s + 1) < k
+        for size, k, s, (low, high), d in axes
+    )
+
+
 def chosen_on_cpu(
     x: Any,
     w: Any,
@@ -432,7 +431,9 @@ def chosen_on_cpu(
     if groups > 1 and groups == x.shape[1] and taps <= MOST_TAPS:
         return depthwise
     by_kernel = dense
-    if repeated and taps <= MOST_TAPS:
+    if _smaller_than_kernel(x.shape[2:], w.shape[2:], stride, pads, dilation) and taps <= MOST_TAPS:
+        by_kernel = as_one_product
+    elif repeated and taps <= MOST_TAPS:
         # What the taps see of the input. The backward pass makes it again; where it is long, image by image.
         small = x.size * taps // math.prod(stride) < LARGE_BATCH
         by_kernel = as_one_product if small else image_by_image(as_one_product)
