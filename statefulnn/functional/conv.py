@@ -11,6 +11,7 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from statefulnn.core.errors import explain
+from statefulnn.functional._autocast import Rule, ruled
 from statefulnn.functional._checks import (
     array,
     channels_advice,
@@ -188,6 +189,7 @@ def padded(
     return tuple((p, p) for p in pads)
 
 
+@ruled(Rule.LOW)
 def conv_nd(
     spatial: int,
     input: ArrayLike,

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 from jax.typing import ArrayLike
 
+from statefulnn.functional._autocast import Rule, ruled
 from statefulnn.functional._checks import (
     array,
     channels_advice,
@@ -107,6 +108,7 @@ def transposed_sizes(
     )
 
 
+@ruled(Rule.LOW)
 def conv_transpose_nd(
     spatial: int,
     input: ArrayLike,
