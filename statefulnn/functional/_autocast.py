@@ -70,10 +70,7 @@ AS_GIVEN = frozenset(
 )
 
 # Arguments that are numbers even where they are given as arrays.
-_KEPT: dict[str, frozenset[int | str]] = {
-    "scaled_dot_product_attention": frozenset({4, "dropout_p", "scale"}),
-    "multi_head_attention_forward": frozenset({10, "dropout_p"}),
-}
+_KEPT = frozenset({"dropout_p", "scale"})
 
 
 def _casts(value: Any) -> bool:
@@ -114,18 +111,15 @@ def _dtype_of(rule: Rule, low: np.dtype, arguments: Any) -> np.dtype:
     return low if rule is Rule.LOW else np.dtype(np.float32)
 
 
-def ruled(rule: Rule, kept: frozenset[int | str] = frozenset()) -> Callable[[_F], _F]:
-    """Return a decorator: the function's arrays are cast by a rule, where autocast is on.
-
-    Args:
-        rule: the rule.
-        kept: positions and names of arguments that are left as they are.
-    """
+def ruled(rule: Rule) -> Callable[[_F], _F]:
+    """Return a decorator: the function's arrays are cast by a rule, where autocast is on."""
 
     def decorate(fun: _F) -> _F:
-        @functools.wraps(fun)
-        def wrapper(*args: Any, **kwargs: Any) -> Any:
-            low = dtype_in_force.value if open_blocks else None
+        code = fun.__code__
+        names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+
+        def cast(*args: Any, **kwargs: Any) -> Any:
+            low = dtype_in_force.value
             if low is None:
                 return fun(*args, **kwargs)
             # Off inside: what the function is made of has been cast, and its compiled parts are the same ones
@@ -133,14 +127,35 @@ def ruled(rule: Rule, kept: frozenset[int | str] = frozenset()) -> Callable[[_F]
             with dtype_in_force(None):
                 dtype = _dtype_of(rule, low, [*args, *kwargs.values()])
                 done: dict[int, Any] = {}
-                args = tuple(a if i in kept else _cast(a, dtype, done) for i, a in enumerate(args))
-                for name in kwargs.keys() - kept:
-                    kwargs[name] = _cast(kwargs[name], dtype, done)
-                return fun(*args, **kwargs)
+                args = tuple(
+                    a if name in _KEPT else _cast(a, dtype, done)
+                    for name, a in zip(names, args, strict=False)
+                )
+                return fun(*args, **{k: _cast(v, dtype, done) for k, v in kwargs.items()})
 
-        return wrapper  # pyright: ignore[reportReturnType]
+        return _choosing(fun, cast)
 
     return decorate
+
+
+def _choosing(fun: Any, cast: Any) -> Any:
+    """Return a function of the same arguments that calls `fun`, or `cast` while a block is open.
+
+    It is made of text, as those of dataclasses are: with ``*args`` every call of every layer would take 4%
+    longer, and so it takes 1%.
+    """
+    code = fun.__code__
+    positional, keywords = (
+        code.co_varnames[: code.co_argcount],
+        code.co_varnames[code.co_argcount :][: code.co_kwonlyargcount],
+    )
+    parameters = ", ".join([*positional, *(["*", *keywords] if keywords else [])])
+    arguments = ", ".join([*positional, *(f"{name}={name}" for name in keywords)])
+    source = f"lambda {parameters}: (_cast_ if _open_ else _plain_)({arguments})"
+    names = {"_cast_": cast, "_plain_": fun, "_open_": open_blocks, "__name__": __name__}
+    wrapper = eval(compile(source, __file__, "eval"), names)
+    wrapper.__defaults__, wrapper.__kwdefaults__ = fun.__defaults__, fun.__kwdefaults__
+    return functools.update_wrapper(wrapper, fun)
 
 
 def product_of_loss(*arrays: Any) -> tuple[tuple[Any, ...], np.dtype | None]:
@@ -159,6 +174,6 @@ def apply_rules(namespace: dict[str, Any], package: str) -> None:
     """Put the functions of a package's namespace under the rules of the lists."""
     for rule, names in ((Rule.LOW, LOW), (Rule.FLOAT32, FLOAT32), (Rule.PROMOTE, PROMOTE)):
         for name in sorted(names):
-            function = ruled(rule, _KEPT.get(name, frozenset()))(namespace[name])
+            function = ruled(rule)(namespace[name])
             function.__module__ = package  # where pickle finds it
             namespace[name] = function

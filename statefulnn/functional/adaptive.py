@@ -27,8 +27,8 @@ def _head_logits(x: Any, head: tuple[Any, Any]) -> Any:
     return logits if bias is None else logits + bias.astype(logits.dtype)
 
 
-@ruled(Rule.FLOAT32)
 @functools.partial(jax.jit, static_argnums=4)
+@ruled(Rule.FLOAT32)
 def log_prob_of_targets(
     x: jax.Array, target: jax.Array, head: Any, tail: Any, cutoffs: tuple[int, ...]
 ) -> tuple[Any, Any]:
@@ -71,15 +71,15 @@ def _all_log_probs(x: Any, head: Any, tail: Any, first: int) -> Any:
     return jnp.concatenate(parts, 1)
 
 
-@ruled(Rule.FLOAT32)
 @functools.partial(jax.jit, static_argnums=3)
+@ruled(Rule.FLOAT32)
 def log_prob(x: jax.Array, head: Any, tail: Any, first: int) -> jax.Array:
     """Return the log-probabilities of all classes, ``(N, n_classes)``; arguments as above."""
     return _all_log_probs(x, head, tail, first).astype(x.dtype)
 
 
-@ruled(Rule.FLOAT32)
 @functools.partial(jax.jit, static_argnums=3)
+@ruled(Rule.FLOAT32)
 def predict(x: jax.Array, head: Any, tail: Any, first: int) -> jax.Array:
     """Return the most probable class of each row, ``(N,)``; arguments as above."""
     best = jnp.argmax(_all_log_probs(x, head, tail, first), 1)
