@@ -14,7 +14,7 @@ from jax.typing import DTypeLike
 
 from statefulnn.core.errors import DtypeError, explain
 from statefulnn.core.module import Module
-from statefulnn.core.parameter import Parameter
+from statefulnn.core.parameter import ArrayBox, Parameter
 from statefulnn.core.placement import as_dtype, supported
 from statefulnn.core.tracebacks import shortened
 from statefulnn.transforms.lift import SplitCall, unbound
@@ -99,7 +99,7 @@ class policy:  # noqa: N801 (it is called where a function would be)
             out, writes = call.signature.pure(function)(leaves, dynamic)
             boxes = [call.plan.boxes[i] for i in writes.indices]
             writes.values = [
-                v if v.dtype == box.dtype else v.astype(box.dtype)
+                v.astype(box.dtype) if isinstance(box, ArrayBox) else v
                 for box, v in zip(boxes, writes.values, strict=True)
             ]
             return call.finish(jax.tree.map(lambda x: _cast(x, self.output), out), writes)
