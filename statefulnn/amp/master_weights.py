@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import jax
+from jax import lax
 
 from statefulnn.core.extras import import_extra
 from statefulnn.functional._checks import LOW_PRECISION, widened
@@ -50,6 +51,9 @@ def master_weights(tx: Any) -> Any:
     optax = import_extra("optax", "optax", "called nn.amp.master_weights", "does the arithmetic")
     tx = optax.with_extra_args_support(tx)
 
+    def rounded(x: Any, dtype: Any) -> Any:
+        return widened(lax.optimization_barrier(x.astype(dtype)))
+
     def wide(params: Any, master: Any) -> Any:
         return jax.tree.map(lambda p, m: p if m is None else m, params, master)
 
@@ -63,9 +67,10 @@ def master_weights(tx: Any) -> Any:
         updates, inner = tx.update(grads, state.inner, before, **extra)
         after = optax.apply_updates(before, updates)
         master = jax.tree.map(lambda p, a: a if p.dtype in LOW_PRECISION else None, params, after)
-        # The sum of parameter and update is rounded to the parameter's dtype, whatever its last bits are.
+        # The sum of parameter and update is rounded to the parameter's dtype, whatever its last bits are. But
+        # not twice: XLA would leave out a cast that is undone at once.
         updates = jax.tree.map(
-            lambda u, p, m: u if m is None else widened(m.astype(p.dtype)) - widened(p),
+            lambda u, p, m: u if m is None else rounded(m, p.dtype) - widened(p),
             updates,
             params,
             master,

@@ -220,11 +220,12 @@ def test_a_torch_program_and_ours_refuse_the_same_first_mistake():
     # In a process of its own, in which nothing has been scaled.
     code = """
 import jax.numpy as jnp, optax, torch, statefulnn as nn
-model = nn.Linear(2, 1)
-theirs = torch.nn.Linear(2, 1)
+ours, theirs = nn.Linear(2, 1), torch.nn.Linear(2, 1)
+opt, their_opt = nn.Optimizer(ours, optax.sgd(0.1)), torch.optim.SGD(theirs.parameters(), 0.1)
+grads = nn.grad(lambda m: m(jnp.ones(2)).sum())(ours)
 for call in (
-    lambda: nn.amp.GradScaler().step(nn.Optimizer(model, optax.sgd(0.1)), nn.grad(lambda m: m(jnp.ones(2)).sum())(model)),
-    lambda: torch.amp.GradScaler("cpu").step(torch.optim.SGD(theirs.parameters(), 0.1)),
+    lambda: nn.amp.GradScaler().step(opt, grads),
+    lambda: torch.amp.GradScaler("cpu").step(their_opt),
 ):
     try:
         call()

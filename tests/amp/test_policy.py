@@ -25,10 +25,14 @@ def test_it_computes_what_a_model_of_that_dtype_computes():
     model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
     expected, _ = low_by_hand(model, x)
     assert expected.dtype == jnp.bfloat16
-    for run in (MIXED.apply(model), nn.jit(MIXED.apply(model)), MIXED.apply(model.forward)):
+    for run in (MIXED.apply(model), MIXED.apply(model.forward)):
         out = run(x)
         assert out.dtype == jnp.float32
         np.testing.assert_array_equal(out, expected.astype(jnp.float32))
+    # Compiled as one, XLA leaves out roundings that are undone at once: of three layers.
+    compiled = nn.jit(MIXED.apply(model))(x)
+    tolerance = 3 * float(jnp.finfo(jnp.bfloat16).eps)
+    np.testing.assert_allclose(compiled, out, rtol=tolerance, atol=tolerance)
 
 
 def test_gradients_have_the_dtype_of_the_parameters_and_are_those_of_casts_by_hand():
