@@ -1,8 +1,9 @@
 """Which functions run in low precision under `nn.amp.autocast`, and which stay in float32.
 
-The lists are torch's for CUDA. A public function gets its rule where `functional/__init__.py` is imported,
-and a function that layers call beside these where it is defined. A function without a rule takes what it
-is given.
+The lists are torch's for CUDA. A function without a rule takes what it is given. What a model calls often,
+and what layers call directly, has its rule where it is defined, inside of what is compiled for each shape: a
+cast is then traced once and not at every call. Any other public function gets it where
+`functional/__init__.py` is imported.
 
 The dtype in force is a context of JAX's own: `jax.jit` compiles for each value of it.
 """
@@ -69,8 +70,13 @@ AS_GIVEN = frozenset(
     selu_ sigmoid silu softshrink softsign tanh tanhshrink threshold threshold_ unflatten unfold""".split()
 )
 
-# Arguments that are numbers even where they are given as arrays.
-_KEPT = frozenset({"dropout_p", "scale"})
+_WHERE_DEFINED = frozenset(
+    """conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d group_norm layer_norm linear
+    multi_head_attention_forward prelu rms_norm scaled_dot_product_attention""".split()
+)
+
+# Arguments that are numbers even where they are given as arrays: the share that dropout drops.
+_KEPT = frozenset({"p"})
 
 
 def _casts(value: Any) -> bool:
@@ -83,17 +89,18 @@ def _casts(value: Any) -> bool:
 
 def _arrays(value: Any) -> list[Any]:
     """Return the arrays in an argument that are cast, those of boxes and of numpy among them."""
-    if type(value) in (tuple, list, dict):
-        parts = value.values() if type(value) is dict else value
+    if isinstance(value, (tuple, list, dict)):
+        parts = value.values() if isinstance(value, dict) else value
         return [x for part in parts for x in _arrays(part)]
     return [value] if _casts(value) else []
 
 
 def _cast(value: Any, dtype: np.dtype, done: dict[int, Any]) -> Any:
     """Cast the arrays in an argument; what is one array in several of them stays one."""
-    if type(value) in (tuple, list):
-        return type(value)(_cast(part, dtype, done) for part in value)
-    if type(value) is dict:
+    if isinstance(value, (tuple, list)):
+        parts = (_cast(part, dtype, done) for part in value)
+        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
+    if isinstance(value, dict):
         return {name: _cast(part, dtype, done) for name, part in value.items()}
     if not _casts(value):
         return value
@@ -173,7 +180,7 @@ def product_of_loss(*arrays: Any) -> tuple[tuple[Any, ...], np.dtype | None]:
 def apply_rules(namespace: dict[str, Any], package: str) -> None:
     """Put the functions of a package's namespace under the rules of the lists."""
     for rule, names in ((Rule.LOW, LOW), (Rule.FLOAT32, FLOAT32), (Rule.PROMOTE, PROMOTE)):
-        for name in sorted(names):
+        for name in sorted(names - _WHERE_DEFINED):
             function = ruled(rule)(namespace[name])
             function.__module__ = package  # where pickle finds it
             namespace[name] = function

@@ -36,6 +36,7 @@ def static(value: Any) -> Any:
 
 
 @functools.partial(jax.jit, static_argnums=(3, 4, 5, 6, 7, 8))
+@ruled(Rule.LOW)
 def _conv(
     x: Any,
     weight: Any,
@@ -189,7 +190,6 @@ def padded(
     return tuple((p, p) for p in pads)
 
 
-@ruled(Rule.LOW)
 def conv_nd(
     spatial: int,
     input: ArrayLike,

@@ -29,6 +29,7 @@ from statefulnn.functional.conv import (
 
 
 @functools.partial(jax.jit, static_argnums=(3, 4, 5, 6, 7, 8))
+@ruled(Rule.LOW)
 def _conv_transpose(
     x: Any,
     weight: Any,
@@ -108,7 +109,6 @@ def transposed_sizes(
     )
 
 
-@ruled(Rule.LOW)
 def conv_transpose_nd(
     spatial: int,
     input: ArrayLike,
