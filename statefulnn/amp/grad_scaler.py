@@ -123,7 +123,7 @@ class GradScaler(Module):
         return jax.tree.map(lambda x: (wide := widened(x)) * scale.astype(wide.dtype), outputs)
 
     @shortened
-    def unscale_(self, grads: Mapping[str, ArrayLike]) -> Mapping[str, Any]:
+    def unscale_(self, grads: Mapping[str, ArrayLike]) -> dict[str, Any]:
         """Divide gradients by the scale before the step, to clip them or look at them.
 
         `step` does it for gradients that were not unscaled. Arrays do not change in place: take the result.
@@ -140,7 +140,7 @@ class GradScaler(Module):
             1.0
         """
         if not self.enabled:
-            return grads
+            return dict(grads)
         self._require_scaled("unscale_")
         if self.unscaled_without_step:
             raise RuntimeError(
