@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import pickle
 import threading
 
 import jax
@@ -341,3 +343,41 @@ def test_a_device_and_a_decorated_module_are_refused():
         nn.amp.autocast("cuda")
     with pytest.raises(nn.ArgumentError, match=r"with nn.amp.autocast\(\): model\(x\)"):
         nn.amp.autocast()(nn.Linear(2, 2))
+
+
+def test_a_transformer_layer_is_that_of_torch():
+    torch.manual_seed(0)
+    theirs = torch.nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+    ours = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+    ours.load_state_dict({k: v.numpy() for k, v in theirs.state_dict().items()})
+    given = np.random.default_rng(0).normal(size=(2, 5, 8)).astype(np.float32)
+    mask = np.triu(np.full((5, 5), -np.inf, np.float32), 1)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        expected = theirs(torch.as_tensor(given), torch.as_tensor(mask)).float().detach().numpy()
+    # The sums of residuals are JAX's own, which promotes as torch does unless it is told not to.
+    with nn.amp.autocast(), jax.numpy_dtype_promotion("standard"):
+        found = ours(jnp.asarray(given), jnp.asarray(mask))
+    assert found.dtype == WIDE
+    # Two norms with numbers up to 3 come behind each other; torch's own results are low on CPU.
+    np.testing.assert_allclose(found, expected, rtol=0, atol=8 * EPS)
+
+
+def test_values_are_still_looked_at():
+    with nn.amp.autocast(), pytest.raises(IndexError):
+        F.cross_entropy(x, jnp.asarray([0, 1, 2, 3]))
+
+
+def test_a_function_with_a_rule_is_pickled_by_its_name_and_has_its_own_signature():
+    assert pickle.loads(pickle.dumps(F.softplus)) is F.softplus
+    assert inspect.signature(F.softmax) == inspect.signature(F.softmax.__wrapped__)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'axis'"):
+        F.softmax(x, axis=1)
+
+
+def test_a_warning_points_at_the_line_of_the_user():
+    with pytest.warns(UserWarning, match="Implicit dimension") as found:
+        F.softmax(x)
+    assert found[0].filename == __file__
+    with nn.amp.autocast(), pytest.warns(UserWarning, match="Implicit dimension") as found:
+        F.softmax(x)
+    assert found[0].filename == __file__
