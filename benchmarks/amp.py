@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import random
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,7 @@ def part_trace(report: Report, quick: bool) -> None:
     """Trace time of a loss and its gradient."""
     layers = 10 if quick else 100
     x, model = jnp.ones((8, 64)), net(layers)
+    warnings.simplefilter("ignore", nn.RetraceWarning)  # to trace anew is what is measured
     samples: dict[str, list[float]] = {label: [] for label in CONTENDERS}
     for number in range(4 if quick else 10):
         for label in random.Random(number).sample(sorted(CONTENDERS), len(CONTENDERS)):
