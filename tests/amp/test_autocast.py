@@ -381,3 +381,16 @@ def test_a_warning_points_at_the_line_of_the_user():
     with nn.amp.autocast(), pytest.warns(UserWarning, match="Implicit dimension") as found:
         F.softmax(x)
     assert found[0].filename == __file__
+
+
+def test_casts_of_layers_are_traced_with_them_once_for_each_shape():
+    model = nn.Sequential(
+        *(layer for _ in range(5) for layer in (nn.Linear(3, 3), nn.LayerNorm(3)))
+    )
+    call, params = nn.functionalize(model)
+    with nn.amp.autocast():
+        traced = jax.make_jaxpr(call)(params, x)
+    # At the top there are calls of the layers' functions alone; equal ones are one.
+    assert {e.primitive.name for e in traced.eqns} == {"jit"}
+    assert len(traced.eqns) == 10
+    assert len({id(e.params["jaxpr"]) for e in traced.eqns}) == 2

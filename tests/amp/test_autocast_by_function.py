@@ -235,3 +235,21 @@ def test_the_rest_takes_what_it_is_given():
     of_others = {name.removesuffix("_").removesuffix("_with_indices") for name in lists.AS_GIVEN}
     of_others = {name.removesuffix("_with_stats") for name in of_others}
     assert all(name in CASES or name.startswith(FAMILIES) for name in of_others)
+
+
+@pytest.mark.parametrize(
+    ("name", "function", "gates", "states"),
+    [("RNNCell", "rnn_tanh_cell", 1, 1), ("LSTMCell", "lstm_cell", 4, 2)],
+    ids=["RNNCell", "LSTMCell"],
+)
+def test_the_states_of_a_cell_have_the_dtype_of_torch_on_cuda(name, function, gates, states):
+    with as_on("cuda"), torch.no_grad():
+        given = [torch.empty(s, device="cuda") for s in ((2, 3), (gates * 4, 3), (gates * 4, 4))]
+        bias = [torch.empty(gates * 4, device="cuda")] * 2
+        h = torch.empty(2, 4, device="cuda")
+        state = h if states == 1 else (h, h)
+        expected = getattr(torch, function)(given[0], state, *given[1:], *bias)
+    with nn.amp.autocast():
+        found = getattr(nn, name)(3, 4)(numbers(2, 3))
+    expected = [expected] if states == 1 else expected
+    assert [f"torch.{a.dtype}" for a in jax.tree.leaves(found)] == [str(t.dtype) for t in expected]

@@ -90,3 +90,16 @@ def test_a_dtype_that_is_not_floating_is_refused(which):
     assert f"nn.amp.policy({which}=jnp.bfloat16)" in str(error.value)
     with pytest.raises(nn.DtypeError, match="jax_enable_x64"):
         nn.amp.policy(**{which: jnp.float64})
+
+
+def test_a_model_that_is_a_pytree_and_transforms_around_it_are_served():
+    model = nn.Linear(3, 2)
+    expected = MIXED.apply(model)(x)
+    tolerance = float(jnp.finfo(jnp.bfloat16).eps)
+    for out in (
+        jax.jit(lambda m, x: MIXED.apply(m)(x))(model, x),
+        nn.vmap(lambda m, row: MIXED.apply(m)(row), in_axes=(None, 0))(model, x),
+        nn.remat(lambda m, x: MIXED.apply(m)(x))(model, x),
+    ):
+        assert out.dtype == jnp.float32
+        np.testing.assert_allclose(out, expected, rtol=tolerance, atol=tolerance)
