@@ -63,7 +63,7 @@ finally:
         gc.enable()
 
 if TYPE_CHECKING:
-    from statefulnn import bridge, curvature, func, meta
+    from statefulnn import amp, bridge, curvature, func, meta
     from statefulnn import io as io
     from statefulnn.ensemble import Ensemble
     from statefulnn.inspect import explore, summary
@@ -82,6 +82,7 @@ __all__ = [
     "Ref",
     "UninitializedBuffer",
     "UninitializedParameter",
+    "amp",
     "associative_scan",
     "attention",
     "audit",
@@ -148,7 +149,7 @@ __version__ = "0.1.0"
 
 # Built on top, and imported when first used: modules, and names out of modules. `io` and `map` are not in
 # `__all__`, so that ``from statefulnn import *`` leaves Python's own.
-_LATER = ("bridge", "curvature", "func", "io", "meta")
+_LATER = ("amp", "bridge", "curvature", "func", "io", "meta")
 _LATER_NAMES = {
     "Ensemble": "ensemble",
     "map": "transforms.loops",

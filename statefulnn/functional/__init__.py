@@ -5,6 +5,7 @@ and dtypes in Python and is then one compiled call.
 """
 
 from statefulnn.core.listing import listing
+from statefulnn.functional import _autocast
 from statefulnn.functional.activation import (
     gelu,
     glu,
@@ -284,4 +285,5 @@ __all__ = [
     "upsample_bilinear",
     "upsample_nearest",
 ]
+_autocast.apply_rules(globals(), __name__)
 __dir__ = listing(globals())

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from statefulnn.core.compat import Tracer
-from statefulnn.core.errors import DtypeError, ShapeError, explain
+from statefulnn.core.errors import DtypeError, ShapeError, explain, user_stack_level
 from statefulnn.core.parameter import ArrayBox
 from statefulnn.core.refusals import array_of
 
@@ -212,7 +212,7 @@ def reduction_of(reduction: str, size_average: Any, reduce: Any, function: str) 
             "size_average and reduce args will be deprecated: write "
             f"{function}(..., reduction={legacy!r})",
             UserWarning,
-            stacklevel=3,
+            stacklevel=user_stack_level(),
         )
         return legacy
     if reduction not in ("mean", "sum", "none"):

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from statefulnn.core.errors import user_stack_level
 from statefulnn.functional._checks import require_float, shape_advice, shape_error, widened
 
 
@@ -76,7 +77,7 @@ def warn_of_broadcast(x: Any, y: Any, function: str) -> None:
         f"broadcasts both to {shape}: every element meets several others, which is seldom meant; "
         "reshape one of them to the shape of the other",
         UserWarning,
-        stacklevel=3,
+        stacklevel=user_stack_level(),
     )
 
 

@@ -20,6 +20,7 @@ from statefulnn.core.box import unwrap
 from statefulnn.core.construction import allowed_backends
 from statefulnn.core.errors import explain
 from statefulnn.core.generator import advance, drawing_generator
+from statefulnn.functional._autocast import Rule, ruled
 from statefulnn.functional._causal_bias import CausalBias
 from statefulnn.functional._checks import (
     LOW_PRECISION,
@@ -289,6 +290,7 @@ def attend_by_platform(
 
 
 @functools.partial(jax.jit, static_argnums=(7, 8))
+@ruled(Rule.LOW)
 def _attention(
     query: Any,
     key: Any,

@@ -11,6 +11,7 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from statefulnn.core.errors import explain
+from statefulnn.functional._autocast import Rule, ruled
 from statefulnn.functional._checks import (
     array,
     channels_advice,
@@ -35,6 +36,7 @@ def static(value: Any) -> Any:
 
 
 @functools.partial(jax.jit, static_argnums=(3, 4, 5, 6, 7, 8))
+@ruled(Rule.LOW)
 def _conv(
     x: Any,
     weight: Any,

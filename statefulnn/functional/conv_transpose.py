@@ -9,6 +9,7 @@ from typing import Any
 import jax
 from jax.typing import ArrayLike
 
+from statefulnn.functional._autocast import Rule, ruled
 from statefulnn.functional._checks import (
     array,
     channels_advice,
@@ -28,6 +29,7 @@ from statefulnn.functional.conv import (
 
 
 @functools.partial(jax.jit, static_argnums=(3, 4, 5, 6, 7, 8))
+@ruled(Rule.LOW)
 def _conv_transpose(
     x: Any,
     weight: Any,

@@ -16,7 +16,7 @@ import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
 
-from statefulnn.core.errors import DtypeError, explain
+from statefulnn.core.errors import DtypeError, explain, user_stack_level
 from statefulnn.functional._checks import (
     array,
     is_float,
@@ -193,7 +193,7 @@ def _aligned(align_corners: bool | None, function: str) -> bool:
             f"{function} was given no align_corners: the default is False, and was True before "
             "torch 1.3. Pass align_corners=False or True",
             UserWarning,
-            stacklevel=3,
+            stacklevel=user_stack_level(),
         )
         return False
     return align_corners

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from jax.typing import ArrayLike
 
-from statefulnn.core.errors import DtypeError, explain
+from statefulnn.core.errors import DtypeError, explain, user_stack_level
 from statefulnn.functional._checks import LOW_PRECISION, array, is_float, shape_error
 from statefulnn.functional._resampling import (
     How,
@@ -278,7 +278,7 @@ def _deprecated(name: str, instead: str) -> None:
     warnings.warn(
         f"`nn.functional.{name}` is deprecated. Use `nn.functional.interpolate` instead: {instead}",
         UserWarning,
-        stacklevel=3,
+        stacklevel=user_stack_level(),
     )
 
 

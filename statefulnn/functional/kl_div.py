@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from statefulnn.core.errors import user_stack_level
 from statefulnn.functional._checks import array, reduced, reduction_of
 from statefulnn.functional._losses import together
 
@@ -71,7 +72,7 @@ def kl_div(
             "reduction: 'mean' divides the total loss by the number of all elements, not by the "
             "batch's size: it is no divergence; write reduction='batchmean'",
             UserWarning,
-            stacklevel=2,
+            stacklevel=user_stack_level(),
         )
     if reduction != "batchmean" or size_average is not None or reduce is not None:
         reduction = reduction_of(reduction, size_average, reduce, function)

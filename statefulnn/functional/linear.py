@@ -12,6 +12,7 @@ from jax import lax
 from jax.custom_derivatives import SymbolicZero
 from jax.typing import ArrayLike
 
+from statefulnn.functional._autocast import Rule, ruled
 from statefulnn.functional._checks import array, require_rank, require_same_dtype, shape_error
 
 
@@ -40,6 +41,7 @@ def _(primals: tuple, tangents: tuple) -> tuple[Any, Any]:
 
 
 @jax.jit
+@ruled(Rule.LOW)
 def _linear(input: Any, weight: Any, bias: Any) -> Any:
     # Checked here, where the code runs once for each combination of shapes and dtypes: an eager call
     # like an earlier one pays nothing for it.

@@ -14,6 +14,7 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from statefulnn.core.errors import explain
+from statefulnn.functional._autocast import product_of_loss
 from statefulnn.functional._checks import (
     LOW_PRECISION,
     array,
@@ -146,7 +147,7 @@ def _sums_in(options: LinearCrossEntropyOptions, dtype: Any) -> tuple[Any, bool]
     return acc_dtype, policy != "compact"
 
 
-@functools.partial(jax.jit, static_argnums=(5, 6, 7, 8, 9))
+@functools.partial(jax.jit, static_argnums=(5, 6, 7, 8, 9, 10))
 def _chunked(
     input: Any,
     linear_weight: Any,
@@ -158,6 +159,7 @@ def _chunked(
     chunk: int,
     acc_dtype: Any,
     wide_sums: bool,
+    dtype: Any,
 ) -> Any:
     rows, features = input.shape
     chunks = max(1, -(-rows // chunk))
@@ -187,11 +189,11 @@ def _chunked(
     zero = jnp.zeros((), acc_dtype)
     sums, each = lax.scan(step, (zero, zero), (x, y))
     if reduction == "none":
-        return each.reshape(-1)[:rows].astype(input.dtype)
-    return weighted(sums[0], sums[1], reduction).astype(input.dtype)
+        return each.reshape(-1)[:rows].astype(dtype)
+    return weighted(sums[0], sums[1], reduction).astype(dtype)
 
 
-@functools.partial(jax.jit, static_argnums=(5, 6, 7))
+@functools.partial(jax.jit, static_argnums=(5, 6, 7, 8))
 def _whole(
     input: Any,
     linear_weight: Any,
@@ -201,13 +203,14 @@ def _whole(
     reduction: str,
     ignore_index: int,
     label_smoothing: float,
+    dtype: Any,
 ) -> Any:
     classes, *places, features = linear_weight.shape
     table = linear_weight.reshape(-1, features)
     bias = None if linear_bias is None else linear_bias.reshape(-1)
     logits = linear(input, table, bias).reshape(*input.shape[:-1], classes, *places)
     return cross_entropy(
-        logits,
+        logits.astype(dtype),
         target,
         weight,
         ignore_index=ignore_index,
@@ -270,6 +273,11 @@ def linear_cross_entropy(
     bias = None if linear_bias is None else array(linear_bias, "linear_bias", function)
     w = None if weight is None else array(weight, "weight", function)
     _check(x, table, bias, function)
+    (x, table, bias), loss_dtype = product_of_loss(x, table, bias)
+    if loss_dtype is None:
+        loss_dtype = x.dtype
+    elif w is not None:
+        w = w.astype(loss_dtype)
     classes, *places, features = table.shape
     if y.shape == (*x.shape[:-1], classes, *places) and ignore_index is not None:
         raise RuntimeError(
@@ -283,7 +291,10 @@ def linear_cross_entropy(
     if options is not None:
         numbers = jnp.issubdtype(y.dtype, jnp.integer)
         if numbers and not places and not label_smoothing and y.shape == x.shape[:-1]:
-            require_same_dtype(function, input=x, linear_weight=table, linear_bias=bias, weight=w)
+            same = {"input": x, "linear_weight": table, "linear_bias": bias}
+            if loss_dtype == x.dtype:
+                same["weight"] = w
+            require_same_dtype(function, **same)
             if w is not None and w.shape != (classes,):
                 raise _misfit(table, w, "weight", (classes,), function)
             rows = math.prod(x.shape[:-1])
@@ -301,6 +312,7 @@ def linear_cross_entropy(
                 chunk,
                 acc_dtype,
                 wide,
+                loss_dtype,
             )
             return out.reshape(y.shape) if reduction == "none" else out
         warnings.warn(
@@ -311,7 +323,7 @@ def linear_cross_entropy(
             stacklevel=2,
         )
     check_classes(x, y, ignored, function, classes=classes)
-    return _whole(x, table, bias, y, w, reduction, ignored, float(label_smoothing))
+    return _whole(x, table, bias, y, w, reduction, ignored, float(label_smoothing), loss_dtype)
 
 
 def _check(x: Any, table: Any, bias: Any, function: str) -> None:

@@ -16,6 +16,7 @@ from jax.typing import ArrayLike
 
 from statefulnn.core.construction import allowed_backends
 from statefulnn.core.errors import DtypeError, explain
+from statefulnn.functional._autocast import Rule, ruled
 from statefulnn.functional._checks import (
     LOW_PRECISION,
     array,
@@ -69,6 +70,7 @@ class _Arrays(NamedTuple):
 
 
 @functools.partial(jax.jit, static_argnums=5)
+@ruled(Rule.LOW)
 def _multi_head(
     query: Any, arrays: _Arrays, rng: Any, state: Any, p: Any, options: _Options
 ) -> tuple[Any, Any, Any]:

@@ -13,6 +13,7 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from statefulnn.core.errors import explain
+from statefulnn.functional._autocast import Rule, ruled
 from statefulnn.functional._checks import (
     array,
     require_same_or_wider,
@@ -62,6 +63,7 @@ def _like(wide: Any, factor: Any, shape: tuple[int, ...]) -> Any:
 
 
 @functools.partial(jax.jit, static_argnums=(3, 4))
+@ruled(Rule.FLOAT32)
 def _layer_norm(x: Any, weight: Any, bias: Any, shape: tuple[int, ...], eps: float) -> Any:
     _require_last_axes("F.layer_norm", x, shape, weight, bias)
     axes = tuple(range(x.ndim - len(shape), x.ndim))
@@ -110,6 +112,7 @@ def layer_norm(
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
+@ruled(Rule.FLOAT32)
 def _rms_norm(x: Any, weight: Any, shape: tuple[int, ...], eps: float | None) -> Any:
     _require_last_axes("F.rms_norm", x, shape, weight, None)
     axes = tuple(range(x.ndim - len(shape), x.ndim))
@@ -186,6 +189,7 @@ def _require_groups(x: Any, groups: int, weight: Any, bias: Any) -> None:
 
 
 @functools.partial(jax.jit, static_argnums=(3, 4))
+@ruled(Rule.FLOAT32)
 def _group_norm(x: Any, weight: Any, bias: Any, groups: int, eps: float) -> Any:
     _require_groups(x, groups, weight, bias)
     if x.size == 0:

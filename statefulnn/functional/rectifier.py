@@ -16,6 +16,7 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from statefulnn.core.errors import DtypeError, explain
+from statefulnn.functional._autocast import Rule, ruled
 from statefulnn.functional._checks import (
     array,
     require_real_float,
@@ -180,6 +181,7 @@ def leaky_relu(input: ArrayLike, negative_slope: float = 0.01, inplace: bool = F
 
 
 @jax.jit
+@ruled(Rule.LOW)
 def _prelu(x: Any, weight: Any) -> Any:
     require_real_float(x, "input", "F.prelu")
     require_same_dtype("F.prelu", input=x, weight=weight)

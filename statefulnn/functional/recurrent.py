@@ -21,6 +21,7 @@ from jax.typing import ArrayLike
 
 from statefulnn.core.compat import Tracer
 from statefulnn.core.errors import DtypeError, explain
+from statefulnn.functional._autocast import Rule, ruled
 from statefulnn.functional._checks import (
     array,
     cast_advice,
@@ -317,6 +318,7 @@ def _network(
     return x, state
 
 
+@ruled(Rule.LOW)
 def recurrent(
     mode: str,
     input: ArrayLike,
@@ -544,6 +546,7 @@ def _nn_stamp(
     return (h, c) if batched else jax.tree.map(lambda s: s[0], (h, c))
 
 
+@ruled(Rule.LOW)
 def recurrent_cell(
     mode: str, input: ArrayLike, hx: Any, w_ih: Any, w_hh: Any, b_ih: Any = None, b_hh: Any = None
 ) -> Any:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
+from statefulnn.core.errors import user_stack_level
 from statefulnn.functional._checks import array, dimension, require_real_float, widened
 from statefulnn.functional._random import drawing
 
@@ -71,7 +72,7 @@ def _implicit_dim(x: Any, function: str) -> int:
         f"Implicit dimension choice for {function} has been deprecated: it took dim={dim}, as old "
         f"torch code expects; write it: dim={dim}, or dim=-1 for the last axis",
         UserWarning,
-        stacklevel=3,
+        stacklevel=user_stack_level(),
     )
     return dim
 
@@ -206,5 +207,9 @@ def gumbel_softmax(
         [1.0, 1.0]
     """
     if eps != 1e-10:
-        warnings.warn("`eps` parameter is deprecated and has no effect.", UserWarning, stacklevel=2)
+        warnings.warn(
+            "`eps` parameter is deprecated and has no effect.",
+            UserWarning,
+            stacklevel=user_stack_level(),
+        )
     return _gumbel_softmax(rng, array(logits, "logits", "F.gumbel_softmax"), tau, hard, dim)
