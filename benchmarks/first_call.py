@@ -9,6 +9,7 @@ AdamW: the parts of the first call from empty caches, and the step itself, in on
 
 from __future__ import annotations
 
+import functools
 import statistics
 import sys
 import time
@@ -21,16 +22,16 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parent / "examples")]
 
 import _first_call as others  # noqa: E402
-import gpt2  # noqa: E402
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
-import lstm_lm  # noqa: E402
 import numpy as np  # noqa: E402
 import optax  # noqa: E402
-import resnet  # noqa: E402
 from _harness import Case, measure, progress, table  # noqa: E402
 from _report import Report, arguments, run  # noqa: E402
 
+import gpt2  # noqa: E402
+import lstm_lm  # noqa: E402
+import resnet  # noqa: E402
 import statefulnn as nn  # noqa: E402
 import statefulnn.functional as F  # noqa: E402
 
@@ -167,7 +168,7 @@ def part_first_call(report: Report, quick: bool) -> None:
         for _ in progress(range(1 if quick else 3), f"first calls, {name}"):
             for who, make in CONTENDERS.items():
                 net.model.load_state_dict(initial)
-                spent, steps[who], losses[who] = first_call(lambda make=make: make(net))
+                spent, steps[who], losses[who] = first_call(functools.partial(make, net))
                 seconds[who].append(spent)
         if abs(losses["statefulnn"] - losses["hand-written JAX"]) > 1e-4:
             raise AssertionError(f"{name}: the losses differ, {losses}")
