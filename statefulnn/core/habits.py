@@ -41,6 +41,18 @@ _GRADIENT = (
     "and return the gradients"
 )
 _MODE = "train() and eval() set the mode, before the call"
+# Names of a flag that says the mode: whether True means training.
+_MODES = {
+    **dict.fromkeys(("train", "training", "is_training"), True),
+    **dict.fromkeys(("eval", "deterministic", "use_running_average", "inference"), False),
+}
+
+
+def _mode(name: str, value: object) -> str:
+    """Return the code that sets the mode which a flag of another library stands for."""
+    return "model.train(True)" if _MODES[name] is bool(value) else "model.eval()"
+
+
 _LAYERS = "layers have torch's names and arguments, the size of the input among them"
 _PARAMETERS = "a module has its parameters from the start, and a pure function takes them as a dict"
 _DRAWS = "random numbers come from the generator in force; a scope gives another one"
@@ -246,7 +258,10 @@ CONSTRUCTOR: Answers = {
         rate="nn.Dropout(0.5)",
         param_dtype="nn.Linear(in_features, out_features, dtype=jnp.float32)",
     ),
-    **_answers(_MODE, **dict.fromkeys(("deterministic", "use_running_average"), "model.eval()(x)")),
+    **_answers(
+        _MODE,
+        **dict.fromkeys(("deterministic", "use_running_average", "inference"), "model.eval()(x)"),
+    ),
     **_answers(
         "optax's transformation has the settings",
         **dict.fromkeys(
@@ -263,25 +278,49 @@ CONSTRUCTOR: Answers = {
 _SCOPED = "with nn.rng_scope(key): out = model(x)"
 CALL: Answers = {
     **_answers(_DRAWS, rngs=_SCOPED, rng=_SCOPED, key=_SCOPED),
-    **_answers(
-        _MODE,
-        **dict.fromkeys(("deterministic", "use_running_average"), "model.eval()(x)"),
-        **dict.fromkeys(("train", "training", "is_training"), "model.train(True)(x)"),
-    ),
+    **_answers(_MODE, **{name: f"{_mode(name, True)}(x)" for name in _MODES}),
     **_answers(
         "a module writes its own state, and a pure function returns the new one",
         mutable="fn, params, state = nn.functionalize(model, mutable=True)",
     ),
 }
 
-# Attributes that are set to a flag, where a method does it.
+# Attributes that are set to a flag, where a method does it; what is said of False is found by `refuse_flag`.
+_FREEZES = "it is an attribute of parameters, and a module has a method that sets them all"
 FLAGS: Answers = {
-    **_answers(
-        "it is an attribute of parameters, and a module has a method that sets them all",
-        requires_grad="model.requires_grad_(False)",
-    ),
+    **_answers(_FREEZES, requires_grad="model.requires_grad_(True)"),
     **_answers("it is a method", train="model.train(True)", eval="model.eval()"),
 }
+
+# Attributes that layers have in other libraries: on ours they would say nothing.
+_OTHER_NAME = "layers have torch's names, and an attribute of another name would do nothing"
+SETTINGS: Answers = {
+    **_answers(_MODE, **{name: _mode(name, True) for name in _MODES if name not in FLAGS}),
+    **_answers(
+        _FREEZES,
+        trainable="model.requires_grad_(True)",
+        **dict.fromkeys(("frozen", "freeze"), "model.requires_grad_(False)"),
+    ),
+    **_answers(
+        _OTHER_NAME,
+        **dict.fromkeys(("rate", "dropout_rate", "drop_rate"), "layer.p = 0.1"),
+        epsilon="layer.eps = 1e-6",
+        decay="layer.momentum = 0.1",
+        **dict.fromkeys(("moving_mean", "mean"), "layer.running_mean = array"),
+        **dict.fromkeys(("moving_var", "moving_variance", "var"), "layer.running_var = array"),
+        **dict.fromkeys(("kernel", "scale", "gamma", "embedding"), "layer.weight.value = jnp.zeros_like(layer.weight)"),
+    ),
+}
+_OURS = re.compile(r"layer\.(\w+)(.value)?")
+# Those of which False means what True does of the other.
+_OPPOSITE = {
+    "model.requires_grad_(True)": "model.requires_grad_(False)",
+    "model.requires_grad_(False)": "model.requires_grad_(True)",
+    "model.train(True)": "model.eval()",
+    "model.eval()": "model.train(True)",
+}
+# All of them, looked up where an attribute is new.
+ASSIGNED = FLAGS.keys() | SETTINGS.keys()
 
 
 def misfit(function: Callable, args: tuple, kwargs: Mapping[str, object], table: Answers) -> str:
@@ -315,9 +354,10 @@ def refuse_call(module: Any, args: tuple, kwargs: Mapping[str, object], error: T
             error.add_note(note)
     name = misfit(module.forward, args, kwargs, CALL)
     if name:
-        raise refusals.argument_of_habit(
-            type(module).__name__, "forward", name, CALL[name]
-        ) from None
+        answer = CALL[name]
+        if name in _MODES:
+            answer = Answer(answer.why, f"{_mode(name, kwargs[name])}(x)")
+        raise refusals.argument_of_habit(type(module).__name__, "forward", name, answer) from None
 
 
 # The annotations of arguments that are not arrays.
@@ -375,11 +415,26 @@ def array_for_an_option(cls: Any, name: str = "input") -> Exception:
     return refusals.array_for_an_option(cls.__name__, name, needed, inputs)
 
 
-def refuse_flag(module: Any, name: str) -> None:
-    """Raise for a flag in place of a method, unless the class has an attribute of this name."""
-    own = getattr(type(module), name, None)
-    if own is None or callable(own):
-        raise refusals.flag_over_method(type(module).__name__, name, FLAGS[name])
+def refuse_flag(module: Any, name: str, value: object) -> None:
+    """Raise for a flag in place of a method, and for what a layer has under another name.
+
+    Nothing is said where the class has an attribute of this name, nor of settings of the user's classes.
+    """
+    cls = type(module)
+    own = getattr(cls, name, None)
+    if own is not None and not callable(own):
+        return
+    if name in FLAGS and isinstance(value, bool):
+        answer = FLAGS[name]
+    elif name in SETTINGS and cls.__module__.startswith("statefulnn.modules."):
+        answer = SETTINGS[name]
+        ours = _OURS.match(answer.instead)
+        if ours and not (hasattr(module, ours[1]) and (not ours[2] or hasattr(value, "ndim"))):
+            return  # a mark of the user's own
+    else:
+        return
+    code = answer.instead if value is not False else _OPPOSITE.get(answer.instead, answer.instead)
+    raise refusals.flag_over_method(cls.__name__, name, Answer(answer.why, code))
 
 
 _SETUP = Answer(

@@ -367,8 +367,8 @@ class Module(ModuleBase):
                 return
             if type(old) is type(value) and isinstance(value, (bool, int, str)) and old == value:
                 return
-        elif name in habits.FLAGS and isinstance(value, bool):
-            habits.refuse_flag(self, name)
+        elif name in habits.ASSIGNED:
+            habits.refuse_flag(self, name, value)
         self._check_static_write(name, value)
         object.__setattr__(self, name, value)
         self._nn_stamp.touch(lambda: repr(self._label(name)))
@@ -675,6 +675,7 @@ class Module(ModuleBase):
             else [(prefix, self)]
         )
         for path, module in modules:
+            _state_dict.refuse_hidden_members(module)
             for name, box in members(module):
                 if box is None or id(box) in seen:
                     continue

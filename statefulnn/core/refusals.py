@@ -87,7 +87,7 @@ def array_for_an_option(
 
 
 def flag_over_method(cls: str, name: str, answer: Reason) -> RegistrationError:
-    return _refusal(RegistrationError, f"assigned {name!r} of {cls} as a flag", *answer)
+    return _refusal(RegistrationError, f"assigned {name!r} of {cls}", *answer)
 
 
 def no_callable(function: str, kind: str, example: str) -> ArgumentError:

@@ -286,8 +286,9 @@ def _lines(summary: Summary, width: int) -> list[str]:
         if too_wide() > 0:
             widths.pop(head, None)
     shrink("output", 20)
-    shrink("layer", 16)
+    shrink("layer", min(36, 10 + max(map(len, notes))))
     shrink("output", 8)
+    shrink("layer", 16)
 
     def cut(text: str, room: int, note: str) -> str:
         if len(text) <= room:
