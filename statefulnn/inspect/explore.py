@@ -11,6 +11,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from statefulnn.core import habits
 from statefulnn.core.graph import require_module
 from statefulnn.core.module import Module
 from statefulnn.inspect.html import asset
@@ -54,6 +55,7 @@ def explore(
         '<!doctype html>'
     """
     require_module(model, "nn.explore")
+    habits.refuse_sizes("nn.explore", model, inputs, kwargs)
     trace = trace_of(model, inputs, kwargs) if inputs or kwargs else None
     page = asset("page.html")
     parts = {

@@ -6,6 +6,7 @@ import dataclasses
 import shutil
 from typing import Any
 
+from statefulnn.core import habits
 from statefulnn.core.graph import require_module
 from statefulnn.core.module import Module
 from statefulnn.inspect.numbers import brief, in_bytes
@@ -144,6 +145,7 @@ def summary(
         (178, (4, 16))
     """
     require_module(model, "nn.summary")
+    habits.refuse_sizes("nn.summary", model, inputs, kwargs)
     trace = trace_of(model, inputs, kwargs) if inputs or kwargs else None
     rows: list[Row] = []
     todo: list[tuple[int, list[Node]]] = [(0, [tree_of(model, trace)])]
