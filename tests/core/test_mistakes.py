@@ -19,6 +19,7 @@ import statefulnn as nn
 import statefulnn.functional as F
 from statefulnn.core import habits
 from statefulnn.core.extras import import_extra
+from statefulnn.core.refusals import to_shape
 
 
 class Net(nn.Module):
@@ -476,6 +477,30 @@ def test_attributes_that_a_class_has_of_its_own_may_have_any_name():
     assert own(1.0, key=1, training=True) == 1.0
 
 
+def test_settings_of_other_libraries_are_the_user_s_where_the_class_or_the_value_says_so():
+    class Own(nn.Module):
+        def forward(self, x):
+            return x
+
+    class Slower(nn.Dropout):
+        rate = 0.5
+
+    own, slower, linear = Own(), Slower(), nn.Linear(3, 3)
+    own.deterministic = own.frozen = True
+    own.epsilon, slower.rate = 1e-3, 0.1
+    linear.scale, linear.rate = 0.5, 0.1  # of no array, and of a layer without `p`
+    assert (own.epsilon, slower.rate, linear.scale, linear.rate) == (1e-3, 0.1, 0.5, 0.1)
+
+
+def test_a_reshape_is_advised_only_where_it_mixes_up_no_numbers():
+    numbers = np.arange(6.0).reshape(2, 3)
+    for given in (numbers.T, numbers[:, None], numbers[None]):
+        code = to_shape("given", given.shape, (2, 3))
+        np.testing.assert_array_equal(eval(code, {"given": given}), numbers)
+    assert to_shape("given", (6,), (2, 3)) is None
+    assert to_shape("given", (2, 3, 4), (4, 3, 2)) is None
+
+
 def test_a_trainer_that_is_a_module_may_compile_its_methods():
     class Steps(nn.Module):
         def __init__(self, model):
@@ -619,6 +644,10 @@ def test_advice_about_a_target_fits_it(name, shape, target_shape, dtype):
         if not fragments:
             return
         new = eval(fragments[0], {"jnp": jnp, "input": input, "target": target})
+        if "(input" in fragments[0]:
+            assert new.shape != input.shape
+            input = new
+            continue
         assert (new.shape, new.dtype) != (target.shape, target.dtype)
         target = new
     pytest.fail(f"the advice for {target_shape} leads nowhere")
