@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import re
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Set
 from typing import Any, NamedTuple, NoReturn, TypeAlias
 
@@ -497,7 +498,7 @@ _ALIASES = {
     "input_size": "in_features",
     "strides": "stride",
 }
-_known: dict[type, Set[str]] = {}
+_known: weakref.WeakKeyDictionary[Callable, Set[str]] = weakref.WeakKeyDictionary()
 
 
 class _Everything(frozenset):
@@ -508,13 +509,19 @@ class _Everything(frozenset):
 
 
 def _keywords_of(cls: Any) -> Set[str]:
-    """Return the keywords that a constructor takes, looked at once for each class."""
-    if cls not in _known:
-        code = inspect.unwrap(cls.__init__).__code__
-        names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
-        anything = code.co_flags & inspect.CO_VARKEYWORDS and cls.__init__.__qualname__ != _NOTHING
-        _known[cls] = _Everything() if anything else frozenset(names)
-    return _known[cls]
+    """Return the keywords that a constructor takes, looked at once."""
+    init = cls.__init__
+    found = _known.get(init)
+    if found is None:
+        code = getattr(inspect.unwrap(init), "__code__", None)
+        if code is None or (
+            code.co_flags & inspect.CO_VARKEYWORDS and init.__qualname__ != _NOTHING
+        ):
+            found = _Everything()
+        else:
+            found = frozenset(code.co_varnames[: code.co_argcount + code.co_kwonlyargcount])
+        _known[init] = found
+    return found
 
 
 def _refuse_keywords(cls: Any, kwargs: Mapping[str, object]) -> NoReturn:
