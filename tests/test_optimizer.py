@@ -848,7 +848,6 @@ DROPS = {
 }
 KEEPS = {
     "several inner steps": lambda model, x: stepped(model, x, times=2) and None,
-    "returned": stepped,
     "its state returned": lambda model, x: stepped(model, x).state,
     "its state dict returned": lambda model, x: stepped(model, x).state_dict(),
     "steps in a scan": in_a_scan,

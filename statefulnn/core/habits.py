@@ -9,7 +9,6 @@ from __future__ import annotations
 import difflib
 import inspect
 import re
-import weakref
 from collections.abc import Callable, Iterable, Mapping, Set
 from typing import Any, NamedTuple, NoReturn, TypeAlias
 
@@ -498,7 +497,7 @@ _ALIASES = {
     "input_size": "in_features",
     "strides": "stride",
 }
-_known: weakref.WeakKeyDictionary[Callable, Set[str]] = weakref.WeakKeyDictionary()
+_known: dict[Callable, Set[str]] = {}
 
 
 class _Everything(frozenset):
@@ -528,14 +527,14 @@ def _refuse_keywords(cls: Any, kwargs: Mapping[str, object]) -> NoReturn:
     """Raise for keywords that a constructor does not take."""
     known = [p for p in inspect.signature(cls.__init__).parameters.values() if p.name != "self"]
     known = [] if cls.__init__.__qualname__ == _NOTHING else known
-    names = {p.name: p for p in known}
+    names = {p.name: p for p in known if p.kind is not p.VAR_POSITIONAL}
     unknown = [k for k in kwargs if k not in names]
     name = next((k for k in unknown if k in CONSTRUCTOR), unknown[0])
     if name in CONSTRUCTOR:
         raise refusals.argument_of_habit(cls.__name__, "__init__", name, CONSTRUCTOR[name])
     near = _ALIASES.get(name, "")
     near = near if near in names else "".join(difflib.get_close_matches(name, names, 1))
-    shown = [p.name for p in known if p.default is p.empty]
+    shown = [str(p).partition(":")[0] for p in known if p.default is p.empty]
     value = kwargs[name]
     if near and near not in shown and isinstance(value, (bool, int, float, str, tuple)):
         shown.append(f"{near}={value!r}")

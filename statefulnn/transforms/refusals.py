@@ -506,6 +506,16 @@ def direction_of_other_shape(what: str, given: Shape, own: Shape, name: str | No
 # vmap
 
 
+def argument_for_axes(kind: str) -> ArgumentError:
+    return ArgumentError(
+        explain(
+            f"called nn.vmap with in_axes of type {kind}",
+            "it returns a function, which is called with the arguments; in_axes are their axes",
+            "nn.vmap(f, in_axes=(None, 0))(model, xs)",
+        )
+    )
+
+
 def other_number_of_axes(given: int, count: int) -> ValueError:
     return ValueError(
         explain(

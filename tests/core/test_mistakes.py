@@ -349,6 +349,8 @@ MISTAKES: list[tuple[str, str, str]] = [
     ("nn.value_and_grad(loss_fn, model)", "nn.value_and_grad(loss_fn)(model, x, y)", ""),
     ('nn.grad(loss_fn, argnums="model")', "nn.grad(loss_fn, argnums=0)(model, x, y)", ""),
     ("nn.func.jacrev(lambda m, x: m(x), model)", "nn.func.jacrev(loss_fn)(model, x, y)", ""),
+    ("nn.vmap(lambda m, x: m(x), model)", "nn.vmap(f, in_axes=(None, 0))(model, xs)",
+     "f, xs = (lambda m, x: m(x)), x"),
     ("nn.func.hessian(loss_fn, model)", "nn.func.hessian(loss_fn)(model, x, y)", ""),
     ("nn.value_and_grad(lambda m: (m(x), m(x).sum()), has_aux=True)(model)", "loss, aux",
      "loss, aux = x, y"),
