@@ -7,7 +7,6 @@ name, and a raw JAX transformation sees them as leaves. Needs the extra ``optim`
 from __future__ import annotations
 
 import collections
-import math
 import types
 import warnings
 from collections.abc import Iterator, Mapping
@@ -32,15 +31,27 @@ from statefulnn.core.errors import (
 from statefulnn.core.extras import import_extra
 from statefulnn.core.gradients import parameter_of
 from statefulnn.core.module import Module, Ref, find_box, place_box
+from statefulnn.core.ownership import Scope
 from statefulnn.core.parameter import Buffer, Parameter
 from statefulnn.core.plan import plan_of
-from statefulnn.core.refusals import array_of
+from statefulnn.core.refusals import array_of, to_shape
 from statefulnn.core.tracebacks import shortened
 from statefulnn.transforms.jit import jit
 
 # Static attributes compare by identity unless they are known types: equal treedefs are made one object,
 # so that two equal optimizers share compiled code.
 _treedefs: dict[Any, Any] = {}
+
+
+class Slots(Module):
+    """The slots of one kind, and the settings of ``optax.inject_hyperparams``: their names are fixed."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in self._buffers or name in self._modules or name in self.__dict__):
+            habits.refuse_slot(
+                ".".join(self._path()), name, [*self._buffers, *self._modules], value
+            )
+        super().__setattr__(name, value)
 
 
 class Optimizer(Module):
@@ -107,11 +118,14 @@ class Optimizer(Module):
         if not isinstance(module, Module):
             several = isinstance(module, (list, tuple))
             model = "nn.ModuleList([a, b])" if several else "model"
+            swapped = isinstance(tx, Module)
             raise ArgumentError(
                 explain(
                     f"nn.Optimizer was given {_described(module)} as the module",
                     "it trains the parameters of an nn.Module, and finds them itself",
-                    f"nn.Optimizer({model}, optax.adam(1e-3))",
+                    "nn.Optimizer(model, tx), the module first"
+                    if swapped
+                    else f"nn.Optimizer({model}, optax.adam(1e-3))",
                 )
             )
         if not isinstance(tx, optax.GradientTransformation):
@@ -161,7 +175,7 @@ class Optimizer(Module):
                 # not sit in two boxes.
                 array = jnp.array(leaf) if id(leaf) in held else jnp.asarray(leaf)
                 held.add(id(array))
-                place_box(self, slot, Buffer(array))
+                place_box(self, slot, Buffer(array), Slots)
                 slots.append(slot)
             else:
                 slots.append(None)
@@ -177,7 +191,7 @@ class Optimizer(Module):
         return jax.tree_util.tree_unflatten(self._treedef, leaves)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in ("learning_rate", "lr", "param_groups") and type(self) is Optimizer:
+        if name in habits.SETTINGS_OF_OPTIMIZERS and type(self) is Optimizer:
             getattr(self, name)  # has the answer
         super().__setattr__(name, value)
 
@@ -235,6 +249,13 @@ class Optimizer(Module):
         for box, new in zip(boxes, leaves, strict=True):
             if box is not None and new is not box.value:
                 box.value = new
+        self._note_step(next(iter(parameters.values()))._scope, boxes)
+
+    def _note_step(self, scope: Scope | None, boxes: list[Any]) -> None:
+        """Note a step of an optimizer that is built in the trace in which the module is an argument."""
+        own, slots = self._nn_stamp.scope, [(b, b._value) for b in boxes if b is not None]
+        if own is not None and own.birth and scope is not None and not scope.birth and slots:
+            scope.stepped.append((self, slots))
 
     def _check_owner(self, grads: Any) -> None:
         """Warn of gradients that are known to be those of another module."""
@@ -389,9 +410,7 @@ def _trainable(module: Module) -> Iterator[tuple[str, Parameter]]:
 def _shape_advice(name: str, given: tuple[int, ...], own: tuple[int, ...]) -> str:
     if given[1:] == own and given[0] != 1:
         return f"the mean of the gradients of examples: grads[{name!r}].mean(0)"
-    if math.prod(given) == math.prod(own):
-        return f"grads[{name!r}].reshape({own})"
-    return f"a gradient of shape {own}"
+    return to_shape(f"grads[{name!r}]", given, own) or f"a gradient of shape {own}"
 
 
 def _is_array(leaf: Any) -> bool:

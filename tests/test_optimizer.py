@@ -793,3 +793,82 @@ def test_gradients_of_unknown_origin_or_of_two_modules_in_turn_are_nobody_s_busi
         opt.step(found)
     opts[0].step(jax.tree.map(jnp.add, *grads))
     opts[0].step(nn.jit(nn.grad(lambda m: m(x).sum()))(models[1]))
+
+
+# --------------------------------------------------------------------------------------------------
+# An optimizer that is built in the function it steps in
+
+
+MOMENTUM = optax.sgd(0.1, momentum=0.9)
+
+
+def grads_of(model, x):
+    return nn.grad(lambda m: (m(x) ** 2).mean())(model)
+
+
+def stepped(model, x, times=1):
+    opt = nn.Optimizer(model, MOMENTUM)
+    for _ in range(times):
+        opt.step(grads_of(model, x))
+    return opt
+
+
+def in_a_scan(model, x):
+    opt = nn.Optimizer(model, MOMENTUM)
+
+    def body(carry, _):
+        model, opt = carry
+        opt.step(grads_of(model, x))
+        return carry, None
+
+    nn.scan(body, (model, opt), None, length=2)
+
+
+def of_a_copy(model, x):
+    copied = copy.deepcopy(model)
+    stepped(copied, x)
+    return copied(x)
+
+
+def without_slots(model, x):
+    nn.Optimizer(model, optax.sgd(0.1)).step(grads_of(model, x))
+
+
+def anew_in_each_step(model, x):
+    def body(model, _):
+        stepped(model, x)
+        return model, None
+
+    nn.scan(body, model, None, length=2)
+
+
+DROPS = {
+    "one step": lambda model, x: stepped(model, x) and None,
+    "a scan that builds it anew": anew_in_each_step,
+}
+KEEPS = {
+    "several inner steps": lambda model, x: stepped(model, x, times=2) and None,
+    "its state returned": lambda model, x: stepped(model, x).state,
+    "its state dict returned": lambda model, x: stepped(model, x).state_dict(),
+    "steps in a scan": in_a_scan,
+    "a copy that is dropped too": of_a_copy,
+    "no slots": without_slots,
+}
+
+
+@pytest.mark.parametrize("how", DROPS)
+def test_slots_that_a_compiled_step_drops_are_refused(how):
+    model, x = nn.Linear(3, 2), jnp.ones((4, 3))
+    before = np.array(model.weight)
+    with pytest.raises(nn.StateWriteError, match="slots, such as momentum, begin anew"):
+        nn.jit(DROPS[how])(model, x)
+    np.testing.assert_array_equal(model.weight, before)
+
+
+@pytest.mark.parametrize("how", KEEPS)
+def test_an_optimizer_that_is_built_where_it_steps_may_be_meant(how):
+    compiled, by_hand, x = nn.Linear(3, 2), nn.Linear(3, 2), jnp.ones((4, 3))
+    by_hand.load_state_dict(compiled.state_dict())
+    nn.jit(KEEPS[how])(compiled, x)
+    KEEPS[how](by_hand, x)
+    np.testing.assert_allclose(compiled.weight, by_hand.weight, rtol=1e-5)

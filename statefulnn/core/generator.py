@@ -275,7 +275,7 @@ def _check_draw(generator: Generator) -> None:
         "batch": "every lane would get the same numbers",
         "staged": "the numbers would be drawn once, while tracing, and come back at every call",
     }.get(compat.kind(hindrance), "nobody would keep the advanced generator")
-    raise refusals.draw_in_a_plain_transformation(why)
+    raise refusals.draw_in_a_plain_transformation(why, compat.kind(hindrance) == "batch")
 
 
 # --------------------------------------------------------------------------------------------------

@@ -6,9 +6,10 @@ has found nothing, so what works pays nothing for it. Tests run all the code.
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Set
 from typing import Any, NamedTuple, NoReturn, TypeAlias
 
 import jax
@@ -41,10 +42,27 @@ _GRADIENT = (
     "and return the gradients"
 )
 _MODE = "train() and eval() set the mode, before the call"
+# Names of a flag that says the mode: whether True means training.
+_MODES = {
+    **dict.fromkeys(("train", "training", "is_training"), True),
+    **dict.fromkeys(("eval", "deterministic", "use_running_average", "inference"), False),
+}
+
+
+def _mode(name: str, value: object) -> str:
+    """Return the code that sets the mode which a flag of another library stands for."""
+    return "model.train(True)" if _MODES[name] is bool(value) else "model.eval()"
+
+
 _LAYERS = "layers have torch's names and arguments, the size of the input among them"
 _PARAMETERS = "a module has its parameters from the start, and a pure function takes them as a dict"
 _DRAWS = "random numbers come from the generator in force; a scope gives another one"
 _SEED = "initial values, and what dropout drops, are drawn from the default generator"
+
+_COMPILES = (
+    "what is compiled or differentiated takes modules as they are: arrays are told from all else"
+)
+_OPTAX = "optax has the optimizers, and nn.Optimizer applies them to a module"
 
 # Names of the package.
 PACKAGE: Answers = {
@@ -58,7 +76,17 @@ PACKAGE: Answers = {
         ),
     ),
     **_answers(
-        "optax has the optimizers, and nn.Optimizer applies them to a module",
+        _OPTAX,
+        **dict.fromkeys(
+            ("Adam", "adam"), "import optax; opt = nn.Optimizer(model, optax.adam(1e-3))"
+        ),
+        **dict.fromkeys(
+            ("AdamW", "adamw"), "import optax; opt = nn.Optimizer(model, optax.adamw(1e-3))"
+        ),
+        **dict.fromkeys(
+            ("SGD", "sgd"), "import optax; opt = nn.Optimizer(model, optax.sgd(0.1, momentum=0.9))"
+        ),
+        apply_updates=TRAIN,
         optim="import optax; opt = nn.Optimizer(model, optax.adam(1e-3))",
         lr_scheduler="opt = nn.Optimizer(model, optax.adam(optax.cosine_decay_schedule(1e-3, 1000)))",
     ),
@@ -76,6 +104,45 @@ PACKAGE: Answers = {
         ),
     ),
     **_answers("it is called jit here, as in JAX", compile="nn.jit(model)(x)"),
+    **_answers(
+        _COMPILES,
+        filter_jit="nn.jit(model)(x)",
+        filter_grad="grads = nn.grad(loss_fn)(model, x, y)",
+        filter_value_and_grad="loss, grads = nn.value_and_grad(loss_fn)(model, x, y)",
+        filter_vmap="nn.vmap(lambda model, x: model(x), in_axes=(None, 0))(model, x)",
+        filter_checkpoint="nn.remat(model)(x)",
+        filter_eval_shape="jax.eval_shape(model, x)",
+    ),
+    **_answers(
+        "a module is changed in place, and split into its ModuleDef and a list of arrays",
+        tree_at="model.fc.weight.value = jnp.zeros_like(model.fc.weight)",
+        **dict.fromkeys(
+            ("partition", "combine", "merge_state"),
+            "moduledef, leaves = nn.split(model); model = nn.merge(moduledef, leaves)",
+        ),
+        tree_serialise_leaves='nn.save(model, "model.safetensors")',
+        tree_deserialise_leaves='model.load_state_dict(nn.load("model.safetensors"))',
+    ),
+    **_answers(
+        "arrays and their functions are JAX's, and have its names",
+        cat="jnp.concatenate([x, x])",
+        bmm="jnp.matmul(x, x.T)",
+        mm="jnp.matmul(x, x.T)",
+        unsqueeze="jnp.expand_dims(x, 0)",
+        clamp="jnp.clip(x, -1, 1)",
+        gather="jnp.take_along_axis(x, labels[:, None], 1)",
+        topk="jax.lax.top_k(x, 2)",
+    ),
+    **_answers(
+        "arrays are JAX's, and its random numbers take a key: the generator in force gives one",
+        randn="jax.random.normal(nn.next_key(), (3,))",
+        rand="jax.random.uniform(nn.next_key(), (3,))",
+        randint="jax.random.randint(nn.next_key(), (3,), 0, 10)",
+        randperm="jax.random.permutation(nn.next_key(), 3)",
+        bernoulli="jax.random.bernoulli(nn.next_key(), 0.5, (3,))",
+        randn_like="jax.random.normal(nn.next_key(), x.shape)",
+        rand_like="jax.random.uniform(nn.next_key(), x.shape)",
+    ),
     **_answers(
         "the bridge converts modules of torch's",
         from_torch="nn.bridge.torch.from_torch(torch_module, x)",
@@ -116,6 +183,29 @@ PACKAGE: Answers = {
     ),
     **_answers("initial values are written in place", initializers="nn.init.xavier_uniform_(p)"),
 }
+
+# Names of F.
+FUNCTIONAL: Answers = _answers(
+    "functions have torch's names",
+    **dict.fromkeys(("mse", "l2_loss", "squared_error"), "F.mse_loss(model(x), y)"),
+    **dict.fromkeys(("l1", "mae", "mae_loss"), "F.l1_loss(model(x), y)"),
+    **dict.fromkeys(
+        (
+            "cross_entropy_loss",
+            "softmax_cross_entropy",
+            "softmax_cross_entropy_with_integer_labels",
+        ),
+        "F.cross_entropy(logits, labels)",
+    ),
+    **dict.fromkeys(
+        ("bce_with_logits", "bce_with_logits_loss", "sigmoid_binary_cross_entropy"),
+        "F.binary_cross_entropy_with_logits(model(x), y)",
+    ),
+    **dict.fromkeys(("bce", "bce_loss"), "F.binary_cross_entropy(jax.nn.sigmoid(model(x)), y)"),
+    nll="F.nll_loss(F.log_softmax(logits, dim=1), labels)",
+    swish="F.silu(x)",
+    dense="F.linear(x, p)",
+)
 
 # Attributes of modules.
 MODULE: Answers = {
@@ -162,13 +252,36 @@ MODULE: Answers = {
 
 # Attributes of optimizers.
 _SETTINGS = "optax's transformation has the settings, and those that are injected are buffers"
+
+
+def _injected(optimizer: str, setting: str) -> str:
+    """Return the code that injects a setting, and changes it."""
+    return (
+        f"opt = nn.Optimizer(model, optax.inject_hyperparams(optax.{optimizer})(1e-3, {setting}=0.5)), then "
+        f"opt.hyperparams.{setting} = jnp.asarray(0.9)"
+    )
+
+
 OPTIMIZER: Answers = {
     **MODULE,
     **_answers("gradients are results and not kept, so there is nothing to reset", zero_grad=TRAIN),
     **_answers("a step takes the gradients", update=TRAIN, apply_gradients=TRAIN, minimize=TRAIN),
     **_answers("the module that is trained has this name", model="opt.module"),
-    **_answers(_SETTINGS, param_groups=_RATE, learning_rate=_RATE, lr=_RATE, defaults=_RATE),
+    **_answers(
+        _SETTINGS,
+        **dict.fromkeys(
+            ("param_groups", "learning_rate", "lr", "step_size", "eta", "hyperparams", "defaults"),
+            _RATE,
+        ),
+        weight_decay=_injected("adamw", "weight_decay"),
+        **dict.fromkeys(("momentum", "nesterov"), _injected("sgd", "momentum")),
+        **dict.fromkeys(("b1", "beta1", "betas"), _injected("adam", "b1")),
+        **dict.fromkeys(("b2", "beta2"), _injected("adam", "b2")),
+        **dict.fromkeys(("eps", "epsilon"), _injected("adam", "eps")),
+    ),
 }
+SETTINGS_OF_OPTIMIZERS = frozenset(n for n, answer in OPTIMIZER.items() if answer.why is _SETTINGS)
+_RATES = ("lr", "step_size", "eta", "rate")
 
 # Attributes of boxes.
 _OPERATES = "a box has the attributes of its jax.Array, and jnp has the functions"
@@ -246,7 +359,10 @@ CONSTRUCTOR: Answers = {
         rate="nn.Dropout(0.5)",
         param_dtype="nn.Linear(in_features, out_features, dtype=jnp.float32)",
     ),
-    **_answers(_MODE, **dict.fromkeys(("deterministic", "use_running_average"), "model.eval()(x)")),
+    **_answers(
+        _MODE,
+        **dict.fromkeys(("deterministic", "use_running_average", "inference"), "model.eval()(x)"),
+    ),
     **_answers(
         "optax's transformation has the settings",
         **dict.fromkeys(
@@ -263,25 +379,52 @@ CONSTRUCTOR: Answers = {
 _SCOPED = "with nn.rng_scope(key): out = model(x)"
 CALL: Answers = {
     **_answers(_DRAWS, rngs=_SCOPED, rng=_SCOPED, key=_SCOPED),
-    **_answers(
-        _MODE,
-        **dict.fromkeys(("deterministic", "use_running_average"), "model.eval()(x)"),
-        **dict.fromkeys(("train", "training", "is_training"), "model.train(True)(x)"),
-    ),
+    **_answers(_MODE, **{name: f"{_mode(name, True)}(x)" for name in _MODES}),
     **_answers(
         "a module writes its own state, and a pure function returns the new one",
         mutable="fn, params, state = nn.functionalize(model, mutable=True)",
     ),
 }
 
-# Attributes that are set to a flag, where a method does it.
+# Attributes that are set to a flag, where a method does it; what is said of False is found by `refuse_flag`.
+_FREEZES = "it is an attribute of parameters, and a module has a method that sets them all"
 FLAGS: Answers = {
-    **_answers(
-        "it is an attribute of parameters, and a module has a method that sets them all",
-        requires_grad="model.requires_grad_(False)",
-    ),
+    **_answers(_FREEZES, requires_grad="model.requires_grad_(True)"),
     **_answers("it is a method", train="model.train(True)", eval="model.eval()"),
 }
+
+# Attributes that layers have in other libraries: on ours they would say nothing.
+_OTHER_NAME = "layers have torch's names, and an attribute of another name would do nothing"
+SETTINGS: Answers = {
+    **_answers(_MODE, **{name: _mode(name, True) for name in _MODES if name not in FLAGS}),
+    **_answers(
+        _FREEZES,
+        trainable="model.requires_grad_(True)",
+        **dict.fromkeys(("frozen", "freeze"), "model.requires_grad_(False)"),
+    ),
+    **_answers(
+        _OTHER_NAME,
+        **dict.fromkeys(("rate", "dropout_rate", "drop_rate"), "layer.p = 0.1"),
+        epsilon="layer.eps = 1e-6",
+        decay="layer.momentum = 0.1",
+        **dict.fromkeys(("moving_mean", "mean"), "layer.running_mean = array"),
+        **dict.fromkeys(("moving_var", "moving_variance", "var"), "layer.running_var = array"),
+        **dict.fromkeys(
+            ("kernel", "scale", "gamma", "embedding"),
+            "layer.weight.value = jnp.zeros_like(layer.weight)",
+        ),
+    ),
+}
+_OURS = re.compile(r"layer\.(\w+)(.value)?")
+# Those of which False means what True does of the other.
+_OPPOSITE = {
+    "model.requires_grad_(True)": "model.requires_grad_(False)",
+    "model.requires_grad_(False)": "model.requires_grad_(True)",
+    "model.train(True)": "model.eval()",
+    "model.eval()": "model.train(True)",
+}
+# All of them, looked up where an attribute is new.
+ASSIGNED = FLAGS.keys() | SETTINGS.keys()
 
 
 def misfit(function: Callable, args: tuple, kwargs: Mapping[str, object], table: Answers) -> str:
@@ -315,11 +458,13 @@ def refuse_call(module: Any, args: tuple, kwargs: Mapping[str, object], error: T
             error.add_note(note)
     name = misfit(module.forward, args, kwargs, CALL)
     if name:
-        raise refusals.argument_of_habit(
-            type(module).__name__, "forward", name, CALL[name]
-        ) from None
+        answer = CALL[name]
+        if name in _MODES:
+            answer = Answer(answer.why, f"{_mode(name, kwargs[name])}(x)")
+        raise refusals.argument_of_habit(type(module).__name__, "forward", name, answer) from None
 
 
+_NOTHING = "Module.__init__"  # which a class without a constructor has
 # The annotations of arguments that are not arrays.
 _PLAIN = re.compile(r"(int|float|bool|str|None|Size|Sequence\[int\]|( \| ))+")
 
@@ -328,23 +473,118 @@ def refuse_construction(cls: type, args: tuple, kwargs: Mapping[str, object]) ->
     """Raise for arguments of a constructor that belong into a call, or are other libraries' names."""
     # Layers are many: a signature is looked at only where a name or an array gives a reason.
     init: Any = cls.__init__
-    takes_nothing = init.__qualname__ == "Module.__init__"
+    takes_nothing = init.__qualname__ == _NOTHING
     if not cls.__module__.startswith("statefulnn."):
         if kwargs and takes_nothing:  # fields, as in Flax
             field = next((k for k in kwargs if k in inspect.get_annotations(cls)), None)
             if field is not None:
                 raise refusals.field_as_argument(cls.__name__, field)
         return
-    if not CONSTRUCTOR.keys().isdisjoint(kwargs):
-        name = misfit(
-            (lambda self: None) if takes_nothing else init, (cls, *args), kwargs, CONSTRUCTOR
-        )
-        if name:
-            raise refusals.argument_of_habit(cls.__name__, "__init__", name, CONSTRUCTOR[name])
+    if kwargs and not kwargs.keys() <= _keywords_of(cls):
+        _refuse_keywords(cls, kwargs)
     if any(isinstance(a, jax.Array) and a.ndim for a in (*args, *kwargs.values())):
         if takes_nothing:  # such as nn.Sigmoid
             raise array_for_an_option(cls)
         _refuse_arrays(cls, inspect.signature(init), args, kwargs)
+
+
+# Keywords of other libraries' layers.
+_ALIASES = {
+    "epsilon": "eps",
+    "dropout_rate": "p",
+    "drop_rate": "p",
+    "dim": "normalized_shape",
+    "input_size": "in_features",
+    "strides": "stride",
+}
+_known: dict[Callable, Set[str]] = {}
+
+
+class _Everything(frozenset):
+    """The names that a constructor with ``**kwargs`` takes."""
+
+    def __ge__(self, other: object) -> bool:
+        return True
+
+
+def _keywords_of(cls: Any) -> Set[str]:
+    """Return the keywords that a constructor takes, looked at once."""
+    init = cls.__init__
+    found = _known.get(init)
+    if found is None:
+        code = getattr(inspect.unwrap(init), "__code__", None)
+        if code is None or (
+            code.co_flags & inspect.CO_VARKEYWORDS and init.__qualname__ != _NOTHING
+        ):
+            found = _Everything()
+        else:
+            found = frozenset(code.co_varnames[: code.co_argcount + code.co_kwonlyargcount])
+        _known[init] = found
+    return found
+
+
+def _refuse_keywords(cls: Any, kwargs: Mapping[str, object]) -> NoReturn:
+    """Raise for keywords that a constructor does not take."""
+    known = [p for p in inspect.signature(cls.__init__).parameters.values() if p.name != "self"]
+    known = [] if cls.__init__.__qualname__ == _NOTHING else known
+    names = {p.name: p for p in known if p.kind is not p.VAR_POSITIONAL}
+    unknown = [k for k in kwargs if k not in names]
+    name = next((k for k in unknown if k in CONSTRUCTOR), unknown[0])
+    if name in CONSTRUCTOR:
+        raise refusals.argument_of_habit(cls.__name__, "__init__", name, CONSTRUCTOR[name])
+    near = _ALIASES.get(name, "")
+    near = near if near in names else "".join(difflib.get_close_matches(name, names, 1))
+    shown = [str(p).partition(":")[0] for p in known if p.default is p.empty]
+    value = kwargs[name]
+    if near and near not in shown and isinstance(value, (bool, int, float, str, tuple)):
+        shown.append(f"{near}={value!r}")
+    raise refusals.unknown_keyword(
+        cls.__name__, name, list(names), f"nn.{cls.__name__}({', '.join(shown)})"
+    )
+
+
+def refuse_slot(container: str, name: str, known: Iterable[str], value: object) -> NoReturn:
+    """Raise for a name that is nothing among the settings or slots of an optimizer."""
+    names = list(known)
+    near = ["learning_rate"] if name in _RATES and "learning_rate" in names else []
+    near = near or difflib.get_close_matches(name, names, 1) or names
+    code = f"one of these names of opt.{container}"
+    if container.endswith("hyperparams") and isinstance(value, (int, float)):
+        code = f"opt.{container}.{near[0]} = jnp.asarray({value!r})"
+    raise refusals.no_slot(f"{container}.{name}", names, code)
+
+
+# How functions are called that take their arguments in another order elsewhere.
+USAGES = {
+    "Optimizer.step": "opt.step(grads)",
+    "Checkpointer.save": "checkpointer.save(step, model=model, opt=opt)",
+    "over_tasks": "nn.meta.over_tasks(one_task)(params, x, y)",
+    "capture": "out, outputs = nn.capture(model)(x)",
+}
+
+
+def refuse_usage(function: str, message: str) -> None:
+    """Raise if a function was called with arguments that it does not take, and there is code that does it."""
+    if function in USAGES and ("argument" in message):
+        raise refusals.no_usage(message, USAGES[function])
+
+
+def refuse_sizes(
+    function: str, module: Any, inputs: tuple, kwargs: Mapping[str, object], needed: bool = False
+) -> None:
+    """Raise for sizes in place of the inputs of a model, and for none where it is going to be called."""
+    sizes = [*inputs, *(v for k, v in kwargs.items() if k == "input_size")]
+    if sizes and all(_is_size(size) for size in sizes):
+        raise refusals.size_for_an_input(function, sizes[0])
+    if needed and not inputs and not kwargs:
+        parameters = inspect.signature(module.forward).parameters.values()
+        names = [p.name for p in parameters if p.default is p.empty and p.kind < p.VAR_POSITIONAL]
+        if names:
+            raise refusals.no_inputs(function, names)
+
+
+def _is_size(x: object) -> bool:
+    return isinstance(x, (tuple, list)) and bool(x) and all(type(n) is int for n in x)
 
 
 def _refuse_arrays(
@@ -375,11 +615,26 @@ def array_for_an_option(cls: Any, name: str = "input") -> Exception:
     return refusals.array_for_an_option(cls.__name__, name, needed, inputs)
 
 
-def refuse_flag(module: Any, name: str) -> None:
-    """Raise for a flag in place of a method, unless the class has an attribute of this name."""
-    own = getattr(type(module), name, None)
-    if own is None or callable(own):
-        raise refusals.flag_over_method(type(module).__name__, name, FLAGS[name])
+def refuse_flag(module: Any, name: str, value: object) -> None:
+    """Raise for a flag in place of a method, and for what a layer has under another name.
+
+    Nothing is said where the class has an attribute of this name, nor of settings of the user's classes.
+    """
+    cls = type(module)
+    own = getattr(cls, name, None)
+    if own is not None and not callable(own):
+        return
+    if name in FLAGS and isinstance(value, bool):
+        answer = FLAGS[name]
+    elif name in SETTINGS and cls.__module__.startswith("statefulnn.modules."):
+        answer = SETTINGS[name]
+        ours = _OURS.match(answer.instead)
+        if ours and not (hasattr(module, ours[1]) and (not ours[2] or hasattr(value, "ndim"))):
+            return  # a mark of the user's own
+    else:
+        return
+    code = answer.instead if value is not False else _OPPOSITE.get(answer.instead, answer.instead)
+    raise refusals.flag_over_method(cls.__name__, name, Answer(answer.why, code))
 
 
 _SETUP = Answer(

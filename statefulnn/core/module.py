@@ -367,8 +367,8 @@ class Module(ModuleBase):
                 return
             if type(old) is type(value) and isinstance(value, (bool, int, str)) and old == value:
                 return
-        elif name in habits.FLAGS and isinstance(value, bool):
-            habits.refuse_flag(self, name)
+        elif name in habits.ASSIGNED:
+            habits.refuse_flag(self, name, value)
         self._check_static_write(name, value)
         object.__setattr__(self, name, value)
         self._nn_stamp.touch(lambda: repr(self._label(name)))
@@ -675,6 +675,7 @@ class Module(ModuleBase):
             else [(prefix, self)]
         )
         for path, module in modules:
+            _state_dict.refuse_hidden_members(module)
             for name, box in members(module):
                 if box is None or id(box) in seen:
                     continue
@@ -1177,15 +1178,18 @@ def _register(cls: type) -> None:
 _register(Module)
 
 
-def place_box(root: Module, path: Sequence[str], box: Box) -> None:
-    """Put a box under a path of names, through plain modules that are made as needed.
+def place_box(
+    root: Module, path: Sequence[str], box: Box, container: type[Module] = Module
+) -> None:
+    """Put a box under a path of names, through modules of a class that are made as needed.
 
     It goes straight into the registries, since the names may be those of methods.
     """
     for part in path[:-1]:
         child = root._modules.get(part)
         if child is None:
-            child = root._modules[part] = Module()
+            child = root._modules[part] = container()
+            set_home(child, (weakref.ref(root), part))
         root = child
     registry = root._parameters if isinstance(box, Parameter) else root._buffers
     registry[path[-1]] = box
@@ -1219,7 +1223,9 @@ def _check_static_value(module: Module, name: str, value: object) -> None:
 
 
 def _traced_attribute(module: Module, name: str) -> TraceLeakError:
-    return refusals.traced_attribute(module._label(name), name)
+    own = type(module).__module__.startswith("statefulnn.modules.")
+    is_setting = own and name not in real_dict(module)
+    return refusals.traced_attribute(module._label(name), name, is_setting)
 
 
 def _uninitialized(module: Module, what: str) -> UninitializedModuleError:

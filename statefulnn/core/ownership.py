@@ -36,7 +36,9 @@ class Scope:
             it, they are the user's.
     """
 
-    __slots__ = ("_trace", "birth", "lost", "moduledef", "read", "stop_gradients", "writable")
+    __slots__ = (
+        *("_trace", "birth", "lost", "moduledef", "read", "stepped", "stop_gradients", "writable"),
+    )
 
     def __init__(
         self,
@@ -53,6 +55,7 @@ class Scope:
         self.moduledef = moduledef
         self.read = False  # whether any parameter of the scope was read
         self.stop_gradients = False
+        self.stepped: list[Any] = []  # steps of optimizers that were built in the same trace
 
     @property
     def trace(self) -> Trace | None:

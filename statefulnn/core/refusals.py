@@ -87,7 +87,7 @@ def array_for_an_option(
 
 
 def flag_over_method(cls: str, name: str, answer: Reason) -> RegistrationError:
-    return _refusal(RegistrationError, f"assigned {name!r} of {cls} as a flag", *answer)
+    return _refusal(RegistrationError, f"assigned {name!r} of {cls}", *answer)
 
 
 def no_callable(function: str, kind: str, example: str) -> ArgumentError:
@@ -99,8 +99,17 @@ def no_callable(function: str, kind: str, example: str) -> ArgumentError:
     )
 
 
+def to_shape(name: str, given: Shape, own: Shape) -> str | None:
+    """Return the code that gives an array another shape and mixes up no numbers; None if there is none."""
+    if [n for n in given if n != 1] == [n for n in own if n != 1]:
+        return f"{name}.reshape({own})"
+    return f"{name}.T" if len(given) == 2 and given == own[::-1] else None
+
+
 def array_of(value: object, name: str) -> str:
     """Return the code that makes an array of a value, or says what becomes of it."""
+    if value is None:
+        return "forward gives None where it ends without a return statement: return out"
     library = type(value).__module__.partition(".")[0]
     if library == "torch" and hasattr(value, "numpy"):
         cut = ".detach()" if getattr(value, "requires_grad", False) else ""
@@ -108,6 +117,46 @@ def array_of(value: object, name: str) -> str:
     if isinstance(value, np.ndarray):  # of objects or texts
         return f"jnp.asarray({name}.astype(np.float32)), if it holds numbers"
     return f"jnp.asarray({name})"
+
+
+def size_for_an_input(function: str, size: Sequence[int]) -> ArgumentError:
+    return _refusal(
+        ArgumentError,
+        f"{function} was given the size {tuple(size)} and no array",
+        "the model is called, and takes arrays; one without numbers has a shape and a dtype",
+        f'{function}(model, jax.ShapeDtypeStruct({tuple(size)}, "float32"))',
+    )
+
+
+def no_inputs(function: str, names: Sequence[str]) -> ArgumentError:
+    return _refusal(
+        ArgumentError,
+        f"{function} was given a model without inputs: {listed(names)}",
+        "it calls the model",
+        f"{function}(model, x)",
+    )
+
+
+def no_usage(message: str, code: str) -> ArgumentError:
+    return _refusal(ArgumentError, message, "it takes other arguments, or in another order", code)
+
+
+def unknown_keyword(cls: str, name: str, known: Sequence[str], call: str) -> ArgumentError:
+    return _refusal(
+        ArgumentError,
+        f"{cls}.__init__() got an unexpected keyword argument {name!r}",
+        f"its arguments are {', '.join(known)}" if known else "it takes none",
+        call,
+    )
+
+
+def no_slot(name: str, known: Sequence[str], code: str) -> UnknownAttributeError:
+    return _refusal(
+        UnknownAttributeError,
+        f"assigned {name!r} of an optimizer",
+        f"no step would look at it; there {'is' if len(known) == 1 else 'are'} {listed(known)}",
+        code,
+    )
 
 
 def no_dtype(given: object) -> ArgumentError:
@@ -160,11 +209,14 @@ def negative_size(shape: Sequence[int]) -> ShapeError:
 
 
 def parameter_by_number(number: object) -> ArgumentError:
+    by_name = isinstance(number, str)
     return _refusal(
         ArgumentError,
-        f"asked for number {number} of model.parameters()",
+        f"asked for {'' if by_name else 'number '}{number!r} of model.parameters()",
         "it yields the parameters, and is no list of them",
-        f"list(model.parameters())[{number}]; model.get_parameter(name)",
+        f"model.get_parameter({number!r})"
+        if by_name
+        else f"list(model.parameters())[{number!r}]; model.get_parameter(name)",
     )
 
 
@@ -392,12 +444,19 @@ def value_would_outlive_its_trace(subject: Subject) -> TraceLeakError:
     )
 
 
-def traced_attribute(label: str, name: str) -> TraceLeakError:
+def traced_attribute(label: str, name: str, is_setting: bool = False) -> TraceLeakError:
     return _refusal(
         TraceLeakError,
         f"assigned a traced value to the attribute {label!r}",
         "a plain attribute is static: the value would outlive the function being traced",
-        f"register it in __init__: self.register_buffer({name!r}, array, "
+        f"build layers outside of compiled code, or with plain numbers: {label.partition('.')[0]}(3, 1)"
+        if is_setting
+        else (
+            "nn.next_key(), which gives a new key at each call; or "
+            if "key" in name.split("_")
+            else ""
+        )
+        + f"register it in __init__: self.register_buffer({name!r}, array, "
         "persistent=False); or collect outputs of submodules with nn.capture",
     )
 
@@ -669,15 +728,33 @@ def entries_of_one_box_differ(first: str, key: str, noun: str) -> str:
     )
 
 
+OF_AN_OPTIMIZER = "slots of an optimizer"  # in place of a prefix
+
+
 def state_dict_does_not_fit(
     cls: str,
     problems: Sequence[str],
     has_tensors: bool = False,
     prefix: str = "",
     has_kernels: bool = False,
+    misshapen: Sequence[tuple[str, Shape, Shape]] = (),
 ) -> StateDictError:
-    instead = "rename or reshape the entries, or pass strict=False to skip names that do not match"
-    if prefix:
+    instead = "rename the entries, or pass strict=False to skip names that do not match"
+    if misshapen:
+        key, given, own = misshapen[0]
+        entry = f"state_dict[{key!r}]"
+        code = to_shape(entry, given, own)
+        instead = f"{entry} = {code}" + (
+            "" if len(misshapen) == 1 else ", and the like for the others"
+        )
+        if code is None:
+            instead = (
+                f"a model of the checkpoint's sizes; or without these entries: state_dict.pop({key!r}), "
+                "then model.load_state_dict(state_dict, strict=False)"
+            )
+    elif prefix == OF_AN_OPTIMIZER:
+        instead = "opt.load_state_dict(state_dict): these are the slots of an optimizer"
+    elif prefix:
         instead = (
             f"nn.utils.consume_prefix_in_state_dict_if_present(state_dict, {prefix!r}) before, which "
             "cuts off what stands in front of the names"
@@ -724,11 +801,12 @@ def no_generator(what: str, why: str, instead: str) -> MissingRngError:
     return _refusal(MissingRngError, what, why, instead)
 
 
-def draw_in_a_plain_transformation(why: str) -> MissingRngError:
+def draw_in_a_plain_transformation(why: str, is_vmap: bool = False) -> MissingRngError:
+    stacks = "nn.vmap(lambda: nn.Linear(3, 1), axis_size=n)() builds n layers; " if is_vmap else ""
     return no_generator(
         "drew random numbers inside a plain JAX transformation",
         why,
-        "nn.jit, nn.vmap, nn.scan and nn.remat carry the generator as state; or pass a key: "
+        f"{stacks}nn.jit, nn.vmap, nn.scan and nn.remat carry the generator as state; or pass a key: "
         "functional_call(..., rng=key), fn(params, x, rng=key), with nn.rng_scope(key)",
     )
 

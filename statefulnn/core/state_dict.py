@@ -133,12 +133,15 @@ def save_own(module: Module, destination: dict, prefix: str, keep_vars: bool) ->
 
 def _prefix(missing: list[str], unexpected: list[str]) -> str:
     """Return what stands before the missing names in those that were given; "" if they differ otherwise."""
-    name = missing[0] if missing else ""
-    for given in unexpected:
-        prefix = given.removesuffix(name)
-        if prefix.endswith(".") and {prefix + n for n in missing} <= set(unexpected):
-            return prefix
-    return ""
+    name, given = missing[0] if missing else "", set(unexpected)
+    prefixes = [key.removesuffix(name) for key in unexpected if key.endswith(f".{name}")]
+    prefixes = [p for p in prefixes if {p + n for n in missing} <= given]
+    # Adam has two moments of each parameter, and their number of steps; momentum is a trace.
+    if prefixes and (
+        prefixes[0] == "trace." or {"count", "mu." + name} & given == {"count", "mu." + name}
+    ):
+        return refusals.OF_AN_OPTIMIZER
+    return prefixes[0] if prefixes else ""
 
 
 def load_state_dict(module: Module, given: object, strict: bool, assign: bool) -> IncompatibleKeys:
@@ -173,6 +176,7 @@ def load_state_dict(module: Module, given: object, strict: bool, assign: bool) -
                 tensors,
                 _prefix(missing, unexpected),
                 any(name.split(".")[-1] == "kernel" for name in unexpected),
+                loaded.misshapen,
             )
     except BaseException:
         # All or nothing. A lazy parameter that was given a shape becomes a lazy one again.
@@ -195,6 +199,7 @@ class _Loaded:
         self._values: dict[int, tuple[str, Any]] = {}
         self._missing: dict[int, list[str]] = {}
         self._found: set[str] = set()
+        self.misshapen: list[tuple[str, tuple[int, ...], tuple[int, ...]]] = []  # key, given, own
 
     def met(self, owner: object) -> None:
         """Record that there is an entry for a box, or for the extra state of a module."""
@@ -379,6 +384,7 @@ def _put(box: Box, key: str, value: Any, assign: bool, loaded: _Loaded) -> str |
     if tuple(value.shape) == (1,) and have.shape == ():
         value = value.reshape(())  # torch before 0.4 had no scalars
     if tuple(value.shape) != tuple(have.shape):
+        loaded.misshapen.append((key, tuple(value.shape), tuple(have.shape)))
         return refusals.entry_of_other_shape(key, tuple(value.shape), tuple(have.shape))
     if _dtype_kind(value.dtype) != _dtype_kind(have.dtype):
         return refusals.entry_of_other_dtype(key, value.dtype, have.dtype)

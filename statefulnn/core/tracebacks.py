@@ -20,6 +20,7 @@ import jax
 from jax.extend.source_info_util import register_exclusion
 
 from statefulnn.core.errors import StatefulnnError, explain
+from statefulnn.core.habits import refuse_usage
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -46,6 +47,9 @@ def shortened(function: _F) -> _F:
         try:
             return function(*args, **kwargs)
         except Exception as error:
+            entry = error.__traceback__
+            if isinstance(error, TypeError) and entry is not None and entry.tb_next is None:
+                refuse_usage(function.__qualname__, str(error))
             shorten(error)
             raise
 

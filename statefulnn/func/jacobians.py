@@ -12,7 +12,7 @@ from jax.flatten_util import ravel_pytree
 
 from statefulnn.core.errors import ShapeError, explain
 from statefulnn.core.tracebacks import shortened
-from statefulnn.transforms.differentiate import Differentiation, function_name
+from statefulnn.transforms.differentiate import Differentiation, function_name, require_argnums
 
 
 def _all(primals: tuple) -> tuple[int, ...]:
@@ -152,6 +152,7 @@ def jacrev(
     """
     if chunk_size is not None and (not isinstance(chunk_size, int) or chunk_size < 1):
         raise ValueError(f"jacrev: chunk_size must be a positive integer or None, got {chunk_size}")
+    require_argnums(argnums, "nn.func.jacrev")
 
     @shortened
     @functools.wraps(func)
@@ -227,6 +228,8 @@ def hessian(func: Callable, argnums: int | tuple[int, ...] = 0, has_aux: bool = 
 
 
 def _jacobian(transform: Callable, func: Callable, argnums: Any, has_aux: bool) -> Callable:
+    require_argnums(argnums, f"nn.func.{transform.__name__}")
+
     @shortened
     @functools.wraps(func)
     def wrapper(*args: Any, **kwargs: Any) -> Any:

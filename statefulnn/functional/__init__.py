@@ -4,6 +4,9 @@ Arrays in, arrays out; a Parameter or Buffer is taken wherever an array is. Each
 and dtypes in Python and is then one compiled call.
 """
 
+from typing import TYPE_CHECKING, Any
+
+from statefulnn.core import habits
 from statefulnn.core.listing import listing
 from statefulnn.functional import _autocast
 from statefulnn.functional.activation import (
@@ -287,3 +290,8 @@ __all__ = [
 ]
 _autocast.apply_rules(globals(), __name__)
 __dir__ = listing(globals())
+
+if not TYPE_CHECKING:  # with it, a type checker would take any name for one of the module
+
+    def __getattr__(name: str) -> Any:
+        habits.refuse_name(f"module {__name__!r}", name, habits.FUNCTIONAL)

@@ -6,7 +6,6 @@ there just as well.
 
 from __future__ import annotations
 
-import math
 import operator
 import warnings
 from collections.abc import Sequence
@@ -19,7 +18,7 @@ import numpy as np
 from statefulnn.core.compat import Tracer
 from statefulnn.core.errors import DtypeError, ShapeError, explain, user_stack_level
 from statefulnn.core.parameter import ArrayBox
-from statefulnn.core.refusals import array_of
+from statefulnn.core.refusals import array_of, to_shape
 
 LOW_PRECISION = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
 
@@ -129,10 +128,8 @@ def rank_advice(x: Any, ranks: Sequence[int], name: str = "input") -> str:
 
 
 def shape_advice(x: Any, name: str, shape: tuple[int, ...]) -> str:
-    """Return what to write where an array should have another shape: a reshape, if that can be."""
-    if x.size == math.prod(shape):
-        return f"{name}.reshape({shape})"
-    return f"a {name} of shape {shape}"
+    """Return what to write where an array should have another shape, if that mixes up no numbers."""
+    return to_shape(name, tuple(x.shape), shape) or f"a {name} of shape {shape}"
 
 
 def channels_advice(x: Any, expected: int, spatial: int, layer: str) -> str:

@@ -51,10 +51,16 @@ def _require_fit(
     channels = (x.shape[1],)
     for name, value in given.items():
         if value is not None and value.shape != channels:
+            advice = channels_advice(x, value.size, x.ndim - 2, _layer_of(x, function))
+            if any(v is not None and v.shape == channels for v in given.values()):
+                advice = f"a {name} of shape {channels}, which the other arrays have"
+                if name.startswith("running"):
+                    fill = "zeros" if name == "running_mean" else "ones"
+                    advice = f"layer.{name} = jnp.{fill}({channels}), the shape of the other arrays"
             raise shape_error(
                 f"{function} was given input of shape {x.shape} and {name} of shape {value.shape}",
                 f"the input has {x.shape[1]} channels (axis 1), so {name} must be {channels}",
-                channels_advice(x, value.size, x.ndim - 2, _layer_of(x, function)),
+                advice,
             )
     if (running_mean is None) != (running_var is None):
         raise shape_error(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from typing import Any
 
 import jax
@@ -12,6 +11,7 @@ from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
 from statefulnn.core.errors import DtypeError, ShapeError, explain
+from statefulnn.core.refusals import to_shape
 from statefulnn.functional._checks import (
     array,
     concrete_on_cpu,
@@ -162,8 +162,10 @@ def _target_of_other_shape(x: Any, y: Any, function: str) -> ShapeError:
     instead = f"a target of shape {shape}, with the classes on axis 1 of the input"
     if y.shape == x.shape:
         instead = f"target.argmax({_class_axis(x)}) of one-hot targets"
-    elif y.size == math.prod(shape):
-        instead = f"target.reshape({shape})"
+    elif y.ndim > 1 and y.shape == x.shape[:-1]:
+        instead = f"{function}(jnp.moveaxis(input, -1, 1), target)"
+    elif (code := to_shape("target", y.shape, shape)) is not None:
+        instead = code
     return shape_error(
         f"{function} was given input of shape {x.shape} and target of shape {y.shape}",
         f"class numbers for that input have shape {shape}{probabilities}",

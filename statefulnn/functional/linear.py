@@ -102,6 +102,14 @@ def _refuse_linear(x: Any, w: Any, b: Any) -> None:
                 why + str(w.shape[-1]),
                 f"nn.Linear({x.shape[-1]}, {w.shape[0] if w.ndim == 2 else 1}), or ",
             )
+            size = math.prod(x.shape[1:])
+            # What a convolution gives is mostly flattened, and a layer for its last axis would run, too.
+            if x.ndim > 3 or (x.ndim > 2 and size == w.shape[-1]):
+                out = w.shape[0] if w.ndim == 2 else 1
+                layer = (
+                    f"nn.Sequential(nn.Flatten(), nn.Linear({size}, {out})); for features on the last axis "
+                    f"{layer}"
+                )
         raise shape_error(given, why, f"{layer}an input whose last axis is {w.shape[-1]}")
     out = w.shape[:-1]
     if b.ndim == 0 or (b.ndim == 1 and b.shape[0] == 1):

@@ -11,6 +11,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from statefulnn.core import habits
 from statefulnn.core.graph import require_module
 from statefulnn.core.module import Module
 from statefulnn.inspect.html import asset
@@ -54,6 +55,7 @@ def explore(
         '<!doctype html>'
     """
     require_module(model, "nn.explore")
+    habits.refuse_sizes("nn.explore", model, inputs, kwargs)
     trace = trace_of(model, inputs, kwargs) if inputs or kwargs else None
     page = asset("page.html")
     parts = {
@@ -79,15 +81,16 @@ def _data(model: Module, trace: Trace | None, values: bool) -> dict[str, Any]:
             id(held.box): statistics_of(held.box._value) for held in _progress(boxes, "explore")
         }
     modules: list[dict[str, Any]] = []
-    numbers: dict[str, int] = {}
+    numbers: dict[int, int] = {}  # by call
+    signatures: dict[int, int] = {}
     todo: list[tuple[Node, int | None]] = [(root, None)]
     while todo:
         node, parent = todo.pop()
-        numbers.setdefault(node.path, len(modules))
+        numbers.update((call.number, len(modules)) for call in node.calls)
+        signatures.update((call.number, node.signature) for call in node.calls)
         todo += [(child, len(modules)) for child in reversed(node.children)]
         modules.append(_module(node, parent, statistics))
     calls = trace.calls if trace else {}
-    signatures = _signatures(root)
     return {
         "modules": modules,
         "calls": {n: _call(c, calls, numbers, signatures) for n, c in calls.items()},
@@ -110,7 +113,7 @@ def _module(
     layers = [call for call in node.calls if not call.children]
     return {
         "path": node.path,
-        "name": node.name,
+        "name": f"{node.name} ({node.stranger})".strip() if node.stranger else node.name,
         "cls": node.cls,
         "extra": node.module.extra_repr(),
         "mode": "training" if node.module.training else "eval",
@@ -153,22 +156,13 @@ def _finite(found: Statistics) -> dict[str, Any]:
     }
 
 
-def _signatures(root: Node) -> dict[str, int]:
-    found, todo = {}, [root]
-    while todo:
-        node = todo.pop()
-        found[node.path] = node.signature
-        todo += node.children
-    return found
-
-
 def _call(
-    call: Call, calls: dict[int, Call], numbers: dict[str, int], signatures: dict[str, int]
+    call: Call, calls: dict[int, Call], numbers: dict[int, int], signatures: dict[int, int]
 ) -> dict[str, Any]:
     args, kwargs = call.inputs
     given = [describe(x) for x in args] + [f"{k}={describe(v)}" for k, v in kwargs.items()]
     return {
-        "module": None if call.path is None else numbers[call.path],
+        "module": numbers.get(call.number),
         "cls": call.cls,
         "parent": call.parent,
         "inputs": ", ".join(given),
@@ -182,14 +176,14 @@ def _call(
     }
 
 
-def _stacks(call: Call, calls: dict[int, Call], signatures: dict[str, int]) -> Iterator[list[int]]:
+def _stacks(call: Call, calls: dict[int, Call], signatures: dict[int, int]) -> Iterator[list[int]]:
     """Yield runs of equal calls that may be drawn as one: what leaves them leaves the last one."""
 
     def may_follow(run: list[int], number: int) -> bool:
-        before, after = calls[run[-1]].path, calls[number].path
+        before, after = run[-1], number
         return (
-            before is not None
-            and after is not None
+            before in signatures
+            and after in signatures
             and signatures[before] == signatures[after]
             and calls[run[-1]].output is not None
             and describe(calls[run[-1]].output) == describe(calls[number].output)

@@ -102,7 +102,7 @@ class _Tree:
     def _label(self, nodes: list[Node]) -> str:
         node, last, count = nodes[0], nodes[-1], len(nodes)
         name = node.name if count == 1 else f"{node.name}-{last.name}"
-        parts = [f"<code>{escape(name)}</code>"] if node.path else []
+        parts = [f"<code>{escape(name)}</code>"] if node.name else []
         parts.append(f"<b>{escape(node.cls)}</b>")
         parts.append(f"× {count}" if count > 1 else f"<i>{escape(node.module.extra_repr())}</i>")
         found = (self._found.get(i) for n in nodes for i in n.boxes)

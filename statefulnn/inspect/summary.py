@@ -6,6 +6,7 @@ import dataclasses
 import shutil
 from typing import Any
 
+from statefulnn.core import habits
 from statefulnn.core.graph import require_module
 from statefulnn.core.module import Module
 from statefulnn.inspect.numbers import brief, in_bytes
@@ -37,6 +38,9 @@ class Row:
         unused: whether the call called neither the module nor one in it.
         read: whether the call computed with its parameters or buffers.
         without_shape: names of lazy parameters of unknown shape.
+        stranger: what to say of a module that the call calls and the model does not have: "not registered"
+            (built in forward, hidden in a list, or from outside), or that `nn.Ref` refers to it. The
+            row of the model does not count its parameters. "" for all others.
     """
 
     path: str
@@ -56,6 +60,7 @@ class Row:
     unused: bool = False
     read: bool = False
     without_shape: tuple[str, ...] = ()
+    stranger: str = ""
 
     @property
     def output_shape(self) -> str:
@@ -140,6 +145,7 @@ def summary(
         (178, (4, 16))
     """
     require_module(model, "nn.summary")
+    habits.refuse_sizes("nn.summary", model, inputs, kwargs)
     trace = trace_of(model, inputs, kwargs) if inputs or kwargs else None
     rows: list[Row] = []
     todo: list[tuple[int, list[Node]]] = [(0, [tree_of(model, trace)])]
@@ -159,7 +165,7 @@ def _row(group: list[Node], level: int, trace: Trace | None) -> Row:
     same = len({describe(out) for out in outputs}) == 1
     return Row(
         path=node.path,
-        name=node.name if last is node else f"{node.name}-{last.name}",
+        name=node.name if last is node or not node.name else f"{node.name}-{last.name}",
         cls=node.cls,
         depth=level,
         repeats=len(group),
@@ -175,6 +181,7 @@ def _row(group: list[Node], level: int, trace: Trace | None) -> Row:
         unused=trace is not None and not node.is_called,
         read=node.read,
         without_shape=tuple(node.without_shape),
+        stranger=node.stranger,
     )
 
 
@@ -185,7 +192,7 @@ def _row(group: list[Node], level: int, trace: Trace | None) -> Row:
 def title(row: Row) -> str:
     """Return the name of a row, its class and how often it stands for one."""
     return (
-        (f"{row.name}: " if row.path else "")
+        (f"{row.name}: " if row.name else "")
         + row.cls
         + (f" × {row.repeats}" if row.repeats > 1 else "")
     )
@@ -194,6 +201,7 @@ def title(row: Row) -> str:
 def remarks(row: Row) -> list[str]:
     """Return what is to be said of a row beside its numbers."""
     said = [f"{name} is {first}" for name, first in row.ties]
+    said += [row.stranger] if row.stranger else []
     if row.shared is not None:
         said.append(f"is {row.shared or 'the model'}")
     elif row.unused and row.parameters:
@@ -233,6 +241,8 @@ def footer(summary: Summary) -> list[str]:
         trained = f", {total.trainable:,} trained, {frozen:,} frozen"
     buffers = f", and {total.buffers:,} numbers in buffers" if total.buffers else ""
     lines = [f"{total.parameters:,} parameters{trained}{buffers}: {in_bytes(total.nbytes)}"]
+    if any(row.stranger == "not registered" and row.parameters for row in summary.rows):
+        lines.append("What is not registered is neither trained nor saved, and not counted here.")
     if total.without_shape:
         lines.append(
             f"not counted, since their shapes are not known: {', '.join(total.without_shape)}"
@@ -257,10 +267,9 @@ def _branches(rows: tuple[Row, ...]) -> list[str]:
 
 
 def _lines(summary: Summary, width: int) -> list[str]:
-    names = [
-        branch + title(row) + "".join(f"  ({said})" for said in remarks(row))
-        for branch, row in zip(_branches(summary.rows), summary.rows, strict=True)
-    ]
+    notes = ["".join(f"  ({said})" for said in remarks(row)) for row in summary.rows]
+    branches = _branches(summary.rows)
+    names = [b + title(r) + n for b, r, n in zip(branches, summary.rows, notes, strict=True)]
     table = columns(summary)
     output = table.pop("output", None)
     table = {"layer": names, **({"output": output} if output else {}), **table}
@@ -273,22 +282,31 @@ def _lines(summary: Summary, width: int) -> list[str]:
         if too_wide() > 0 and head in widths:
             widths[head] = max(min(least, widths[head]), widths[head] - too_wide())
 
-    shrink("output", 20)
+    shrink("output", 36)
     shrink("layer", 36)
     for head in ("bytes", "buffers", "trained"):
         if too_wide() > 0:
             widths.pop(head, None)
-    shrink("layer", 16)
+    shrink("output", 20)
+    shrink("layer", min(36, 10 + max(map(len, notes))))
     shrink("output", 8)
+    shrink("layer", 16)
 
-    def line(cells: dict[str, str]) -> str:
+    def cut(text: str, room: int, note: str) -> str:
+        if len(text) <= room:
+            return text
+        note = (
+            note if len(note) <= room - 8 else ""
+        )  # what the name is cut for, unless nothing is left
+        return text[: room - 1 - len(note)] + "…" + note
+
+    def line(cells: dict[str, str], note: str = "") -> str:
         parts = []
         for head, room in widths.items():
-            text = cells[head]
-            text = text if len(text) <= room else text[: room - 1] + "…"
+            text = cut(cells[head], room, note if head == "layer" else "")
             parts.append(text.ljust(room) if head in ("layer", "output") else text.rjust(room))
         return "  ".join(parts).rstrip()
 
     rule = "─" * (sum(widths.values()) + 2 * (len(widths) - 1))
-    body = [line({h: table[h][i] for h in widths}) for i in range(len(names))]
+    body = [line({h: table[h][i] for h in widths}, note) for i, note in enumerate(notes)]
     return [line({h: h for h in widths}), rule, *body, rule]

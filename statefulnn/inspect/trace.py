@@ -23,6 +23,7 @@ from jax.extend.core import Var
 
 from statefulnn.core.baked_in import probing
 from statefulnn.core.box import Box
+from statefulnn.core.compat import Tracer
 from statefulnn.core.errors import TraceLeakError
 from statefulnn.core.generator import rng_scope
 from statefulnn.core.listeners import listening
@@ -51,7 +52,9 @@ class Call:
         inputs, output: ``(args, kwargs)`` and what came back, with a ShapeDtypeStruct for each array.
         flops: floating-point operations, those of calls inside included.
         times: how often it runs: the number of turns of the loops around it.
-        root: for a module of a clone, the call with which the clone came up.
+        root: for a module that no name leads to, such as a clone, the call with which it came up.
+        module: one that is no part of the model, built in forward or held elsewhere; None for others.
+        name: of the attribute that refers to such a module by `nn.Ref`; "" if there is none.
         children: the numbers of the calls inside.
         operations: where flows meet outside of these calls, by name: the sign.
         edges: (from, to): the shape of what flows. The ends are numbers of children, names of operations,
@@ -67,6 +70,8 @@ class Call:
     flops: int = 0
     times: int = 1
     root: int | None = None
+    module: Any = None
+    name: str = ""
     children: list[int] = dataclasses.field(default_factory=list)
     operations: dict[str, str] = dataclasses.field(default_factory=dict)
     edges: dict[tuple[int | str, int | str], str] = dataclasses.field(default_factory=dict)
@@ -80,11 +85,13 @@ class Trace:
         calls: by number; the model's own is the first.
         shapes: of boxes that had no shape before the call, by dotted name.
         read: the dotted names of boxes that something was computed with.
+        foreign: the ids of boxes that are held by modules in `calls`, and not by the model.
     """
 
     calls: dict[int, Call]
     shapes: dict[str, jax.ShapeDtypeStruct]
     read: frozenset[str]
+    foreign: frozenset[int]
 
 
 def trace(model: Module, inputs: tuple, kwargs: dict[str, Any]) -> Trace:
@@ -135,7 +142,11 @@ def trace(model: Module, inputs: tuple, kwargs: dict[str, Any]) -> Trace:
     reader = _Reader(recorders[-1])
     calls = reader.read(jaxpr.jaxpr, list(names.values()))
     read = frozenset(name for box in reader.used for name in reader.names[box])
-    return Trace(calls, shapes, read)
+    for _, box in itertools.chain.from_iterable(
+        boxes_of(c.module) for c in calls.values() if c.module
+    ):
+        box._value = _struct(box._value) if isinstance(box._value, Tracer) else box._value
+    return Trace(calls, shapes, read, frozenset(reader.foreign))
 
 
 def boxes_of(model: Module) -> Iterable[tuple[str, Any]]:
@@ -165,6 +176,14 @@ def _structs(tree: Any) -> Any:
     return jax.tree_util.tree_map(_struct, tree, is_leaf=_is_member)
 
 
+def _referred(model: Module) -> Iterable[tuple[str, Any]]:
+    """Yield the modules that `nn.Ref` refers to, with dotted names."""
+    for prefix, module in model.named_modules():
+        for name, value in vars(module).items():
+            if isinstance(value, Module):
+                yield from value.named_modules(prefix=f"{prefix}.{name}".lstrip("."))
+
+
 def _is_member(x: object) -> bool:
     return isinstance(x, (Box, ModuleBase))
 
@@ -185,56 +204,70 @@ def _read_by(eqn: Any) -> set[Any]:
 class _Recorder:
     """Listens to calls, notes them and leaves marks in the jaxpr.
 
-    Transformations inside forward, such as `nn.remat`, call clones of modules. Whose clone it is shows the
-    array in one of its boxes, which is marked; without any, the next equal module that was not called yet.
+    Transformations inside forward, such as `nn.remat`, call clones of modules, and forward may call what is
+    no part of the model. Which it is, show the arrays in its boxes, which are marked; a clone without any
+    is taken for the next equal module that was not called yet.
     """
 
     def __init__(self, model: Module) -> None:
         self.calls: list[Call] = []
-        # By the call of a clone: the name of a box in the clone.
-        self.marked_boxes: dict[int, str] = {}
+        # By the call of a module that no name leads to: its boxes, and their names in it.
+        self.marked_boxes: dict[int, list[tuple[str, Any]]] = {}
+        self.modules: dict[str, Any] = dict(model.named_modules())
+        self.lazy = any(is_lazy(box) for _, box in boxes_of(model))
         self._open: list[tuple[ModuleBase, int]] = []
-        self._known: dict[int, tuple[str, int | None]] = {}
-        self._modules: dict[str, Any] = dict(model.named_modules())
+        self._known: dict[int, tuple[str | None, int | None]] = {}
         self._kept: list[Any] = []  # ids are only good while the object lives
         self._name(model, "", None)
+        self.referred = dict(_referred(model))
+        self._name_of = {id(m): path for path, m in self.referred.items()}
 
     def _name(self, module: Any, path: str, root: int | None) -> None:
         self._kept.append(module)
         for name, m in module.named_modules(remove_duplicate=False):
             self._known.setdefault(id(m), (".".join(filter(None, (path, name))), root))
 
-    def _name_clone(self, module: Any, number: int) -> None:
+    def _meet(self, module: Any, number: int) -> None:
+        """Name a module that is not among those of the model, and mark its boxes."""
+        guess = self._equal_of(module)
+        if guess is None:
+            self._kept.append(module)
+            self._known[id(module)] = None, number
+        else:
+            self._name(module, guess, number)
+        self.marked_boxes[number] = list(boxes_of(module))
+        for i, (_, box) in enumerate(self.marked_boxes[number]):
+            if isinstance(box._value, jax.Array) and not is_lazy(box):
+                checkpoint_name(box._value, f"{_MARK}whose:{number}:{i}")
+
+    def _equal_of(self, module: Any) -> str | None:
+        """Return the name of a module of the model that a clone may be a clone of."""
+        scope = module._nn_stamp.scope
+        if scope is None or scope.birth:  # no clone
+            return None
         suffix = ".".join(("", *module._path()))
         moduledef = plan_of(module).moduledef
         called = {call.path for call in self.calls}
         equal = [
             path
-            for path, m in self._modules.items()
+            for path, m in (*self.modules.items(), *self.referred.items())
             if type(m) is type(module)
             and f".{path}".endswith(suffix)
             and plan_of(m).moduledef is moduledef
         ]
-        if not equal:  # no part of the model: built in forward, or held elsewhere
-            self._known[id(module)] = ("", -1)
-            self._kept.append(module)
-            return
-        self._name(module, next((p for p in equal if p not in called), equal[0]), number)
-        for name, box in boxes_of(module):
-            self.marked_boxes[number] = name
-            checkpoint_name(box._value, f"{_MARK}whose:{number}")
-            break
+        return next((p for p in equal if p not in called), equal[0] if equal else None)
 
     def enter(self, module: Any, args: tuple, kwargs: dict) -> None:
         number = len(self.calls)
         parent = self._open[-1][1] if self._open else None
         checkpoint_name(np.zeros((), bool), f"{_MARK}enter:{number}")
         if id(module) not in self._known:
-            self._name_clone(module, number)
+            self._meet(module, number)
         path, root = self._known[id(module)]
         inputs = _structs((args, kwargs))
-        name = None if root == -1 else path
-        self.calls.append(Call(number, name, type(module).__name__, parent, inputs, root=root))
+        call = Call(number, path, type(module).__name__, parent, inputs, root=root, module=module)
+        call.name = self._name_of.get(id(module), "").rpartition(".")[2]
+        self.calls.append(call)
         self._open.append((module, number))
 
     def leave(self, module: Any, out: Any) -> Any:
@@ -261,9 +294,18 @@ class _Reader:
     def __init__(self, recorder: _Recorder) -> None:
         self._calls = calls = recorder.calls
         self._marked_boxes = recorder.marked_boxes
+        self._modules = recorder.modules
+        self._referred = recorder.referred
+        self._lazy = recorder.lazy
         self.names: list[list[str]] = []
         self._boxes: dict[Any, int] = {}  # by variable
         self.used: set[int] = set()
+        # What depends on the model's boxes or on the inputs; and the boxes of whose arrays none does.
+        self._fed: set[Any] = set()
+        self.foreign: set[int] = set()
+        self._owned: dict[
+            int, int
+        ] = {}  # by the call of a clone: the model's box that is its first
         self._met: set[int] = set()
         self._unmarked: dict[int, tuple[Any, int | None]] = {}
         self._parents = {c.parent for c in calls}
@@ -275,7 +317,10 @@ class _Reader:
         self._boxes = {v: i for i, v in enumerate(jaxpr.invars[: len(names)])}
         for variable in jaxpr.invars[len(names) :]:
             self._sources[variable] = frozenset({(0, "in")})
+        self._fed.update(jaxpr.invars)
+        self.foreign.update(id(b) for boxes in self._marked_boxes.values() for _, b in boxes)
         self._walk(jaxpr, 0, 1)
+        self._name_strangers()
         calls = {c.number: c for c in self._calls if c.number in self._met}
         for call in reversed(calls.values()):
             if call.parent is not None:
@@ -291,7 +336,7 @@ class _Reader:
             if not mark.startswith(_MARK):
                 self._equation(eqn, current, times)
                 continue
-            what, number = mark.removeprefix(_MARK).split(":")
+            what, number, *index = mark.removeprefix(_MARK).split(":")
             call = self._calls[int(number)]
             if what == "enter":
                 current, call.times = call.number, times
@@ -299,26 +344,55 @@ class _Reader:
             elif what == "leave":
                 current = call.number if call.parent is None else call.parent
             elif what == "whose":
-                self._rename(call, self._boxes.get(eqn.invars[0]))
+                self._look_at_box(call.number, int(index[0]), eqn.invars[0])
             else:
                 self._export(eqn, call)
 
-    def _rename(self, call: Call, box: int | None) -> None:
-        """Give a clone's calls the name of the module that holds the box; of tied ones keep the guess."""
-        ending = self._marked_boxes[call.number]
-        names = self.names[box] if box is not None else ()
+    def _look_at_box(self, number: int, index: int, variable: Any) -> None:
+        if isinstance(variable, Var) and variable in self._fed:
+            self.foreign.discard(id(self._marked_boxes[number][index][1]))
+            if index == 0 and variable in self._boxes:
+                self._owned[number] = self._boxes[variable]
+
+    def _name_strangers(self) -> None:
+        """Give clones the name of the module whose boxes they have, and take it from what has others."""
+        roots = {root: (self._calls[root].path, self._owner(root)) for root in self._marked_boxes}
+        for call in self._calls:
+            boxes = [] if call.root is None else self._marked_boxes[call.root]
+            if call.root is not None:
+                before, owner = roots[call.root]
+                strange = [id(box) in self.foreign for _, box in boxes]
+                # A pure call may replace some arrays; what a lazy layer draws is nobody's array yet.
+                if any(strange) and (before is None or (all(strange) and not self._lazy)):
+                    if call.path in self._referred:
+                        call.name = call.path.rpartition(".")[2]
+                    call.path = None
+                elif owner is not None:  # of tied ones the guess is kept
+                    rest = (call.path or "").removeprefix(before or "").removeprefix(".")
+                    call.path = ".".join(filter(None, (owner, rest)))
+            if call.path is not None or (boxes and not self._is_foreign(call.module)):
+                call.module = None
+
+    def _is_foreign(self, module: Any) -> bool:
+        boxes = [id(box) for _, box in boxes_of(module)]
+        return not boxes or not self.foreign.isdisjoint(boxes)
+
+    def _owner(self, number: int) -> str | None:
+        """Return the name of the module that holds a clone's first box; None if it is the guess, or none."""
+        if number not in self._owned:
+            return None
+        ending, _ = self._marked_boxes[number][0]
+        names = self.names[self._owned[number]]
         owners = [n.removesuffix(ending).removesuffix(".") for n in names if n.endswith(ending)]
-        before = call.path
-        if owners and before is not None and before not in owners:
-            for other in self._calls:
-                if other.root == call.number and other.path is not None:
-                    rest = other.path.removeprefix(before).removeprefix(".")
-                    other.path = ".".join(filter(None, (owners[0], rest)))
+        call = self._calls[number]
+        fitting = [o for o in owners if type(self._modules.get(o)).__name__ == call.cls]
+        return None if call.path in owners or not fitting else fitting[0]
 
     def _export(self, eqn: Any, call: Call) -> None:
         (variable,) = eqn.invars
         for source in self._arriving(variable, call.number):
             self._edge(call.number, source, "out", variable)
+        self._fed.update(eqn.outvars if isinstance(variable, Var) and variable in self._fed else ())
         end = (0, "out") if call.parent is None else (call.parent, call.number)
         self._sources[eqn.outvars[0]] = frozenset({end})
 
@@ -352,6 +426,8 @@ class _Reader:
             return
         self.used.update(self._boxes[v] for v in _read_by(eqn) if v in self._boxes)
         self._calls[current].flops += times * self._cost(eqn, jaxprs)
+        if any(isinstance(v, Var) and v in self._fed for v in eqn.invars):
+            self._fed.update(eqn.outvars)
         sources: set[int | str] = set()
         for variable in eqn.invars:
             sources |= self._arriving(variable, current)
@@ -387,11 +463,14 @@ class _Reader:
                     self._sources[inner] = self._sources.get(outer, frozenset())
                     if outer in self._boxes:
                         self._boxes[inner] = self._boxes[outer]
+                    if outer in self._fed:
+                        self._fed.add(inner)
             self._walk(jaxpr, current, times * turns(eqn))
         for jaxpr in jaxprs:
             for inner, outer in zip(reversed(jaxpr.outvars), reversed(eqn.outvars), strict=False):
                 if isinstance(inner, Var):
                     known = self._sources.get(outer, frozenset())
+                    self._fed.update((outer,) if inner in self._fed else ())
                     self._sources[outer] = known | self._sources.get(inner, frozenset())
 
     def _is_marked(self, jaxpr: Any) -> bool:

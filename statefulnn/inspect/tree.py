@@ -16,7 +16,7 @@ from statefulnn.core.module import Module
 from statefulnn.core.parameter import Parameter
 from statefulnn.core.uninitialized import is_lazy
 from statefulnn.core.walk import ENTER, LEAVE, walk
-from statefulnn.inspect.trace import Call, Trace
+from statefulnn.inspect.trace import Call, Trace, boxes_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,11 +68,13 @@ class Node:
         calls: what a trace saw of it.
         boxes: all parameters and buffers in it, each once, by id.
         read: whether a trace computed with one of them.
+        stranger: what to say of a module that is no part of the model, and is called by it; "" of others.
     """
 
     path: str
     name: str
     module: Module
+    stranger: str = ""
     shared: str | None = None
     own: list[Held] = dataclasses.field(default_factory=list)
     children: list[Node] = dataclasses.field(default_factory=list)
@@ -120,7 +122,8 @@ def tree_of(model: Module, trace: Trace | None = None) -> Node:
     """Build the tree of a model, with the calls of a trace."""
     calls = collections.defaultdict(list)
     for call in trace.calls.values() if trace else ():
-        calls[call.path].append(call)
+        if call.module is None:
+            calls[call.path].append(call)
     first_box: dict[int, str] = {}
     first_module: dict[int, str] = {}
     signatures: dict[Any, int] = {}
@@ -152,7 +155,41 @@ def tree_of(model: Module, trace: Trace | None = None) -> Node:
             node.shared = first_module[id(module)]
             node.signature = signatures.setdefault(node.shared, len(signatures))
     assert root is not None
+    if trace is not None:
+        _add_strangers(root, trace, signatures)
     return root
+
+
+def _add_strangers(root: Node, trace: Trace, signatures: dict[Any, int]) -> None:
+    """Add what is called and no part of the model, each below the module whose call calls it."""
+    nodes: dict[str | int | None, Node] = {}
+    added: list[Node] = []
+    todo = [root]
+    while todo:
+        node = todo.pop()
+        nodes.setdefault(node.path, node)
+        todo += reversed(node.children)
+    for call in trace.calls.values():
+        if call.module is None:
+            continue
+        around, key = call, ""
+        while around.parent is not None:
+            around = trace.calls[around.parent]
+            key = around.path if around.module is None else id(around.module)
+            if key in nodes:
+                break
+        if id(call.module) not in nodes:
+            said = "referred to by nn.Ref" if call.name else "not registered"
+            path = f"{nodes[key].path}.<{call.name or said} {len(added)}>".lstrip(".")
+            node = nodes[id(call.module)] = Node(path, call.name, call.module, said)
+            boxes = [(f"{path}.{n}", b) for n, b in boxes_of(call.module) if id(b) in trace.foreign]
+            node.boxes = {id(b): held_of(b, n, n.removeprefix(f"{path}."), n) for n, b in boxes}
+            node.own = [h for h in node.boxes.values() if "." not in h.name]
+            nodes[key].children.append(node)
+            added.append(node)
+        nodes[id(call.module)].calls.append(call)
+    for node in reversed(added):
+        node.signature = signatures.setdefault(_signature(node), len(signatures))
 
 
 def held_of(box: Any, path: str, name: str, first: str = "", trace: Trace | None = None) -> Held:
@@ -182,6 +219,7 @@ def _signature(node: Node) -> Any:
         tuple((c.flops, c.times, describe(c.output)) for c in node.calls),
         tuple((child.name, child.signature) for child in node.children),
         node.read,
+        node.stranger,
     )
 
 

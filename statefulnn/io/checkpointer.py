@@ -116,6 +116,16 @@ class Checkpointer:
                 )
             )
         self.folder = Path(folder).absolute()
+        blocking = next((p for p in (self.folder, *self.folder.parents) if p.exists()), self.folder)
+        if blocking.exists() and not blocking.is_dir():
+            raise CheckpointError(
+                explain(
+                    f"made nn.Checkpointer({str(folder)!r}), and {blocking} is a file",
+                    "each step is a folder in the folder of the run",
+                    "nn.Checkpointer('a folder'), which is made if it is missing; nn.load(path) reads a "
+                    "file of one model",
+                )
+            )
         self.keep_last, self.keep_best, self.save_every = keep_last, keep_best, save_every
         self.best_by, self.best_mode, self.asynchronous = best_by, best_mode, asynchronous
         self._orbax = import_extra(

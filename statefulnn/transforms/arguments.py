@@ -7,6 +7,7 @@ refused it, so that calls that work pay nothing.
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Mapping
 
 import jax
@@ -49,9 +50,16 @@ _EARLY = (
 )
 
 
+# What Python says of an f-string with a format.
+_FORMATTED = re.compile(r"format string passed to \w*Tracer\.__format__")
+
+
 def advise(error: Exception) -> None:
     """Note on an error of JAX's about a value that is not known yet what to write instead."""
+    note = ""
     if isinstance(error, _EARLY):
         note = next(refusals.EARLY[c] for c in type(error).__mro__ if c in refusals.EARLY)
-        if note not in getattr(error, "__notes__", ()):
-            error.add_note(note)
+    elif isinstance(error, TypeError) and _FORMATTED.search(str(error)):
+        note = refusals.FORMATTED
+    if note and note not in getattr(error, "__notes__", ()):
+        error.add_note(note)

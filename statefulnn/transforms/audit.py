@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from statefulnn.core import habits
 from statefulnn.core.baked_in import probing
 from statefulnn.core.compat import current_trace, trace_of
 from statefulnn.core.graph import require_module
@@ -101,6 +102,7 @@ def audit(
         ['a.weight', 'a.bias']
     """
     require_module(model, "nn.audit")
+    habits.refuse_sizes("nn.audit", model, inputs, kwargs, needed=True)
     key = jax.random.key(0) if rng is None else rng
     draw, project = jax.random.split(key)
     fn, params, state = functionalize(model, mutable=True)

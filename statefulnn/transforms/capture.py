@@ -12,6 +12,7 @@ import numpy as np
 from statefulnn.core import compat
 from statefulnn.core.box import Box, unwrap
 from statefulnn.core.graph import require_module
+from statefulnn.core.habits import refuse_usage
 from statefulnn.core.listeners import listening, run_abstractly
 from statefulnn.core.module import Module
 from statefulnn.core.ownership import ModuleBase
@@ -86,6 +87,8 @@ def capture(
         (2, 6, 6)
     """
     require_module(module, "nn.capture")
+    if isinstance(names, (jax.Array, np.ndarray)):  # an input of the module
+        refuse_usage("capture", "nn.capture was given an array as the argument names")
     if isinstance(names, str):
         names = (names,)
     wanted = None if names is None else tuple(names)

@@ -247,19 +247,28 @@ def function_name(fun: Callable) -> str:
     return getattr(fun, "__qualname__", repr(fun))
 
 
-def real_scalar(fun: Callable) -> Callable[[Any], Any]:
+def real_scalar(fun: Callable, has_aux: bool = False) -> Callable[[Any], Any]:
     """Return a check that a loss is a real scalar; it returns the loss."""
 
     def view(loss: PyTree) -> PyTree:
         shape = getattr(loss, "shape", None if not isinstance(loss, (int, float)) else ())
         if shape != ():
-            is_tuple = isinstance(loss, tuple)
-            raise refusals.no_scalar(function_name(fun), type(loss).__name__, shape, is_tuple)
+            raise refusals.no_scalar(
+                function_name(fun), type(loss).__name__, shape, isinstance(loss, tuple), has_aux
+            )
         if not jnp.issubdtype(jnp.result_type(loss), jnp.floating):
             raise refusals.no_real_loss(function_name(fun), jnp.result_type(loss))
         return loss
 
     return view
+
+
+def require_argnums(argnums: object, function: str) -> None:
+    """Raise unless arguments are chosen by their positions."""
+    if isinstance(argnums, int):
+        return
+    if not isinstance(argnums, (tuple, list)) or not all(isinstance(n, int) for n in argnums):
+        raise refusals.no_argnums(function, argnums)
 
 
 def _pair(out: PyTree, fun: Callable) -> tuple:

@@ -11,7 +11,7 @@ import jax
 from statefulnn.core.failures import typed_failures
 from statefulnn.core.refusals import no_callable
 from statefulnn.core.tracebacks import shortened
-from statefulnn.transforms.differentiate import Differentiation, real_scalar
+from statefulnn.transforms.differentiate import Differentiation, real_scalar, require_argnums
 from statefulnn.transforms.types import P, R
 
 _Aux = TypeVar("_Aux")
@@ -65,12 +65,12 @@ def value_and_grad(
     """
     if fun is None:
         return functools.partial(value_and_grad, argnums=argnums, has_aux=has_aux)
-    _require_function(fun, "nn.value_and_grad")
+    _require_function(fun, "nn.value_and_grad", argnums)
 
     @shortened
     @functools.wraps(fun)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
-        call = Differentiation(fun, args, kwargs, argnums, has_aux, real_scalar(fun))
+        call = Differentiation(fun, args, kwargs, argnums, has_aux, real_scalar(fun, has_aux))
         with typed_failures():  # of what JAX compiles by itself, such as loops
             (loss, effects), grads = jax.value_and_grad(call, has_aux=True)(call.values)
         aux = call.finish(effects)
@@ -115,7 +115,7 @@ def grad(
     """
     if fun is None:
         return functools.partial(grad, argnums=argnums, has_aux=has_aux)
-    _require_function(fun, "nn.grad")
+    _require_function(fun, "nn.grad", argnums)
     both = value_and_grad(fun, argnums, has_aux)
 
     @shortened
@@ -127,7 +127,8 @@ def grad(
     return wrapper
 
 
-def _require_function(fun: object, name: str) -> None:
+def _require_function(fun: object, name: str, argnums: object) -> None:
     if not callable(fun):
         example = f"{name}(lambda model: F.mse_loss(model(x), y))(model)"
         raise no_callable(name, type(fun).__name__, example)
+    require_argnums(argnums, name)

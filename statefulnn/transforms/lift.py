@@ -22,6 +22,7 @@ from statefulnn.core.compat import EAGER, current_trace
 from statefulnn.core.generator import Generator, current_generator, use_generator
 from statefulnn.core.graph import build_clones
 from statefulnn.core.leaks import outer_traces, watching
+from statefulnn.core.module import Module
 from statefulnn.core.moduledef import ModuleDef, differences
 from statefulnn.core.ownership import ModuleBase, Scope, check_write, real_dict
 from statefulnn.core.parameter import Parameter
@@ -113,7 +114,10 @@ class Signature(NamedTuple):
                 rename(error, self.written_by_user(f), lambda: self.labels(f, names))
                 advise(error)
                 raise
-            inventory.note_returned(flatten_collecting(out)[0])
+            returned_leaves, _, returned_modules = flatten_collecting(out)
+            inventory.note_returned(returned_leaves)
+        if scope.stepped:
+            _refuse_lost_slots(scope.stepped, returned_leaves, returned_modules)
         check_structure(self.moduledef, modules, roots, boxes)
         if on_scope is not None:
             on_scope(scope)
@@ -226,6 +230,20 @@ class SplitCall:
             return [own[id(root)]]
         plan = plan_of(root)
         return [own[id(box)] for box in plan.boxes[: plan.moduledef.count("trainable")]]
+
+
+def _refuse_lost_slots(
+    stepped: Sequence[tuple[ModuleBase, list]], leaves: Sequence[Any], modules: Sequence[Any]
+) -> None:
+    """Raise if the slots of an optimizer that was built in a trace, and stepped once there, are dropped."""
+    kept = {id(leaf) for leaf in leaves}
+    kept |= {id(m) for root in modules if isinstance(root, Module) for m in root.modules()}
+    for optimizer, slots in stepped:
+        steps = sum(other is optimizer for other, _ in stepped)
+        unused = all(box._value is value for box, value in slots)
+        if steps == 1 and unused and id(optimizer) not in kept:
+            if not any(id(value) in kept for _, value in slots):
+                raise refusals.slots_dropped(type(optimizer).__name__)
 
 
 def check_structure(

@@ -85,6 +85,18 @@ def gradient_left_behind(name: str) -> StateWriteError:
     )
 
 
+def slots_dropped(kind: str) -> StateWriteError:
+    return StateWriteError(
+        explain(
+            f"built an {kind} in a traced function, stepped it once and dropped it, while the module that it "
+            "trains lives on",
+            "its slots, such as momentum, begin anew at each call",
+            "opt = nn.Optimizer(model, tx) once, outside, and an argument: step(model, opt, x); where one "
+            "step is all there is, return opt.state too",
+        )
+    )
+
+
 def structure_changed(changes: Sequence[Change]) -> StructureChangeError:
     listed = _indented([f"{name}: {change}" for name, change in changes])
     if len(changes) > 8:
@@ -139,6 +151,10 @@ EARLY: dict[type, str] = {
     jax.errors.ConcretizationTypeError: _KNOWN_LATER
     + "return the array, and call float(out) or out.item() outside",
 }
+
+FORMATTED = (
+    _KNOWN_LATER + 'jax.debug.print("loss {l:.3f}", l=loss); or return it, and print it outside'
+)
 
 
 def argument_of_no_array(
@@ -388,11 +404,15 @@ def never_read(function: str, kind: str) -> UnusedModuleError:
     )
 
 
-def no_scalar(function: str, kind: str, shape: Shape | None, is_tuple: bool) -> ArgumentError:
+def no_scalar(
+    function: str, kind: str, shape: Shape | None, is_tuple: bool, has_aux: bool
+) -> ArgumentError:
     what = f"an array of shape {shape}" if shape is not None else f"a {kind}"
     hint = "return loss.mean()" if shape is not None else "return loss"
     if is_tuple:
         hint = "nn.value_and_grad(f, has_aux=True) to return (loss, aux); or return the loss alone"
+    if has_aux:
+        hint = "return loss, aux: the loss comes first, and is a scalar, such as loss.mean()"
     return ArgumentError(
         explain(f"{function} returned {what}", "a gradient is that of a scalar", hint)
     )
@@ -414,6 +434,19 @@ def no_aux(function: str, kind: str) -> ArgumentError:
             f"{function} returned {kind} with has_aux=True",
             "the loss and the auxiliary output are needed",
             "return a pair: return loss, aux",
+        )
+    )
+
+
+def no_argnums(function: str, given: object) -> ArgumentError:
+    inputs = "model, x, y"
+    return ArgumentError(
+        explain(
+            f"called {function} with argnums of type {type(given).__name__}",
+            "it returns a function, which is called with the arguments; argnums are their positions",
+            f"{function}(loss_fn)({inputs})"
+            if not isinstance(given, str)
+            else f"{function}(loss_fn, argnums=0)({inputs}), by the position of {given!r}",
         )
     )
 
@@ -471,6 +504,16 @@ def direction_of_other_shape(what: str, given: Shape, own: Shape, name: str | No
 
 # --------------------------------------------------------------------------------------------------
 # vmap
+
+
+def argument_for_axes(kind: str) -> ArgumentError:
+    return ArgumentError(
+        explain(
+            f"called nn.vmap with in_axes of type {kind}",
+            "it returns a function, which is called with the arguments; in_axes are their axes",
+            "nn.vmap(f, in_axes=(None, 0))(model, xs)",
+        )
+    )
 
 
 def other_number_of_axes(given: int, count: int) -> ValueError:

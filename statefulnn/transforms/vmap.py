@@ -11,9 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
+from statefulnn.core.box import Box
 from statefulnn.core.compat import varies
 from statefulnn.core.errors import MissingRngError, explain
 from statefulnn.core.generator import Forbidden, advance, use_generator
+from statefulnn.core.ownership import ModuleBase
 from statefulnn.core.repeated import repeated
 from statefulnn.core.tracebacks import shortened
 from statefulnn.transforms import refusals
@@ -92,6 +94,8 @@ def vmap(
         )
     if randomness not in _RANDOMNESS:
         raise ValueError(f"randomness must be one of {_RANDOMNESS}, got {randomness!r}")
+    if isinstance(in_axes, (ModuleBase, Box, jax.Array)):
+        raise refusals.argument_for_axes(type(in_axes).__name__)
 
     one_lane, owner = unbound(fun)
     function = _without_randomness(one_lane) if randomness == "error" else one_lane

@@ -19,6 +19,7 @@ import statefulnn as nn
 import statefulnn.functional as F
 from statefulnn.core import habits
 from statefulnn.core.extras import import_extra
+from statefulnn.core.refusals import to_shape
 
 
 class Net(nn.Module):
@@ -46,6 +47,33 @@ class SetUp(nn.Module):
         return self.fc(x)
 
 
+class Nothing(nn.Module):
+    def forward(self, x):
+        x + 1
+
+
+class Noisy(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.key = jax.random.key(0)
+
+    def forward(self, x):
+        self.key, key = jax.random.split(self.key)
+        return x + jax.random.normal(key, x.shape)
+
+
+def in_a_list():
+    model = nn.Module()
+    model.layers = []
+    model.layers.append(nn.Linear(3, 3))
+    return model
+
+
+def built_inside(model, x, y):
+    opt = nn.Optimizer(model, optax.sgd(0.1, momentum=0.9))
+    opt.step(nn.grad(loss_fn)(model, x, y))
+
+
 class Trainer:
     def __init__(self, model, opt):
         self.model, self.opt = model, opt
@@ -69,10 +97,13 @@ def names(tmp_path, monkeypatch):
     state_dict = model.state_dict()
     torch.save({k: torch.tensor(np.array(v)) for k, v in state_dict.items()}, "file.pt")
     tx = optax.adam(1e-3)
+    renormed = nn.BatchNorm1d(3)
+    renormed.running_mean = jnp.zeros(4)
     return {
         **globals(),
         **{k: v for k, v in locals().items() if k not in ("monkeypatch", "tmp_path")},
         "opt": nn.Optimizer(model, tx),
+        "injected": nn.Optimizer(model, optax.inject_hyperparams(optax.adam)(learning_rate=1e-3)),
         "fn": nn.functionalize(model)[0],
         "params": nn.functionalize(model)[1],
         "grads": nn.grad(loss_fn)(model, x, y),
@@ -124,6 +155,17 @@ MISTAKES: list[tuple[str, str, str]] = [
     ("nn.load_state_dict(state_dict)", "model.load_state_dict(state_dict)", ""),
     ("nn.load(model)", 'model.load_state_dict(nn.load("model.safetensors"))', ""),
     ('nn.save("a.pt", model)', 'nn.save(model, "model.safetensors")', ""),
+    ("nn.cat([x, x])", "jnp.concatenate([x, x])", ""),
+    ("nn.randn(3)", "jax.random.normal(nn.next_key(), (3,))", ""),
+    ("nn.Adam(model.parameters())", "opt = nn.Optimizer(model, optax.adam(1e-3))", ""),
+    # Equinox's
+    ("nn.filter_jit(model)", "nn.jit(model)(x)", ""),
+    ("nn.filter_grad(loss_fn)", "grads = nn.grad(loss_fn)(model, x, y)", ""),
+    ("nn.filter_vmap(model)", "nn.vmap(lambda model, x: model(x), in_axes=(None, 0))(model, x)", ""),
+    ("nn.partition(model)", "moduledef, leaves = nn.split(model)", ""),
+    ("nn.combine(model)", "model = nn.merge(moduledef, leaves)", "moduledef, leaves = nn.split(model)"),
+    ("nn.tree_at", "model.fc.weight.value = jnp.zeros_like(model.fc.weight)", ""),
+    ("nn.apply_updates(model, grads)", "opt.step(grads)", ""),
     # Flax's
     ("nn.compact", "self.fc = nn.Linear(in_features, out_features)", ""),
     ("nn.Dense(features=3)", "nn.Linear(in_features, out_features)", ""),
@@ -162,6 +204,19 @@ MISTAKES: list[tuple[str, str, str]] = [
      'grads["fc.weight"] = jnp.asarray(grads["fc.weight"])', ""),
     ("nn.Optimizer(model, optax.adam)", "nn.Optimizer(model, optax.adam(1e-3))", ""),
     ("tx.init(model.parameters())", "tx.init(params)", ""),
+    ("nn.Optimizer(tx, model)", "nn.Optimizer(model, tx)", ""),
+    ("opt.step(model, grads)", "opt.step(grads)", ""),
+    ('opt.step({n: g.T if g.ndim == 2 else g for n, g in grads.items()})', "grads['fc.weight'].T", ""),
+    ("opt.weight_decay = 1.0", "opt.hyperparams.weight_decay = jnp.asarray(0.9)",
+     "opt = nn.Optimizer(model, optax.inject_hyperparams(optax.adamw)(1e-3, weight_decay=0.5))"),
+    ("opt.step_size = 1.0", "optax.inject_hyperparams(optax.adam)(learning_rate=1e-3)", ""),
+    ("opt.eta = 1.0", "optax.inject_hyperparams(optax.adam)(learning_rate=1e-3)", ""),
+    ("opt.hyperparams.learning_rate = 0.1", "optax.inject_hyperparams(optax.adam)(learning_rate=1e-3)", ""),
+    ("injected.hyperparams.lr = 0.1", "opt.hyperparams.learning_rate = jnp.asarray(0.1)",
+     "opt = injected"),
+    ("injected.hyperparams.learning_rate = 0.1", "jnp.asarray(value)", "value = 0.1"),
+    ("opt.mu.fc.rate = 0.1", "one of these names", "pip"),
+    ("nn.jit(built_inside)(model, x, y)", "opt = nn.Optimizer(model, tx)", ""),
     # parameters
     ("p.backward()", "grads = nn.grad(loss_fn)(model, x, y)", ""),
     ("p.numel()", "p.size", ""),
@@ -185,6 +240,32 @@ MISTAKES: list[tuple[str, str, str]] = [
     ("SetUp()(x)", "self.fc = nn.Linear(in_features, out_features)", ""),
     ("model.requires_grad = False", "model.requires_grad_(False)", ""),
     ("model.train = True", "model.train(True)", ""),
+    ("model.train = False", "model.eval()", ""),
+    ("model.eval = True", "model.eval()", ""),
+    ("model.requires_grad = True", "model.requires_grad_(True)", ""),
+    ("nn.Dropout().deterministic = True", "model.eval()", ""),
+    ("nn.Dropout().deterministic = False", "model.train(True)", ""),
+    ("nn.Dropout().rate = 0.0", "layer.p = 0.1", ""),
+    ("nn.BatchNorm1d(3).use_running_average = True", "model.eval()", ""),
+    ("nn.BatchNorm1d(3).is_training = False", "model.eval()", ""),
+    ("nn.BatchNorm1d(3).epsilon = 1e-3", "layer.eps = 1e-6", ""),
+    ("nn.BatchNorm1d(3)(x, use_running_average=False)", "model.train(True)(x)", ""),
+    ("layer.trainable = False", "model.requires_grad_(False)", ""),
+    ("layer.frozen = True", "model.requires_grad_(False)", ""),
+    ("layer.kernel = array", "layer.weight.value = jnp.zeros_like(layer.weight)", ""),
+    ('model.parameters()["fc.weight"]', "model.get_parameter('fc.weight')", ""),
+    ("list(in_a_list().parameters())", "nn.ModuleList", ""),
+    ("dict(in_a_list().named_parameters())", "nn.ModuleList", ""),
+    ("list(in_a_list().buffers())", "nn.ModuleList", ""),
+    ('layer.load_state_dict({"weight": jnp.ones((3, 5)), "bias": jnp.ones(3)})',
+     "model.load_state_dict(state_dict, strict=False)",
+     'state_dict = {n: a for n, a in state_dict.items() if n != "fc.weight"}'),
+    ('model.fc.load_state_dict({"weight": jnp.ones((3, 4)), "bias": jnp.ones(4)})',
+     "state_dict['weight'] = state_dict['weight'].T", 'state_dict = {"weight": jnp.ones((3, 4))}'),
+    ("model.load_state_dict(opt.state_dict())", "opt.load_state_dict(state_dict)",
+     "state_dict = opt.state_dict()"),
+    ("model.load_state_dict(nn.Optimizer(model, optax.sgd(0.1, 0.9)).state_dict())",
+     "opt.load_state_dict(state_dict)", "state_dict = opt.state_dict()"),
     ("model.device", "next(model.parameters()).device", ""),
     ("model.cuda()", 'pip install -U "jax[cuda13]"', "pip"),
     ('model.to("cuda:3")', 'device="cpu:0"', ""),
@@ -204,6 +285,21 @@ MISTAKES: list[tuple[str, str, str]] = [
     ("nn.ModuleList(layers)(x)", "nn.Sequential(*layers)", ""),
     # layers
     ("nn.Linear(n / 2, 2)", "n // 2", ""),
+    ("nn.BatchNorm1d(3, epsilon=0.1)", "nn.BatchNorm1d(num_features, eps=0.1)", ""),
+    ("nn.Linear(in_dim=3)", "nn.Linear(in_features, out_features)", ""),
+    ("nn.Linear(3, 2, biass=False)", "nn.Linear(in_features, out_features, bias=False)", ""),
+    ("nn.ReLU(inplac=True)", "nn.ReLU(inplace=True)", ""),
+    ("nn.Sigmoid(inplace=True)", "nn.Sigmoid()", ""),
+    ("F.cross_entropy(jnp.zeros((2, 5, 7)), jnp.zeros((2, 5), jnp.int32))",
+     "F.cross_entropy(jnp.moveaxis(input, -1, 1), target)",
+     "input, target = jnp.zeros((2, 5, 7)), jnp.zeros((2, 5), jnp.int32)"),
+    ("F.mse_loss(Nothing()(x), y)", "return out", "pip"),
+    ("nn.Sequential(nn.Conv2d(3, 2, 3), nn.Linear(72, 2))(jnp.moveaxis(images, -1, 1))",
+     "nn.Sequential(nn.Flatten(), nn.Linear(72, 2))", ""),
+    ("nn.Linear(10, 2)(images)", "nn.Sequential(nn.Flatten(), nn.Linear(192, 2))", ""),
+    ("renormed(x)", "layer.running_mean = jnp.zeros((3,))", ""),
+    ("F.mse", "F.mse_loss(model(x), y)", ""),
+    ("F.cross_entropy_loss", "F.cross_entropy(logits, labels)", ""),
     ("nn.Linear(x)", "nn.Linear(in_features, out_features)(input)", "input = x"),
     ("nn.ReLU(x)", "nn.ReLU()(input)", "input = x"),
     ("nn.Sigmoid(x)", "nn.Sigmoid()(input)", "input = x"),
@@ -249,7 +345,31 @@ MISTAKES: list[tuple[str, str, str]] = [
      "step(model, opt, x)", "step = lambda model, opt, x: model(x)"),
     ("nn.vmap(lambda m, x: m(x))(model, x)", "nn.vmap(f, in_axes=(None, 0))(model, xs)",
      "f, xs = (lambda m, x: m(x)), x"),
+    ("nn.grad(loss_fn, model)", "nn.grad(loss_fn)(model, x, y)", ""),
+    ("nn.value_and_grad(loss_fn, model)", "nn.value_and_grad(loss_fn)(model, x, y)", ""),
+    ('nn.grad(loss_fn, argnums="model")', "nn.grad(loss_fn, argnums=0)(model, x, y)", ""),
+    ("nn.func.jacrev(lambda m, x: m(x), model)", "nn.func.jacrev(loss_fn)(model, x, y)", ""),
+    ("nn.vmap(lambda m, x: m(x), model)", "nn.vmap(f, in_axes=(None, 0))(model, xs)",
+     "f, xs = (lambda m, x: m(x)), x"),
+    ("nn.func.hessian(loss_fn, model)", "nn.func.hessian(loss_fn)(model, x, y)", ""),
+    ("nn.value_and_grad(lambda m: (m(x), m(x).sum()), has_aux=True)(model)", "loss, aux",
+     "loss, aux = x, y"),
+    ('nn.jit(lambda m, x: print(f"{m(x).sum():.3f}"))(model, x)',
+     'jax.debug.print("loss {l:.3f}", l=loss)', "loss = x.sum()"),
+    ("jax.vmap(lambda k: nn.Linear(3, 1))(jax.random.split(key, 2))",
+     "nn.vmap(lambda: nn.Linear(3, 1), axis_size=n)()", ""),
+    ("nn.capture(model, x)", "out, outputs = nn.capture(model)(x)", ""),
+    ("nn.jit(nn.Linear)(3, 1)", "Linear(3, 1)", "Linear = nn.Linear"),
+    ("nn.jit(Noisy())(x)", "nn.next_key()", ""),
+    ("nn.summary(model, (5, 3))", 'nn.summary(model, jax.ShapeDtypeStruct((5, 3), "float32"))', ""),
+    ("nn.summary(model, input_size=(5, 3))",
+     'nn.summary(model, jax.ShapeDtypeStruct((5, 3), "float32"))', ""),
+    ("nn.explore(model, (5, 3))", 'nn.explore(model, jax.ShapeDtypeStruct((5, 3), "float32"))', ""),
+    ("nn.audit(model, (5, 3))", 'nn.audit(model, jax.ShapeDtypeStruct((5, 3), "float32"))', "pip"),
+    ("nn.audit(model)", "nn.audit(model, x)", ""),
     # inner loops
+    ("nn.meta.over_tasks(loss_fn, params, x[None])", "nn.meta.over_tasks(one_task)(params, x, y)",
+     "one_task = lambda p, x, y: F.mse_loss(fn(p, x), y)"),
     ("nn.meta.adapt(params, fn, F.mse_loss, (x, y), lr=0.1)",
      "adapt(fn, params, loss, (x, y), lr=0.01)", "adapt, loss = nn.meta.adapt, F.mse_loss"),
     ("nn.meta.adapt(fn, params, lambda p, x, y: 0.0, (x, y), lr=0.1)",
@@ -264,6 +384,7 @@ MISTAKES: list[tuple[str, str, str]] = [
 MISTAKES_OF_PYTHON = ("axis=-1",)
 MISTAKES_OF_JAX = (
     "item()",
+    "print(f",
     "else -x",
     "if train",
     "x[x > 0]",
@@ -299,6 +420,8 @@ TABLES = (
     habits.CONSTRUCTOR,
     habits.CALL,
     habits.FLAGS,
+    habits.SETTINGS,
+    habits.FUNCTIONAL,
 )
 ANSWERS = sorted({answer.instead for table in TABLES for answer in table.values()})
 
@@ -355,6 +478,30 @@ def test_attributes_that_a_class_has_of_its_own_may_have_any_name():
     assert own.requires_grad is False
     assert (own.params, own.dtype) == (2, "float32")
     assert own(1.0, key=1, training=True) == 1.0
+
+
+def test_settings_of_other_libraries_are_the_user_s_where_the_class_or_the_value_says_so():
+    class Own(nn.Module):
+        def forward(self, x):
+            return x
+
+    class Slower(nn.Dropout):
+        rate = 0.5
+
+    own, slower, linear = Own(), Slower(), nn.Linear(3, 3)
+    own.deterministic = own.frozen = True
+    own.epsilon, slower.rate = 1e-3, 0.1
+    linear.scale, linear.rate = 0.5, 0.1  # of no array, and of a layer without `p`
+    assert (own.epsilon, slower.rate, linear.scale, linear.rate) == (1e-3, 0.1, 0.5, 0.1)
+
+
+def test_a_reshape_is_advised_only_where_it_mixes_up_no_numbers():
+    numbers = np.arange(6.0).reshape(2, 3)
+    for array in (numbers.T, numbers[:, None], numbers[None]):
+        code = to_shape("given", array.shape, (2, 3))
+        np.testing.assert_array_equal(eval(code, {"given": array}), numbers)
+    assert to_shape("given", (6,), (2, 3)) is None
+    assert to_shape("given", (2, 3, 4), (4, 3, 2)) is None
 
 
 def test_a_trainer_that_is_a_module_may_compile_its_methods():
@@ -500,6 +647,10 @@ def test_advice_about_a_target_fits_it(name, shape, target_shape, dtype):
         if not fragments:
             return
         new = eval(fragments[0], {"jnp": jnp, "input": input, "target": target})
+        if fragments[0].startswith("jnp.moveaxis(input"):
+            assert new.shape != input.shape
+            input = new
+            continue
         assert (new.shape, new.dtype) != (target.shape, target.dtype)
         target = new
     pytest.fail(f"the advice for {target_shape} leads nowhere")

@@ -181,3 +181,21 @@ def test_nothing_but_a_module_is_explored(tmp_path):
     with pytest.raises(TypeError, match="Module"):
         nn.explore(jnp.ones(3), path=tmp_path / "a.html")
     assert not (tmp_path / "a.html").exists()
+
+
+def test_a_layer_that_forward_builds_stands_on_the_page_as_not_registered(data_of):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inp = nn.Linear(3, 3)
+
+        def forward(self, x):
+            return nn.Linear(3, 3)(self.inp(x))
+
+    data, _ = data_of(Model(), image(4, 3))
+    model, inp, built = data["modules"]
+    assert (inp["path"], len(inp["calls"])) == ("inp", 1)
+    assert (built["cls"], built["name"], len(built["calls"])) == ("Linear", "(not registered)", 1)
+    assert (model["parameters"], built["parameters"]) == (12, 12)
+    assert [a["shape"] for a in built["arrays"]] == ["(3, 3)", "(3,)"]
+    assert ("inp", built["path"]) in flow(data)

@@ -283,3 +283,117 @@ def test_a_notebook_shows_it_as_a_table_with_every_name_escaped():
     assert "script" not in parsed.tags
     assert "<script>alert(1)</script>: Linear" in parsed.cells
     assert {"table", "style"} <= parsed.tags
+
+
+# --------------------------------------------------------------------------------------------------
+# What is called, and no part of the model
+
+
+class Built(nn.Module):
+    """Calls layers of one size: one of its own, and those that `call` adds."""
+
+    def __init__(self, call):
+        super().__init__()
+        self.inp = nn.Linear(3, 3)
+        self.call = call
+
+    def forward(self, x):
+        return self.call(self, self.inp(x))
+
+
+def hidden_in_a_list():
+    model = Built(lambda m, x: m.layers[0](x))
+    model.layers = []
+    model.layers.append(nn.Linear(3, 3))
+    return model
+
+
+OUTSIDE = nn.Linear(3, 3)
+STRANGERS = {
+    "a list": hidden_in_a_list,
+    "forward": lambda: Built(lambda m, x: nn.Linear(3, 3)(x)),
+    "outside": lambda: Built(lambda m, x: OUTSIDE(x)),
+    "remat": lambda: Built(lambda m, x: nn.remat(nn.Linear(3, 3))(x)),
+    "vmap": lambda: Built(lambda m, x: nn.vmap(nn.Linear(3, 3))(x)),
+    "another size": lambda: Built(lambda m, x: nn.Linear(3, 5)(x)),
+}
+
+
+@pytest.mark.parametrize("where", STRANGERS)
+def test_a_layer_that_is_not_registered_has_a_row_of_its_own(where):
+    model = STRANGERS[where]()
+    table = nn.summary(model, image(4, 3), width=100)
+    _, inp, stranger = table.rows
+    assert (inp.path, inp.calls, inp.stranger) == ("inp", 1, "")
+    assert (stranger.cls, stranger.calls, stranger.stranger) == ("Linear", 1, "not registered")
+    width = 5 if where == "another size" else 3
+    assert stranger.parameters == (3 + 1) * width
+    assert table.total.parameters == sum(p.numel() for p in torch.nn.Linear(3, 3).parameters())
+    if where != "vmap":  # the operations of a product of matrices, and of its sum with the bias
+        assert (inp.flops, stranger.flops) == (2 * 4 * 3 * 3 + 4 * 3, (2 * 3 + 1) * 4 * width)
+    assert "Linear  (not registered)" in str(table)
+    assert "neither trained nor saved" in str(table)
+    assert "not registered" in table._repr_html_()
+
+
+def test_what_a_stranger_calls_lies_in_its_row():
+    model = Built(lambda m, x: nn.remat(nn.Sequential(nn.Linear(3, 3), nn.ReLU()))(x))
+    rows = nn.summary(model, image(4, 3)).rows
+    assert [(r.cls, r.depth, r.calls) for r in rows] == [
+        ("Built", 0, 1),
+        ("Linear", 1, 1),
+        ("Sequential", 1, 1),
+        ("Linear", 2, 1),
+        ("ReLU", 2, 1),
+    ]
+    assert rows[2].flops == rows[3].flops + rows[4].flops
+
+
+@pytest.mark.parametrize("lift", [lambda f: f, nn.remat], ids=["plain", "remat"])
+def test_a_module_that_a_ref_refers_to_has_its_name(lift):
+    model = Built(lambda m, x: lift(m.teacher)(x))
+    model.teacher = nn.Ref(nn.Linear(3, 3))
+    _, inp, teacher = nn.summary(model, image(4, 3)).rows
+    assert (inp.calls, teacher.name, teacher.stranger) == (1, "teacher", "referred to by nn.Ref")
+    assert "not registered" not in str(nn.summary(model, image(4, 3)))
+
+
+def test_a_container_that_forward_makes_of_the_model_s_layers_takes_none_of_their_calls():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(3, 3), nn.Linear(3, 3)
+
+        def forward(self, x):
+            both = nn.Sequential(self.a, self.b)
+            return nn.remat(both)(both(x))
+
+    table = nn.summary(Model(), image(4, 3))
+    assert [(r.cls, r.calls, r.parameters) for r in table.rows] == [
+        ("Model", 1, 24),
+        ("Linear", 2, 12),
+    ]
+
+
+def test_arrays_that_the_model_computes_leave_a_call_to_its_layer():
+    def call(m, x):
+        computed = {"weight": x.T @ x, "bias": x.sum(0)}
+        return nn.functional_call(m.inp, computed, (x,)) + nn.vmap(m.inp)(x)
+
+    _, inp = nn.summary(Built(call), image(4, 3)).rows
+    assert inp.calls == 3
+
+
+@pytest.mark.parametrize("width", [60, 80, 100])
+def test_where_there_is_little_room_names_are_cut_and_notes_are_not(width):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a_name_that_is_longer_than_others = nn.MultiheadAttention(8, 2)
+
+        def forward(self, x):
+            return self.a_name_that_is_longer_than_others(x, x, x)
+
+    text = str(nn.summary(Model(), image(2, 5, 8), width=width))
+    assert "(used by its parent)" in text
+    assert "…" in text or width == 100

@@ -1058,3 +1058,19 @@ def test_objects_without_names_are_told_to_have_some(tmp_path):
         with pytest.raises(nn.ArgumentError, match=r"save\(step, model=model, opt=opt\)"):
             checkpointer.save(0, model)  # pyright: ignore[reportArgumentType]
         assert checkpointer.steps() == []
+
+
+@pytest.mark.parametrize("name", ["run.ckpt", "run.ckpt/steps"])
+def test_a_file_in_place_of_the_folder_is_refused_at_once(tmp_path, name):
+    (tmp_path / "run.ckpt").write_bytes(b"weights")
+    with pytest.raises(
+        nn.CheckpointError, match=r"run.ckpt is a file(.|\n)*Instead: nn.Checkpointer"
+    ):
+        nn.Checkpointer(tmp_path / name)
+
+
+def test_objects_without_a_step_are_told_how_a_step_is_saved(tmp_path):
+    with nn.Checkpointer(tmp_path) as checkpointer:
+        with pytest.raises(nn.ArgumentError, match=r"save\(step, model=model, opt=opt\)"):
+            checkpointer.save(model=nn.Linear(2, 2))
+        assert checkpointer.latest_step() is None
