@@ -13,6 +13,7 @@ from jax.custom_derivatives import SymbolicZero
 from jax.typing import ArrayLike
 
 from statefulnn.functional._checks import array, require_rank, require_same_dtype, shape_error
+from statefulnn.functional._compiled import compiled
 
 
 def _product(x: Any, weight: Any) -> Any:
@@ -39,7 +40,7 @@ def _(primals: tuple, tangents: tuple) -> tuple[Any, Any]:
     return out, sum(terms[1:], terms[0]) if terms else jnp.zeros_like(out)
 
 
-@jax.jit
+@compiled
 def _linear(input: Any, weight: Any, bias: Any) -> Any:
     # Checked here, where the code runs once for each combination of shapes and dtypes: an eager call
     # like an earlier one pays nothing for it.
@@ -113,7 +114,7 @@ def _refuse_linear(x: Any, w: Any, b: Any) -> None:
     )
 
 
-@jax.jit
+@compiled
 def _bilinear(input1: Any, input2: Any, weight: Any, bias: Any) -> Any:
     batch = input1.shape[:-1]
     left = input1.reshape(-1, input1.shape[-1])  # (N, I)
