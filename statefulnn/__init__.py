@@ -63,7 +63,7 @@ finally:
         gc.enable()
 
 if TYPE_CHECKING:
-    from statefulnn import bridge, curvature, func, meta
+    from statefulnn import bridge, curvature, func, meta, parallel
     from statefulnn import io as io
     from statefulnn.ensemble import Ensemble
     from statefulnn.inspect import explore, summary
@@ -117,6 +117,7 @@ __all__ = [
     "modules",
     "mutable",
     "next_key",
+    "parallel",
     "parameter",
     "parameters_to_vector",
     "register_module_forward_hook",
@@ -148,7 +149,7 @@ __version__ = "0.1.0"
 
 # Built on top, and imported when first used: modules, and names out of modules. `io` and `map` are not in
 # `__all__`, so that ``from statefulnn import *`` leaves Python's own.
-_LATER = ("bridge", "curvature", "func", "io", "meta")
+_LATER = ("bridge", "curvature", "func", "io", "meta", "parallel")
 _LATER_NAMES = {
     "Ensemble": "ensemble",
     "map": "transforms.loops",

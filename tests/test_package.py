@@ -41,6 +41,7 @@ ALLOWED = {
     "meta": {"core", "transforms"},
     "curvature": {"core", "functional", "modules", "transforms"},
     "inspect": {"core"},
+    "parallel": {"core", "modules"},
 }
 # Libraries whose models come in and go out, and the file or folder of bridge/ that knows each.
 LIBRARIES = set(nn.bridge.__all__)
