@@ -12,7 +12,7 @@ import contextlib
 import functools
 import types
 from collections.abc import Callable, Collection, Iterator, Sequence
-from typing import Any, Final, Literal, Protocol, TypeAlias
+from typing import Any, Final, Literal, Protocol, TypeAlias, TypeGuard
 
 import jax
 import numpy as np
@@ -172,7 +172,7 @@ class Plan(Protocol):
 PlaceOf: TypeAlias = Callable[[str, Value], DeviceLike]
 
 
-def says_by_name(place: object) -> bool:
+def says_by_name(place: object) -> TypeGuard[Plan | PlaceOf]:
     """Say whether something is no place, but says for each name what its place is."""
     functions = (types.FunctionType, types.MethodType, functools.partial)
     return hasattr(place, "places") or isinstance(place, functions)
@@ -233,12 +233,25 @@ def placements_of(values: Sequence[Value]) -> tuple[Any, ...] | None:
     if not _several_devices():
         return None
     found = tuple(
-        v.sharding
+        _canonical(v.sharding)
         if isinstance(v, jax.Array) and not isinstance(v, Tracer) and v.sharding.num_devices > 1
         else None
         for v in values
     )
     return found if any(found) else None
+
+
+@functools.lru_cache(maxsize=4096)
+def _canonical(sharding: jax.sharding.Sharding) -> jax.sharding.Sharding:
+    """Return one sharding for those that differ in None at the end: compiled code makes P(None) of P()."""
+    if not isinstance(sharding, jax.sharding.NamedSharding):
+        return sharding
+    spec = [*sharding.spec]
+    while spec and spec[-1] is None:
+        spec.pop()
+    return jax.sharding.NamedSharding(
+        sharding.mesh, jax.sharding.PartitionSpec(*spec), memory_kind=sharding.memory_kind
+    )
 
 
 def anywhere(value: Any) -> Any:

@@ -983,12 +983,12 @@ def sharding_option(option: str) -> ArgumentError:
     )
 
 
-def several_meshes(places: Sequence[tuple[str, str]]) -> ValueError:
-    where = "; ".join(f"{name} on {mesh}" for name, mesh in places)
+def several_meshes(places: Sequence[tuple[str, tuple[int, ...]]]) -> ValueError:
+    where = "; ".join(f"{name!r} on {list(ids)}" for name, ids in places)
     return _refusal(
         ValueError,
-        f"called compiled code with arrays on different meshes: {where}",
-        "one computation runs on one set of devices, with one mesh",
-        "put all of them on the same one: nn.parallel.data_parallel(model, mesh) and "
-        "nn.parallel.shard_batch(x, mesh)",
+        f"called compiled code with arrays on different devices: {where}",
+        "one computation runs on one set of devices",
+        "put all of them on one mesh: nn.parallel.data_parallel(model, mesh) and "
+        "nn.parallel.shard_batch(x, mesh); or model.to(device) and jax.device_put(x, device)",
     )
