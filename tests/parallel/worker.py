@@ -25,6 +25,7 @@ import optax
 
 import statefulnn as nn
 import statefulnn.functional as F
+from statefulnn.io._run_folder import lock_of
 from tests.parallel import programs
 
 STEPS, KILLED_AT = 6, 3
@@ -123,6 +124,20 @@ def refused(folder: Path, mesh: jax.sharding.Mesh) -> str:
     return ""
 
 
+def held_elsewhere(folder: Path, mesh: jax.sharding.Mesh) -> str:
+    """Save to a folder that another Checkpointer of the first process holds; return the error."""
+    model = nn.parallel.data_parallel(nn.Linear(2, 2), mesh)
+    held = lock_of(folder / "held") if jax.process_index() == 0 else None
+    try:
+        nn.Checkpointer(folder / "held").save(0, model=model)
+    except nn.CheckpointError as error:
+        return str(error)
+    finally:
+        if held is not None:
+            held.close()
+    return ""
+
+
 def main() -> None:
     folder, what = Path(sys.argv[4]), sys.argv[5]
     if COUNT > 1:
@@ -135,7 +150,7 @@ def main() -> None:
     if what in ("steps", "everything"):
         found["losses"] = placements(mesh, what == "everything")
         found["means"] = normalised(wide)
-        found["refused"] = refused(folder, wide)
+        found["refused"] = [refused(folder, wide), held_elsewhere(folder, wide)]
     if what in ("steps", "everything", "killed", "restarted"):
         name = "run" if what in ("steps", "everything") else "killed"
         found["trained"] = trained(folder / name, wide, what == "killed")
