@@ -17,7 +17,7 @@ parallel = nn.parallel
 STEPS = (
     SETUP
     + """
-mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(AxisType.{kind},) * 2)
+mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(AxisType.KIND,) * 2)
 copies = lambda m: parallel.data_parallel(m, mesh)
 shards = lambda m: parallel.fully_shard(m, mesh, min_size=64)
 layers = lambda m: parallel.parallelize_module(m, mesh, STYLES)
@@ -44,21 +44,68 @@ def check(name, place, place_slots, donate):
     assert np.isfinite(step(model, opt, *batch_)) and step.trace_count == 1, (name, step.trace_count)
     return before
 
-found = check("data parallel", copies, same, ())
-assert found["0 blocks.0.up.weight"].spec == found["1 mu.blocks.0.up.weight"].spec == jax.P()
-found = check("fully sharded", shards, same, (0, 1))
-assert found["0 blocks.0.up.weight"].spec == found["1 mu.blocks.0.up.weight"].spec == jax.P("data")
-found = check("tensor parallel", layers, same, ())
-assert found["0 blocks.0.down.weight"].spec == found["1 nu.blocks.0.down.weight"].spec == jax.P(None, "model")
-found = check("both", lambda m: shards(layers(m)), same, (0, 1))
-assert found["0 blocks.0.down.weight"].spec == jax.P("data", "model")
-found = check("ZeRO-1", copies, shards, ())
-assert found["0 blocks.0.up.weight"].spec == jax.P()
-assert found["1 mu.blocks.0.up.weight"].spec == jax.P("data")
+ways = {
+    "data parallel": (copies, same, (), "up", jax.P(), jax.P()),
+    "fully sharded": (shards, same, (0, 1), "up", jax.P("data"), jax.P("data")),
+    "tensor parallel": (layers, same, (0, 1), "down", jax.P(None, "model"), jax.P(None, "model")),
+    "both": (lambda m: shards(layers(m)), same, (), "down", *[jax.P("data", "model")] * 2),
+    "ZeRO-1": (copies, shards, (), "up", jax.P(), jax.P("data")),
+}
+for name in WAYS:
+    place, place_slots, donate, layer, weight, slot = ways[name]
+    found = check(name, place, place_slots, donate)
+    assert found[f"0 blocks.0.{layer}.weight"].spec == weight, name
+    assert found[f"1 nu.blocks.0.{layer}.weight"].spec == slot, name
 """
 )
 
 
-@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
-def test_a_step_gives_the_losses_of_one_device_and_leaves_every_array_where_it_was_put(kind):
-    run_on_devices(4, STEPS.format(kind=kind))
+# Which ways run; the long run has all of them on both kinds of meshes.
+SHORT = [("Auto", ["tensor parallel", "ZeRO-1"]), ("Explicit", ["both"])]
+WAYS = ["data parallel", "fully sharded", "tensor parallel", "both", "ZeRO-1"]
+LONG = [pytest.param(kind, WAYS, marks=pytest.mark.long) for kind in ("Auto", "Explicit")]
+
+
+@pytest.mark.parametrize(("kind", "ways"), [*SHORT, *LONG])
+def test_a_step_gives_the_losses_of_one_device_and_leaves_every_array_where_it_was_put(kind, ways):
+    run_on_devices(4, STEPS.replace("KIND", kind).replace("WAYS", repr(ways)))
+
+
+COLLECTIVES = (
+    SETUP
+    + """
+import collections, re
+mesh = parallel.init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "model"))
+model = parallel.fully_shard(parallel.parallelize_module(built(), mesh, STYLES), mesh, min_size=64)
+opt = optimizer(model)
+x, y = parallel.shard_batch(batch(), mesh)
+
+def counted(compiled):
+    kinds = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
+    found = re.findall(rf" ({kinds})(?:-start)?\\(", compiled.as_text())
+    return collections.Counter(found)
+
+ours = nn.jit(train_step).lower(model, opt, x, y).compile()
+fn, params = nn.functionalize(model)
+tx = opt.tx
+slots = tx.init(params)
+everywhere = NamedSharding(mesh, jax.P())
+slots = jax.tree.map(lambda v: v if v.ndim else jax.device_put(v, everywhere), slots)
+
+def by_hand(params, slots, key, x, y):
+    def loss_of(params):
+        return F.cross_entropy(fn(params, x, rng=key).reshape(-1, VOCABULARY), y.reshape(-1))
+    loss, grads = jax.value_and_grad(loss_of)(params)
+    updates, slots = tx.update(grads, slots, params)
+    return loss, optax.apply_updates(params, updates), slots
+
+places = jax.tree.map(lambda v: v.sharding, (params, slots))
+key = jax.device_put(jax.random.key(0), everywhere)
+theirs = jax.jit(by_hand, out_shardings=(None, *places)).lower(params, slots, key, x, y).compile()
+assert counted(ours) == counted(theirs) and counted(ours)["all-reduce"], (counted(ours), counted(theirs))
+"""
+)
+
+
+def test_a_step_has_the_collectives_of_one_by_hand():
+    run_on_devices(4, COLLECTIVES)
