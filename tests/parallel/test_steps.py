@@ -102,10 +102,11 @@ def by_hand(params, slots, key, x, y):
 places = jax.tree.map(lambda v: v.sharding, (params, slots))
 key = jax.device_put(jax.random.key(0), everywhere)
 theirs = jax.jit(by_hand, out_shardings=(None, *places)).lower(params, slots, key, x, y).compile()
-assert counted(ours) == counted(theirs) and counted(ours)["all-reduce"], (counted(ours), counted(theirs))
+assert counted(ours) <= counted(theirs), (counted(ours), counted(theirs))
+assert counted(ours)["all-reduce"] and counted(ours)["all-gather"]
 """
 )
 
 
-def test_a_step_has_the_collectives_of_one_by_hand():
+def test_a_step_has_no_more_collectives_than_one_by_hand():
     run_on_devices(4, COLLECTIVES)
