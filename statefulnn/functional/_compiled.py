@@ -13,14 +13,16 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 Layout = Callable[[tuple[int, ...], list[Any]], list[Any]]
 
 
 def like_first(shape: tuple[int, ...], arguments: list[Any]) -> list[Any]:
     """Return the layout of an output: where it has the size of its first argument, it is split as that."""
-    first = arguments[0]
+    # Random words, which are unsigned, and keys come before it.
+    words = lambda x: getattr(x.dtype, "kind", "u") == "u"
+    first = next((x for x in arguments if not words(x)), arguments[0])
     spec = _spec_of(first)
     return [spec[i] if first.shape[i : i + 1] == (n,) else None for i, n in enumerate(shape)]
 
@@ -29,9 +31,13 @@ def with_features(shape: tuple[int, ...], arguments: list[Any]) -> list[Any]:
     """Return the layout of a product with a weight: its last axis is split as the first of the weight."""
     spec = like_first(shape, arguments)
     features = (_spec_of(arguments[1]) or [None])[0]
-    if shape and features not in spec[:-1]:
+    if shape and not _axes(features) & set().union(*map(_axes, spec[:-1])):
         spec[-1] = features
     return spec
+
+
+def _axes(entry: Any) -> set[str]:
+    return set(entry) if isinstance(entry, tuple) else {entry} - {None}
 
 
 def _spec_of(x: Any) -> list[Any]:
@@ -39,10 +45,9 @@ def _spec_of(x: Any) -> list[Any]:
     return [*spec, *[None] * (x.ndim - len(spec))]
 
 
-def explicit_mesh(x: object) -> AbstractMesh | None:
-    """Return the mesh of an array if its axes are explicit."""
-    mesh = jax.typeof(x).sharding.mesh if isinstance(x, jax.Array) else None
-    return mesh if mesh is not None and AxisType.Explicit in mesh.axis_types else None
+def _is_split(x: object) -> bool:
+    """Say whether the type of an array has a layout, on a mesh with explicit axes, that splits it."""
+    return isinstance(x, jax.Array) and any(jax.typeof(x).sharding.spec)
 
 
 def compiled(fun: Callable, *, layout: Layout = like_first, **options: Any) -> Any:
@@ -57,10 +62,10 @@ def compiled(fun: Callable, *, layout: Layout = like_first, **options: Any) -> A
     @functools.wraps(fun)
     def traced(*args: Any, **kwargs: Any) -> Any:
         leaves, treedef = jax.tree.flatten((args, kwargs))
-        meshes = [m for m in map(explicit_mesh, leaves) if m is not None]
-        if not meshes:
+        first = next(filter(_is_split, leaves), None)
+        if first is None:
             return fun(*args, **kwargs)
-        mesh = meshes[0]
+        mesh = jax.typeof(first).sharding.mesh
         arrays = [i for i, x in enumerate(leaves) if isinstance(x, jax.Array)]
         given = [leaves[i] for i in arrays]
         explicit = [

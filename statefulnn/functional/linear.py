@@ -13,7 +13,7 @@ from jax.custom_derivatives import SymbolicZero
 from jax.typing import ArrayLike
 
 from statefulnn.functional._checks import array, require_rank, require_same_dtype, shape_error
-from statefulnn.functional._compiled import compiled
+from statefulnn.functional._compiled import compiled, with_features
 
 
 def _product(x: Any, weight: Any) -> Any:
@@ -40,7 +40,7 @@ def _(primals: tuple, tangents: tuple) -> tuple[Any, Any]:
     return out, sum(terms[1:], terms[0]) if terms else jnp.zeros_like(out)
 
 
-@compiled
+@functools.partial(compiled, layout=with_features)
 def _linear(input: Any, weight: Any, bias: Any) -> Any:
     # Checked here, where the code runs once for each combination of shapes and dtypes: an eager call
     # like an earlier one pays nothing for it.

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from statefulnn.core import refusals
 from statefulnn.core.module import Module
@@ -89,8 +89,12 @@ class SequenceParallel(ParallelStyle):
         dim = self.sequence_dim
 
         def split(module: Module, args: Any, output: jax.Array) -> jax.Array:
-            free: list[Any] = [PartitionSpec.UNCONSTRAINED] * output.ndim
-            free[dim] = axis
-            return kept_in_place(output, NamedSharding(mesh, PartitionSpec(*free)))
+            if AxisType.Explicit in mesh.axis_types:
+                now = jax.typeof(output).sharding.spec
+                spec: list[Any] = [*now, *[None] * (output.ndim - len(now))]
+            else:
+                spec = [PartitionSpec.UNCONSTRAINED] * output.ndim
+            spec[dim] = axis
+            return kept_in_place(output, NamedSharding(mesh, PartitionSpec(*spec)))
 
         module.register_forward_hook(split)

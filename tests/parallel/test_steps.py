@@ -21,6 +21,8 @@ mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(AxisType.KIND,) * 2)
 copies = lambda m: parallel.data_parallel(m, mesh)
 shards = lambda m: parallel.fully_shard(m, mesh, min_size=64)
 layers = lambda m: parallel.parallelize_module(m, mesh, STYLES)
+split = STYLES | {"*.ln?": parallel.SequenceParallel(), "*.dropout": parallel.SequenceParallel()}
+positions = lambda m: parallel.parallelize_module(m, mesh, split)
 same = lambda o: o
 expected = reference()
 batch_ = parallel.shard_batch(batch(), mesh)
@@ -49,6 +51,7 @@ ways = {
     "fully sharded": (shards, same, (0, 1), "up", jax.P("data"), jax.P("data")),
     "tensor parallel": (layers, same, (0, 1), "down", jax.P(None, "model"), jax.P(None, "model")),
     "both": (lambda m: shards(layers(m)), same, (), "down", *[jax.P("data", "model")] * 2),
+    "sequence": (positions, same, (), "down", *[jax.P(None, "model")] * 2),
     "ZeRO-1": (copies, shards, (), "up", jax.P(), jax.P("data")),
 }
 for name in WAYS:
@@ -61,8 +64,8 @@ for name in WAYS:
 
 
 # Which ways run; the long run has all of them on both kinds of meshes.
-SHORT = [("Auto", ["tensor parallel", "ZeRO-1"]), ("Explicit", ["both"])]
-WAYS = ["data parallel", "fully sharded", "tensor parallel", "both", "ZeRO-1"]
+SHORT = [("Auto", ["sequence", "ZeRO-1"]), ("Explicit", ["both"])]
+WAYS = ["data parallel", "fully sharded", "tensor parallel", "both", "sequence", "ZeRO-1"]
 LONG = [pytest.param(kind, WAYS, marks=pytest.mark.long) for kind in ("Auto", "Explicit")]
 
 
