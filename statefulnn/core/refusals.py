@@ -973,6 +973,18 @@ def style_of_other_module(style: str, name: str, kind: str, knows: Sequence[str]
     )
 
 
+def part_of_several_processes(
+    mesh: dict[Any, int], axes: tuple[str, ...], processes: Sequence[int]
+) -> ArgumentError:
+    return _refusal(
+        ArgumentError,
+        f"nn.parallel.shard_batch was given parts of a batch, split over {', '.join(axes)} of {mesh}",
+        f"the processes {list(processes)} hold the same part, and may have read different ones",
+        "the whole batch in each process, without parts=True; or a mesh whose first axis is split over all "
+        "processes",
+    )
+
+
 def sharding_option(option: str) -> ArgumentError:
     return _refusal(
         ArgumentError,

@@ -63,14 +63,17 @@ def require_mesh(mesh: object, where: str, axis: str | Sequence[str] = ()) -> No
 
 
 @shortened
-def shard_batch(batch: _T, mesh: Mesh, axis: str | Sequence[str] = "data") -> _T:
+def shard_batch(
+    batch: _T, mesh: Mesh, axis: str | Sequence[str] = "data", *, parts: bool = False
+) -> _T:
     """Spread the arrays of a batch over a mesh, along their first axes.
 
     Args:
-        batch: an array, or a dict, tuple or list of arrays. With several processes each passes the
-            part of the batch that it has read, and gets the whole, of which it holds that part.
+        batch: an array, or a dict, tuple or list of arrays; with several processes, the same in each.
         mesh: the devices.
         axis: the axis of the mesh, or several.
+        parts: with several processes, whether each passes only the part of the batch that it has read. The
+            whole has them in the order of the processes' devices on the mesh.
 
     Returns:
         the batch; numbers without axes are on every device.
@@ -78,6 +81,7 @@ def shard_batch(batch: _T, mesh: Mesh, axis: str | Sequence[str] = "data") -> _T
     Raises:
         ShapeError: if a first axis does not divide.
         UnknownNameError: if the mesh lacks the axis.
+        ArgumentError: for `parts`, if a part belongs to several processes.
 
     Example:
         >>> import jax, jax.numpy as jnp, statefulnn as nn
@@ -87,14 +91,32 @@ def shard_batch(batch: _T, mesh: Mesh, axis: str | Sequence[str] = "data") -> _T
     """
     require_mesh(mesh, "nn.parallel.shard_batch", axis)
     several = jax.process_count() > 1
+    if parts:
+        _require_own_parts(mesh, axis)
     axes = axis if isinstance(axis, str) else tuple(axis)
 
     def place(path: Any, x: Any) -> Any:
         spec = PartitionSpec(axes) if np.ndim(x) else PartitionSpec()
         sharding = NamedSharding(mesh, spec)
-        if several:
+        if parts:
             return jax.make_array_from_process_local_data(sharding, np.asarray(x))
         check_spec(f"batch{jax.tree_util.keystr(path)}", np.shape(x), mesh, spec)
+        if several:  # without comparing what the processes have, as device_put does
+            whole = np.asarray(x)
+            return jax.make_array_from_callback(whole.shape, sharding, whole.__getitem__)
         return jax.device_put(x, sharding)
 
     return jax.tree_util.tree_map_with_path(place, batch)
+
+
+def _require_own_parts(mesh: Mesh, axis: str | Sequence[str]) -> None:
+    """Raise if some processes hold the same part of a batch: they might pass different ones."""
+    axes = (axis,) if isinstance(axis, str) else tuple(axis)
+    count = math.prod(mesh.shape[a] for a in axes)
+    places = NamedSharding(mesh, PartitionSpec(axes)).devices_indices_map((count,))
+    holders: dict[int, set[int]] = {}
+    for device, (index,) in places.items():
+        holders.setdefault(index.start or 0, set()).add(device.process_index)
+    for processes in holders.values():
+        if len(processes) > 1:
+            raise refusals.part_of_several_processes(dict(mesh.shape), axes, sorted(processes))

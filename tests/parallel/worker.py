@@ -73,7 +73,7 @@ def mine(batch: Any) -> Any:
 def trained(folder: Path, mesh: jax.sharding.Mesh, kill: bool) -> dict[int, float]:
     """Go on from the last step in the folder; return the losses by step."""
     model, opt = made(mesh)
-    x = nn.parallel.shard_batch(mine(data()), mesh)
+    x = nn.parallel.shard_batch(mine(data()), mesh, parts=True)
     run = {"model": model, "opt": opt, "masks": nn.default_generator}
     found = {}
     with nn.Checkpointer(folder, keep_last=None) as checkpointer:
@@ -95,7 +95,7 @@ def placements(mesh: jax.sharding.Mesh, everything: bool) -> dict[str, list[floa
     ways = {"data": lambda m: parallel.data_parallel(m, mesh), "both": lambda m: shards(layers(m))}
     if everything:
         ways |= {"layers": layers, "shards": shards}
-    batch = parallel.shard_batch(mine(programs.batch()), mesh)
+    batch = parallel.shard_batch(programs.batch(), mesh)
     out = {}
     for name, place in ways.items():
         model = place(programs.built())
@@ -106,7 +106,7 @@ def placements(mesh: jax.sharding.Mesh, everything: bool) -> dict[str, list[floa
 
 def normalised(mesh: jax.sharding.Mesh) -> dict[str, list[float]]:
     """Return the running means of BatchNorm, and of SyncBatchNorm where devices see their parts only."""
-    x = nn.parallel.shard_batch(mine(data()), mesh)
+    x = nn.parallel.shard_batch(mine(data()), mesh, parts=True)
     plain = nn.parallel.data_parallel(nn.BatchNorm1d(6), mesh)
     nn.jit(plain)(x)
     sync = nn.parallel.data_parallel(nn.SyncBatchNorm(6, axis_name="data"), mesh)
@@ -120,6 +120,15 @@ def refused(folder: Path, mesh: jax.sharding.Mesh) -> str:
     try:
         nn.save(model, folder / "whole.safetensors")
     except nn.CheckpointError as error:
+        return str(error)
+    return ""
+
+
+def mixed(mesh: jax.sharding.Mesh) -> str:
+    """Pass parts of a batch that several processes hold; return the error."""
+    try:
+        nn.parallel.shard_batch(mine(data()), mesh, axis="model", parts=True)
+    except nn.ArgumentError as error:
         return str(error)
     return ""
 
@@ -150,7 +159,7 @@ def main() -> None:
     if what in ("steps", "everything"):
         found["losses"] = placements(mesh, what == "everything")
         found["means"] = normalised(wide)
-        found["refused"] = [refused(folder, wide), held_elsewhere(folder, wide)]
+        found["refused"] = [refused(folder, wide), held_elsewhere(folder, wide), mixed(mesh)]
     if what in ("steps", "everything", "killed", "restarted"):
         name = "run" if what in ("steps", "everything") else "killed"
         found["trained"] = trained(folder / name, wide, what == "killed")
