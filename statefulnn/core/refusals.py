@@ -995,12 +995,12 @@ def sharding_option(option: str) -> ArgumentError:
     )
 
 
-def several_meshes(places: Sequence[tuple[str, tuple[int, ...]]]) -> ValueError:
-    where = "; ".join(f"{name!r} on {list(ids)}" for name, ids in places)
+def several_meshes(places: Sequence[tuple[str, str]]) -> ValueError:
+    where = "; ".join(f"{name!r} on {place}" for name, place in places)
     return _refusal(
         ValueError,
-        f"called compiled code with arrays on different devices: {where}",
-        "one computation runs on one set of devices",
+        f"called compiled code with arrays on different devices or meshes: {where}",
+        "one computation runs on one set of devices, with one mesh if its axes are explicit",
         "put all of them on one mesh: nn.parallel.data_parallel(model, mesh) and "
         "nn.parallel.shard_batch(x, mesh); or model.to(device) and jax.device_put(x, device)",
     )

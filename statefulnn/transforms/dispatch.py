@@ -275,14 +275,18 @@ class Dispatch:
     def _refuse_other_devices(
         self, error: ValueError, version: Version, arrays: Sequence[ArrayLike]
     ) -> None:
-        if "incompatible devices" not in str(error):
+        meshes = "Mesh for all inputs should be equal" in str(error)
+        if not meshes and "incompatible devices" not in str(error):
             return
         labels = version.signature.labels(self.function)
-        places: dict[tuple[int, ...], str] = {}
+        places: dict[str, str] = {}
         for name, x in zip([*labels["leaves"], *labels["dynamic"]], arrays, strict=True):
             if isinstance(x, jax.Array) and x.committed:
-                places.setdefault(tuple(sorted(d.id for d in x.devices())), name)
-        raise several_meshes([(name, ids) for ids, name in places.items()]) from None
+                mesh = getattr(x.sharding, "mesh", None) if meshes else None
+                place = sorted(d.id for d in x.devices()) if mesh is None else mesh
+                places.setdefault(str(place), name)
+        if len(places) > 1:
+            raise several_meshes([(name, place) for place, name in places.items()]) from None
 
     def _without_statics(
         self, args: tuple, kwargs: dict[str, Any]

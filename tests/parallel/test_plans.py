@@ -167,6 +167,11 @@ x = parallel.shard_batch(jnp.ones((2, 3)), second)
 text = message(ValueError, lambda: nn.jit(lambda model, x: model(x))(m, x))
 assert "'model.weight' on [0, 1]; 'x' on [2, 3]" in text, text
 
+m = parallel.data_parallel(nn.Linear(3, 4), first)
+b = jax.device_put(jnp.ones(4), jax.NamedSharding(jax.make_mesh((2,), ("other",)), jax.P()))
+text = message(ValueError, lambda: nn.jit(lambda model, b: model.bias + b)(m, b))
+assert "'model.weight' on Mesh('data': 2" in text and "'b' on Mesh('other': 2" in text, text
+
 # The largest axis that divides, of what is large enough, and of what is not split yet.
 m = parallel.fully_shard(nn.Linear(64, 32), mesh)
 assert (m.weight.value.sharding.spec, m.bias.value.sharding.spec) == (jax.P(None, "data"), jax.P())
