@@ -63,7 +63,7 @@ finally:
         gc.enable()
 
 if TYPE_CHECKING:
-    from statefulnn import amp, bridge, curvature, func, meta
+    from statefulnn import amp, bridge, curvature, func, meta, parallel
     from statefulnn import io as io
     from statefulnn.ensemble import Ensemble
     from statefulnn.inspect import explore, summary
@@ -118,6 +118,7 @@ __all__ = [
     "modules",
     "mutable",
     "next_key",
+    "parallel",
     "parameter",
     "parameters_to_vector",
     "register_module_forward_hook",
@@ -149,7 +150,7 @@ __version__ = "0.1.0"
 
 # Built on top, and imported when first used: modules, and names out of modules. `io` and `map` are not in
 # `__all__`, so that ``from statefulnn import *`` leaves Python's own.
-_LATER = ("amp", "bridge", "curvature", "func", "io", "meta")
+_LATER = ("amp", "bridge", "curvature", "func", "io", "meta", "parallel")
 _LATER_NAMES = {
     "Ensemble": "ensemble",
     "map": "transforms.loops",

@@ -10,7 +10,8 @@ import sys
 def run_on_devices(count: int, code: str) -> None:
     """Run a program in a process of its own that has `count` CPU devices, and raise if it fails."""
     flags = {
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={count}",
+        "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} "
+        f"--xla_force_host_platform_device_count={count}",
         "JAX_PLATFORMS": "cpu",
     }
     done = subprocess.run(

@@ -42,7 +42,7 @@ VAGUE_SHARE = 0.05
 VAGUE = re.compile(r"\b(Any|PyTree)\b")
 PUBLIC = """
 . .amp .attention .bridge.equinox .bridge.flax .bridge.haiku .bridge.torch .curvature .func .functional .init
-.io .meta .parameter .utils .utils.parametrizations .utils.parametrize .utils.prune .utils.rnn
+.io .meta .parallel .parameter .utils .utils.parametrizations .utils.parametrize .utils.prune .utils.rnn
 """.split()
 # Names that are not public: without an error for each, the test of names would find nothing.
 HIDDEN = "import statefulnn as nn\nprint(nn.importlib, nn.listing, nn.Lineer)\n"

@@ -98,9 +98,9 @@ PACKAGE: Answers = {
     **_answers(
         "on several devices the arrays say where they lie, and compiled code follows",
         **dict.fromkeys(
-            ("DataParallel", "parallel", "DistributedDataParallel", "distributed"),
+            ("DataParallel", "DistributedDataParallel", "distributed"),
             'mesh = jax.make_mesh((jax.device_count(),), ("data",)); '
-            'x = jax.device_put(x, jax.NamedSharding(mesh, jax.P("data")))',
+            "model = nn.parallel.data_parallel(model, mesh); x = nn.parallel.shard_batch(x, mesh)",
         ),
     ),
     **_answers("it is called jit here, as in JAX", compile="nn.jit(model)(x)"),

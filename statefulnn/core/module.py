@@ -10,6 +10,7 @@ Source: ``torch.nn.Module``, whose methods these are, with the same meanings.
 from __future__ import annotations
 
 import functools
+import itertools
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -50,11 +51,16 @@ from statefulnn.core.parameter import Buffer, Parameter
 from statefulnn.core.placement import (
     META,
     DeviceLike,
+    PlaceOf,
+    Plan,
     Value,
     as_dtype,
     cast,
+    is_meta,
     placed,
+    places_by_name,
     resolve_device,
+    says_by_name,
     supported,
 )
 from statefulnn.core.placement import device as device_type
@@ -824,7 +830,9 @@ class Module(ModuleBase):
         Args:
             args: a dtype, a device (``jax.Device``, ``jax.sharding.Sharding`` or a platform name such
                 as ``"cpu"``), both, or an array to take both from. A dtype casts floating and complex
-                arrays only.
+                arrays only. A plan (`nn.parallel.Plan`), or a function of name and array, says for each name
+                which device. Nothing is moved if it does not fit all of them. On the meta device it is noted
+                where `nn.materialize` will draw.
         """
         device, dtype = kwargs.pop("device", None), kwargs.pop("dtype", None)
         for ignored in ("non_blocking", "copy", "memory_format"):
@@ -834,7 +842,9 @@ class Module(ModuleBase):
         for arg in args:
             if isinstance(arg, bool) or arg is None:
                 continue
-            if isinstance(arg, (jax.Array, np.ndarray, Box)):
+            if says_by_name(arg):
+                device = arg
+            elif isinstance(arg, (jax.Array, np.ndarray, Box)):
                 value = unwrap(arg)
                 dtype, device = value.dtype, getattr(value, "sharding", None)
             elif isinstance(arg, (jax.Device, jax.sharding.Sharding, device_type)) or (
@@ -847,12 +857,19 @@ class Module(ModuleBase):
             dtype = as_dtype(dtype)
             if not jnp.issubdtype(dtype, jnp.inexact):
                 raise refusals.cast_to_integers(dtype)
-        place = resolve_device(device)
+        if says_by_name(device):
+            places = iter(places_in(self, device).values())
+        else:
+            places = itertools.repeat(resolve_device(device))
+        # Copies of a box without numbers hold one struct, which tells that they will get the same numbers.
+        structs: dict[Any, Any] = {}
 
         def convert(value: Value) -> Any:
+            place, meta, source = next(places), is_meta(value), id(value)
             if dtype is not None and jnp.issubdtype(value.dtype, jnp.inexact):
                 value = cast(value, supported(dtype))
-            return placed(value, place, share=False)
+            value = placed(value, place, share=False)
+            return structs.setdefault((source, place), value) if meta else value
 
         return self._apply(convert)
 
@@ -1204,6 +1221,16 @@ def find_box(root: Module, path: Sequence[str]) -> Box:
         root = root._modules[part]
     last = path[-1]
     return root._parameters[last] if last in root._parameters else root._buffers[last]
+
+
+def places_in(module: Module, plan: Plan | PlaceOf) -> dict[int, Any]:
+    """Return the place of each parameter and buffer, by the identity of its box, in their order."""
+    names: dict[int, list[str]] = {}
+    for name, box in module._named_members(_all_boxes, remove_duplicate=False):
+        names.setdefault(id(box), []).append(name)
+    boxes = [box for _, box in module._named_members(_all_boxes)]
+    places = places_by_name([(names[id(box)], box.value) for box in boxes], plan)
+    return {id(box): place for box, place in zip(boxes, places, strict=True)}
 
 
 def _all_boxes(module: Module) -> list[tuple[str, Any]]:

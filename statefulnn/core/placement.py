@@ -2,15 +2,17 @@
 
 Terms
   place        where arrays are put: a ``jax.Device``, a ``Sharding``, META, or None: JAX chooses
-  META         nowhere: a box holds the shape and dtype only, a ``jax.ShapeDtypeStruct``
+  META         nowhere: a box holds the shape and dtype only, a ``jax.ShapeDtypeStruct``; it may have the
+               sharding with which the numbers will be drawn
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Collection, Iterator, Sequence
-from typing import Any, Final, Literal, Protocol, TypeAlias
+import types
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import Any, Final, Literal, Protocol, TypeAlias, TypeGuard
 
 import jax
 import numpy as np
@@ -145,15 +147,80 @@ def placed(value: Value, place: Place, share: bool = True) -> Any:
         share: whether it may be the memory of `value`; else a call that donates one leaves the other.
 
     Raises:
-        NotImplementedError: if a shape without numbers is to be put on a device.
+        NotImplementedError: if a shape without numbers is to be put on a device. On several, it is noted.
     """
     if place is None:
         return value
     if place == META:
         return jax.ShapeDtypeStruct(value.shape, value.dtype)
     if is_meta(value):
+        if isinstance(place, jax.sharding.Sharding) and place.num_devices > 1:
+            return jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=place)
         raise refusals.moved_from_meta()
     return jax.device_put(value, place, may_alias=None if share else False)
+
+
+class Plan(Protocol):
+    """Says for all arrays of a model where they go."""
+
+    def places(self, named: Sequence[tuple[Sequence[str], Value]]) -> Sequence[Any]:
+        """Return the place of each array, which is given with all of its names."""
+        ...
+
+
+# A function of a name and an array, or its shape without numbers.
+PlaceOf: TypeAlias = Callable[[str, Value], DeviceLike]
+
+
+def says_by_name(place: object) -> TypeGuard[Plan | PlaceOf]:
+    """Say whether something is no place, but says for each name what its place is."""
+    functions = (types.FunctionType, types.MethodType, functools.partial)
+    return hasattr(place, "places") or isinstance(place, functions)
+
+
+def places_by_name(named: Sequence[tuple[Sequence[str], Value]], plan: Any) -> list[Any]:
+    """Return the places of arrays, each of which is given with all of its names.
+
+    Args:
+        named: the names and the arrays.
+        plan: a `Plan`, or a `PlaceOf`, which is asked with the first name.
+
+    Raises:
+        ShapeError: if a sharding does not fit an array; also what the plan raises.
+    """
+    if hasattr(plan, "places"):
+        places = plan.places(named)
+    else:
+        places = [resolve_device(plan(names[0], value)) for names, value in named]
+    for (names, value), place in zip(named, places, strict=True):
+        if isinstance(place, jax.sharding.NamedSharding):
+            check_spec(names[0], value.shape, place.mesh, place.spec)
+    return list(places)
+
+
+def check_spec(
+    name: str,
+    shape: tuple[int, ...],
+    mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh,
+    spec: jax.sharding.PartitionSpec,
+) -> None:
+    """Raise unless an array can be laid out so: the axes are the mesh's, and divide the shape.
+
+    Raises:
+        UnknownNameError: for an axis that the mesh lacks.
+        ShapeError: for a spec with too many entries, or an axis that does not divide.
+    """
+    if len(spec) > len(shape):
+        raise refusals.spec_of_other_rank(name, shape, spec)
+    for i, entry in enumerate(spec):
+        axes = entry if isinstance(entry, tuple) else () if entry is None else (entry,)
+        parts = 1
+        for axis in axes:
+            if axis not in mesh.shape:
+                raise refusals.spec_of_unknown_axis(name, spec, axis, dict(mesh.shape))
+            parts *= mesh.shape[axis]
+        if shape[i] % parts:
+            raise refusals.spec_does_not_divide(name, shape, i, spec, parts)
 
 
 @functools.cache
@@ -166,12 +233,25 @@ def placements_of(values: Sequence[Value]) -> tuple[Any, ...] | None:
     if not _several_devices():
         return None
     found = tuple(
-        v.sharding
+        _canonical(v.sharding)
         if isinstance(v, jax.Array) and not isinstance(v, Tracer) and v.sharding.num_devices > 1
         else None
         for v in values
     )
     return found if any(found) else None
+
+
+@functools.lru_cache(maxsize=4096)
+def _canonical(sharding: jax.sharding.Sharding) -> jax.sharding.Sharding:
+    """Return one sharding for those that differ in None at the end: compiled code makes P(None) of P()."""
+    if not isinstance(sharding, jax.sharding.NamedSharding):
+        return sharding
+    spec = [*sharding.spec]
+    while spec and spec[-1] is None:
+        spec.pop()
+    return jax.sharding.NamedSharding(
+        sharding.mesh, jax.sharding.PartitionSpec(*spec), memory_kind=sharding.memory_kind
+    )
 
 
 def anywhere(value: Any) -> Any:
@@ -230,7 +310,7 @@ def kept_in_place(value: jax.Array, sharding: jax.sharding.Sharding | None) -> A
 def cast(value: Value, dtype: DTypeLike) -> Any:
     """Return an array, or a shape without numbers, in another dtype."""
     if isinstance(value, jax.ShapeDtypeStruct):
-        return jax.ShapeDtypeStruct(value.shape, dtype)
+        return jax.ShapeDtypeStruct(value.shape, dtype, sharding=value.sharding)
     return value.astype(dtype)
 
 

@@ -8,8 +8,9 @@ never objects of the engine.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -942,4 +943,142 @@ def gradient_with_zeros(cls: str, names: Sequence[str]) -> str:
         "grads = nn.grad(loss)(model) and nn.Optimizer(model, tx).step(grads), which leave out what "
         "is not trained; or jax.grad and optax over the params of "
         "fn, params, state = nn.functionalize(model, mutable=True)",
+    )
+
+
+# --------------------------------------------------------------------------------------------------
+# Several devices
+
+
+def spec_of_other_rank(name: str, shape: Shape, spec: object) -> ShapeError:
+    return _refusal(
+        ShapeError,
+        f"laid out {name!r} of shape {shape} by {spec}",
+        "a PartitionSpec has at most one entry for each axis of the array",
+        f"a spec of at most {len(shape)} entries, such as P(); a pattern that matches fewer names",
+    )
+
+
+def spec_of_unknown_axis(
+    name: str, spec: object, axis: object, mesh: dict[Any, int]
+) -> UnknownNameError:
+    return _refusal(
+        UnknownNameError,
+        f"laid out {name!r} by {spec}, on a mesh without an axis {axis!r}",
+        f"the mesh has {mesh}",
+        "an axis of the mesh; or a mesh that has it: "
+        f'nn.parallel.init_device_mesh("{jax.default_backend()}", shape, mesh_dim_names=(..., {axis!r}))',
+    )
+
+
+def spec_does_not_divide(
+    name: str, shape: Shape, axis: int, spec: object, parts: int
+) -> ShapeError:
+    return _refusal(
+        ShapeError,
+        f"laid out {name!r} of shape {shape} by {spec}",
+        f"axis {axis} has {shape[axis]} entries, which do not divide into {parts} equal parts",
+        "another axis of the array, or None there; or sizes that divide",
+    )
+
+
+def no_spec(given: object, where: str) -> ArgumentError:
+    return _refusal(
+        ArgumentError,
+        f"{where} says {given!r}",
+        "a plan has a PartitionSpec or a Sharding for each pattern",
+        'jax.P("data"), or jax.P() for a copy on every device',
+    )
+
+
+def no_mesh(given: object, where: str) -> ArgumentError:
+    return _refusal(
+        ArgumentError,
+        f"{where} was given a mesh of type {type(given).__name__}",
+        "devices are named by a jax.sharding.Mesh",
+        'mesh = jax.make_mesh((jax.device_count(),), ("data",))',
+    )
+
+
+def mesh_without_axis(where: str, axis: str, mesh: dict[Any, int]) -> UnknownNameError:
+    return _refusal(
+        UnknownNameError,
+        f"{where} was to split arrays over the axis {axis!r}",
+        f"the mesh has {mesh}",
+        f"axis={next(iter(mesh), axis)!r}; or a mesh with an axis of that name",
+    )
+
+
+def names_without_spec(names: Sequence[str]) -> UnknownNameError:
+    return _refusal(
+        UnknownNameError,
+        f"laid out a model by a plan without a pattern for {listed(list(map(repr, names)))}",
+        "a plan says for each parameter and buffer where it goes",
+        'the pattern "*", which stands for all names that no other one matches: "*": jax.P()',
+    )
+
+
+def name_with_two_specs(name: str, patterns: Sequence[str]) -> ArgumentError:
+    return _refusal(
+        ArgumentError,
+        f"laid out {name!r} by a plan where {' and '.join(map(repr, patterns))} say different things",
+        "one pattern decides where an array goes",
+        'narrower patterns; "*" gives way to every other one',
+    )
+
+
+def too_few_devices(shape: Sequence[int], have: int, platform: str) -> ValueError:
+    wanted = int(np.prod(shape))
+    more = (
+        f"os.environ['XLA_FLAGS'] = '--xla_force_host_platform_device_count={wanted}' before JAX is "
+        f"first used makes {wanted} virtual ones of the processor, to try it out; or "
+    )
+    return _refusal(
+        ValueError,
+        f"made a mesh of {tuple(shape)}, {wanted} devices, of {have} devices of {platform!r}",
+        "each place of a mesh is a device of its own",
+        f"{more if platform == 'cpu' else ''}a smaller mesh",
+    )
+
+
+def style_of_other_module(style: str, name: str, kind: str, knows: Sequence[str]) -> ArgumentError:
+    return _refusal(
+        ArgumentError,
+        f"gave {style} to {name!r}, which is a {kind}",
+        f"{style} knows how to split {listed(knows)}",
+        "model.to(nn.parallel.Plan(mesh, {pattern: jax.P(...)})) for other layers; a pattern that "
+        "matches fewer modules",
+    )
+
+
+def part_of_several_processes(
+    mesh: dict[Any, int], axes: tuple[str, ...], processes: Sequence[int]
+) -> ArgumentError:
+    return _refusal(
+        ArgumentError,
+        f"nn.parallel.shard_batch was given parts of a batch, split over {', '.join(axes)} of {mesh}",
+        f"the processes {list(processes)} hold the same part, and may have read different ones",
+        "the whole batch in each process, without parts=True; or a mesh whose first axis is split over all "
+        "processes",
+    )
+
+
+def sharding_option(option: str) -> ArgumentError:
+    return _refusal(
+        ArgumentError,
+        f"nn.jit was given {option}",
+        "arrays say where they lie, and what a call writes to a module goes where the old value lay",
+        "model.to(nn.parallel.Plan(mesh, {...})) and nn.parallel.shard_batch(x, mesh) before the call; "
+        "jax.lax.with_sharding_constraint(out, sharding) inside for a result",
+    )
+
+
+def several_meshes(places: Sequence[tuple[str, str]]) -> ValueError:
+    where = "; ".join(f"{name!r} on {place}" for name, place in places)
+    return _refusal(
+        ValueError,
+        f"called compiled code with arrays on different devices or meshes: {where}",
+        "one computation runs on one set of devices, with one mesh if its axes are explicit",
+        "put all of them on one mesh: nn.parallel.data_parallel(model, mesh) and "
+        "nn.parallel.shard_batch(x, mesh); or model.to(device) and jax.device_put(x, device)",
     )

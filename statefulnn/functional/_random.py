@@ -6,10 +6,9 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-import jax
-
 from statefulnn.core.box import unwrap
 from statefulnn.core.generator import advance, drawing_generator
+from statefulnn.functional._compiled import compiled
 
 
 def drawing(kernel: Callable[..., Any], static_argnums: tuple[int, ...] = ()) -> Callable[..., Any]:
@@ -21,9 +20,9 @@ def drawing(kernel: Callable[..., Any], static_argnums: tuple[int, ...] = ()) ->
         kernel: a pure function of a random key and other arguments.
         static_argnums: which of them are static; the key is number 0.
     """
-    with_key = jax.jit(kernel, static_argnums=static_argnums)
+    with_key = compiled(kernel, static_argnums=static_argnums)
 
-    @functools.partial(jax.jit, static_argnums=static_argnums)
+    @functools.partial(compiled, static_argnums=static_argnums)
     def advancing(state: Any, *args: Any) -> tuple[Any, Any]:
         key, state = advance(state)
         return kernel(key, *args), state

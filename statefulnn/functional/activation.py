@@ -20,13 +20,14 @@ from statefulnn.functional._checks import (
     shape_error,
     widened,
 )
+from statefulnn.functional._compiled import compiled
 
 
 def _as_float(x: Any) -> Any:
     return x if jnp.issubdtype(x.dtype, jnp.inexact) else x.astype(jnp.result_type(float))
 
 
-@jax.jit
+@compiled
 def _sigmoid(x: Any) -> Any:
     return lax.logistic(_as_float(x))
 
@@ -56,7 +57,7 @@ def _log_sigmoid(x: Any) -> Any:
 _log_sigmoid.defjvps(lambda tangent, out, x: tangent * lax.logistic(-x))
 
 
-@jax.jit
+@compiled
 def _logsigmoid(x: Any) -> Any:
     require_real_float(x, "input", "F.logsigmoid")
     return _log_sigmoid(widened(x)).astype(x.dtype)
@@ -78,7 +79,7 @@ def logsigmoid(input: ArrayLike) -> jax.Array:
     return _logsigmoid(array(input, "input", "F.logsigmoid"))
 
 
-@jax.jit
+@compiled
 def _tanh(x: Any) -> Any:
     return jnp.tanh(_as_float(x))
 
@@ -99,7 +100,7 @@ def tanh(input: ArrayLike) -> jax.Array:
     return _tanh(array(input, "input", "F.tanh"))
 
 
-@jax.jit
+@compiled
 def _tanhshrink(x: Any) -> Any:
     if x.dtype == jnp.bool_:
         require_float(x, "input", "F.tanhshrink")
@@ -123,7 +124,7 @@ def tanhshrink(input: ArrayLike) -> jax.Array:
     return _tanhshrink(array(input, "input", "F.tanhshrink"))
 
 
-@jax.jit
+@compiled
 def _softsign(x: Any) -> Any:
     if x.dtype == jnp.bool_:
         require_float(x, "input", "F.softsign")
@@ -147,7 +148,7 @@ def softsign(input: ArrayLike) -> jax.Array:
     return _softsign(array(input, "input", "F.softsign"))
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2))
+@functools.partial(compiled, static_argnums=(1, 2))
 def _softplus(x: Any, beta: float, threshold: float) -> Any:
     require_real_float(x, "input", "F.softplus")
     wide = widened(x)
@@ -174,7 +175,7 @@ def softplus(input: ArrayLike, beta: float = 1.0, threshold: float = 20.0) -> ja
     return _softplus(array(input, "input", "F.softplus"), beta, threshold)
 
 
-@functools.partial(jax.jit, static_argnums=1)
+@functools.partial(compiled, static_argnums=1)
 def _gelu(x: Any, approximate: str) -> Any:
     if approximate not in ("none", "tanh"):
         raise RuntimeError(
@@ -215,7 +216,7 @@ def gelu(input: ArrayLike, approximate: str = "none") -> jax.Array:
     return _gelu(array(input, "input", "F.gelu"), approximate)
 
 
-@jax.jit
+@compiled
 def _silu(x: Any) -> Any:
     require_float(x, "input", "F.silu")
     wide = widened(x)
@@ -265,7 +266,7 @@ def _mish_jvp(primals: tuple, tangents: tuple) -> tuple[Any, Any]:
     return _mish_of(x), slope * dx
 
 
-@jax.jit
+@compiled
 def _mish(x: Any) -> Any:
     require_real_float(x, "input", "F.mish")
     return _mish_of(widened(x)).astype(x.dtype)
@@ -288,7 +289,7 @@ def mish(input: ArrayLike, inplace: bool = False) -> jax.Array:
     return _mish(array(input, "input", "F.mish"))
 
 
-@jax.jit
+@compiled
 def _hardsigmoid(x: Any) -> Any:
     require_real_float(x, "input", "F.hardsigmoid")
     wide = widened(x)
@@ -318,7 +319,7 @@ def hardsigmoid(input: ArrayLike, inplace: bool = False) -> jax.Array:
     return _hardsigmoid(array(input, "input", "F.hardsigmoid"))
 
 
-@jax.jit
+@compiled
 def _hardswish(x: Any) -> Any:
     require_real_float(x, "input", "F.hardswish")
     wide = widened(x)
@@ -348,7 +349,7 @@ def hardswish(input: ArrayLike, inplace: bool = False) -> jax.Array:
     return _hardswish(array(input, "input", "F.hardswish"))
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+@functools.partial(compiled, static_argnums=(1, 2, 3))
 def _shrunk(x: Any, lambd: float, shift: float, function: str) -> Any:
     require_real_float(x, "input", function)
     rest = jnp.where(x == x, jnp.zeros((), x.dtype), lax.stop_gradient(x))  # NaN stays NaN
@@ -400,7 +401,7 @@ def softshrink(input: ArrayLike, lambd: float = 0.5) -> jax.Array:
     return _shrunk(array(input, "input", "F.softshrink"), lambd, lambd, "F.softshrink")
 
 
-@functools.partial(jax.jit, static_argnums=1)
+@functools.partial(compiled, static_argnums=1)
 def _glu(x: Any, dim: int) -> Any:
     require_real_float(x, "input", "F.glu")
     if x.ndim == 0:

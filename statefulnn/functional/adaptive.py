@@ -11,6 +11,7 @@ from jax import lax
 
 from statefulnn.functional._autocast import Rule, ruled
 from statefulnn.functional._checks import require_same_dtype, widened
+from statefulnn.functional._compiled import compiled
 from statefulnn.functional.cross_entropy import losses_of_classes
 
 
@@ -27,7 +28,7 @@ def _head_logits(x: Any, head: tuple[Any, Any]) -> Any:
     return logits if bias is None else logits + bias.astype(logits.dtype)
 
 
-@functools.partial(jax.jit, static_argnums=4)
+@functools.partial(compiled, static_argnums=4)
 @ruled(Rule.FLOAT32)
 def log_prob_of_targets(
     x: jax.Array, target: jax.Array, head: Any, tail: Any, cutoffs: tuple[int, ...]
@@ -71,14 +72,14 @@ def _all_log_probs(x: Any, head: Any, tail: Any, first: int) -> Any:
     return jnp.concatenate(parts, 1)
 
 
-@functools.partial(jax.jit, static_argnums=3)
+@functools.partial(compiled, static_argnums=3)
 @ruled(Rule.FLOAT32)
 def log_prob(x: jax.Array, head: Any, tail: Any, first: int) -> jax.Array:
     """Return the log-probabilities of all classes, ``(N, n_classes)``; arguments as above."""
     return _all_log_probs(x, head, tail, first).astype(x.dtype)
 
 
-@functools.partial(jax.jit, static_argnums=3)
+@functools.partial(compiled, static_argnums=3)
 @ruled(Rule.FLOAT32)
 def predict(x: jax.Array, head: Any, tail: Any, first: int) -> jax.Array:
     """Return the most probable class of each row, ``(N,)``; arguments as above."""

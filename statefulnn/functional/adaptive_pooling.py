@@ -15,6 +15,7 @@ from jax.typing import ArrayLike
 
 from statefulnn.functional import _pool_lowering as lowering
 from statefulnn.functional._checks import array, numbers, rank_advice, shape_error, widened
+from statefulnn.functional._compiled import compiled
 from statefulnn.functional.pooling import require_kind
 
 Size = int | Sequence[int]
@@ -70,7 +71,7 @@ def _even(x: Any, outs: tuple[int, ...]) -> bool:
     return all(out and size % out == 0 for size, out in zip(sizes, outs, strict=True))
 
 
-@functools.partial(jax.jit, static_argnums=1)
+@functools.partial(compiled, static_argnums=1)
 def _avg_kernel(x: Any, outs: tuple[int, ...]) -> Any:
     n, lead = len(outs), x.shape[: x.ndim - len(outs)]
     total = widened(x)
@@ -157,7 +158,7 @@ def _places(x: Any, axis: int, out: int) -> Any:
     return jnp.stack(found, x.ndim + axis)
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2))
+@functools.partial(compiled, static_argnums=(1, 2))
 def _max_kernel(x: Any, outs: tuple[int, ...], with_indices: bool) -> Any:
     n = len(outs)
     sizes = x.shape[x.ndim - n :]

@@ -29,6 +29,7 @@ from statefulnn.functional._checks import (
     shape_error,
     widened,
 )
+from statefulnn.functional._compiled import compiled
 from statefulnn.functional.dropout import kept_factors
 
 # What a kernel gives.
@@ -289,7 +290,7 @@ def attend_by_platform(
 # The function
 
 
-@functools.partial(jax.jit, static_argnums=(7, 8))
+@functools.partial(compiled, static_argnums=(7, 8))
 @ruled(Rule.LOW)
 def _attention(
     query: Any,

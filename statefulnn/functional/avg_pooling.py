@@ -14,10 +14,11 @@ from jax.typing import ArrayLike
 
 from statefulnn.functional import _pool_lowering as lowering
 from statefulnn.functional._checks import shape_error
+from statefulnn.functional._compiled import compiled
 from statefulnn.functional.pooling import Size, require_kind, spatial, windows_of
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+@functools.partial(compiled, static_argnums=(1, 2, 3))
 def _avg_kernel(x: Any, w: lowering.Windows, count_include_pad: bool, divisor: int | None) -> Any:
     return average(x, w, count_include_pad, divisor).astype(x.dtype)
 

@@ -21,6 +21,7 @@ from statefulnn.functional._checks import (
     shape_error,
     widened,
 )
+from statefulnn.functional._compiled import compiled
 from statefulnn.functional._standardised import axis_size, standardised
 
 # --------------------------------------------------------------------------------------------------
@@ -123,7 +124,7 @@ def _per_channel(v: Any, like: Any) -> Any:
     return None if v is None else v.astype(like.dtype).reshape(1, -1, *(1,) * (like.ndim - 2))
 
 
-@functools.partial(jax.jit, static_argnums=(5, 6))
+@functools.partial(compiled, static_argnums=(5, 6))
 def _by_running_statistics(
     x: Any, mean: Any, var: Any, weight: Any, bias: Any, eps: float, function: str
 ) -> Any:
@@ -154,7 +155,7 @@ def _counted(tracked: Any) -> Any:
     return jnp.minimum(tracked, last) + one
 
 
-@functools.partial(jax.jit, static_argnums=(6, 7, 8, 9))
+@functools.partial(compiled, static_argnums=(6, 7, 8, 9))
 def _by_batch_statistics(
     x: Any,
     mean: Any,
@@ -200,7 +201,7 @@ def _by_batch_statistics(
     return out.astype(x.dtype), mean, var, tracked
 
 
-@functools.partial(jax.jit, static_argnums=(5, 6, 7))
+@functools.partial(compiled, static_argnums=(5, 6, 7))
 def _by_own_statistics(
     x: Any, mean: Any, var: Any, weight: Any, bias: Any, momentum: float, eps: float, function: str
 ) -> tuple[Any, Any, Any]:

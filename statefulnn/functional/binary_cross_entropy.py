@@ -20,6 +20,7 @@ from statefulnn.functional._checks import (
     shape_advice,
     shape_error,
 )
+from statefulnn.functional._compiled import compiled
 from statefulnn.functional._losses import broadcast_shape, together
 
 
@@ -67,7 +68,7 @@ def _entropy_of_logits_jvp(primals: Any, tangents: Any) -> tuple[Any, Any]:
 _entropy_of_logits.defjvp(_entropy_of_logits_jvp, symbolic_zeros=True)
 
 
-@functools.partial(jax.jit, static_argnums=3)
+@functools.partial(compiled, static_argnums=3)
 def _binary_cross_entropy(input: Any, target: Any, weight: Any, reduction: str) -> Any:
     function = "F.binary_cross_entropy"
     _check_same_shape(input, target, weight, function)
@@ -144,7 +145,7 @@ def binary_cross_entropy(
     return _binary_cross_entropy(x, y, w, reduction)
 
 
-@functools.partial(jax.jit, static_argnums=4)
+@functools.partial(compiled, static_argnums=4)
 def _binary_cross_entropy_with_logits(
     input: Any, target: Any, weight: Any, pos_weight: Any, reduction: str
 ) -> Any:
@@ -203,7 +204,7 @@ def binary_cross_entropy_with_logits(
     return _binary_cross_entropy_with_logits(x, y, w, p, reduction)
 
 
-@functools.partial(jax.jit, static_argnums=3)
+@functools.partial(compiled, static_argnums=3)
 def _multilabel_soft_margin(input: Any, target: Any, weight: Any, reduction: str) -> Any:
     function = "F.multilabel_soft_margin_loss"
     if not input.ndim:
@@ -258,7 +259,7 @@ def multilabel_soft_margin_loss(
     return _multilabel_soft_margin(x, y, w, reduction)
 
 
-@functools.partial(jax.jit, static_argnums=2)
+@functools.partial(compiled, static_argnums=2)
 def _soft_margin(input: Any, target: Any, reduction: str) -> Any:
     dtype, x, y = together("F.soft_margin_loss", input=input, target=target)
     return reduced(-jax.nn.log_sigmoid(x * y), reduction).astype(dtype)

@@ -21,6 +21,7 @@ from statefulnn.functional._checks import (
     require_same_dtype,
     shape_error,
 )
+from statefulnn.functional._compiled import compiled
 from statefulnn.functional._conv_lowering import convolve, repeated_on_cpu
 from statefulnn.functional.padding import BORDERS, check_border, continued
 
@@ -35,7 +36,7 @@ def static(value: Any) -> Any:
     return tuple(value)
 
 
-@functools.partial(jax.jit, static_argnums=(3, 4, 5, 6, 7, 8))
+@functools.partial(compiled, static_argnums=(3, 4, 5, 6, 7, 8))
 @ruled(Rule.LOW)
 def _conv(
     x: Any,
@@ -324,7 +325,7 @@ def conv3d(
     return conv_nd(3, input, weight, bias, stride, padding, dilation, groups)
 
 
-@functools.partial(jax.jit, static_argnums=3)
+@functools.partial(compiled, static_argnums=3)
 def _conv_tbc(x: Any, weight: Any, bias: Any, pad: int) -> Any:
     given = f"F.conv_tbc was given input of shape {x.shape} and weight of shape {weight.shape}"
     require_rank(x, (3,), "input", "F.conv_tbc", "(T, N, C)")

@@ -17,6 +17,7 @@ from statefulnn.functional._checks import (
     require_same_dtype,
     shape_error,
 )
+from statefulnn.functional._compiled import compiled
 from statefulnn.functional._conv_lowering import convolve_transposed, repeated_on_cpu
 from statefulnn.functional.conv import (
     check_axes,
@@ -28,7 +29,7 @@ from statefulnn.functional.conv import (
 )
 
 
-@functools.partial(jax.jit, static_argnums=(3, 4, 5, 6, 7, 8))
+@functools.partial(compiled, static_argnums=(3, 4, 5, 6, 7, 8))
 @ruled(Rule.LOW)
 def _conv_transpose(
     x: Any,

@@ -21,6 +21,7 @@ from statefulnn.functional._checks import (
     shape_error,
     widened,
 )
+from statefulnn.functional._compiled import compiled
 from statefulnn.functional._losses import together
 
 # --------------------------------------------------------------------------------------------------
@@ -209,7 +210,7 @@ def check_classes(
 # Cross entropy
 
 
-@functools.partial(jax.jit, static_argnums=(3, 4, 5))
+@functools.partial(compiled, static_argnums=(3, 4, 5))
 def _cross_entropy_indices(
     input: Any,
     target: Any,
@@ -256,7 +257,7 @@ def losses_of_classes(
     return loss, jnp.broadcast_to(share, loss.shape)
 
 
-@functools.partial(jax.jit, static_argnums=(3, 4))
+@functools.partial(compiled, static_argnums=(3, 4))
 def _cross_entropy_probabilities(
     input: Any, target: Any, weight: Any, reduction: str, smoothing: float
 ) -> Any:
@@ -358,7 +359,7 @@ def cross_entropy(
 # Negative log likelihood
 
 
-@functools.partial(jax.jit, static_argnums=(3, 4))
+@functools.partial(compiled, static_argnums=(3, 4))
 def _nll(input: Any, target: Any, weight: Any, ignore_index: int, reduction: str) -> Any:
     function = "F.nll_loss"
     _check_logits_and_weight(input, weight, function)

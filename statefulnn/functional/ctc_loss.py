@@ -22,12 +22,13 @@ from statefulnn.functional._checks import (
     shape_error,
     widened,
 )
+from statefulnn.functional._compiled import compiled
 
 # The logarithm of 0, finite so that differences of two of them and their derivatives are numbers.
 NEVER = -1e30
 
 
-@functools.partial(jax.jit, static_argnums=(4, 5, 6, 7))
+@functools.partial(compiled, static_argnums=(4, 5, 6, 7))
 def _ctc(
     log_probs: Any,
     targets: Any,

@@ -22,6 +22,7 @@ from statefulnn.functional._checks import (
     shape_error,
     widened,
 )
+from statefulnn.functional._compiled import compiled
 from statefulnn.functional._losses import signum, together
 
 
@@ -103,7 +104,7 @@ def _degree(p: Any, function: str) -> float:
         ) from None
 
 
-@functools.partial(jax.jit, static_argnums=(2, 3))
+@functools.partial(compiled, static_argnums=(2, 3))
 def _cosine_similarity(x1: Any, x2: Any, dim: int, eps: float) -> Any:
     dtype, x1, x2 = together("F.cosine_similarity", x1=x1, x2=x2)
     x1, x2 = jnp.broadcast_arrays(x1, x2)
@@ -146,7 +147,7 @@ def cosine_similarity(x1: ArrayLike, x2: ArrayLike, dim: int = 1, eps: float = 1
     return _cosine_similarity(a, array(x2, "x2", "F.cosine_similarity"), dim, eps)
 
 
-@functools.partial(jax.jit, static_argnums=(2, 3, 4))
+@functools.partial(compiled, static_argnums=(2, 3, 4))
 def _pairwise_distance(x1: Any, x2: Any, p: float, eps: float, keepdim: bool) -> Any:
     dtype, x1, x2 = together("F.pairwise_distance", x1=x1, x2=x2)
     difference = x1 - x2 + eps
@@ -218,7 +219,7 @@ def _all_pairs_jvp(p: float, primals: tuple, tangents: tuple) -> tuple[Any, Any]
     return out, jnp.sum(slope * (dx[:, None] - dx[None]), -1)
 
 
-@functools.partial(jax.jit, static_argnums=1)
+@functools.partial(compiled, static_argnums=1)
 def _pdist(x: Any, p: float) -> Any:
     function = "F.pdist"
     require_rank(x, (2,), "input", function, "(N, D)")
@@ -266,7 +267,7 @@ def pdist(input: ArrayLike, p: float = 2.0) -> jax.Array:
     return _pdist(array(input, "input", "F.pdist"), _degree(p, "F.pdist"))
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+@functools.partial(compiled, static_argnums=(1, 2, 3))
 def _normalize(x: Any, p: float, dim: Any, eps: float) -> Any:
     function = "F.normalize"
     require_float(x, "input", function)

@@ -14,6 +14,7 @@ from jax.typing import ArrayLike, DTypeLike
 from statefulnn.core.errors import ArgumentError, explain
 from statefulnn.core.threefry import traced_unit
 from statefulnn.functional._checks import array, require_float, require_real_float, shape_error
+from statefulnn.functional._compiled import compiled
 from statefulnn.functional._random import drawing
 from statefulnn.functional.rectifier import SELU_ALPHA, SELU_SCALE
 
@@ -69,7 +70,7 @@ _channel_dropout = drawing(_channels_kernel, static_argnums=(3,))
 _alpha_dropout = drawing(_alpha_kernel, static_argnums=(3,))
 
 
-@jax.jit
+@compiled
 def _all_dropped(x: Any) -> Any:
     return x * jnp.zeros((), x.dtype)
 

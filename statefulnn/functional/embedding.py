@@ -13,6 +13,7 @@ from jax.typing import ArrayLike
 from statefulnn.core.box import Box
 from statefulnn.core.errors import DtypeError, StateWriteError, explain
 from statefulnn.functional._checks import array, concrete_on_cpu, require_rank
+from statefulnn.functional._compiled import compiled
 
 
 def rows_of(input: jax.Array, weight: jax.Array, by_frequency: bool) -> jax.Array:
@@ -41,7 +42,7 @@ def _(primals: tuple, tangents: tuple) -> tuple[Any, Any]:
     return primals[0], tangents[0] / primals[1]
 
 
-@functools.partial(jax.jit, static_argnums=(2, 3))
+@functools.partial(compiled, static_argnums=(2, 3))
 def _embedding(input: Any, weight: Any, padding_idx: int | None, by_frequency: bool) -> Any:
     out = rows_of(input, weight, by_frequency)
     if padding_idx is not None:
@@ -50,7 +51,7 @@ def _embedding(input: Any, weight: Any, padding_idx: int | None, by_frequency: b
     return out
 
 
-@functools.partial(jax.jit, static_argnums=(2, 3))
+@functools.partial(compiled, static_argnums=(2, 3))
 def _renormalised(input: Any, weight: Any, max_norm: float, norm_type: float) -> Any:
     table = lax.stop_gradient(weight)
     norm = jnp.linalg.norm(table, ord=norm_type, axis=1, keepdims=True)

@@ -20,6 +20,7 @@ from statefulnn.functional._checks import (
     shape_error,
     widened,
 )
+from statefulnn.functional._compiled import compiled
 from statefulnn.functional.embedding import renormalise, rows_of
 
 
@@ -49,7 +50,7 @@ def _counted_rows(index: Any, table: Any, factors: Any, counted: Any, by_frequen
     return rows * jnp.where(counted, factors, 0).astype(rows.dtype)[..., None]
 
 
-@functools.partial(jax.jit, static_argnums=(4, 5, 6, 7))
+@functools.partial(compiled, static_argnums=(4, 5, 6, 7))
 def _embedding_bag(
     input: Any,
     table: Any,

@@ -13,6 +13,7 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from statefulnn.functional._checks import array, numbers, shape_error
+from statefulnn.functional._compiled import compiled
 from statefulnn.functional.conv import static
 
 
@@ -52,7 +53,7 @@ def _places(size: Any, kernel: Any, dilation: Any, padding: Any, stride: Any) ->
     ]
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
+@functools.partial(compiled, static_argnums=(1, 2, 3, 4))
 def _unfold(x: Any, kernel: Any, dilation: Any, padding: Any, stride: Any) -> Any:
     # Checked here, where the code runs once for each combination of shapes: an eager call like an
     # earlier one pays nothing for it.
@@ -120,7 +121,7 @@ def unfold(
     return _unfold(x, static(kernel_size), static(dilation), static(padding), static(stride))
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4, 5))
+@functools.partial(compiled, static_argnums=(1, 2, 3, 4, 5))
 def _fold(x: Any, size: Any, kernel: Any, dilation: Any, padding: Any, stride: Any) -> Any:
     size = _pair(size, "output_size", "F.fold")
     kernel, dilation, padding, stride = _geometry(kernel, dilation, padding, stride, "F.fold")

@@ -18,6 +18,7 @@ from statefulnn.core.errors import DtypeError, explain
 from statefulnn.core.generator import advance, drawing_generator
 from statefulnn.functional import _pool_lowering as lowering
 from statefulnn.functional._checks import array, numbers, shape_error, widened
+from statefulnn.functional._compiled import compiled
 from statefulnn.functional.pooling import Size, require_kind, spatial
 
 Static = tuple[tuple[int, ...], tuple[int, ...], bool]  # kernel, outs, whether indices are wanted
@@ -66,7 +67,7 @@ def _fractional(x: Any, samples: Any, static: Static) -> Any:
     return (value, index.astype(lowering.index_dtype()).reshape(shape)) if with_indices else value
 
 
-@functools.partial(jax.jit, static_argnums=2)
+@functools.partial(compiled, static_argnums=2)
 def _with_samples(x: Any, samples: Any, static: Static) -> Any:
     return _fractional(x, samples, static)
 
@@ -77,12 +78,12 @@ def _drawn(x: Any, key: Any, static: Static) -> Any:
     return _fractional(x, jax.random.uniform(key, (*lead, n)), static)
 
 
-@functools.partial(jax.jit, static_argnums=2)
+@functools.partial(compiled, static_argnums=2)
 def _with_key(x: Any, key: Any, static: Static) -> Any:
     return _drawn(x, key, static)
 
 
-@functools.partial(jax.jit, static_argnums=2)
+@functools.partial(compiled, static_argnums=2)
 def _and_advance(x: Any, state: Any, static: Static) -> tuple[Any, Any]:
     key, state = advance(state)
     return _drawn(x, key, static), state

@@ -25,6 +25,7 @@ from statefulnn.functional._checks import (
     shape_error,
     widened,
 )
+from statefulnn.functional._compiled import compiled
 
 INTERPOLATIONS = ("bilinear", "nearest", "bicubic")
 PADDINGS = ("zeros", "border", "reflection")
@@ -119,7 +120,7 @@ def _taps(at: Any, size: int, mode: str, padding_mode: str, align_corners: bool,
     return [(low, low + 1 - at), (low + 1, at - low)]
 
 
-@functools.partial(jax.jit, static_argnums=(2, 3, 4))
+@functools.partial(compiled, static_argnums=(2, 3, 4))
 def _grid_sample(x: Any, grid: Any, mode: str, padding_mode: str, align_corners: bool) -> Any:
     _check(x, grid, mode)
     sizes = x.shape[2:]
@@ -252,7 +253,7 @@ def grid_sample(
     )
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2))
+@functools.partial(compiled, static_argnums=(1, 2))
 def _affine_grid(theta: Any, size: tuple[int, ...], align_corners: bool) -> Any:
     spatial = len(size) - 2
     if not is_float(theta.dtype):

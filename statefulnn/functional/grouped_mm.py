@@ -12,9 +12,10 @@ from jax.typing import ArrayLike, DTypeLike
 
 from statefulnn.core.errors import DtypeError, explain
 from statefulnn.functional._checks import array, require_float, require_same_dtype, shape_error
+from statefulnn.functional._compiled import compiled
 
 
-@jax.jit
+@compiled
 def _grouped_mm(a: Any, b: Any, offs: Any) -> Any:
     _check(a, b, offs)
     if offs is None:

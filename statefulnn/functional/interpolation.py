@@ -14,6 +14,7 @@ from jax.typing import ArrayLike
 
 from statefulnn.core.errors import DtypeError, explain, user_stack_level
 from statefulnn.functional._checks import LOW_PRECISION, array, is_float, shape_error
+from statefulnn.functional._compiled import compiled
 from statefulnn.functional._resampling import (
     How,
     along_axis,
@@ -34,7 +35,7 @@ Size = int | Sequence[int] | None
 Factor = float | Sequence[float] | None
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4, 5, 6))
+@functools.partial(compiled, static_argnums=(1, 2, 3, 4, 5, 6))
 def _interpolate(
     x: Any,
     size: Any,

@@ -12,10 +12,11 @@ from jax.typing import ArrayLike
 
 from statefulnn.core.errors import user_stack_level
 from statefulnn.functional._checks import array, reduced, reduction_of
+from statefulnn.functional._compiled import compiled
 from statefulnn.functional._losses import together
 
 
-@functools.partial(jax.jit, static_argnums=(2, 3))
+@functools.partial(compiled, static_argnums=(2, 3))
 def _kl_div(input: Any, target: Any, reduction: str, log_target: bool) -> Any:
     dtype, x, y = together("F.kl_div", input=input, target=target)
     if log_target:

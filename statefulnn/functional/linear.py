@@ -14,6 +14,7 @@ from jax.typing import ArrayLike
 
 from statefulnn.functional._autocast import Rule, ruled
 from statefulnn.functional._checks import array, require_rank, require_same_dtype, shape_error
+from statefulnn.functional._compiled import compiled
 
 
 def _product(x: Any, weight: Any) -> Any:
@@ -40,7 +41,7 @@ def _(primals: tuple, tangents: tuple) -> tuple[Any, Any]:
     return out, sum(terms[1:], terms[0]) if terms else jnp.zeros_like(out)
 
 
-@jax.jit
+@compiled
 @ruled(Rule.LOW)
 def _linear(input: Any, weight: Any, bias: Any) -> Any:
     # Checked here, where the code runs once for each combination of shapes and dtypes: an eager call
@@ -123,7 +124,7 @@ def _refuse_linear(x: Any, w: Any, b: Any) -> None:
     )
 
 
-@jax.jit
+@compiled
 def _bilinear(input1: Any, input2: Any, weight: Any, bias: Any) -> Any:
     batch = input1.shape[:-1]
     left = input1.reshape(-1, input1.shape[-1])  # (N, I)

@@ -22,6 +22,7 @@ from statefulnn.functional._checks import (
     require_same_dtype,
     shape_error,
 )
+from statefulnn.functional._compiled import compiled
 from statefulnn.functional.cross_entropy import (
     check_classes,
     cross_entropy,
@@ -147,7 +148,7 @@ def _sums_in(options: LinearCrossEntropyOptions, dtype: Any) -> tuple[Any, bool]
     return acc_dtype, policy != "compact"
 
 
-@functools.partial(jax.jit, static_argnums=(5, 6, 7, 8, 9, 10))
+@functools.partial(compiled, static_argnums=(5, 6, 7, 8, 9, 10))
 def _chunked(
     input: Any,
     linear_weight: Any,
@@ -193,7 +194,7 @@ def _chunked(
     return weighted(sums[0], sums[1], reduction).astype(dtype)
 
 
-@functools.partial(jax.jit, static_argnums=(5, 6, 7, 8))
+@functools.partial(compiled, static_argnums=(5, 6, 7, 8))
 def _whole(
     input: Any,
     linear_weight: Any,

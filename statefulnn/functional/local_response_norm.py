@@ -12,6 +12,7 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from statefulnn.functional._checks import array, require_real_float, shape_error, widened
+from statefulnn.functional._compiled import compiled
 
 # Up to this many neighbours a sum of shifted arrays, which XLA fuses, beats a moving window.
 _UNROLLED = 16
@@ -38,7 +39,7 @@ def _powered(scale: Any, beta: float) -> Any:
     return lax.pow(scale, jnp.asarray(beta, scale.dtype))
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
+@functools.partial(compiled, static_argnums=(1, 2, 3, 4))
 def _local_response_norm(x: Any, size: int, alpha: float, beta: float, k: float) -> Any:
     if x.ndim < 3:
         raise shape_error(
@@ -91,7 +92,7 @@ def local_response_norm(
     return _local_response_norm(x, size, alpha, beta, k)
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
+@functools.partial(compiled, static_argnums=(1, 2, 3, 4))
 def _cross_map_lrn2d(x: Any, size: int, alpha: float, beta: float, k: float) -> Any:
     if x.ndim != 4:
         raise shape_error(

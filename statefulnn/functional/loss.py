@@ -20,10 +20,11 @@ from statefulnn.functional._checks import (
     reduction_of,
     shape_error,
 )
+from statefulnn.functional._compiled import compiled
 from statefulnn.functional._losses import absolute, require_shape, together, warn_of_broadcast
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 5, 6))
+@functools.partial(compiled, static_argnums=(0, 1, 5, 6))
 def _of_difference(
     function: str,
     loss_of: Callable[[Any], Any],
@@ -247,7 +248,7 @@ def huber_loss(
     return _of_difference(function, _huber_of(float(delta)), x, y, w, reduction, False)
 
 
-@functools.partial(jax.jit, static_argnums=(2, 3, 4, 5))
+@functools.partial(compiled, static_argnums=(2, 3, 4, 5))
 def _poisson_nll(
     input: Any, target: Any, log_input: bool, full: bool, eps: float, reduction: str
 ) -> Any:
@@ -304,7 +305,7 @@ def poisson_nll_loss(
     return _poisson_nll(x, y, bool(log_input), bool(full), float(eps), reduction)
 
 
-@functools.partial(jax.jit, static_argnums=(3, 4, 5))
+@functools.partial(compiled, static_argnums=(3, 4, 5))
 def _gaussian_nll(input: Any, target: Any, var: Any, full: bool, eps: float, reduction: str) -> Any:
     function = "F.gaussian_nll_loss"
     dtype, x, y = together(function, input=input, target=target)

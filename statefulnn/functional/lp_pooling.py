@@ -14,13 +14,14 @@ from jax.typing import ArrayLike
 from statefulnn.core.errors import explain
 from statefulnn.functional import _pool_lowering as lowering
 from statefulnn.functional._checks import widened
+from statefulnn.functional._compiled import compiled
 from statefulnn.functional._losses import absolute, signum
 from statefulnn.functional.avg_pooling import average
 from statefulnn.functional.pooling import Size, require_kind, spatial, windows_of
 from statefulnn.functional.rectifier import relu
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2))
+@functools.partial(compiled, static_argnums=(1, 2))
 def _lp_kernel(x: Any, norm_type: float, w: lowering.Windows) -> Any:
     if norm_type == np.inf:
         return lowering.largest(absolute(x), w)

@@ -19,11 +19,12 @@ from statefulnn.functional._checks import (
     shape_error,
     widened,
 )
+from statefulnn.functional._compiled import compiled
 from statefulnn.functional._losses import hinge, together
 from statefulnn.functional.cross_entropy import check_classes, picked
 
 
-@functools.partial(jax.jit, static_argnums=(3, 4))
+@functools.partial(compiled, static_argnums=(3, 4))
 def _margin_ranking(input1: Any, input2: Any, target: Any, margin: float, reduction: str) -> Any:
     function = "F.margin_ranking_loss"
     if not input1.ndim == input2.ndim == target.ndim:
@@ -78,7 +79,7 @@ def margin_ranking_loss(
     return _margin_ranking(a, b, y, float(margin), reduction)
 
 
-@functools.partial(jax.jit, static_argnums=(2, 3))
+@functools.partial(compiled, static_argnums=(2, 3))
 def _hinge_embedding(input: Any, target: Any, margin: float, reduction: str) -> Any:
     dtype, x, y = together("F.hinge_embedding_loss", input=input, target=target)
     # A target that is neither 1 nor -1 counts as both, as in torch.
@@ -125,7 +126,7 @@ def hinge_embedding_loss(
     return _hinge_embedding(x, y, float(margin), reduction)
 
 
-@functools.partial(jax.jit, static_argnums=(3, 4))
+@functools.partial(compiled, static_argnums=(3, 4))
 def _cosine_embedding(input1: Any, input2: Any, target: Any, margin: float, reduction: str) -> Any:
     function = "F.cosine_embedding_loss"
     rank = target.ndim + 1
@@ -214,7 +215,7 @@ def _check_integers(y: Any, function: str) -> None:
         )
 
 
-@functools.partial(jax.jit, static_argnums=(2, 3, 5))
+@functools.partial(compiled, static_argnums=(2, 3, 5))
 def _multi_margin(
     input: Any, target: Any, p: int, margin: float, weight: Any, reduction: str
 ) -> Any:
@@ -316,7 +317,7 @@ def check_p(p: float, function: str) -> None:
         )
 
 
-@functools.partial(jax.jit, static_argnums=2)
+@functools.partial(compiled, static_argnums=2)
 def _multilabel_margin(input: Any, target: Any, reduction: str) -> Any:
     function = "F.multilabel_margin_loss"
     _check_scores(input, function)

@@ -24,6 +24,7 @@ from statefulnn.functional._checks import (
     shape_error,
     widened,
 )
+from statefulnn.functional._compiled import compiled
 from statefulnn.functional.attention import (
     Form,
     attend_by_platform,
@@ -69,7 +70,7 @@ class _Arrays(NamedTuple):
     padding_mask: Any
 
 
-@functools.partial(jax.jit, static_argnums=5)
+@functools.partial(compiled, static_argnums=5)
 @ruled(Rule.LOW)
 def _multi_head(
     query: Any, arrays: _Arrays, rng: Any, state: Any, p: Any, options: _Options

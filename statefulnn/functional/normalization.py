@@ -20,6 +20,7 @@ from statefulnn.functional._checks import (
     shape_error,
     widened,
 )
+from statefulnn.functional._compiled import compiled
 from statefulnn.functional._standardised import standardised
 
 
@@ -62,7 +63,7 @@ def _like(wide: Any, factor: Any, shape: tuple[int, ...]) -> Any:
     return None if factor is None else factor.astype(wide.dtype).reshape(shape)
 
 
-@functools.partial(jax.jit, static_argnums=(3, 4))
+@functools.partial(compiled, static_argnums=(3, 4))
 @ruled(Rule.FLOAT32)
 def _layer_norm(x: Any, weight: Any, bias: Any, shape: tuple[int, ...], eps: float) -> Any:
     _require_last_axes("F.layer_norm", x, shape, weight, bias)
@@ -111,7 +112,7 @@ def layer_norm(
     return _layer_norm(x, w, b, _sizes(normalized_shape, "F.layer_norm"), eps)
 
 
-@functools.partial(jax.jit, static_argnums=(2, 3))
+@functools.partial(compiled, static_argnums=(2, 3))
 @ruled(Rule.FLOAT32)
 def _rms_norm(x: Any, weight: Any, shape: tuple[int, ...], eps: float | None) -> Any:
     _require_last_axes("F.rms_norm", x, shape, weight, None)
@@ -188,7 +189,7 @@ def _require_groups(x: Any, groups: int, weight: Any, bias: Any) -> None:
     require_same_or_wider("F.group_norm", input=x, weight=weight, bias=bias)
 
 
-@functools.partial(jax.jit, static_argnums=(3, 4))
+@functools.partial(compiled, static_argnums=(3, 4))
 @ruled(Rule.FLOAT32)
 def _group_norm(x: Any, weight: Any, bias: Any, groups: int, eps: float) -> Any:
     _require_groups(x, groups, weight, bias)

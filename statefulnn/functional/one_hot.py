@@ -13,9 +13,10 @@ from jax.typing import ArrayLike
 from statefulnn.core.compat import Tracer
 from statefulnn.core.errors import DtypeError, explain
 from statefulnn.functional._checks import array, concrete_on_cpu, shape_error
+from statefulnn.functional._compiled import compiled
 
 
-@functools.partial(jax.jit, static_argnums=1)
+@functools.partial(compiled, static_argnums=1)
 def _one_hot(x: Any, num_classes: int) -> Any:
     dtype = jax.dtypes.canonicalize_dtype(np.int64)
     return (x[..., None] == jnp.arange(num_classes, dtype=x.dtype)).astype(dtype)

@@ -16,6 +16,7 @@ from jax.typing import ArrayLike
 from statefulnn.core.compat import Tracer
 from statefulnn.core.errors import DtypeError, explain
 from statefulnn.core.placement import resolve_device, supported
+from statefulnn.functional._compiled import compiled
 
 
 class _Fields(NamedTuple):
@@ -225,7 +226,7 @@ def static_integers(values: object, name: str) -> np.ndarray:
     return found.astype(np.int64)
 
 
-@jax.jit
+@compiled
 def _inverse(permutation: Any) -> Any:
     places = jnp.arange(permutation.shape[0], dtype=permutation.dtype)
     return jnp.zeros_like(permutation).at[permutation].set(places, unique_indices=True)
@@ -281,7 +282,7 @@ def places(batch_sizes: Any) -> Places:
     return _places(tuple(np.asarray(batch_sizes).tolist()))
 
 
-@jax.jit
+@compiled
 def _padded(data: Any, index: Any, value: Any) -> Any:
     # A gather that reads outside the data gives the value for padding, and its derivative is none.
     return (
@@ -303,7 +304,7 @@ def padded_data(data: jax.Array, batch_sizes: Any, padding_value: Any = None) ->
     return _padded(data, places(batch_sizes).packed, value)
 
 
-@jax.jit
+@compiled
 def _taken(x: Any, index: Any) -> Any:
     return jnp.take(x.reshape(-1, *x.shape[2:]), index, axis=0, unique_indices=True, mode="clip")
 
@@ -313,7 +314,7 @@ def packed_data(x: jax.Array, batch_sizes: Any) -> jax.Array:
     return _taken(x, places(batch_sizes).padded)
 
 
-@functools.partial(jax.jit, static_argnums=2)
+@functools.partial(compiled, static_argnums=2)
 def _along(x: Any, indices: Any, axis: int) -> Any:
     return jax.tree.map(lambda s: jnp.take(s, indices, axis=axis), x)
 

@@ -16,6 +16,7 @@ from jax.typing import ArrayLike
 
 from statefulnn.core.errors import DtypeError, explain
 from statefulnn.functional._checks import array, shape_error
+from statefulnn.functional._compiled import compiled
 
 BORDERS = ("reflect", "replicate", "circular")
 
@@ -82,7 +83,7 @@ def _repeated(x: Any, axis: int, times: int) -> Any:
     return jnp.broadcast_to(x, (*x.shape[:axis], times, *x.shape[axis + 1 :]))
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2))
+@functools.partial(compiled, static_argnums=(1, 2))
 def _pad(x: Any, pad: Sequence[int], mode: str, value: Any) -> Any:
     # Checked here, where the code runs once for each combination of shapes: an eager call like an
     # earlier one pays nothing for it.

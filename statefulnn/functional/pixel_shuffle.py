@@ -11,6 +11,7 @@ from jax.typing import ArrayLike
 
 from statefulnn.core.errors import DtypeError, explain
 from statefulnn.functional._checks import array, shape_error
+from statefulnn.functional._compiled import compiled
 
 
 def _whole(value: Any, name: str, function: str) -> int:
@@ -36,7 +37,7 @@ def _images(x: Any, function: str) -> None:
         )
 
 
-@functools.partial(jax.jit, static_argnums=1)
+@functools.partial(compiled, static_argnums=1)
 def _pixel_shuffle(x: Any, r: int) -> Any:
     _images(x, "F.pixel_shuffle")
     *batch, c, h, w = x.shape
@@ -78,7 +79,7 @@ def pixel_shuffle(input: ArrayLike, upscale_factor: int) -> jax.Array:
     return _pixel_shuffle(x, _whole(upscale_factor, "upscale_factor", "F.pixel_shuffle"))
 
 
-@functools.partial(jax.jit, static_argnums=1)
+@functools.partial(compiled, static_argnums=1)
 def _pixel_unshuffle(x: Any, r: int) -> Any:
     _images(x, "F.pixel_unshuffle")
     *batch, c, h, w = x.shape
@@ -119,7 +120,7 @@ def pixel_unshuffle(input: ArrayLike, downscale_factor: int) -> jax.Array:
     return _pixel_unshuffle(x, _whole(downscale_factor, "downscale_factor", "F.pixel_unshuffle"))
 
 
-@functools.partial(jax.jit, static_argnums=1)
+@functools.partial(compiled, static_argnums=1)
 def _channel_shuffle(x: Any, groups: int) -> Any:
     if x.ndim < 3:
         raise shape_error(

@@ -13,6 +13,7 @@ from jax.typing import ArrayLike
 from statefulnn.core.errors import DtypeError, explain
 from statefulnn.functional import _pool_lowering as lowering
 from statefulnn.functional._checks import array, numbers, rank_advice, shape_error
+from statefulnn.functional._compiled import compiled
 
 Size = int | Sequence[int]
 
@@ -68,7 +69,7 @@ def windows_of(
     )
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2))
+@functools.partial(compiled, static_argnums=(1, 2))
 def _max_kernel(x: Any, w: lowering.Windows, with_indices: bool) -> Any:
     return lowering.largest_with_index(x, w) if with_indices else lowering.largest(x, w)
 

@@ -24,6 +24,7 @@ from statefulnn.functional._checks import (
     shape_error,
     widened,
 )
+from statefulnn.functional._compiled import compiled
 from statefulnn.functional._random import drawing
 
 
@@ -38,7 +39,7 @@ def _require_ordered(x: Any, function: str) -> None:
         )
 
 
-@jax.jit
+@compiled
 def _relu(x: Any) -> Any:
     _require_ordered(x, "F.relu")
     # NaN is not <= 0 and passes through.
@@ -62,7 +63,7 @@ def relu(input: ArrayLike, inplace: bool = False) -> jax.Array:
     return _relu(array(input, "input", "F.relu"))
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2))
+@functools.partial(compiled, static_argnums=(1, 2))
 def _threshold(x: Any, threshold: float, value: float) -> Any:
     _require_ordered(x, "F.threshold")
     if not jnp.issubdtype(x.dtype, jnp.floating):
@@ -89,7 +90,7 @@ def threshold(input: ArrayLike, threshold: float, value: float, inplace: bool = 
     return _threshold(array(input, "input", "F.threshold"), threshold, value)
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2))
+@functools.partial(compiled, static_argnums=(1, 2))
 def _hardtanh(x: Any, low: float, high: float) -> Any:
     _require_ordered(x, "F.hardtanh")
     if not jnp.issubdtype(x.dtype, jnp.floating):
@@ -156,7 +157,7 @@ def relu6(input: ArrayLike, inplace: bool = False) -> jax.Array:
     return _hardtanh(array(input, "input", "F.relu6"), 0.0, 6.0)
 
 
-@functools.partial(jax.jit, static_argnums=1)
+@functools.partial(compiled, static_argnums=1)
 def _leaky_relu(x: Any, slope: float) -> Any:
     require_real_float(x, "input", "F.leaky_relu")
     return jnp.where(x > 0, x, (widened(x) * slope).astype(x.dtype))
@@ -180,7 +181,7 @@ def leaky_relu(input: ArrayLike, negative_slope: float = 0.01, inplace: bool = F
     return _leaky_relu(array(input, "input", "F.leaky_relu"), negative_slope)
 
 
-@jax.jit
+@compiled
 @ruled(Rule.LOW)
 def _prelu(x: Any, weight: Any) -> Any:
     require_real_float(x, "input", "F.prelu")
@@ -279,7 +280,7 @@ def rrelu(
     return _rrelu(rng, x, lower, upper)
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
+@functools.partial(compiled, static_argnums=(1, 2, 3, 4))
 def _elu(x: Any, alpha: float, scale: float, steepness: float, function: str) -> Any:
     require_real_float(x, "input", function)
     wide = widened(x)

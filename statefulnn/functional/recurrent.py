@@ -30,6 +30,7 @@ from statefulnn.functional._checks import (
     shape_error,
     widened,
 )
+from statefulnn.functional._compiled import compiled
 from statefulnn.functional.dropout import dropped
 
 # --------------------------------------------------------------------------------------------------
@@ -254,7 +255,7 @@ def _direction_jvp(mode: str, reverse: bool, primals: Any, tangents: Any) -> Any
 # The whole network
 
 
-@functools.partial(jax.jit, static_argnames=("mode", "bidirectional", "batch_first", "p"))
+@functools.partial(compiled, static_argnames=("mode", "bidirectional", "batch_first", "p"))
 def _network(
     x: Any,
     hx: Any,
@@ -521,7 +522,7 @@ def _pair(name: str, hx: Any) -> Any:
 # Cells
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(compiled, static_argnums=0)
 def _nn_stamp(
     mode: str, x: Any, h: Any, c: Any, w_ih: Any, w_hh: Any, b_ih: Any, b_hh: Any
 ) -> tuple[Any, Any]:

@@ -13,9 +13,10 @@ from jax.typing import ArrayLike
 
 from statefulnn.core.errors import DtypeError, explain
 from statefulnn.functional._checks import array, dimension, shape_error
+from statefulnn.functional._compiled import compiled
 
 
-@functools.partial(jax.jit, static_argnums=1)
+@functools.partial(compiled, static_argnums=1)
 def _reshape(x: Any, shape: tuple[int, ...]) -> Any:
     return x.reshape(shape)
 

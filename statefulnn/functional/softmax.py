@@ -13,6 +13,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from statefulnn.core.errors import user_stack_level
 from statefulnn.functional._checks import array, dimension, require_real_float, widened
+from statefulnn.functional._compiled import compiled
 from statefulnn.functional._random import drawing
 
 
@@ -56,7 +57,7 @@ def _log_normalised_jvp(axis: int, primals: tuple, tangents: tuple) -> tuple[Any
     return out, dx - jnp.sum(jnp.exp(out) * dx, axis, keepdims=True)
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4, 5))
+@functools.partial(compiled, static_argnums=(1, 2, 3, 4, 5))
 def _softmax(x: Any, dim: int, dtype: Any, log: bool, negative: bool, function: str) -> Any:
     axis = dimension(dim, x.ndim, function)
     if dtype is None:

@@ -12,6 +12,7 @@ from jax.typing import ArrayLike
 
 from statefulnn.core.errors import explain
 from statefulnn.functional._checks import array, reduced, reduction_of, shape_error
+from statefulnn.functional._compiled import compiled
 from statefulnn.functional._losses import hinge, together
 from statefulnn.functional.distance import p_norm
 
@@ -44,7 +45,7 @@ def check_margin(margin: float, function: str) -> None:
         )
 
 
-@functools.partial(jax.jit, static_argnums=(3, 4, 5, 6, 7))
+@functools.partial(compiled, static_argnums=(3, 4, 5, 6, 7))
 def _triplet_margin(
     anchor: Any,
     positive: Any,
@@ -115,7 +116,7 @@ def triplet_margin_loss(
     return _triplet_margin(a, same, other, *numbers, bool(swap), reduction)
 
 
-@functools.partial(jax.jit, static_argnums=(3, 4))
+@functools.partial(compiled, static_argnums=(3, 4))
 def _hinge_of_distances(near: Any, far: Any, swapped: Any, margin: float, reduction: str) -> Any:
     dtype, near, far, swapped = together(
         "F.triplet_margin_with_distance_loss", positive=near, negative=far, swapped=swapped

@@ -14,6 +14,7 @@ from jax.typing import ArrayLike
 
 from statefulnn.core.errors import DtypeError, explain
 from statefulnn.functional._checks import array, concrete_on_cpu, numbers, rank_advice, shape_error
+from statefulnn.functional._compiled import compiled
 from statefulnn.functional.pooling import Size, require_kind
 
 
@@ -33,7 +34,7 @@ def _placed_jvp(size: int, primals: tuple, tangents: tuple) -> tuple[Any, Any]:
     return _placed(x, indices, size), moved
 
 
-@functools.partial(jax.jit, static_argnums=2)
+@functools.partial(compiled, static_argnums=2)
 def _unpool_kernel(x: Any, indices: Any, sizes: tuple[int, ...]) -> Any:
     lead, size = x.shape[: x.ndim - len(sizes)], math.prod(sizes)
     rows = math.prod(lead)

@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any, Never
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
 from statefulnn.core.errors import ArgumentError, CheckpointError, StateDictError, explain
 from statefulnn.core.extras import import_extra
@@ -133,7 +135,8 @@ class Checkpointer:
         )
         silence()
         self._opened: Any = None
-        self._lock: LockFile | None = None
+        self._lock: LockFile | None = None  # of the first of several processes
+        self._writes = False
         self._process = os.getpid()
 
     # ----------------------------------------------------------------------------------------------
@@ -240,6 +243,7 @@ class Checkpointer:
             if manager is not None:
                 with contextlib.suppress(Exception):  # `wait` has raised what there was
                     manager.close()
+            self._writes = False
             if self._lock is not None:
                 self._sweep()
                 self._lock.close()
@@ -399,8 +403,9 @@ class Checkpointer:
                 enable_async_checkpointing=self.asynchronous,
                 # A step that is being deleted would look complete: it is moved away first, then swept away.
                 todelete_subdir=DELETED,
-                # What a killed process left; a living one holds the lock.
-                cleanup_tmp_directories=self._lock is not None and bool(self._lock.held),
+                # What a killed process left; a living one holds the lock, which the first process takes.
+                cleanup_tmp_directories=self._writes
+                and (self._lock is None or bool(self._lock.held)),
             )
             with self._surfacing("open the folder"):
                 if self.folder.is_dir():
@@ -416,23 +421,43 @@ class Checkpointer:
             _inherited.append(
                 self._opened
             )  # what it does when it goes would wait for those threads
-            self._opened = self._lock = None
+            self._opened, self._lock, self._writes = None, None, False
 
     def _own(self) -> None:
         """Take the folder for writing, or raise if another one writes there."""
         self._notice_fork()
-        if self._lock is not None or jax.process_index() != 0:
+        if self._writes:
             return
-        with self._surfacing("lock the folder"):
-            self._lock = lock_of(self.folder)
+        error = None
+        if jax.process_index() == 0:
+            try:
+                with self._surfacing("lock the folder"):
+                    self._lock = lock_of(self.folder)
+            except CheckpointError as raised:
+                error = raised
+        # All processes stop: else the others would wait for this one where orbax opens.
+        stopped = error is not None
+        if jax.process_count() > 1:
+            stopped = bool(multihost_utils.broadcast_one_to_all(np.asarray(stopped)))
+        if stopped:
+            raise error or CheckpointError(
+                explain(
+                    f"saved to {self.folder} from process {jax.process_index()} of several",
+                    "the first process could not take the folder",
+                    "look at the error of process 0",
+                )
+            )
+        self._writes = True
         if self._opened is not None:
-            # It was opened for reading; opened again, it cleans up what a killed process left.
+            # It was opened for reading; opened again, it cleans up what a killed process left. All processes
+            # do so, since they wait for each other where orbax opens and closes.
             self._opened.close()
             self._opened = None
 
     def _sweep(self) -> None:
         """Remove the steps that were moved away to be deleted."""
-        shutil.rmtree(self.folder / DELETED, ignore_errors=True)
+        if jax.process_index() == 0:
+            shutil.rmtree(self.folder / DELETED, ignore_errors=True)
 
     def _check_growing(self, step: int) -> None:
         last = max(self._manager().all_steps(), default=None)

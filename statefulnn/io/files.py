@@ -258,6 +258,16 @@ def _stored(name: str, value: Any) -> np.ndarray:
         raise _unsaved(
             name, f"it is a {kind}, and no array of JAX or numpy: convert it, np.asarray(...)"
         )
+    if isinstance(value, jax.Array) and not (
+        value.is_fully_addressable or value.is_fully_replicated
+    ):
+        raise CheckpointError(
+            explain(
+                f"called nn.save with {name!r}, of which other processes hold parts",
+                "one process writes a file, and has its own part of the array only",
+                "in every process: with nn.Checkpointer(folder) as saver: saver.save(step, model=model)",
+            )
+        )
     array = np.asarray(value)
     counter = name.rpartition(".")[2] == "num_batches_tracked"
     if counter and array.dtype == np.int32:  # torch counts in 64 bits

@@ -25,6 +25,7 @@ from statefulnn.core.generator import Forbidden, Generator, current_generator, s
 from statefulnn.core.ownership import ModuleBase
 from statefulnn.core.plan import Plan, build_plan, count_changes
 from statefulnn.core.pytree import flatten_collecting
+from statefulnn.core.refusals import several_meshes
 from statefulnn.core.tracebacks import shorten
 from statefulnn.transforms.arguments import refuse_what_is_no_array
 from statefulnn.transforms.lift import Signature, call_module, restore_output, write_back
@@ -174,6 +175,9 @@ class Dispatch:
                 if not isinstance(error, StatefulnnError):
                     self._refuse_what_is_no_array(args, kwargs)
                 raise
+            except ValueError as error:
+                self._refuse_other_devices(error, version, [*leaves, *dynamic])
+                raise
             return (
                 out if written is None else self.finish(known, leaves, out, written, args, kwargs)
             )
@@ -267,6 +271,22 @@ class Dispatch:
         if self.function is call_module:
             refuse_what_is_no_array(args[0].forward, args[1:], kwargs)
         refuse_what_is_no_array(self.function, args, kwargs)
+
+    def _refuse_other_devices(
+        self, error: ValueError, version: Version, arrays: Sequence[ArrayLike]
+    ) -> None:
+        meshes = "Mesh for all inputs should be equal" in str(error)
+        if not meshes and "incompatible devices" not in str(error):
+            return
+        labels = version.signature.labels(self.function)
+        places: dict[str, str] = {}
+        for name, x in zip([*labels["leaves"], *labels["dynamic"]], arrays, strict=True):
+            if isinstance(x, jax.Array) and x.committed:
+                mesh = getattr(x.sharding, "mesh", None) if meshes else None
+                place = sorted(d.id for d in x.devices()) if mesh is None else mesh
+                places.setdefault(str(place), name)
+        if len(places) > 1:
+            raise several_meshes([(name, place) for place, name in places.items()]) from None
 
     def _without_statics(
         self, args: tuple, kwargs: dict[str, Any]

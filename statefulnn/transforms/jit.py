@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Concatenate, Generic, ParamSpec, Self, Ty
 
 from statefulnn.core.module import Module
 from statefulnn.core.ownership import ModuleBase
-from statefulnn.core.refusals import no_callable
+from statefulnn.core.refusals import no_callable, sharding_option
 from statefulnn.core.tracebacks import shortened
 from statefulnn.transforms.ahead import Lowered
 from statefulnn.transforms.dispatch import Dispatch
@@ -104,6 +104,7 @@ def jit(
     Raises:
         ValueError: if `fun` has no argument that `static_argnums`, `static_argnames` or `donate` mean, or one
             is to be static and donated.
+        ArgumentError: for `in_shardings` and `out_shardings`: arrays say themselves where they lie.
         StructureChangeError: if the function changes more than arrays.
         TraceLeakError: if it writes to a module that is no argument.
 
@@ -125,6 +126,9 @@ def jit(
             donate=donate,
             **options,
         )
+    for option in ("in_shardings", "out_shardings"):
+        if option in options:
+            raise sharding_option(option)
     numbers = (static_argnums,) if isinstance(static_argnums, int) else tuple(static_argnums)
     names = (static_argnames,) if isinstance(static_argnames, str) else tuple(static_argnames)
     donated = (donate,) if isinstance(donate, int) else tuple(donate)

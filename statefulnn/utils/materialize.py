@@ -17,7 +17,7 @@ from statefulnn.core.box import Box
 from statefulnn.core.compat import EAGER, current_trace
 from statefulnn.core.errors import TraceLeakError, UninitializedParameterError, explain
 from statefulnn.core.generator import current_generator, rng_scope
-from statefulnn.core.module import Module
+from statefulnn.core.module import Module, places_in
 from statefulnn.core.placement import META, DeviceLike, elsewhere, is_meta, resolve_device
 from statefulnn.core.placement import device as device_type
 from statefulnn.core.walk import LEAVE, walk
@@ -89,7 +89,8 @@ def materialize(
         inputs: what it will be called with, arrays or ``jax.ShapeDtypeStruct``; not needed without
             lazy layers.
         device: where parameters on the meta device are put: a device, a ``jax.sharding.Sharding``, a
-            platform's name, or a function ``(name, struct)`` that returns one of these.
+            platform's name, a function ``(name, struct)`` that returns one of these, or an
+            `nn.parallel.Plan`. Without it, where ``module.to(plan)`` has noted that they go.
         kwargs: keyword arguments it will be called with.
 
     Returns:
@@ -250,6 +251,8 @@ def _draw_values(module: Module, device: Any, called: list[Module]) -> None:
         for i, b in boxes.items()
         if i in missing and holders[i] > 1
     ]
+    if hasattr(device, "places"):
+        device = places_in(module, device)
     copies = _Copies(missing, [m for _, m in order])
     for name, m in order:
         for key, box in _own(m).items():
@@ -304,7 +307,11 @@ class _Copies:
     def allocate(self, box: Box, name: str, device: Any) -> None:
         """Put zeros into a box, or the numbers of the one that it is a copy of."""
         struct = box._value
-        if callable(device) and not isinstance(device, device_type):
+        if device is None:
+            device = struct.sharding
+        elif isinstance(device, dict):
+            device = device[id(box)]
+        elif callable(device) and not isinstance(device, device_type):
             device = device(name, struct)
         place = resolve_device(device)
         _, first = self._first.setdefault(id(struct), (struct, box))

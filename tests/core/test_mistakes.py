@@ -148,7 +148,7 @@ MISTAKES: list[tuple[str, str, str]] = [
     ("nn.float32", "jnp.float32", ""),
     ("nn.relu(x)", "import statefulnn.functional as F; F.relu", ""),
     ("nn.compile(model)", "nn.jit(model)(x)", ""),
-    ("nn.DataParallel(model)", 'jax.device_put(x, jax.NamedSharding(mesh, jax.P("data")))',
+    ("nn.DataParallel(model)", "nn.parallel.data_parallel(model, mesh)",
      'mesh = jax.make_mesh((1,), ("data",))'),
     ("nn.from_torch(torch_module)", "nn.bridge.torch.from_torch(torch_module, x)",
      "x = tensor"),

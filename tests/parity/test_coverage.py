@@ -22,7 +22,6 @@ NOT_APPLICABLE: dict[str, dict[str, str]] = {
     "nn": {
         "DataParallel": "jax.sharding: shard the batch, and jit splits the work",
         "Container": "deprecated in torch; Module is the same",
-        "parallel": "jax.sharding",
         "quantized": "quantisation is not the subject of this package",
         "quantizable": "quantisation is not the subject of this package",
         "qat": "quantisation is not the subject of this package",
