@@ -99,3 +99,38 @@ def strong(value: Any) -> Any:
     if getattr(value, "weak_type", False):
         return jax.lax.convert_element_type(value, value.dtype)
     return value
+
+
+def stack_arrays(values: Sequence[Any]) -> Any:
+    """Stack arrays along a new first axis; on the host, where XLA would compile it for their number."""
+    if all(map(_on_host, values)):
+        return from_numpy(np.stack([np.asarray(v) for v in values]), copy=False)
+    return jnp.stack([jnp.asarray(v) for v in values])
+
+
+def unstack(stacked: Any) -> list[Any]:
+    """Return the entries of the first axis as arrays."""
+    if not _on_host(stacked):
+        return list(stacked)
+    whole = np.asarray(stacked)
+    return [from_numpy(part) for part in whole]
+
+
+def entry_of(array: Any, index: int, position: int) -> Any:
+    """Return an entry of an axis; of an array with numbers one with numbers, also while somebody traces."""
+    if isinstance(array, Tracer):
+        return jax.lax.index_in_dim(array, index, position, keepdims=False)
+    with jax.ensure_compile_time_eval():
+        if _on_host(array):
+            return from_numpy(np.take(np.asarray(array), index, position))
+        return jax.lax.index_in_dim(array, index, position, keepdims=False)
+
+
+def _on_host(value: Any) -> bool:
+    """Say whether an array's numbers are where numpy can read them and JAX would put them."""
+    if isinstance(value, Tracer):
+        return False
+    here = jax.local_devices()[0]
+    return here.platform == "cpu" and (
+        not isinstance(value, jax.Array) or value.devices() == {here}
+    )

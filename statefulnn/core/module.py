@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Protocol, Self, TypeVar
 
 import jax
@@ -81,6 +81,7 @@ from statefulnn.core.walk import (
     LEAVE,
     deepcopied,
     leave_copies_to_reduction,
+    overrides,
     under_way,
     walk,
 )
@@ -669,11 +670,11 @@ class Module(ModuleBase):
         remove_duplicate: bool = True,
     ) -> Iterator[tuple[str, Any]]:
         seen: set[int] = set()
-        modules = (
-            self.named_modules(prefix=prefix, remove_duplicate=remove_duplicate)
-            if recurse
-            else [(prefix, self)]
-        )
+        modules: Iterable[tuple[str, Module]] = [(prefix, self)]
+        if recurse and overrides(self, "named_modules"):
+            modules = self.named_modules(prefix=prefix, remove_duplicate=remove_duplicate)
+        elif recurse:
+            modules = self._walk_modules(None, prefix, remove_duplicate, _stored)
         for path, module in modules:
             for name, box in members(module):
                 if box is None or id(box) in seen:
@@ -681,6 +682,9 @@ class Module(ModuleBase):
                 if remove_duplicate:
                     seen.add(id(box))
                 yield f"{path}.{name}" if path else name, box
+
+    def _named_boxes(self, recurse: bool = True) -> Iterator[tuple[str, Any]]:
+        return self._named_members(_all_boxes, recurse=recurse)
 
     def named_parameters(
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
@@ -712,7 +716,7 @@ class Module(ModuleBase):
     def named_children(self) -> Iterator[tuple[str, Module]]:
         """Yield (name, module) of the direct children, each once."""
         seen: set[int] = set()
-        for name, module in list(self._modules.items()):
+        for name, module in list(self._nn_shown().items()):
             if module is not None and id(module) not in seen:
                 seen.add(id(module))
                 yield name, module
@@ -726,13 +730,22 @@ class Module(ModuleBase):
         self, memo: set | None = None, prefix: str = "", remove_duplicate: bool = True
     ) -> Iterator[tuple[str, Module]]:
         """Yield (dotted name, module) of this module and everything below."""
+        return self._walk_modules(memo, prefix, remove_duplicate, lambda module: module._nn_shown())
+
+    def _walk_modules(
+        self,
+        memo: set | None,
+        prefix: str,
+        remove_duplicate: bool,
+        children: Callable[[Module], Mapping[str, Module | None]],
+    ) -> Iterator[tuple[str, Module]]:
         memo = set() if memo is None else memo
         met = {id(module) for module in memo}
 
         def below(module: Module, path: str) -> list[tuple[str, Module]]:
             return [
                 (f"{path}.{name}" if path else name, child)
-                for name, child in module._modules.items()
+                for name, child in children(module).items()
                 if child is not None
             ]
 
@@ -807,9 +820,9 @@ class Module(ModuleBase):
     # Conversion
 
     def _apply(self, fn: Callable[[Any], Any], recurse: bool = True) -> Self:
-        for module in self.modules():
+        for _, module in self._walk_modules(None, "", True, _stored):
             _state_dict.refuse_hidden_members(module)
-        boxes = [box for _, box in self._named_members(_all_boxes, recurse=recurse)]
+        boxes = [box for _, box in self._named_boxes(recurse)]
         # All or nothing. What has no shape yet is an empty array, whose dtype and place count.
         converted = [fn(box._value if is_lazy(box) else box.value) for box in boxes]
         for box, value in zip(boxes, converted, strict=True):
@@ -1272,12 +1285,17 @@ def _locate(error: Exception, module: Module) -> None:
         return
 
 
+def _stored(module: Module) -> Mapping[str, Module | None]:
+    module._nn_settle()
+    return module._modules
+
+
 def _children(module: Module, _: str) -> list[tuple[str, Module]]:
     return [("", child) for child in module.children()]
 
 
 def _shown(module: Module, _: str) -> list[tuple[str, Module | None]]:
-    return list(module._modules.items())
+    return list(module._nn_shown().items())
 
 
 def _global(name: str, hook: tuple, prepend: bool = False) -> RemovableHandle:

@@ -160,6 +160,7 @@ class _Builder:
         )
         stamps, numbers = [], []
         for module in self._modules:  # the list grows while it is walked
+            module._nn_settle()
             stamps.append(module._nn_stamp)
             numbers.append(module._nn_stamp.number)  # first: a change meanwhile is seen next time
             self._nodes.append(NodeDef(type(module)))
@@ -173,7 +174,7 @@ class _Builder:
             if statics.watch.unchanged():
                 break  # else another thread changed something between its key and its copy
 
-        boxes = tuple((type(b), b.static_part()) for b in self._boxes)
+        boxes = tuple((b.clone_class, b.static_part()) for b in self._boxes)
         ranks = [rank(cls, static) for cls, static in boxes]
         by_rank = sorted(range(len(ranks)), key=ranks.__getitem__)
         order = tuple(sorted(range(len(ranks)), key=by_rank.__getitem__))  # the inverse

@@ -1,0 +1,484 @@
+"""LayerStack: a list of equal blocks, stored as one block with a leading axis and run by one loop."""
+
+from __future__ import annotations
+
+import operator
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+
+from statefulnn.core.errors import StructureChangeError, UninitializedParameterError
+from statefulnn.core.graph import fill
+from statefulnn.core.listeners import active
+from statefulnn.core.module import Module
+from statefulnn.core.moduledef import differences
+from statefulnn.core.ownership import real_dict, set_home
+from statefulnn.core.plan import Plan, plan_of
+from statefulnn.core.pytree import flatten_collecting, unflatten_with
+from statefulnn.core.registry import GLOBAL_HOOKS
+from statefulnn.core.slices import separate, slice_of
+from statefulnn.core.tracebacks import shortened
+from statefulnn.layer_stack import _refusals as refusals
+from statefulnn.layer_stack._storing import (
+    Layer,
+    Segment,
+    given_nodes,
+    is_stored,
+    layer_of,
+    members,
+    nodes_of,
+    own_stamps,
+    share_stamp,
+    stored,
+    taken_apart,
+)
+from statefulnn.modules.containers import ModuleList, Sequential, grouped
+from statefulnn.transforms.remat import remat as rematerialized
+from statefulnn.transforms.scan import looped
+
+# What may differ from layer to layer: layers that have it alike are stored together.
+_PER_LAYER = frozenset({"training", "_hooked", *GLOBAL_HOOKS})
+
+
+class LayerStack(Module):
+    """Equal blocks one after the other, compiled once whatever their number.
+
+    The parameters and buffers of all blocks are stored as those of one block, with a leading axis, and the
+    forward pass is one ``nn.scan`` over it. From outside it reads like an ``nn.ModuleList``: ``state_dict``
+    has a name for each layer, ``blocks.17.attn.weight``; ``blocks[17]`` is a module that reads and writes
+    its part of the stored arrays; `named_modules`, hooks and ``nn.capture`` know each layer. Gradients,
+    optimizers and `named_parameters` have the stored arrays, ``blocks.stack.attn.weight`` of shape
+    ``(layers, ...)``.
+
+    Args:
+        blocks: the blocks, modules of one structure; or a function without arguments that builds one. The
+            blocks become the layers, and are not copied.
+        n: how often the function is called.
+        remat: whether the backward pass computes a layer again instead of keeping what is inside; or what
+            is to be kept, a policy of ``jax.checkpoint_policies``.
+        unroll: how many layers are compiled into one step of the loop.
+
+    Shape:
+        - input: whatever a block takes, of the same shape and dtype as what it returns.
+        - output: that of the last block.
+
+    Attributes:
+        stack: all layers as one module, as long as they are stored as one.
+
+    Layers that are frozen, in another mode or with a hook are stored in a segment of their own, so
+    ``for block in blocks[:4]: block.requires_grad_(False)`` leaves the optimizer only what is trained; build
+    it afterwards. Layers with hooks, and all layers while ``nn.capture`` listens, run one by one as a list
+    would, and compile as long.
+
+    Raises:
+        StructureChangeError: for blocks that differ in anything but mode, hooks and ``requires_grad``.
+        ShapeError, DtypeError: for blocks whose arrays differ in shape or dtype.
+        UninitializedParameterError: for lazy blocks.
+        ValueError: for no blocks.
+        TypeError: for what is no module.
+
+    Limitations: a list or dict in an attribute of a layer that is changed in place goes unseen; assign
+    another one.
+
+    Source: ``torch.nn.ModuleList``; ``jax.lax.scan``.
+
+    Example:
+        >>> import jax.numpy as jnp, statefulnn as nn
+        >>> blocks = nn.LayerStack([nn.Linear(4, 4) for _ in range(12)])
+        >>> blocks(jnp.ones((2, 4))).shape
+        (2, 4)
+        >>> [(name, p.shape) for name, p in blocks.named_parameters()]
+        [('stack.weight', (12, 4, 4)), ('stack.bias', (12, 4))]
+        >>> list(blocks.state_dict())[:3], blocks[11].weight.shape
+        (['0.weight', '0.bias', '1.weight'], (4, 4))
+    """
+
+    _python_cache = ("_views", "_noted")
+
+    @shortened
+    def __init__(
+        self,
+        blocks: Iterable[Module] | Callable[[], Module],
+        n: int | None = None,
+        *,
+        remat: bool | Callable[..., Any] = False,
+        unroll: int = 1,
+    ) -> None:
+        super().__init__()
+        if not isinstance(remat, bool) and not callable(remat):
+            raise refusals.wrong_option("remat", remat, ("a bool", "a checkpoint policy"))
+        if isinstance(unroll, bool) or not isinstance(unroll, int) or unroll < 1:
+            raise refusals.wrong_option("unroll", unroll, ("a positive integer",))
+        self.remat = remat
+        self.unroll = unroll
+        self._segments: tuple[Segment, ...] = ()
+        modules = _built(blocks, n)
+        for number, module in enumerate(modules):
+            if not isinstance(module, Module):
+                raise refusals.no_block(f"a {type(module).__name__} as block {number}")
+        try:
+            layers, common = taken_apart(modules)
+        except UninitializedParameterError as error:
+            raise refusals.without_shape(error) from None
+        _check_alike(layers)
+        self._put(modules, layers, common)
+
+    @classmethod
+    @shortened
+    def of(
+        cls,
+        model: Module,
+        path: str,
+        *,
+        remat: bool | Callable[..., Any] = False,
+        unroll: int = 1,
+    ) -> Self:
+        """Put a stack in the place of a ``ModuleList`` or ``Sequential`` of equal blocks, and return it.
+
+        Args:
+            model: the model; it is changed in place, and keeps the names of its ``state_dict``.
+            path: the dotted name of the list.
+            remat, unroll: see the class.
+
+        Raises:
+            AttributeError: if there is nothing of this name.
+            TypeError: if something else is there.
+            StructureChangeError, ShapeError, DtypeError: for blocks that differ.
+
+        Example:
+            >>> import jax.numpy as jnp, statefulnn as nn
+            >>> model = nn.Sequential(
+            ...     nn.Linear(2, 4), nn.Sequential(*[nn.Linear(4, 4) for _ in range(6)])
+            ... )
+            >>> names = list(model.state_dict())
+            >>> blocks = nn.LayerStack.of(model, "1")
+            >>> model(jnp.ones(2)).shape, names == list(model.state_dict())
+            ((4,), True)
+        """
+        found = model.get_submodule(path)
+        plain = type(found).forward in (Module.forward, Sequential.forward)
+        if not path or not isinstance(found, (ModuleList, Sequential)) or not plain:
+            raise refusals.no_list(path, type(found).__name__)
+        stack = cls(list(found), remat=remat, unroll=unroll)
+        stack.training = found.training
+        model.set_submodule(path, stack)
+        return stack
+
+    @shortened
+    def unstack(self) -> ModuleList:
+        """Return the layers as an ``nn.ModuleList`` with arrays of their own; the stack is empty then.
+
+        Example:
+            >>> import statefulnn as nn
+            >>> model = nn.ModuleDict({"blocks": nn.LayerStack([nn.Linear(2, 2) for _ in range(3)])})
+            >>> model.blocks = model.blocks.unstack()
+            >>> [name for name, _ in model.named_parameters()][:2]
+            ['blocks.0.weight', 'blocks.0.bias']
+        """
+        self._check_static_write("_segments", None)
+        modules = list(self)
+        common = taken_apart(modules)[1]
+        for module in modules:
+            plan = plan_of(module)
+            nodes = [m for m in nodes_of(module, plan.moduledef) if id(m) not in common]
+            for box in plan.boxes:
+                separate(box)
+            own_stamps(module, nodes, self._nn_stamp.scope)
+            set_home(module, None)
+        self._modules.clear()
+        self._segments = ()
+        real_dict(self).update(_views={}, _noted=[])
+        return ModuleList(modules)
+
+    # ----------------------------------------------------------------------------------------------
+    # Calls
+
+    def forward(self, x: Any, *args: object, **kwargs: object) -> Any:
+        """Call the layers one after the other.
+
+        Args:
+            x: the input of the first layer. Each one takes what the one before returned.
+            args: further arguments, the same for all layers.
+            kwargs: keyword arguments, the same for all layers.
+
+        Returns:
+            What the last layer returned. Where layers return tuples, the first entry goes to the next layer,
+            and the others come back stacked, ``(layers, ...)``, behind that of the last layer.
+
+        Raises:
+            StructureChangeError: if a layer returns another shape or dtype than it was given.
+        """
+        self._nn_settle()
+        call = _Call(args, kwargs, self.remat)
+        outputs = []
+        for segment, stack in zip(self._segments, self._modules.values(), strict=True):
+            if segment.stop - segment.start > 1 and not _observed(stack):
+                x, ys = self._in_a_loop(segment, stack, call, x)
+            else:
+                x, ys = self._one_by_one(segment, call, x)
+            outputs.append(ys)
+        joined = jax.tree.map(lambda *parts: jnp.concatenate(parts), *outputs)
+        return (x, *joined) if joined else x
+
+    def _in_a_loop(self, segment: Segment, stack: Any, call: _Call, x: Any) -> tuple[Any, tuple]:
+        plan, ranks = plan_of(stack), dict(segment.ranks)
+        names = plan.moduledef.leaf_names
+        whole = [b for name, b in zip(names, plan.boxes, strict=True) if name not in ranks]
+        count = segment.stop - segment.start
+        try:
+            (x, *_), ys = looped(
+                call.step, (x, *call.modules), stack, count, unroll=self.unroll, whole=whole
+            )
+        except StructureChangeError as error:
+            if "carry[0]" in str(error):
+                error.add_note(refusals.changed_by_a_layer(error))
+            raise
+        return x, ys
+
+    def _one_by_one(self, segment: Segment, call: _Call, x: Any) -> tuple[Any, tuple]:
+        outputs = []
+        for number in range(segment.start, segment.stop):
+            layer = self._layer(number)
+            x, *ys = call.on(layer, x, call.modules, not _observed(layer), in_loop=False)
+            outputs.append(tuple(ys))
+        return x, jax.tree.map(lambda *parts: jnp.stack(parts), *outputs)
+
+    # ----------------------------------------------------------------------------------------------
+    # The list
+
+    def __len__(self) -> int:
+        return self._segments[-1].stop if self._segments else 0
+
+    def __iter__(self) -> Iterator[Any]:
+        self._nn_settle()
+        return iter([self._layer(i) for i in range(len(self))])
+
+    def __getitem__(self, index: Any) -> Any:
+        self._nn_settle()
+        if isinstance(index, slice):
+            return ModuleList(self._layer(i) for i in range(len(self))[index])
+        return self._layer(self._index(index))
+
+    def __setitem__(self, index: int, module: Module) -> None:
+        number = self._index(index)
+        if not isinstance(module, Module):
+            raise refusals.no_block(f"a {type(module).__name__} as block {number}")
+        modules = list(self)
+        if module is modules[number]:
+            return
+        self._store([*modules[:number], module, *modules[number + 1 :]])
+
+    def __contains__(self, module: object) -> bool:
+        return any(module is layer for layer in real_dict(self).get("_views", {}).values())
+
+    def _index(self, index: Any) -> int:
+        number, count = operator.index(index), len(self)
+        if not -count <= number < count:
+            raise refusals.no_layer(number, count)
+        return number % count
+
+    def __getattr__(self, name: str) -> Any:
+        if name.isdecimal() and "_modules" in self.__dict__ and int(name) < len(self):
+            return self[int(name)]
+        return super().__getattr__(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name.isdecimal() and isinstance(value, Module):
+            self[int(name)] = value
+        else:
+            super().__setattr__(name, value)
+
+    def train(self, mode: bool = True) -> Self:
+        """Set training mode here and in all layers, and return the stack."""
+        if isinstance(mode, bool):
+            self.training = mode
+        for module in (*self._modules.values(), *real_dict(self).get("_views", {}).values()):
+            module.train(mode)
+        return self
+
+    def __repr__(self) -> str:
+        self._nn_settle()
+        pairs = zip(self._segments, self._modules.values(), strict=True)
+        return grouped(self._get_name(), [(s.start, s.stop - 1, repr(m)) for s, m in pairs])
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._nn_settle()
+        state = super().__getstate__()
+        return {name: v for name, v in state.items() if name not in self._python_cache}
+
+    # ----------------------------------------------------------------------------------------------
+    # What is stored
+
+    def _nn_shown(self) -> dict[str, Any]:
+        return {str(i): layer for i, layer in enumerate(self)}
+
+    def _nn_child(self, name: str) -> Any:
+        layer = real_dict(self).get("_views", {}).get(name)
+        return super()._nn_child(name) if layer is None else layer
+
+    def _nn_settle(self) -> None:
+        attributes = real_dict(self)
+        views = attributes.get("_views")
+        if not views:
+            return
+        plans = [plan_of(stack) for stack in self._modules.values()]
+        noted = attributes["_noted"]
+        if len(plans) == len(noted) and all(a is b for a, b in zip(plans, noted, strict=True)):
+            return
+        attributes["_noted"] = plans  # first: whoever asks meanwhile finds what is stored
+        changed = False
+        for segment, before, now in zip(self._segments, noted, plans, strict=True):
+            for number in range(segment.start, segment.stop):
+                view = views.get(str(number))
+                changed |= view is not None and self._changed(view, number, segment, before, now)
+        if changed:
+            self._store([self._layer(i) for i in range(len(self))])
+
+    def _changed(self, view: Any, number: int, segment: Segment, before: Plan, now: Plan) -> bool:
+        """Say whether a layer is no longer as it is stored; let it follow a change of what is stored."""
+        own, index = plan_of(view), number - segment.start
+        same_nodes = view is self._stack_at(segment)
+        if same_nodes:
+            return False
+        if own.moduledef is now.moduledef:
+            return not is_stored(own, index, segment, now)
+        if own.moduledef is not before.moduledef or not is_stored(own, index, segment, before):
+            return True
+        if members(own.moduledef) != members(now.moduledef):
+            del real_dict(self)["_views"][str(number)]
+            return False
+        nodes = nodes_of(view, own.moduledef)
+        numbered = [own.boxes[position] for position in own.moduledef.order]
+        given = given_nodes(segment, self._stack_at(segment), now.moduledef)
+        for k, (node, d) in enumerate(zip(nodes, now.moduledef.nodes, strict=True)):
+            if k not in given:
+                real_dict(node).clear()
+                fill(node, d, nodes, numbered)
+                share_stamp(node, self._stack_at(segment)._nn_stamp)
+        return False
+
+    def _stack_at(self, segment: Segment) -> Any:
+        return list(self._modules.values())[self._segments.index(segment)]
+
+    def _layer(self, number: int) -> Any:
+        attributes = real_dict(self)
+        views = attributes.setdefault("_views", {})
+        view = views.get(str(number))
+        if view is None:
+            if not views:
+                attributes["_noted"] = [plan_of(stack) for stack in self._modules.values()]
+            at = next(k for k, s in enumerate(self._segments) if number < s.stop)
+            segment, plan = self._segments[at], attributes["_noted"][at]
+            stack = list(self._modules.values())[at]
+            scope = self._nn_stamp.scope
+            view = layer_of(segment, stack, plan, number - segment.start, scope)
+            self._adopt_layer(number, view)
+        return view
+
+    def _adopt_layer(self, number: int, layer: Any) -> None:
+        real_dict(self).setdefault("_views", {})[str(number)] = layer
+        home = layer._nn_home
+        if not isinstance(home, tuple) or home[0]() is None:
+            set_home(layer, (weakref.ref(self), str(number)))
+
+    def _store(self, modules: list[Any]) -> None:
+        self._put(modules, *taken_apart(modules))
+
+    def _put(self, modules: list[Any], layers: list[Layer], common: set[int]) -> None:
+        views = set(map(id, real_dict(self).get("_views", {}).values()))
+        for number, (module, layer) in enumerate(zip(modules, layers, strict=True)):
+            if id(module) not in views and any(map(slice_of, layer.plan.boxes)):
+                raise refusals.in_another_stack(number)
+        found = stored(modules, layers, common, self._nn_stamp.scope)
+        gone = [m for m in real_dict(self).get("_views", {}).values() if m not in modules]
+        self._modules.clear()
+        for segment, stack in found:
+            only = len(found) == 1
+            name = "stack" if only else f"{segment.start}-{segment.stop - 1}"
+            self._modules[name] = stack
+            set_home(stack, (weakref.ref(self), name))
+        self._segments = tuple(segment for segment, _ in found)
+        real_dict(self)["_views"] = {}
+        for number, module in enumerate(modules):
+            self._adopt_layer(number, module)
+        real_dict(self)["_noted"] = [plan_of(stack) for _, stack in found]
+
+
+class _Call:
+    """What the layers of one call are called with beside what goes from one to the next."""
+
+    def __init__(self, args: tuple, kwargs: dict[str, Any], remat: Any) -> None:
+        self._arrays, self._treedef, found = flatten_collecting((args, kwargs))
+        self.modules = tuple(found)  # these are carried: a layer may write to them
+        self._given = args, kwargs
+        self._remat = remat
+
+    def step(self, carry: tuple, layer: Any) -> tuple[tuple, tuple]:
+        x, *modules = carry
+        x, *ys = self.on(layer, x, modules, True, in_loop=True)
+        return (x, *modules), tuple(ys)
+
+    def on(self, layer: Any, x: Any, modules: Any, may_remat: bool, in_loop: bool) -> tuple:
+        """Call a layer: return what the next one takes, and its other outputs."""
+
+        def call(layer: Any, x: Any, modules: Any) -> Any:
+            args, kwargs = self._given
+            if modules:
+                args, kwargs = unflatten_with(self._treedef, self._arrays, modules)
+            return layer(x, *args, **kwargs)
+
+        if self._remat and may_remat:
+            # In a loop XLA cannot take the second computation for the first.
+            options: dict[str, Any] = {"prevent_cse": not in_loop}
+            if self._remat is not True:
+                options["policy"] = self._remat
+            call = rematerialized(call, **options)
+        out = call(layer, x, tuple(modules))
+        return out if isinstance(out, tuple) else (out,)
+
+
+def _observed(module: Any) -> bool:
+    """Say whether somebody is to see the calls of a module or below: hooks, or nn.capture."""
+    if active.listeners or active.entering or any(GLOBAL_HOOKS.values()):
+        return True
+    return any(m.__dict__.get(name) for m in module.modules() for name in GLOBAL_HOOKS)
+
+
+def _built(blocks: Any, n: int | None) -> list[Any]:
+    if n is None:
+        if isinstance(blocks, Module) and not isinstance(blocks, ModuleList):
+            raise refusals.no_block(f"one {type(blocks).__name__}")
+        if not isinstance(blocks, Iterable):
+            raise refusals.no_block(f"a {type(blocks).__name__} without a number")
+        found = list(blocks)
+        if not found:
+            raise refusals.no_blocks("no")
+        return found
+    if isinstance(blocks, Module) or not callable(blocks):
+        raise refusals.no_block(f"a {type(blocks).__name__} and a number")
+    n = operator.index(n)
+    if n < 1:
+        raise refusals.no_blocks(n)
+    return [blocks() for _ in range(n)]
+
+
+def _check_alike(layers: list[Layer]) -> None:
+    """Raise for the first difference that a loop cannot serve."""
+    for number, (a, b) in enumerate(zip(layers, layers[1:], strict=False), 1):
+        if a.moduledef is not b.moduledef:
+            for name, change in differences(a.moduledef, b.moduledef):
+                flag = change.startswith("requires_grad")
+                if not flag and name.rpartition(".")[2] not in _PER_LAYER:
+                    raise refusals.other_structure(number, name, change)
+            continue
+        names = a.moduledef.leaf_names
+        for name, before, after in zip(names, a.specs, b.specs, strict=True):
+            if before != after:
+                shown = [f"{dtype}{list(shape)}" for shape, dtype in (before, after)]
+                raise refusals.other_shape(number, name, *shown, before[0] != after[0])
+        for name, one, other in zip(names, a.tied, b.tied, strict=True):
+            if one != other:
+                raise refusals.other_ties(number, name)
