@@ -116,14 +116,15 @@ def unstack(stacked: Any) -> list[Any]:
     return [from_numpy(part) for part in whole]
 
 
-def entry_of(array: Any, index: int, position: int) -> Any:
-    """Return an entry of an axis; of an array with numbers one with numbers, also while somebody traces."""
+def entry_of(array: Any, index: int | slice, position: int) -> Any:
+    """Return an entry of an axis, or several: numbers if the array has some, also while somebody traces."""
+    at = (slice(None),) * position + (index,)
+    if isinstance(array, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct(np.empty(array.shape, bool)[at].shape, array.dtype)
     if isinstance(array, Tracer):
-        return jax.lax.index_in_dim(array, index, position, keepdims=False)
+        return array[at]
     with jax.ensure_compile_time_eval():
-        if _on_host(array):
-            return from_numpy(np.take(np.asarray(array), index, position))
-        return jax.lax.index_in_dim(array, index, position, keepdims=False)
+        return from_numpy(np.asarray(array)[at]) if _on_host(array) else array[at]
 
 
 def _on_host(value: Any) -> bool:

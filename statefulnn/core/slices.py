@@ -2,7 +2,7 @@
 
 Terms
   whole       the box that holds the stacked array, ``(n, ...)``.
-  slice       a box that stands for one entry of it. It has no array of its own.
+  slice       a box that stands for one entry of it, or several. It has no array of its own.
 
 A slice that is given a value of another shape or dtype leaves the whole and holds that value itself.
 """
@@ -92,7 +92,7 @@ class Slice:
 
     Attributes:
         whole: the box with the stacked array.
-        index: the number of the entry.
+        index: the number of the entry; or a slice, for several of them.
         rank: the number of axes of an entry: the axis is counted from the end, so that arrays may have
             further axes in front, such as that of an ensemble.
         stamp: of the module that the whole is in.
@@ -101,7 +101,7 @@ class Slice:
 
     __slots__ = ("_part", "index", "rank", "stamp", "trainable", "whole")
 
-    def __init__(self, whole: Box, index: int, rank: int, stamp: Stamp) -> None:
+    def __init__(self, whole: Box, index: int | slice, rank: int, stamp: Stamp) -> None:
         self.whole = whole
         self.index = index
         self.rank = rank
@@ -115,23 +115,19 @@ class Slice:
     def read(self) -> Any:
         held = _held.__get__(self.whole) if isinstance(self.whole, _Whole) else self.whole._value
         if type(held) is _Pending:
-            if self.index in held.entries:
+            if isinstance(self.index, int) and self.index in held.entries:
                 return held.entries[self.index]
-            held = held.base
+            held = held.base if isinstance(self.index, int) else self.whole._value
         # The same object as long as the whole is the same: who compares by identity sees no change.
         if self._part is not None and self._part[0]() is held:
             part = self._part[1]()
             if part is not None:
                 return part
-        position = self.position(held)
-        if is_meta(held):
-            shape = (*held.shape[:position], *held.shape[position + 1 :])
-            part = jax.ShapeDtypeStruct(shape, held.dtype)
+        part = entry_of(held, self.index, self.position(held))
+        if is_meta(part):
             self._part = (lambda: held), (lambda: part)
-        else:
-            part = entry_of(held, self.index, position)
-            if not isinstance(part, Tracer):
-                self._part = weakref.ref(held), weakref.ref(part)
+        elif not isinstance(part, Tracer):
+            self._part = weakref.ref(held), weakref.ref(part)
         return part
 
     def spec(self) -> tuple[tuple[int, ...], Any]:
@@ -139,13 +135,17 @@ class Slice:
         held = _held.__get__(self.whole) if isinstance(self.whole, _Whole) else self.whole._value
         held = held.base if type(held) is _Pending else held
         position = self.position(held)
-        return (*held.shape[:position], *held.shape[position + 1 :]), held.dtype
+        kept = ()
+        if isinstance(self.index, slice):
+            kept = (len(range(*self.index.indices(held.shape[position]))),)
+        return (*held.shape[:position], *kept, *held.shape[position + 1 :]), held.dtype
 
     def write(self, new: Any) -> None:
         whole = self.whole
         if whole.baked_in is not None:
             whole.baked_in.warn_of_value(whole)
-        if current_trace() is EAGER and whole._scope is None and not isinstance(new, Tracer):
+        plain = current_trace() is EAGER and whole._scope is None and not isinstance(new, Tracer)
+        if plain and isinstance(self.index, int):
             if not isinstance(whole, (_Whole, _Sliced)):
                 whole.__class__ = _WholeParameter if isinstance(whole, Parameter) else _WholeBuffer
             if isinstance(whole, _Whole):
@@ -241,22 +241,21 @@ def gathered(boxes: Sequence[Any]) -> tuple[Box | None, Any]:
     """Return what the boxes hold, stacked, and the whole that has exactly that, if there is one."""
     places = [slice_of(box) for box in boxes]
     first = places[0]
+    start: Any = None if first is None else first.index
     if first is not None and all(
-        at is not None and at.whole is first.whole and at.index == first.index + i
+        at is not None and at.whole is first.whole and at.index == start + i
         for i, at in enumerate(places)
     ):
         array = first.whole._value
         position = first.position(array)
         if array.shape[position] == len(boxes):
             return first.whole, array
-        part = slice(first.index, first.index + len(boxes))
-        if not is_meta(array):
-            return None, array[(slice(None),) * position + (part,)]
+        return None, entry_of(array, slice(start, start + len(boxes)), position)
     values = [box._value for box in boxes]
     if all(map(is_meta, values)):
         return None, jax.ShapeDtypeStruct((len(values), *values[0].shape), values[0].dtype)
     return None, stack_arrays(values)
 
 
-def _replaced(array: Any, index: int, position: int, new: Any) -> Any:
+def _replaced(array: Any, index: int | slice, position: int, new: Any) -> Any:
     return array.at[(slice(None),) * position + (index,)].set(new)

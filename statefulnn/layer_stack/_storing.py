@@ -3,7 +3,7 @@
 Terms
   layer       one block as users know it. Its boxes are slices (`core.slices`), its stamp is that of the
               module it is stored in: a change of a layer is a change of what is stored.
-  segment     layers from `start` to `stop` that are stored as one module.
+  segment     neighbours whose arrays are stored together: as those of one module for each kind of them.
   tied        a box or module that several layers have in common. It is stored as it is.
 """
 
@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 
 from statefulnn.core.generator import Generator
 from statefulnn.core.graph import modules_around, set_homes
-from statefulnn.core.module import Module
 from statefulnn.core.moduledef import ModuleDef
 from statefulnn.core.ownership import Scope, real_dict, set_plan, set_stamp
+from statefulnn.core.parameter import Parameter
 from statefulnn.core.plan import Plan, build_plan
 from statefulnn.core.registry import Registry
 from statefulnn.core.slices import Slice, become_slice, gathered, slice_of, spec_of
@@ -27,16 +27,21 @@ from statefulnn.layer_stack import _refusals as refusals
 
 
 class Segment(NamedTuple):
-    """Layers that are stored as one module.
+    """Neighbours whose arrays are stored together.
+
+    They differ in static attributes at most, such as the mode or hooks. There is a module for each kind of
+    them, and all of these hold the same boxes.
 
     Attributes:
         start, stop: their numbers.
+        runs: neighbours of one kind, as (first, stop, name of the module).
         ranks: the names of its stacked arrays, and how many axes a layer has of each.
         shared: the names of the modules that all layers have in common.
     """
 
     start: int
     stop: int
+    runs: tuple[tuple[int, int, str], ...]
     ranks: tuple[tuple[str, int], ...]
     shared: tuple[str, ...]
 
@@ -50,10 +55,12 @@ class Layer:
         self.nodes = nodes_of(module, self.moduledef)
         self.specs = tuple(map(spec_of, self.plan.boxes))
         self.tied: tuple[int | None, ...] = ()
+        self.slices: list[Slice] = []
 
     @property
     def key(self) -> tuple:
-        return self.moduledef, self.specs, self.tied
+        """What layers have in common whose arrays are stored together."""
+        return members(self.moduledef), self.moduledef.boxes, self.specs, self.tied
 
 
 def nodes_of(root: Any, moduledef: ModuleDef) -> list[Any]:
@@ -79,69 +86,90 @@ def taken_apart(modules: Sequence[Any]) -> tuple[list[Layer], set[int]]:
 
 
 def stored(
-    modules: Sequence[Any], layers: Sequence[Layer], common: set[int], scope: Scope | None
-) -> list[tuple[Segment, Any]]:
-    """Store layers, equal neighbours together; from here on their boxes are slices."""
-    found = []
+    layers: Sequence[Layer], common: set[int], scope: Scope | None
+) -> tuple[list[Segment], dict[str, Any]]:
+    """Store layers: return the segments, and the modules by name. Their boxes are slices from here on."""
+    groups = [list(group) for _, group in itertools.groupby(layers, lambda layer: layer.key)]
+    segments: list[Segment] = []
+    modules: dict[str, Any] = {}
     start = 0
-    for _, group in itertools.groupby(layers, lambda layer: layer.key):
-        run = list(group)
-        found.append(_stored_together(run, start, common, scope))
-        start += len(run)
-    return found
+    for group in groups:
+        stop = start + len(group)
+        name = "stack" if len(groups) == 1 else f"{start}-{stop - 1}"
+        segments.append(_Storing(group, common, scope).segment(start, name, modules))
+        start = stop
+    return segments, modules
 
 
-def _stored_together(
-    run: list[Layer], start: int, common: set[int], scope: Scope | None
-) -> tuple[Segment, Any]:
-    first = run[0]
-    moduledef = first.moduledef
-    given = {k: m for k, m in enumerate(first.nodes) if id(m) in common}
-    numbered: list[Any] = []
-    wholes: list[tuple[Any, list[Any], int]] = []
-    ranks = []
-    for number, (cls, static) in enumerate(moduledef.boxes):
-        position = moduledef.order[number]
-        column = [layer.plan.boxes[position] for layer in run]
-        if first.tied[position] is not None:
-            numbered.append(column[0])
-            continue
+class _Storing:
+    """Stores the layers of one segment."""
+
+    def __init__(self, layers: list[Layer], common: set[int], scope: Scope | None) -> None:
+        self._layers = layers
+        self._scope = scope
+        self._moduledef = layers[0].moduledef
+        self._given = {k: m for k, m in enumerate(layers[0].nodes) if id(m) in common}
+        self._ranks: list[tuple[str, int]] = []
+        self._numbered = [
+            self._whole(self._moduledef.order[number], cls, static)
+            for number, (cls, static) in enumerate(self._moduledef.boxes)
+        ]
+
+    def _whole(self, position: int, cls: Any, static: Any) -> Any:
+        """Return the box with the arrays of all layers; theirs are slices of it from here on."""
+        column = [layer.plan.boxes[position] for layer in self._layers]
+        name = self._moduledef.leaf_names[position]
+        if self._layers[0].tied[position] is not None:
+            return column[0]
         if cls is Generator:
-            raise refusals.generator_in_a_block(moduledef.leaf_names[position])
+            raise refusals.generator_in_a_block(name)
         whole, array = gathered(column)
         if whole is None:
-            whole = cls.clone_of(static, array, scope, position)
-        elif static is not None and whole._requires_grad != static:
+            whole = cls.clone_of(static, array, self._scope, position)
+        elif isinstance(whole, Parameter):
             whole.requires_grad_(static)
-        rank = len(first.specs[position][0])
-        ranks.append((moduledef.leaf_names[position], rank))
-        numbered.append(whole)
+        rank = len(self._layers[0].specs[position][0])
+        self._ranks.append((name, rank))
         # At once, so that what is stacked now is not held twice until the end.
-        stamp = Stamp()
-        for index, box in enumerate(column):
-            become_slice(box, Slice(whole, index, rank, stamp))
-        wholes.append((whole, column, rank))
-    modules = modules_around(moduledef, numbered, scope, given=given)
-    stack = modules[0]
-    if 0 not in given:
-        set_homes(stack, given=given.values())
-    for _, column, _ in wholes:
-        for box in column:
-            at = slice_of(box)
-            assert at is not None
-            at.stamp = stack._nn_stamp
-    for layer in run:
-        for k, module in enumerate(layer.nodes):
-            if k not in given:
-                share_stamp(module, stack._nn_stamp)
-    shared = tuple(name_of(moduledef, k) for k in given)
-    return Segment(start, start + len(run), tuple(ranks), shared), stack
+        for index, (layer, box) in enumerate(zip(self._layers, column, strict=True)):
+            layer.slices.append(Slice(whole, index, rank, layer.nodes[0]._nn_stamp))
+            become_slice(box, layer.slices[-1])
+        return whole
+
+    def segment(self, start: int, name: str, modules: dict[str, Any]) -> Segment:
+        """Build a module for each kind of layer."""
+        kinds: dict[int, str] = {}
+        runs = []
+        for kind, group in itertools.groupby(self._layers, lambda layer: id(layer.moduledef)):
+            run = list(group)
+            if kind not in kinds:
+                kinds[kind] = f"{name}~{len(kinds)}" if kinds else name
+                modules[kinds[kind]] = self._module(run[0].moduledef)
+            self._attach(run, modules[kinds[kind]])
+            first = runs[-1][1] if runs else start
+            runs.append((first, first + len(run), kinds[kind]))
+        shared = tuple(name_of(self._moduledef, k) for k in self._given)
+        return Segment(start, start + len(self._layers), tuple(runs), tuple(self._ranks), shared)
+
+    def _module(self, moduledef: ModuleDef) -> Any:
+        built = modules_around(moduledef, self._numbered, self._scope, given=self._given)
+        if 0 not in self._given:
+            set_homes(built[0], given=self._given.values())
+        return built[0]
+
+    def _attach(self, run: list[Layer], stack: Any) -> None:
+        for layer in run:
+            for at in layer.slices:
+                at.stamp = stack._nn_stamp
+            for k, module in enumerate(layer.nodes):
+                if k not in self._given:
+                    share_stamp(module, stack._nn_stamp)
 
 
 def layer_of(
-    segment: Segment, stack: Any, plan: Plan, index: int, scope: Scope | None
+    segment: Segment, stack: Any, plan: Plan, index: int | slice, scope: Scope | None
 ) -> Any:
-    """Build a layer that is stored: a module whose boxes are slices."""
+    """Build a layer that is stored, or a stack of several: a module whose boxes are slices."""
     moduledef, ranks = plan.moduledef, dict(segment.ranks)
     numbered = []
     for number, (cls, static) in enumerate(moduledef.boxes):
@@ -180,9 +208,7 @@ def name_of(moduledef: ModuleDef, node: int) -> str:
 def is_stored(layer: Plan, index: int, segment: Segment, stack: Plan) -> bool:
     """Say whether a layer has the boxes that it was stored with: slices of those of the stack."""
     ranks = dict(segment.ranks)
-    for name, box, whole in zip(
-        layer.moduledef.leaf_names, layer.boxes, stack.boxes, strict=True
-    ):
+    for name, box, whole in zip(layer.moduledef.leaf_names, layer.boxes, stack.boxes, strict=True):
         at = slice_of(box)
         if name not in ranks:
             if box is not whole:
@@ -206,7 +232,7 @@ def share_stamp(module: Any, stamp: Stamp) -> None:
             value.stamp = stamp
 
 
-def own_stamps(module: Module, modules: Sequence[Any], scope: Scope | None) -> None:
+def own_stamps(modules: Sequence[Any], scope: Scope | None) -> None:
     """Give each module of a layer a stamp of its own again."""
     for part in modules:
         share_stamp(part, Stamp(scope))

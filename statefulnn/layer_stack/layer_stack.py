@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Self
 
 import jax
@@ -15,7 +15,7 @@ from statefulnn.core.graph import fill
 from statefulnn.core.listeners import active
 from statefulnn.core.module import Module
 from statefulnn.core.moduledef import differences
-from statefulnn.core.ownership import real_dict, set_home
+from statefulnn.core.ownership import Scope, real_dict, set_home
 from statefulnn.core.plan import Plan, plan_of
 from statefulnn.core.pytree import flatten_collecting, unflatten_with
 from statefulnn.core.registry import GLOBAL_HOOKS
@@ -119,12 +119,7 @@ class LayerStack(Module):
         for number, module in enumerate(modules):
             if not isinstance(module, Module):
                 raise refusals.no_block(f"a {type(module).__name__} as block {number}")
-        try:
-            layers, common = taken_apart(modules)
-        except UninitializedParameterError as error:
-            raise refusals.without_shape(error) from None
-        _check_alike(layers)
-        self._put(modules, layers, common)
+        self._put(modules)
 
     @classmethod
     @shortened
@@ -173,7 +168,9 @@ class LayerStack(Module):
 
         Example:
             >>> import statefulnn as nn
-            >>> model = nn.ModuleDict({"blocks": nn.LayerStack([nn.Linear(2, 2) for _ in range(3)])})
+            >>> model = nn.ModuleDict(
+            ...     {"blocks": nn.LayerStack([nn.Linear(2, 2) for _ in range(3)])}
+            ... )
             >>> model.blocks = model.blocks.unstack()
             >>> [name for name, _ in model.named_parameters()][:2]
             ['blocks.0.weight', 'blocks.0.bias']
@@ -181,16 +178,10 @@ class LayerStack(Module):
         self._check_static_write("_segments", None)
         modules = list(self)
         common = taken_apart(modules)[1]
-        for module in modules:
-            plan = plan_of(module)
-            nodes = [m for m in nodes_of(module, plan.moduledef) if id(m) not in common]
-            for box in plan.boxes:
-                separate(box)
-            own_stamps(module, nodes, self._nn_stamp.scope)
-            set_home(module, None)
+        _take_out(modules, common, self._nn_stamp.scope)
         self._modules.clear()
         self._segments = ()
-        real_dict(self).update(_views={}, _noted=[])
+        real_dict(self).update(_views={}, _noted={})
         return ModuleList(modules)
 
     # ----------------------------------------------------------------------------------------------
@@ -214,33 +205,38 @@ class LayerStack(Module):
         self._nn_settle()
         call = _Call(args, kwargs, self.remat)
         outputs = []
-        for segment, stack in zip(self._segments, self._modules.values(), strict=True):
-            if segment.stop - segment.start > 1 and not _observed(stack):
-                x, ys = self._in_a_loop(segment, stack, call, x)
-            else:
-                x, ys = self._one_by_one(segment, call, x)
-            outputs.append(ys)
+        for segment in self._segments:
+            for start, stop, name in segment.runs:
+                if stop - start > 1 and not _observed(self._modules[name]):
+                    x, ys = self._in_a_loop(segment, start, stop, name, call, x)
+                else:
+                    x, ys = self._one_by_one(start, stop, call, x)
+                outputs.append(ys)
         joined = jax.tree.map(lambda *parts: jnp.concatenate(parts), *outputs)
         return (x, *joined) if joined else x
 
-    def _in_a_loop(self, segment: Segment, stack: Any, call: _Call, x: Any) -> tuple[Any, tuple]:
+    def _in_a_loop(
+        self, segment: Segment, start: int, stop: int, name: str, call: _Call, x: Any
+    ) -> tuple[Any, tuple]:
+        stack: Any = self._modules[name]
         plan, ranks = plan_of(stack), dict(segment.ranks)
         names = plan.moduledef.leaf_names
         whole = [b for name, b in zip(names, plan.boxes, strict=True) if name not in ranks]
-        count = segment.stop - segment.start
+        if (start, stop) != segment[:2]:
+            part = slice(start - segment.start, stop - segment.start)
+            stack = layer_of(segment, stack, plan, part, self._nn_stamp.scope)
+        options: dict[str, Any] = {"unroll": self.unroll, "whole": whole}
         try:
-            (x, *_), ys = looped(
-                call.step, (x, *call.modules), stack, count, unroll=self.unroll, whole=whole
-            )
+            (x, *_), ys = looped(call.step, (x, *call.modules), stack, stop - start, **options)
         except StructureChangeError as error:
             if "carry[0]" in str(error):
                 error.add_note(refusals.changed_by_a_layer(error))
             raise
         return x, ys
 
-    def _one_by_one(self, segment: Segment, call: _Call, x: Any) -> tuple[Any, tuple]:
+    def _one_by_one(self, start: int, stop: int, call: _Call, x: Any) -> tuple[Any, tuple]:
         outputs = []
-        for number in range(segment.start, segment.stop):
+        for number in range(start, stop):
             layer = self._layer(number)
             x, *ys = call.on(layer, x, call.modules, not _observed(layer), in_loop=False)
             outputs.append(tuple(ys))
@@ -267,9 +263,9 @@ class LayerStack(Module):
         if not isinstance(module, Module):
             raise refusals.no_block(f"a {type(module).__name__} as block {number}")
         modules = list(self)
-        if module is modules[number]:
-            return
-        self._store([*modules[:number], module, *modules[number + 1 :]])
+        if module is not modules[number]:
+            _take_out([modules[number]], set(), self._nn_stamp.scope)
+            self._put([*modules[:number], module, *modules[number + 1 :]])
 
     def __contains__(self, module: object) -> bool:
         return any(module is layer for layer in real_dict(self).get("_views", {}).values())
@@ -301,8 +297,9 @@ class LayerStack(Module):
 
     def __repr__(self) -> str:
         self._nn_settle()
-        pairs = zip(self._segments, self._modules.values(), strict=True)
-        return grouped(self._get_name(), [(s.start, s.stop - 1, repr(m)) for s, m in pairs])
+        runs = [run for segment in self._segments for run in segment.runs]
+        shown = [(start, stop - 1, repr(self._modules[name])) for start, stop, name in runs]
+        return grouped(self._get_name(), shown)
 
     def __getstate__(self) -> dict[str, Any]:
         self._nn_settle()
@@ -324,25 +321,25 @@ class LayerStack(Module):
         views = attributes.get("_views")
         if not views:
             return
-        plans = [plan_of(stack) for stack in self._modules.values()]
+        plans = {name: plan_of(stack) for name, stack in self._modules.items()}
         noted = attributes["_noted"]
-        if len(plans) == len(noted) and all(a is b for a, b in zip(plans, noted, strict=True)):
+        if all(plans[name] is plan for name, plan in noted.items()):
             return
         attributes["_noted"] = plans  # first: whoever asks meanwhile finds what is stored
-        changed = False
-        for segment, before, now in zip(self._segments, noted, plans, strict=True):
-            for number in range(segment.start, segment.stop):
-                view = views.get(str(number))
-                changed |= view is not None and self._changed(view, number, segment, before, now)
+        changed = _may_be_joined(self._segments, plans)
+        for segment in self._segments:
+            for start, stop, name in segment.runs:
+                for number in range(start, stop):
+                    view = views.get(str(number))
+                    if view is not None and view is not self._modules[name]:
+                        changed |= self._changed(view, number, segment, name, noted[name])
         if changed:
-            self._store([self._layer(i) for i in range(len(self))])
+            self._put([self._layer(i) for i in range(len(self))])
 
-    def _changed(self, view: Any, number: int, segment: Segment, before: Plan, now: Plan) -> bool:
+    def _changed(self, view: Any, number: int, segment: Segment, name: str, before: Plan) -> bool:
         """Say whether a layer is no longer as it is stored; let it follow a change of what is stored."""
-        own, index = plan_of(view), number - segment.start
-        same_nodes = view is self._stack_at(segment)
-        if same_nodes:
-            return False
+        stack: Any = self._modules[name]
+        own, now, index = plan_of(view), plan_of(stack), number - segment.start
         if own.moduledef is now.moduledef:
             return not is_stored(own, index, segment, now)
         if own.moduledef is not before.moduledef or not is_stored(own, index, segment, before):
@@ -352,16 +349,13 @@ class LayerStack(Module):
             return False
         nodes = nodes_of(view, own.moduledef)
         numbered = [own.boxes[position] for position in own.moduledef.order]
-        given = given_nodes(segment, self._stack_at(segment), now.moduledef)
+        given = given_nodes(segment, stack, now.moduledef)
         for k, (node, d) in enumerate(zip(nodes, now.moduledef.nodes, strict=True)):
             if k not in given:
                 real_dict(node).clear()
                 fill(node, d, nodes, numbered)
-                share_stamp(node, self._stack_at(segment)._nn_stamp)
+                share_stamp(node, stack._nn_stamp)
         return False
-
-    def _stack_at(self, segment: Segment) -> Any:
-        return list(self._modules.values())[self._segments.index(segment)]
 
     def _layer(self, number: int) -> Any:
         attributes = real_dict(self)
@@ -369,12 +363,12 @@ class LayerStack(Module):
         view = views.get(str(number))
         if view is None:
             if not views:
-                attributes["_noted"] = [plan_of(stack) for stack in self._modules.values()]
-            at = next(k for k, s in enumerate(self._segments) if number < s.stop)
-            segment, plan = self._segments[at], attributes["_noted"][at]
-            stack = list(self._modules.values())[at]
-            scope = self._nn_stamp.scope
-            view = layer_of(segment, stack, plan, number - segment.start, scope)
+                attributes["_noted"] = {n: plan_of(m) for n, m in self._modules.items()}
+            segment = next(s for s in self._segments if number < s.stop)
+            name = next(name for _, stop, name in segment.runs if number < stop)
+            stack, plan = self._modules[name], attributes["_noted"][name]
+            index = number - segment.start
+            view = layer_of(segment, stack, plan, index, self._nn_stamp.scope)
             self._adopt_layer(number, view)
         return view
 
@@ -384,27 +378,30 @@ class LayerStack(Module):
         if not isinstance(home, tuple) or home[0]() is None:
             set_home(layer, (weakref.ref(self), str(number)))
 
-    def _store(self, modules: list[Any]) -> None:
-        self._put(modules, *taken_apart(modules))
-
-    def _put(self, modules: list[Any], layers: list[Layer], common: set[int]) -> None:
-        views = set(map(id, real_dict(self).get("_views", {}).values()))
+    def _put(self, modules: list[Any]) -> None:
+        """Store modules as the layers."""
+        try:
+            layers, common = taken_apart(modules)
+        except UninitializedParameterError as error:
+            raise refusals.without_shape(error) from None
+        views = real_dict(self).get("_views")
+        if views is None:
+            _check_alike(layers)
+        known = set(map(id, (views or {}).values()))
         for number, (module, layer) in enumerate(zip(modules, layers, strict=True)):
-            if id(module) not in views and any(map(slice_of, layer.plan.boxes)):
+            if id(module) not in known and any(map(slice_of, layer.plan.boxes)):
                 raise refusals.in_another_stack(number)
-        found = stored(modules, layers, common, self._nn_stamp.scope)
-        gone = [m for m in real_dict(self).get("_views", {}).values() if m not in modules]
+        segments, built = stored(layers, common, self._nn_stamp.scope)
         self._modules.clear()
-        for segment, stack in found:
-            only = len(found) == 1
-            name = "stack" if only else f"{segment.start}-{segment.stop - 1}"
+        for name, stack in built.items():
             self._modules[name] = stack
-            set_home(stack, (weakref.ref(self), name))
-        self._segments = tuple(segment for segment, _ in found)
+            if not any(stack is module for module in modules):
+                set_home(stack, (weakref.ref(self), name))
+        self._segments = tuple(segments)
         real_dict(self)["_views"] = {}
         for number, module in enumerate(modules):
             self._adopt_layer(number, module)
-        real_dict(self)["_noted"] = [plan_of(stack) for _, stack in found]
+        real_dict(self)["_noted"] = {name: plan_of(stack) for name, stack in built.items()}
 
 
 class _Call:
@@ -445,6 +442,25 @@ def _observed(module: Any) -> bool:
     if active.listeners or active.entering or any(GLOBAL_HOOKS.values()):
         return True
     return any(m.__dict__.get(name) for m in module.modules() for name in GLOBAL_HOOKS)
+
+
+def _take_out(modules: list[Any], common: set[int], scope: Scope | None) -> None:
+    """Give layers arrays and stamps of their own."""
+    for module in modules:
+        plan = plan_of(module)
+        nodes = [m for m in nodes_of(module, plan.moduledef) if id(m) not in common]
+        for box in plan.boxes:
+            separate(box)
+        own_stamps(nodes, scope)
+        set_home(module, None)
+
+
+def _may_be_joined(segments: Sequence[Segment], plans: Mapping[str, Plan]) -> bool:
+    """Say whether neighbours that are stored apart are alike by now."""
+    names = [name for segment in segments for _, _, name in segment.runs]
+    return any(
+        plans[a].moduledef is plans[b].moduledef for a, b in zip(names, names[1:], strict=False)
+    )
 
 
 def _built(blocks: Any, n: int | None) -> list[Any]:
