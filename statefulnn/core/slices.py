@@ -67,7 +67,8 @@ class _Whole:
     def _value(self) -> Any:
         held = _held.__get__(self)
         if type(held) is _Pending:
-            held = held.joined()
+            with jax.ensure_compile_time_eval():  # also while somebody traces
+                held = held.joined()
             if not is_meta(held):
                 _held.__set__(self, held)
         return held
