@@ -865,3 +865,15 @@ def gradient_with_zeros(cls: str, names: Sequence[str]) -> str:
         "is not trained; or jax.grad and optax over the params of "
         "fn, params, state = nn.functionalize(model, mutable=True)",
     )
+
+
+def part_beside_the_whole(part: str, whole: str) -> StructureChangeError:
+    return StructureChangeError(
+        explain(
+            f"used {part}, which stands for an entry of {whole}, beside it in one call or one model",
+            "both stand for parts of one array, and what is written to one, or differentiated by it, would "
+            "be lost for the other",
+            "pass the model alone and take the layer inside, model.blocks[3]; a parameter that another "
+            "module has as well has to be shared by all layers",
+        )
+    )
