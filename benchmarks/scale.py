@@ -103,9 +103,10 @@ def _first(layers: int, stacked: bool) -> tuple[dict[str, float], Callable[[], A
 
 def part_layer_stack(report: Report, quick: bool) -> None:
     """The first call and a step, of a stack and of a list."""
-    few, many, rounds = (2, 8, 2) if quick else (4, 96, 5)
+    few, many, rounds = (2, 8, 2) if quick else (4, 96, 3)
     cases = [(few, True), (many, True), (few, False), (many, False)]
-    _first(few, True), _first(few, False)  # what JAX remembers of single functions
+    for stacked in (True, False):  # what JAX remembers of single functions
+        _first(few, stacked)
     seen: dict[tuple[int, bool], list[dict[str, float]]] = {case: [] for case in cases}
     steps: dict[tuple[int, bool], Callable[[], Any]] = {}
     for _ in progress(range(rounds), "first calls"):

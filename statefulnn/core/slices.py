@@ -142,13 +142,14 @@ class Slice:
         return (*held.shape[:position], *kept, *held.shape[position + 1 :]), held.dtype
 
     def write(self, new: Any) -> None:
-        whole = self.whole
+        whole: Any = self.whole
         if whole.baked_in is not None:
             whole.baked_in.warn_of_value(whole)
         plain = current_trace() is EAGER and whole._scope is None and not isinstance(new, Tracer)
         if plain and isinstance(self.index, int):
             if not isinstance(whole, (_Whole, _Sliced)):
-                whole.__class__ = _WholeParameter if isinstance(whole, Parameter) else _WholeBuffer
+                becomes: Any = _WholeParameter if isinstance(whole, Parameter) else _WholeBuffer
+                whole.__class__ = becomes
             if isinstance(whole, _Whole):
                 held = _held.__get__(whole)
                 if type(held) is not _Pending:
@@ -190,7 +191,8 @@ class _SlicedParameter(_Sliced, Parameter):
     @property
     def _requires_grad(self) -> bool:
         at: Slice = _held.__get__(self)
-        return at.whole._requires_grad if at.trainable is None else at.trainable
+        whole: Any = at.whole
+        return whole._requires_grad if at.trainable is None else at.trainable
 
     @_requires_grad.setter
     def _requires_grad(self, flag: bool) -> None:
@@ -211,7 +213,8 @@ def slice_of(box: Any) -> Slice | None:
 
 def become_slice(box: Any, at: Slice) -> None:
     """Let a box stand for an entry of a whole."""
-    box.__class__ = _SlicedParameter if isinstance(box, Parameter) else _SlicedBuffer
+    becomes: Any = _SlicedParameter if isinstance(box, Parameter) else _SlicedBuffer
+    box.__class__ = becomes
     _held.__set__(box, at)
 
 

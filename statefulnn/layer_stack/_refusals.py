@@ -46,12 +46,13 @@ def other_structure(number: int, name: str, change: str) -> StructureChangeError
     )
 
 
-def other_shape(number: int, name: str, before: str, after: str, shapes: bool) -> Exception:
-    error = ShapeError if shapes else DtypeError
+def other_arrays(number: int, name: str, before: tuple, after: tuple) -> Exception:
+    error = ShapeError if before[0] != after[0] else DtypeError
+    one, other = (f"{dtype}{list(shape)}" for shape, dtype in (before, after))
     return error(
         explain(
-            f"made a LayerStack of blocks that differ: {name!r} is {before} in block {number - 1} and "
-            f"{after} in block {number}",
+            f"made a LayerStack of blocks that differ: {name!r} is {one} in block {number - 1} and "
+            f"{other} in block {number}",
             "the arrays of all blocks become one",
             "build all blocks with the same sizes and dtypes",
         )
@@ -128,8 +129,7 @@ def wrong_option(option: str, given: object, wanted: Sequence[str]) -> TypeError
     )
 
 
-def changed_by_a_layer(error: Exception) -> str:
-    return (
-        "A LayerStack runs one loop: each layer has to give what the next one takes, of the same shape "
-        "and dtype. Cast before the stack, x = x.astype(jnp.float32), or in the block."
-    )
+CHANGED_BY_A_LAYER = (
+    "A LayerStack runs one loop: each layer has to give what the next one takes, of the same shape and "
+    "dtype. Cast before the stack, x = x.astype(jnp.float32), or in the block."
+)

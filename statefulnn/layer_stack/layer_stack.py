@@ -230,7 +230,7 @@ class LayerStack(Module):
             (x, *_), ys = looped(call.step, (x, *call.modules), stack, stop - start, **options)
         except StructureChangeError as error:
             if "carry[0]" in str(error):
-                error.add_note(refusals.changed_by_a_layer(error))
+                error.add_note(refusals.CHANGED_BY_A_LAYER)
             raise
         return x, ys
 
@@ -493,8 +493,7 @@ def _check_alike(layers: list[Layer]) -> None:
         names = a.moduledef.leaf_names
         for name, before, after in zip(names, a.specs, b.specs, strict=True):
             if before != after:
-                shown = [f"{dtype}{list(shape)}" for shape, dtype in (before, after)]
-                raise refusals.other_shape(number, name, *shown, before[0] != after[0])
+                raise refusals.other_arrays(number, name, before, after)
         for name, one, other in zip(names, a.tied, b.tied, strict=True):
             if one != other:
                 raise refusals.other_ties(number, name)
