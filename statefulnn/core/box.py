@@ -117,7 +117,7 @@ class Box:
 
     def label(self) -> str:
         """Return the dotted name under which the box was registered, for messages."""
-        kind, home = type(self).__name__, self._nn_home
+        kind, home = self.clone_class.__name__, self._nn_home
         if isinstance(home, int):
             name = self._scope.leaf_name(home) if self._scope is not None else None
         else:
@@ -140,6 +140,9 @@ def path_of(module: ModuleBase) -> tuple[str, ...]:
         parent = home[0]() if isinstance(home, tuple) else None
         # A hint is not kept up to date: the parent may be gone, or have another module there by now.
         if parent is None or parent._nn_child(home[1]) is not module:
+            scope = module._nn_stamp.scope
+            if isinstance(home, int) and scope is not None and scope.moduledef is not None:
+                parts += reversed((scope.moduledef.paths[home] or ("",))[1:])
             break
         parts.append(home[1])
         module = parent

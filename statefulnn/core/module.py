@@ -272,11 +272,7 @@ class Module(ModuleBase):
 
     def _path(self) -> tuple[str, ...]:
         """Return the names that lead to the module from the root of its tree."""
-        home, scope = self._nn_home, self._nn_stamp.scope
-        if not isinstance(home, int):
-            return path_of(self)
-        path = None if scope is None or scope.moduledef is None else scope.moduledef.paths[home]
-        return () if path is None else path[1:]
+        return path_of(self)
 
     # ----------------------------------------------------------------------------------------------
     # Attributes

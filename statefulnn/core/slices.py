@@ -19,9 +19,9 @@ import jax.numpy as jnp
 from statefulnn.core.arrays import entry_of, stack_arrays
 from statefulnn.core.box import Box
 from statefulnn.core.compat import EAGER, Tracer, current_trace
+from statefulnn.core.ownership import ModuleBase
 from statefulnn.core.parameter import Buffer, Parameter
 from statefulnn.core.placement import is_meta
-from statefulnn.core.stamps import Stamp
 
 # The slots that the properties below stand before.
 _held = Box.__dict__["_value"]
@@ -96,17 +96,17 @@ class Slice:
         index: the number of the entry; or a slice, for several of them.
         rank: the number of axes of an entry: the axis is counted from the end, so that arrays may have
             further axes in front, such as that of an ensemble.
-        stamp: of the module that the whole is in.
+        module: what the whole is stored in; a change of the box is one of this module.
         trainable: whether the entry is trained; None for what the whole says.
     """
 
-    __slots__ = ("_part", "index", "rank", "stamp", "trainable", "whole")
+    __slots__ = ("_part", "index", "module", "rank", "trainable", "whole")
 
-    def __init__(self, whole: Box, index: int | slice, rank: int, stamp: Stamp) -> None:
+    def __init__(self, whole: Box, index: int | slice, rank: int, module: ModuleBase) -> None:
         self.whole = whole
         self.index = index
         self.rank = rank
-        self.stamp = stamp
+        self.module = module
         self.trainable: bool | None = None
         self._part: tuple[Any, Any] | None = None
 
@@ -198,7 +198,7 @@ class _SlicedParameter(_Sliced, Parameter):
     def _requires_grad(self, flag: bool) -> None:
         at: Slice = _held.__get__(self)
         at.trainable = flag
-        at.stamp.touch()
+        at.module._nn_stamp.touch()
 
 
 class _SlicedBuffer(_Sliced, Buffer):
@@ -229,7 +229,7 @@ def separate(box: Any, value: Any = None) -> None:
     _held.__set__(box, value)
     if flag is not None:
         _own_flag.__set__(box, flag)
-    at.stamp.touch()
+    at.module._nn_stamp.touch()
 
 
 def spec_of(box: Any) -> tuple[tuple[int, ...], Any]:

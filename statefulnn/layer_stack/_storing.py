@@ -132,7 +132,7 @@ class _Storing:
         self._ranks.append((name, rank))
         # At once, so that what is stacked now is not held twice until the end.
         for index, (layer, box) in enumerate(zip(self._layers, column, strict=True)):
-            layer.slices.append(Slice(whole, index, rank, layer.nodes[0]._nn_stamp))
+            layer.slices.append(Slice(whole, index, rank, layer.nodes[0]))
             become_slice(box, layer.slices[-1])
         return whole
 
@@ -160,7 +160,7 @@ class _Storing:
     def _attach(self, run: list[Layer], stack: Any) -> None:
         for layer in run:
             for at in layer.slices:
-                at.stamp = stack._nn_stamp
+                at.module = stack
             for k, module in enumerate(layer.nodes):
                 if k not in self._given:
                     share_stamp(module, stack._nn_stamp)
@@ -177,7 +177,7 @@ def layer_of(
         whole, name = plan.boxes[position], moduledef.leaf_names[position]
         if name in ranks:
             box = cls.clone_of(static, None, whole._scope, position)
-            become_slice(box, Slice(whole, index, ranks[name], stack._nn_stamp))
+            become_slice(box, Slice(whole, index, ranks[name], stack))
             numbered.append(box)
         else:
             numbered.append(whole)
@@ -230,6 +230,9 @@ def share_stamp(module: Any, stamp: Stamp) -> None:
     for value in real_dict(module).values():
         if isinstance(value, Registry):
             value.stamp = stamp
+    for layer in real_dict(module).get("_views", {}).values():
+        for part in layer.modules():
+            share_stamp(part, stamp)
 
 
 def own_stamps(modules: Sequence[Any], scope: Scope | None) -> None:

@@ -96,7 +96,7 @@ class LayerStack(Module):
         (['0.weight', '0.bias', '1.weight'], (4, 4))
     """
 
-    _python_cache = ("_views", "_noted")
+    _python_cache = ("_views", "_noted", "_seen")
 
     @shortened
     def __init__(
@@ -181,7 +181,7 @@ class LayerStack(Module):
         _take_out(modules, common, self._nn_stamp.scope)
         self._modules.clear()
         self._segments = ()
-        real_dict(self).update(_views={}, _noted={})
+        real_dict(self).update(_views={}, _noted={}, _seen=0)
         return ModuleList(modules)
 
     # ----------------------------------------------------------------------------------------------
@@ -322,10 +322,11 @@ class LayerStack(Module):
         if not views:
             return
         plans = {name: plan_of(stack) for name, stack in self._modules.items()}
-        noted = attributes["_noted"]
-        if all(plans[name] is plan for name, plan in noted.items()):
+        noted, number = attributes["_noted"], self._nn_stamp.number
+        if attributes["_seen"] == number and all(plans[n] is plan for n, plan in noted.items()):
             return
-        attributes["_noted"] = plans  # first: whoever asks meanwhile finds what is stored
+        # First: whoever asks meanwhile finds what is stored.
+        attributes.update(_noted=plans, _seen=number)
         changed = _may_be_joined(self._segments, plans)
         for segment in self._segments:
             for start, stop, name in segment.runs:
@@ -363,7 +364,7 @@ class LayerStack(Module):
         view = views.get(str(number))
         if view is None:
             if not views:
-                attributes["_noted"] = {n: plan_of(m) for n, m in self._modules.items()}
+                self._note()
             segment = next(s for s in self._segments if number < s.stop)
             name = next(name for _, stop, name in segment.runs if number < stop)
             stack, plan = self._modules[name], attributes["_noted"][name]
@@ -401,7 +402,12 @@ class LayerStack(Module):
         real_dict(self)["_views"] = {}
         for number, module in enumerate(modules):
             self._adopt_layer(number, module)
-        real_dict(self)["_noted"] = {name: plan_of(stack) for name, stack in built.items()}
+        self._note()
+
+    def _note(self) -> None:
+        """Note what is stored, for the next `_nn_settle`."""
+        plans = {name: plan_of(stack) for name, stack in self._modules.items()}
+        real_dict(self).update(_noted=plans, _seen=self._nn_stamp.number)
 
 
 class _Call:
