@@ -109,6 +109,16 @@ def no_list(path: str, kind: str) -> TypeError:
     )
 
 
+def hooked_list(path: str, kind: str) -> StructureChangeError:
+    return StructureChangeError(
+        explain(
+            f"asked for a LayerStack of {path!r}, a {kind} with hooks",
+            "they would go with the list",
+            "remove them, and register them on the stack: nn.LayerStack.of(model, path) returns it",
+        )
+    )
+
+
 def no_layer(index: int, count: int) -> IndexError:
     return IndexError(
         explain(

@@ -141,6 +141,7 @@ class LayerStack(Module):
         Raises:
             AttributeError: if there is nothing of this name.
             TypeError: if something else is there.
+            StructureChangeError: for a list that has hooks itself.
             StructureChangeError, ShapeError, DtypeError: for blocks that differ.
 
         Example:
@@ -157,6 +158,8 @@ class LayerStack(Module):
         plain = type(found).forward in (Module.forward, Sequential.forward)
         if not path or not isinstance(found, (ModuleList, Sequential)) or not plain:
             raise refusals.no_list(path, type(found).__name__)
+        if _hooked(found):
+            raise refusals.hooked_list(path, type(found).__name__)
         stack = cls(list(found), remat=remat, unroll=unroll)
         stack.training = found.training
         model.set_submodule(path, stack)
@@ -447,7 +450,12 @@ def _observed(module: Any) -> bool:
     """Say whether somebody is to see the calls of a module or below: hooks, or nn.capture."""
     if active.listeners or active.entering or any(GLOBAL_HOOKS.values()):
         return True
-    return any(m.__dict__.get(name) for m in module.modules() for name in GLOBAL_HOOKS)
+    stored = module._walk_modules(None, "", True, lambda m: m._modules)
+    return any(map(_hooked, (m for _, m in stored)))
+
+
+def _hooked(module: Module) -> bool:
+    return any(module.__dict__.get(name) for name in GLOBAL_HOOKS)
 
 
 def _take_out(modules: list[Any], common: set[int], scope: Scope | None) -> None:
