@@ -14,8 +14,7 @@ Every transform of the package, and the registration as a pytree, is built on `p
 from __future__ import annotations
 
 import types
-import weakref
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -32,7 +31,6 @@ from statefulnn.core.plan import plan_of
 from statefulnn.core.registry import REGISTRIES, HookDict, Registry
 from statefulnn.core.stamps import Stamp
 from statefulnn.core.static_keys import BoundMethod
-from statefulnn.core.walk import ENTER, walk
 
 M = TypeVar("M", bound=ModuleBase)
 
@@ -71,47 +69,24 @@ def build_clones(
         owner = parameter_scope if group < 2 else buffer_scope
         numbered[number] = boxes[position] = cls.clone_of(static, value, owner, position)
 
-    modules = modules_around(moduledef, numbered, scope, into)
+    # All modules are there before the first is filled, so that shared ones and cycles need no thought.
+    modules = []
+    for index, d in enumerate(moduledef.nodes):
+        is_root = into is not None and ("node", index) == moduledef.roots[0]
+        modules.append(bare(into if is_root else object.__new__(d.cls), index, scope))
+    for module, d in zip(modules, moduledef.nodes, strict=True):
+        fill(module, d, modules, numbered)
     roots = [modules[i] if what == "node" else numbered[i] for what, i in moduledef.roots]
     return roots, boxes, modules
 
 
-def modules_around(
-    moduledef: ModuleDef,
-    numbered: Sequence[Any],
-    scope: Scope | None,
-    into: ModuleBase | None = None,
-    given: Mapping[int, Any] = types.MappingProxyType({}),
-) -> list[Any]:
-    """Build the modules of a ModuleDef around boxes.
-
-    Args:
-        moduledef: the static half.
-        numbered: the boxes, in the order of ``moduledef.boxes``.
-        scope: the owner of the modules.
-        into: a bare module to use as the first root.
-        given: modules that exist, by their number.
-
-    Returns:
-        all modules in node order.
-    """
-    # All modules are there before the first is filled, so that shared ones and cycles need no thought.
-    modules = []
-    for index, d in enumerate(moduledef.nodes):
-        if index in given:
-            modules.append(given[index])
-            continue
-        is_root = into is not None and ("node", index) == moduledef.roots[0]
-        module: Any = into if is_root else object.__new__(d.cls)
-        set_shell(module, None)
-        set_plan(module, None)
-        set_home(module, index)
-        set_stamp(module, Stamp(scope))
-        modules.append(module)
-    for index, (module, d) in enumerate(zip(modules, moduledef.nodes, strict=True)):
-        if index not in given:
-            fill(module, d, modules, numbered)
-    return modules
+def bare(module: Any, number: int, scope: Scope | None) -> Any:
+    """Make a module of a new object, which `fill` gives its attributes."""
+    set_shell(module, None)
+    set_plan(module, None)
+    set_home(module, number)
+    set_stamp(module, Stamp(scope))
+    return module
 
 
 def _stopped(value: object) -> object:
@@ -233,26 +208,3 @@ def require_module(module: object, function: str) -> None:
     if not isinstance(module, ModuleBase):
         hint = f"{module.__name__}(...)" if isinstance(module, type) else "an instance of nn.Module"
         raise refusals.no_module(type(module).__name__, function, hint)
-
-
-def owned(module: M) -> M:
-    """Give the user a module that was merged: its boxes know their names by their owners."""
-    if current_trace() is EAGER:
-        set_homes(module)
-    return module
-
-
-def set_homes(module: ModuleBase, given: Collection[ModuleBase] = ()) -> None:
-    """Let modules and boxes know under which names they are registered; not those in `given`."""
-    set_home(module, None)
-    met = {id(m) for m in given}
-    below = lambda m, _: [("", child) for child in m._modules.values() if child is not None]
-    for event, _, owner in walk(module, below, met=met, once=True):
-        if event is ENTER:
-            reference = weakref.ref(owner)
-            for name, child in owner._modules.items():
-                if child is not None and child not in given:
-                    set_home(child, (reference, name))
-            for name, box in (*owner._parameters.items(), *owner._buffers.items()):
-                if box is not None:
-                    box._nn_home = (reference, name)

@@ -21,7 +21,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from statefulnn.core import refusals
 from statefulnn.core.box import Box
 from statefulnn.core.class_keys import ValueKeyMaker, class_key
 from statefulnn.core.construction import settings
@@ -33,7 +32,7 @@ from statefulnn.core.ownership import ModuleBase, set_plan
 from statefulnn.core.parameter import Parameter
 from statefulnn.core.placement import gathered, placements_of
 from statefulnn.core.registry import GLOBAL_HOOKS, GLOBAL_STAMP, HookDict
-from statefulnn.core.slices import slice_of
+from statefulnn.core.slices import refuse_parts
 from statefulnn.core.stamps import Stamp, clock
 from statefulnn.core.static_keys import BoundMethod, HookKeyMaker
 from statefulnn.core.uninitialized import is_lazy
@@ -176,7 +175,7 @@ class _Builder:
             if statics.watch.unchanged():
                 break  # else another thread changed something between its key and its copy
 
-        self._refuse_parts()
+        refuse_parts(self._boxes)
         boxes = tuple((b.clone_class, b.static_part()) for b in self._boxes)
         ranks = [rank(cls, static) for cls, static in boxes]
         by_rank = sorted(range(len(ranks)), key=ranks.__getitem__)
@@ -190,13 +189,6 @@ class _Builder:
                 _interned[key] = moduledef
         in_order = [self._boxes[number] for number in by_rank]
         return Plan(moduledef, fresh, in_order, stamps, numbers, statics.watch)
-
-    def _refuse_parts(self) -> None:
-        """Raise if a box stands for a part of another one: both would be leaves."""
-        for box in self._boxes:
-            at = slice_of(box)
-            if at is not None and id(at.whole) in self._box_ids:
-                raise refusals.part_beside_the_whole(box.label(), at.whole.label())
 
     def _node(self, module: ModuleBase, where: Hashable = None) -> int:
         return _numbered(self._node_ids, id(module), self._modules, module)

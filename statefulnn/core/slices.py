@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from statefulnn.core import refusals
 from statefulnn.core.arrays import entry_of, stack_arrays
 from statefulnn.core.box import Box
 from statefulnn.core.compat import EAGER, Tracer, current_trace
@@ -209,6 +210,16 @@ class _SlicedBuffer(_Sliced, Buffer):
 def slice_of(box: Any) -> Slice | None:
     """Return which entry a box stands for, None for a box with an array of its own."""
     return _held.__get__(box) if isinstance(box, _Sliced) else None
+
+
+def refuse_parts(boxes: Sequence[Any]) -> None:
+    """Raise if a box stands for an entry of another one of them: both would be leaves."""
+    slices = [box for box in boxes if isinstance(box, _Sliced)]
+    known = {id(box) for box in boxes} if slices else set()
+    for box in slices:
+        whole = _held.__get__(box).whole
+        if id(whole) in known:
+            raise refusals.part_beside_the_whole(box.label(), whole.label())
 
 
 def become_slice(box: Any, at: Slice) -> None:

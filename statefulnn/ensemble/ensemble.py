@@ -18,11 +18,12 @@ import numpy as np
 
 from statefulnn.core.box import Box
 from statefulnn.core.errors import ShapeError, StructureChangeError, explain
-from statefulnn.core.graph import merge, owned, split
+from statefulnn.core.graph import merge, split
 from statefulnn.core.module import Module
 from statefulnn.core.plan import plan_of
 from statefulnn.core.state_dict import IncompatibleKeys
 from statefulnn.core.tracebacks import shortened
+from statefulnn.core.walk import owned
 from statefulnn.ensemble._building import build, check_factory, described, first_key, stacked
 from statefulnn.ensemble._state_dicts import stacked_dicts, unstacked
 from statefulnn.transforms.lift import call_module

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from statefulnn.core.generator import Generator
-from statefulnn.core.graph import modules_around, set_homes
+from statefulnn.core.graph import bare, fill
 from statefulnn.core.moduledef import ModuleDef
 from statefulnn.core.ownership import Scope, real_dict, set_plan, set_stamp
 from statefulnn.core.parameter import Parameter
@@ -23,6 +23,7 @@ from statefulnn.core.plan import Plan, build_plan
 from statefulnn.core.registry import Registry
 from statefulnn.core.slices import Slice, become_slice, gathered, slice_of, spec_of
 from statefulnn.core.stamps import Stamp
+from statefulnn.core.walk import set_homes
 from statefulnn.layer_stack import _refusals as refusals
 
 
@@ -152,10 +153,7 @@ class _Storing:
         return Segment(start, start + len(self._layers), tuple(runs), tuple(self._ranks), shared)
 
     def _module(self, moduledef: ModuleDef) -> Any:
-        built = modules_around(moduledef, self._numbered, self._scope, given=self._given)
-        if 0 not in self._given:
-            set_homes(built[0], given=self._given.values())
-        return built[0]
+        return modules_around(moduledef, self._numbered, self._scope, self._given)[0]
 
     def _attach(self, run: list[Layer], stack: Any) -> None:
         for layer in run:
@@ -184,12 +182,27 @@ def layer_of(
     given = given_nodes(segment, stack, moduledef)
     if 0 in given:
         return stack
-    modules = modules_around(moduledef, numbered, scope, given=given)
-    set_homes(modules[0], given=given.values())
+    modules = modules_around(moduledef, numbered, scope, given)
     for k, module in enumerate(modules):
         if k not in given:
             share_stamp(module, stack._nn_stamp)
     return modules[0]
+
+
+def modules_around(
+    moduledef: ModuleDef, numbered: Sequence[Any], scope: Scope | None, given: Mapping[int, Any]
+) -> list[Any]:
+    """Build the modules of a ModuleDef around boxes and some modules that exist."""
+    modules = [
+        given[k] if k in given else bare(object.__new__(d.cls), k, scope)
+        for k, d in enumerate(moduledef.nodes)
+    ]
+    for k, d in enumerate(moduledef.nodes):
+        if k not in given:
+            fill(modules[k], d, modules, numbered)
+    if 0 not in given:
+        set_homes(modules[0], given.values())
+    return modules
 
 
 def given_nodes(segment: Segment, stack: Any, moduledef: ModuleDef) -> Mapping[int, Any]:
