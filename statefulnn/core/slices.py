@@ -214,7 +214,7 @@ def slice_of(box: Any) -> Slice | None:
 
 def refuse_parts(boxes: Sequence[Any]) -> None:
     """Raise if a box stands for an entry of another one of them: both would be leaves."""
-    slices = [box for box in boxes if isinstance(box, _Sliced)]
+    slices: list[Any] = [box for box in boxes if isinstance(box, _Sliced)]
     known = {id(box) for box in boxes} if slices else set()
     for box in slices:
         whole = _held.__get__(box).whole

@@ -10,6 +10,7 @@ from typing import Any, Self
 import jax
 import jax.numpy as jnp
 
+from statefulnn.core import compat
 from statefulnn.core.errors import StructureChangeError, UninitializedParameterError
 from statefulnn.core.graph import fill
 from statefulnn.core.listeners import active
@@ -36,6 +37,7 @@ from statefulnn.layer_stack._storing import (
     taken_apart,
 )
 from statefulnn.modules.containers import ModuleList, Sequential, grouped
+from statefulnn.transforms.jit import jit
 from statefulnn.transforms.remat import remat as rematerialized
 from statefulnn.transforms.scan import looped
 
@@ -222,20 +224,19 @@ class LayerStack(Module):
         self, segment: Segment, start: int, stop: int, name: str, call: _Call, x: Any
     ) -> tuple[Any, tuple]:
         stack: Any = self._modules[name]
-        plan, ranks = plan_of(stack), dict(segment.ranks)
-        names = plan.moduledef.leaf_names
-        whole = [b for name, b in zip(names, plan.boxes, strict=True) if name not in ranks]
         if (start, stop) != segment[:2]:
             part = slice(start - segment.start, stop - segment.start)
-            stack = layer_of(segment, stack, plan, part, self._nn_stamp.scope)
-        options: dict[str, Any] = {"unroll": self.unroll, "whole": whole}
+            stack = layer_of(segment, stack, plan_of(stack), part, self._nn_stamp.scope)
+        static = call.static, segment.ranks, stop - start, self.unroll
+        trace = compat.current_trace()
+        staged = any(compat.kind(around) == "staged" for around in compat.chain(trace))
+        run = _run if staged else _compiled  # eager code would compile the loop at each call
         try:
-            (x, *_), ys = looped(call.step, (x, *call.modules), stack, stop - start, **options)
+            return run(stack, x, call.modules, call.arrays, static)
         except StructureChangeError as error:
             if "carry[0]" in str(error):
                 error.add_note(refusals.CHANGED_BY_A_LAYER)
             raise
-        return x, ys
 
     def _one_by_one(self, start: int, stop: int, call: _Call, x: Any) -> tuple[Any, tuple]:
         outputs = []
@@ -414,13 +415,28 @@ class LayerStack(Module):
 
 
 class _Call:
-    """What the layers of one call are called with beside what goes from one to the next."""
+    """What the layers of one call are called with beside what goes from one to the next.
+
+    Attributes:
+        modules: those among the arguments; they are carried, since a layer may write to them.
+        arrays: those among the arguments.
+        static: the rest, and what is to be computed again.
+    """
 
     def __init__(self, args: tuple, kwargs: dict[str, Any], remat: Any) -> None:
-        self._arrays, self._treedef, found = flatten_collecting((args, kwargs))
-        self.modules = tuple(found)  # these are carried: a layer may write to them
-        self._given = args, kwargs
-        self._remat = remat
+        leaves, treedef, found = flatten_collecting((args, kwargs))
+        is_array = [hasattr(leaf, "shape") and hasattr(leaf, "dtype") for leaf in leaves]
+        self.modules = tuple(found)
+        self.arrays = [v for v, own in zip(leaves, is_array, strict=True) if own]
+        rest = [(None if own else v, own) for v, own in zip(leaves, is_array, strict=True)]
+        self.static = treedef, tuple(rest), remat
+
+    @classmethod
+    def of(cls, static: tuple, arrays: Sequence[Any]) -> Self:
+        """Return the call with other arrays; its modules are those of the carry."""
+        self = cls.__new__(cls)
+        self.static, self.arrays, self.modules = static, list(arrays), ()
+        return self
 
     def step(self, carry: tuple, layer: Any) -> tuple[tuple, tuple]:
         x, *modules = carry
@@ -429,21 +445,38 @@ class _Call:
 
     def on(self, layer: Any, x: Any, modules: Any, may_remat: bool, in_loop: bool) -> tuple:
         """Call a layer: return what the next one takes, and its other outputs."""
+        treedef, rest, remat = self.static
 
         def call(layer: Any, x: Any, modules: Any) -> Any:
-            args, kwargs = self._given
-            if modules:
-                args, kwargs = unflatten_with(self._treedef, self._arrays, modules)
+            arrays = iter(self.arrays)
+            leaves = [next(arrays) if own else value for value, own in rest]
+            args, kwargs = unflatten_with(treedef, leaves, modules)
             return layer(x, *args, **kwargs)
 
-        if self._remat and may_remat:
+        if remat and may_remat:
             # In a loop XLA cannot take the second computation for the first.
             options: dict[str, Any] = {"prevent_cse": not in_loop}
-            if self._remat is not True:
-                options["policy"] = self._remat
+            if remat is not True:
+                options["policy"] = remat
             call = rematerialized(call, **options)
         out = call(layer, x, tuple(modules))
         return out if isinstance(out, tuple) else (out,)
+
+
+def _run(
+    stack: Any, x: Any, modules: tuple, arrays: Sequence[Any], static: tuple
+) -> tuple[Any, tuple]:
+    """Run layers that are stored together in a loop."""
+    static, ranks, count, unroll = static
+    call, plan, stacked = _Call.of(static, arrays), plan_of(stack), dict(ranks)
+    names = zip(plan.moduledef.leaf_names, plan.boxes, strict=True)
+    whole = [box for name, box in names if name not in stacked]
+    carry = x, *modules
+    (x, *_), ys = looped(call.step, carry, stack, count, unroll=unroll, whole=whole)
+    return x, ys
+
+
+_compiled = jit(_run, static_argnums=4)
 
 
 def _observed(module: Any) -> bool:
