@@ -183,6 +183,10 @@ def test_a_block_is_traced_as_often_for_many_layers_as_for_few(x, no_compilation
         compiled(x)
         assert len(calls) == counts[-1]
     assert counts[0] == counts[1] == 2  # once to see what it writes, once for the loop
+    calls.clear()
+    for scale in (1, 2, 3):  # eager calls run what the first one has compiled
+        blocks(scale * x)
+    assert len(calls) == 2
 
 
 # --------------------------------------------------------------------------------------------------
@@ -634,6 +638,10 @@ def test_no_blocks_and_other_things_are_refused():
         nn.LayerStack(Block, 2, remat="all")
     with pytest.raises(TypeError, match=r"which is a Linear"):
         nn.LayerStack.of(listed(), "head")
+    model = listed()
+    model.blocks.register_forward_hook(lambda module, args, out: None)
+    with pytest.raises(StructureChangeError, match="a ModuleList with hooks"):
+        nn.LayerStack.of(model, "blocks")
 
 
 def test_a_layer_that_changes_the_dtype_is_refused_with_what_to_do():

@@ -147,6 +147,19 @@ def test_values_of_layers_change_without_a_compilation():
     assert compiled.trace_count == 1
 
 
+def test_an_optimizer_of_one_layer_trains_that_layer_alone():
+    a, b = listed(), stacked()
+
+    def step(layer, opt):
+        opt.step(nn.grad(lambda layer: (layer(inputs()) ** 2).sum())(layer))
+
+    for model in (a, b):
+        opt = nn.Optimizer(model.blocks[1], optax.adam(1e-2))
+        step(model.blocks[1], opt)
+        nn.jit(step)(model.blocks[1], opt)
+    close(a.state_dict(), b.state_dict(), 1e-4)
+
+
 def test_a_write_that_would_be_lost_is_refused_with_the_name_of_the_layer():
     model = stacked()
     with pytest.raises(StateWriteError, match=r"'blocks\.1\.bn\.running_mean' \(Buffer\)"):
