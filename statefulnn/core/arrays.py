@@ -12,7 +12,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from statefulnn.core import refusals
-from statefulnn.core.compat import EAGER, Tracer, current_trace
+from statefulnn.core.compat import EAGER, Tracer, current_trace, plain_evaluation
 from statefulnn.core.errors import name_of
 from statefulnn.core.narrowing import check_jax_holds
 from statefulnn.core.placement import META, Place, Value, is_meta
@@ -123,7 +123,7 @@ def entry_of(array: Any, index: int | slice, position: int) -> Any:
         return jax.ShapeDtypeStruct(np.empty(array.shape, bool)[at].shape, array.dtype)
     if isinstance(array, Tracer):
         return array[at]
-    with jax.ensure_compile_time_eval():
+    with plain_evaluation():
         return from_numpy(np.asarray(array)[at]) if _on_host(array) else array[at]
 
 

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from statefulnn.core import refusals
 from statefulnn.core.arrays import entry_of, stack_arrays
 from statefulnn.core.box import Box
-from statefulnn.core.compat import EAGER, Tracer, current_trace
+from statefulnn.core.compat import EAGER, Tracer, current_trace, plain_evaluation
 from statefulnn.core.ownership import ModuleBase
 from statefulnn.core.parameter import Buffer, Parameter
 from statefulnn.core.placement import is_meta
@@ -68,7 +68,7 @@ class _Whole:
     def _value(self) -> Any:
         held = _held.__get__(self)
         if type(held) is _Pending:
-            with jax.ensure_compile_time_eval():  # also while somebody traces
+            with plain_evaluation():  # also while somebody traces
                 held = held.joined()
             if not is_meta(held):
                 _held.__set__(self, held)

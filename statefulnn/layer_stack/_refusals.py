@@ -119,6 +119,16 @@ def hooked_list(path: str, kind: str) -> StructureChangeError:
     )
 
 
+def empty() -> ValueError:
+    return ValueError(
+        explain(
+            "called a LayerStack without layers",
+            "unstack() has given them to a ModuleList",
+            "model.blocks = model.blocks.unstack(), and call its modules one by one",
+        )
+    )
+
+
 def no_layer(index: int, count: int) -> IndexError:
     return IndexError(
         explain(

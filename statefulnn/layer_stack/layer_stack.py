@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import operator
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -208,6 +209,8 @@ class LayerStack(Module):
             StructureChangeError: if a layer returns another shape or dtype than it was given.
         """
         self._nn_settle()
+        if not self._segments:
+            raise refusals.empty()
         call = _Call(args, kwargs, self.remat)
         outputs = []
         for segment in self._segments:
@@ -339,7 +342,13 @@ class LayerStack(Module):
                     if view is not None and view is not self._modules[name]:
                         changed |= self._changed(view, number, segment, name, noted[name])
         if changed:
-            self._put([self._layer(i) for i in range(len(self))])
+            # The user's own stack is stored anew with numbers, also if a trace is the first to look. What
+            # was to be told of the change was told when it was made.
+            stamp = self._nn_stamp
+            captured, stamp.baked_in = stamp.baked_in, None
+            with compat.plain_evaluation() if stamp.scope is None else contextlib.nullcontext():
+                self._put([self._layer(i) for i in range(len(self))])
+            stamp.baked_in = captured
 
     def _changed(self, view: Any, number: int, segment: Segment, name: str, before: Plan) -> bool:
         """Say whether a layer is no longer as it is stored; let it follow a change of what is stored."""

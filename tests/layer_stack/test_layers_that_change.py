@@ -147,6 +147,23 @@ def test_values_of_layers_change_without_a_compilation():
     assert compiled.trace_count == 1
 
 
+def test_layers_changed_before_a_trace_are_stored_with_numbers_by_it():
+    model, expected = stacked().eval(), listed().eval()(inputs())
+    for block in model.blocks[:2]:
+        block.requires_grad_(False)
+    compiled = jax.jit(lambda x: model(x))  # a closure: the trace is the first to look
+    np.testing.assert_allclose(compiled(inputs()), expected, rtol=1e-5, atol=1e-5)
+    assert len(frozen(model)) == 5
+    close(listed().state_dict(), model.state_dict(), 0)
+
+
+def test_a_stack_that_was_taken_apart_says_so_when_it_is_called():
+    blocks = stacked().blocks
+    assert len(blocks.unstack()) == 4 and len(blocks) == 0
+    with pytest.raises(ValueError, match="without layers"):
+        blocks(inputs())
+
+
 def test_an_optimizer_of_one_layer_trains_that_layer_alone():
     a, b = listed(), stacked()
 
