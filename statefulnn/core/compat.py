@@ -26,7 +26,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.core import Tracer
+from jax.core import Tracer, eval_context
 from jax.extend.core import find_top_trace
 
 from statefulnn.core.errors import explain
@@ -53,7 +53,7 @@ def current_trace() -> Any:
 
 def plain_evaluation() -> AbstractContextManager[None]:
     """Compute inside as outside of every transformation, for what belongs to no trace."""
-    return jax.core.eval_context()
+    return eval_context()
 
 
 def _warn(unknown: str, unchecked: str) -> None:
