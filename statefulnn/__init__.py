@@ -68,6 +68,7 @@ if TYPE_CHECKING:
     from statefulnn.ensemble import Ensemble
     from statefulnn.inspect import explore, summary
     from statefulnn.io import Checkpointer, export, load, load_exported, save
+    from statefulnn.layer_stack import LayerStack
     from statefulnn.transforms.loops import map as map
 
 __all__ = [
@@ -75,6 +76,7 @@ __all__ = [
     "Checkpointer",
     "Ensemble",
     "Generator",
+    "LayerStack",
     "Module",
     "ModuleDef",
     "Optimizer",
@@ -153,6 +155,7 @@ __version__ = "0.1.0"
 _LATER = ("amp", "bridge", "curvature", "func", "io", "meta", "parallel")
 _LATER_NAMES = {
     "Ensemble": "ensemble",
+    "LayerStack": "layer_stack",
     "map": "transforms.loops",
     **dict.fromkeys(("explore", "summary"), "inspect"),
     **dict.fromkeys(("Checkpointer", "export", "load", "load_exported", "save"), "io"),

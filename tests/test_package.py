@@ -37,6 +37,7 @@ ALLOWED = {
     "io": {"core", "transforms"},
     "bridge": {"core", "functional", "init", "modules", "transforms", "utils"},
     "ensemble": {"core", "transforms"},
+    "layer_stack": {"core", "modules", "transforms"},
     "func": {"core", "modules", "transforms"},
     "meta": {"core", "transforms"},
     "curvature": {"core", "functional", "modules", "transforms"},

@@ -12,7 +12,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from statefulnn.core import refusals
-from statefulnn.core.compat import EAGER, Tracer, current_trace
+from statefulnn.core.compat import EAGER, Tracer, current_trace, plain_evaluation
 from statefulnn.core.errors import name_of
 from statefulnn.core.narrowing import check_jax_holds
 from statefulnn.core.placement import META, Place, Value, is_meta
@@ -99,3 +99,39 @@ def strong(value: Any) -> Any:
     if getattr(value, "weak_type", False):
         return jax.lax.convert_element_type(value, value.dtype)
     return value
+
+
+def stack_arrays(values: Sequence[Any]) -> Any:
+    """Stack arrays along a new first axis; on the host, where XLA would compile it for their number."""
+    if all(map(_on_host, values)):
+        return from_numpy(np.stack([np.asarray(v) for v in values]), copy=False)
+    return jnp.stack([jnp.asarray(v) for v in values])
+
+
+def unstack(stacked: Any) -> list[Any]:
+    """Return the entries of the first axis as arrays."""
+    if not _on_host(stacked):
+        return list(stacked)
+    whole = np.asarray(stacked)
+    return [from_numpy(part) for part in whole]
+
+
+def entry_of(array: Any, index: int | slice, position: int) -> Any:
+    """Return an entry of an axis, or several: numbers if the array has some, also while somebody traces."""
+    at = (slice(None),) * position + (index,)
+    if isinstance(array, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct(np.empty(array.shape, bool)[at].shape, array.dtype)
+    if isinstance(array, Tracer):
+        return array[at]
+    with plain_evaluation():
+        return from_numpy(np.asarray(array)[at]) if _on_host(array) else array[at]
+
+
+def _on_host(value: Any) -> bool:
+    """Say whether an array's numbers are where numpy can read them and JAX would put them."""
+    if isinstance(value, Tracer):
+        return False
+    here = jax.local_devices()[0]
+    return here.platform == "cpu" and (
+        not isinstance(value, jax.Array) or value.devices() == {here}
+    )

@@ -20,7 +20,7 @@ from statefulnn.core.baked_in import BakedIn
 from statefulnn.core.bypassed import note_read
 from statefulnn.core.compat import EAGER, Tracer, current_trace
 from statefulnn.core.lending import lend
-from statefulnn.core.ownership import ModuleBase, Scope, birth_scope, check_write, real_dict
+from statefulnn.core.ownership import ModuleBase, Scope, birth_scope, check_write
 from statefulnn.core.placement import Value
 from statefulnn.core.stamps import value_changed
 
@@ -54,6 +54,11 @@ class Box:
         box.baked_in = None
         box._set_static_part(like)
         return box
+
+    @property
+    def clone_class(self) -> type[Box]:
+        """The class of a clone, and of whatever else holds an array of its own in place of this box."""
+        return type(self)
 
     def static_part(self) -> Hashable:
         """Return what a clone needs beside the value."""
@@ -112,7 +117,7 @@ class Box:
 
     def label(self) -> str:
         """Return the dotted name under which the box was registered, for messages."""
-        kind, home = type(self).__name__, self._nn_home
+        kind, home = self.clone_class.__name__, self._nn_home
         if isinstance(home, int):
             name = self._scope.leaf_name(home) if self._scope is not None else None
         else:
@@ -134,7 +139,10 @@ def path_of(module: ModuleBase) -> tuple[str, ...]:
         home = module._nn_home
         parent = home[0]() if isinstance(home, tuple) else None
         # A hint is not kept up to date: the parent may be gone, or have another module there by now.
-        if parent is None or real_dict(parent)["_modules"].get(home[1]) is not module:
+        if parent is None or parent._nn_child(home[1]) is not module:
+            scope = module._nn_stamp.scope
+            if isinstance(home, int) and scope is not None and scope.moduledef is not None:
+                parts += reversed((scope.moduledef.paths[home] or ("",))[1:])
             break
         parts.append(home[1])
         module = parent

@@ -21,11 +21,12 @@ import functools
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
 import numpy as np
-from jax.core import Tracer
+from jax.core import Tracer, eval_context
 from jax.extend.core import find_top_trace
 
 from statefulnn.core.errors import explain
@@ -48,6 +49,11 @@ __all__ = [
 def current_trace() -> Any:
     """Return the trace in force; it is `EAGER` outside every transformation."""
     return find_top_trace(())
+
+
+def plain_evaluation() -> AbstractContextManager[None]:
+    """Compute inside as outside of every transformation, for what belongs to no trace."""
+    return eval_context()
 
 
 def _warn(unknown: str, unchecked: str) -> None:

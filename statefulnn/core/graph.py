@@ -73,16 +73,20 @@ def build_clones(
     modules = []
     for index, d in enumerate(moduledef.nodes):
         is_root = into is not None and ("node", index) == moduledef.roots[0]
-        module: Any = into if is_root else object.__new__(d.cls)
-        set_shell(module, None)
-        set_plan(module, None)
-        set_home(module, index)
-        set_stamp(module, Stamp(scope))
-        modules.append(module)
+        modules.append(bare(into if is_root else object.__new__(d.cls), index, scope))
     for module, d in zip(modules, moduledef.nodes, strict=True):
         fill(module, d, modules, numbered)
     roots = [modules[i] if what == "node" else numbered[i] for what, i in moduledef.roots]
     return roots, boxes, modules
+
+
+def bare(module: Any, number: int, scope: Scope | None) -> Any:
+    """Make a module of a new object, which `fill` gives its attributes."""
+    set_shell(module, None)
+    set_plan(module, None)
+    set_home(module, number)
+    set_stamp(module, Stamp(scope))
+    return module
 
 
 def _stopped(value: object) -> object:

@@ -13,7 +13,7 @@ import functools
 import itertools
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Protocol, Self, TypeVar
 
 import jax
@@ -87,6 +87,7 @@ from statefulnn.core.walk import (
     LEAVE,
     deepcopied,
     leave_copies_to_reduction,
+    overrides,
     under_way,
     walk,
 )
@@ -277,11 +278,7 @@ class Module(ModuleBase):
 
     def _path(self) -> tuple[str, ...]:
         """Return the names that lead to the module from the root of its tree."""
-        home, scope = self._nn_home, self._nn_stamp.scope
-        if not isinstance(home, int):
-            return path_of(self)
-        path = None if scope is None or scope.moduledef is None else scope.moduledef.paths[home]
-        return () if path is None else path[1:]
+        return path_of(self)
 
     # ----------------------------------------------------------------------------------------------
     # Attributes
@@ -675,11 +672,11 @@ class Module(ModuleBase):
         remove_duplicate: bool = True,
     ) -> Iterator[tuple[str, Any]]:
         seen: set[int] = set()
-        modules = (
-            self.named_modules(prefix=prefix, remove_duplicate=remove_duplicate)
-            if recurse
-            else [(prefix, self)]
-        )
+        modules: Iterable[tuple[str, Module]] = [(prefix, self)]
+        if recurse and overrides(self, "named_modules"):
+            modules = self.named_modules(prefix=prefix, remove_duplicate=remove_duplicate)
+        elif recurse:
+            modules = self._walk_modules(None, prefix, remove_duplicate, _stored)
         for path, module in modules:
             _state_dict.refuse_hidden_members(module)
             for name, box in members(module):
@@ -688,6 +685,9 @@ class Module(ModuleBase):
                 if remove_duplicate:
                     seen.add(id(box))
                 yield f"{path}.{name}" if path else name, box
+
+    def _named_boxes(self, recurse: bool = True) -> Iterator[tuple[str, Any]]:
+        return self._named_members(_all_boxes, recurse=recurse)
 
     def named_parameters(
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
@@ -719,7 +719,7 @@ class Module(ModuleBase):
     def named_children(self) -> Iterator[tuple[str, Module]]:
         """Yield (name, module) of the direct children, each once."""
         seen: set[int] = set()
-        for name, module in list(self._modules.items()):
+        for name, module in list(self._nn_shown().items()):
             if module is not None and id(module) not in seen:
                 seen.add(id(module))
                 yield name, module
@@ -733,13 +733,22 @@ class Module(ModuleBase):
         self, memo: set | None = None, prefix: str = "", remove_duplicate: bool = True
     ) -> Iterator[tuple[str, Module]]:
         """Yield (dotted name, module) of this module and everything below."""
+        return self._walk_modules(memo, prefix, remove_duplicate, lambda module: module._nn_shown())
+
+    def _walk_modules(
+        self,
+        memo: set | None,
+        prefix: str,
+        remove_duplicate: bool,
+        children: Callable[[Module], Mapping[str, Module | None]],
+    ) -> Iterator[tuple[str, Module]]:
         memo = set() if memo is None else memo
         met = {id(module) for module in memo}
 
         def below(module: Module, path: str) -> list[tuple[str, Module]]:
             return [
                 (f"{path}.{name}" if path else name, child)
-                for name, child in module._modules.items()
+                for name, child in children(module).items()
                 if child is not None
             ]
 
@@ -814,9 +823,9 @@ class Module(ModuleBase):
     # Conversion
 
     def _apply(self, fn: Callable[[Any], Any], recurse: bool = True) -> Self:
-        for module in self.modules():
+        for _, module in self._walk_modules(None, "", True, _stored):
             _state_dict.refuse_hidden_members(module)
-        boxes = [box for _, box in self._named_members(_all_boxes, recurse=recurse)]
+        boxes = [box for _, box in self._named_boxes(recurse)]
         # All or nothing. What has no shape yet is an empty array, whose dtype and place count.
         converted = [fn(box._value if is_lazy(box) else box.value) for box in boxes]
         for box, value in zip(boxes, converted, strict=True):
@@ -1305,12 +1314,17 @@ def _locate(error: Exception, module: Module) -> None:
         return
 
 
+def _stored(module: Module) -> Mapping[str, Module | None]:
+    module._nn_settle()
+    return module._modules
+
+
 def _children(module: Module, _: str) -> list[tuple[str, Module]]:
     return [("", child) for child in module.children()]
 
 
 def _shown(module: Module, _: str) -> list[tuple[str, Module | None]]:
-    return list(module._modules.items())
+    return list(module._nn_shown().items())
 
 
 def _global(name: str, hook: tuple, prepend: bool = False) -> RemovableHandle:

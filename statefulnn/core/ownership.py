@@ -77,6 +77,17 @@ class ModuleBase:
     _nn_plan: Any
     _nn_shell: Any
 
+    def _nn_settle(self) -> None:
+        """Bring up to date what is stored; called before anybody walks it."""
+
+    def _nn_shown(self) -> dict[str, Any]:
+        """Return the children by the names that users know, where they are not stored under these."""
+        return self.__dict__["_modules"]
+
+    def _nn_child(self, name: str) -> Any:
+        """Return the child of a name if it is there, without building it."""
+        return real_dict(self)["_modules"].get(name)
+
 
 # Module intercepts assignment, so the slots are written through their descriptors.
 set_stamp = ModuleBase.__dict__["_nn_stamp"].__set__

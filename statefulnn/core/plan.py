@@ -32,6 +32,7 @@ from statefulnn.core.ownership import ModuleBase, set_plan
 from statefulnn.core.parameter import Parameter
 from statefulnn.core.placement import gathered, placements_of
 from statefulnn.core.registry import GLOBAL_HOOKS, GLOBAL_STAMP, HookDict
+from statefulnn.core.slices import refuse_parts
 from statefulnn.core.stamps import Stamp, clock
 from statefulnn.core.static_keys import BoundMethod, HookKeyMaker
 from statefulnn.core.uninitialized import is_lazy
@@ -160,6 +161,7 @@ class _Builder:
         )
         stamps, numbers = [], []
         for module in self._modules:  # the list grows while it is walked
+            module._nn_settle()
             stamps.append(module._nn_stamp)
             numbers.append(module._nn_stamp.number)  # first: a change meanwhile is seen next time
             self._nodes.append(NodeDef(type(module)))
@@ -173,7 +175,8 @@ class _Builder:
             if statics.watch.unchanged():
                 break  # else another thread changed something between its key and its copy
 
-        boxes = tuple((type(b), b.static_part()) for b in self._boxes)
+        refuse_parts(self._boxes)
+        boxes = tuple((b.clone_class, b.static_part()) for b in self._boxes)
         ranks = [rank(cls, static) for cls, static in boxes]
         by_rank = sorted(range(len(ranks)), key=ranks.__getitem__)
         order = tuple(sorted(range(len(ranks)), key=by_rank.__getitem__))  # the inverse

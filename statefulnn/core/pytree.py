@@ -155,7 +155,7 @@ def flatten_box(box: Box) -> tuple[tuple, Any]:
     found = _collecting.found
     if found is not None:
         return _collect(box, found)
-    return (box.out(),), (type(box), box.static_part())
+    return (box.out(),), (box.clone_class, box.static_part())
 
 
 def unflatten_box(aux: Any, children: Sequence[Any]) -> Any:

@@ -1081,4 +1081,15 @@ def several_meshes(places: Sequence[tuple[str, str]]) -> ValueError:
         "one computation runs on one set of devices, with one mesh if its axes are explicit",
         "put all of them on one mesh: nn.parallel.data_parallel(model, mesh) and "
         "nn.parallel.shard_batch(x, mesh); or model.to(device) and jax.device_put(x, device)",
+
+
+def part_beside_the_whole(part: str, whole: str) -> StructureChangeError:
+    return StructureChangeError(
+        explain(
+            f"used {part}, which stands for an entry of {whole}, beside it in one call or one model",
+            "both stand for parts of one array, and what is written to one, or differentiated by it, would "
+            "be lost for the other",
+            "pass the model alone and take the layer inside, model.blocks[3]; a parameter that another "
+            "module has as well has to be shared by all layers",
+        )
     )

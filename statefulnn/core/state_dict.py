@@ -78,7 +78,7 @@ def state_dict(
 
 
 def _members(module: Module, prefix: str) -> list[tuple[str, Any]]:
-    return [(f"{prefix}{name}.", m) for name, m in module._modules.items() if m is not None]
+    return [(f"{prefix}{name}.", m) for name, m in module._nn_shown().items() if m is not None]
 
 
 def _begin(
@@ -287,9 +287,9 @@ def _load(
                 # It may look at, and change, what goes to the modules below.
                 part = state if m is module else around.below(prefix)
                 m._load_from_state_dict(part, prefix, local, True, missing, unexpected, errors)
-                entries.append(_Entries(part) if m._modules else around)
+                entries.append(_Entries(part) if m._nn_shown() else around)
             else:
-                own = around.of_module(prefix, m._modules)
+                own = around.of_module(prefix, m._nn_shown())
                 m._load_from_state_dict(own, prefix, local, True, missing, unexpected, errors)
                 entries.append(around)
         elif event is LEAVE:
@@ -356,12 +356,13 @@ def load_own(
         loaded.settle(missing)
 
     if strict:
+        children = module._nn_shown()
         for key in state:
             if key.startswith(prefix) and key != extra:
                 head, _, rest = key[len(prefix) :].partition(".")
-                if (rest and head not in module._modules) or (not rest and head not in own):
+                if (rest and head not in children) or (not rest and head not in own):
                     unexpected.append(key)
-                elif rest and module._modules[head] is None:
+                elif rest and children[head] is None:
                     unexpected.append(key)
 
 
@@ -473,12 +474,7 @@ def _dtype_kind(dtype: DTypeLike) -> str:
 
 
 def _boxes(module: Module) -> list[Box]:
-    return [
-        box
-        for m in module.modules()
-        for box in (*m._parameters.values(), *m._buffers.values())
-        if box is not None
-    ]
+    return [box for _, box in module._named_boxes()]
 
 
 def _hooks(module: Module, name: str) -> Any:

@@ -9,10 +9,12 @@ from __future__ import annotations
 import contextlib
 import copy
 import threading
-from collections.abc import Callable, Hashable, Iterable, Iterator
+import weakref
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator
 from typing import Any
 
-from statefulnn.core.ownership import ModuleBase
+from statefulnn.core.compat import EAGER, current_trace
+from statefulnn.core.ownership import ModuleBase, set_home
 
 # What happens to a module: its children come next; they are all done; it is left to its own version of
 # a method; it is not entered, since it was before.
@@ -125,3 +127,26 @@ def leave_copies_to_reduction(cls: type) -> None:
     """Let ``copy.deepcopy`` ask a class's own ``__reduce__``, which `Module.__deepcopy__` would hide."""
     if "__deepcopy__" not in vars(cls) and any(name in vars(cls) for name in _REDUCTION):
         cls.__deepcopy__ = None  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def set_homes(root: Any, given: Collection[Any] = ()) -> None:
+    """Let modules and boxes know under which names they are registered; not those in `given`."""
+    set_home(root, None)
+    met = {id(m) for m in given}
+    below = lambda m, _: [("", child) for child in m._modules.values() if child is not None]
+    for event, _, owner in walk(root, below, met=met, once=True):
+        if event is ENTER:
+            reference = weakref.ref(owner)
+            for name, child in owner._modules.items():
+                if child is not None and child not in given:
+                    set_home(child, (reference, name))
+            for name, box in (*owner._parameters.items(), *owner._buffers.items()):
+                if box is not None:
+                    box._nn_home = (reference, name)
+
+
+def owned(module: Any) -> Any:
+    """Give the user a module that was merged: its boxes know their names by their owners."""
+    if current_trace() is EAGER:
+        set_homes(module)
+    return module

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from statefulnn.core.arrays import from_numpy
+from statefulnn.core.arrays import stack_arrays
 from statefulnn.core.baked_in import BakedIn
 from statefulnn.core.compat import EAGER, Tracer, current_trace, trace_of, varies
 from statefulnn.core.errors import DtypeError, ShapeError, UninitializedParameterError, explain
@@ -18,7 +17,6 @@ from statefulnn.core.generator import as_key, drawing_generator, rng_scope
 from statefulnn.core.module import Module
 from statefulnn.core.moduledef import ModuleDef, differences
 from statefulnn.core.objects import Identity
-from statefulnn.core.ownership import set_home
 from statefulnn.core.placement import META, elsewhere, is_meta, place_in_force, placed
 from statefulnn.core.plan import plan_of
 from statefulnn.core.uninitialized import is_lazy
@@ -211,46 +209,6 @@ def stacked(models: list[Any]) -> tuple[ModuleDef, list[Any]]:
                 )
     arrays = zip(*(leaves for _, leaves in taken), strict=True)
     return moduledef, [stack_arrays(values) for values in arrays]
-
-
-def stack_arrays(values: Sequence[Any]) -> Any:
-    """Stack arrays along a new first axis; on the host, where XLA would compile it for their number."""
-    if all(map(_on_host, values)):
-        return from_numpy(np.stack([np.asarray(v) for v in values]), copy=False)
-    return jnp.stack([jnp.asarray(v) for v in values])
-
-
-def unstack(stacked: Any) -> list[Any]:
-    """Return the entries of the first axis as arrays."""
-    if not _on_host(stacked):
-        return list(stacked)
-    whole = np.asarray(stacked)
-    return [from_numpy(part) for part in whole]
-
-
-def _on_host(value: Any) -> bool:
-    """Say whether an array's numbers are where numpy can read them and JAX would put them."""
-    if isinstance(value, Tracer):
-        return False
-    here = jax.local_devices()[0]
-    return here.platform == "cpu" and (
-        not isinstance(value, jax.Array) or value.devices() == {here}
-    )
-
-
-def owned(module: Module) -> Module:
-    """Give the user a module that was merged: its boxes know their names by their owners."""
-    if current_trace() is EAGER:
-        set_home(module, None)
-        for owner in module.modules():
-            reference = weakref.ref(owner)
-            for name, child in owner._modules.items():
-                if child is not None:
-                    set_home(child, (reference, name))
-            for name, box in (*owner._parameters.items(), *owner._buffers.items()):
-                if box is not None:
-                    box._nn_home = (reference, name)
-    return module
 
 
 def described(value: Any, shape: Any = None) -> str:

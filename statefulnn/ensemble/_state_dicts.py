@@ -9,8 +9,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from statefulnn.core.arrays import stack_arrays, unstack
 from statefulnn.core.errors import StateDictError, explain
-from statefulnn.ensemble._building import stack_arrays, unstack
 
 
 def unstacked(stacked: Mapping[str, Any], n: int) -> list[OrderedDict[str, Any]]:

@@ -23,7 +23,8 @@ from statefulnn.core.module import Module
 from statefulnn.core.plan import plan_of
 from statefulnn.core.state_dict import IncompatibleKeys
 from statefulnn.core.tracebacks import shortened
-from statefulnn.ensemble._building import build, check_factory, described, first_key, owned, stacked
+from statefulnn.core.walk import owned
+from statefulnn.ensemble._building import build, check_factory, described, first_key, stacked
 from statefulnn.ensemble._state_dicts import stacked_dicts, unstacked
 from statefulnn.transforms.lift import call_module
 from statefulnn.transforms.vmap import vmap

@@ -110,7 +110,7 @@ def trace(model: Module, inputs: tuple, kwargs: dict[str, Any]) -> Trace:
 
     def run(values: list[jax.Array], given: list[jax.Array]) -> None:
         memo: dict[int, Any] = {
-            id(box): type(box).clone_of(box.static_part(), value, birth_scope(), 0)
+            id(box): box.clone_class.clone_of(box.static_part(), value, birth_scope(), 0)
             for box, value in zip(boxes, values, strict=True)
         }
         for box in memo.values():

@@ -131,7 +131,7 @@ def tree_of(model: Module, trace: Trace | None = None) -> Node:
     root: Node | None = None
 
     def below(module: Any, path: str) -> list[tuple[str, Any]]:
-        children = ((n, m) for n, m in module._modules.items() if m is not None)
+        children = ((n, m) for n, m in module._nn_shown().items() if m is not None)
         return [(f"{path}.{n}" if path else n, m) for n, m in children]
 
     for event, path, module in walk(model, below, once=True):

@@ -278,23 +278,27 @@ class ModuleList(Module):
 
     def __repr__(self) -> str:
         """Equal neighbours are shown once, with how many there are."""
-        shown: list[tuple[int, int, str]] = []
-        for i, module in enumerate(self):
-            text = repr(module)
-            if shown and shown[-1][2] == text:
-                shown[-1] = (shown[-1][0], i, text)
-            else:
-                shown.append((i, i, text))
-        if not shown:
-            return f"{self._get_name()}()"
-        lines = []
-        for first, last, text in shown:
-            text = text.replace("\n", "\n  ")
-            if first == last:
-                lines.append(f"({first}): {text}")
-            else:
-                lines.append(f"({first}-{last}): {last - first + 1} x {text}")
-        return f"{self._get_name()}(\n  " + "\n  ".join(lines) + "\n)"
+        return grouped(self._get_name(), [(i, i, repr(m)) for i, m in enumerate(self)])
+
+
+def grouped(name: str, parts: Iterable[tuple[int, int, str]]) -> str:
+    """Return the text of a list of modules, given as (first, last, text), equal neighbours as one."""
+    shown: list[tuple[int, int, str]] = []
+    for first, last, text in parts:
+        if shown and shown[-1][2] == text:
+            shown[-1] = (shown[-1][0], last, text)
+        else:
+            shown.append((first, last, text))
+    if not shown:
+        return f"{name}()"
+    lines = []
+    for first, last, text in shown:
+        text = text.replace("\n", "\n  ")
+        if first == last:
+            lines.append(f"({first}): {text}")
+        else:
+            lines.append(f"({first}-{last}): {last - first + 1} x {text}")
+    return f"{name}(\n  " + "\n  ".join(lines) + "\n)"
 
 
 def _pairs(container: Any, given: Any, noun: str) -> list[tuple[str, Any]]:

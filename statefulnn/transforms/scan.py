@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -75,7 +75,20 @@ def scan(
         >>> h.shape
         (2,)
     """
-    loop = Loop(_advance, (f,), init, xs)
+    return looped(f, init, xs, length, reverse, unroll)
+
+
+def looped(
+    f: Callable[..., tuple[object, Any]],
+    init: PyTree,
+    xs: PyTree,
+    length: int | None = None,
+    reverse: bool = False,
+    unroll: int | bool = 1,
+    whole: Collection[Box] = (),
+) -> tuple[Any, Any]:
+    """Do what `scan` does; the boxes of `whole`, in modules of `xs`, are taken as they are by each step."""
+    loop = Loop(_advance, (f,), init, xs, whole)
     loop.check_lengths(length)
     loop.learn()
     state, (ys, stacked) = jax.lax.scan(
@@ -102,6 +115,7 @@ class Loop:
         functions: the user's functions, the one of a step first; the owners of methods are carried.
         carry: the first carry.
         xs: what is stepped over.
+        whole: boxes in `xs` that each step takes as they are.
 
     Attributes:
         call: all of it.
@@ -109,7 +123,12 @@ class Loop:
     """
 
     def __init__(
-        self, advance: Callable, functions: Sequence[Callable], carry: PyTree, xs: PyTree = None
+        self,
+        advance: Callable,
+        functions: Sequence[Callable],
+        carry: PyTree,
+        xs: PyTree = None,
+        whole: Collection[Box] = (),
     ) -> None:
         self._advance = advance
         self._functions, owners = several_unbound(functions)
@@ -121,10 +140,12 @@ class Loop:
         self._dynamic = call.dynamic[:n], call.dynamic[n:]
         kept = leaves_below(call.moduledef, range(len(roots)))
         # A generator that was not stacked has one state, four words: it is one stream for all steps.
+        known = {id(box) for box in whole}
         self.sliced = [
             i
             for i in leaves_below(call.moduledef, range(len(roots), len(call.roots)))
-            if not isinstance(call.plan.boxes[i], Generator) or jnp.ndim(self._leaves[i]) > 1
+            if id(call.plan.boxes[i]) not in known
+            and (not isinstance(call.plan.boxes[i], Generator) or jnp.ndim(self._leaves[i]) > 1)
         ]
         # What a step writes, of which part is carried and part stacked; the others are constants.
         self._written: tuple[int, ...] = ()

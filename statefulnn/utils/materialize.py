@@ -324,7 +324,7 @@ class _Copies:
     def cover(self, m: Module) -> bool:
         """Say whether all that was missing in a module is a copy; asked for its children first."""
         parts = [id(b) in self._boxes for b in _own(m).values() if id(b) in self._missing]
-        parts += [self._modules[c] for c in m._modules.values() if c in self._modules]
+        parts += [self._modules[c] for c in m._nn_shown().values() if c in self._modules]
         self._modules[m] = all(parts)
         return all(parts)
 
@@ -338,7 +338,7 @@ def _construction_order(
     needed: set[Module] = set()
 
     def below(m: Any, name: str) -> list[tuple[str, Any]]:
-        children = [(k, child) for k, child in m._modules.items() if child is not None]
+        children = [(k, child) for k, child in m._nn_shown().items() if child is not None]
         for _, child in children:
             if child not in parents or _first_home(child) is m:
                 parents[child] = m
@@ -346,7 +346,7 @@ def _construction_order(
 
     for event, name, m in walk(module, below, once=True):
         if event is LEAVE:
-            children = [child for child in m._modules.values() if child is not None]
+            children = [child for child in m._nn_shown().values() if child is not None]
             own = any(id(b) in missing for b in _own(m).values())
             if own or any(child in needed for child in children):
                 needed.add(m)
