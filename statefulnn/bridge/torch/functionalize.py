@@ -29,12 +29,12 @@ from statefulnn.bridge.torch.structures import CONSTANTS, Var, leaves, map_leave
 from statefulnn.bridge.torch.tracing import (
     CUSTOM,
     OURS,
+    SYMBOLIC,
     Call,
     ConversionError,
-    Number,
     Ref,
     Trace,
-    _number,
+    number_of,
 )
 from statefulnn.core.errors import explain
 
@@ -234,8 +234,8 @@ class Functionalizer:
             return slice(*(self.argument(v) for v in (value.start, value.stop, value.step)))
         if isinstance(value, (torch.dtype, torch.layout, torch.device, torch.memory_format)):
             return str(value).removeprefix("torch.")
-        if isinstance(value, torch.SymInt):
-            return _number(value)
+        if isinstance(value, SYMBOLIC):
+            return number_of(value)
         if type(value) in CONSTANTS:
             return value
         return f"<{type(value).__name__}>"
@@ -363,12 +363,10 @@ class Functionalizer:
         value = node.meta.get("val")
         if operator_name(node.target) in ("item", "_local_scalar_dense"):
             raise number_of_array(place_of(node, self.call))
-        if isinstance(value, (torch.SymInt, int, bool, float)) and not isinstance(
-            value, torch.Tensor
-        ):
-            return _number(value) if isinstance(value, torch.SymInt) else value
-        if isinstance(value, (torch.SymFloat, torch.SymBool)):
-            return Number(value.node.expr)
+        if isinstance(value, SYMBOLIC):
+            return number_of(value)
+        if isinstance(value, (int, bool, float)):
+            return value
         if node.target is operator.getitem:
             return self.item(node, value)
         name = operator_name(node.target)

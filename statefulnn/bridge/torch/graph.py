@@ -105,8 +105,11 @@ class Graph:
         got, other = jax.tree.flatten(given, is_leaf=_is_none)
         if structure != other:
             return f"it was traced with arguments like {_shown(self.arguments, self.inputs)}"
-        names = list(_names(self.arguments))
-        for want, value, name in zip(wanted, got, names, strict=True):
+        numbers = []
+        for want, value, name in zip(wanted, got, _names(self.arguments), strict=True):
+            if isinstance(want, Size):
+                numbers.append((want, value, name))
+                continue
             if not isinstance(want, Var):
                 if _is_array(value) or want is not value and want != value:
                     return f"{name} was {want!r} when it was traced, and is {_short(value)} here"
@@ -120,6 +123,11 @@ class Graph:
                     f"{name} was traced as {spec} and has shape {tuple(value.shape)} here: {wrong}"
                 )
             values[want.slot] = value
+        # Arrays bind sizes first, then numbers that are one, then what follows from these is compared.
+        for want, value, name in sorted(numbers, key=lambda number: not number[0].is_name()):
+            wrong = want.misfit(value, sizes)
+            if wrong:
+                return f"{name} {wrong}"
         for guard in self.guards:
             if not Size(guard)(sizes):
                 return f"with sizes {sizes} the condition {guard} does not hold, which the code relied on"

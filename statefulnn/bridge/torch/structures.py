@@ -10,12 +10,15 @@ Terms
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import CodeType
 from typing import Any
 
 import jax
+import jax.export
+import jax.numpy as jnp
 
 CONSTANTS = (bool, int, float, complex, str, type(None))
 
@@ -39,12 +42,56 @@ class Size:
             code = _COMPILED[self.text] = compile(self.text, "<size>", "eval")
         return eval(code, _NAMES, dict(sizes))  # an expression that this package printed
 
+    def is_name(self) -> bool:
+        return self.text.isidentifier()
+
+    def misfit(self, value: Any, sizes: dict[str, int]) -> str | None:
+        """Bind the name of a size that no array has, or say why a number is not the size that it was."""
+        if not isinstance(value, (int, float)) and not jax.export.is_symbolic_dim(value):
+            return f"was a number that follows from sizes when it was traced, and is {value!r} here"
+        if self.is_name():
+            sizes.setdefault(self.text, value)
+        want = self(sizes)
+        if want == value or isinstance(want, float) and math.isclose(want, value):
+            return None
+        return f"was traced as the size {self.text}, which is {want}, and is {value} here"
+
 
 _COMPILED: dict[str, CodeType] = {}
+
+
+class _Math:
+    """The module math; what has no number yet, since a size has only a name, is computed as an array."""
+
+    def __getattr__(self, name: str) -> Any:
+        known = getattr(math, name)
+        if not callable(known):
+            return known
+        return lambda x: getattr(jnp, name)(x) if isinstance(x, jax.Array) else known(x)
+
+
+def _float(x: Any) -> Any:
+    return jnp.asarray(x, jnp.float32) if jax.export.is_symbolic_dim(x) else float(x)
+
+
+def _extreme(name: str, plain: Callable) -> Callable:
+    def extreme(*sizes: Any) -> Any:
+        named = next((s for s in sizes if jax.export.is_symbolic_dim(s)), None)
+        if named is None:
+            return plain(sizes)
+        text = f"{name}({', '.join(map(str, sizes))})"
+        return jax.export.symbolic_shape(text, scope=named.scope)[0]
+
+    return extreme
+
+
 _NAMES: dict[str, Any] = {
-    "__builtins__": {"abs": abs, "bool": bool, "float": float, "int": int, "max": max, "min": min},
-    "math": __import__("math"),
-}
+    "__builtins__": {
+        "abs": abs, "bool": bool, "float": _float, "int": int,
+        "max": _extreme("max", max), "min": _extreme("min", min),
+    },
+    "math": _Math(),
+}  # fmt: skip
 
 
 @jax.tree_util.register_pytree_with_keys_class

@@ -27,6 +27,8 @@ from statefulnn.core.errors import StatefulnnError, explain
 
 # Where torch.export keeps, for its users, what belongs to a node.
 CUSTOM, OURS = "custom", "statefulnn"
+# Sizes, and what is computed with them.
+SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
 
 
 class ConversionError(StatefulnnError, NotImplementedError):
@@ -126,8 +128,8 @@ class _Recorder:
         """Return the leaf for a value that a module was given or returned."""
         if type(value) in CONSTANTS:
             return value
-        if isinstance(value, torch.SymInt):
-            return _number(value)
+        if isinstance(value, SYMBOLIC):
+            return number_of(value)
         if isinstance(value, torch.Tensor):
             mode = get_proxy_mode()
             proxy = get_proxy_slot(value, mode.tracer, None) if mode is not None else None
@@ -225,9 +227,12 @@ def _notes(node: Any) -> dict[str, int]:
     return node.meta.setdefault(CUSTOM, {}).setdefault(OURS, {})
 
 
-def _number(value: Any) -> Any:
+def number_of(value: Any) -> Any:
+    """Return a size, or what was computed with sizes, as a number of Python or a `Number`."""
     expression = value.node.expr
-    return int(expression) if expression.is_number else Number(expression)
+    if expression.free_symbols:
+        return Number(expression)
+    return value.node.pytype(expression)
 
 
 def _shapes_alone(module: Any, input: Any = None, *rest: Any, **kwargs: Any) -> Any:
@@ -270,7 +275,7 @@ class _Flat(torch.nn.Module):
         out = self.model(*args, **kwargs)
         kept = []
         for i, leaf in enumerate(leaves(out)):
-            if isinstance(leaf, (torch.Tensor, torch.SymInt)):
+            if isinstance(leaf, (torch.Tensor, *SYMBOLIC)):
                 kept.append(leaf)
             elif type(leaf) not in CONSTANTS:
                 raise ConversionError(
