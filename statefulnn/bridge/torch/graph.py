@@ -10,6 +10,7 @@ Terms
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from statefulnn.bridge.torch.operators import OPERATORS
-from statefulnn.bridge.torch.structures import Signature, Size, Var, map_leaves
+from statefulnn.bridge.torch.structures import Signature, Size, Var, flat, map_leaves
 from statefulnn.core.box import Box, unwrap
 from statefulnn.core.errors import ShapeError, StructureChangeError, explain
 from statefulnn.core.module import Module
@@ -101,12 +102,12 @@ class Graph:
 
     def misfit(self, given: Any, sizes: dict[str, int], values: list[Any]) -> str | None:
         """Put the arrays into their slots, and say what does not fit, if anything."""
-        wanted, structure = jax.tree.flatten(self.arguments, is_leaf=_is_none)
-        got, other = jax.tree.flatten(given, is_leaf=_is_none)
-        if structure != other:
+        wanted, got = flat(self.arguments), flat(given)
+        if wanted.keys() != got.keys():
             return f"it was traced with arguments like {_shown(self.arguments, self.inputs)}"
         numbers = []
-        for want, value, name in zip(wanted, got, _names(self.arguments), strict=True):
+        for place, want in wanted.items():
+            value, name = got[place], f"the argument {_spoken(place)}"
             if isinstance(want, Size):
                 numbers.append((want, value, name))
                 continue
@@ -160,10 +161,6 @@ class Graph:
         return map_leaves(self.result, fill)
 
 
-def _is_none(value: Any) -> bool:
-    return value is None or isinstance(value, Var)
-
-
 def _is_array(value: Any) -> bool:
     return isinstance(value, (jax.Array, np.ndarray, np.generic, jax.ShapeDtypeStruct))
 
@@ -174,13 +171,9 @@ def _short(value: Any) -> str:
     return repr(value) if len(repr(value)) < 40 else f"a {type(value).__name__}"
 
 
-def _names(arguments: Any) -> list[str]:
-    # In the order of jax.tree.flatten.
-    paths = jax.tree_util.tree_flatten_with_path(arguments, is_leaf=_is_none)[0]
-    return [
-        f"the argument {jax.tree_util.keystr(path, simple=True, separator='.')}"
-        for path, _ in paths
-    ]
+def _spoken(place: str) -> str:
+    """Return ``['pair'][0]`` as ``pair.0``."""
+    return re.sub(r"\['?(.*?)'?\]", r".\1", place)[1:]
 
 
 def _shown(arguments: Any, inputs: Mapping[int, Input]) -> str:
@@ -216,9 +209,10 @@ def _filled(leaf: Any, values: list[Any], sizes: Mapping[str, int]) -> Any:
 
 def _spread(out: Any, step: Step, values: list[Any]) -> None:
     """Put the outputs of a submodule into their slots."""
-    wanted, structure = jax.tree.flatten(step.out, is_leaf=_is_none)
-    got, other = jax.tree.flatten(out, is_leaf=_is_none)
-    if structure != other:
+    wanted, got = flat(step.out), flat(out)
+    if wanted.keys() != got.keys():
+        likes = (map_leaves(x, lambda _, __: "array") for x in (out, step.out))
+        other, structure = map(str, likes)
         raise StructureChangeError(
             explain(
                 f"called the submodule {step.target!r}, which returned {other}",
@@ -226,9 +220,9 @@ def _spread(out: Any, step: Step, values: list[Any]) -> None:
                 "put a module there that returns what the original one did",
             )
         )
-    for want, value in zip(wanted, got, strict=True):
+    for place, want in wanted.items():
         if isinstance(want, Var):
-            values[want.slot] = value
+            values[want.slot] = got[place]
 
 
 def _attribute(module: Module, path: str) -> Any:
@@ -285,8 +279,7 @@ class Traced(Module):
                 given = graph.signature.bind(args, kwargs)
             except TypeError as error:
                 raise TypeError(f"{self.source}.forward(): {error}") from None
-            is_box = lambda x: isinstance(x, Box)
-            given = jax.tree.map(unwrap, given, is_leaf=is_box)
+            given = map_leaves(given, lambda x, _: unwrap(x))
             problem = graph.misfit(given, sizes, values)
             if problem is None:
                 self._check_parts(graph)

@@ -20,9 +20,16 @@ from typing import Any
 
 import torch
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from statefulnn.bridge.torch.structures import CONSTANTS, NotPlain, Signature, leaves, map_leaves
+from statefulnn.bridge.torch.structures import (
+    CONSTANTS,
+    Leaf,
+    NotPlain,
+    Signature,
+    leaves,
+    map_leaves,
+    rebuilt,
+)
 from statefulnn.core.errors import StatefulnnError, explain
 
 # Where torch.export keeps, for its users, what belongs to a node.
@@ -36,14 +43,14 @@ class ConversionError(StatefulnnError, NotImplementedError):
 
 
 @dataclass(frozen=True)
-class Ref:
+class Ref(Leaf):
     """The tensor that a node of torch.export's graph stands for."""
 
     number: int
 
 
 @dataclass(frozen=True)
-class Number:
+class Number(Leaf):
     """A size that is no fixed number."""
 
     expression: Any
@@ -172,11 +179,11 @@ class _Recorder:
                 out = out if record.opaque else forward(*args, **kwargs)
                 # What is handed through gets another name, so that it is known who returned it.
                 given = {id(x) for x in leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
-                renamed = lambda x, _: torch.ops.aten.alias(x) if id(x) in given else x
+                renamed = lambda x: torch.ops.aten.alias(x) if id(x) in given else x
                 try:
-                    record.output = map_leaves(map_leaves(out, _kept), self.ref)
+                    record.output = map_leaves(out, self.ref)
                     if given & {id(x) for x in leaves(out)}:
-                        out = _rebuilt(out, renamed)
+                        out = rebuilt(out, renamed)
                         record.output = map_leaves(out, self.ref)
                 except NotPlain as error:
                     record.problem = f"returned an output of which {error}"
@@ -211,16 +218,6 @@ class _Recorder:
         path = self.paths.get(id(module.__dict__))
         if self.call is not None and path is not None:
             self.call.modes[path] = mode
-
-
-def _kept(value: Any, _: str) -> Any:
-    return value
-
-
-def _rebuilt(value: Any, leaf: Callable[[Any, str], Any]) -> Any:
-    """Return a structure of torch's containers with other leaves."""
-    mapped, spec = tree_flatten(value)
-    return tree_unflatten([leaf(x, "") for x in mapped], spec)
 
 
 def _notes(node: Any) -> dict[str, int]:
@@ -270,8 +267,8 @@ class _Flat(torch.nn.Module):
 
     def forward(self, *tensors: Any) -> Any:
         rest = iter(tensors)
-        fill = lambda x, _: next(rest) if isinstance(x, torch.Tensor) else x
-        args, kwargs = (_torch_structure(part, fill) for part in self.given)
+        fill = lambda x: next(rest) if isinstance(x, torch.Tensor) else x
+        args, kwargs = (rebuilt(part, fill) for part in self.given)
         out = self.model(*args, **kwargs)
         kept = []
         for i, leaf in enumerate(leaves(out)):
@@ -288,16 +285,6 @@ class _Flat(torch.nn.Module):
                     )
                 )
         return tuple(kept)
-
-
-def _torch_structure(value: Any, leaf: Callable[[Any, str], Any]) -> Any:
-    if isinstance(value, (tuple, list)) and not hasattr(value, "_fields"):
-        return type(value)(_torch_structure(v, leaf) for v in value)
-    if hasattr(value, "_fields"):
-        return type(value)(*(_torch_structure(v, leaf) for v in value))
-    if isinstance(value, dict):
-        return type(value)((k, _torch_structure(v, leaf)) for k, v in value.items())
-    return leaf(value, "")
 
 
 @contextlib.contextmanager
