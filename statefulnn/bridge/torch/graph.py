@@ -10,15 +10,18 @@ Terms
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 
+from statefulnn.bridge.torch.named_sizes import as_constraint, holds_for_all
 from statefulnn.bridge.torch.operators import OPERATORS
 from statefulnn.bridge.torch.structures import Signature, Size, Var, flat, map_leaves
 from statefulnn.core.box import Box, unwrap
@@ -130,7 +133,7 @@ class Graph:
             if wrong:
                 return f"{name} {wrong}"
         for guard in self.guards:
-            if not Size(guard)(sizes):
+            if not _holds(guard, sizes):
                 return f"with sizes {sizes} the condition {guard} does not hold, which the code relied on"
         return None
 
@@ -140,9 +143,9 @@ class Graph:
         for step in self.steps:
             if step.kind == "operator":
                 call = OPERATORS[step.target] if isinstance(step.target, str) else step.target
-                args = map_leaves(step.args, fill)
                 try:
-                    values[step.out.slot] = call(*args, **map_leaves(step.kwargs, fill))
+                    args, kwargs = map_leaves(step.args, fill), map_leaves(step.kwargs, fill)
+                    values[step.out.slot] = call(*args, **kwargs)
                 except Exception as error:
                     error.add_note(f"at {step.target} in {step.where}")
                     raise
@@ -158,7 +161,33 @@ class Graph:
                 values[step.out.slot] = jnp.asarray(step.target)
             for slot in step.free:
                 values[slot] = None
-        return map_leaves(self.result, fill)
+        return map_leaves(self.result, lambda leaf, _: _as_output(_filled(leaf, values, sizes)))
+
+
+def _holds(guard: str, sizes: Mapping[str, Any]) -> bool:
+    """Say whether a condition holds.
+
+    Raises:
+        ShapeError: for sizes that have names, if it holds for some of them only.
+    """
+    named = {k: v for k, v in sizes.items() if jax.export.is_symbolic_dim(v)}
+    if not named:
+        return bool(Size(guard)(sizes))
+    try:
+        if Size(guard)(sizes):
+            return True
+    except Exception:  # jax.export cannot say: its class for that is not public
+        pass
+    if holds_for_all(guard, sizes):
+        return True
+    said = re.sub(r"\bd\d+\b", lambda name: str(sizes[name[0]]), guard)
+    raise ShapeError(
+        explain(
+            f"called a converted module with sizes that have names, {', '.join(map(str, named.values()))}",
+            f"it was traced for sizes with {said}, which does not hold for all",
+            f"say that it does, nn.export(..., constraints=({as_constraint(guard, sizes)!r},)), or give a number",
+        )
+    )
 
 
 def _is_array(value: Any) -> bool:
@@ -205,6 +234,10 @@ def _filled(leaf: Any, values: list[Any], sizes: Mapping[str, int]) -> Any:
     if isinstance(leaf, Var):
         return values[leaf.slot]
     return leaf(sizes) if isinstance(leaf, Size) else leaf
+
+
+def _as_output(value: Any) -> Any:
+    return jnp.asarray(value) if jax.export.is_symbolic_dim(value) else value
 
 
 def _spread(out: Any, step: Step, values: list[Any]) -> None:
@@ -293,6 +326,11 @@ class Traced(Module):
                 "example, or that the code compares with numbers, keeps its size",
             )
         )
+
+    @property
+    def forward_signature(self) -> inspect.Signature:
+        """The arguments of the forward that was traced, by their names in torch."""
+        return self.graphs[0].signature.inspected() if self.graphs else inspect.signature(self.forward)
 
     def _has_modes(self, graph: Graph) -> bool:
         return all(self.get_submodule(p).training is m for p, m in graph.modes.items())

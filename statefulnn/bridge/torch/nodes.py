@@ -6,8 +6,13 @@ from typing import Any
 
 import torch
 
+from statefulnn.bridge.torch import tracing
 from statefulnn.bridge.torch.tracing import Call, ConversionError
 from statefulnn.core.errors import explain
+
+
+# torch notes also the frames in which this package follows a forward.
+_OUR_OWN = tracing.__file__
 
 
 def is_in_place(name: str) -> bool:
@@ -43,8 +48,9 @@ def place_of(node: Any, call: Call) -> str:
         f"{call.path!r} ({type(call.module).__name__})" if call.path else type(call.module).__name__
     )
     lines = (node.meta.get("stack_trace") or "").strip().splitlines()
-    place = next((s.strip() for s in reversed(lines) if s.strip().startswith("File ")), "")
-    code = lines[-1].strip() if lines and not lines[-1].strip().startswith("File ") else ""
+    frames = [s.strip() for s in lines if s.strip().startswith("File ") and _OUR_OWN not in s]
+    place = frames[-1] if frames else ""
+    code = lines[-1].strip() if place and lines[-2].strip() == place else ""
     return ", ".join(x for x in (module, place, code) if x)
 
 

@@ -95,10 +95,11 @@ def _extreme(name: str, plain: Callable) -> Callable:
     return extreme
 
 
+minimum = _extreme("min", min)
 _NAMES: dict[str, Any] = {
     "__builtins__": {
         "abs": abs, "bool": bool, "float": _float, "int": int,
-        "max": _extreme("max", max), "min": _extreme("min", min),
+        "max": _extreme("max", max), "min": minimum,
     },
     "math": _Math(),
 }  # fmt: skip
@@ -251,22 +252,23 @@ class Signature:
         found = inspect.signature(function).parameters.values()
         return cls(tuple((p.name, p.kind.name, default(p)) for p in found))
 
+    def inspected(self) -> inspect.Signature:
+        """Return it as Python has it."""
+        empty = inspect.Parameter.empty
+        kinds = inspect._ParameterKind
+        return inspect.Signature(
+            [
+                inspect.Parameter(name, kinds[kind], default=empty if default == REQUIRED else default)
+                for name, kind, default in self.parameters
+            ]
+        )
+
     def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """Return arguments by the names of the parameters, with the defaults.
 
         Raises:
             TypeError: for arguments that do not fit.
         """
-        signature = inspect.Signature(
-            [
-                inspect.Parameter(
-                    name,
-                    inspect._ParameterKind[kind],
-                    default=inspect.Parameter.empty if default == REQUIRED else default,
-                )
-                for name, kind, default in self.parameters
-            ]
-        )
-        bound = signature.bind(*args, **kwargs)
+        bound = self.inspected().bind(*args, **kwargs)
         bound.apply_defaults()
         return dict(bound.arguments)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 import statefulnn.functional as F
 from statefulnn.bridge.torch.operators._promotion import cast, dtype_of
-from statefulnn.bridge.torch.operators._table import operator
+from statefulnn.bridge.torch.operators._table import OPERATORS, operator
 
 _REDUCTIONS = ("none", "mean", "sum")
 
@@ -235,12 +235,18 @@ def instance_norm_updating(
 
 @operator("pad")
 def pad(x: Any, pad: Sequence[int], mode: str = "constant", value: float | None = None) -> Any:
-    return F.pad(x, tuple(pad), mode, value)
+    if all(isinstance(n, int) for n in pad):
+        return F.pad(x, tuple(pad), mode, value)
+    pairs = list(zip(pad[::2], pad[1::2], strict=True))[::-1]
+    modes = {"reflect": "reflect", "replicate": "edge", "circular": "wrap"}
+    options = {"constant_values": value or 0} if mode == "constant" else {}
+    whole = [(0, 0)] * (x.ndim - len(pairs)) + pairs
+    return jnp.pad(x, whole, modes.get(mode, mode), **options)
 
 
 @operator("constant_pad_nd")
 def constant_pad_nd(x: Any, pad: Sequence[int], value: Any = 0) -> Any:
-    return F.pad(x, tuple(pad), "constant", value)
+    return OPERATORS["pad"](x, pad, "constant", value)
 
 
 for _mode in ("reflection", "replication"):

@@ -54,7 +54,7 @@ def _spread(x: Any, dim: Any, keepdim: bool, correction: Any) -> Any:
     for axis in (where,) if isinstance(where, int) else where or ():
         count *= x.shape[axis]
     correction = 1 if correction is None else correction
-    divisor = jnp.asarray(max(count - correction, 0), squares.dtype)
+    divisor = jnp.maximum(jnp.asarray(count - correction, squares.dtype), jnp.zeros((), squares.dtype))
     return jnp.sum(squares, where, keepdims=keepdim) / divisor
 
 
@@ -229,10 +229,11 @@ def argsort(x: Any, dim: int = -1, descending: bool = False, *, stable: bool = F
 @operator("topk")
 def topk(x: Any, k: int, dim: int = -1, largest: bool = True, sorted: bool = True) -> Any:
     moved = jnp.moveaxis(x, dim, -1)
-    if largest:
+    if largest and isinstance(moved.shape[-1], int):
         values, places = lax.top_k(moved, k)
     else:
-        places = jnp.argsort(moved, -1, stable=True)[..., :k]
+        ordered = jnp.argsort(moved, -1, stable=True, descending=largest)
+        places = jnp.take(ordered, jnp.arange(k), -1)
         values = jnp.take_along_axis(moved, places, -1)
     return jnp.moveaxis(values, -1, dim), jnp.moveaxis(_index(places), -1, dim)
 
