@@ -45,7 +45,8 @@ def follows(module, *inputs, others=(), tolerance=1e-5, **kwargs):
         run = nn.jit(lambda m, a, k: m(*a, **k), compiler_options=QUICKLY)
         agree(run(ours, arrays, named), expected, tolerance)
         for (name, a), b in zip(ours.named_buffers(), module.buffers(), strict=True):
-            np.testing.assert_allclose(a, b.numpy(), rtol=tolerance, err_msg=name)
+            # Means near 0 of numbers near 1 have rounding errors of these numbers.
+            np.testing.assert_allclose(a, b.numpy(), tolerance, tolerance / 100, err_msg=name)
         if any(p.requires_grad for p in module.parameters()):
             compare_gradients(module, ours, given, kwargs, tolerance)
     return ours

@@ -422,12 +422,14 @@ class Functionalizer:
         written = [
             i for i, a in enumerate(schema.arguments) if a.alias_info and a.alias_info.is_write
         ]
-        if written and not (written == [0] and is_in_place(name)):
+        names = [schema.arguments[i].name for i in written]
+        given_out = names == ["out"]
+        if written and not given_out and not (written == [0] and is_in_place(name)):
             raise ConversionError(
                 explain(
                     f"found {node.target} ({where})",
-                    "it writes to arguments other than its first",
-                    "write it without out=",
+                    "it writes to several of its arguments",
+                    "use what it returns: write it without out=",
                 )
             )
         event = node.meta.get(CUSTOM, {}).get(OURS, {}).get("event")
@@ -437,9 +439,10 @@ class Functionalizer:
         try:
             args, kwargs = self.argument(node.args), self.argument(node.kwargs)
             if written:
-                view = self.views[node.args[0]]
+                view = self.views[node.kwargs["out"] if given_out else node.args[0]]
+                old = kwargs.pop("out") if given_out else args[0]
                 new = self.emit("operator", target, args, kwargs, where, value)
-                new = self.emit("operator", "assign", (args[0], Var(new)), None, where, value)
+                new = self.emit("operator", "assign", (old, Var(new)), None, where, value)
                 self.write(view, new, where)
                 return view
             if name in _WRITES and self._writing(name, args):

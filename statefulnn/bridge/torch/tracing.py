@@ -13,8 +13,10 @@ Terms
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections import OrderedDict, defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -69,6 +71,7 @@ class Call:
         modes: the ``training`` flags that were looked at, by path.
         stopped: whether it was called under ``torch.no_grad``.
         opaque: whether only the shapes of what it returns were computed.
+        hooked: whether hooks were a part of it.
     """
 
     path: str | None
@@ -83,6 +86,7 @@ class Call:
     modes: dict[str, bool] = field(default_factory=dict)
     stopped: bool = False
     opaque: bool = False
+    hooked: bool = False
 
     def chain(self) -> Iterator[Call]:
         """Yield this call and those around it."""
@@ -118,6 +122,7 @@ class _Recorder:
         self.call: Call | None = None
         self.last_node: Any = None
         self.refs = 0
+        self.changed: dict[Any, dict[str, Any]] = {}
 
     def event(self, kind: str, call: Any, graph: torch.fx.Graph) -> None:
         """Note an event, and at the nodes made since the last one that they were made after that."""
@@ -154,14 +159,16 @@ class _Recorder:
     def wrapped(self, module: torch.nn.Module, forward: Callable) -> Callable:
         """Return a module's forward, followed."""
         path = self.paths[id(module.__dict__)]
-        is_of_its_class = "forward" not in module.__dict__
+        hooked = has_forward_hooks(module)
+        is_of_its_class = "forward" not in module.__dict__ and not hooked
+        forward = _with_hooks(module, forward)
 
         @functools.wraps(forward)
         def call(*args: Any, **kwargs: Any) -> Any:
             mode = get_proxy_mode()
             if mode is None:
                 return forward(*args, **kwargs)
-            record = Call(path, module, self.call, stopped=not torch.is_grad_enabled())
+            record = Call(path, module, self.call, stopped=not torch.is_grad_enabled(), hooked=hooked)
             try:
                 record.signature = Signature.of(forward)
                 record.args = map_leaves(args, self.ref)
@@ -260,16 +267,19 @@ def _shapes_alone(module: Any, input: Any = None, *rest: Any, **kwargs: Any) -> 
 class _Flat(torch.nn.Module):
     """A model called with a flat list of tensors, that returns a flat list of tensors."""
 
-    def __init__(self, model: torch.nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> None:
+    def __init__(self, model: Any, args: tuple, kwargs: Mapping[str, Any], recorder: _Recorder) -> None:
         super().__init__()
         self.model = model
         self.given = (args, dict(kwargs))
+        self.snapshot, self.recorder = _Snapshot(model), recorder
 
     def forward(self, *tensors: Any) -> Any:
         rest = iter(tensors)
         fill = lambda x: next(rest) if isinstance(x, torch.Tensor) else x
         args, kwargs = (rebuilt(part, fill) for part in self.given)
         out = self.model(*args, **kwargs)
+        # Here, since torch.export puts attributes back before it returns.
+        self.recorder.changed = self.snapshot.changed()
         kept = []
         for i, leaf in enumerate(leaves(out)):
             if isinstance(leaf, (torch.Tensor, *SYMBOLIC)):
@@ -287,6 +297,105 @@ class _Flat(torch.nn.Module):
         return tuple(kept)
 
 
+def has_forward_hooks(module: torch.nn.Module) -> bool:
+    """Say whether forward is more than the code of the class."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def _with_hooks(module: torch.nn.Module, forward: Callable) -> Callable:
+    """Return a forward that calls a module's hooks as torch does: they are a part of it."""
+    if not has_forward_hooks(module):
+        return forward
+    named_before, named_after = module._forward_pre_hooks_with_kwargs, module._forward_hooks_with_kwargs
+    before = [(hook, key in named_before) for key, hook in module._forward_pre_hooks.items()]
+    after = [(hook, key in named_after) for key, hook in module._forward_hooks.items()]
+
+    @functools.wraps(forward)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        for hook, named in before:
+            new = hook(module, args, kwargs) if named else hook(module, args)
+            if new is not None and named:
+                args, kwargs = new
+            elif new is not None:
+                args = new if isinstance(new, tuple) else (new,)
+        out = forward(*args, **kwargs)
+        for hook, named in after:
+            new = hook(module, args, kwargs, out) if named else hook(module, args, out)
+            out = out if new is None else new
+        return out
+
+    return call
+
+
+class _Snapshot:
+    """The attributes of a model's modules, and what their containers hold, to be put back."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.modules = [(m, dict(m.__dict__)) for m in model.modules()]
+        held = [v for _, attributes in self.modules for v in attributes.values()]
+        held += [cell for hooks in held if isinstance(hooks, dict) for cell in _cells(hooks.values())]
+        self.containers = [(c, copy.copy(c)) for c in held if type(c) in _CONTAINERS]
+
+    def restore(self) -> None:
+        for container, before in self.containers:
+            container.clear()
+            (container.extend if isinstance(container, (list, deque)) else container.update)(before)
+        for module, attributes in self.modules:
+            module.__dict__.clear()
+            module.__dict__.update(attributes)
+
+    def changed(self) -> dict[Any, dict[str, Any]]:
+        """Return the attributes that a run has set to another number, text or None, by module.
+
+        Raises:
+            ConversionError: for a tensor that was kept in an attribute.
+        """
+        found: dict[Any, dict[str, Any]] = {}
+        for module, before in self.modules:
+            for name, value in module.__dict__.items():
+                if name in _FOLLOWED or name in _by_hooks(module) or value is before.get(name):
+                    continue
+                if isinstance(value, torch.Tensor):
+                    raise _kept(module, name)
+                if type(value) in CONSTANTS and value != before.get(name):
+                    found.setdefault(module, {})[name] = value
+        if found:  # the hooks that came with it stay as well
+            for module, _ in self.modules:
+                if has_forward_hooks(module):
+                    hooks = {name: copy.copy(module.__dict__[name]) for name in _HOOKS}
+                    found.setdefault(module, {}).update(hooks)
+        return found
+
+
+_CONTAINERS = (dict, list, set, OrderedDict, defaultdict, deque)
+_HOOKS = (
+    "_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs",
+    "_forward_pre_hooks_with_kwargs", "_forward_hooks_always_called",
+)  # fmt: skip
+# What is replaced while a model is followed.
+_FOLLOWED = ("training", "forward", *_HOOKS)
+
+
+def _cells(hooks: Iterable[Any]) -> Iterator[Any]:
+    """Yield what the functions among values refer to: a hook often notes something there."""
+    for hook in hooks:
+        code, known = getattr(hook, "__code__", None), getattr(hook, "__globals__", {})
+        yield from (known[name] for name in getattr(code, "co_names", ()) if name in known)
+        for cell in getattr(hook, "__closure__", None) or ():
+            with contextlib.suppress(ValueError):  # an empty cell
+                yield cell.cell_contents
+
+
+def _by_hooks(module: torch.nn.Module) -> set[str]:
+    """Return the attributes that torch's hooks of old put before each forward: weight_norm's ``weight``."""
+    hooks = [h for k in ("_forward_pre_hooks", _KEPT) for h in module.__dict__.get(k, {}).values()]
+    return {h.name for h in hooks if type(h).__module__.startswith("torch.nn.utils.")}
+
+
+# Where the hooks of a module are while it is followed, when they are a part of its forward.
+_KEPT = "_hooks_of_statefulnn"
+
+
 @contextlib.contextmanager
 def _followed(model: torch.nn.Module, recorder: _Recorder) -> Iterator[None]:
     """Note calls of the model's modules, and looks at their ``training``, inside."""
@@ -299,45 +408,33 @@ def _followed(model: torch.nn.Module, recorder: _Recorder) -> Iterator[None]:
     def put(module: Any, mode: bool) -> None:
         module.__dict__["training"] = mode
 
-    before = [(m, dict(m.__dict__), dict(m._buffers)) for m in model.modules()]
     annotated = torch.nn.Module.__dict__.get("training", None)
     watch = torch.nn.modules.module.register_module_buffer_registration_hook(recorder.assigned)
     try:
-        for module, *_ in before:
+        for module in model.modules():
             module.__dict__["forward"] = recorder.wrapped(module, module.forward)
+            module.__dict__[_KEPT] = module._forward_pre_hooks
+            if has_forward_hooks(module):
+                for name in _HOOKS:
+                    module.__dict__[name] = OrderedDict()
         torch.nn.Module.training = property(look, put)  # pyright: ignore[reportAttributeAccessIssue]
         yield
-        for module, attributes, _ in before:
-            _check_unchanged(module, attributes)
     finally:
         watch.remove()
         if annotated is None:
             del torch.nn.Module.training
         else:
             torch.nn.Module.training = annotated
-        for module, attributes, buffers in before:
-            module.__dict__.clear()
-            module.__dict__.update(attributes)
-            module._buffers.clear()
-            module._buffers.update(buffers)
 
 
-def _check_unchanged(module: torch.nn.Module, before: Mapping[str, Any]) -> None:
-    """Raise if forward keeps something in an attribute that is no buffer."""
-    for name, value in module.__dict__.items():
-        kept = isinstance(value, (torch.Tensor, int, float)) and name not in ("training", "forward")
-        if (
-            kept
-            and value is not before.get(name)
-            and not (not isinstance(value, torch.Tensor) and value == before.get(name))
-        ):
-            raise ConversionError(
-                explain(
-                    f"found that the forward of {type(module).__name__} changes self.{name}",
-                    "a graph of operations changes no attributes, and would always see the value of now",
-                    f"register_buffer({name!r}, tensor, persistent=False), or return it",
-                )
-            )
+def _kept(module: torch.nn.Module, name: str) -> ConversionError:
+    return ConversionError(
+        explain(
+            f"found that the forward of {type(module).__name__} changes self.{name}",
+            "a graph of operations changes no attributes, and would always see the value of now",
+            f"register_buffer({name!r}, tensor, persistent=False), or return it",
+        )
+    )
 
 
 def _axes(tensor: torch.Tensor, dynamic: str) -> dict[int, Any]:
@@ -347,24 +444,23 @@ def _axes(tensor: torch.Tensor, dynamic: str) -> dict[int, Any]:
     return dict.fromkeys(range(count), torch.export.Dim.AUTO)
 
 
-def trace(
-    model: torch.nn.Module, args: tuple, kwargs: Mapping[str, Any], dynamic: str = "auto"
-) -> Trace:
-    """Run a model under torch.export, in the mode it is in.
+def _exported(
+    model: torch.nn.Module, args: tuple, kwargs: Mapping[str, Any], dynamic: str
+) -> tuple[torch.export.ExportedProgram, _Recorder]:
+    """Run a model under torch.export.
 
     Raises:
         ConversionError: if torch.export cannot follow the code.
     """
-    tensors = [x for x in leaves((args, dict(kwargs))) if isinstance(x, torch.Tensor)]
-    axes = tuple(_axes(x, dynamic) for x in tensors)
+    tensors = tuple(x for x in leaves((args, dict(kwargs))) if isinstance(x, torch.Tensor))
+    axes = (tuple(_axes(x, dynamic) for x in tensors),)
     recorder = _Recorder(model)
-    flat = _Flat(model, args, kwargs)
+    flat = _Flat(model, args, kwargs, recorder)
     flat.__dict__["training"] = model.training
     try:
         with _followed(model, recorder), torch.enable_grad():
-            program = torch.export.export(
-                flat, tuple(tensors), dynamic_shapes=(axes,), strict=False
-            )
+            program = torch.export.export(flat, tensors, dynamic_shapes=axes, strict=False)
+        return program, recorder
     except ConversionError:
         raise
     except Exception as error:
@@ -382,6 +478,28 @@ def trace(
                 "them, or convert the submodules and write this forward by hand",
             )
         ) from error
+
+
+def trace(
+    model: torch.nn.Module, args: tuple, kwargs: Mapping[str, Any], dynamic: str = "auto"
+) -> Trace:
+    """Run a model under torch.export, in the mode it is in.
+
+    Raises:
+        ConversionError: if torch.export cannot follow the code.
+    """
+    snapshot = _Snapshot(model)
+    try:
+        program, recorder = _exported(model, args, kwargs, dynamic)
+        if recorder.changed:  # what is set once is set now: a second run shows whether it stays
+            snapshot.restore()
+            for module, values in recorder.changed.items():
+                module.__dict__.update(values)
+            program, recorder = _exported(model, args, kwargs, dynamic)
+            for module, values in recorder.changed.items():
+                raise _kept(module, next(iter(values)))
+    finally:
+        snapshot.restore()
     names: dict[int, list[str]] = {}
     for members in (model.named_parameters, model.named_buffers):
         for name, tensor in members(remove_duplicate=False):
