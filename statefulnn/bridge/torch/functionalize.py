@@ -18,12 +18,14 @@ from typing import Any
 import torch
 
 from statefulnn.bridge.torch.nodes import (
+    depends_on_numbers,
     entry_of,
     is_in_place,
     number_of_array,
     operator_name,
     place_of,
     unclear_view,
+    unknown_size,
 )
 from statefulnn.bridge.torch.structures import CONSTANTS, Var, leaves, map_leaves
 from statefulnn.bridge.torch.tracing import (
@@ -363,6 +365,8 @@ class Functionalizer:
         value = node.meta.get("val")
         if operator_name(node.target) in ("item", "_local_scalar_dense"):
             raise number_of_array(place_of(node, self.call))
+        if depends_on_numbers(value) and operator_name(node.target) not in _DROPPED:
+            raise unknown_size(f"{node.target}", place_of(node, self.call))
         if isinstance(value, SYMBOLIC):
             return number_of(value)
         if isinstance(value, (int, bool, float)):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from statefulnn.bridge.torch import tracing
 from statefulnn.bridge.torch.tracing import Call, ConversionError
@@ -72,3 +73,21 @@ def number_of_array(where: str) -> ConversionError:
             "keep it an array: no .item(), int() or float() in forward",
         )
     )
+
+
+def unknown_size(what: str, where: str) -> ConversionError:
+    return ConversionError(
+        explain(
+            f"found {what} ({where})",
+            "how large its result is depends on the numbers in an array, which compiled code does not know",
+            "keep the shape, torch.where(mask, a, b) or x * mask; or pad to as many as there can be, with a "
+            "mask of those that count; or do it before the model (there jnp.unique and jnp.nonzero take "
+            "size=), and give it the result",
+        )
+    )
+
+
+def depends_on_numbers(value: Any) -> bool:
+    """Say whether the size of what an operator gives is no function of the sizes it was given."""
+    values = value if isinstance(value, (tuple, list)) else (value,)
+    return any(v is not None and free_unbacked_symbols(v) for v in values)

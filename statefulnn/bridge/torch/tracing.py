@@ -15,6 +15,10 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import io
+import logging
+import os
+import traceback
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -120,6 +124,7 @@ class _Recorder:
         self.paths = {id(m.__dict__): n for n, m in model.named_modules()}
         self.events: list[tuple[str, Any]] = []
         self.call: Call | None = None
+        self.failed: Call | None = None  # the innermost one that raised
         self.last_node: Any = None
         self.refs = 0
         self.changed: dict[Any, dict[str, Any]] = {}
@@ -194,6 +199,9 @@ class _Recorder:
                         record.output = map_leaves(out, self.ref)
                 except NotPlain as error:
                     record.problem = f"returned an output of which {error}"
+            except Exception:
+                self.failed = self.failed or record
+                raise
             finally:
                 self.event("leave", record, mode.tracer.graph)
                 self.call = record.parent
@@ -458,26 +466,54 @@ def _exported(
     flat = _Flat(model, args, kwargs, recorder)
     flat.__dict__["training"] = model.training
     try:
-        with _followed(model, recorder), torch.enable_grad():
+        with _followed(model, recorder), torch.enable_grad(), _quiet():
             program = torch.export.export(flat, tensors, dynamic_shapes=axes, strict=False)
         return program, recorder
     except ConversionError:
         raise
     except Exception as error:
-        where = recorder.call
-        raise ConversionError(
-            explain(
-                f"torch.export could not follow {type(model).__name__}"
-                + (
-                    f" in the forward of {where.path!r} ({type(where.module).__name__})"
-                    if where
-                    else ""
-                ),
-                f"{type(error).__name__}: {error}".strip(),
-                "a graph has no branches on the values of arrays: use torch.where, keep sizes out of "
-                "them, or convert the submodules and write this forward by hand",
-            )
-        ) from error
+        raise _not_followed(model, recorder.failed, error) from error
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep torch from printing the graph that failed: the error comes first."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logging.disable(before)
+
+
+def _not_followed(model: Any, call: Call | None, error: BaseException) -> ConversionError:
+    """Return the error for code that torch.export cannot follow: its own goes over many lines."""
+    said = str(error).strip().split("\n\n")[0].split("\n")[0]
+    inside = f" in the forward of {call.path!r} ({type(call.module).__name__})" if call else ""
+    if "data-dependent" in str(error).lower() or "DataDependent" in type(error).__name__:
+        why = f"it looks at the numbers in an array, which a graph does not know: {said}"
+    else:
+        why = f"{type(error).__name__}: {said}".strip()
+    return ConversionError(
+        explain(
+            f"torch.export could not follow {type(model).__name__}{inside}{_line_of(error)}",
+            why,
+            "a graph has no branches on the values of arrays, no .item() and no .numpy(): use torch.where, "
+            "keep sizes out of them, or convert the submodules and write this forward by hand",
+        )
+    )
+
+
+def _line_of(error: BaseException) -> str:
+    """Return the line of the user's code that an error came through last."""
+    theirs = (os.path.dirname(torch.__file__), os.path.dirname(__file__))
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [f for f in frames if not f.filename.startswith((*theirs, "<"))]
+    if not own:
+        return ""
+    place = own[-1]
+    return f', File "{place.filename}", line {place.lineno}, in {place.name}, {place.line}'
 
 
 def trace(
