@@ -24,6 +24,7 @@ from statefulnn.bridge.torch.nodes import (
     number_of_array,
     operator_name,
     place_of,
+    shares_memory,
     unclear_view,
     unknown_size,
 )
@@ -475,12 +476,10 @@ class Functionalizer:
         target = name if name == "alias" else entry_of(node.target, self.custom)
         if name in _PERHAPS_A_VIEW:
             before = first.meta["val"]
-            if before.dtype != value.dtype:
+            if before.dtype != value.dtype or not shares_memory(before, value):
                 return None
-            if name in ("to", "type_as", "contiguous") and before.is_contiguous():
+            if name in ("to", "type_as", "contiguous"):
                 return View(source.root, source.chain, certain)  # the tensor itself
-            elif not before.is_contiguous():
-                certain = False
         many = isinstance(value, (tuple, list))
         link = Link(target, args[1:], kwargs, place_of(node, self.call), many)
         return View(source.root, (*source.chain, link), certain)

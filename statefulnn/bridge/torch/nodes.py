@@ -91,3 +91,8 @@ def depends_on_numbers(value: Any) -> bool:
     """Say whether the size of what an operator gives is no function of the sizes it was given."""
     values = value if isinstance(value, (tuple, list)) else (value,)
     return any(v is not None and free_unbacked_symbols(v) for v in values)
+
+
+def shares_memory(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Say whether one tensor is a view of the other: with the layout of the example, as torch decided."""
+    return one.untyped_storage()._cdata == other.untyped_storage()._cdata

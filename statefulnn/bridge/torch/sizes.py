@@ -44,12 +44,21 @@ class _Printer(PythonPrinter):
 
 
 class Sizes:
-    """Names for the sizes of one graph's arguments, and texts for what follows from them."""
+    """Names and texts of one graph.
 
-    def __init__(self) -> None:
+    Args:
+        environment: of torch.export: which sizes it found to be equal after it had noted them.
+    """
+
+    def __init__(self, environment: Any = None) -> None:
         self.names: dict[Any, Any] = {}
+        self.environment = environment
+
+    def known(self, expression: Any) -> Any:
+        return expression if self.environment is None else self.environment.replace(expression)
 
     def name(self, expression: Any) -> str:
+        expression = self.known(expression)
         if expression not in self.names:
             symbol: Any = type(
                 next(iter(expression.free_symbols))
@@ -59,7 +68,7 @@ class Sizes:
 
     def axis(self, size: Any) -> int | str:
         if isinstance(size, torch.SymInt):
-            expression = size.node.expr
+            expression = self.known(size.node.expr)
             return int(expression) if expression.is_number else self.name(expression)
         return int(size)
 
@@ -67,7 +76,7 @@ class Sizes:
         return Size(self.text(value.expression)) if isinstance(value, Number) else value
 
     def text(self, expression: Any) -> str:
-        known = expression.xreplace(self.names)
+        known = self.known(expression).xreplace(self.names)
         names = set(self.names.values())
         for symbol in known.free_symbols - names:
             known = known.subs(symbol, self.solved(symbol) or symbol)

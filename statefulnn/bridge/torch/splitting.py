@@ -38,6 +38,7 @@ class Splitter:
 
     def __init__(self, trace: Trace, flat: Flat, is_ours: Callable[[Call], bool]) -> None:
         self.trace, self.flat = trace, flat
+        self.environment = _environment(trace)
         self.as_users: set[int] = set()
         self.is_ours = lambda call: id(call) not in self.as_users and is_ours(call)
         self.inlined: dict[int, str] = {}  # call -> why
@@ -215,7 +216,7 @@ class Splitter:
             Unresolved: if it needs sizes that do not follow from its arguments.
         """
         path = call.path or ""
-        sizes = Sizes()
+        sizes = Sizes(self.environment)
         _, _, bound = self.flat.inputs[id(call)]
         arguments, inputs, number = self.arguments(bound, sizes)
         modes, parts = dict(call.modes), {}
@@ -331,9 +332,9 @@ class Splitter:
     def conditions(self, sizes: Sizes) -> tuple[str, ...]:
         """Return what torch.export found to hold for the sizes, as far as they are known here."""
         found = sizes.relations()
-        for expression in _guards(self.trace):
+        for guard in self.environment.guards if self.environment is not None else ():
             try:
-                found.append(sizes.text(expression))
+                found.append(sizes.text(guard.expr))
             except Unresolved:
                 continue
         return tuple(dict.fromkeys(found))
@@ -371,13 +372,10 @@ def _label(call: Call) -> str:
     return f"{call.path!r} ({name})" if call.path else name
 
 
-def _guards(trace: Trace) -> list[Any]:
-    for node in trace.program.graph.nodes:
-        value = node.meta.get("val")
-        if isinstance(value, FakeTensor):
-            environment = value.fake_mode.shape_env
-            return [g.expr for g in environment.guards] if environment is not None else []
-    return []
+def _environment(trace: Trace) -> Any:
+    """Return what torch.export knows about the sizes, if any vary."""
+    values = (node.meta.get("val") for node in trace.program.graph.nodes)
+    return next((v.fake_mode.shape_env for v in values if isinstance(v, FakeTensor)), None)
 
 
 def _same_call(one: Graph, other: Graph) -> bool:

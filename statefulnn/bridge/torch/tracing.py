@@ -416,6 +416,11 @@ def _followed(model: torch.nn.Module, recorder: _Recorder) -> Iterator[None]:
     def put(module: Any, mode: bool) -> None:
         module.__dict__["training"] = mode
 
+    def apply(module: Any, function: Callable, recurse: bool = True) -> Any:
+        same = all(function(p).dtype == p.dtype for p in module.parameters(recurse))
+        return module if same else plain(module, function, recurse)
+
+    plain = torch.nn.Module._apply
     annotated = torch.nn.Module.__dict__.get("training", None)
     watch = torch.nn.modules.module.register_module_buffer_registration_hook(recorder.assigned)
     try:
@@ -426,8 +431,10 @@ def _followed(model: torch.nn.Module, recorder: _Recorder) -> Iterator[None]:
                 for name in _HOOKS:
                     module.__dict__[name] = OrderedDict()
         torch.nn.Module.training = property(look, put)  # pyright: ignore[reportAttributeAccessIssue]
+        torch.nn.Module._apply = apply  # ``self.to(dtype)`` in a forward, where nothing is to be done
         yield
     finally:
+        torch.nn.Module._apply = plain
         watch.remove()
         if annotated is None:
             del torch.nn.Module.training

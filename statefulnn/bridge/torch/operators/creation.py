@@ -31,6 +31,11 @@ def empty(size: Sequence[int], *, dtype: str | None = None, **_: Any) -> Any:
     return zeros(size, dtype=dtype)
 
 
+@operator("empty_strided", "empty_permuted")
+def empty_strided(size: Sequence[int], *_: Any, dtype: str | None = None, **__: Any) -> Any:
+    return zeros(size, dtype=dtype)
+
+
 @operator("ones")
 def ones(size: Sequence[int], *, dtype: str | None = None, **_: Any) -> Any:
     return jnp.ones(tuple(size), dtype_of(dtype, default_float()))

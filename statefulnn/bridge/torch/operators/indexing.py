@@ -198,3 +198,10 @@ def searchsorted(
 @operator("bucketize", "bucketize.Tensor")
 def bucketize(x: Any, ordered: Any, *, out_int32: bool = False, right: bool = False) -> Any:
     return searchsorted(ordered, x, out_int32=out_int32, right=right)
+
+
+@operator("masked_scatter")
+def masked_scatter(x: Any, mask: Any, source: Any) -> Any:
+    mask = jnp.broadcast_to(mask, x.shape)
+    places = jnp.cumsum(mask.ravel()) - 1
+    return jnp.where(mask, cast(source.ravel()[places].reshape(x.shape), x.dtype), x)

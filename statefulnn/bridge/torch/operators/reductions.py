@@ -251,3 +251,17 @@ def median(x: Any, dim: int, keepdim: bool = False) -> Any:
 @operator("diff")
 def diff(x: Any, n: int = 1, dim: int = -1, prepend: Any = None, append: Any = None) -> Any:
     return jnp.diff(x, n, dim, prepend, append)
+
+
+@operator("histc")
+def histc(x: Any, bins: int = 100, min: Any = 0, max: Any = 0) -> Any:
+    if min == max:  # torch takes the range of the numbers, or one around a single one
+        min, max = jnp.min(x), jnp.max(x)
+        min, max = jnp.where(min == max, min - 1, min), jnp.where(min == max, max + 1, max)
+    numbers = cast(x.ravel(), jnp.float32) if category(x.dtype) < 2 else x.ravel()
+    low, high = cast(min, numbers.dtype), cast(max, numbers.dtype)
+    places = cast(jnp.floor((numbers - low) / (high - low) * bins), jnp.int32)
+    places = jnp.where(numbers == high, bins - 1, places)
+    outside = (numbers < low) | (numbers > high)
+    places = jnp.where(outside, bins, places)
+    return jnp.zeros(bins, x.dtype).at[places].add(jnp.ones_like(x.ravel()), mode="drop")
