@@ -191,7 +191,9 @@ def _constraint(error: BaseException) -> str:
 def _reason(error: BaseException) -> str:
     """Return what an error says in its first lines, and where it was raised."""
     why = re.search(r"Why: (.+)", str(error))
-    notes = [note for note in getattr(error, "__notes__", ()) if note.startswith(("at ", "raised "))]
+    notes = [
+        note for note in getattr(error, "__notes__", ()) if note.startswith(("at ", "raised "))
+    ]
     return "; ".join([why[1] if why is not None else _first_line(error), *notes])
 
 

@@ -1,4 +1,4 @@
-"""Hooks of torch's modules: those of forward are traced, those of files go on, those of gradients are refused."""
+"""Hooks of torch's modules: of forward, which are traced, of files, which go on, and of gradients."""
 
 from __future__ import annotations
 

@@ -164,11 +164,10 @@ def _foreign(model):
         (_meta, "'0.weight'.*meta device"),
         (_foreign, "'0'.*extra"),
         (lambda m: m.append(torch.nn.LazyLinear(3)), "'1'.*lazy"),
-        (lambda m: torch.nn.utils.weight_norm(m[0]), "forward_pre hook"),
     ],
-    ids=["sparse", "meta", "a child of a layer", "lazy", "weight_norm"],
+    ids=["sparse", "meta", "a child of a layer", "lazy"],
 )
-@pytest.mark.filterwarnings("ignore:Lazy modules", "ignore:.*weight_norm. is deprecated")
+@pytest.mark.filterwarnings("ignore:Lazy modules")
 def test_oddities_are_refused_by_name(change, message):
     model = torch.nn.Sequential(torch.nn.Linear(2, 2))
     change(model)

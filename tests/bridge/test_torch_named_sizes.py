@@ -1,4 +1,4 @@
-"""Converted modules exported with sizes that have names: every operator, then files at other sizes beside torch."""
+"""Converted modules exported with sizes that have names: files beside torch, and every operator."""
 
 from __future__ import annotations
 
@@ -43,7 +43,12 @@ def views(x):
     out += [x.repeat(1, 2), x.repeat_interleave(2, 1), x.tile(2, 1), x.unfold(1, 2, 1)]
     out += [*torch.cat([x, x], 1).chunk(2, 1), *torch.cat([x, x], 1).split(m, 1)]
     out += [x.narrow(1, 1, m - 1), torch.as_strided(x, (n,), (m,)), (x @ x.t()).diagonal()]
-    out += [*torch.stack([x, x], 1).unbind(1), x.movedim(0, 1), TF.pad(x, (1, 2)), TF.pad(x, (0, m))]
+    out += [
+        *torch.stack([x, x], 1).unbind(1),
+        x.movedim(0, 1),
+        TF.pad(x, (1, 2)),
+        TF.pad(x, (0, m)),
+    ]
     return out + list(torch.meshgrid(torch.arange(n), torch.arange(m), indexing="ij"))
 
 
@@ -60,7 +65,15 @@ def places(x):
 
 def reductions(x):
     n, m = x.shape
-    out = [x.sum(), x.mean(1), x.var(1), x.std(0, unbiased=False), x.amax(1), *x.max(1), x.argmin(1)]
+    out = [
+        x.sum(),
+        x.mean(1),
+        x.var(1),
+        x.std(0, unbiased=False),
+        x.amax(1),
+        *x.max(1),
+        x.argmin(1),
+    ]
     out += [x.cumsum(1), *x.cummax(1), *x.sort(1), *x.topk(2, 1), *x.topk(2, 1, largest=False)]
     out += [*x.median(1), x.logsumexp(1), x.softmax(1), x.norm(), x.prod(1), x.any(1), x.diff()]
     out += [x.count_nonzero(), x.logcumsumexp(1), *torch.var_mean(x, 1), x.numel(), m * x, x / m]
@@ -97,7 +110,10 @@ GROUPS = [creation, views, places, reductions, in_place, layers]
 
 @pytest.mark.parametrize(
     "group",
-    [pytest.param(g, marks=(pytest.mark.long,) if g in (places, reductions) else ()) for g in GROUPS],
+    [
+        pytest.param(g, marks=(pytest.mark.long,) if g in (places, reductions) else ())
+        for g in GROUPS
+    ],
     ids=lambda g: g.__name__,
 )
 def test_a_file_with_named_sizes_computes_what_torch_does(group, tmp_path):
@@ -189,6 +205,8 @@ def test_what_the_code_relied_on_is_asked_for_as_a_constraint(tmp_path):
 
 def test_an_error_of_an_operator_names_it_and_its_line(tmp_path):
     pool = from_torch(Of(lambda x: TF.interpolate(x[:, None], scale_factor=2.0)), torch.randn(3, 6))
-    with pytest.raises(nn.ShapeError, match="at upsample_nearest1d in Of, File .*test_torch_named") as error:
+    with pytest.raises(
+        nn.ShapeError, match="at upsample_nearest1d in Of, File .*test_torch_named"
+    ) as error:
         nn.export(pool, jnp.ones((3, 6)), tmp_path / "exported", shapes={"x": "b, t"})
     assert "constraints" not in str(error.value)

@@ -289,8 +289,8 @@ CASES = [
     (
         "_grouped_mm",
         (
-            torch.randn(5, 4).bfloat16(),
-            torch.randn(3, 4, 8).bfloat16(),
+            torch.randint(-2, 3, (5, 8)).bfloat16(),
+            torch.randint(-2, 3, (3, 8, 8)).bfloat16(),
             torch.tensor([2, 2, 5], dtype=torch.int32),
         ),
     ),

@@ -1,4 +1,4 @@
-"""Code whose sizes or branches depend on numbers: refused at conversion, with module and line, and quietly."""
+"""Code whose sizes or branches depend on numbers is refused at conversion, with module and line."""
 
 from __future__ import annotations
 
@@ -80,7 +80,11 @@ def refused(function, args, capfd):
     printed = capfd.readouterr()
     assert printed.out == printed.err == ""
     text = str(error.value)
-    assert "'part.0' (Part)" in text and "test_torch_refusals.py" in text and len(text.splitlines()) == 3
+    assert (
+        "'part.0' (Part)" in text
+        and "test_torch_refusals.py" in text
+        and len(text.splitlines()) == 3
+    )
     return text
 
 

@@ -141,3 +141,27 @@ def test_one_array_whose_size_is_a_multiple_of_anothers():
     ours = beside(Net(), torch.randn(3), others=[(torch.randn(5),)])
     with pytest.raises(nn.ShapeError, match="condition"):
         ours.twice(jnp.ones(5), jnp.ones(2))
+
+
+def test_an_example_of_one_serves_for_one_and_for_several():
+    class Net(tnn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = tnn.Linear(4, 1)
+
+        def forward(self, x, scale):
+            return self.fc(x).squeeze() * scale
+
+    others = [(torch.randn(3, 4), torch.tensor(3.0)), (torch.randn(1, 4), torch.tensor(2.0))]
+    beside(Net(), torch.randn(1, 4), torch.tensor(2.0), others=others)
+
+
+def test_code_that_works_for_one_only_says_so_when_it_is_called():
+    class One(tnn.Module):
+        def forward(self, x):
+            assert x.shape[0] == 1
+            return x[0]
+
+    ours = beside(One(), torch.randn(1, 4))
+    with pytest.raises(nn.ShapeError, match="axis 0 has to be 1"):
+        ours(jnp.ones((2, 4)))

@@ -56,7 +56,12 @@ def test_a_namedtuple_made_inside_of_forward_is_one_class():
     one, _ = nn.jit(ours)(jnp.ones((2, 4)), jnp.ones((2, 4)))
     assert one._fields == ("low", "high") and type(one).__name__ == "Features"
     again, _ = pickle.loads(pickle.dumps(ours))(jnp.ones((2, 4)), jnp.ones((2, 4)))
-    assert type(again) is type(one) is type(copy.deepcopy(one)) is type(pickle.loads(pickle.dumps(one)))
+    assert (
+        type(again)
+        is type(one)
+        is type(copy.deepcopy(one))
+        is type(pickle.loads(pickle.dumps(one)))
+    )
     ours.features = nn.Linear(4, 4)
     with pytest.raises(nn.StructureChangeError, match="'features', which returned array") as error:
         ours(jnp.ones((2, 4)), jnp.ones((2, 4)))

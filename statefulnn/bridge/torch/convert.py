@@ -16,7 +16,7 @@ from statefulnn.bridge.torch.functionalize import Functionalizer
 from statefulnn.bridge.torch.graph import Graph, Traced
 from statefulnn.bridge.torch.operators import OPERATORS
 from statefulnn.bridge.torch.splitting import Splitter
-from statefulnn.bridge.torch.structures import CONSTANTS, map_leaves
+from statefulnn.bridge.torch.structures import CONSTANTS, leaves, map_leaves, rebuilt
 from statefulnn.bridge.torch.tracing import ConversionError, trace
 from statefulnn.core.errors import explain
 from statefulnn.core.module import Module
@@ -189,22 +189,40 @@ def _traced(
     graphs: dict[str, list[Graph]] = {}
     inlined: dict[str, str] = {}
     flags = {m: m.training for m in module.modules()}
+    several = None if dynamic == "none" else _of_two(args, kwargs)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's, of its own parts
         for mode in modes or (None,):
-            try:
-                if mode is not None:
-                    module.train(mode == "train")
-                run = trace(module, args, kwargs, dynamic)
-            finally:
-                for m, training in flags.items():
-                    m.__dict__["training"] = training
-            splitter = Splitter(run, Functionalizer(run, operators).run(), is_ours)
-            for path, found in splitter.graphs().items():
-                known = graphs.setdefault(path, [])
-                known += [g for g in found if g not in known]
-            inlined.update(splitter.parts())
+            for example in ((args, kwargs), several):
+                if example is None:
+                    continue
+                try:
+                    if mode is not None:
+                        module.train(mode == "train")
+                    run = trace(module, *example, dynamic)
+                    splitter = Splitter(run, Functionalizer(run, operators).run(), is_ours)
+                    made = splitter.graphs()
+                except ConversionError:
+                    if example is several:  # it works for one only
+                        continue
+                    raise
+                finally:
+                    for m, training in flags.items():
+                        m.__dict__["training"] = training
+                for path, found in made.items():
+                    known = graphs.setdefault(path, [])
+                    known += [g for g in found if g not in known]
+                inlined.update(splitter.parts())
     return graphs, inlined
+
+
+def _of_two(args: tuple, kwargs: Mapping[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+    """Return inputs with a batch of two where all have one of one, which torch.export takes for fixed."""
+    sizes = {len(x) for x in leaves((args, dict(kwargs))) if isinstance(x, torch.Tensor) and x.ndim}
+    if sizes != {1}:
+        return None
+    twice = lambda x: torch.cat([x, x]).detach() if isinstance(x, torch.Tensor) and x.ndim else x
+    return rebuilt(args, twice), rebuilt(dict(kwargs), twice)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -38,7 +38,9 @@ def take_over(theirs: torch.nn.Module, module: Module, known: Mapping[int, Modul
         owner = getattr(hook, "__self__", None)
         if isinstance(owner, torch.nn.Module) and id(owner) in known:
             return types.MethodType(hook.__func__, known[id(owner)])
-        if getattr(hook, "__name__", "") == "_weight_norm_compat_hook":  # made anew: it has no pickle
+        if (
+            getattr(hook, "__name__", "") == "_weight_norm_compat_hook"
+        ):  # made anew: it has no pickle
             names = dict(zip(hook.__code__.co_freevars, hook.__closure__, strict=True))
             return _WeightNormNames(names["name"].cell_contents)
         return hook
@@ -51,5 +53,7 @@ def take_over(theirs: torch.nn.Module, module: Module, known: Mapping[int, Modul
         module.register_state_dict_pre_hook(ours(hook))
     for hook in theirs._state_dict_hooks.values():
         public = getattr(hook, "_from_public_api", False)
-        register = module.register_state_dict_post_hook if public else module._register_state_dict_hook
+        register = (
+            module.register_state_dict_post_hook if public else module._register_state_dict_hook
+        )
         register(ours(hook))

@@ -185,7 +185,8 @@ def _holds(guard: str, sizes: Mapping[str, Any]) -> bool:
         explain(
             f"called a converted module with sizes that have names, {', '.join(map(str, named.values()))}",
             f"it was traced for sizes with {said}, which does not hold for all",
-            f"say that it does, nn.export(..., constraints=({as_constraint(guard, sizes)!r},)), or give a number",
+            f"say that it does, nn.export(..., constraints=({as_constraint(guard, sizes)!r},)), "
+            "or give a number",
         )
     )
 
@@ -330,7 +331,9 @@ class Traced(Module):
     @property
     def forward_signature(self) -> inspect.Signature:
         """The arguments of the forward that was traced, by their names in torch."""
-        return self.graphs[0].signature.inspected() if self.graphs else inspect.signature(self.forward)
+        return (
+            self.graphs[0].signature.inspected() if self.graphs else inspect.signature(self.forward)
+        )
 
     def _has_modes(self, graph: Graph) -> bool:
         return all(self.get_submodule(p).training is m for p, m in graph.modes.items())

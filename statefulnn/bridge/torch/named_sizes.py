@@ -13,7 +13,24 @@ import jax.export
 from statefulnn.bridge.torch.structures import Size
 
 # jax.export proves what is linear. Of the rest, what holds for all of these holds.
-_TRIED = (*range(1, 34), 63, 64, 65, 100, 127, 128, 255, 256, 257, 1000, 1024, 4095, 4096, 65536, 10**6 + 3)
+_TRIED = (
+    *range(1, 34),
+    63,
+    64,
+    65,
+    100,
+    127,
+    128,
+    255,
+    256,
+    257,
+    1000,
+    1024,
+    4095,
+    4096,
+    65536,
+    10**6 + 3,
+)
 _AT_MOST = 3000
 _FUNCTIONS = {"floordiv": operator.floordiv, "mod": operator.mod, "max": max, "min": min}
 
@@ -21,7 +38,9 @@ _FUNCTIONS = {"floordiv": operator.floordiv, "mod": operator.mod, "max": max, "m
 def holds_for_all(condition: str, sizes: Mapping[str, Any]) -> bool:
     """Say whether a condition holds for all numbers that the names can stand for, of those that are tried."""
     texts = {k: str(v) for k, v in sizes.items() if re.search(rf"\b{k}\b", condition)}
-    names = sorted({n for t in texts.values() for n in re.findall(r"[A-Za-z_]\w*", t)} - set(_FUNCTIONS))
+    names = sorted(
+        {n for t in texts.values() for n in re.findall(r"[A-Za-z_]\w*", t)} - set(_FUNCTIONS)
+    )
     scope = next(v.scope for v in sizes.values() if jax.export.is_symbolic_dim(v))
     possible = [_possible(jax.export.symbolic_shape(name, scope=scope)[0]) for name in names]
     code = {k: compile(t.replace("^", "**"), "<size>", "eval") for k, t in texts.items()}
@@ -40,7 +59,9 @@ def _possible(size: Any) -> list[int]:
         for number in [*_TRIED, *(64 * n for n in _TRIED if n < 34)]
         if all(number % m == r for m, r in rests.items())
     ]
-    return [n for n in tried if not _surely(lambda n=n: size > n) and not _surely(lambda n=n: size < n)]
+    return [
+        n for n in tried if not _surely(lambda n=n: size > n) and not _surely(lambda n=n: size < n)
+    ]
 
 
 def _surely(comparison: Any) -> bool:

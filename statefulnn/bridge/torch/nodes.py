@@ -11,7 +11,6 @@ from statefulnn.bridge.torch import tracing
 from statefulnn.bridge.torch.tracing import Call, ConversionError
 from statefulnn.core.errors import explain
 
-
 # torch notes also the frames in which this package follows a forward.
 _OUR_OWN = tracing.__file__
 

@@ -39,7 +39,7 @@ class _Printer(PythonPrinter):
     def _print_CeilToInt(self, expr: Any) -> str:
         if isinstance(expr.args[0], IntTrueDiv):
             size, divisor = expr.args[0].args
-            return self._print(-FloorDiv(-size, divisor))
+            return f"-({self._print(FloorDiv(-size, divisor))})"
         return super()._print_CeilToInt(expr)
 
 

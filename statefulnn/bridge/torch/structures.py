@@ -55,9 +55,10 @@ class Size(Leaf):
     def is_name(self) -> bool:
         return self.text.isidentifier()
 
-    def misfit(self, value: Any, sizes: dict[str, int]) -> str | None:
+    def misfit(self, given: Any, sizes: dict[str, Any]) -> str | None:
         """Bind the name of a size that no array has, or say why a number is not the size that it was."""
-        if not isinstance(value, (int, float)) and not jax.export.is_symbolic_dim(value):
+        value: Any = given
+        if not isinstance(given, (int, float)) and not jax.export.is_symbolic_dim(given):
             return f"was a number that follows from sizes when it was traced, and is {value!r} here"
         if self.is_name():
             sizes.setdefault(self.text, value)
@@ -138,7 +139,7 @@ class NotPlain(Exception):
 
 def fields_of(value: tuple) -> tuple[str, ...]:
     """Return the names of a tuple's items, if it is a namedtuple or one that torch returns, or ()."""
-    cls = type(value)
+    cls: Any = type(value)
     return getattr(cls, "_fields", ()) or (hasattr(cls, "n_fields") and cls.__match_args__) or ()
 
 
@@ -258,7 +259,9 @@ class Signature:
         kinds = inspect._ParameterKind
         return inspect.Signature(
             [
-                inspect.Parameter(name, kinds[kind], default=empty if default == REQUIRED else default)
+                inspect.Parameter(
+                    name, kinds[kind], default=empty if default == REQUIRED else default
+                )
                 for name, kind, default in self.parameters
             ]
         )

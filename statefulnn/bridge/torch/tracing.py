@@ -173,7 +173,9 @@ class _Recorder:
             mode = get_proxy_mode()
             if mode is None:
                 return forward(*args, **kwargs)
-            record = Call(path, module, self.call, stopped=not torch.is_grad_enabled(), hooked=hooked)
+            record = Call(
+                path, module, self.call, stopped=not torch.is_grad_enabled(), hooked=hooked
+            )
             try:
                 record.signature = Signature.of(forward)
                 record.args = map_leaves(args, self.ref)
@@ -275,7 +277,9 @@ def _shapes_alone(module: Any, input: Any = None, *rest: Any, **kwargs: Any) -> 
 class _Flat(torch.nn.Module):
     """A model called with a flat list of tensors, that returns a flat list of tensors."""
 
-    def __init__(self, model: Any, args: tuple, kwargs: Mapping[str, Any], recorder: _Recorder) -> None:
+    def __init__(
+        self, model: Any, args: tuple, kwargs: Mapping[str, Any], recorder: _Recorder
+    ) -> None:
         super().__init__()
         self.model = model
         self.given = (args, dict(kwargs))
@@ -314,7 +318,10 @@ def _with_hooks(module: torch.nn.Module, forward: Callable) -> Callable:
     """Return a forward that calls a module's hooks as torch does: they are a part of it."""
     if not has_forward_hooks(module):
         return forward
-    named_before, named_after = module._forward_pre_hooks_with_kwargs, module._forward_hooks_with_kwargs
+    named_before, named_after = (
+        module._forward_pre_hooks_with_kwargs,
+        module._forward_hooks_with_kwargs,
+    )
     before = [(hook, key in named_before) for key, hook in module._forward_pre_hooks.items()]
     after = [(hook, key in named_after) for key, hook in module._forward_hooks.items()]
 
@@ -341,7 +348,9 @@ class _Snapshot:
     def __init__(self, model: torch.nn.Module) -> None:
         self.modules = [(m, dict(m.__dict__)) for m in model.modules()]
         held = [v for _, attributes in self.modules for v in attributes.values()]
-        held += [cell for hooks in held if isinstance(hooks, dict) for cell in _cells(hooks.values())]
+        held += [
+            cell for hooks in held if isinstance(hooks, dict) for cell in _cells(hooks.values())
+        ]
         self.containers = [(c, copy.copy(c)) for c in held if type(c) in _CONTAINERS]
 
     def restore(self) -> None:
@@ -416,9 +425,9 @@ def _followed(model: torch.nn.Module, recorder: _Recorder) -> Iterator[None]:
     def put(module: Any, mode: bool) -> None:
         module.__dict__["training"] = mode
 
-    def apply(module: Any, function: Callable, recurse: bool = True) -> Any:
-        same = all(function(p).dtype == p.dtype for p in module.parameters(recurse))
-        return module if same else plain(module, function, recurse)
+    def apply(self: Any, fn: Callable, recurse: bool = True) -> Any:
+        same = all(fn(p).dtype == p.dtype for p in self.parameters(recurse))
+        return self if same else plain(self, fn, recurse)
 
     plain = torch.nn.Module._apply
     annotated = torch.nn.Module.__dict__.get("training", None)
@@ -431,7 +440,9 @@ def _followed(model: torch.nn.Module, recorder: _Recorder) -> Iterator[None]:
                 for name in _HOOKS:
                     module.__dict__[name] = OrderedDict()
         torch.nn.Module.training = property(look, put)  # pyright: ignore[reportAttributeAccessIssue]
-        torch.nn.Module._apply = apply  # ``self.to(dtype)`` in a forward, where nothing is to be done
+        torch.nn.Module._apply = (
+            apply  # ``self.to(dtype)`` in a forward, where nothing is to be done
+        )
         yield
     finally:
         torch.nn.Module._apply = plain

@@ -93,7 +93,9 @@ def linspace(start: Any, end: Any, steps: int, *, dtype: Any = None, **_: Any) -
     dtype = dtype_of(dtype, default_float())
     if isinstance(steps, int) and not is_array(start) and not is_array(end):
         return jnp.linspace(start, end, steps, dtype=dtype)
-    whole = jnp.arange(steps, dtype=default_float()) / jnp.maximum(cast(steps - 1, default_float()), 1.0)
+    whole = jnp.arange(steps, dtype=default_float()) / jnp.maximum(
+        cast(steps - 1, default_float()), 1.0
+    )
     return cast(start * (1 - whole) + end * whole, dtype)
 
 

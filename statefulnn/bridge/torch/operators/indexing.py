@@ -183,7 +183,9 @@ def searchsorted(
     side = side or ("right" if right else "left")
     if sorter is not None:
         ordered = jnp.take_along_axis(ordered, sorter, -1)
-    if not isinstance(ordered.shape[-1] * x.size, int):  # of sizes that have names: no loop of known length
+    if not isinstance(
+        ordered.shape[-1] * x.size, int
+    ):  # of sizes that have names: no loop of known length
         before = jnp.less if side == "left" else jnp.less_equal
         found = jnp.sum(before(ordered[..., None, :], x[..., None]), -1)
     elif ordered.ndim == 1:

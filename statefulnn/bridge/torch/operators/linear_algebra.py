@@ -240,4 +240,3 @@ def fft_c2c(x: Any, dim: Sequence[int], normalization: int, forward: bool) -> An
 def fft_c2r(x: Any, dim: Sequence[int], normalization: int, last: int) -> Any:
     sizes = [*(x.shape[d] for d in dim[:-1]), last]
     return jnp.fft.irfftn(x, sizes, tuple(dim), norm=_INVERSE[normalization])
-

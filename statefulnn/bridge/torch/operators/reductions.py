@@ -54,7 +54,9 @@ def _spread(x: Any, dim: Any, keepdim: bool, correction: Any) -> Any:
     for axis in (where,) if isinstance(where, int) else where or ():
         count *= x.shape[axis]
     correction = 1 if correction is None else correction
-    divisor = jnp.maximum(jnp.asarray(count - correction, squares.dtype), jnp.zeros((), squares.dtype))
+    divisor = jnp.maximum(
+        jnp.asarray(count - correction, squares.dtype), jnp.zeros((), squares.dtype)
+    )
     return jnp.sum(squares, where, keepdims=keepdim) / divisor
 
 

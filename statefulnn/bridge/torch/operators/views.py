@@ -15,7 +15,6 @@ from statefulnn.bridge.torch.operators._promotion import counted, dtype_of, prom
 from statefulnn.bridge.torch.operators._table import OPERATORS, operator
 from statefulnn.bridge.torch.structures import minimum
 
-
 _ENDLESS = 2**31 - 1
 
 
@@ -217,7 +216,9 @@ def unfold(x: Any, dimension: int, size: int, step: int) -> Any:
 def as_strided(x: Any, size: Any, stride: Any, storage_offset: Any = None) -> Any:
     places: Any = storage_offset or 0
     for axis, (n, step) in enumerate(zip(size, stride, strict=True)):
-        places = places + (counted(n) * step).reshape([n if a == axis else 1 for a in range(len(size))])
+        places = places + (counted(n) * step).reshape(
+            [n if a == axis else 1 for a in range(len(size))]
+        )
     return x.ravel()[jnp.asarray(places)]
 
 
