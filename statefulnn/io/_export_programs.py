@@ -159,9 +159,9 @@ def _exported(
         raise ShapeError(
             explain(
                 f"exported {task.name!r} with {', '.join(f'{n} of {s.shape}' for n, s in shapes)}",
-                f"it works for shapes that are numbers, not for any size: {_first_line(error)}",
-                f"say what the sizes obey, constraints=({_constraint(error)!r},); name other "
-                "dimensions, shapes={'x': 'b, 64'}; or fix them: batch=None",
+                f"it works for shapes that are numbers, not for any size: {_reason(error)}",
+                f"{_constraint(error)}name other dimensions, shapes={{{task.labels[0]!r}: 'b, 64'}}; "
+                "or fix them: batch=None",
             )
         ) from error
     if program.ordered_effects or program.unordered_effects:
@@ -174,14 +174,27 @@ def _exported(
 
 
 def _constraint(error: BaseException) -> str:
-    """Return what would decide the comparison that an error is about."""
+    """Return how to decide the comparison that an error is about, if it is about one."""
+    given = re.search(r"constraints=\('(.+?)',\)", str(error))
     found = re.search(r"comparison '(.+?)' (<|>|<=|>=|==|!=) '(.+?)' is inconclusive", str(error))
-    if found is None:
-        return "t <= 512"
-    left, sign, right = found.groups()
-    return (
-        f"{left} {'>=' if sign in ('<', '>=') else '<=' if sign in ('>', '<=') else '=='} {right}"
-    )
+    if given is not None:
+        said = given[1]
+    elif found is not None:
+        left, sign, right = found.groups()
+        decided = {"<": ">=", ">=": ">=", ">": "<=", "<=": "<="}.get(sign, "==")
+        said = f"{left} {decided} {right}"
+    else:
+        return ""
+    return f"say what the sizes obey, constraints=({said!r},); "
+
+
+def _reason(error: BaseException) -> str:
+    """Return what an error says in its first lines, and where it was raised."""
+    why = re.search(r"Why: (.+)", str(error))
+    notes = [
+        note for note in getattr(error, "__notes__", ()) if note.startswith(("at ", "raised "))
+    ]
+    return "; ".join([why[1] if why is not None else _first_line(error), *notes])
 
 
 def _transposed(f: Callable, specs: Sequence[Any], outs: Sequence[Any]) -> tuple[Callable, list]:

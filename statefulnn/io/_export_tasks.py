@@ -76,7 +76,8 @@ def task_of(module: Any, name: str, settings: dict[str, Any], batch: str | None)
                 )
             )
         function = call_module if name == "forward" else _method(name)
-        signature = inspect.signature(getattr(module, name))
+        described = getattr(module, "forward_signature", None) if name == "forward" else None
+        signature = described or inspect.signature(getattr(module, name))
     else:
         signature = inspect.signature(function)
         parameters = list(signature.parameters.values())
@@ -90,7 +91,8 @@ def task_of(module: Any, name: str, settings: dict[str, Any], batch: str | None)
     )
     leaves = jax.tree_util.tree_leaves_with_path(fixed)
     constraints: list[str] = list(settings["constraints"] or ())
-    symbolic = _symbolic(fixed, positional, settings["shapes"] or {}, constraints, batch, name)
+    shapes = {_argument(n, positional): s for n, s in (settings["shapes"] or {}).items()}
+    symbolic = _symbolic(fixed, positional, shapes, constraints, batch, name)
     changed = jax.tree_util.tree_leaves(symbolic) != [leaf for _, leaf in leaves]
     return Task(
         name,
@@ -130,6 +132,12 @@ def _positional(signature: Any, args: tuple, kwargs: dict, called: str) -> list[
         elif parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD):
             names.append(parameter.name)
     return names[: len(args)]
+
+
+def _argument(name: str, positional: Sequence[str]) -> str:
+    """Return the name of an argument that is given as ``args[0]``."""
+    numbers = {f"args[{i}]": known for i, known in enumerate(positional)}
+    return name if name in positional else numbers.get(name, name)
 
 
 def _label(where: Sequence[Any], positional: Sequence[str]) -> str:

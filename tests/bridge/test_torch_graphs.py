@@ -45,7 +45,8 @@ def follows(module, *inputs, others=(), tolerance=1e-5, **kwargs):
         run = nn.jit(lambda m, a, k: m(*a, **k), compiler_options=QUICKLY)
         agree(run(ours, arrays, named), expected, tolerance)
         for (name, a), b in zip(ours.named_buffers(), module.buffers(), strict=True):
-            np.testing.assert_allclose(a, b.numpy(), rtol=tolerance, err_msg=name)
+            # Means near 0 of numbers near 1 have rounding errors of these numbers.
+            np.testing.assert_allclose(a, b.numpy(), tolerance, tolerance / 100, err_msg=name)
         if any(p.requires_grad for p in module.parameters()):
             compare_gradients(module, ours, given, kwargs, tolerance)
     return ours
@@ -272,7 +273,7 @@ def test_sizes_are_checked():
         ours(jnp.ones((3, 6)), jnp.ones((4, 2)))
     with pytest.raises(nn.ShapeError, match="integers, not floating"):
         ours(jnp.ones((3, 6), jnp.int32), jnp.ones((3, 2)))
-    single = from_torch(Halves(), torch.randn(1, 6), torch.randn(1, 2))
+    single = from_torch(Halves(), torch.randn(1, 6), torch.randn(1, 2), dynamic="none")
     with pytest.raises(nn.ShapeError, match="0 or 1 in the example"):
         single(jnp.ones((3, 6)), jnp.ones((3, 2)))
 
@@ -408,7 +409,7 @@ class Unsupported(tnn.Module):
         self.inner = Inner()
 
     def forward(self, x):
-        return torch.linalg.qr(self.inner(x))[0]
+        return torch.linalg.ldl_factor(self.inner(x))[0]
 
 
 class Inner(tnn.Module):
@@ -441,7 +442,13 @@ def test_all_operators_that_are_missing_are_named_with_their_lines():
     with pytest.raises(ConversionError) as error:
         from_torch(Unsupported(), torch.randn(3, 3))
     text = str(error.value)
-    for part in ("linalg_qr", "special_bessel_j0", "special_bessel_j1", "'inner' (Inner)", "line "):
+    for part in (
+        "linalg_ldl_factor",
+        "special_bessel_j0",
+        "special_bessel_j1",
+        "'inner' (Inner)",
+        "line ",
+    ):
         assert part in text
 
 

@@ -145,27 +145,6 @@ def test_attributes_changed_after_the_constructor_are_kept():
     assert (ours[0].p, ours[1].momentum, ours[1].eps) == (0.7, 0.3, 0.01)
 
 
-HOOKS = {
-    "forward": lambda m: m.register_forward_hook(lambda *_: None),
-    "forward_pre": lambda m: m.register_forward_pre_hook(lambda *_: None),
-    "backward": lambda m: m.register_full_backward_hook(lambda *_: None),
-    "backward_pre": lambda m: m.register_full_backward_pre_hook(lambda *_: None),
-    "state_dict": lambda m: m.register_state_dict_post_hook(lambda *_: None),
-    "state_dict_pre": lambda m: m.register_state_dict_pre_hook(lambda *_: None),
-    "load_state_dict_pre": lambda m: m.register_load_state_dict_pre_hook(lambda *_: None),
-    "load_state_dict_post": lambda m: m.register_load_state_dict_post_hook(lambda *_: None),
-}
-
-
-@pytest.mark.parametrize("kind", HOOKS)
-def test_hooks_are_refused_by_module_and_kind(kind):
-    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.ReLU())
-    HOOKS[kind](model[1])
-    with pytest.raises(ConversionError, match=rf"'1' \(ReLU\), which has a {kind} hook") as error:
-        from_torch(model)
-    assert "Instead: remove it" in str(error.value)
-
-
 def _sparse(model):
     model.register_buffer("s", torch.eye(2).to_sparse())
 
@@ -185,11 +164,10 @@ def _foreign(model):
         (_meta, "'0.weight'.*meta device"),
         (_foreign, "'0'.*extra"),
         (lambda m: m.append(torch.nn.LazyLinear(3)), "'1'.*lazy"),
-        (lambda m: torch.nn.utils.weight_norm(m[0]), "forward_pre hook"),
     ],
-    ids=["sparse", "meta", "a child of a layer", "lazy", "weight_norm"],
+    ids=["sparse", "meta", "a child of a layer", "lazy"],
 )
-@pytest.mark.filterwarnings("ignore:Lazy modules", "ignore:.*weight_norm. is deprecated")
+@pytest.mark.filterwarnings("ignore:Lazy modules")
 def test_oddities_are_refused_by_name(change, message):
     model = torch.nn.Sequential(torch.nn.Linear(2, 2))
     change(model)

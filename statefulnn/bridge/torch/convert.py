@@ -10,23 +10,20 @@ import torch
 from torch.nn.modules.lazy import LazyModuleMixin
 
 import statefulnn.modules as ours
-from statefulnn.bridge.torch import layers
+from statefulnn.bridge.torch import file_hooks, layers
 from statefulnn.bridge.torch.arrays import to_jax
 from statefulnn.bridge.torch.functionalize import Functionalizer
 from statefulnn.bridge.torch.graph import Graph, Traced
 from statefulnn.bridge.torch.operators import OPERATORS
 from statefulnn.bridge.torch.splitting import Splitter
-from statefulnn.bridge.torch.structures import CONSTANTS, map_leaves
+from statefulnn.bridge.torch.structures import CONSTANTS, leaves, map_leaves, rebuilt
 from statefulnn.bridge.torch.tracing import ConversionError, trace
 from statefulnn.core.errors import explain
 from statefulnn.core.module import Module
 from statefulnn.core.parameter import Buffer, Parameter
 from statefulnn.core.placement import device, elsewhere
 
-_HOOKS = (
-    "forward_pre", "forward", "backward_pre", "backward", "state_dict_pre", "state_dict",
-    "load_state_dict_pre", "load_state_dict_post",
-)  # fmt: skip
+_HOOKS = ("backward_pre", "backward")
 
 
 def from_torch(
@@ -188,26 +185,44 @@ def _traced(
     operators: dict[Any, Callable],
 ) -> tuple[dict[str, list[Graph]], dict[str, str]]:
     """Return the graphs of the modules by path, and which module the others are a part of."""
-    is_ours = lambda call: call.path is not None and not _is_users(call.module)
+    is_ours = lambda call: not (call.path is None or call.hooked or _is_users(call.module))
     graphs: dict[str, list[Graph]] = {}
     inlined: dict[str, str] = {}
     flags = {m: m.training for m in module.modules()}
+    several = None if dynamic == "none" else _of_two(args, kwargs)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's, of its own parts
         for mode in modes or (None,):
-            try:
-                if mode is not None:
-                    module.train(mode == "train")
-                run = trace(module, args, kwargs, dynamic)
-            finally:
-                for m, training in flags.items():
-                    m.__dict__["training"] = training
-            splitter = Splitter(run, Functionalizer(run, operators).run(), is_ours)
-            for path, found in splitter.graphs().items():
-                known = graphs.setdefault(path, [])
-                known += [g for g in found if g not in known]
-            inlined.update(splitter.parts())
+            for example in ((args, kwargs), several):
+                if example is None:
+                    continue
+                try:
+                    if mode is not None:
+                        module.train(mode == "train")
+                    run = trace(module, *example, dynamic)
+                    splitter = Splitter(run, Functionalizer(run, operators).run(), is_ours)
+                    made = splitter.graphs()
+                except ConversionError:
+                    if example is several:  # it works for one only
+                        continue
+                    raise
+                finally:
+                    for m, training in flags.items():
+                        m.__dict__["training"] = training
+                for path, found in made.items():
+                    known = graphs.setdefault(path, [])
+                    known += [g for g in found if g not in known]
+                inlined.update(splitter.parts())
     return graphs, inlined
+
+
+def _of_two(args: tuple, kwargs: Mapping[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+    """Return inputs with a batch of two where all have one of one, which torch.export takes for fixed."""
+    sizes = {len(x) for x in leaves((args, dict(kwargs))) if isinstance(x, torch.Tensor) and x.ndim}
+    if sizes != {1}:
+        return None
+    twice = lambda x: torch.cat([x, x]).detach() if isinstance(x, torch.Tensor) and x.ndim else x
+    return rebuilt(args, twice), rebuilt(dict(kwargs), twice)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -229,16 +244,12 @@ def refuse(module: torch.nn.Module) -> None:
         if isinstance(member, LazyModuleMixin):
             raise _refused(where, "lazy, and has no shapes yet", "call it once in torch first")
         for kind in _HOOKS:
-            hooks = list((member.__dict__.get(f"_{kind}_hooks") or {}).values())
-            if kind.startswith("load"):  # torch's own know of older checkpoints only
-                hooks = [h for h in hooks if not _is_torchs(h)]
-            if hooks:
+            if member.__dict__.get(f"_{kind}_hooks"):
                 raise ConversionError(
                     explain(
                         f"converted {where}, which has a {kind} hook",
-                        "a hook is Python code of torch's that would not run any more",
-                        "remove it (handle.remove(), or torch.nn.utils.remove_weight_norm and its "
-                        "like), and register one on the converted module",
+                        "a hook of gradients is code on torch's tensors, which no graph of forward has",
+                        "remove it (handle.remove()), and register one on the converted module",
                     )
                 )
         for registry in (member._parameters, member._buffers):
@@ -247,12 +258,11 @@ def refuse(module: torch.nn.Module) -> None:
                     _check_tensor(f"{name}.{key}" if name else key, tensor)
 
 
-def _is_torchs(hook: Any) -> bool:
-    function = getattr(hook, "hook", hook)
-    return (getattr(function, "__module__", None) or "").startswith("torch.")
-
-
 def _check_tensor(name: str, tensor: torch.Tensor) -> None:
+    if tensor._backward_hooks or getattr(tensor, "_post_accumulate_grad_hooks", None):
+        raise _refused(
+            repr(name), "watched by a hook of its gradient", "remove it, and change the gradients"
+        )
     if tensor.is_meta:
         raise _refused(
             repr(name), "on the meta device: it has no numbers", "load the weights first"
@@ -304,6 +314,7 @@ class _Tree:
         self.fill(theirs, module, path)
         if name in ("ParameterList", "ParameterDict"):
             layers.count(theirs, module)
+        file_hooks.take_over(theirs, module, self.modules)
         module.training = theirs.training
         return module
 

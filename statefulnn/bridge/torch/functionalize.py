@@ -18,23 +18,26 @@ from typing import Any
 import torch
 
 from statefulnn.bridge.torch.nodes import (
+    depends_on_numbers,
     entry_of,
     is_in_place,
     number_of_array,
     operator_name,
     place_of,
+    shares_memory,
     unclear_view,
+    unknown_size,
 )
 from statefulnn.bridge.torch.structures import CONSTANTS, Var, leaves, map_leaves
 from statefulnn.bridge.torch.tracing import (
     CUSTOM,
     OURS,
+    SYMBOLIC,
     Call,
     ConversionError,
-    Number,
     Ref,
     Trace,
-    _number,
+    number_of,
 )
 from statefulnn.core.errors import explain
 
@@ -234,8 +237,8 @@ class Functionalizer:
             return slice(*(self.argument(v) for v in (value.start, value.stop, value.step)))
         if isinstance(value, (torch.dtype, torch.layout, torch.device, torch.memory_format)):
             return str(value).removeprefix("torch.")
-        if isinstance(value, torch.SymInt):
-            return _number(value)
+        if isinstance(value, SYMBOLIC):
+            return number_of(value)
         if type(value) in CONSTANTS:
             return value
         return f"<{type(value).__name__}>"
@@ -363,12 +366,12 @@ class Functionalizer:
         value = node.meta.get("val")
         if operator_name(node.target) in ("item", "_local_scalar_dense"):
             raise number_of_array(place_of(node, self.call))
-        if isinstance(value, (torch.SymInt, int, bool, float)) and not isinstance(
-            value, torch.Tensor
-        ):
-            return _number(value) if isinstance(value, torch.SymInt) else value
-        if isinstance(value, (torch.SymFloat, torch.SymBool)):
-            return Number(value.node.expr)
+        if depends_on_numbers(value) and operator_name(node.target) not in _DROPPED:
+            raise unknown_size(f"{node.target}", place_of(node, self.call))
+        if isinstance(value, SYMBOLIC):
+            return number_of(value)
+        if isinstance(value, (int, bool, float)):
+            return value
         if node.target is operator.getitem:
             return self.item(node, value)
         name = operator_name(node.target)
@@ -424,12 +427,14 @@ class Functionalizer:
         written = [
             i for i, a in enumerate(schema.arguments) if a.alias_info and a.alias_info.is_write
         ]
-        if written and not (written == [0] and is_in_place(name)):
+        names = [schema.arguments[i].name for i in written]
+        given_out = names == ["out"]
+        if written and not given_out and not (written == [0] and is_in_place(name)):
             raise ConversionError(
                 explain(
                     f"found {node.target} ({where})",
-                    "it writes to arguments other than its first",
-                    "write it without out=",
+                    "it writes to several of its arguments",
+                    "use what it returns: write it without out=",
                 )
             )
         event = node.meta.get(CUSTOM, {}).get(OURS, {}).get("event")
@@ -439,9 +444,10 @@ class Functionalizer:
         try:
             args, kwargs = self.argument(node.args), self.argument(node.kwargs)
             if written:
-                view = self.views[node.args[0]]
+                view = self.views[node.kwargs["out"] if given_out else node.args[0]]
+                old = kwargs.pop("out") if given_out else args[0]
                 new = self.emit("operator", target, args, kwargs, where, value)
-                new = self.emit("operator", "assign", (args[0], Var(new)), None, where, value)
+                new = self.emit("operator", "assign", (old, Var(new)), None, where, value)
                 self.write(view, new, where)
                 return view
             if name in _WRITES and self._writing(name, args):
@@ -470,12 +476,10 @@ class Functionalizer:
         target = name if name == "alias" else entry_of(node.target, self.custom)
         if name in _PERHAPS_A_VIEW:
             before = first.meta["val"]
-            if before.dtype != value.dtype:
+            if before.dtype != value.dtype or not shares_memory(before, value):
                 return None
-            if name in ("to", "type_as", "contiguous") and before.is_contiguous():
+            if name in ("to", "type_as", "contiguous"):
                 return View(source.root, source.chain, certain)  # the tensor itself
-            elif not before.is_contiguous():
-                certain = False
         many = isinstance(value, (tuple, list))
         link = Link(target, args[1:], kwargs, place_of(node, self.call), many)
         return View(source.root, (*source.chain, link), certain)

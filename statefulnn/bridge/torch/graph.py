@@ -10,16 +10,20 @@ Terms
 
 from __future__ import annotations
 
+import inspect
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 
+from statefulnn.bridge.torch.named_sizes import as_constraint, holds_for_all
 from statefulnn.bridge.torch.operators import OPERATORS
-from statefulnn.bridge.torch.structures import Signature, Size, Var, map_leaves
+from statefulnn.bridge.torch.structures import Signature, Size, Var, flat, map_leaves
 from statefulnn.core.box import Box, unwrap
 from statefulnn.core.errors import ShapeError, StructureChangeError, explain
 from statefulnn.core.module import Module
@@ -101,12 +105,15 @@ class Graph:
 
     def misfit(self, given: Any, sizes: dict[str, int], values: list[Any]) -> str | None:
         """Put the arrays into their slots, and say what does not fit, if anything."""
-        wanted, structure = jax.tree.flatten(self.arguments, is_leaf=_is_none)
-        got, other = jax.tree.flatten(given, is_leaf=_is_none)
-        if structure != other:
+        wanted, got = flat(self.arguments), flat(given)
+        if wanted.keys() != got.keys():
             return f"it was traced with arguments like {_shown(self.arguments, self.inputs)}"
-        names = list(_names(self.arguments))
-        for want, value, name in zip(wanted, got, names, strict=True):
+        numbers = []
+        for place, want in wanted.items():
+            value, name = got[place], f"the argument {_spoken(place)}"
+            if isinstance(want, Size):
+                numbers.append((want, value, name))
+                continue
             if not isinstance(want, Var):
                 if _is_array(value) or want is not value and want != value:
                     return f"{name} was {want!r} when it was traced, and is {_short(value)} here"
@@ -120,8 +127,13 @@ class Graph:
                     f"{name} was traced as {spec} and has shape {tuple(value.shape)} here: {wrong}"
                 )
             values[want.slot] = value
+        # Arrays bind sizes first, then numbers that are one, then what follows from these is compared.
+        for want, value, name in sorted(numbers, key=lambda number: not number[0].is_name()):
+            wrong = want.misfit(value, sizes)
+            if wrong:
+                return f"{name} {wrong}"
         for guard in self.guards:
-            if not Size(guard)(sizes):
+            if not _holds(guard, sizes):
                 return f"with sizes {sizes} the condition {guard} does not hold, which the code relied on"
         return None
 
@@ -131,9 +143,9 @@ class Graph:
         for step in self.steps:
             if step.kind == "operator":
                 call = OPERATORS[step.target] if isinstance(step.target, str) else step.target
-                args = map_leaves(step.args, fill)
                 try:
-                    values[step.out.slot] = call(*args, **map_leaves(step.kwargs, fill))
+                    args, kwargs = map_leaves(step.args, fill), map_leaves(step.kwargs, fill)
+                    values[step.out.slot] = call(*args, **kwargs)
                 except Exception as error:
                     error.add_note(f"at {step.target} in {step.where}")
                     raise
@@ -149,11 +161,34 @@ class Graph:
                 values[step.out.slot] = jnp.asarray(step.target)
             for slot in step.free:
                 values[slot] = None
-        return map_leaves(self.result, fill)
+        return map_leaves(self.result, lambda leaf, _: _as_output(_filled(leaf, values, sizes)))
 
 
-def _is_none(value: Any) -> bool:
-    return value is None or isinstance(value, Var)
+def _holds(guard: str, sizes: Mapping[str, Any]) -> bool:
+    """Say whether a condition holds.
+
+    Raises:
+        ShapeError: for sizes that have names, if it holds for some of them only.
+    """
+    named = {k: v for k, v in sizes.items() if jax.export.is_symbolic_dim(v)}
+    if not named:
+        return bool(Size(guard)(sizes))
+    try:
+        if Size(guard)(sizes):
+            return True
+    except Exception:  # jax.export cannot say: its class for that is not public
+        pass
+    if holds_for_all(guard, sizes):
+        return True
+    said = re.sub(r"\bd\d+\b", lambda name: str(sizes[name[0]]), guard)
+    raise ShapeError(
+        explain(
+            f"called a converted module with sizes that have names, {', '.join(map(str, named.values()))}",
+            f"it was traced for sizes with {said}, which does not hold for all",
+            f"say that it does, nn.export(..., constraints=({as_constraint(guard, sizes)!r},)), "
+            "or give a number",
+        )
+    )
 
 
 def _is_array(value: Any) -> bool:
@@ -166,13 +201,9 @@ def _short(value: Any) -> str:
     return repr(value) if len(repr(value)) < 40 else f"a {type(value).__name__}"
 
 
-def _names(arguments: Any) -> list[str]:
-    # In the order of jax.tree.flatten.
-    paths = jax.tree_util.tree_flatten_with_path(arguments, is_leaf=_is_none)[0]
-    return [
-        f"the argument {jax.tree_util.keystr(path, simple=True, separator='.')}"
-        for path, _ in paths
-    ]
+def _spoken(place: str) -> str:
+    """Return ``['pair'][0]`` as ``pair.0``."""
+    return re.sub(r"\['?(.*?)'?\]", r".\1", place)[1:]
 
 
 def _shown(arguments: Any, inputs: Mapping[int, Input]) -> str:
@@ -206,11 +237,16 @@ def _filled(leaf: Any, values: list[Any], sizes: Mapping[str, int]) -> Any:
     return leaf(sizes) if isinstance(leaf, Size) else leaf
 
 
+def _as_output(value: Any) -> Any:
+    return jnp.asarray(value) if jax.export.is_symbolic_dim(value) else value
+
+
 def _spread(out: Any, step: Step, values: list[Any]) -> None:
     """Put the outputs of a submodule into their slots."""
-    wanted, structure = jax.tree.flatten(step.out, is_leaf=_is_none)
-    got, other = jax.tree.flatten(out, is_leaf=_is_none)
-    if structure != other:
+    wanted, got = flat(step.out), flat(out)
+    if wanted.keys() != got.keys():
+        likes = (map_leaves(x, lambda _, __: "array") for x in (out, step.out))
+        other, structure = map(str, likes)
         raise StructureChangeError(
             explain(
                 f"called the submodule {step.target!r}, which returned {other}",
@@ -218,9 +254,9 @@ def _spread(out: Any, step: Step, values: list[Any]) -> None:
                 "put a module there that returns what the original one did",
             )
         )
-    for want, value in zip(wanted, got, strict=True):
+    for place, want in wanted.items():
         if isinstance(want, Var):
-            values[want.slot] = value
+            values[want.slot] = got[place]
 
 
 def _attribute(module: Module, path: str) -> Any:
@@ -277,8 +313,7 @@ class Traced(Module):
                 given = graph.signature.bind(args, kwargs)
             except TypeError as error:
                 raise TypeError(f"{self.source}.forward(): {error}") from None
-            is_box = lambda x: isinstance(x, Box)
-            given = jax.tree.map(unwrap, given, is_leaf=is_box)
+            given = map_leaves(given, lambda x, _: unwrap(x))
             problem = graph.misfit(given, sizes, values)
             if problem is None:
                 self._check_parts(graph)
@@ -291,6 +326,13 @@ class Traced(Module):
                 "convert it again with example inputs like these; an axis that is 0 or 1 in the "
                 "example, or that the code compares with numbers, keeps its size",
             )
+        )
+
+    @property
+    def forward_signature(self) -> inspect.Signature:
+        """The arguments of the forward that was traced, by their names in torch."""
+        return (
+            self.graphs[0].signature.inspected() if self.graphs else inspect.signature(self.forward)
         )
 
     def _has_modes(self, graph: Graph) -> bool:

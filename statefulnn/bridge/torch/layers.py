@@ -15,7 +15,7 @@ import torch
 
 import statefulnn.functional as F
 import statefulnn.modules as modules
-from statefulnn.bridge.torch.tracing import ConversionError
+from statefulnn.bridge.torch.tracing import ConversionError, has_forward_hooks
 from statefulnn.core.errors import explain
 from statefulnn.core.module import Module
 
@@ -87,7 +87,8 @@ def name_of(module: Any, library: Any) -> str | None:
         return "Linear"
     if name not in names() or type(module) is not getattr(library, name):
         return None
-    return None if "forward" in module.__dict__ else name
+    changed = "forward" in module.__dict__ or library is torch.nn and has_forward_hooks(module)
+    return None if changed else name
 
 
 def arguments(module: Any, name: str, array: Callable[[Any], Any]) -> dict[str, Any]:

@@ -5,9 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
+from statefulnn.bridge.torch import tracing
 from statefulnn.bridge.torch.tracing import Call, ConversionError
 from statefulnn.core.errors import explain
+
+# torch notes also the frames in which this package follows a forward.
+_OUR_OWN = tracing.__file__
 
 
 def is_in_place(name: str) -> bool:
@@ -43,8 +48,9 @@ def place_of(node: Any, call: Call) -> str:
         f"{call.path!r} ({type(call.module).__name__})" if call.path else type(call.module).__name__
     )
     lines = (node.meta.get("stack_trace") or "").strip().splitlines()
-    place = next((s.strip() for s in reversed(lines) if s.strip().startswith("File ")), "")
-    code = lines[-1].strip() if lines and not lines[-1].strip().startswith("File ") else ""
+    frames = [s.strip() for s in lines if s.strip().startswith("File ") and _OUR_OWN not in s]
+    place = frames[-1] if frames else ""
+    code = lines[-1].strip() if place and lines[-2].strip() == place else ""
     return ", ".join(x for x in (module, place, code) if x)
 
 
@@ -66,3 +72,26 @@ def number_of_array(where: str) -> ConversionError:
             "keep it an array: no .item(), int() or float() in forward",
         )
     )
+
+
+def unknown_size(what: str, where: str) -> ConversionError:
+    return ConversionError(
+        explain(
+            f"found {what} ({where})",
+            "how large its result is depends on the numbers in an array, which compiled code does not know",
+            "keep the shape, torch.where(mask, a, b) or x * mask; or pad to as many as there can be, with a "
+            "mask of those that count; or do it before the model (there jnp.unique and jnp.nonzero take "
+            "size=), and give it the result",
+        )
+    )
+
+
+def depends_on_numbers(value: Any) -> bool:
+    """Say whether the size of what an operator gives is no function of the sizes it was given."""
+    values = value if isinstance(value, (tuple, list)) else (value,)
+    return any(v is not None and free_unbacked_symbols(v) for v in values)
+
+
+def shares_memory(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Say whether one tensor is a view of the other: with the layout of the example, as torch decided."""
+    return one.untyped_storage()._cdata == other.untyped_storage()._cdata

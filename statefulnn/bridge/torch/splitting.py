@@ -14,21 +14,17 @@ from typing import Any
 import numpy as np
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils._sympy.printers import PythonPrinter
 
 from statefulnn.bridge.torch.arrays import to_jax
 from statefulnn.bridge.torch.functionalize import Flat, Instruction
 from statefulnn.bridge.torch.graph import Graph, Input, Step
 from statefulnn.bridge.torch.operators import find
+from statefulnn.bridge.torch.sizes import Sizes, Unresolved
 from statefulnn.bridge.torch.structures import Size, Var, leaves, map_leaves
 from statefulnn.bridge.torch.tracing import Call, ConversionError, Number, Trace
 from statefulnn.core.errors import explain
 
 _KINDS = {"b": "b", "i": "i", "u": "i", "f": "f", "c": "c"}
-
-
-class Unresolved(Exception):
-    """A size that does not follow from the arguments of a call."""
 
 
 class Splitter:
@@ -42,6 +38,7 @@ class Splitter:
 
     def __init__(self, trace: Trace, flat: Flat, is_ours: Callable[[Call], bool]) -> None:
         self.trace, self.flat = trace, flat
+        self.environment = _environment(trace)
         self.as_users: set[int] = set()
         self.is_ours = lambda call: id(call) not in self.as_users and is_ours(call)
         self.inlined: dict[int, str] = {}  # call -> why
@@ -219,7 +216,7 @@ class Splitter:
             Unresolved: if it needs sizes that do not follow from its arguments.
         """
         path = call.path or ""
-        sizes = _Sizes()
+        sizes = Sizes(self.environment)
         _, _, bound = self.flat.inputs[id(call)]
         arguments, inputs, number = self.arguments(bound, sizes)
         modes, parts = dict(call.modes), {}
@@ -289,13 +286,11 @@ class Splitter:
             item.where,
         )
 
-    def arguments(self, bound: Any, sizes: _Sizes) -> tuple[Any, dict[int, Input], _Numbering]:
+    def arguments(self, bound: Any, sizes: Sizes) -> tuple[Any, dict[int, Input], _Numbering]:
         """Return the arguments with slots of the graph, and what each array has to be."""
         number, inputs = _Numbering(), {}
 
         def leaf(x: Any, _: str) -> Any:
-            if isinstance(x, Number):
-                return Size(sizes.name(x.expression))
             if not isinstance(x, Var):
                 return x
             new = number(x)
@@ -307,7 +302,15 @@ class Splitter:
             inputs[new.slot] = Input(kind, tuple(sizes.axis(n) for n in like.shape))
             return new
 
-        return map_leaves(bound, leaf), inputs, number
+        def size(x: Any, _: str) -> Any:
+            if not isinstance(x, Number):
+                return x
+            try:
+                return sizes.leaf(x)
+            except Unresolved:  # a size of another array, which the number itself tells
+                return Size(sizes.name(x.expression))
+
+        return map_leaves(map_leaves(bound, leaf), size), inputs, number
 
     def below(self, path: str, name: str) -> bool:
         return not path or name == path or name.startswith(f"{path}.")
@@ -326,12 +329,12 @@ class Splitter:
                         return self.relative(path, other)
         raise Unresolved(f"the parameter {name!r}, which is not inside of it")
 
-    def conditions(self, sizes: _Sizes) -> tuple[str, ...]:
+    def conditions(self, sizes: Sizes) -> tuple[str, ...]:
         """Return what torch.export found to hold for the sizes, as far as they are known here."""
-        found = []
-        for expression in _guards(self.trace):
+        found = sizes.relations()
+        for guard in self.environment.guards if self.environment is not None else ():
             try:
-                found.append(sizes.text(expression))
+                found.append(sizes.text(guard.expr))
             except Unresolved:
                 continue
         return tuple(dict.fromkeys(found))
@@ -355,36 +358,6 @@ class _Numbering:
         return len(self.numbers)
 
 
-class _Sizes:
-    """Names for the sizes of one graph's arguments, and texts for what follows from them."""
-
-    def __init__(self) -> None:
-        self.names: dict[Any, Any] = {}
-
-    def name(self, expression: Any) -> str:
-        if expression not in self.names:
-            symbol: Any = type(
-                next(iter(expression.free_symbols))
-            )  # sympy is torch's, and not ours
-            self.names[expression] = symbol(f"d{len(self.names)}", integer=True)
-        return str(self.names[expression])
-
-    def axis(self, size: Any) -> int | str:
-        if isinstance(size, torch.SymInt):
-            expression = size.node.expr
-            return int(expression) if expression.is_number else self.name(expression)
-        return int(size)
-
-    def leaf(self, value: Any) -> Any:
-        return Size(self.text(value.expression)) if isinstance(value, Number) else value
-
-    def text(self, expression: Any) -> str:
-        known = expression.xreplace(self.names)
-        if not known.free_symbols <= set(self.names.values()):
-            raise Unresolved(f"the size {expression}, which does not follow from its arguments")
-        return PythonPrinter().doprint(known)
-
-
 def _slots(structure: Any) -> set[int]:
     return {x.slot for x in leaves(structure) if isinstance(x, Var)}
 
@@ -399,13 +372,10 @@ def _label(call: Call) -> str:
     return f"{call.path!r} ({name})" if call.path else name
 
 
-def _guards(trace: Trace) -> list[Any]:
-    for node in trace.program.graph.nodes:
-        value = node.meta.get("val")
-        if isinstance(value, FakeTensor):
-            environment = value.fake_mode.shape_env
-            return [g.expr for g in environment.guards] if environment is not None else []
-    return []
+def _environment(trace: Trace) -> Any:
+    """Return what torch.export knows about the sizes, if any vary."""
+    values = (node.meta.get("val") for node in trace.program.graph.nodes)
+    return next((v.fake_mode.shape_env for v in values if isinstance(v, FakeTensor)), None)
 
 
 def _same_call(one: Graph, other: Graph) -> bool:

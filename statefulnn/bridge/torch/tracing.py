@@ -13,20 +13,35 @@ Terms
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
-from collections.abc import Callable, Iterator, Mapping
+import io
+import logging
+import os
+import traceback
+from collections import OrderedDict, defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from statefulnn.bridge.torch.structures import CONSTANTS, NotPlain, Signature, leaves, map_leaves
+from statefulnn.bridge.torch.structures import (
+    CONSTANTS,
+    Leaf,
+    NotPlain,
+    Signature,
+    leaves,
+    map_leaves,
+    rebuilt,
+)
 from statefulnn.core.errors import StatefulnnError, explain
 
 # Where torch.export keeps, for its users, what belongs to a node.
 CUSTOM, OURS = "custom", "statefulnn"
+# Sizes, and what is computed with them.
+SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
 
 
 class ConversionError(StatefulnnError, NotImplementedError):
@@ -34,14 +49,14 @@ class ConversionError(StatefulnnError, NotImplementedError):
 
 
 @dataclass(frozen=True)
-class Ref:
+class Ref(Leaf):
     """The tensor that a node of torch.export's graph stands for."""
 
     number: int
 
 
 @dataclass(frozen=True)
-class Number:
+class Number(Leaf):
     """A size that is no fixed number."""
 
     expression: Any
@@ -60,6 +75,7 @@ class Call:
         modes: the ``training`` flags that were looked at, by path.
         stopped: whether it was called under ``torch.no_grad``.
         opaque: whether only the shapes of what it returns were computed.
+        hooked: whether hooks were a part of it.
     """
 
     path: str | None
@@ -74,6 +90,7 @@ class Call:
     modes: dict[str, bool] = field(default_factory=dict)
     stopped: bool = False
     opaque: bool = False
+    hooked: bool = False
 
     def chain(self) -> Iterator[Call]:
         """Yield this call and those around it."""
@@ -107,8 +124,10 @@ class _Recorder:
         self.paths = {id(m.__dict__): n for n, m in model.named_modules()}
         self.events: list[tuple[str, Any]] = []
         self.call: Call | None = None
+        self.failed: Call | None = None  # the innermost one that raised
         self.last_node: Any = None
         self.refs = 0
+        self.changed: dict[Any, dict[str, Any]] = {}
 
     def event(self, kind: str, call: Any, graph: torch.fx.Graph) -> None:
         """Note an event, and at the nodes made since the last one that they were made after that."""
@@ -126,8 +145,8 @@ class _Recorder:
         """Return the leaf for a value that a module was given or returned."""
         if type(value) in CONSTANTS:
             return value
-        if isinstance(value, torch.SymInt):
-            return _number(value)
+        if isinstance(value, SYMBOLIC):
+            return number_of(value)
         if isinstance(value, torch.Tensor):
             mode = get_proxy_mode()
             proxy = get_proxy_slot(value, mode.tracer, None) if mode is not None else None
@@ -145,14 +164,18 @@ class _Recorder:
     def wrapped(self, module: torch.nn.Module, forward: Callable) -> Callable:
         """Return a module's forward, followed."""
         path = self.paths[id(module.__dict__)]
-        is_of_its_class = "forward" not in module.__dict__
+        hooked = has_forward_hooks(module)
+        is_of_its_class = "forward" not in module.__dict__ and not hooked
+        forward = _with_hooks(module, forward)
 
         @functools.wraps(forward)
         def call(*args: Any, **kwargs: Any) -> Any:
             mode = get_proxy_mode()
             if mode is None:
                 return forward(*args, **kwargs)
-            record = Call(path, module, self.call, stopped=not torch.is_grad_enabled())
+            record = Call(
+                path, module, self.call, stopped=not torch.is_grad_enabled(), hooked=hooked
+            )
             try:
                 record.signature = Signature.of(forward)
                 record.args = map_leaves(args, self.ref)
@@ -170,14 +193,17 @@ class _Recorder:
                 out = out if record.opaque else forward(*args, **kwargs)
                 # What is handed through gets another name, so that it is known who returned it.
                 given = {id(x) for x in leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
-                renamed = lambda x, _: torch.ops.aten.alias(x) if id(x) in given else x
+                renamed = lambda x: torch.ops.aten.alias(x) if id(x) in given else x
                 try:
-                    record.output = map_leaves(map_leaves(out, _kept), self.ref)
+                    record.output = map_leaves(out, self.ref)
                     if given & {id(x) for x in leaves(out)}:
-                        out = _rebuilt(out, renamed)
+                        out = rebuilt(out, renamed)
                         record.output = map_leaves(out, self.ref)
                 except NotPlain as error:
                     record.problem = f"returned an output of which {error}"
+            except Exception:
+                self.failed = self.failed or record
+                raise
             finally:
                 self.event("leave", record, mode.tracer.graph)
                 self.call = record.parent
@@ -211,23 +237,16 @@ class _Recorder:
             self.call.modes[path] = mode
 
 
-def _kept(value: Any, _: str) -> Any:
-    return value
-
-
-def _rebuilt(value: Any, leaf: Callable[[Any, str], Any]) -> Any:
-    """Return a structure of torch's containers with other leaves."""
-    mapped, spec = tree_flatten(value)
-    return tree_unflatten([leaf(x, "") for x in mapped], spec)
-
-
 def _notes(node: Any) -> dict[str, int]:
     return node.meta.setdefault(CUSTOM, {}).setdefault(OURS, {})
 
 
-def _number(value: Any) -> Any:
+def number_of(value: Any) -> Any:
+    """Return a size, or what was computed with sizes, as a number of Python or a `Number`."""
     expression = value.node.expr
-    return int(expression) if expression.is_number else Number(expression)
+    if expression.free_symbols:
+        return Number(expression)
+    return value.node.pytype(expression)
 
 
 def _shapes_alone(module: Any, input: Any = None, *rest: Any, **kwargs: Any) -> Any:
@@ -258,19 +277,24 @@ def _shapes_alone(module: Any, input: Any = None, *rest: Any, **kwargs: Any) -> 
 class _Flat(torch.nn.Module):
     """A model called with a flat list of tensors, that returns a flat list of tensors."""
 
-    def __init__(self, model: torch.nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> None:
+    def __init__(
+        self, model: Any, args: tuple, kwargs: Mapping[str, Any], recorder: _Recorder
+    ) -> None:
         super().__init__()
         self.model = model
         self.given = (args, dict(kwargs))
+        self.snapshot, self.recorder = _Snapshot(model), recorder
 
     def forward(self, *tensors: Any) -> Any:
         rest = iter(tensors)
-        fill = lambda x, _: next(rest) if isinstance(x, torch.Tensor) else x
-        args, kwargs = (_torch_structure(part, fill) for part in self.given)
+        fill = lambda x: next(rest) if isinstance(x, torch.Tensor) else x
+        args, kwargs = (rebuilt(part, fill) for part in self.given)
         out = self.model(*args, **kwargs)
+        # Here, since torch.export puts attributes back before it returns.
+        self.recorder.changed = self.snapshot.changed()
         kept = []
         for i, leaf in enumerate(leaves(out)):
-            if isinstance(leaf, (torch.Tensor, torch.SymInt)):
+            if isinstance(leaf, (torch.Tensor, *SYMBOLIC)):
                 kept.append(leaf)
             elif type(leaf) not in CONSTANTS:
                 raise ConversionError(
@@ -285,14 +309,108 @@ class _Flat(torch.nn.Module):
         return tuple(kept)
 
 
-def _torch_structure(value: Any, leaf: Callable[[Any, str], Any]) -> Any:
-    if isinstance(value, (tuple, list)) and not hasattr(value, "_fields"):
-        return type(value)(_torch_structure(v, leaf) for v in value)
-    if hasattr(value, "_fields"):
-        return type(value)(*(_torch_structure(v, leaf) for v in value))
-    if isinstance(value, dict):
-        return type(value)((k, _torch_structure(v, leaf)) for k, v in value.items())
-    return leaf(value, "")
+def has_forward_hooks(module: torch.nn.Module) -> bool:
+    """Say whether forward is more than the code of the class."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def _with_hooks(module: torch.nn.Module, forward: Callable) -> Callable:
+    """Return a forward that calls a module's hooks as torch does: they are a part of it."""
+    if not has_forward_hooks(module):
+        return forward
+    named_before, named_after = (
+        module._forward_pre_hooks_with_kwargs,
+        module._forward_hooks_with_kwargs,
+    )
+    before = [(hook, key in named_before) for key, hook in module._forward_pre_hooks.items()]
+    after = [(hook, key in named_after) for key, hook in module._forward_hooks.items()]
+
+    @functools.wraps(forward)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        for hook, named in before:
+            new = hook(module, args, kwargs) if named else hook(module, args)
+            if new is not None and named:
+                args, kwargs = new
+            elif new is not None:
+                args = new if isinstance(new, tuple) else (new,)
+        out = forward(*args, **kwargs)
+        for hook, named in after:
+            new = hook(module, args, kwargs, out) if named else hook(module, args, out)
+            out = out if new is None else new
+        return out
+
+    return call
+
+
+class _Snapshot:
+    """The attributes of a model's modules, and what their containers hold, to be put back."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.modules = [(m, dict(m.__dict__)) for m in model.modules()]
+        held = [v for _, attributes in self.modules for v in attributes.values()]
+        held += [
+            cell for hooks in held if isinstance(hooks, dict) for cell in _cells(hooks.values())
+        ]
+        self.containers = [(c, copy.copy(c)) for c in held if type(c) in _CONTAINERS]
+
+    def restore(self) -> None:
+        for container, before in self.containers:
+            container.clear()
+            (container.extend if isinstance(container, (list, deque)) else container.update)(before)
+        for module, attributes in self.modules:
+            module.__dict__.clear()
+            module.__dict__.update(attributes)
+
+    def changed(self) -> dict[Any, dict[str, Any]]:
+        """Return the attributes that a run has set to another number, text or None, by module.
+
+        Raises:
+            ConversionError: for a tensor that was kept in an attribute.
+        """
+        found: dict[Any, dict[str, Any]] = {}
+        for module, before in self.modules:
+            for name, value in module.__dict__.items():
+                if name in _FOLLOWED or name in _by_hooks(module) or value is before.get(name):
+                    continue
+                if isinstance(value, torch.Tensor):
+                    raise _kept(module, name)
+                if type(value) in CONSTANTS and value != before.get(name):
+                    found.setdefault(module, {})[name] = value
+        if found:  # the hooks that came with it stay as well
+            for module, _ in self.modules:
+                if has_forward_hooks(module):
+                    hooks = {name: copy.copy(module.__dict__[name]) for name in _HOOKS}
+                    found.setdefault(module, {}).update(hooks)
+        return found
+
+
+_CONTAINERS = (dict, list, set, OrderedDict, defaultdict, deque)
+_HOOKS = (
+    "_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs",
+    "_forward_pre_hooks_with_kwargs", "_forward_hooks_always_called",
+)  # fmt: skip
+# What is replaced while a model is followed.
+_FOLLOWED = ("training", "forward", *_HOOKS)
+
+
+def _cells(hooks: Iterable[Any]) -> Iterator[Any]:
+    """Yield what the functions among values refer to: a hook often notes something there."""
+    for hook in hooks:
+        code, known = getattr(hook, "__code__", None), getattr(hook, "__globals__", {})
+        yield from (known[name] for name in getattr(code, "co_names", ()) if name in known)
+        for cell in getattr(hook, "__closure__", None) or ():
+            with contextlib.suppress(ValueError):  # an empty cell
+                yield cell.cell_contents
+
+
+def _by_hooks(module: torch.nn.Module) -> set[str]:
+    """Return the attributes that torch's hooks of old put before each forward: weight_norm's ``weight``."""
+    hooks = [h for k in ("_forward_pre_hooks", _KEPT) for h in module.__dict__.get(k, {}).values()]
+    return {h.name for h in hooks if type(h).__module__.startswith("torch.nn.utils.")}
+
+
+# Where the hooks of a module are while it is followed, when they are a part of its forward.
+_KEPT = "_hooks_of_statefulnn"
 
 
 @contextlib.contextmanager
@@ -307,45 +425,42 @@ def _followed(model: torch.nn.Module, recorder: _Recorder) -> Iterator[None]:
     def put(module: Any, mode: bool) -> None:
         module.__dict__["training"] = mode
 
-    before = [(m, dict(m.__dict__), dict(m._buffers)) for m in model.modules()]
+    def apply(self: Any, fn: Callable, recurse: bool = True) -> Any:
+        same = all(fn(p).dtype == p.dtype for p in self.parameters(recurse))
+        return self if same else plain(self, fn, recurse)
+
+    plain = torch.nn.Module._apply
     annotated = torch.nn.Module.__dict__.get("training", None)
     watch = torch.nn.modules.module.register_module_buffer_registration_hook(recorder.assigned)
     try:
-        for module, *_ in before:
+        for module in model.modules():
             module.__dict__["forward"] = recorder.wrapped(module, module.forward)
+            module.__dict__[_KEPT] = module._forward_pre_hooks
+            if has_forward_hooks(module):
+                for name in _HOOKS:
+                    module.__dict__[name] = OrderedDict()
         torch.nn.Module.training = property(look, put)  # pyright: ignore[reportAttributeAccessIssue]
+        torch.nn.Module._apply = (
+            apply  # ``self.to(dtype)`` in a forward, where nothing is to be done
+        )
         yield
-        for module, attributes, _ in before:
-            _check_unchanged(module, attributes)
     finally:
+        torch.nn.Module._apply = plain
         watch.remove()
         if annotated is None:
             del torch.nn.Module.training
         else:
             torch.nn.Module.training = annotated
-        for module, attributes, buffers in before:
-            module.__dict__.clear()
-            module.__dict__.update(attributes)
-            module._buffers.clear()
-            module._buffers.update(buffers)
 
 
-def _check_unchanged(module: torch.nn.Module, before: Mapping[str, Any]) -> None:
-    """Raise if forward keeps something in an attribute that is no buffer."""
-    for name, value in module.__dict__.items():
-        kept = isinstance(value, (torch.Tensor, int, float)) and name not in ("training", "forward")
-        if (
-            kept
-            and value is not before.get(name)
-            and not (not isinstance(value, torch.Tensor) and value == before.get(name))
-        ):
-            raise ConversionError(
-                explain(
-                    f"found that the forward of {type(module).__name__} changes self.{name}",
-                    "a graph of operations changes no attributes, and would always see the value of now",
-                    f"register_buffer({name!r}, tensor, persistent=False), or return it",
-                )
-            )
+def _kept(module: torch.nn.Module, name: str) -> ConversionError:
+    return ConversionError(
+        explain(
+            f"found that the forward of {type(module).__name__} changes self.{name}",
+            "a graph of operations changes no attributes, and would always see the value of now",
+            f"register_buffer({name!r}, tensor, persistent=False), or return it",
+        )
+    )
 
 
 def _axes(tensor: torch.Tensor, dynamic: str) -> dict[int, Any]:
@@ -353,6 +468,70 @@ def _axes(tensor: torch.Tensor, dynamic: str) -> dict[int, Any]:
     # Sizes of images go through divisions in each layer, and these formulas make torch.export very slow.
     count = {"none": 0, "all": tensor.ndim}.get(dynamic, tensor.ndim if tensor.ndim <= 3 else 1)
     return dict.fromkeys(range(count), torch.export.Dim.AUTO)
+
+
+def _exported(
+    model: torch.nn.Module, args: tuple, kwargs: Mapping[str, Any], dynamic: str
+) -> tuple[torch.export.ExportedProgram, _Recorder]:
+    """Run a model under torch.export.
+
+    Raises:
+        ConversionError: if torch.export cannot follow the code.
+    """
+    tensors = tuple(x for x in leaves((args, dict(kwargs))) if isinstance(x, torch.Tensor))
+    axes = (tuple(_axes(x, dynamic) for x in tensors),)
+    recorder = _Recorder(model)
+    flat = _Flat(model, args, kwargs, recorder)
+    flat.__dict__["training"] = model.training
+    try:
+        with _followed(model, recorder), torch.enable_grad(), _quiet():
+            program = torch.export.export(flat, tensors, dynamic_shapes=axes, strict=False)
+        return program, recorder
+    except ConversionError:
+        raise
+    except Exception as error:
+        raise _not_followed(model, recorder.failed, error) from error
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep torch from printing the graph that failed: the error comes first."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logging.disable(before)
+
+
+def _not_followed(model: Any, call: Call | None, error: BaseException) -> ConversionError:
+    """Return the error for code that torch.export cannot follow: its own goes over many lines."""
+    said = str(error).strip().split("\n\n")[0].split("\n")[0]
+    inside = f" in the forward of {call.path!r} ({type(call.module).__name__})" if call else ""
+    if "data-dependent" in str(error).lower() or "DataDependent" in type(error).__name__:
+        why = f"it looks at the numbers in an array, which a graph does not know: {said}"
+    else:
+        why = f"{type(error).__name__}: {said}".strip()
+    return ConversionError(
+        explain(
+            f"torch.export could not follow {type(model).__name__}{inside}{_line_of(error)}",
+            why,
+            "a graph has no branches on the values of arrays, no .item() and no .numpy(): use torch.where, "
+            "keep sizes out of them, or convert the submodules and write this forward by hand",
+        )
+    )
+
+
+def _line_of(error: BaseException) -> str:
+    """Return the line of the user's code that an error came through last."""
+    theirs = (os.path.dirname(torch.__file__), os.path.dirname(__file__))
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [f for f in frames if not f.filename.startswith((*theirs, "<"))]
+    if not own:
+        return ""
+    place = own[-1]
+    return f', File "{place.filename}", line {place.lineno}, in {place.name}, {place.line}'
 
 
 def trace(
@@ -363,33 +542,18 @@ def trace(
     Raises:
         ConversionError: if torch.export cannot follow the code.
     """
-    tensors = [x for x in leaves((args, dict(kwargs))) if isinstance(x, torch.Tensor)]
-    axes = tuple(_axes(x, dynamic) for x in tensors)
-    recorder = _Recorder(model)
-    flat = _Flat(model, args, kwargs)
-    flat.__dict__["training"] = model.training
+    snapshot = _Snapshot(model)
     try:
-        with _followed(model, recorder), torch.enable_grad():
-            program = torch.export.export(
-                flat, tuple(tensors), dynamic_shapes=(axes,), strict=False
-            )
-    except ConversionError:
-        raise
-    except Exception as error:
-        where = recorder.call
-        raise ConversionError(
-            explain(
-                f"torch.export could not follow {type(model).__name__}"
-                + (
-                    f" in the forward of {where.path!r} ({type(where.module).__name__})"
-                    if where
-                    else ""
-                ),
-                f"{type(error).__name__}: {error}".strip(),
-                "a graph has no branches on the values of arrays: use torch.where, keep sizes out of "
-                "them, or convert the submodules and write this forward by hand",
-            )
-        ) from error
+        program, recorder = _exported(model, args, kwargs, dynamic)
+        if recorder.changed:  # what is set once is set now: a second run shows whether it stays
+            snapshot.restore()
+            for module, values in recorder.changed.items():
+                module.__dict__.update(values)
+            program, recorder = _exported(model, args, kwargs, dynamic)
+            for module, values in recorder.changed.items():
+                raise _kept(module, next(iter(values)))
+    finally:
+        snapshot.restore()
     names: dict[int, list[str]] = {}
     for members in (model.named_parameters, model.named_buffers):
         for name, tensor in members(remove_duplicate=False):

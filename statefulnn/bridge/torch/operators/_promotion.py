@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 
@@ -43,6 +44,16 @@ def is_array(x: Any) -> bool:
     return hasattr(x, "dtype") and hasattr(x, "shape")
 
 
+def is_size(x: Any) -> bool:
+    """Say whether an argument is an integer, perhaps one that has a name instead of a number."""
+    return isinstance(x, int) or jax.export.is_symbolic_dim(x)
+
+
+def counted(n: Any) -> Any:
+    """Return 0, 1, ... below a size: numbers of numpy's, if it is a number."""
+    return np.arange(n) if isinstance(n, int) else jnp.arange(n)
+
+
 def default_float() -> Any:
     """Return the dtype of floating numbers of Python: torch's default is float32."""
     return jnp.dtype("float32")
@@ -56,7 +67,7 @@ def integer() -> Any:
 def _of_number(x: Any) -> Any:
     if isinstance(x, bool):
         return jnp.dtype(bool)
-    if isinstance(x, int):
+    if is_size(x):
         return integer()
     return jnp.dtype("complex64") if isinstance(x, complex) else default_float()
 

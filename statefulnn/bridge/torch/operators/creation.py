@@ -13,6 +13,8 @@ from statefulnn.bridge.torch.operators._promotion import (
     default_float,
     dtype_of,
     integer,
+    is_array,
+    is_size,
     result_type,
 )
 from statefulnn.bridge.torch.operators._table import operator
@@ -26,6 +28,11 @@ def zeros(size: Sequence[int], *, dtype: str | None = None, **_: Any) -> Any:
 
 @operator("empty")
 def empty(size: Sequence[int], *, dtype: str | None = None, **_: Any) -> Any:
+    return zeros(size, dtype=dtype)
+
+
+@operator("empty_strided", "empty_permuted")
+def empty_strided(size: Sequence[int], *_: Any, dtype: str | None = None, **__: Any) -> Any:
     return zeros(size, dtype=dtype)
 
 
@@ -77,13 +84,19 @@ def new_full(x: Any, size: Sequence[int], value: Any, *, dtype: str | None = Non
 @operator("arange")
 def arange(*bounds: Any, dtype: str | None = None, **_: Any) -> Any:
     start, end, step = (0, *bounds, 1) if len(bounds) == 1 else (*bounds, 1)[:3]
-    whole = all(isinstance(b, int) for b in bounds)
+    whole = all(map(is_size, bounds))
     return jnp.arange(start, end, step, dtype_of(dtype, integer() if whole else default_float()))
 
 
 @operator("linspace")
-def linspace(start: Any, end: Any, steps: int, *, dtype: str | None = None, **_: Any) -> Any:
-    return jnp.linspace(start, end, steps, dtype=dtype_of(dtype, default_float()))
+def linspace(start: Any, end: Any, steps: int, *, dtype: Any = None, **_: Any) -> Any:
+    dtype = dtype_of(dtype, default_float())
+    if isinstance(steps, int) and not is_array(start) and not is_array(end):
+        return jnp.linspace(start, end, steps, dtype=dtype)
+    whole = jnp.arange(steps, dtype=default_float()) / jnp.maximum(
+        cast(steps - 1, default_float()), 1.0
+    )
+    return cast(start * (1 - whole) + end * whole, dtype)
 
 
 @operator("eye", "eye.m")

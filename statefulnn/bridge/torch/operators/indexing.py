@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
-import numpy as np
 
 import statefulnn.functional as F
-from statefulnn.bridge.torch.operators._promotion import cast, integer
+from statefulnn.bridge.torch.operators._promotion import cast, counted, integer
 from statefulnn.bridge.torch.operators._table import operator
+from statefulnn.bridge.torch.operators.views import chosen, sliced
 from statefulnn.core.errors import ShapeError, explain
 
 
@@ -81,7 +83,7 @@ def _along(x: Any, dim: int, index: Any) -> tuple[Any, ...]:
     for axis in range(x.ndim):
         shape = [1] * x.ndim
         shape[axis] = index.shape[axis]
-        places.append(index if axis == dim else np.arange(index.shape[axis]).reshape(shape))
+        places.append(index if axis == dim else counted(index.shape[axis]).reshape(shape))
     return tuple(places)
 
 
@@ -89,7 +91,8 @@ def _source(index: Any, source: Any, dtype: Any) -> Any:
     """Return the part of a source that belongs to the indices."""
     if not hasattr(source, "shape") or not source.shape:
         return jnp.broadcast_to(cast(source, dtype), index.shape)
-    return cast(source[tuple(slice(n) for n in index.shape)], dtype)
+    pairs = zip(index.shape, source.shape, strict=True)
+    return cast(source[tuple(slice(None if n == m else n) for n, m in pairs)], dtype)
 
 
 @operator("scatter")
@@ -152,14 +155,14 @@ def index_fill(x: Any, dim: int, index: Any, value: Any) -> Any:
 
 @operator("select_scatter")
 def select_scatter(x: Any, source: Any, dim: int, index: int) -> Any:
-    return x.at[(*[slice(None)] * (dim % x.ndim), index)].set(source)
+    return x.at[chosen(x, dim, index)].set(source)
 
 
 @operator("slice_scatter")
 def slice_scatter(
     x: Any, source: Any, dim: int = 0, start: Any = None, end: Any = None, step: int = 1
 ) -> Any:
-    return x.at[(*[slice(None)] * (dim % x.ndim), slice(start, end, step))].set(source)
+    return x.at[sliced(x, dim, start, end, step)].set(source)
 
 
 @operator("one_hot")
@@ -178,9 +181,29 @@ def searchsorted(
     sorter: Any = None,
 ) -> Any:
     side = side or ("right" if right else "left")
-    return cast(jnp.searchsorted(ordered, x, side), jnp.int32 if out_int32 else integer())
+    if sorter is not None:
+        ordered = jnp.take_along_axis(ordered, sorter, -1)
+    if not isinstance(
+        ordered.shape[-1] * x.size, int
+    ):  # of sizes that have names: no loop of known length
+        before = jnp.less if side == "left" else jnp.less_equal
+        found = jnp.sum(before(ordered[..., None, :], x[..., None]), -1)
+    elif ordered.ndim == 1:
+        found = jnp.searchsorted(ordered, x, side)
+    else:  # each row has its own
+        find = functools.partial(jnp.searchsorted, side=side)
+        rows = jax.vmap(find)(ordered.reshape(-1, ordered.shape[-1]), x.reshape(-1, x.shape[-1]))
+        found = rows.reshape(x.shape)
+    return cast(found, jnp.int32 if out_int32 else integer())
 
 
 @operator("bucketize", "bucketize.Tensor")
 def bucketize(x: Any, ordered: Any, *, out_int32: bool = False, right: bool = False) -> Any:
     return searchsorted(ordered, x, out_int32=out_int32, right=right)
+
+
+@operator("masked_scatter")
+def masked_scatter(x: Any, mask: Any, source: Any) -> Any:
+    mask = jnp.broadcast_to(mask, x.shape)
+    places = jnp.cumsum(mask.ravel()) - 1
+    return jnp.where(mask, cast(source.ravel()[places].reshape(x.shape), x.dtype), x)

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+import numpy as np
+from jax import lax
 
-from statefulnn.bridge.torch.operators._promotion import cast
+from statefulnn.bridge.torch.operators._promotion import cast, dtype_of
 from statefulnn.bridge.torch.operators._table import operator
 
 
@@ -151,3 +154,89 @@ def rfftn(x: Any, s: Any = None, dim: Any = (-2, -1), norm: str | None = None) -
 @operator("fft_irfft2", "fft_irfftn")
 def irfftn(x: Any, s: Any = None, dim: Any = (-2, -1), norm: str | None = None) -> Any:
     return jnp.fft.irfftn(x, s, dim, norm)
+
+
+@operator("_cdist_forward")
+def cdist_forward(a: Any, b: Any, p: float, compute_mode: Any = None) -> Any:
+    return cdist(a, b, p)
+
+
+@operator("pdist", "_pdist_forward")
+def pdist(x: Any, p: float = 2.0) -> Any:
+    rows, columns = np.triu_indices(x.shape[0], 1)
+    return jax.vmap(lambda a, b: cdist(a[None], b[None], p)[0, 0])(x[rows], x[columns])
+
+
+@operator("matrix_exp", "linalg_matrix_exp")
+def matrix_exp(x: Any) -> Any:
+    return jax.scipy.linalg.expm(x)
+
+
+@operator("linalg_qr")
+def qr(x: Any, mode: str = "reduced") -> Any:
+    if mode == "r":
+        return jnp.zeros(0, x.dtype), jnp.linalg.qr(x, "r")
+    return tuple(jnp.linalg.qr(x, mode))
+
+
+@operator("linalg_svd")
+def svd(x: Any, full_matrices: bool = True, *, driver: str | None = None) -> Any:
+    return tuple(jnp.linalg.svd(x, full_matrices))
+
+
+@operator("linalg_eigh", "_linalg_eigh")
+def eigh(x: Any, uplo: str = "L", *_: Any) -> Any:
+    return tuple(jnp.linalg.eigh(x, UPLO=uplo))
+
+
+@operator("linalg_solve_triangular")
+def solve_triangular(
+    a: Any, b: Any, *, upper: bool, left: bool = True, unitriangular: bool = False
+) -> Any:
+    return lax.linalg.triangular_solve(
+        a, b, left_side=left, lower=not upper, unit_diagonal=unitriangular
+    )
+
+
+@operator("_grouped_mm", "transformers::grouped_mm_fallback")
+def grouped_mm(a: Any, b: Any, offs: Any = None, bias: Any = None, out_dtype: Any = None) -> Any:
+    """Multiply runs of rows, which end at `offs`, by one matrix each."""
+    if a.ndim == 3 and b.ndim == 3:
+        out = jnp.matmul(a, b)
+    elif a.ndim == 2 and b.ndim == 3:
+        out = lax.ragged_dot(a, b, jnp.diff(offs, prepend=0).astype(jnp.int32))
+    else:
+        rows = jnp.arange(a.shape[-1])
+        starts = jnp.concatenate([jnp.zeros_like(offs[:1]), offs[:-1]])
+        inside = (rows >= starts[:, None]) & (rows < offs[:, None])
+        if a.ndim == 2:  # runs of the summed axis
+            out = jnp.einsum("mk,kn,ek->emn", a, b, inside.astype(a.dtype))
+        else:  # runs of columns
+            columns = jnp.arange(b.shape[-1])
+            inside = (columns >= starts[:, None]) & (columns < offs[:, None])
+            out = jnp.einsum("emk,kn,en->mn", a, b, inside.astype(a.dtype))
+    return cast(out, dtype_of(out_dtype, out.dtype))
+
+
+# What torch divides by: nothing, the root of the size, the size.
+_NORMALIZATIONS = ("backward", "ortho", "forward")
+_INVERSE = ("forward", "ortho", "backward")
+
+
+@operator("_fft_r2c")
+def fft_r2c(x: Any, dim: Sequence[int], normalization: int, onesided: bool) -> Any:
+    function = jnp.fft.rfftn if onesided else jnp.fft.fftn
+    return function(x, axes=tuple(dim), norm=_NORMALIZATIONS[normalization])
+
+
+@operator("_fft_c2c")
+def fft_c2c(x: Any, dim: Sequence[int], normalization: int, forward: bool) -> Any:
+    if forward:
+        return jnp.fft.fftn(x, axes=tuple(dim), norm=_NORMALIZATIONS[normalization])
+    return jnp.fft.ifftn(x, axes=tuple(dim), norm=_INVERSE[normalization])
+
+
+@operator("_fft_c2r")
+def fft_c2r(x: Any, dim: Sequence[int], normalization: int, last: int) -> Any:
+    sizes = [*(x.shape[d] for d in dim[:-1]), last]
+    return jnp.fft.irfftn(x, sizes, tuple(dim), norm=_INVERSE[normalization])

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 import statefulnn.functional as F
 from statefulnn.bridge.torch.operators._promotion import cast, dtype_of
-from statefulnn.bridge.torch.operators._table import operator
+from statefulnn.bridge.torch.operators._table import OPERATORS, operator
 
 _REDUCTIONS = ("none", "mean", "sum")
 
@@ -235,12 +235,18 @@ def instance_norm_updating(
 
 @operator("pad")
 def pad(x: Any, pad: Sequence[int], mode: str = "constant", value: float | None = None) -> Any:
-    return F.pad(x, tuple(pad), mode, value)
+    if all(isinstance(n, int) for n in pad):
+        return F.pad(x, tuple(pad), mode, value)
+    pairs = list(zip(pad[::2], pad[1::2], strict=True))[::-1]
+    modes = {"reflect": "reflect", "replicate": "edge", "circular": "wrap"}
+    options = {"constant_values": value or 0} if mode == "constant" else {}
+    whole = [(0, 0)] * (x.ndim - len(pairs)) + pairs
+    return jnp.pad(x, whole, modes.get(mode, mode), **options)
 
 
 @operator("constant_pad_nd")
 def constant_pad_nd(x: Any, pad: Sequence[int], value: Any = 0) -> Any:
-    return F.pad(x, tuple(pad), "constant", value)
+    return OPERATORS["pad"](x, pad, "constant", value)
 
 
 for _mode in ("reflection", "replication"):
@@ -355,3 +361,64 @@ def binary_cross_entropy_with_logits(
     return F.binary_cross_entropy_with_logits(
         x, target, weight, pos_weight=pos_weight, reduction=_REDUCTIONS[reduction]
     )
+
+
+# --------------------------------------------------------------------------------------------------
+# What torch's composite operators are made of: outputs, and the statistics that its gradients need
+
+
+@operator("native_layer_norm")
+def native_layer_norm(x: Any, shape: Any, weight: Any, bias: Any, eps: float) -> Any:
+    axes = tuple(range(x.ndim - len(shape), x.ndim))
+    mean, inverse = _moments(x, axes, eps)
+    return F.layer_norm(x, tuple(shape), weight, bias, eps), mean, inverse
+
+
+@operator("native_group_norm")
+def native_group_norm(
+    x: Any, weight: Any, bias: Any, n: Any, c: Any, size: Any, groups: int, eps: float
+) -> Any:
+    mean, inverse = _moments(x.reshape(n, groups, -1), (2,), eps)
+    return F.group_norm(x, groups, weight, bias, eps), mean[..., 0], inverse[..., 0]
+
+
+def _moments(x: Any, axes: tuple[int, ...], eps: float) -> tuple[Any, Any]:
+    variance = jnp.var(x, axes, keepdims=True)
+    return jnp.mean(x, axes, keepdims=True), 1 / jnp.sqrt(variance + eps)
+
+
+@operator("_native_batch_norm_legit_no_training")
+def native_batch_norm(
+    x: Any, weight: Any, bias: Any, mean: Any, var: Any, momentum: float, eps: float
+) -> Any:
+    none = jnp.zeros(0, x.dtype)
+    return F.batch_norm(x, mean, var, weight, bias, False, momentum, eps), none, none
+
+
+@operator("_native_batch_norm_legit.no_stats")
+def native_batch_norm_of_batch(
+    x: Any, weight: Any, bias: Any, training: bool, momentum: float, eps: float
+) -> Any:
+    mean, inverse = _moments(x, (0, *range(2, x.ndim)), eps)
+    out = F.batch_norm(x, None, None, weight, bias, True, momentum, eps)
+    return out, mean.ravel(), inverse.ravel()
+
+
+@operator("_adaptive_avg_pool3d")
+def adaptive_avg_pool3d(x: Any, size: Any) -> Any:
+    return F.adaptive_avg_pool3d(x, _plain(size))
+
+
+@operator("embedding_bag", "_embedding_bag", "_embedding_bag_forward_only")
+def embedding_bag(
+    weight: Any, x: Any, offsets: Any, scale_grad_by_freq: bool = False, mode: int = 0,
+    sparse: bool = False, per_sample_weights: Any = None, include_last_offset: bool = False,
+    padding_idx: int | None = None,
+) -> Any:  # fmt: skip
+    padding = None if padding_idx is None or padding_idx < 0 else padding_idx
+    out = F.embedding_bag(
+        x, weight, offsets, mode=("sum", "mean", "max")[mode], include_last_offset=include_last_offset,
+        per_sample_weights=per_sample_weights, padding_idx=padding,
+    )  # fmt: skip
+    none = jnp.zeros(0, jnp.int32)
+    return out, none, none, none

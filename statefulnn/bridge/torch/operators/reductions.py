@@ -54,7 +54,9 @@ def _spread(x: Any, dim: Any, keepdim: bool, correction: Any) -> Any:
     for axis in (where,) if isinstance(where, int) else where or ():
         count *= x.shape[axis]
     correction = 1 if correction is None else correction
-    divisor = jnp.asarray(max(count - correction, 0), squares.dtype)
+    divisor = jnp.maximum(
+        jnp.asarray(count - correction, squares.dtype), jnp.zeros((), squares.dtype)
+    )
     return jnp.sum(squares, where, keepdims=keepdim) / divisor
 
 
@@ -229,10 +231,11 @@ def argsort(x: Any, dim: int = -1, descending: bool = False, *, stable: bool = F
 @operator("topk")
 def topk(x: Any, k: int, dim: int = -1, largest: bool = True, sorted: bool = True) -> Any:
     moved = jnp.moveaxis(x, dim, -1)
-    if largest:
+    if largest and isinstance(moved.shape[-1], int):
         values, places = lax.top_k(moved, k)
     else:
-        places = jnp.argsort(moved, -1, stable=True)[..., :k]
+        ordered = jnp.argsort(moved, -1, stable=True, descending=largest)
+        places = jnp.take(ordered, jnp.arange(k), -1)
         values = jnp.take_along_axis(moved, places, -1)
     return jnp.moveaxis(values, -1, dim), jnp.moveaxis(_index(places), -1, dim)
 
@@ -250,3 +253,17 @@ def median(x: Any, dim: int, keepdim: bool = False) -> Any:
 @operator("diff")
 def diff(x: Any, n: int = 1, dim: int = -1, prepend: Any = None, append: Any = None) -> Any:
     return jnp.diff(x, n, dim, prepend, append)
+
+
+@operator("histc")
+def histc(x: Any, bins: int = 100, min: Any = 0, max: Any = 0) -> Any:
+    if min == max:  # torch takes the range of the numbers, or one around a single one
+        min, max = jnp.min(x), jnp.max(x)
+        min, max = jnp.where(min == max, min - 1, min), jnp.where(min == max, max + 1, max)
+    numbers = cast(x.ravel(), jnp.float32) if category(x.dtype) < 2 else x.ravel()
+    low, high = cast(min, numbers.dtype), cast(max, numbers.dtype)
+    places = cast(jnp.floor((numbers - low) / (high - low) * bins), jnp.int32)
+    places = jnp.where(numbers == high, bins - 1, places)
+    outside = (numbers < low) | (numbers > high)
+    places = jnp.where(outside, bins, places)
+    return jnp.zeros(bins, x.dtype).at[places].add(jnp.ones_like(x.ravel()), mode="drop")

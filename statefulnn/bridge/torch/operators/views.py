@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from statefulnn.bridge.torch.operators._promotion import dtype_of, promoted, result_type
+from statefulnn.bridge.torch.operators._promotion import counted, dtype_of, promoted, result_type
 from statefulnn.bridge.torch.operators._table import OPERATORS, operator
+from statefulnn.bridge.torch.structures import minimum
+
+_ENDLESS = 2**31 - 1
 
 
 @operator("getitem")
@@ -119,16 +123,24 @@ def broadcast_tensors(tensors: Sequence[Any]) -> Any:
 
 @operator("slice")
 def slice_(x: Any, dim: int = 0, start: Any = None, end: Any = None, step: int = 1) -> Any:
-    return x[_sliced(x.ndim, dim, start, end, step)]
+    return x[sliced(x, dim, start, end, step)]
 
 
-def _sliced(ndim: int, dim: int, start: Any, end: Any, step: int) -> tuple[slice, ...]:
-    return (*[slice(None)] * (dim % ndim), slice(start, end, step))
+def sliced(x: Any, dim: int, start: Any, end: Any, step: int) -> tuple[slice, ...]:
+    """Return the index of a slice; an end beyond all integers of JAX's is none."""
+    end = None if isinstance(end, int) and end >= _ENDLESS else end
+    return (*[slice(None)] * (dim % x.ndim), slice(start, end, step))
+
+
+def chosen(x: Any, dim: int, index: int) -> tuple[Any, ...]:
+    """Return the index of one place along an axis, which may be a size that has a name."""
+    place = index if isinstance(index, int) else jnp.asarray(index)
+    return (*[slice(None)] * (dim % x.ndim), place)
 
 
 @operator("select")
 def select(x: Any, dim: int, index: int) -> Any:
-    return x[(*[slice(None)] * (dim % x.ndim), index)]
+    return x[chosen(x, dim, index)]
 
 
 @operator("narrow")
@@ -139,17 +151,29 @@ def narrow(x: Any, dim: int, start: int, length: int) -> Any:
 
 @operator("split")
 def split(x: Any, size: int, dim: int = 0) -> Any:
-    if not isinstance(size, int):
+    if isinstance(size, (list, tuple)):
         return split_with_sizes(x, size, dim)
     length = x.shape[dim]
+    if not isinstance(length, int) or not isinstance(size, int):
+        return _Pieces(lambda i: slice_(x, dim, i * size, minimum((i + 1) * size, length)))
     if not length:
         return [x]
     return [slice_(x, dim, i, i + size) for i in range(0, length, size)]
 
 
+class _Pieces:
+    """Parts of an array along an axis whose size has a name: there is no telling how many."""
+
+    def __init__(self, part: Callable[[int], Any]) -> None:
+        self.part = part
+
+    def __getitem__(self, i: int) -> Any:
+        return self.part(i)
+
+
 @operator("split_with_sizes", "split.sizes")
 def split_with_sizes(x: Any, sizes: Sequence[int], dim: int = 0) -> Any:
-    ends = np.cumsum(sizes).tolist()
+    ends = itertools.accumulate(sizes)
     return [slice_(x, dim, e - n, e) for e, n in zip(ends, sizes, strict=True)]
 
 
@@ -160,7 +184,8 @@ def tensor_split(x: Any, sections: Any, dim: int = 0) -> Any:
 
 @operator("chunk")
 def chunk(x: Any, chunks: int, dim: int = 0) -> Any:
-    return split(x, max(1, -(-x.shape[dim] // chunks)), dim)
+    size = -(-x.shape[dim] // chunks)
+    return split(x, max(1, size) if isinstance(size, int) else size, dim)
 
 
 @operator("unsafe_chunk")
@@ -170,7 +195,8 @@ def unsafe_chunk(x: Any, chunks: int, dim: int = 0) -> Any:
 
 @operator("unbind")
 def unbind(x: Any, dim: int = 0) -> Any:
-    return [select(x, dim, i) for i in range(x.shape[dim])]
+    parts = _Pieces(lambda i: select(x, dim, i))
+    return [parts[i] for i in range(x.shape[dim])] if isinstance(x.shape[dim], int) else parts
 
 
 @operator("diagonal")
@@ -181,18 +207,18 @@ def diagonal(x: Any, offset: int = 0, dim1: int = 0, dim2: int = 1) -> Any:
 @operator("unfold")
 def unfold(x: Any, dimension: int, size: int, step: int) -> Any:
     dim = dimension % x.ndim
-    starts = np.arange(0, x.shape[dim] - size + 1, step)
-    windows = jnp.take(x, jnp.asarray(starts[:, None] + np.arange(size)), dim)
+    starts = step * counted((x.shape[dim] - size) // step + 1)
+    windows = jnp.take(x, jnp.asarray(starts[:, None] + counted(size)), dim)
     return jnp.moveaxis(windows, dim + 1, -1)
 
 
 @operator("as_strided")
 def as_strided(x: Any, size: Any, stride: Any, storage_offset: Any = None) -> Any:
-    places = np.full(tuple(size), storage_offset or 0)
+    places: Any = storage_offset or 0
     for axis, (n, step) in enumerate(zip(size, stride, strict=True)):
-        shape = [1] * len(size)
-        shape[axis] = n
-        places = places + (np.arange(n) * step).reshape(shape)
+        places = places + (counted(n) * step).reshape(
+            [n if a == axis else 1 for a in range(len(size))]
+        )
     return x.ravel()[jnp.asarray(places)]
 
 
@@ -204,11 +230,14 @@ _WHOLE: tuple[Any, ...] = (0, None, None, 1)
 def put_view(before: Any, new: Any, name: str, args: Any, kwargs: Any, index: int | None) -> Any:
     """Return `before` with `new` where the view operator takes its elements from."""
     if name == "slice" and index is None:
-        dim, start, end, step = *args, *_WHOLE[len(args) :]
-        return before.at[_sliced(before.ndim, dim, start, end, step)].set(new)
+        return before.at[sliced(before, *args, *_WHOLE[len(args) :])].set(new)
     if name == "select":
-        dim, chosen = args
-        return before.at[(*[slice(None)] * (dim % before.ndim), chosen)].set(new)
+        return before.at[chosen(before, *args)].set(new)
+    if not isinstance(before.size, int):
+        numbers = jnp.arange(before.size).reshape(before.shape)
+        places = OPERATORS[name](numbers, *args, **kwargs)
+        places = places if index is None else places[index]
+        return before.ravel().at[places.ravel()].set(new.ravel()).reshape(before.shape)
     with jax.ensure_compile_time_eval():  # which elements these are is known
         numbers = jnp.arange(before.size, dtype=jnp.int32).reshape(before.shape)
         places = OPERATORS[name](numbers, *args, **kwargs)

@@ -1,0 +1,107 @@
+"""Code whose sizes or branches depend on numbers is refused at conversion, with module and line."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn as tnn
+
+from statefulnn.bridge.torch import ConversionError, from_torch
+
+X = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
+COUNTS = torch.tensor([1, 2, 0, 3])
+
+
+class Part(tnn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, *args):
+        self.calls += 1
+        return self.function(*args)
+
+
+class Net(tnn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.part = tnn.ModuleList([Part(function)])
+
+    def forward(self, *args):
+        return self.part[0](*args)
+
+
+def packed(x):
+    lengths = torch.tensor([6, 5, 4, 2])
+    return tnn.utils.rnn.pack_padded_sequence(x[..., None], lengths, batch_first=True).data
+
+
+def assigned(x):
+    y = x.clone()
+    y[y > 0] = y[y > 0] * 2
+    return y
+
+
+SIZES = {
+    "index": (lambda x: x[x > 0], X),
+    "index of columns": (lambda x: x[:, x[0] > 0], X),
+    "index of rows, reduced": (lambda x, n: x[n > 1].mean(), X, COUNTS),
+    "index, assigned": (assigned, X),
+    "unique": (torch.unique, COUNTS),
+    "unique_consecutive": (torch.unique_consecutive, COUNTS),
+    "nonzero": (torch.nonzero, X),
+    "argwhere": (torch.argwhere, X),
+    "where": (lambda x: torch.where(x > 0)[0], X),
+    "masked_select": (lambda x: x.masked_select(x > 0).sum(), X),
+    "repeat_interleave": (lambda x, n: x.repeat_interleave(n, 0), X, COUNTS),
+    "bincount": (torch.bincount, COUNTS),
+    "pack_padded_sequence": (packed, X),
+}
+NUMBERS = {
+    "item as a size": (lambda x, n: x[: n.max().item()], X, COUNTS),
+    "item as a factor": (lambda x, n: x * n[0].item(), X, COUNTS),
+    "tolist": (lambda x, n: x.split(n.tolist()), X, COUNTS),
+    "int": (lambda x, n: torch.zeros(int(n.sum())), X, COUNTS),
+    "branch": (lambda x: x if x.sum() > 0 else -x, X),
+    "numpy": (lambda x: x + x.detach().numpy().sum(), X),
+    "classes": (torch.nn.functional.one_hot, COUNTS),
+}
+
+
+def refused(function, args, capfd):
+    theirs = Net(function)
+    theirs.part[0].requires_grad_(False)
+    before = [(m, dict(m.__dict__), m.training) for m in theirs.modules()]
+    with pytest.raises(ConversionError) as error:
+        from_torch(theirs, *args)
+    assert before == [(m, dict(m.__dict__), m.training) for m in theirs.modules()]
+    assert float(theirs.part[0].calls) == 0
+    printed = capfd.readouterr()
+    assert printed.out == printed.err == ""
+    text = str(error.value)
+    assert (
+        "'part.0' (Part)" in text
+        and "test_torch_refusals.py" in text
+        and len(text.splitlines()) == 3
+    )
+    return text
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_results_whose_size_depends_on_numbers(name, capfd):
+    function, *args = SIZES[name]
+    text = refused(function, args, capfd)
+    assert name.split(",")[0].split()[0].split("_")[0] in text
+    assert "how large its result is depends on the numbers" in text and "torch.where" in text
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_numbers_of_python_made_of_arrays(name, capfd):
+    function, *args = NUMBERS[name]
+    assert "Instead: " in refused(function, args, capfd)
+
+
+def test_an_error_of_the_code_itself_names_module_and_line(capfd):
+    text = refused(lambda x: x @ x, (X,), capfd)
+    assert "RuntimeError" in text or "shape" in text
