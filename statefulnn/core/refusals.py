@@ -1081,6 +1081,7 @@ def several_meshes(places: Sequence[tuple[str, str]]) -> ValueError:
         "one computation runs on one set of devices, with one mesh if its axes are explicit",
         "put all of them on one mesh: nn.parallel.data_parallel(model, mesh) and "
         "nn.parallel.shard_batch(x, mesh); or model.to(device) and jax.device_put(x, device)",
+    )
 
 
 def part_beside_the_whole(part: str, whole: str) -> StructureChangeError:
