@@ -64,7 +64,7 @@ def jit(
     *,
     static_argnums: int | Iterable[int] = (),
     static_argnames: str | Iterable[str] = (),
-    donate: int | Iterable[int] = (),
+    donate: int | str | Iterable[int | str] = (),
     **options: Any,
 ) -> JitFunction[P, R]: ...
 @overload
@@ -72,7 +72,7 @@ def jit(
     *,
     static_argnums: int | Iterable[int] = (),
     static_argnames: str | Iterable[str] = (),
-    donate: int | Iterable[int] = (),
+    donate: int | str | Iterable[int | str] = (),
     **options: Any,
 ) -> Callable[[Callable[P, R]], JitFunction[P, R]]: ...
 def jit(
@@ -80,7 +80,7 @@ def jit(
     *,
     static_argnums: int | Iterable[int] = (),
     static_argnames: str | Iterable[str] = (),
-    donate: int | Iterable[int] = (),
+    donate: int | str | Iterable[int | str] = (),
     **options: Any,
 ) -> Any:
     """Compile a function that takes modules, reads them and changes them.
@@ -93,7 +93,7 @@ def jit(
             returns a decorator.
         static_argnums: positions of arguments that are compiled in; a caller may pass them by name.
         static_argnames: names of such arguments; a caller may pass them by position.
-        donate: positions of arguments whose memory may be reused for the results; for a module, all
+        donate: positions or names of arguments whose memory may be reused for the results; for a module, all
             its arrays are then replaced, and older references to them are dead.
         options: passed to ``jax.jit`` (``inline``, ``compiler_options`` ...).
 
@@ -129,19 +129,22 @@ def jit(
     for option in ("in_shardings", "out_shardings"):
         if option in options:
             raise sharding_option(option)
-    numbers = (static_argnums,) if isinstance(static_argnums, int) else tuple(static_argnums)
+    numbers = (static_argnums,) if isinstance(static_argnums, (int, str)) else tuple(static_argnums)
     names = (static_argnames,) if isinstance(static_argnames, str) else tuple(static_argnames)
-    donated = (donate,) if isinstance(donate, int) else tuple(donate)
+    donated = (donate,) if isinstance(donate, (int, str)) else tuple(donate)
     if not callable(fun):
         example = "nn.jit(lambda model, x: model(x))(model, x)"
         raise no_callable("nn.jit", type(fun).__name__, example)
     function, owner = unbound(fun)
     if owner is not None:
         # The module is the first argument: shift the positions past it.
-        numbers = tuple(n + 1 if n >= 0 else n for n in numbers)
-        donated = tuple(n + 1 if n >= 0 else n for n in donated)
-    chosen = Options(frozenset(numbers), frozenset(names), frozenset(donated), options)
+        numbers, donated = _past_the_first(numbers), _past_the_first(donated)
     named = (
         type(owner).forward if isinstance(owner, Module) and function is call_module else function
     )
-    return JitFunction(function, owner, chosen.checked(named))
+    chosen = Options.of(named, numbers, names, donated, options)
+    return JitFunction(function, owner, chosen)
+
+
+def _past_the_first(places: Iterable[int | str]) -> list[int | str]:
+    return [n + 1 if isinstance(n, int) and n >= 0 else n for n in places]

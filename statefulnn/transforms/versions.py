@@ -18,7 +18,7 @@ import inspect
 import types
 import warnings
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -55,8 +55,16 @@ class Options(NamedTuple):
     donate: frozenset[int]
     for_jax: dict[str, Any]
 
-    def checked(self, function: Callable) -> Options:
-        """Return these options with every static argument known by position and by name.
+    @classmethod
+    def of(
+        cls,
+        function: Callable,
+        static_argnums: Iterable[int | str],
+        static_argnames: Iterable[str],
+        donate: Iterable[int | str],
+        for_jax: dict[str, Any],
+    ) -> Options:
+        """Return the options for a function, with every static argument known by position and by name.
 
         A caller passes an argument either way, so one that is named has to be found at its position too.
 
@@ -71,26 +79,29 @@ class Options(NamedTuple):
         positions = [p for p in parameters if p.kind in _BY_POSITION]
         by_name = {p.name for p in parameters if p.kind in _BY_NAME}
         count, more = len(positions), inspect.Parameter.VAR_POSITIONAL in kinds
-        for what, numbers in [("static_argnums", self.static_argnums), ("donate", self.donate)]:
-            outside = [n for n in numbers if not (more or -count <= n < count)]
-            if outside:
-                raise refusals.no_argument_for_option(what, outside[0], [p.name for p in positions])
-        wrong = [] if inspect.Parameter.VAR_KEYWORD in kinds else self.static_argnames - by_name
+        places = {p.name: i for i, p in enumerate(positions)}
+
+        def numbered(option: str, given: Iterable[int | str]) -> set[int]:
+            numbers: set[int] = set()
+            for n in given:
+                at = places.get(n) if isinstance(n, str) else n
+                if at is None or not (more or -count <= at < count):
+                    raise refusals.no_argument_for_option(option, n, list(places))
+                # With *args, only a call tells what the last argument is: see `Dispatch._without_statics`.
+                numbers.add(at % count if at < 0 and not more else at)
+            return numbers
+
+        numbers, donated = numbered("static_argnums", static_argnums), numbered("donate", donate)
+        chosen = frozenset(static_argnames)
+        wrong = [] if inspect.Parameter.VAR_KEYWORD in kinds else chosen - by_name
         if wrong:
             raise refusals.no_argument_for_option("static_argnames", min(wrong), sorted(by_name))
-        # With *args, only a call tells what the last argument is: see `Dispatch._without_statics`.
-        numbers = {n % count if n < 0 and not more else n for n in self.static_argnums}
-        donate = frozenset(n % count if n < 0 and not more else n for n in self.donate)
-        named = {i for i, p in enumerate(positions) if p.name in self.static_argnames & by_name}
+        named = {i for i, p in enumerate(positions) if p.name in chosen & by_name}
         names = {positions[n].name for n in numbers if 0 <= n < count} & by_name
-        both = (numbers | named) & donate
+        both = (numbers | named) & donated
         if both:
             raise refusals.static_and_donated(min(both))
-        return self._replace(
-            static_argnums=frozenset(numbers | named),
-            static_argnames=self.static_argnames | names,
-            donate=donate,
-        )
+        return cls(frozenset(numbers | named), chosen | names, frozenset(donated), for_jax)
 
 
 _ANY_POSITION = inspect.Parameter("args", inspect.Parameter.VAR_POSITIONAL)

@@ -224,6 +224,23 @@ def test_donation_replaces_every_array_of_the_module():
     assert step.trace_count == 1
 
 
+def test_arguments_to_donate_may_be_named():
+    m = Net()
+
+    @nn.jit(donate=("m",), static_argnums="times")
+    def step(m, x, times):
+        for _ in range(times):
+            m.w.value = m.w * 2
+        return x
+
+    old = m.w.value
+    step(m, X, 3)
+    assert float(m.w) == 16.0 and old.is_deleted()
+    assert not X.is_deleted()
+    with pytest.raises(ValueError, match="donate='model', and it has no such argument"):
+        nn.jit(lambda m, x: m(x), donate="model")
+
+
 def test_donating_the_same_module_twice_in_one_call_is_no_crash():
     m = Net()
     f = nn.jit(lambda a, b, x: a(x) + b(x), donate=(0, 1))
