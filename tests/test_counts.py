@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 import pytest
 
 import statefulnn as nn
@@ -257,6 +258,24 @@ def compilations() -> Iterator[Callable[[], int]]:
         yield lambda: len(found)
     finally:
         jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def test_a_step_on_a_mesh_of_one_device_compiles_once():
+    with nn.device("meta"):
+        model = nn.Sequential(nn.Linear(4, 3), nn.Dropout(0.5))
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    model = nn.materialize(nn.parallel.fully_shard(model, mesh))
+    opt = nn.Optimizer(model, optax.adam(1e-3))
+
+    @nn.jit
+    def step(model, opt, x):
+        opt.step(nn.grad(lambda m: (m(x) ** 2).mean())(model))
+
+    x = nn.parallel.shard_batch(jnp.ones((2, 4)), mesh)
+    step(model, opt, x)
+    with compilations() as count:
+        step(model, opt, x)
+    assert count() == 0
 
 
 def test_the_counter_of_compilations_counts():

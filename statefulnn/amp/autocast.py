@@ -60,7 +60,7 @@ class autocast:  # noqa: N801 (torch's name)
                 )
             )
         found = as_dtype(dtype)
-        if found not in LOW_PRECISION:
+        if enabled and found not in LOW_PRECISION:
             raise DtypeError(
                 explain(
                     f"nn.amp.autocast({found.name})",

@@ -103,6 +103,7 @@ DeviceLike: TypeAlias = Place | device | str | int
 def resolve_device(place: object) -> Any:
     """Return the place for anything that users name one by; None if they leave the choice."""
     if place is None or isinstance(place, (jax.Device, jax.sharding.Sharding)):
+        _note_mesh(place)
         return place
     if isinstance(place, device):
         return place.place
@@ -147,14 +148,15 @@ def placed(value: Value, place: Place, share: bool = True) -> Any:
         share: whether it may be the memory of `value`; else a call that donates one leaves the other.
 
     Raises:
-        NotImplementedError: if a shape without numbers is to be put on a device. On several, it is noted.
+        NotImplementedError: if a shape without numbers is to be put on a device. On a mesh, it is noted.
     """
     if place is None:
         return value
+    _note_mesh(place)
     if place == META:
         return jax.ShapeDtypeStruct(value.shape, value.dtype)
     if is_meta(value):
-        if isinstance(place, jax.sharding.Sharding) and place.num_devices > 1:
+        if isinstance(place, jax.sharding.NamedSharding):
             return jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=place)
         raise refusals.moved_from_meta()
     return jax.device_put(value, place, may_alias=None if share else False)
@@ -223,6 +225,15 @@ def check_spec(
             raise refusals.spec_does_not_divide(name, shape, i, spec, parts)
 
 
+_mesh_met = False
+
+
+def _note_mesh(place: object) -> None:
+    """Note that arrays are put on a mesh, also on one of a single device."""
+    global _mesh_met
+    _mesh_met = _mesh_met or isinstance(place, jax.sharding.NamedSharding)
+
+
 @functools.cache
 def _several_devices() -> bool:
     return jax.device_count() > 1
@@ -272,7 +283,7 @@ def gathered(values: Sequence[Value], movable: Collection[int]) -> list[tuple[in
         values: the arrays.
         movable: which of them are generators.
     """
-    if not _several_devices() or len(movable) == len(values):
+    if not (_mesh_met or _several_devices()) or len(movable) == len(values):
         return []
     placed = {
         i: v.sharding
