@@ -76,13 +76,14 @@ class ModuleBase:
     _nn_home: Any  # a node number, or (weak reference to the parent, name); for messages only
     _nn_plan: Any
     _nn_shell: Any
+    _modules: Any
 
     def _nn_settle(self) -> None:
         """Bring up to date what is stored; called before anybody walks it."""
 
     def _nn_shown(self) -> dict[str, Any]:
         """Return the children by the names that users know, where they are not stored under these."""
-        return self.__dict__["_modules"]
+        return self._modules
 
     def _nn_child(self, name: str) -> Any:
         """Return the child of a name if it is there, without building it."""
