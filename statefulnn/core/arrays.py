@@ -15,7 +15,7 @@ from statefulnn.core import refusals
 from statefulnn.core.compat import EAGER, Tracer, current_trace, plain_evaluation
 from statefulnn.core.errors import name_of
 from statefulnn.core.narrowing import check_jax_holds
-from statefulnn.core.placement import META, Place, Value, is_meta
+from statefulnn.core.placement import META, Place, Value, is_meta, place_of_entry
 from statefulnn.core.refusals import Subject
 
 
@@ -120,7 +120,11 @@ def entry_of(array: Any, index: int | slice, position: int) -> Any:
     """Return an entry of an axis, or several: numbers if the array has some, also while somebody traces."""
     at = (slice(None),) * position + (index,)
     if isinstance(array, jax.ShapeDtypeStruct):
-        return jax.ShapeDtypeStruct(np.empty(array.shape, bool)[at].shape, array.dtype)
+        place = array.sharding
+        if isinstance(index, int):
+            place = place_of_entry(place, position)
+        shape = np.broadcast_to(np.zeros((), bool), array.shape)[at].shape  # without the memory
+        return jax.ShapeDtypeStruct(shape, array.dtype, sharding=place)
     if isinstance(array, Tracer):
         return array[at]
     with plain_evaluation():

@@ -57,6 +57,8 @@ from statefulnn.core.placement import (
     as_dtype,
     cast,
     is_meta,
+    place_of_entry,
+    place_of_whole,
     placed,
     places_by_name,
     resolve_device,
@@ -1233,13 +1235,36 @@ def find_box(root: Module, path: Sequence[str]) -> Box:
 
 
 def places_in(module: Module, plan: Plan | PlaceOf) -> dict[int, Any]:
-    """Return the place of each parameter and buffer, by the identity of its box, in their order."""
+    """Return the place of each parameter and buffer, by the identity of its box, in their order.
+
+    A plan speaks of layers: what is stored for many of them is shown to it as the array of one, with the
+    names of all, and its axes of layers are not split.
+    """
     names: dict[int, list[str]] = {}
     for name, box in module._named_members(_all_boxes, remove_duplicate=False):
         names.setdefault(id(box), []).append(name)
+    ranks: dict[int, list[int]] = {}
+    for path, part in module._walk_modules(None, "", True, _stored):
+        for number, (rank, own) in part._nn_layers().items():
+            ranks.setdefault(number, []).append(rank)
+            names[number] += [f"{path}.{name}" if path else name for name in own]
     boxes = [box for _, box in module._named_members(_all_boxes)]
-    places = places_by_name([(names[id(box)], box.value) for box in boxes], plan)
-    return {id(box): place for box, place in zip(boxes, places, strict=True)}
+    axes: dict[int, tuple[int, int]] = {}
+    named = []
+    for box in boxes:
+        value = box.value
+        if id(box) in ranks:
+            found = ranks[id(box)]
+            first, count = len(value.shape) - max(found) - 1, max(found) - min(found) + 1
+            axes[id(box)] = first, count
+            shape = (*value.shape[:first], *value.shape[first + count :])
+            place = place_of_entry(getattr(value, "sharding", None), first, count)
+            value = jax.ShapeDtypeStruct(shape, value.dtype, sharding=place)
+        named.append((names[id(box)], value))
+    return {
+        id(box): place_of_whole(place, *axes[id(box)]) if id(box) in axes else place
+        for box, place in zip(boxes, places_by_name(named, plan), strict=True)
+    }
 
 
 def _all_boxes(module: Module) -> list[tuple[str, Any]]:

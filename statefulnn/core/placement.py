@@ -200,6 +200,27 @@ def places_by_name(named: Sequence[tuple[Sequence[str], Value]], plan: Any) -> l
     return list(places)
 
 
+def place_of_entry(place: Any, position: int, count: int = 1) -> Any:
+    """Return where the entries of some axes lie, for an array that is laid out over a mesh."""
+    if not isinstance(place, jax.sharding.NamedSharding):
+        return place
+    spec = [*place.spec]
+    del spec[position : position + count]
+    return place.update(spec=jax.sharding.PartitionSpec(*spec))
+
+
+def place_of_whole(place: Any, position: int, count: int = 1) -> Any:
+    """Return where an array lies whose entries along some axes lie at a place of a mesh."""
+    if not isinstance(place, jax.sharding.NamedSharding):
+        return place
+    spec = [*place.spec]
+    spec += [None] * (position - len(spec))
+    spec[position:position] = [None] * count
+    while spec and spec[-1] is None:  # as JAX writes it
+        spec.pop()
+    return place.update(spec=jax.sharding.PartitionSpec(*spec))
+
+
 def check_spec(
     name: str,
     shape: tuple[int, ...],

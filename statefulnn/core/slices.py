@@ -22,7 +22,7 @@ from statefulnn.core.box import Box
 from statefulnn.core.compat import EAGER, Tracer, current_trace, plain_evaluation
 from statefulnn.core.ownership import ModuleBase
 from statefulnn.core.parameter import Buffer, Parameter
-from statefulnn.core.placement import is_meta
+from statefulnn.core.placement import is_meta, place_of_whole
 
 # The slots that the properties below stand before.
 _held = Box.__dict__["_value"]
@@ -50,11 +50,10 @@ class _Pending:
             return base
         parts = [entries[i] for i in range(count)]
         if all(map(is_meta, parts)):
-            return jax.ShapeDtypeStruct(base.shape, base.dtype)
+            return jax.ShapeDtypeStruct(base.shape, base.dtype, sharding=base.sharding)
         new = jnp.stack(parts, position) if position else stack_arrays(parts)
-        if not is_meta(base) and getattr(base, "committed", False):
-            new = jax.device_put(new, base.sharding)
-        return new
+        noted = base.sharding is not None if is_meta(base) else getattr(base, "committed", False)
+        return jax.device_put(new, base.sharding) if noted else new
 
 
 class _Whole:
@@ -141,6 +140,17 @@ class Slice:
         if isinstance(self.index, slice):
             kept = (len(range(*self.index.indices(held.shape[position]))),)
         return (*held.shape[:position], *kept, *held.shape[position + 1 :]), held.dtype
+
+    def note_place(self, place: Any) -> None:
+        """Note where the whole belongs, if it has no numbers yet: where its entries are joined."""
+        held = _held.__get__(self.whole)
+        base = held.base if type(held) is _Pending else held
+        if is_meta(base) and isinstance(place, jax.sharding.NamedSharding):
+            base = jax.ShapeDtypeStruct(base.shape, base.dtype, sharding=place)
+            if type(held) is _Pending:
+                held.base = base
+            else:
+                _held.__set__(self.whole, base)
 
     def write(self, new: Any) -> None:
         whole: Any = self.whole
@@ -268,7 +278,9 @@ def gathered(boxes: Sequence[Any]) -> tuple[Box | None, Any]:
         return None, entry_of(array, slice(start, start + len(boxes)), position)
     values = [box._value for box in boxes]
     if all(map(is_meta, values)):
-        return None, jax.ShapeDtypeStruct((len(values), *values[0].shape), values[0].dtype)
+        place = place_of_whole(values[0].sharding, 0)
+        shape = (len(values), *values[0].shape)
+        return None, jax.ShapeDtypeStruct(shape, values[0].dtype, sharding=place)
     return None, stack_arrays(values)
 
 

@@ -18,8 +18,16 @@ from statefulnn.core.compat import EAGER, current_trace
 from statefulnn.core.errors import TraceLeakError, UninitializedParameterError, explain
 from statefulnn.core.generator import current_generator, rng_scope
 from statefulnn.core.module import Module, places_in
-from statefulnn.core.placement import META, DeviceLike, elsewhere, is_meta, resolve_device
+from statefulnn.core.placement import (
+    META,
+    DeviceLike,
+    elsewhere,
+    is_meta,
+    place_of_entry,
+    resolve_device,
+)
 from statefulnn.core.placement import device as device_type
+from statefulnn.core.slices import slice_of
 from statefulnn.core.walk import LEAVE, walk
 from statefulnn.modules.adaptive import AdaptiveLogSoftmaxWithLoss
 from statefulnn.modules.lazy import LazyModuleMixin
@@ -310,7 +318,11 @@ class _Copies:
         if device is None:
             device = struct.sharding
         elif isinstance(device, dict):
-            device = device[id(box)]
+            at = slice_of(box)
+            device = device[id(box if at is None else at.whole)]
+            if at is not None:
+                at.note_place(device)
+                device = place_of_entry(device, at.position(at.whole._value))
         elif callable(device) and not isinstance(device, device_type):
             device = device(name, struct)
         place = resolve_device(device)
