@@ -278,6 +278,13 @@ class Module(ModuleBase):
             shorten(error)
             raise
 
+    def _nn_layers(self) -> dict[int, tuple[int, list[str]]]:
+        """Return, for arrays with an axis of layers, how many axes a layer has, and the names there.
+
+        The keys are the ids of the boxes.
+        """
+        return {}
+
     def _path(self) -> tuple[str, ...]:
         """Return the names that lead to the module from the root of its tree."""
         return path_of(self)

@@ -85,13 +85,6 @@ class ModuleBase:
         """Return the children by the names that users know, where they are not stored under these."""
         return self._modules
 
-    def _nn_layers(self) -> dict[int, tuple[int, list[str]]]:
-        """Return, for arrays with an axis of layers, how many axes a layer has, and the names there.
-
-        The keys are the ids of the boxes.
-        """
-        return {}
-
     def _nn_child(self, name: str) -> Any:
         """Return the child of a name if it is there, without building it."""
         return real_dict(self)["_modules"].get(name)
