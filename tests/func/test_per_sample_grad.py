@@ -10,6 +10,7 @@ import torch
 
 import statefulnn as nn
 import statefulnn.functional as F
+from tests.quick import first
 
 
 def network(lib):
@@ -41,7 +42,7 @@ def torch_loop(theirs, xs, ys):
     return {n: np.stack([r[n] for r in rows]) for n in rows[0]}
 
 
-@pytest.mark.parametrize("form", ["module", "nn.jit", "params"])
+@pytest.mark.parametrize("form", first(2, ["nn.jit", "params", "module"]))
 def test_a_convolutional_network(form):
     ours, theirs, xs, ys = twins()
     loss = lambda model, x, y: F.cross_entropy(model(x[None])[0], y)

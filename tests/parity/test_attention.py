@@ -27,6 +27,7 @@ from statefulnn.attention.flex_attention import (
 )
 from statefulnn.functional.attention import Form, cudnn_serves
 from tests.parity.oracle import array, close
+from tests.quick import diagonal
 
 Q, K, V = array(2, 4, 5, 8), array(2, 4, 6, 8, seed=1), array(2, 4, 6, 3, seed=2)
 OURS = tuple(map(jnp.asarray, (Q, K, V)))
@@ -277,9 +278,9 @@ def test_combined_masks_are_torchs() -> None:
     assert create_mask(noop_mask, 1, 1, 2, 2).all()
 
 
-@pytest.mark.parametrize("score_mod", [None, far])
-@pytest.mark.parametrize("mod", [None, causal, window])
-@pytest.mark.parametrize("heads", [4, 2])
+@pytest.mark.parametrize(
+    "score_mod, mod, heads", diagonal(2, [None, far], [None, causal, window], [4, 2])
+)
 def test_flex_attention_is_the_formula(score_mod: Any, mod: Any, heads: int) -> None:
     sizes = (2, 4, 5, 6)
     q, k, v = (
