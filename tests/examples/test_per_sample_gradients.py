@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import per_sample_gradients as example
+from tests.quick import quickly
 
 
 def test_short_run_reaches_its_numbers_and_saves_a_picture(capsys):
@@ -37,8 +38,8 @@ def test_per_sample_gradients_are_those_of_a_loop():
     params = example.initial(3)
     images, _, labels, _ = example.load_data()
     some = slice(0, 5)
-    gradients = jax.jit(example.per_sample_gradients)(params, images[some], labels[some])
-    single = jax.jit(jax.grad(example.loss))
+    gradients = quickly(example.per_sample_gradients)(params, images[some], labels[some])
+    single = quickly(jax.grad(example.loss))
     for i in range(5):
         want = single(params, images[i], labels[i])
         for name in params:

@@ -12,7 +12,7 @@ import torch
 from torch.func import functional_call
 
 import statefulnn as nn
-from tests.quick import diagonal, first
+from tests.quick import QUICKLY, diagonal, first
 
 # torch's own forward mode and Hessians still use torch.jit.script.
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
@@ -61,7 +61,11 @@ def eager(f):
     return f
 
 
-WRAPS = pytest.mark.parametrize("wrap", [eager, nn.jit], ids=["eager", "nn.jit"])
+def compiled(f):
+    return nn.jit(f, compiler_options=QUICKLY)
+
+
+WRAPS = pytest.mark.parametrize("wrap", [eager, compiled], ids=["eager", "nn.jit"])
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -122,7 +126,7 @@ def test_jvp_and_linearize(wrap):
     same(wrap(linear)(ours, X), expected)
 
 
-@pytest.mark.parametrize("name, wrap", diagonal(2, ["jacrev", "jacfwd"], [eager, nn.jit]))
+@pytest.mark.parametrize("name, wrap", diagonal(2, ["jacrev", "jacfwd"], [eager, compiled]))
 def test_jacobians_of_a_module_and_its_input(name, wrap):
     ours, theirs, params = twins()
     f = lambda p, x: functional_call(theirs, p, (x,))
@@ -142,7 +146,7 @@ def test_jacrev_in_chunks_and_of_several_outputs(chunk_size):
 
 def test_the_hessian_of_a_module():
     ours, theirs, params = twins()
-    found = nn.func.hessian(lambda m, x: (m(x) ** 2).mean())(ours, X)
+    found = compiled(nn.func.hessian(lambda m, x: (m(x) ** 2).mean()))(ours, X)
     f = lambda p: (functional_call(theirs, p, (t(X),)) ** 2).mean()
     same(found, torch.func.hessian(f)(params))
 
