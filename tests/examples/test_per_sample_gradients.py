@@ -14,8 +14,8 @@ from tests.quick import quickly
 
 
 def test_short_run_reaches_its_numbers_and_saves_a_picture(capsys):
-    numbers = example.main(["--epochs", "20", "--picture", "pictures/gradients.png"])
-    assert numbers["private accuracy"] >= 0.92  # with noise 1.0; 20 epochs
+    numbers = example.main(["--epochs", "8", "--picture", "pictures/gradients.png"])
+    assert numbers["private accuracy"] >= 0.85  # with noise 1.0; 8 epochs
     assert numbers["private accuracy"] < numbers["plain accuracy"]
     assert numbers["plain accuracy"] >= 0.97
     assert numbers["last noise scale"] > 2 * numbers["first noise scale"] > 40
