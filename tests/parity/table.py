@@ -78,17 +78,18 @@ EVERY = {
 }
 
 
-def thinned(rows: Iterable[Any], every: int = 5) -> list[Any]:
+def thinned(rows: Iterable[Any], every: int | None = None) -> list[Any]:
     """Return the rows as parameters of a test, those that are for the long run marked so.
 
-    Of each layer or function the first row runs, and every n-th from there; n is `every`, or what `EVERY`
-    says if that is more.
+    Of each layer or function the first row runs, and every n-th from there; n is `every`, or without it what
+    `EVERY` says.
     """
     number: collections.Counter[str] = collections.Counter()
     out = []
     for row in rows:
         name = row.layer if isinstance(row, Case) else row.name
-        marks = (pytest.mark.long,) if number[name] % max(every, EVERY.get(name, 1)) else ()
+        step = every or EVERY.get(name, 5)
+        marks = (pytest.mark.long,) if number[name] % step else ()
         number[name] += 1
         out.append(pytest.param(row, id=str(row), marks=marks))
     return out
