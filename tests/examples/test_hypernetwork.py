@@ -37,7 +37,7 @@ def some_hypernetwork(seed=2):
 
 
 def test_a_short_run_beats_networks_without_a_hypernetwork_and_saves_a_picture(capsys):
-    errors = example.main(["--steps", "400", "--picture", "pictures/hyper.png"])
+    errors = example.main(["--steps", "800", "--picture", "pictures/hyper.png"])
     hyper, rivals = errors["hypernetwork"].mean(), [errors[w] for w in list(example.WAYS)[1:]]
     assert hyper < 1.0
     assert all(hyper < 0.5 * rival.mean() for rival in rivals)

@@ -39,10 +39,10 @@ def check_gradients(numbers: dict, fewer: int, more: int) -> None:
 
 def test_a_short_run_fits_the_spiral_and_saves_a_picture(capsys):
     numbers = example.main(
-        ["--steps", "300", "--lengths", "32", "128", "--picture", "pictures/ode.png"]
+        ["--steps", "600", "--lengths", "64", "256", "--picture", "pictures/ode.png"]
     )
-    assert numbers["field"] < 0.5
-    check_gradients(numbers, 32, 128)
+    assert numbers["field"] < 0.25
+    check_gradients(numbers, 64, 256)
     assert Path("pictures/ode.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     assert f"{numbers['field']:.4f}" in capsys.readouterr().out
 
