@@ -15,7 +15,7 @@ ALONG_THE_CIRCLE = example.MODES * 4 * np.arcsin(2 * example.SPREAD / example.RA
 
 
 def test_it_finds_all_modes_and_tells_them_from_the_circle(capsys):
-    scores = example.main(["--steps", "3000", "--picture", "pictures/gan.png"])
+    scores = example.main(["--steps", "2000", "--picture", "pictures/gan.png"])
     assert scores["modes"] == example.MODES
     assert scores["near"] > ALONG_THE_CIRCLE
     assert Path("pictures/gan.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"

@@ -10,6 +10,7 @@ import pytest
 
 import hypernetwork as example
 from tests.precision import in_float64
+from tests.quick import quickly
 
 
 def best_average():
@@ -108,7 +109,7 @@ def test_gradient_is_that_of_finite_differences():
         hyper = {n: np.asarray(p, np.float64) for n, p in some_hypernetwork().items()}
         rng = np.random.default_rng(0)
         toward = {n: rng.normal(size=p.shape) for n, p in hyper.items()}
-        loss = jax.jit(jax.value_and_grad(example.hyper_loss))
+        loss = quickly(jax.value_and_grad(example.hyper_loss))
         grads = loss(hyper, x, y)[1]
         slope = sum((np.asarray(grads[n]) * toward[n]).sum() for n in hyper)
         step = 1e-7  # short of the kinks of ReLU

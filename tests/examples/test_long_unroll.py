@@ -12,6 +12,7 @@ import pytest
 
 import long_unroll
 import statefulnn.functional as F
+from tests.quick import quickly
 
 
 def test_checkpoints_save_memory_and_change_no_gradient():
@@ -34,8 +35,8 @@ def test_the_gradient_of_the_schedule_is_that_of_a_loop_by_hand():
 
         return loss(jax.lax.scan(step, params, lr)[0])
 
-    expected = jax.jit(jax.grad(by_hand))(long_unroll.START)
-    found = jax.jit(jax.grad(partial(long_unroll.trained_loss, steps=steps)))(long_unroll.START)
+    expected = quickly(jax.grad(by_hand))(long_unroll.START)
+    found = quickly(jax.grad(partial(long_unroll.trained_loss, steps=steps)))(long_unroll.START)
     np.testing.assert_allclose(found, expected, rtol=1e-4)
     assert float(jnp.abs(expected).max()) > 0
 

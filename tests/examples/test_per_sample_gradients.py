@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 
 import per_sample_gradients as example
+from tests.quick import quickly
 
 
 def test_short_run_reaches_its_numbers_and_saves_a_picture(capsys):
-    numbers = example.main(["--epochs", "20", "--picture", "pictures/gradients.png"])
-    assert numbers["private accuracy"] >= 0.92  # with noise 1.0; 20 epochs
+    numbers = example.main(["--epochs", "8", "--picture", "pictures/gradients.png"])
+    assert numbers["private accuracy"] >= 0.85  # with noise 1.0; 8 epochs
     assert numbers["private accuracy"] < numbers["plain accuracy"]
     assert numbers["plain accuracy"] >= 0.97
     assert numbers["last noise scale"] > 2 * numbers["first noise scale"] > 40
@@ -37,8 +38,8 @@ def test_per_sample_gradients_are_those_of_a_loop():
     params = example.initial(3)
     images, _, labels, _ = example.load_data()
     some = slice(0, 5)
-    gradients = jax.jit(example.per_sample_gradients)(params, images[some], labels[some])
-    single = jax.jit(jax.grad(example.loss))
+    gradients = quickly(example.per_sample_gradients)(params, images[some], labels[some])
+    single = quickly(jax.grad(example.loss))
     for i in range(5):
         want = single(params, images[i], labels[i])
         for name in params:

@@ -19,7 +19,7 @@ from tests.examples.reference import (
     torchvision,
 )
 from tests.precision import in_float64
-from tests.quick import quickly
+from tests.quick import QUICKLY, quickly
 
 
 @pytest.mark.parametrize(
@@ -70,7 +70,7 @@ def test_outputs_statistics_and_gradients_are_torchvisions(case, training):
 def test_training_mode_in_float32_updates_the_statistics_in_place():
     ours, theirs = SMALL["resnet-bottleneck"].pair()
     x = np.random.default_rng(0).normal(size=(2, 3, 32, 32)).astype(np.float32)
-    out = nn.jit(ours.train())(x)
+    out = nn.jit(ours.train(), compiler_options=QUICKLY)(x)
     expected = theirs.train()(torch.tensor(x))
     assert_close(out, from_torch(expected), 1e-3)
     state = ours.state_dict()
@@ -105,20 +105,26 @@ def test_pictures_are_prepared_as_torchvision_does(tmp_path):
     np.testing.assert_allclose(resnet.read_image(str(path)), expected, atol=1e-5)
 
 
-def test_program_classifies_with_torchvisions_file(tmp_path, capsys):
-    theirs = torchvision.models.resnet18()
+@pytest.mark.parametrize(
+    "layers", [[1, 1, 1, 1], pytest.param([2, 2, 2, 2], marks=pytest.mark.long)], ids=str
+)
+def test_program_classifies_with_torchvisions_file(layers, tmp_path, capsys):
     torch.manual_seed(0)
+    theirs = torchvision.models.ResNet(torchvision.models.resnet.BasicBlock, layers)
+    archs = {"small": lambda: resnet.ResNet(resnet.BasicBlock, layers)}
+    if sum(layers) == 8:
+        archs["small"] = resnet.ARCHS["resnet18"]
     path = saved_by_torch(theirs, tmp_path, "pth")
     labels = tmp_path / "labels.txt"
     labels.write_text("\n".join(f"kind {i}" for i in range(1000)))
     probabilities = resnet.classify(
         resnet.__doc__,
-        resnet.ARCHS,
-        ["--arch", "resnet18", "--weights", str(path), "--labels", str(labels)],
+        archs,
+        ["--arch", "small", "--weights", str(path), "--labels", str(labels)],
     )
     with torch.no_grad():
         logits = theirs.eval()(torch.tensor(resnet.read_image(None)))
     np.testing.assert_allclose(probabilities, torch.softmax(logits, 1)[0], atol=1e-5)
     out = capsys.readouterr().out
-    assert "11,689,512 parameters" in out
+    assert f"{sum(p.numel() for p in theirs.parameters()):,} parameters" in out
     assert f"kind {probabilities.argmax()}\n" in out

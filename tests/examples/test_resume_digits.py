@@ -15,12 +15,12 @@ def accuracy(printed: str) -> float:
 
 
 def test_a_resumed_run_ends_with_the_weights_of_one_that_was_not_interrupted(capsys):
-    whole = example.main(["--epochs", "4", "--folder", "whole", "--picture", "pictures/r.png"])
+    whole = example.main(["--epochs", "2", "--folder", "whole", "--picture", "pictures/r.png"])
     printed = capsys.readouterr().out
-    assert accuracy(printed) > 0.9 and "resumed" not in printed  # by chance: 0.1
-    example.main(["--epochs", "2", "--folder", "parts"])
-    resumed = example.main(["--epochs", "4", "--folder", "parts"])
-    assert "resumed at epoch 2" in capsys.readouterr().out
+    assert accuracy(printed) > 0.8 and "resumed" not in printed  # by chance: 0.1
+    example.main(["--epochs", "1", "--folder", "parts"])
+    resumed = example.main(["--epochs", "2", "--folder", "parts"])
+    assert "resumed at epoch 1" in capsys.readouterr().out
     for name, value in whole.state_dict().items():
         np.testing.assert_array_equal(value, resumed.state_dict()[name], err_msg=name)
     assert Path("pictures/r.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"

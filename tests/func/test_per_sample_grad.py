@@ -10,6 +10,7 @@ import torch
 
 import statefulnn as nn
 import statefulnn.functional as F
+from tests.quick import QUICKLY, first, quickly
 
 
 def network(lib):
@@ -41,18 +42,18 @@ def torch_loop(theirs, xs, ys):
     return {n: np.stack([r[n] for r in rows]) for n in rows[0]}
 
 
-@pytest.mark.parametrize("form", ["module", "nn.jit", "params"])
+@pytest.mark.parametrize("form", first(2, ["nn.jit", "params", "module"]))
 def test_a_convolutional_network(form):
     ours, theirs, xs, ys = twins()
     loss = lambda model, x, y: F.cross_entropy(model(x[None])[0], y)
     xs, ys = jnp.asarray(xs), jnp.asarray(ys)
     if form == "params":
         fn, params = nn.functionalize(ours)
-        f = jax.jit(nn.func.per_sample_grad(lambda p, x, y: F.cross_entropy(fn(p, x[None])[0], y)))
+        f = quickly(nn.func.per_sample_grad(lambda p, x, y: F.cross_entropy(fn(p, x[None])[0], y)))
         grads = f(params, xs, ys)
     else:
         f = nn.func.per_sample_grad(loss)
-        grads = (nn.jit(f) if form == "nn.jit" else f)(ours, xs, ys)
+        grads = (nn.jit(f, compiler_options=QUICKLY) if form == "nn.jit" else f)(ours, xs, ys)
     expected = torch_loop(theirs, np.asarray(xs), np.asarray(ys))
     assert grads.keys() == expected.keys()
     for name in grads:
@@ -63,8 +64,8 @@ def test_their_mean_is_the_gradient_of_the_mean():
     ours, _, xs, ys = twins()
     fn, params = nn.functionalize(ours)
     loss = lambda p, x, y: F.cross_entropy(fn(p, x[None])[0], y)
-    each = nn.func.per_sample_grad(loss)(params, jnp.asarray(xs), jnp.asarray(ys))
-    whole = jax.grad(lambda p: jax.vmap(loss, (None, 0, 0))(p, xs, ys).mean())(params)
+    each = quickly(nn.func.per_sample_grad(loss))(params, jnp.asarray(xs), jnp.asarray(ys))
+    whole = quickly(jax.grad(lambda p: jax.vmap(loss, (None, 0, 0))(p, xs, ys).mean()))(params)
     for name in whole:
         np.testing.assert_allclose(each[name].mean(0), whole[name], rtol=1e-4, atol=1e-6)
 
@@ -76,12 +77,12 @@ def test_the_outer_product_of_one_row_is_exact_in_every_mode():
     f = lambda w, x, c: jnp.vdot(F.linear(x, w), c)
     for lead in ((), (1,), (1, 1)):
         rows = x.reshape(5, *lead, 4)
-        grads = jax.jit(jax.vmap(jax.grad(f, (0, 1)), (None, 0, 0)))(
+        grads = quickly(jax.vmap(jax.grad(f, (0, 1)), (None, 0, 0)))(
             w, rows, c.reshape(5, *lead, 3)
         )
         np.testing.assert_array_equal(grads[0], np.einsum("no,ni->noi", c, x))
         np.testing.assert_allclose(grads[1], (c @ w).reshape(rows.shape), rtol=1e-5)
-    second = jax.hessian(lambda w, x: jnp.vdot(F.linear(x, w), F.linear(x, w)))(w, x[0])
+    second = quickly(jax.hessian(lambda w, x: jnp.vdot(F.linear(x, w), F.linear(x, w))))(w, x[0])
     by_formula = 2 * np.einsum("ac,b,d->abcd", np.eye(3), x[0], x[0])
     np.testing.assert_allclose(second, by_formula, rtol=1e-5, atol=1e-6)
     tangent = jax.jvp(F.linear, (x[0], w), (x[1], w))[1]

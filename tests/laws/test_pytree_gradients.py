@@ -11,6 +11,7 @@ import optax
 import pytest
 
 import statefulnn as nn
+from tests.quick import diagonal
 
 X = np.linspace(-1, 1, 6, dtype=np.float32).reshape(3, 2)
 
@@ -66,8 +67,9 @@ SILENT = {
 }
 
 
-@pytest.mark.parametrize("build", [frozen_first, with_running_mean], ids=lambda f: f.__name__)
-@pytest.mark.parametrize("how", REVERSE)
+@pytest.mark.parametrize(
+    "how, build", diagonal(2, list(REVERSE), [frozen_first, with_running_mean])
+)
 def test_a_plain_gradient_of_a_whole_module_with_untrained_numbers_warns(how, build) -> None:
     model = build()
     with pytest.warns(nn.UntrainedLeavesWarning) as record:

@@ -58,37 +58,38 @@ TORCH_WARNS = [
 ]
 
 
-# Every third row of a layer or function runs by default, and every n-th of these, which take longest to
+# Every fifth row of a layer or function runs by default, and every n-th of these, which take longest to
 # compile; the others are for the long run, `make test-long`.
 EVERY = {
-    "LSTM": 4,
-    "GRU": 4,
-    "RNN": 4,
-    "MultiheadAttention": 4,
-    "Transformer": 4,
-    "TransformerEncoderLayer": 4,
-    "TransformerDecoderLayer": 4,
-    "CTCLoss": 4,
-    "CrossEntropyLoss": 4,
-    "Conv3d": 4,
-    "MaxPool2d": 4,
-    "AdaptiveMaxPool2d": 4,
-    "grid_sample": 5,
-    "interpolate": 5,
+    "LSTM": 7,
+    "GRU": 7,
+    "RNN": 7,
+    "MultiheadAttention": 7,
+    "Transformer": 7,
+    "TransformerEncoderLayer": 7,
+    "TransformerDecoderLayer": 7,
+    "CTCLoss": 7,
+    "CrossEntropyLoss": 7,
+    "Conv3d": 7,
+    "MaxPool2d": 7,
+    "AdaptiveMaxPool2d": 7,
+    "grid_sample": 9,
+    "interpolate": 9,
 }
 
 
-def thinned(rows: Iterable[Any], every: int = 3) -> list[Any]:
+def thinned(rows: Iterable[Any], every: int | None = None) -> list[Any]:
     """Return the rows as parameters of a test, those that are for the long run marked so.
 
-    Of each layer or function the first row runs, and every n-th from there; n is `every`, or what `EVERY`
-    says if that is more.
+    Of each layer or function the first row runs, and every n-th from there; n is `every`, or without it what
+    `EVERY` says.
     """
     number: collections.Counter[str] = collections.Counter()
     out = []
     for row in rows:
         name = row.layer if isinstance(row, Case) else row.name
-        marks = (pytest.mark.long,) if number[name] % max(every, EVERY.get(name, 1)) else ()
+        step = every or EVERY.get(name, 5)
+        marks = (pytest.mark.long,) if number[name] % step else ()
         number[name] += 1
         out.append(pytest.param(row, id=str(row), marks=marks))
     return out
@@ -101,17 +102,17 @@ _LIKE_OTHERS = {"Transformer", "TransformerDecoderLayer"} | {
 }
 
 
-def representative(rows: Iterable[Case], half: int | None = None) -> list[Any]:
+def representative(rows: Iterable[Case], part: int = 0, parts: int = 1) -> list[Any]:
     """Return rows as parameters of a test, of which the first of each layer runs by default.
 
-    Layers that are like others run in the long run only, as do further rows of one layer; with `half`, 0 or
-    1, so does every other layer: of two tests with different halves each layer runs one.
+    Layers that are like others run in the long run only, as do further rows of one layer. Of the layers
+    that are left this is one part of several: of as many tests with different parts each layer runs one.
     """
     first = {id(case): number for number, case in enumerate(ONE_OF_EACH)}
 
     def runs(row: Case) -> bool:
         number = first.get(id(row))
-        chosen = number is not None and (half is None or number % 2 == half)
+        chosen = number is not None and number % parts == part
         return chosen and row.layer not in _LIKE_OTHERS
 
     return [

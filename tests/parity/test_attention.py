@@ -27,6 +27,7 @@ from statefulnn.attention.flex_attention import (
 )
 from statefulnn.functional.attention import Form, cudnn_serves
 from tests.parity.oracle import array, close
+from tests.quick import diagonal, quickly
 
 Q, K, V = array(2, 4, 5, 8), array(2, 4, 6, 8, seed=1), array(2, 4, 6, 3, seed=2)
 OURS = tuple(map(jnp.asarray, (Q, K, V)))
@@ -277,9 +278,9 @@ def test_combined_masks_are_torchs() -> None:
     assert create_mask(noop_mask, 1, 1, 2, 2).all()
 
 
-@pytest.mark.parametrize("score_mod", [None, far])
-@pytest.mark.parametrize("mod", [None, causal, window])
-@pytest.mark.parametrize("heads", [4, 2])
+@pytest.mark.parametrize(
+    "score_mod, mod, heads", diagonal(2, [None, far], [None, causal, window], [4, 2])
+)
 def test_flex_attention_is_the_formula(score_mod: Any, mod: Any, heads: int) -> None:
     sizes = (2, 4, 5, 6)
     q, k, v = (
@@ -308,11 +309,11 @@ def test_flex_attention_is_the_formula(score_mod: Any, mod: Any, heads: int) -> 
         return_aux=AuxRequest(True, True),
     )
     inputs = [jnp.asarray(x.detach().numpy()) for x in (q, k, v)]
-    out, aux = jax.jit(call)(*inputs)
+    squares = lambda *x: (call(*x)[0] ** 2).sum()
+    (out, aux), grads = quickly(lambda *x: (call(*x), jax.grad(squares, (0, 1, 2))(*x)))(*inputs)
     close(out, expected, "output", 2e-5)
     close(aux.lse, scores.logsumexp(-1), "lse", 2e-5)
     close(aux.max_scores, scores.amax(-1), "max", 2e-5)
-    grads = jax.jit(jax.grad(lambda *x: (call(*x)[0] ** 2).sum(), (0, 1, 2)))(*inputs)
     for got, x in zip(grads, (q, k, v), strict=True):
         close(got, x.grad, "gradient", 1e-4)
 

@@ -18,7 +18,7 @@ import statefulnn as nn
 import statefulnn.functional as F
 from statefulnn.functional import _conv_lowering
 from tests.precision import in_float64
-from tests.quick import quickly
+from tests.quick import diagonal, first, quickly
 
 CASES = {
     "1-d": (nn.Conv1d, torch.nn.Conv1d, (4, 6, 3), {"padding": 1}, (9,)),
@@ -65,10 +65,18 @@ def torch_gradients(reference: torch.nn.Module, x: np.ndarray, order: int) -> li
     return [g.numpy() for g in torch.autograd.grad(value, over)]
 
 
-ORDERS = [(case, "small", 1) for case in CASES] + [
+# Of the others the code in a loop is that of those: of fewer dimensions, or before or after the border.
+ORDERS = [
+    pytest.param(case, "small", 1, marks=pytest.mark.long)
+    for case in ("1-d", "3x3", "one channel", "depthwise", "reflected border")
+] + [
+    ("stride and dilation", "small", 1),
+    ("groups", "small", 1),
+    ("3-d", "small", 1),
+    ("transposed", "small", 1),
     ("groups", "image by image", 1),
     ("3x3", "small", 2),
-    ("3x3", "image by image", 2),
+    pytest.param("3x3", "image by image", 2, marks=pytest.mark.long),
 ]
 
 
@@ -94,7 +102,7 @@ def test_derivatives_in_a_loop_are_torchs(case, size, order, monkeypatch):
         jax.clear_caches()
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", diagonal(2, list(CASES)))
 def test_many_kernels_at_once_are_each_by_itself(case):
     make, theirs, sizes, options, space = CASES[case]
     torch.manual_seed(0)
@@ -114,7 +122,7 @@ def convolutions(compiled: Any) -> int:
     return len(re.findall(r"= \S+ convolution\(", compiled.as_text()))
 
 
-@pytest.mark.parametrize("loop", ["scan", "fori_loop", "while_loop", "map", "Ensemble"])
+@pytest.mark.parametrize("loop", first(3, ["scan", "while_loop", "Ensemble", "fori_loop", "map"]))
 def test_xlas_convolution_is_not_in_repeated_code(loop):
     layer = nn.Conv2d(8, 8, 3, padding=1)
     x = jnp.ones((2, 8, 6, 6))

@@ -12,6 +12,7 @@ import torch
 
 import statefulnn as nn
 from tests.parity.oracle import array, close, sixty_four_bits
+from tests.quick import diagonal
 
 ORDERS = [2.0, 1, 0.5, 0, 1.5, math.inf, "inf", -1, -math.inf]
 GRADS = {
@@ -24,9 +25,9 @@ GRADS = {
     "nan": [np.array([1, np.nan], np.float32), array(3)],
 }
 # Every order once with zeros and once without; the others with every kind of gradient.
-CASES = [(name, order) for name in ("some", "one zero") for order in ORDERS] + [
-    (name, order) for name in GRADS if name not in ("some", "one zero") for order in (2.0, math.inf)
-]
+CASES = diagonal(2, ["some", "one zero"], ORDERS) + diagonal(
+    2, [name for name in GRADS if name not in ("some", "one zero")], [2.0, math.inf]
+)
 UTILS = nn.utils
 
 

@@ -33,9 +33,9 @@ def spectral_norm(**kwargs):
     return lambda library, layer: library.utils.spectral_norm(layer, **kwargs)
 
 
-@pytest.mark.parametrize("jitted, dim", diagonal(2, [False, True], [0, 1, None, -1]))
-@pytest.mark.parametrize(("layer", "args", "shape"), ROWS)
-def test_weight_norm_is_torchs(layer, args, shape, dim, jitted):
+@pytest.mark.parametrize("row, dim, jitted", diagonal(4, ROWS, [0, 1, None, -1], [False, True]))
+def test_weight_norm_is_torchs(row, dim, jitted):
+    layer, args, shape = row
     theirs, ours = twins(layer, args, weight_norm(dim=dim))
     same_state(ours, theirs)
     assert repr(ours) == repr(theirs)
@@ -56,16 +56,17 @@ def test_the_first_values_are_torchs():
 
 
 @pytest.mark.parametrize(
-    "jitted, training, options",
+    "row, options, training, jitted",
     diagonal(
-        2,
-        [False, True],
-        [False, True],
+        4,
+        ROWS,
         [{}, {"n_power_iterations": 3}, {"dim": 1}, {"eps": 0.1}],
+        [False, True],
+        [False, True],
     ),
 )
-@pytest.mark.parametrize(("layer", "args", "shape"), ROWS)
-def test_spectral_norm_is_torchs(layer, args, shape, options, training, jitted):
+def test_spectral_norm_is_torchs(row, options, training, jitted):
+    layer, args, shape = row
     theirs, ours = twins(layer, args, spectral_norm(**options))
     theirs.train(training), ours.train(training)
     same_state(ours, theirs)

@@ -13,7 +13,7 @@ import torch
 import statefulnn as nn
 from statefulnn.utils import parametrizations, parametrize
 from tests.parity.oracle import array, close, same_class, sixty_four_bits
-from tests.quick import diagonal
+from tests.quick import diagonal, quickly
 from tests.utils.twins import compare_calls, same_state, twins
 
 MAPS = ["matrix_exp", "cayley", "householder"]
@@ -37,7 +37,7 @@ def shifted(theirs, ours):
     ours.load_state_dict({k: v.numpy() for k, v in theirs.state_dict().items()})
 
 
-@pytest.mark.parametrize("trivial, shape, kind", diagonal(2, [True, False], SHAPES, [*MAPS, None]))
+@pytest.mark.parametrize("trivial, shape, kind", diagonal(4, [True, False], SHAPES, [*MAPS, None]))
 def test_orthogonal_is_torchs(kind, shape, trivial):
     theirs, ours = twins("Linear", shape, orthogonal(kind, trivial))
     same_state(ours, theirs)
@@ -49,8 +49,7 @@ def test_orthogonal_is_torchs(kind, shape, trivial):
     compare_calls(theirs, ours, array(6, shape[0]), 1, jitted=trivial)
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("kind", MAPS)
+@pytest.mark.parametrize("shape, kind", diagonal(2, SHAPES, MAPS))
 def test_orthogonal_starts_where_the_weight_is_nearest(kind, shape):
     # Where all of the basis follows from the weight; the rest is drawn.
     weight = array(*reversed(shape))
@@ -116,7 +115,7 @@ def test_batches_of_matrices(kind):
 
 @pytest.mark.parametrize(
     "shape, kind, trivial",
-    diagonal(2, [(4, 4), (5, 3), (3, 5)], ["matrix_exp", "cayley", None], [True, False]),
+    diagonal(3, [(4, 4), (5, 3), (3, 5)], ["matrix_exp", "cayley", None], [True, False]),
 )
 def test_complex_matrices_are_unitary(shape, kind, trivial):
     weight = (array(*shape) + 1j * array(*shape, seed=1)).astype(np.complex64)
@@ -164,7 +163,7 @@ def test_orthogonal_has_second_derivatives(kind):
 
     fn, params = nn.functionalize(ours)
     loss = lambda value: (fn({**params, name: value}, jnp.asarray(x)) ** 3).sum()
-    got = jax.grad(lambda value: (jax.grad(loss)(value) * v).sum())(params[name])
+    got = quickly(jax.grad(lambda value: (jax.grad(loss)(value) * v).sum()))(params[name])
     close(got, wanted, "second derivative", 1e-4)
 
 
@@ -211,13 +210,18 @@ LAYERS = [
 ]
 
 
+def every_other(rows):
+    long = pytest.mark.long
+    return [pytest.param(*row, marks=long if i % 2 else ()) for i, row in enumerate(rows)]
+
+
 def dims(layer, args):
     return [*range(-1, getattr(nn, layer)(*args).weight.ndim), None, -2]
 
 
 @pytest.mark.parametrize(
     ("layer", "args", "shape", "dim"),
-    [(*row, dim) for row in LAYERS[:4] for dim in dims(*row[:2])],
+    every_other([(*row, dim) for row in LAYERS[:4] for dim in dims(*row[:2])]),
 )
 def test_weight_norm_is_torchs(layer, args, shape, dim):
     change = lambda library, module: library.utils.parametrizations.weight_norm(module, dim=dim)
@@ -287,10 +291,11 @@ OPTIONS = [{}, {"n_power_iterations": 3}, {"dim": 1}, {"eps": 0.1}, {"dim": -1}]
 
 
 @pytest.mark.parametrize(
-    "jitted, training, options", diagonal(2, [False, True], [False, True], OPTIONS)
+    "row, options, training, jitted",
+    diagonal(4, LAYERS[:4:3], OPTIONS, [False, True], [False, True]),
 )
-@pytest.mark.parametrize(("layer", "args", "shape"), LAYERS[:4:3])
-def test_spectral_norm_is_torchs(layer, args, shape, options, training, jitted):
+def test_spectral_norm_is_torchs(row, options, training, jitted):
+    layer, args, shape = row
     theirs, ours = twins(layer, args, spectral(**options))
     theirs.train(training), ours.train(training)
     same_state(ours, theirs)

@@ -16,6 +16,7 @@ import torch
 import statefulnn as nn
 from statefulnn.utils import parametrize
 from tests.parity.oracle import array, close, same_class
+from tests.quick import diagonal
 from tests.utils.twins import compare_calls, same_state, twins
 
 
@@ -120,8 +121,7 @@ CHAINS = [
 ]
 
 
-@pytest.mark.parametrize("jitted", [False, True])
-@pytest.mark.parametrize("kinds", CHAINS, ids="+".join)
+@pytest.mark.parametrize("kinds, jitted", diagonal(2, CHAINS, [False, True]))
 def test_outputs_and_gradients_are_torchs(kinds, jitted):
     theirs, ours = twins("Linear", (4, 4), add(*kinds))
     same_state(ours, theirs)
