@@ -26,6 +26,7 @@ import statefulnn as nn
 from tests.devices import run_on_devices
 from tests.io.fuzzing import Fuzzer, changed_tree, dumps, run_fuzz
 from tests.precision import in_float64
+from tests.quick import diagonal
 
 ROOT = Path(__file__).resolve().parents[2]
 X = jnp.asarray(np.random.default_rng(0).standard_normal((32, 4)), jnp.float32)
@@ -710,8 +711,7 @@ FORKED = program(
 )
 
 
-@pytest.mark.parametrize("order", ["before", "after"])
-@pytest.mark.parametrize("end", ["close", "kill"])
+@pytest.mark.parametrize("order, end", diagonal(2, ["before", "after"], ["close", "kill"]))
 def test_a_folder_is_free_when_its_run_ends_though_a_forked_worker_lives(order, end, tmp_path):
     process = subprocess.Popen(
         [sys.executable, "-c", FORKED, str(tmp_path), order],
@@ -851,7 +851,7 @@ class Strange(Fuzzer):
         return super().outcome(error, path)
 
 
-@pytest.mark.parametrize("count", [200, pytest.param(10_000, marks=pytest.mark.long)])
+@pytest.mark.parametrize("count", [100, pytest.param(10_000, marks=pytest.mark.long)])
 def test_notes_that_something_else_wrote_are_read_or_refused(count):
     outcomes = run_fuzz("tests.io.test_checkpointer:Strange", count=count, seed=1)
     assert outcomes["loaded"] > count / 50 and outcomes["CheckpointError"] > count / 2, outcomes
