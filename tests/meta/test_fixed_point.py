@@ -96,7 +96,11 @@ def test_gradients_by_weights_and_input_are_those_of_the_unrolled_layer(make, wa
     assert max(float(jnp.abs(g).max()) for g in by_weights.values()) > 1e-2
 
 
-@pytest.mark.parametrize("make", LAYERS)
+# As an argument it is another module like the others, of which the gradients above are.
+OWNERS = first(2, [Natural, fixed_point, AsArgument])
+
+
+@pytest.mark.parametrize("make", OWNERS)
 def test_raw_transformations_of_jax_do_as_well(make):
     layer = make()
     fn, params = nn.functionalize(layer)
@@ -107,8 +111,7 @@ def test_raw_transformations_of_jax_do_as_well(make):
     agree(each, quickly(jax.grad(lambda x: loss(other, x)))(X))
 
 
-# As an argument it is another module like the others, of which the gradients above are.
-@pytest.mark.parametrize("make", first(2, [Natural, fixed_point, AsArgument]))
+@pytest.mark.parametrize("make", OWNERS)
 def test_the_members_of_an_ensemble_are_independent(make):
     ensemble = nn.Ensemble(make, 3)
     x = jnp.stack([X, 2 * X, 3 * X])
@@ -132,9 +135,12 @@ def test_second_derivatives_and_forward_mode():
     fn, params = nn.functionalize(layer)
     other, _ = nn.functionalize(unrolled(layer))
     x = X[:1]
-    for derivative in (jax.hessian, jax.jacfwd):
-        found = quickly(derivative(lambda x: (fn(params, x) ** 2).sum()))(x)
-        agree(found, quickly(derivative(lambda x: (other(params, x) ** 2).sum()))(x))
+
+    def derivatives(fn):
+        f = lambda x: (fn(params, x) ** 2).sum()
+        return quickly(lambda x: (jax.hessian(f)(x), jax.jacfwd(f)(x)))(x)
+
+    agree(derivatives(fn), derivatives(other))
 
 
 class Stepping(Natural):

@@ -52,11 +52,10 @@ def test_forward_mode_and_second_derivatives():
     fit = nn.meta.implicit_gradient(exact, objective=ridge, solve=nn.meta.cg(tol=1e-6))
     value = lambda p: (fit(jnp.zeros(3), p, X, Y) ** 2).sum()
     formula = lambda p: (exact(None, p, X, Y) ** 2).sum()
-    at = lambda derivative, f: quickly(derivative(f))(PENALTY)
-    np.testing.assert_allclose(at(jax.jacfwd, value), at(jax.grad, formula), rtol=1e-3)
-    np.testing.assert_allclose(
-        at(jax.hessian, value), at(jax.hessian, formula), rtol=2e-3, atol=1e-5
-    )
+    forward, second = quickly(lambda p: (jax.jacfwd(value)(p), jax.hessian(value)(p)))(PENALTY)
+    slope, hessian = quickly(lambda p: (jax.grad(formula)(p), jax.hessian(formula)(p)))(PENALTY)
+    np.testing.assert_allclose(forward, slope, rtol=1e-3)
+    np.testing.assert_allclose(second, hessian, rtol=2e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize(
