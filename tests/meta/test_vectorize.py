@@ -40,8 +40,8 @@ DERIVATIVES = {
     "gradient by both": lambda f: jax.grad(f, (0, 1))(PARAMS, X),
     "compiled": lambda f: jax.jit(jax.value_and_grad(f))(PARAMS, X),
     "forward": lambda f: jax.jvp(f, (PARAMS, X), (PARAMS, X)),
-    "hessian": lambda f: quickly(jax.hessian(f))(PARAMS, X),
-    "reverse over reverse": lambda f: quickly(jax.jacrev(jax.grad(f)))(PARAMS, X),
+    "hessian": lambda f: jax.jit(jax.hessian(f))(PARAMS, X),
+    "reverse over reverse": lambda f: jax.jit(jax.jacrev(jax.grad(f)))(PARAMS, X),
     "under vmap": lambda f: jax.vmap(jax.grad(f), (None, 0))(PARAMS, jnp.stack([X, 2 * X])),
 }
 
