@@ -19,7 +19,7 @@ def run_on_devices(count: int, code: str, given: str = "") -> str:
         input=given,
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=1800,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
