@@ -712,7 +712,7 @@ EQUAL_WHEN_REBUILT = {
 }
 
 
-@pytest.mark.parametrize("name", EQUAL_WHEN_REBUILT)
+@pytest.mark.parametrize("name", diagonal(2, list(EQUAL_WHEN_REBUILT)))
 def test_an_equal_transformation_built_again_compiles_nothing(name):
     def step(opt, grads):
         opt.step(grads)
@@ -745,7 +745,7 @@ DIFFERENT = {
 NAMES = ["0.weight", "0.bias", "1.weight", "1.bias"]
 
 
-@pytest.mark.parametrize("name", DIFFERENT)
+@pytest.mark.parametrize("name", diagonal(2, list(DIFFERENT)))
 def test_a_different_transformation_of_the_same_make_takes_its_own_steps(name):
     for flag in (True, False):
         model = square()

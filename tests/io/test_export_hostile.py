@@ -709,8 +709,8 @@ def check_many(count: int) -> None:
     assert outcomes["loaded"] > count / 100 and outcomes["CheckpointError"] > count / 2
 
 
-def test_a_thousand_hostile_files_are_refused_or_loaded():
-    check_many(1000)
+def test_hundreds_of_hostile_files_are_refused_or_loaded():
+    check_many(400)
 
 
 @pytest.mark.long

@@ -1197,8 +1197,8 @@ def check_many(kind: str, count: int) -> None:
 
 
 @KINDS
-def test_a_thousand_hostile_programs_are_refused_or_loaded(kind):
-    check_many(kind, 1000)
+def test_hundreds_of_hostile_programs_are_refused_or_loaded(kind):
+    check_many(kind, 300)
 
 
 @pytest.mark.long

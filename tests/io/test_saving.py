@@ -93,7 +93,7 @@ def check_kills(folder: Path, size: int | None, kills: int) -> None:
 
 @pytest.mark.parametrize("size", [None, 200_000])
 def test_a_save_leaves_the_live_files_alone_where_others_were_killed(size, tmp_path):
-    check_kills(tmp_path, size, 4)
+    check_kills(tmp_path, size, 2)
 
 
 @pytest.mark.long
@@ -127,14 +127,19 @@ print(calls)
     ("size", "function", "at"),
     [
         (None, "open", 1),
-        (None, "fsync", 1),
         (None, "replace", 1),
-        (None, "unlink", 1),
         (200_000, "fsync", 2),
-        (200_000, "replace", 2),
         (200_000, "replace", 7),  # of the index
-        (200_000, "unlink", 1),
         (200_000, "unlink", 4),
+        *(
+            pytest.param(*point, marks=pytest.mark.long)
+            for point in [
+                (None, "fsync", 1),
+                (None, "unlink", 1),
+                (200_000, "replace", 2),
+                (200_000, "unlink", 1),
+            ]
+        ),
     ],
 )
 def test_a_save_killed_at_any_point_leaves_nothing_for_the_second_one_after_it(
@@ -182,7 +187,7 @@ def check_writers(folder: Path, seconds: float) -> None:
 
 
 def test_writers_at_once_disturb_neither_each_other_nor_a_reader(tmp_path):
-    check_writers(tmp_path, 2)
+    check_writers(tmp_path, 1)
 
 
 @pytest.mark.long

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import statefulnn as nn
+from tests.quick import quickly
 
 
 def test_a_linear_objective_in_one_dimension_has_the_exact_slope_on_average():
@@ -107,12 +108,11 @@ def test_sigma_may_be_traced():
     f = lambda w: (w**3).sum()
     w = jnp.array([1.0, -2.0])
     es = lambda sigma: nn.meta.es_gradient(f, w, key=0, sigma=sigma)
-    for traced, given in zip(jax.jit(es)(0.1), es(0.1), strict=True):
-        np.testing.assert_allclose(traced, given, rtol=1e-5)
     pes = nn.meta.pes_init(w, w, 4)
     piece = lambda theta, x: ((x * theta).sum(), x + theta)
     step = lambda sigma: nn.meta.pes_gradient(piece, w, pes, key=0, sigma=sigma)
-    for traced, given in zip(jax.jit(step)(0.1)[:2], step(0.1)[:2], strict=True):
+    both = lambda sigma: (*es(sigma), *step(sigma)[:2])
+    for traced, given in zip(quickly(both)(0.1), both(0.1), strict=True):
         np.testing.assert_allclose(traced, given, rtol=1e-5)
 
 

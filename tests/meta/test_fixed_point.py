@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import statefulnn as nn
+from tests.quick import diagonal, first, quickly
 
 X = jnp.asarray(np.random.default_rng(0).normal(size=(5, 3)), jnp.float32)
 
@@ -53,10 +54,9 @@ class AsArgument(Natural):
 
 class Unrolled(Natural):
     def forward(self, x):
-        z = jnp.zeros_like(x)
-        for _ in range(25):
-            z = self.cell(z, x)
-        return z
+        # The turns of a scan are compiled once, and differentiated one after the other.
+        step = lambda z, _: (self.cell(z, x), None)
+        return jax.lax.scan(step, jnp.zeros_like(x), length=25)[0]
 
 
 def fixed_point():
@@ -74,6 +74,9 @@ def loss(layer, x):
     return (layer(x) ** 2).sum()
 
 
+gradient_of = nn.jit(nn.grad(loss))
+
+
 def agree(ours, theirs):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-3, atol=1e-4), ours, theirs)
 
@@ -82,8 +85,7 @@ WRAPS = {"eager": lambda f: f, "nn.jit": nn.jit, "jax.jit": jax.jit}
 LAYERS = [Natural, AsArgument, fixed_point]
 
 
-@pytest.mark.parametrize("make", LAYERS)
-@pytest.mark.parametrize("way", WRAPS)
+@pytest.mark.parametrize("way, make", diagonal(3, list(WRAPS), LAYERS))
 def test_gradients_by_weights_and_input_are_those_of_the_unrolled_layer(make, way):
     layer = make()
     both = lambda layer, x: nn.value_and_grad(loss, argnums=(0, 1))(layer, x)
@@ -94,24 +96,29 @@ def test_gradients_by_weights_and_input_are_those_of_the_unrolled_layer(make, wa
     assert max(float(jnp.abs(g).max()) for g in by_weights.values()) > 1e-2
 
 
-@pytest.mark.parametrize("make", LAYERS)
+# As an argument it is another module like the others, of which the gradients above are.
+OWNERS = first(2, [Natural, fixed_point, AsArgument])
+
+
+@pytest.mark.parametrize("make", OWNERS)
 def test_raw_transformations_of_jax_do_as_well(make):
     layer = make()
     fn, params = nn.functionalize(layer)
     by_params = jax.jit(jax.grad(lambda p, x: (fn(p, x) ** 2).sum()))(params, X)
-    agree(by_params, nn.grad(loss)(unrolled(layer), X))
+    agree(by_params, gradient_of(unrolled(layer), X))
     each = jax.vmap(jax.grad(lambda x: loss(layer, x)))(X)  # the layer from a closure
-    agree(each, jax.grad(lambda x: loss(unrolled(layer), x))(X))
+    other = unrolled(layer)
+    agree(each, quickly(jax.grad(lambda x: loss(other, x)))(X))
 
 
-@pytest.mark.parametrize("make", LAYERS)
+@pytest.mark.parametrize("make", OWNERS)
 def test_the_members_of_an_ensemble_are_independent(make):
     ensemble = nn.Ensemble(make, 3)
     x = jnp.stack([X, 2 * X, 3 * X])
     total = lambda e, x: (e(x, in_axes=0) ** 2).sum()
     found = nn.grad(total)(ensemble, x)
     for i in range(3):
-        expected = nn.grad(loss)(unrolled(ensemble.member(i)), x[i])
+        expected = gradient_of(unrolled(ensemble.member(i)), x[i])
         agree({n: g[i] for n, g in found.items()}, {f"stack.{n}": g for n, g in expected.items()})
 
 
@@ -119,7 +126,7 @@ def test_per_example_gradients():
     layer = fixed_point()
     found = nn.func.per_sample_grad(lambda m, x: (m(x) ** 2).sum())(layer, X)
     other = unrolled(layer)
-    expected = [nn.grad(loss)(other, x) for x in X]
+    expected = [gradient_of(other, x) for x in X]
     agree(found, {n: jnp.stack([e[n] for e in expected]) for n in found})
 
 
@@ -128,9 +135,12 @@ def test_second_derivatives_and_forward_mode():
     fn, params = nn.functionalize(layer)
     other, _ = nn.functionalize(unrolled(layer))
     x = X[:1]
-    for derivative in (jax.hessian, jax.jacfwd):
-        found = jax.jit(derivative(lambda x: (fn(params, x) ** 2).sum()))(x)
-        agree(found, jax.jit(derivative(lambda x: (other(params, x) ** 2).sum()))(x))
+
+    def derivatives(fn):
+        f = lambda x: (fn(params, x) ** 2).sum()
+        return quickly(lambda x: (jax.hessian(f)(x), jax.jacfwd(f)(x)))(x)
+
+    agree(derivatives(fn), derivatives(other))
 
 
 class Stepping(Natural):
@@ -161,9 +171,8 @@ def test_training_after_an_eager_call_or_gradient_is_no_stale_capture(make):
 def test_a_start_may_be_given_and_changes_nothing():
     layer = fixed_point()
     np.testing.assert_allclose(layer(X), layer(X, start=jnp.ones_like(X)), atol=1e-5)
-    agree(
-        nn.grad(lambda m: (m(X, start=jnp.ones_like(X)) ** 2).sum())(layer), nn.grad(loss)(layer, X)
-    )
+    from_ones = nn.grad(lambda m: (m(X, start=jnp.ones_like(X)) ** 2).sum())
+    agree(nn.jit(from_ones)(layer), gradient_of(layer, X))
 
 
 class Pair(nn.Module):
@@ -185,12 +194,10 @@ def test_z_may_be_several_arrays():
     found = nn.grad(lambda m: total(m(X, X[:, :2], start=start)))(layer)
 
     def by_hand(cell):
-        z = start
-        for _ in range(40):
-            z = cell(z, X, X[:, :2])
-        return total(z)
+        step = lambda z, _: (cell(z, X, X[:, :2]), None)
+        return total(jax.lax.scan(step, start, length=40)[0])
 
-    expected = nn.grad(by_hand)(layer.cell)
+    expected = nn.jit(nn.grad(by_hand))(layer.cell)
     agree(found, {f"cell.{n}": g for n, g in expected.items()})
 
 
@@ -241,15 +248,18 @@ def test_a_cell_that_writes_state_is_refused():
         nn.meta.FixedPoint(Normed(), steps=0)
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-@pytest.mark.parametrize("solve", [None, nn.meta.neumann(30)], ids=["gmres", "neumann"])
-def test_a_fixed_point_in_half_precision_is_that_of_float32(dtype, solve):
+@pytest.mark.parametrize(
+    "way, dtype", diagonal(2, ["gmres", "neumann"], [jnp.bfloat16, jnp.float16])
+)
+def test_a_fixed_point_in_half_precision_is_that_of_float32(way, dtype):
     nn.manual_seed(0)
+    solve = {"gmres": None, "neumann": nn.meta.neumann(30)}[way]
     layer = nn.meta.FixedPoint(Cell(0.3), solve=solve)
     value = lambda layer, x: (layer(x).astype(jnp.float32) ** 2).sum()
-    expected, slopes = layer(X), nn.grad(value)(layer, X)
+    both = nn.jit(lambda layer, x: (layer(x), nn.grad(value)(layer, x)))
+    expected, slopes = both(layer, X)
     half = copy.deepcopy(layer).to(dtype)
-    found, gradients = half(X.astype(dtype)), nn.grad(value)(half, X.astype(dtype))
+    found, gradients = both(half, X.astype(dtype))
     eps = float(jnp.finfo(dtype).eps)
     assert found.dtype == dtype
     np.testing.assert_allclose(np.asarray(found, np.float32), expected, atol=4 * eps)

@@ -14,6 +14,7 @@ import pytest
 
 import statefulnn as nn
 import statefulnn.functional as F
+from tests.quick import diagonal, first, quickly
 
 WAYS = ["vmap", "loop", 2, "auto"]
 PARAMS = {"a": jnp.arange(1.0, 4.0), "b": jnp.asarray([0.5])}
@@ -39,26 +40,27 @@ DERIVATIVES = {
     "gradient by both": lambda f: jax.grad(f, (0, 1))(PARAMS, X),
     "compiled": lambda f: jax.jit(jax.value_and_grad(f))(PARAMS, X),
     "forward": lambda f: jax.jvp(f, (PARAMS, X), (PARAMS, X)),
-    "hessian": lambda f: jax.hessian(f)(PARAMS, X),
-    "reverse over reverse": lambda f: jax.jacrev(jax.grad(f))(PARAMS, X),
+    "hessian": lambda f: jax.jit(jax.hessian(f))(PARAMS, X),
+    "reverse over reverse": lambda f: jax.jit(jax.jacrev(jax.grad(f)))(PARAMS, X),
     "under vmap": lambda f: jax.vmap(jax.grad(f), (None, 0))(PARAMS, jnp.stack([X, 2 * X])),
 }
 
 
-@pytest.mark.parametrize("derivative", DERIVATIVES)
-@pytest.mark.parametrize("task", [number, several])
-@pytest.mark.parametrize("way", ["loop", 2])
+@pytest.mark.parametrize(
+    "way, task, derivative", diagonal(3, ["loop", 2], [number, several], list(DERIVATIVES))
+)
 def test_each_way_gives_the_sum_over_tasks(way, task, derivative):
     def by_hand(p: Any, x: Any) -> Any:
         outs = [task(p, x[i], COUNTS[i]) for i in range(5)]
         return sum((leaf**2).sum() for out in outs for leaf in jax.tree.leaves(out))
 
-    found, expected = (DERIVATIVES[derivative](f) for f in (total(task, way), by_hand))
+    found = DERIVATIVES[derivative](total(task, way))
+    expected = quickly(lambda: DERIVATIVES[derivative](by_hand))()
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", first(3, WAYS))  # the last is one of the others, by its task
 def test_what_comes_beside_a_result_has_gradients_too(way):
     def task(p: Any, x: Any, n: Any) -> Any:
         return number(p, x, n), {"seen": (p["a"] * x).sum(), "n": n.astype(int)}
@@ -67,20 +69,21 @@ def test_what_comes_beside_a_result_has_gradients_too(way):
 
     def loss(p: Any) -> Any:
         value, aux = run(p, X, COUNTS)
-        return value + aux["seen"].sum()
+        return value + aux["seen"].sum(), aux["n"]
 
     def by_hand(p: Any) -> Any:
         return sum(number(p, X[i], COUNTS[i]) for i in range(5)) / 5 + (p["a"] * X).sum()
 
-    found, expected = jax.grad(loss)(PARAMS), jax.grad(by_hand)(PARAMS)
+    found, numbers = quickly(jax.grad(loss, has_aux=True))(PARAMS)
+    expected = quickly(jax.grad(by_hand))(PARAMS)
     for name in PARAMS:
         np.testing.assert_allclose(
             np.asarray(found[name]), np.asarray(expected[name]), rtol=1e-5, atol=1e-6
         )
-    assert run(PARAMS, X, COUNTS)[1]["n"].tolist() == [0, 1, 2, 3, 4]
+    assert numbers.tolist() == [0, 1, 2, 3, 4]
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", first(3, WAYS))  # the last is one of the others, by its task
 def test_what_a_task_closes_over_is_differentiated(way):
     def loss(rate: Any) -> Any:
         def task(p: Any, x: Any) -> Any:
@@ -89,9 +92,9 @@ def test_what_a_task_closes_over_is_differentiated(way):
 
         return nn.meta.over_tasks(task, vectorize=way)(PARAMS["a"], X)
 
-    step = 1e-3
-    numeric = (loss(0.05 + step) - loss(0.05 - step)) / (2 * step)
-    np.testing.assert_allclose(float(jax.grad(loss)(0.05)), float(numeric), rtol=2e-3)
+    both, step = quickly(jax.value_and_grad(loss)), 1e-3
+    numeric = (both(0.05 + step)[0] - both(0.05 - step)[0]) / (2 * step)
+    np.testing.assert_allclose(float(both(0.05)[1]), float(numeric), rtol=2e-3)
 
 
 @pytest.mark.parametrize("randomness", ["different", "same"])
@@ -118,7 +121,7 @@ def convolving(vectorize: Any) -> tuple[Callable, Any, tuple]:
     fn, params = nn.functionalize(model)
 
     def one(params: Any, x: Any, y: Any) -> Any:
-        out = nn.meta.adapt(fn, params, F.cross_entropy, (x, y), lr=0.1, steps=2)
+        out = nn.meta.adapt(fn, params, F.cross_entropy, (x, y), lr=0.1)
         return F.cross_entropy(fn(out.params, x), y)
 
     data = rng.standard_normal((2, 4, 1, 6, 6)).astype(np.float32), rng.integers(0, 2, (2, 4))
@@ -138,7 +141,7 @@ def test_tasks_that_convolve_are_a_loop_on_one_cpu_and_give_the_same_gradients()
         np.testing.assert_allclose(np.asarray(found["auto"][name]), np.asarray(value), atol=1e-5)
 
 
-@pytest.mark.parametrize("way", ["loop", 2])
+@pytest.mark.parametrize("way", first(1, ["loop", 2]))
 def test_the_memory_of_a_loop_is_that_of_its_turn(way):
     def temporary(way: Any, tasks: int) -> int:
         loss, params, (x, y) = convolving(way)
@@ -155,12 +158,13 @@ def test_the_memory_of_a_loop_is_that_of_its_turn(way):
 def test_a_gradient_that_is_not_finite_is_reported_with_its_task(way):
     run = nn.meta.over_tasks(lambda p, x: jnp.sqrt((p * x) ** 2).sum(), vectorize=way)
     x = jnp.arange(1.0, 16.0).reshape(5, 3)
+    gradient = jax.jit(jax.grad(run))
     with pytest.warns(nn.DivergenceWarning, match=r"task 3 of 5 diverged: the gradient by shared"):
-        jax.block_until_ready(jax.jit(jax.grad(run))(jnp.ones(3), x.at[3].set(0.0)))
+        jax.block_until_ready(gradient(jnp.ones(3), x.at[3].set(0.0)))
         jax.effects_barrier()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        jax.block_until_ready(jax.jit(jax.grad(run))(jnp.ones(3), x))
+        jax.block_until_ready(gradient(jnp.ones(3), x))
         jax.effects_barrier()
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import statefulnn as nn
+from tests.quick import diagonal
 
 X = jnp.asarray([[0.3, -0.2], [0.1, 0.8], [-0.5, 0.4]])
 
@@ -103,11 +104,10 @@ def test_modules_and_methods_are_branches(wrap):
     assert [int(v) for v in (a.n, a.m, b.n, b.m)] == [1, 0, 1, 10]
 
 
-@both
-@wrapped
-def test_the_gradient_is_that_of_the_branch_that_runs(choose, wrap):
-    f = nn.grad(lambda m, i: (choose(i, m, X) ** 2).sum())
-    f = f if wrap is None else wrap(f)
+@pytest.mark.parametrize("choice, how", diagonal(2, list(CHOICES), ["eager", "nn.jit"]))
+def test_the_gradient_is_that_of_the_branch_that_runs(choice, how):
+    f = nn.grad(lambda m, i: (CHOICES[choice](i, m, X) ** 2).sum())
+    f = f if how == "eager" else nn.jit(f)
     plain = [
         lambda w: (jnp.tanh(X @ w) ** 2).sum(),
         lambda w: ((X * w.sum()) ** 2).sum(),

@@ -9,6 +9,7 @@ import optax
 import pytest
 
 import statefulnn as nn
+from tests.quick import diagonal
 
 X = jnp.asarray([[0.3, -0.2], [0.1, 0.8], [-0.5, 0.4]])
 
@@ -93,13 +94,13 @@ def assert_same_state(m, n):
         np.testing.assert_allclose(got, value, rtol=1e-4, atol=1e-5, err_msg=name)
 
 
-@pytest.mark.parametrize("loop", LOOPS.values(), ids=LOOPS)
-@pytest.mark.parametrize("make", MODULES.values(), ids=MODULES)
-@pytest.mark.parametrize("wrap", [None, nn.jit], ids=["eager", "nn.jit"])
-def test_a_loop_with_a_module_in_the_carry_is_the_loop_in_python(loop, make, wrap):
-    m, n = twins(make)
-    f = lambda m, x: loop(m, x, 3)
-    again, out = (f if wrap is None else wrap(f))(m, X)
+@pytest.mark.parametrize(
+    "loop, make, how", diagonal(2, list(LOOPS), list(MODULES), ["eager", "nn.jit"])
+)
+def test_a_loop_with_a_module_in_the_carry_is_the_loop_in_python(loop, make, how):
+    m, n = twins(MODULES[make])
+    f = lambda m, x: LOOPS[loop](m, x, 3)
+    again, out = (f if how == "eager" else nn.jit(f))(m, X)
     assert again is m
     np.testing.assert_allclose(out, repeated(n, X, 3), rtol=1e-4, atol=1e-5)
     assert_same_state(m, n)
@@ -195,11 +196,10 @@ def test_lanes_that_share_a_module_must_agree():
     assert int(m.n) == 0
 
 
-@pytest.mark.parametrize("outer", LOOPS.values(), ids=LOOPS)
-@pytest.mark.parametrize("inner", LOOPS.values(), ids=LOOPS)
+@pytest.mark.parametrize("outer, inner", diagonal(3, list(LOOPS), list(LOOPS)))
 def test_loops_nest_and_compile_once(outer, inner):
-    m, n = Looped(inner), Counter()
-    f = nn.jit(lambda m, x: outer(m, x, 3)[1])
+    m, n = Looped(LOOPS[inner]), Counter()
+    f = nn.jit(lambda m, x: LOOPS[outer](m, x, 3)[1])
     for _ in range(2):
         np.testing.assert_allclose(f(m, X), repeated(n, X, 6), rtol=1e-4, atol=1e-5)
     assert_same_state(m.core, n)

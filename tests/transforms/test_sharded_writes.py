@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from tests.devices import run_on_devices
+import pytest
+
+from tests.devices import failures_on_devices
 
 SETUP = """
 import jax, jax.numpy as jnp, numpy as np, optax, statefulnn as nn
@@ -14,12 +16,8 @@ def step(m, o, x):
     o.step(nn.grad(lambda m: (m(x) ** 2).sum())(m))
 """
 
-
-def test_parameters_and_slots_keep_their_shardings_whatever_xla_would_choose():
-    run_on_devices(
-        4,
-        SETUP
-        + """
+PROGRAMS = {
+    "parameters_and_slots_keep_their_shardings_whatever_xla_would_choose": """
 one = nn.Linear(4, 8)
 state = {k: np.array(v) for k, v in one.state_dict().items()}
 m = nn.Linear(4, 8)
@@ -39,14 +37,7 @@ assert f.trace_count == 1, f.trace_count
 for name, value in one.state_dict().items():
     np.testing.assert_allclose(np.asarray(m.state_dict()[name]), np.asarray(value), rtol=1e-5, atol=1e-6)
 """,
-    )
-
-
-def test_a_parameter_that_was_put_elsewhere_stays_there_from_then_on():
-    run_on_devices(
-        4,
-        SETUP
-        + """
+    "a_parameter_that_was_put_elsewhere_stays_there_from_then_on": """
 m = nn.Linear(4, 8).to(everywhere)
 f = nn.jit(lambda m, x: setattr(m.weight, "value", m.weight * 0.5), donate=0)
 for sharding in (everywhere, rows, everywhere):
@@ -56,14 +47,7 @@ for sharding in (everywhere, rows, everywhere):
         assert m.weight.sharding.is_equivalent_to(sharding, 2), (sharding, m.weight.sharding)
 assert f.trace_count == 2, f.trace_count
 """,
-    )
-
-
-def test_explicit_meshes_keep_shardings_too():
-    run_on_devices(
-        4,
-        SETUP
-        + """
+    "explicit_meshes_keep_shardings_too": """
 mesh = jax.make_mesh((4,), ("d",), axis_types=(AxisType.Explicit,))
 with jax.set_mesh(mesh):
     w = jax.device_put(jnp.ones((8, 4)), NamedSharding(mesh, P("d", None)))
@@ -75,14 +59,7 @@ with jax.set_mesh(mesh):
         assert m.weight.sharding.spec == P("d", None), m.weight.sharding
     assert f.trace_count == 1
 """,
-    )
-
-
-def test_models_on_one_device_know_nothing_of_placements():
-    run_on_devices(
-        4,
-        SETUP
-        + """
+    "models_on_one_device_know_nothing_of_placements": """
 m = nn.BatchNorm1d(4)
 f = nn.jit(lambda m, x: m(x))
 for _ in range(3):
@@ -90,14 +67,7 @@ for _ in range(3):
 assert f.trace_count == 1
 assert len(m.running_mean.sharding.device_set) == 1
 """,
-    )
-
-
-def test_the_default_generator_serves_models_on_a_mesh_and_on_one_device():
-    run_on_devices(
-        4,
-        SETUP
-        + """
+    "the_default_generator_serves_models_on_a_mesh_and_on_one_device": """
 other = NamedSharding(jax.make_mesh((2,), ("e",), devices=jax.devices()[2:]), P())
 spread_out = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5)).to(everywhere)
 apart = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5)).to(other)
@@ -111,4 +81,14 @@ for _ in range(3):
 assert [len(m[0].weight.sharding.device_set) for m in (spread_out, alone, apart, put)] == [4, 1, 2, 1]
 assert [call.trace_count for call in calls] == [1, 1, 1, 1], [call.trace_count for call in calls]
 """,
-    )
+}
+
+
+@pytest.fixture(scope="module")
+def failures():
+    return failures_on_devices(4, {name: SETUP + code for name, code in PROGRAMS.items()})
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_on_four_devices(program, failures):
+    assert program not in failures, failures[program]
