@@ -11,7 +11,7 @@ PIP_FLAGS := --quiet --disable-pip-version-check --no-compile
 # that the other has left, so no long file is left to one worker at the end.
 PYTEST_ARGS ?= -n 2 --dist worksteal
 # On the newest JAX runs one test in so many, of each file at least one.
-EVERY_NTH ?= 120
+EVERY_NTH ?= 200
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-newest test-long docs docs-test lint format types wheel bench clean
