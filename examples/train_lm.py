@@ -227,7 +227,7 @@ def evaluate(model: nn.Module, text: np.ndarray, args: argparse.Namespace, mesh:
     losses = []
     for i in range(args.eval_batches):
         tokens = batch_of(text, i, args.batch // args.accumulate, args.context, seed=1)
-        tokens = nn.parallel.shard_batch(tokens, mesh)
+        tokens = nn.parallel.shard_batch(jnp.asarray(tokens), mesh)
         losses.append(test_loss(model, tokens, dtype=args.dtype))
     model.train()
     return float(np.mean([float(loss) for loss in losses]))
@@ -336,10 +336,9 @@ def train(
     bar = tqdm(range(first, last), desc="train", unit="step", disable=jax.process_index() > 0)
     began, timed, waiting = 0.0, 0, []
     for step in bar:
-        tokens = batch_of(texts[0], step, args.batch, args.context, args.seed)
-        tokens = nn.parallel.shard_batch(
-            tokens.reshape(-1, parts, tokens.shape[-1]), mesh
-        )  # (batch / parts, parts, context + 1)
+        tokens = jnp.asarray(batch_of(texts[0], step, args.batch, args.context, args.seed))
+        tokens = tokens.reshape(-1, parts, args.context + 1)  # (batch / parts, parts, context + 1)
+        tokens = nn.parallel.shard_batch(tokens, mesh)
         waiting.append(train_step(model, opt, tokens, dtype=args.dtype))
         done = step + 1
         tests_now = done % args.eval_every == 0 or done == last
@@ -383,7 +382,7 @@ def main(argv: list[str] | None = None) -> list[float]:
 
     test = tests[max(tests)]
     say(f"held-out loss {test:.3f} nats a byte, {test / math.log(2):.2f} bits")
-    prompt = np.frombuffer(args.prompt.encode(), np.uint8).astype(np.int32)
+    prompt = jnp.asarray(list(args.prompt.encode()))
     length = min(args.context, len(prompt) + 200)
     written = sample(model.eval(), prompt, length=length, temperature=0.8)
     if chief:

@@ -29,11 +29,12 @@ from statefulnn.transforms.types import PyTree
 from tests.test_docs import PAGES, ROOT, blocks
 
 # Errors in README, docs and examples that the types of other libraries cause (jax, optax, scikit-learn), and
-# functions that a page defines twice. Lower it with every error that goes; mend a new one where it arises.
-ERRORS_LEFT = 37
+# functions that a page defines twice; and torch's words in the FAQ, which are shown to be wrong. Lower it with
+# every error that goes; mend a new one where it arises.
+ERRORS_LEFT = 40
 # The same of mypy, which also minds dicts of objects that are given with ``**``, and a subclass of a layer
 # whose forward takes less.
-MYPY_ERRORS_LEFT = 34
+MYPY_ERRORS_LEFT = 37
 # Both are counts for the oldest JAX. The types of a newer one are others, and may bring a few more.
 MORE_WITH_NEWER_TYPES = 0 if jax.__version_info__ < (0, 11) else 6
 # The share of annotations in public signatures that say nothing: what containers hold, what users' functions

@@ -480,7 +480,7 @@ def refuse_construction(cls: type, args: tuple, kwargs: Mapping[str, object]) ->
             if field is not None:
                 raise refusals.field_as_argument(cls.__name__, field)
         return
-    if kwargs and not kwargs.keys() <= _keywords_of(cls):
+    if kwargs and not _takes_all(cls, kwargs.keys()):
         _refuse_keywords(cls, kwargs)
     if any(isinstance(a, jax.Array) and a.ndim for a in (*args, *kwargs.values())):
         if takes_nothing:  # such as nn.Sigmoid
@@ -497,30 +497,22 @@ _ALIASES = {
     "input_size": "in_features",
     "strides": "stride",
 }
-_known: dict[Callable, Set[str]] = {}
+# The names of a constructor's arguments; None for one that takes any.
+_known: dict[Callable, Set[str] | None] = {}
 
 
-class _Everything(frozenset):
-    """The names that a constructor with ``**kwargs`` takes."""
-
-    def __ge__(self, other: object) -> bool:
-        return True
-
-
-def _keywords_of(cls: Any) -> Set[str]:
-    """Return the keywords that a constructor takes, looked at once."""
+def _takes_all(cls: Any, keywords: Set[str]) -> bool:
+    """Say whether a constructor takes these keywords; its own are looked at once."""
     init = cls.__init__
-    found = _known.get(init)
-    if found is None:
+    if init not in _known:
         code = getattr(inspect.unwrap(init), "__code__", None)
-        if code is None or (
-            code.co_flags & inspect.CO_VARKEYWORDS and init.__qualname__ != _NOTHING
-        ):
-            found = _Everything()
-        else:
-            found = frozenset(code.co_varnames[: code.co_argcount + code.co_kwonlyargcount])
-        _known[init] = found
-    return found
+        takes_any = code is None or code.co_flags & inspect.CO_VARKEYWORDS
+        _known[init] = None
+        if code is not None and (not takes_any or init.__qualname__ == _NOTHING):
+            names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+            _known[init] = frozenset(names)
+    known = _known[init]
+    return known is None or keywords <= known
 
 
 def _refuse_keywords(cls: Any, kwargs: Mapping[str, object]) -> NoReturn:
