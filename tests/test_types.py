@@ -29,7 +29,7 @@ from statefulnn.transforms.types import PyTree
 from tests.test_docs import PAGES, ROOT, blocks
 
 # Errors in README, docs and examples that the types of other libraries cause (jax, optax, scikit-learn), and
-# functions that a page defines twice; and torch's words in the FAQ, which are shown to be wrong. Lower it with
+# functions that a page defines twice; and words of torch in the FAQ, shown to be wrong. Lower it with
 # every error that goes; mend a new one where it arises.
 ERRORS_LEFT = 40
 # The same of mypy, which also minds dicts of objects that are given with ``**``, and a subclass of a layer
