@@ -10,8 +10,10 @@ PIP_FLAGS := --quiet --disable-pip-version-check --no-compile
 # Two workers suit a laptop: XLA runs its own threads in each. Who is done first takes half of the tests
 # that the other has left, so no long file is left to one worker at the end.
 PYTEST_ARGS ?= -n 2 --dist worksteal
-# On the newest JAX runs one test in so many, of each file at least one.
+# On the newest JAX runs one test in so many, of each file at least one. What the example programs reach, and
+# pages in a browser, do not hang on JAX's version.
 EVERY_NTH ?= 200
+NOT_ON_NEWEST ?= --ignore tests/examples --ignore tests/browser
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-newest test-long docs docs-test lint format types wheel bench clean
@@ -41,7 +43,7 @@ test-newest:  ## a sample of all tests on the newest JAX, in a second environmen
 	@if .ci/find-python newest >/dev/null 2>&1; then \
 	  $(MAKE) --no-print-directory $(NEWEST)/.stamp-test && \
 	  $(NEWEST)/bin/python -c 'import jax, sys; print("Python", sys.version.split()[0], "JAX", jax.__version__)' && \
-	  $(NEWEST)/bin/python -m pytest $(PYTEST_ARGS) --every-nth $(EVERY_NTH); \
+	  $(NEWEST)/bin/python -m pytest $(PYTEST_ARGS) $(NOT_ON_NEWEST) --every-nth $(EVERY_NTH); \
 	else \
 	  echo "test-newest skipped: the newest JAX needs Python 3.12 or newer, and none was found"; \
 	fi
