@@ -79,6 +79,7 @@ from statefulnn.core.registry import (
     HookDict,
     Registry,
 )
+from statefulnn.core.slices import whole_of
 from statefulnn.core.stamps import Stamp, clock
 from statefulnn.core.static_keys import hidden_member, refuse_hidden
 from statefulnn.core.tracebacks import shorten, shortened
@@ -277,13 +278,6 @@ class Module(ModuleBase):
             _locate(error, self)
             shorten(error)
             raise
-
-    def _nn_layers(self) -> dict[int, tuple[int, list[str]]]:
-        """Return, for arrays with an axis of layers, how many axes a layer has, and the names there.
-
-        The keys are the ids of the boxes.
-        """
-        return {}
 
     def _path(self) -> tuple[str, ...]:
         """Return the names that lead to the module from the root of its tree."""
@@ -1250,11 +1244,13 @@ def places_in(module: Module, plan: Plan | PlaceOf) -> dict[int, Any]:
     names: dict[int, list[str]] = {}
     for name, box in module._named_members(_all_boxes, remove_duplicate=False):
         names.setdefault(id(box), []).append(name)
-    ranks: dict[int, list[int]] = {}
-    for path, part in module._walk_modules(None, "", True, _stored):
-        for number, (rank, own) in part._nn_layers().items():
-            ranks.setdefault(number, []).append(rank)
-            names[number] += [f"{path}.{name}" if path else name for name in own]
+    ranks: dict[int, set[int]] = {}
+    for path, layer in module.named_modules(remove_duplicate=False):
+        for name, box in _all_boxes(layer):
+            whole, found = whole_of(box)
+            if found and id(whole) in names:
+                ranks.setdefault(id(whole), set()).update(found)
+                names[id(whole)].append(f"{path}.{name}" if path else name)
     boxes = [box for _, box in module._named_members(_all_boxes)]
     axes: dict[int, tuple[int, int]] = {}
     named = []

@@ -222,6 +222,15 @@ def slice_of(box: Any) -> Slice | None:
     return _held.__get__(box) if isinstance(box, _Sliced) else None
 
 
+def whole_of(box: Any) -> tuple[Any, list[int]]:
+    """Return what a box stands for an entry of, and how many axes entries have there, stack by stack."""
+    ranks = []
+    while (at := slice_of(box)) is not None:
+        ranks.append(at.rank)
+        box = at.whole
+    return box, ranks
+
+
 def refuse_parts(boxes: Sequence[Any]) -> None:
     """Raise if a box stands for an entry of another one of them: both would be leaves."""
     slices: list[Any] = [box for box in boxes if isinstance(box, _Sliced)]

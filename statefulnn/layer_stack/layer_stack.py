@@ -319,18 +319,6 @@ class LayerStack(Module):
     def _nn_shown(self) -> dict[str, Any]:
         return {str(i): layer for i, layer in enumerate(self)}
 
-    def _nn_layers(self) -> dict[int, tuple[int, list[str]]]:
-        found: dict[int, tuple[int, list[str]]] = {}
-        for segment in self._segments:
-            ranks = dict(segment.ranks)
-            for start, stop, name in segment.runs:
-                plan = plan_of(self._modules[name])
-                for leaf, box in zip(plan.moduledef.leaf_names, plan.boxes, strict=True):
-                    if leaf in ranks:
-                        names = found.setdefault(id(box), (ranks[leaf], []))[1]
-                        names += [f"{i}.{leaf}" for i in range(start, stop)]
-        return found
-
     def _nn_child(self, name: str) -> Any:
         layer = real_dict(self).get("_views", {}).get(name)
         return super()._nn_child(name) if layer is None else layer

@@ -48,6 +48,19 @@ def test_styles_of_layers_split_what_is_stored():
     assert specs(nn.parallel.parallelize_module(Net(), ONE, STYLES)) == BY_STYLES
 
 
+def test_styles_reach_the_layers_of_stacks_in_stacks():
+    model = nn.ModuleDict({"groups": nn.LayerStack(lambda: Net(layers=3), 2)})
+    found = specs(nn.parallel.parallelize_module(model, ONE, STYLES))
+    assert found["groups.stack.blocks.stack.up.weight"] == P(None, None, "model")
+    assert found["groups.stack.blocks.stack.down.weight"] == P(None, None, None, "model")
+
+
+def test_a_layer_by_itself_goes_where_a_plan_says():
+    model = Net().to(nn.parallel.Plan(ONE, {"*": P()}))
+    layer = model.blocks[2].to(nn.parallel.Plan(ONE, {"up.weight": P("model"), "*": P()}))
+    np.testing.assert_array_equal(layer.up.weight.value, model.state_dict()["blocks.2.up.weight"])
+
+
 def test_the_axis_of_layers_is_not_split_although_it_is_the_largest():
     model = nn.parallel.fully_shard(Net(layers=64), ONE, min_size=1)
     for name, spec in specs(model).items():
