@@ -12,10 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from statefulnn.core.errors import DtypeError, explain
 from statefulnn.core.module import Module
 from statefulnn.core.parameter import ArrayBox, Parameter
-from statefulnn.core.placement import as_dtype, supported
+from statefulnn.core.placement import floating
 from statefulnn.core.tracebacks import shortened
 from statefulnn.transforms.lift import SplitCall, unbound
 from statefulnn.transforms.types import P, R
@@ -57,16 +56,9 @@ class policy:  # noqa: N801 (it is called where a function would be)
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            dtype = as_dtype(getattr(self, field.name))
-            if not jnp.issubdtype(dtype, jnp.floating):
-                raise DtypeError(
-                    explain(
-                        f"nn.amp.policy({field.name}={dtype.name})",
-                        "parameters and what is computed with them are floating numbers",
-                        f"nn.amp.policy({field.name}=jnp.bfloat16)",
-                    )
-                )
-            object.__setattr__(self, field.name, supported(dtype))
+            call = f"nn.amp.policy({field.name}={{}})"
+            why = "parameters and what is computed with them are floating numbers"
+            object.__setattr__(self, field.name, floating(getattr(self, field.name), call, why))
 
     def cast_to_param(self, model: _M) -> _M:
         """Cast the floating parameters of a model in place, and return it; buffers stay as they are."""

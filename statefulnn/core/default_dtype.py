@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
-import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
@@ -15,21 +14,11 @@ from statefulnn.core.construction import (
     in_force,
     set_session_dtype,
 )
-from statefulnn.core.errors import DtypeError, explain
-from statefulnn.core.placement import as_dtype, supported
+from statefulnn.core.placement import as_dtype, floating, supported
 
 
 def _floating(function: str, dtype: DTypeLike) -> np.dtype:
-    found = as_dtype(dtype)
-    if not jnp.issubdtype(found, jnp.floating):
-        raise DtypeError(
-            explain(
-                f"nn.{function}({found.name})",
-                "the weights of layers are floating numbers",
-                f"nn.{function}(jnp.bfloat16)",
-            )
-        )
-    return supported(found)
+    return floating(dtype, f"nn.{function}({{}})", "the weights of layers are floating numbers")
 
 
 def set_default_dtype(dtype: DTypeLike) -> None:

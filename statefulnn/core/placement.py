@@ -175,7 +175,7 @@ PlaceOf: TypeAlias = Callable[[str, Value], DeviceLike]
 
 
 def says_by_name(place: object) -> TypeGuard[Plan | PlaceOf]:
-    """Say whether something is no place, but says for each name what its place is."""
+    """Say whether something is a plan or a function that tells the place of each name."""
     functions = (types.FunctionType, types.MethodType, functools.partial)
     return hasattr(place, "places") or isinstance(place, functions)
 
@@ -352,6 +352,23 @@ def as_dtype(given: Any) -> np.dtype:
         return np.dtype(given)
     except TypeError:
         raise refusals.no_dtype(given) from None
+
+
+def floating(given: Any, call: str, why: str) -> np.dtype:
+    """Return the floating dtype for anything that users name one by.
+
+    Args:
+        given: the dtype.
+        call: what they wrote, with ``{}`` in its place.
+        why: why it is to be floating.
+
+    Raises:
+        DtypeError: for another dtype, and for float64 unless 64-bit types are enabled.
+    """
+    found = as_dtype(given)
+    if not jax.numpy.issubdtype(found, jax.numpy.floating):
+        raise refusals.no_floating_dtype(call, found.name, why)
+    return supported(found)
 
 
 def supported(dtype: np.dtype) -> np.dtype:

@@ -160,6 +160,10 @@ def no_slot(name: str, known: Sequence[str], code: str) -> UnknownAttributeError
     )
 
 
+def no_floating_dtype(call: str, given: str, why: str) -> DtypeError:
+    return _refusal(DtypeError, call.format(given), why, call.format("jnp.bfloat16"))
+
+
 def no_dtype(given: object) -> ArgumentError:
     name = str(given).rpartition(".")[2]  # that of torch.float32, for instance
     known = name if hasattr(getattr(jnp, name, None), "dtype") else "float32"

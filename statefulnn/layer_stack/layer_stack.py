@@ -81,7 +81,7 @@ class LayerStack(Module):
         ShapeError, DtypeError: for blocks whose arrays differ in shape or dtype.
         UninitializedParameterError: for lazy blocks.
         ValueError: for no blocks.
-        TypeError: for what is no module.
+        TypeError: if a block is not a module.
 
     Limitations: a list or dict in an attribute of a layer that is changed in place goes unseen; assign
     another one.
@@ -134,7 +134,7 @@ class LayerStack(Module):
         remat: bool | Callable[..., Any] = False,
         unroll: int = 1,
     ) -> Self:
-        """Put a stack in the place of a ``ModuleList`` or ``Sequential`` of equal blocks, and return it.
+        """Replace a ``ModuleList`` or ``Sequential`` of equal blocks by a stack, and return the stack.
 
         Args:
             model: the model; it is changed in place, and keeps the names of its ``state_dict``.

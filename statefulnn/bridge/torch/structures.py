@@ -170,7 +170,7 @@ def is_record(value: Any) -> bool:
 
 
 def map_leaves(value: Any, leaf: Callable[[Any, str], Any], where: str = "") -> Any:
-    """Return a structure of the same shape; `leaf` gets what is no container, and its place as text.
+    """Return a structure of the same shape, with ``leaf(value, place)`` for each value that holds no others.
 
     Dataclasses and dicts with attributes become an `Output`, other classes what they are derived from.
     """
