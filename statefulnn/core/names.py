@@ -21,7 +21,7 @@ def chosen(names: Iterable[str], wanted: Filter, where: str) -> list[str]:
 
     A text without ``*``, ``?`` and ``[`` is one whole name. With them it is a pattern, as in a shell. A
     pattern without a dot is compared with each dotted part of a name, one with a dot with the whole name. A
-    text that equals a name means that name, even if it looks like a pattern.
+    text that equals a name means that name, even if it looks like a pattern. ``a|b`` are two texts.
 
     Args:
         names: dotted names.
@@ -47,6 +47,8 @@ def chosen(names: Iterable[str], wanted: Filter, where: str) -> list[str]:
         ['encoder.0.lora_A', 'q.lora_B.weight']
         >>> chosen(names, ["head.*", "encoder.0.weight"], "nn.save")
         ['encoder.0.weight', 'head.weight', 'head.bias']
+        >>> chosen(names, "lora_*|*.bias", "nn.save")
+        ['encoder.0.lora_A', 'q.lora_B.weight', 'head.bias']
         >>> chosen(names, lambda name: name.startswith("encoder."), "nn.save")
         ['encoder.0.weight', 'encoder.0.lora_A']
     """
@@ -60,14 +62,15 @@ def chosen(names: Iterable[str], wanted: Filter, where: str) -> list[str]:
         return [name for name in names if wanted(name)]
     if not isinstance(wanted, str) and not isinstance(wanted, Iterable):
         raise refusals.filter_of_no_text(f"a filter of type {type(wanted).__name__}", where)
-    texts = [wanted] if isinstance(wanted, str) else list(wanted)
-    for text in texts:
+    known = set(names)
+    texts: list[str] = []
+    for text in [wanted] if isinstance(wanted, str) else wanted:
         if not isinstance(text, str):
             raise refusals.filter_of_no_text(f"{text!r} in a filter", where)
+        texts += [text] if text in known else text.split("|")
 
     found: set[str] = set()
     unknown: list[str] = []
-    known = set(names)
     by_part: dict[str, list[str]] | None = None
     for text in dict.fromkeys(texts):
         if text in known:
