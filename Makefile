@@ -16,7 +16,7 @@ EVERY_NTH ?= 200
 NOT_ON_NEWEST ?= --ignore tests/examples --ignore tests/browser
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-newest test-long docs docs-test lint format types wheel bench clean
+.PHONY: help demo install newest test test-newest test-long docs docs-test lint format types wheel bench clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 14
@@ -28,6 +28,12 @@ test test-newest test-long docs-test: export JAX_PERSISTENT_CACHE_MIN_COMPILE_TI
 
 demo: $(VENV)/.stamp-demo  ## train two models and time the compiled step (3 minutes)
 	$(BIN)/python examples/demo.py
+
+install: $(VENV)/.stamp-test newest  # both environments of the tests
+
+# Without a Python for it, `make test-newest` says that it is left out.
+newest:
+	@! .ci/find-python newest >/dev/null 2>&1 || $(MAKE) --no-print-directory $(NEWEST)/.stamp-test
 
 test: $(VENV)/.stamp-test  ## all tests but the long ones, with the code in README, docs and docstrings
 	$(BIN)/python -m pytest $(PYTEST_ARGS)

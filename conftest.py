@@ -19,9 +19,11 @@ from jax.experimental.compilation_cache import compilation_cache
 import statefulnn as nn
 import statefulnn.functional as F
 
-# Most of the tests' time is XLA's, for programs that run once: it takes less trouble over them, also in the
-# processes that tests start. A newer JAX need not know these flags: there the sample runs what users run.
-if importlib.metadata.version("jaxlib").startswith("0.10."):
+# Most programs of the tests run once: XLA takes little trouble over them, also in the processes that tests
+# start, and somewhat more over the examples, which train. On a newer JAX the sample runs what users run.
+HURRIED = importlib.metadata.version("jaxlib").startswith("0.10.")
+if HURRIED:
+    os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
     QUICKLY = "--xla_backend_optimization_level=1 --xla_cpu_use_fusion_emitters=false"
     os.environ.setdefault("XLA_FLAGS", QUICKLY)
 
@@ -47,6 +49,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     kept = {item for tests in files.values() for item in tests[::step]}
     config.hook.pytest_deselected(items=[item for item in items if item not in kept])
     items[:] = [item for item in items if item in kept]
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    hurried = HURRIED and "examples" not in item.path.parts
+    jax.config.update("jax_disable_most_optimizations", hurried)
 
 
 def _keep_compiled_code(enabled: bool) -> None:
