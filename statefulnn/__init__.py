@@ -63,8 +63,9 @@ finally:
         gc.enable()
 
 if TYPE_CHECKING:
-    from statefulnn import amp, bridge, curvature, func, meta, parallel
+    from statefulnn import amp, averaging, bridge, curvature, func, meta, parallel
     from statefulnn import io as io
+    from statefulnn.averaging import AveragedModel, lerp_, update_bn
     from statefulnn.ensemble import Ensemble
     from statefulnn.inspect import explore, summary
     from statefulnn.io import Checkpointer, export, load, load_exported, save
@@ -72,6 +73,7 @@ if TYPE_CHECKING:
     from statefulnn.transforms.loops import map as map
 
 __all__ = [
+    "AveragedModel",
     "Buffer",
     "Checkpointer",
     "Ensemble",
@@ -88,6 +90,7 @@ __all__ = [
     "associative_scan",
     "attention",
     "audit",
+    "averaging",
     "bridge",
     "capture",
     "checkify",
@@ -111,6 +114,7 @@ __all__ = [
     "init",
     "initial_seed",
     "jit",
+    "lerp_",
     "load",
     "load_exported",
     "manual_seed",
@@ -139,6 +143,7 @@ __all__ = [
     "statefulize",
     "summary",
     "switch",
+    "update_bn",
     "utils",
     "value_and_grad",
     "vector_to_parameters",
@@ -152,11 +157,12 @@ __version__ = "0.1.0"
 
 # Built on top, and imported when first used: modules, and names out of modules. `io` and `map` are not in
 # `__all__`, so that ``from statefulnn import *`` leaves Python's own.
-_LATER = ("amp", "bridge", "curvature", "func", "io", "meta", "parallel")
+_LATER = ("amp", "averaging", "bridge", "curvature", "func", "io", "meta", "parallel")
 _LATER_NAMES = {
     "Ensemble": "ensemble",
     "LayerStack": "layer_stack",
     "map": "transforms.loops",
+    **dict.fromkeys(("AveragedModel", "lerp_", "update_bn"), "averaging"),
     **dict.fromkeys(("explore", "summary"), "inspect"),
     **dict.fromkeys(("Checkpointer", "export", "load", "load_exported", "save"), "io"),
 }

@@ -44,6 +44,7 @@ ALLOWED = {
     "inspect": {"core"},
     "amp": {"core", "functional", "optimizer", "transforms"},
     "parallel": {"core", "modules"},
+    "averaging": {"core", "functional", "modules", "transforms"},
 }
 # Libraries whose models come in and go out, and the file or folder of bridge/ that knows each.
 LIBRARIES = set(nn.bridge.__all__)
