@@ -42,8 +42,8 @@ class AveragedModel(Module):
         n_averaged: how many models were averaged, buffer.
 
     Frozen parameters are averaged as others are, a tied one once. An integer buffer under a rule loses its
-    fraction. The average may have a dtype of its own: ``avg.float()`` for a model in bfloat16. Rules see arrays
-    in float32 instead of bfloat16 and float16.
+    fraction. The average may have a dtype of its own: ``avg.float()`` for a model in bfloat16. Rules get
+    float32 for bfloat16 and float16.
 
     Raises:
         ArgumentError: for no module, for two rules, and when a rule returns no array of the shape.
