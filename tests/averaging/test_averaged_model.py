@@ -138,7 +138,7 @@ def test_a_model_in_bfloat16_has_an_average_in_float32():
 
 
 SHARDED = """
-import jax, jax.numpy as jnp, numpy as np
+import jax, jax.numpy as jnp, numpy as np, statefulnn as nn
 from jax.sharding import NamedSharding, PartitionSpec as P
 mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
 split = NamedSharding(mesh, P("data"))
@@ -152,7 +152,7 @@ assert average.module[0].weight.sharding == split, average.module[0].weight.shar
 np.testing.assert_allclose(average.module[0].weight, 2.5)
 """
 ELSEWHERE = """
-import jax, jax.numpy as jnp, numpy as np
+import jax, jax.numpy as jnp, numpy as np, statefulnn as nn
 here, there = jax.devices()
 model = nn.Linear(2, 2).to(here)
 average = nn.AveragedModel(model, device=there)
