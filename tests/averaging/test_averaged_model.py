@@ -142,7 +142,8 @@ import jax, jax.numpy as jnp, numpy as np, statefulnn as nn
 from jax.sharding import NamedSharding, PartitionSpec as P
 mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
 split = NamedSharding(mesh, P("data"))
-model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)).to(split)
+model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+model.to(lambda name, array: split if array.ndim else NamedSharding(mesh, P()))
 average = nn.AveragedModel(model)
 for value in (1.0, 3.0):
     model[0].weight.value = jax.device_put(jnp.full((4, 4), value), split)
