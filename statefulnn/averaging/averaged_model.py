@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,9 @@ from statefulnn.core.placement import DeviceLike
 from statefulnn.core.tracebacks import shortened
 from statefulnn.functional._checks import widened
 from statefulnn.transforms.jit import jit
+
+# A name, the box that moves, the array it moves to.
+Trio: TypeAlias = tuple[str, Any, jax.Array]
 
 
 class AveragedModel(Module):
@@ -113,24 +116,24 @@ class AveragedModel(Module):
         if current_trace() is not EAGER:
             _update(self, model)
         elif self._elsewhere:
-            pairs = _matched(self.module, model, _UPDATE)
-            places = [average.value.sharding for average, _ in pairs]
-            _compiled_take(self, jax.device_put([box.value for _, box in pairs], places))
+            trios = _matched(self.module, model, _UPDATE)
+            places = [box.value.sharding for _, box, _ in trios]
+            _compiled_take(self, jax.device_put([array for _, _, array in trios], places))
         else:
             _compiled_update(self, model)
 
     def _take(self, arrays: Sequence[jax.Array]) -> None:
         """Take the arrays of a model into the average, in the order of the average's own boxes."""
-        pairs = list(zip(_boxes(self.module).values(), arrays, strict=True))
-        ruled = [(b, a) for b, a in pairs if self.use_buffers or isinstance(b, Parameter)]
+        n, ruled, copied = self.n_averaged, [], []
+        for (name, box), array in zip(_boxes(self.module).items(), arrays, strict=True):
+            under_rule = self.use_buffers or isinstance(box, Parameter)
+            (ruled if under_rule else copied).append((name, box, array))
         rule = self.multi_avg_fn or for_all(self.avg_fn or get_swa_avg_fn())
-        n = self.n_averaged
         new = _moved(ruled, lambda averaged, current: rule(averaged, current, n))
-        for (box, array), value in zip(ruled, new, strict=True):
+        for (_, box, array), value in zip(ruled, new, strict=True):
             box.write(jnp.where(n == 0, array.astype(box.dtype), value))
-        for box, array in pairs:
-            if not (self.use_buffers or isinstance(box, Parameter)):
-                box.write(array.astype(box.dtype))
+        for _, box, array in copied:
+            box.write(array.astype(box.dtype))
         self.n_averaged = n + 1
 
     def extra_repr(self) -> str:
@@ -180,8 +183,8 @@ def _boxes(model: Module) -> dict[str, Any]:
     return {n: b for n, b in model._named_boxes() if isinstance(b, (Parameter, Buffer))}
 
 
-def _matched(target: Module, source: Module, where: str) -> list[tuple[Any, Any]]:
-    """Return each box of one model beside that of the other; raise unless the models agree."""
+def _matched(target: Module, source: Module, where: str) -> list[Trio]:
+    """Return each box of one model beside the array of the other; raise unless the models agree."""
     ours, theirs = _boxes(target), _boxes(source)
     owners = ("average", "model") if where == _UPDATE else ("target", "source")
     only = [n for n in ours if n not in theirs], [n for n in theirs if n not in ours]
@@ -192,24 +195,22 @@ def _matched(target: Module, source: Module, where: str) -> list[tuple[Any, Any]
     ]
     if differing:
         raise refusals.other_shapes(where, owners, differing)
-    return [(box, theirs[name]) for name, box in ours.items()]
+    return [(name, box, theirs[name].value) for name, box in ours.items()]
 
 
-def _moved(
-    pairs: Sequence[tuple[Any, jax.Array]], rule: Callable[[list[Any], list[Any]], Any]
-) -> list[jax.Array]:
+def _moved(trios: Sequence[Trio], rule: Callable[[list[Any], list[Any]], Any]) -> list[jax.Array]:
     """Return what a rule makes of boxes and current values, in the dtypes of the boxes."""
-    averaged = [widened(box.value) for box, _ in pairs]
+    averaged = [widened(box.value) for _, box, _ in trios]
     # In the average's precision first: it may be the wider one.
-    current = [a.astype(v.dtype) for v, (_, a) in zip(averaged, pairs, strict=True)]
+    current = [array.astype(a.dtype) for a, (_, _, array) in zip(averaged, trios, strict=True)]
     with jax.numpy_dtype_promotion("standard"):
         new = rule(averaged, current)
-    if not isinstance(new, (list, tuple)) or len(new) != len(pairs):
-        raise refusals.result_of_a_rule(f"{_described(new)} for {len(pairs)} arrays")
-    for value, (box, _) in zip(new, pairs, strict=True):
+    if not isinstance(new, (list, tuple)) or len(new) != len(trios):
+        raise refusals.result_of_a_rule(f"{_described(new)} for {len(trios)} arrays")
+    for value, (name, box, _) in zip(new, trios, strict=True):
         if getattr(value, "shape", None) != box.shape:
-            raise refusals.result_of_a_rule(f"{_described(value)} for {box.label()} of {box.shape}")
-    return [value.astype(box.dtype) for value, (box, _) in zip(new, pairs, strict=True)]
+            raise refusals.result_of_a_rule(f"{_described(value)} for {name!r} of {box.shape}")
+    return [value.astype(box.dtype) for value, (_, box, _) in zip(new, trios, strict=True)]
 
 
 def _described(value: Any) -> str:
@@ -220,22 +221,21 @@ def _described(value: Any) -> str:
 
 
 def _update(average: AveragedModel, model: Module) -> None:
-    average._take([box.value for _, box in _matched(average.module, model, _UPDATE)])
+    average._take([array for _, _, array in _matched(average.module, model, _UPDATE)])
 
 
 def _lerp(target: Module, source: Module, t: Any, use_buffers: bool) -> None:
-    pairs = [(box, other.value) for box, other in _matched(target, source, _LERP)]
-    pairs = [(b, a) for b, a in pairs if use_buffers or isinstance(b, Parameter)]
-    whole = lambda box: not jnp.issubdtype(box.dtype, jnp.inexact)
-    moving = [(b, a) for b, a in pairs if not whole(b)]
-    rule = lambda averaged, current: [
-        (1 - t) * a + t * c for a, c in zip(averaged, current, strict=True)
-    ]
-    for (box, _), value in zip(moving, _moved(moving, rule), strict=True):
+    moving, copied = [], []
+    for name, box, array in _matched(target, source, _LERP):
+        if use_buffers or isinstance(box, Parameter):
+            whole = not jnp.issubdtype(box.dtype, jnp.inexact)
+            (copied if whole else moving).append((name, box, array))
+    rule = lambda a, c, n: (1 - t) * a + t * c
+    new = _moved(moving, lambda averaged, current: for_all(rule)(averaged, current, t))
+    for (_, box, _), value in zip(moving, new, strict=True):
         box.write(value)
-    for box, array in pairs:
-        if whole(box):
-            box.write(array.astype(box.dtype))
+    for _, box, array in copied:
+        box.write(array.astype(box.dtype))
 
 
 _compiled_update = jit(_update)
