@@ -45,6 +45,7 @@ ALLOWED = {
     "amp": {"core", "functional", "optimizer", "transforms"},
     "parallel": {"core", "modules"},
     "averaging": {"core", "functional", "modules", "transforms"},
+    "quantization": {"core", "functional", "modules", "utils"},
 }
 # Libraries whose models come in and go out, and the file or folder of bridge/ that knows each.
 LIBRARIES = set(nn.bridge.__all__)
