@@ -44,10 +44,13 @@ def no_weight(kinds: Mapping[str, str]) -> UnknownNameError:
 
 
 def cannot(reasons: Mapping[str, str]) -> ArgumentError:
+    of: dict[str, list[str]] = {}
+    for name, reason in reasons.items():
+        of.setdefault(reason, []).append(repr(name))
     return ArgumentError(
         explain(
             f"nn.quantize was asked for {listed(list(map(repr, reasons)))}",
-            "; ".join(f"the weight of {name!r} {reason}" for name, reason in reasons.items()),
+            "; ".join(f"the weight of {listed(names)} {reason}" for reason, names in of.items()),
             "choose other layers: patterns, a list of names, or a function of the name. Nothing was changed",
         )
     )

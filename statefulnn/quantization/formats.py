@@ -65,7 +65,9 @@ def nf4_codes(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]
     blocks = _rows(widened(x), BLOCK)
     absmax = jnp.max(jnp.abs(blocks), axis=1)
     normed = blocks / _not_zero(absmax)[:, None]
-    codes = sum(((normed > middle).astype(jnp.uint8) for middle in _MIDDLES), jnp.uint8(0))
+    codes = jnp.zeros(normed.shape, jnp.uint8)
+    for middle in _MIDDLES:
+        codes += normed > middle
     codes = codes.reshape(-1, 2)
     mean = jnp.mean(absmax).astype(x.dtype)
     constants, steps = int8_codes(_rows(absmax - widened(mean), CONSTANTS))

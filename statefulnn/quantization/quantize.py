@@ -126,15 +126,15 @@ def quantize(model: Module, layers: Filter = None, format: str = "nf4") -> Quant
     """Store the weights of layers in 8 or 4 bits; a layer that reads its weight computes it from these.
 
     Layers stay what they are, and ``layer.weight`` reads as an array in its former dtype. What is stored are
-    buffers: codes, ``fc.parametrizations.weight.original0``, and constants, ``original1`` and so on. They are in
-    state dicts and files, and never trained; gradients flow through to inputs. What is saved is loaded into a
-    model that was quantised alike.
+    buffers: codes, ``fc.parametrizations.weight.original0``, and constants, ``original1`` and so on. They are
+    in state dicts and files, and never trained; gradients flow through to inputs. What is saved is loaded into
+    a model that was quantised alike.
 
     Args:
         model: the model, which is changed.
-        layers: which ones, by dotted name: names, patterns such as "*.mlp.*|head", a function of the name; None
-            for all. Of what a pattern finds, those are quantised whose `weight` is a matrix or a kernel: Linear,
-            Embedding, convolutions, layers of your own; no norms.
+        layers: which ones, by dotted name: names, patterns such as "*.mlp.*|head", a function of the name;
+            None for all. Of what a pattern finds, those are quantised whose `weight` is a matrix or a kernel:
+            Linear, Embedding, convolutions, layers of your own; no norms.
         format: "int8", symmetric with a scale for each output channel; or "nf4", 4 bits in blocks of 64.
 
     Returns:
