@@ -67,7 +67,7 @@ def nf4_codes(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]
     normed = blocks / _not_zero(absmax)[:, None]
     codes = jnp.zeros(normed.shape, jnp.uint8)
     for middle in _MIDDLES:
-        codes += normed > middle
+        codes += (normed > middle).astype(jnp.uint8)
     codes = codes.reshape(-1, 2)
     mean = jnp.mean(absmax).astype(x.dtype)
     constants, steps = int8_codes(_rows(absmax - widened(mean), CONSTANTS))
