@@ -127,8 +127,8 @@ def quantize(model: Module, layers: Filter = None, format: str = "nf4") -> Quant
 
     Layers stay what they are, and ``layer.weight`` reads as an array in its former dtype. What is stored are
     buffers: codes, ``fc.parametrizations.weight.original0``, and constants, ``original1`` and so on. They are
-    in state dicts and files, and never trained; gradients flow through to inputs. A file is loaded into a model
-    that was quantised alike.
+    in state dicts and files, and never trained; gradients flow through to inputs. A file is loaded into a
+    model that was quantised alike.
 
     Args:
         model: the model, which is changed.
