@@ -220,7 +220,7 @@ def test_what_is_built_on_top_is_imported_when_it_is_first_used():
         "loaded = {n for n in names if f'statefulnn.{n}' in sys.modules}\n"
         "assert not loaded, loaded\n"
         "assert callable(nn.meta.adapt) and callable(nn.func.vjp) and callable(nn.Ensemble)\n"
-        "assert callable(nn.quantize) and callable(nn.quantize) and callable(nn.AveragedModel)\n"
+        "assert callable(nn.quantize) and callable(nn.AveragedModel)\n"
         "assert callable(nn.curvature.empirical_ntk) and not hasattr(nn, 'met')\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

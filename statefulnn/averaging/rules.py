@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
@@ -36,7 +37,7 @@ def get_ema_avg_fn(decay: float = 0.999) -> Rule:
     """
     if not 0 <= decay <= 1:
         raise refusals.decay_out_of_range(decay)
-    return lambda averaged, current, n: decay * averaged + (1 - decay) * current
+    return functools.partial(_ema, decay)
 
 
 def get_swa_avg_fn() -> Rule:
@@ -52,7 +53,7 @@ def get_swa_avg_fn() -> Rule:
         >>> nn.averaging.get_swa_avg_fn()(8.0, 4.0, 3)
         7.0
     """
-    return lambda averaged, current, n: averaged + (current - averaged) / (n + 1)
+    return _swa
 
 
 def get_ema_multi_avg_fn(decay: float = 0.999) -> MultiRule:
@@ -95,6 +96,19 @@ def get_swa_multi_avg_fn() -> MultiRule:
 
 def for_all(rule: Callable[..., Any]) -> MultiRule:
     """Return a rule of one array as a rule of lists."""
-    return lambda averaged, current, n: [
-        rule(a, c, n) for a, c in zip(averaged, current, strict=True)
-    ]
+    return functools.partial(_for_all, rule)
+
+
+# Not closures: a model with a rule can be pickled.
+
+
+def _ema(decay: float, averaged: jax.Array, current: jax.Array, n: jax.Array) -> jax.Array:
+    return decay * averaged + (1 - decay) * current
+
+
+def _swa(averaged: jax.Array, current: jax.Array, n: jax.Array) -> jax.Array:
+    return averaged + (current - averaged) / (n + 1)
+
+
+def _for_all(rule: Callable[..., Any], averaged: Any, current: Any, n: Any) -> list[jax.Array]:
+    return [rule(a, c, n) for a, c in zip(averaged, current, strict=True)]

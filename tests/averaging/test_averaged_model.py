@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -70,6 +71,8 @@ def test_an_average_is_torchs_after_each_step(rule, use_buffers):
         update(ours, model)  # in turns in a compiled function and by itself
         theirs.update_parameters(torch_model)
         assert_equal_states(ours, theirs)
+    ours = copy.deepcopy(ours) if rule == "own" else pickle.loads(pickle.dumps(ours))
+    assert_equal_states(ours, theirs)
     assert len(list(ours.parameters())) == 5 and not ours.module[2].bias.requires_grad
     assert ours.module[2].weight is ours.module[0].weight
     x = np.ones((2, 3), np.float32)

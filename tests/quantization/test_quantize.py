@@ -13,6 +13,7 @@ import pytest
 
 import statefulnn as nn
 from statefulnn.utils import parametrizations, parametrize, prune
+from tests.devices import failures_on_devices
 
 
 class Conv1D(nn.Module):
@@ -172,6 +173,31 @@ def test_an_assigned_weight_is_quantised_anew():
     np.testing.assert_allclose(layer.weight, 3.0, rtol=1e-6)
     with pytest.raises(nn.errors.ShapeError, match=r"\(64, 2\)"):
         layer.weight = jnp.ones((64, 2))
+
+
+SHARDED = """
+import jax, numpy as np, statefulnn as nn
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+x = np.ones((2, 64), np.float32)
+for axis in (AxisType.Auto, AxisType.Explicit):
+    mesh = jax.make_mesh((2,), ("d",), axis_types=(axis,))
+    for form, spec in (("int8", P("d")), ("nf4", P("d")), ("nf4", P(None, "d"))):
+        plain = nn.Linear(64, 8, bias=False)
+        layer = nn.Linear(64, 8, bias=False)
+        layer.weight.data = jax.device_put(plain.weight.value, NamedSharding(mesh, spec))
+        nn.quantize(layer, None, form)
+        nn.quantize(plain, None, form)
+        np.testing.assert_allclose(layer.weight, plain.weight, rtol=1e-5, atol=1e-6)
+        here = jax.device_put(x, NamedSharding(mesh, P()))
+        out = nn.jit(lambda m, x: m(x))(layer, here)
+        np.testing.assert_allclose(out, plain(x), rtol=1e-4, atol=1e-5)
+        codes = layer.parametrizations.weight.original0
+        assert form == "nf4" or not codes.sharding.is_fully_replicated
+"""
+
+
+def test_weights_on_a_mesh_are_quantised_there():
+    assert failures_on_devices(2, {"sharded": SHARDED}) == {}
 
 
 def refused(
