@@ -63,15 +63,18 @@ finally:
         gc.enable()
 
 if TYPE_CHECKING:
-    from statefulnn import amp, bridge, curvature, func, meta, parallel
+    from statefulnn import amp, averaging, bridge, curvature, func, meta, parallel, quantization
     from statefulnn import io as io
+    from statefulnn.averaging import AveragedModel, lerp_, update_bn
     from statefulnn.ensemble import Ensemble
     from statefulnn.inspect import explore, summary
     from statefulnn.io import Checkpointer, export, load, load_exported, save
     from statefulnn.layer_stack import LayerStack
+    from statefulnn.quantization import quantize
     from statefulnn.transforms.loops import map as map
 
 __all__ = [
+    "AveragedModel",
     "Buffer",
     "Checkpointer",
     "Ensemble",
@@ -88,6 +91,7 @@ __all__ = [
     "associative_scan",
     "attention",
     "audit",
+    "averaging",
     "bridge",
     "capture",
     "checkify",
@@ -111,6 +115,7 @@ __all__ = [
     "init",
     "initial_seed",
     "jit",
+    "lerp_",
     "load",
     "load_exported",
     "manual_seed",
@@ -123,6 +128,8 @@ __all__ = [
     "parallel",
     "parameter",
     "parameters_to_vector",
+    "quantization",
+    "quantize",
     "register_module_forward_hook",
     "register_module_forward_pre_hook",
     "register_module_full_backward_hook",
@@ -139,6 +146,7 @@ __all__ = [
     "statefulize",
     "summary",
     "switch",
+    "update_bn",
     "utils",
     "value_and_grad",
     "vector_to_parameters",
@@ -152,11 +160,23 @@ __version__ = "0.1.0"
 
 # Built on top, and imported when first used: modules, and names out of modules. `io` and `map` are not in
 # `__all__`, so that ``from statefulnn import *`` leaves Python's own.
-_LATER = ("amp", "bridge", "curvature", "func", "io", "meta", "parallel")
+_LATER = (
+    "amp",
+    "averaging",
+    "bridge",
+    "curvature",
+    "func",
+    "io",
+    "meta",
+    "parallel",
+    "quantization",
+)
 _LATER_NAMES = {
     "Ensemble": "ensemble",
     "LayerStack": "layer_stack",
     "map": "transforms.loops",
+    "quantize": "quantization",
+    **dict.fromkeys(("AveragedModel", "lerp_", "update_bn"), "averaging"),
     **dict.fromkeys(("explore", "summary"), "inspect"),
     **dict.fromkeys(("Checkpointer", "export", "load", "load_exported", "save"), "io"),
 }
