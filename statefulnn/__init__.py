@@ -63,7 +63,7 @@ finally:
         gc.enable()
 
 if TYPE_CHECKING:
-    from statefulnn import amp, bridge, curvature, func, meta, parallel
+    from statefulnn import amp, bridge, curvature, func, lora, meta, parallel
     from statefulnn import io as io
     from statefulnn.ensemble import Ensemble
     from statefulnn.inspect import explore, summary
@@ -113,6 +113,7 @@ __all__ = [
     "jit",
     "load",
     "load_exported",
+    "lora",
     "manual_seed",
     "materialize",
     "merge",
@@ -152,7 +153,7 @@ __version__ = "0.1.0"
 
 # Built on top, and imported when first used: modules, and names out of modules. `io` and `map` are not in
 # `__all__`, so that ``from statefulnn import *`` leaves Python's own.
-_LATER = ("amp", "bridge", "curvature", "func", "io", "meta", "parallel")
+_LATER = ("amp", "bridge", "curvature", "func", "io", "lora", "meta", "parallel")
 _LATER_NAMES = {
     "Ensemble": "ensemble",
     "LayerStack": "layer_stack",

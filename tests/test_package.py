@@ -44,6 +44,7 @@ ALLOWED = {
     "inspect": {"core"},
     "amp": {"core", "functional", "optimizer", "transforms"},
     "parallel": {"core", "modules"},
+    "lora": {"core", "functional", "init", "io", "modules", "transforms", "utils"},
 }
 # Libraries whose models come in and go out, and the file or folder of bridge/ that knows each.
 LIBRARIES = set(nn.bridge.__all__)
@@ -213,7 +214,7 @@ def test_an_import_of_all_names_binds_them_and_hides_nothing_of_python_s(source)
 def test_what_is_built_on_top_is_imported_when_it_is_first_used():
     code = (
         "import sys, statefulnn as nn\n"
-        "names = {'amp', 'func', 'meta', 'curvature', 'ensemble', 'inspect', 'parallel'}\n"
+        "names = {'amp', 'func', 'meta', 'curvature', 'ensemble', 'inspect', 'lora', 'parallel'}\n"
         "loaded = {n for n in names if f'statefulnn.{n}' in sys.modules}\n"
         "assert not loaded, loaded\n"
         "assert callable(nn.meta.adapt) and callable(nn.func.vjp) and callable(nn.Ensemble)\n"
@@ -222,7 +223,7 @@ def test_what_is_built_on_top_is_imported_when_it_is_first_used():
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
-@pytest.mark.parametrize("package", ["amp", "func", "meta", "curvature", "parallel"])
+@pytest.mark.parametrize("package", ["amp", "func", "meta", "curvature", "lora", "parallel"])
 def test_every_function_on_top_is_documented_with_an_example(package):
     for name in getattr(nn, package).__all__:
         value = getattr(getattr(nn, package), name)

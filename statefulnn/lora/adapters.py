@@ -1,0 +1,265 @@
+"""The low-rank matrices themselves: what one weight gets, and the two ways in which they take effect.
+
+*Beside* the layer, where it is a plain linear map of its input: ``layer(x) + scale * up(down(dropout(x)))``.
+Neither the weight nor its gradient is computed. *In* the weight everywhere else, as a parametrization:
+``layer.weight`` reads as ``W + scale * B A``. The matrices have the shapes of peft's.
+
+Source: Hu et al., LoRA, 2021; Kalajdzievski, rsLoRA, 2023; Liu et al., DoRA, 2024; Meng et al., PiSSA, 2024.
+"""
+
+from __future__ import annotations
+
+import math
+import types
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from statefulnn import functional as F
+from statefulnn import init
+from statefulnn.core.module import Module
+from statefulnn.functional.conv import conv_nd
+from statefulnn.modules.containers import ModuleDict
+from statefulnn.utils._computed import Computation, base_of
+
+CHILD = "lora"  # under which a layer has what acts beside it
+VARIANTS = ("rslora", "dora", "pissa")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a weight is a matrix.
+
+    Attributes:
+        kind: "linear", "embedding" or "conv" beside such a layer; "weight" in a weight of any layer.
+        transposed: whether the weight lies as ``(in, out)``.
+    """
+
+    kind: str
+    transposed: bool = False
+
+    def sizes(self, shape: tuple[int, ...]) -> tuple[int, int]:
+        """Return the sizes of outputs and inputs of the matrix."""
+        count = math.prod(shape[1:])
+        return (count, shape[0]) if self.transposed else (shape[0], count)
+
+    def shapes(self, shape: tuple[int, ...], rank: int, dora: bool) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of an adapter's parameters, which are peft's."""
+        out, size = self.sizes(shape)
+        conv = self.kind == "conv"
+        ones = (1,) * len(shape[2:])
+        shapes = {
+            "lora_A": (rank, *shape[1:]) if conv else (rank, size),
+            "lora_B": (out, rank, *ones) if conv else (out, rank),
+        }
+        if dora:
+            shapes["lora_magnitude"] = (1, out, *ones) if conv else (out,)
+        return shapes
+
+    def matrix(self, weight: jax.Array) -> jax.Array:
+        """Return a weight as ``(out, in)``."""
+        return weight.T if self.transposed else weight.reshape(weight.shape[0], -1)
+
+    def weight(self, matrix: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+        """Return a matrix ``(out, in)`` in the shape of the weight."""
+        return (matrix.T if self.transposed else matrix).reshape(shape)
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What an adapter is like.
+
+    Attributes:
+        rank, alpha: the scale is ``alpha / rank``, or ``alpha / sqrt(rank)`` for "rslora".
+        dropout: the probability that an element of the input is dropped on the way through the adapter.
+        variants: some of `VARIANTS`.
+    """
+
+    rank: int
+    alpha: float
+    dropout: float = 0.0
+    variants: tuple[str, ...] = ()
+
+    @property
+    def scale(self) -> float:
+        root = math.sqrt(self.rank) if "rslora" in self.variants else self.rank
+        return self.alpha / root
+
+
+class Adapter(Module):
+    """One low-rank change of one weight.
+
+    Attributes:
+        lora_A: ``(rank, in)``, of a convolution ``(rank, in, *kernel)``.
+        lora_B: ``(out, rank)``, of a convolution ``(out, rank, 1, ...)``.
+        lora_magnitude: ``(out,)``, of a convolution ``(1, out, 1, ...)``; None but for DoRA.
+        spec: rank, alpha, dropout and variants.
+    """
+
+    def __init__(self, layout: Layout, weight: Any, spec: Spec) -> None:
+        super().__init__()
+        self.layout, self.spec = layout, spec
+        half = jnp.finfo(weight.dtype).bits < 32  # as peft: small steps would be lost in 16 bits
+        dtype = jnp.dtype(jnp.float32) if half else weight.dtype
+        self.lora_magnitude = None
+        shapes = layout.shapes(weight.shape, spec.rank, "dora" in spec.variants)
+        for name, shape in shapes.items():
+            setattr(self, name, init.empty_parameter(shape, dtype))
+
+    def start(self, weight: jax.Array) -> None:
+        """Give the initial values, for a weight that the adapter is to change."""
+        if "pissa" in self.spec.variants:
+            matrix = self.layout.matrix(weight).astype(self.lora_A.dtype)
+            u, s, vh = jnp.linalg.svd(matrix, full_matrices=False)
+            rank, root = self.spec.rank, jnp.sqrt(s[: self.spec.rank] / self.spec.scale)
+            self.lora_A.value = (root[:, None] * vh[:rank]).reshape(self.lora_A.shape)
+            self.lora_B.value = (u[:, :rank] * root).reshape(self.lora_B.shape)
+            # What was taken out of the weight, to give it back.
+            self.register_buffer("first_A", self.lora_A.value, persistent=False)
+            self.register_buffer("first_B", self.lora_B.value, persistent=False)
+        elif self.layout.kind == "embedding":
+            init.normal_(self.lora_B)
+        else:
+            init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        if self.lora_magnitude is not None:
+            size = self._norm(weight + self.delta(weight))
+            self.lora_magnitude.value = size.reshape(self.lora_magnitude.shape)
+
+    def delta(self, weight: jax.Array) -> jax.Array:
+        """Return ``scale * B A`` in the shape and dtype of the weight."""
+        return self._product(weight, self.lora_A, self.lora_B)
+
+    def taken_out(self, weight: jax.Array) -> jax.Array:
+        """Return what PiSSA took out of the weight."""
+        return self._product(weight, self.first_A, self.first_B)
+
+    def _product(self, weight: jax.Array, a: Any, b: Any) -> jax.Array:
+        rank = self.spec.rank
+        product = jnp.asarray(b).reshape(-1, rank) @ jnp.asarray(a).reshape(rank, -1)
+        return self.layout.weight(self.spec.scale * product, weight.shape).astype(weight.dtype)
+
+    def _norm(self, weight: jax.Array) -> jax.Array:
+        """Return the norm of each row of the matrix, which DoRA takes for a constant."""
+        matrix = self.layout.matrix(weight).astype(self.lora_A.dtype)
+        return jax.lax.stop_gradient(jnp.linalg.norm(matrix, axis=1))
+
+    def _factor(self, weight: jax.Array, norm: jax.Array) -> jax.Array:
+        """Return what DoRA multiplies a weight by."""
+        factor = jnp.asarray(self.lora_magnitude).reshape(-1) / norm
+        ones = () if self.layout.transposed else (1,) * (weight.ndim - 1)
+        return factor.reshape(-1, *ones).astype(weight.dtype)
+
+    def changed(self, weight: jax.Array) -> jax.Array:
+        """Return the weight with this change."""
+        weight = weight + self.delta(weight)
+        if self.lora_magnitude is None:
+            return weight
+        return weight * self._factor(weight, self._norm(weight))
+
+    def merged_into(self, weight: jax.Array) -> jax.Array:
+        """Return the weight with this change, and note what `undone` needs."""
+        if self.lora_magnitude is not None:
+            norm = self._norm(weight + self.delta(weight))
+            self.register_buffer("merged_norm", norm, persistent=False)
+        return self.changed(weight)
+
+    def undone(self, weight: jax.Array) -> jax.Array:
+        """Return the weight without this change."""
+        if self.lora_magnitude is not None:
+            weight = weight / self._factor(weight, self.merged_norm)
+            del self.merged_norm
+        return weight - self.delta(weight)
+
+    def beside(self, layer: Any, x: jax.Array, out: jax.Array) -> jax.Array:
+        """Return the output of a layer with this change."""
+        if self.layout.kind != "embedding":
+            x = jnp.asarray(x).astype(self.lora_A.dtype)
+            x = F.dropout(x, self.spec.dropout, training=layer.training and self.spec.dropout > 0)
+        down, up = _maps(layer, self.layout)
+        more = self.spec.scale * up(down(x, self.lora_A), self.lora_B)
+        if self.lora_magnitude is not None:
+            weight = jnp.asarray(layer.weight)
+            factor = self._factor(weight, self._norm(weight + self.delta(weight)))
+            shape = (-1, *(1,) * (layer.spatial if self.layout.kind == "conv" else 0))
+            factor = factor.reshape(shape).astype(more.dtype)
+            if self.layout.kind == "embedding":
+                plain = out
+            else:  # without the bias
+                kernel = weight.T if self.layout.transposed else weight
+                plain = down(x, kernel.astype(x.dtype))
+            more = (factor - 1) * plain.astype(more.dtype) + factor * more
+        return out + more.astype(out.dtype)
+
+    def extra_repr(self) -> str:
+        s = self.spec
+        parts = [f"rank={s.rank}, alpha={s.alpha:g}"]
+        parts += [f"dropout={s.dropout}"] if s.dropout else []
+        return ", ".join([*parts, *s.variants])
+
+
+def _maps(layer: Any, layout: Layout) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Return the linear map of a layer as a function of input and kernel, and the one after it."""
+    if layout.kind == "embedding":
+        look_up = lambda x, a: F.embedding(
+            x, jnp.asarray(a).T, layer.padding_idx, scale_grad_by_freq=layer.scale_grad_by_freq
+        )
+        return look_up, F.linear
+    if layout.kind == "linear":
+        return F.linear, F.linear
+    n, how = layer.spatial, (layer.stride, layer.padding, layer.dilation, 1, layer.padding_mode)
+    return (
+        lambda x, a: conv_nd(n, x, a, None, *how),
+        lambda x, b: conv_nd(n, x, b, None, (1,) * n, (0,) * n, (1,) * n, 1),
+    )
+
+
+class Adapters(ModuleDict):
+    """The adapters of one weight, by name.
+
+    Attributes:
+        active: the names of those that take effect.
+        merged: the names of those that the weight contains by now; None if it contains none.
+    """
+
+    def __init__(self, layout: Layout) -> None:
+        super().__init__()
+        self.layout = layout
+        self.active: tuple[str, ...] = ()
+        self.merged: tuple[str, ...] | None = None
+
+    def forward(self, weight: jax.Array) -> jax.Array:
+        """Return the weight with the active changes; this is the parametrization."""
+        for name in self.active if self.merged is None else ():
+            weight = self[name].changed(weight)
+        return weight
+
+    def extra_repr(self) -> str:
+        return f"active={', '.join(self.active) or None}" + (", merged" if self.merged else "")
+
+
+def _forward_with_adapters(self: Any, *args: Any, **kwargs: Any) -> Any:
+    out = base_of(self).forward(self, *args, **kwargs)
+    x = args[0] if args else next(iter(kwargs.values()))
+    adapters = self._modules[CHILD]
+    for name in adapters.active:
+        out = adapters[name].beside(self, x, out)
+    return out
+
+
+@dataclass(frozen=True)
+class Beside(Computation):
+    """Computes ``layer.forward``: that of the class, and beside it what the adapters add."""
+
+    name: str = "forward"
+
+    def __str__(self) -> str:
+        return "the forward of its class with adapters"
+
+    def read(self, module: Any) -> Any:
+        adapters = module._modules[CHILD]
+        works = adapters.active and adapters.merged is None
+        function = _forward_with_adapters if works else base_of(module).forward
+        return types.MethodType(function, module)
