@@ -12,6 +12,7 @@ from statefulnn.lora.attach import (
     merge,
     unmerge,
 )
+from statefulnn.lora.files import load, save
 
 __all__ = [
     "Adapter",
@@ -22,7 +23,9 @@ __all__ = [
     "disable",
     "disabled",
     "enable",
+    "load",
     "merge",
+    "save",
     "unmerge",
 ]
 __dir__ = listing(globals())

@@ -222,6 +222,7 @@ class Adapters(ModuleDict):
     Attributes:
         active: the names of those that take effect.
         merged: the names of those that the weight contains by now; None if it contains none.
+        behind: the parameters of the layer that come after the weight, for the time when it is put back.
     """
 
     def __init__(self, layout: Layout) -> None:
@@ -229,6 +230,7 @@ class Adapters(ModuleDict):
         self.layout = layout
         self.active: tuple[str, ...] = ()
         self.merged: tuple[str, ...] | None = None
+        self.behind: tuple[str, ...] = ()
 
     def forward(self, weight: jax.Array) -> jax.Array:
         """Return the weight with the active changes; this is the parametrization."""

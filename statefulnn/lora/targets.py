@@ -73,6 +73,8 @@ class Target:
         adapters = self.adapters
         if adapters is None:
             adapters = Adapters(self.layout).train(self.layer.training)
+            own = list(self.layer._parameters)
+            adapters.behind = tuple(own[own.index(self.name) + 1 :] if self.name in own else ())
             if self.layout.kind == "weight":
                 register_parametrization(self.layer, self.name, adapters, unsafe=True)
             else:
@@ -89,6 +91,11 @@ class Target:
             return
         if self.layout.kind == "weight":
             remove_parametrizations(self.layer, self.name, leave_parametrized=False)
+            for n in adapters.behind:  # the order of parameters is that of vectors made of them
+                if n in self.layer._parameters:
+                    box = self.layer._parameters[n]
+                    delattr(self.layer, n)
+                    self.layer.register_parameter(n, box)
         else:
             remove_computation(self.layer, Beside())
             delattr(self.layer, CHILD)
