@@ -32,7 +32,7 @@ def no_carrier(where: str, kinds: Mapping[str, str], below: Sequence[str]) -> Ar
         instead = f"the layers below: {_named(below)}, by names or a pattern such as {below[0] + '*'!r}"
     return ArgumentError(
         explain(
-            f"{where} was asked for {those}",
+            f"{where} was asked for {those or 'no layer'}",
             "none of them has a weight of its own that is a matrix",
             instead,
         )

@@ -23,7 +23,7 @@ from statefulnn import init
 from statefulnn.core.module import Module
 from statefulnn.functional.conv import conv_nd
 from statefulnn.modules.containers import ModuleDict
-from statefulnn.utils._computed import Computation, base_of
+from statefulnn.utils._computed import Computation, Loading, base_of
 
 CHILD = "lora"  # under which a layer has what acts beside it
 VARIANTS = ("rslora", "dora", "pissa")
@@ -237,6 +237,13 @@ class Adapters(ModuleDict):
         for name in self.active if self.merged is None else ():
             weight = self[name].changed(weight)
         return weight
+
+    @classmethod
+    def _convert_old_names(cls, name: str, given: Loading) -> None:
+        """Take the weight of a checkpoint of the base by its own name."""
+        old, new = f"{given.prefix}{name}", f"{given.prefix}parametrizations.{name}.original"
+        if old in given.state_dict and new not in given.state_dict:
+            given.state_dict[new] = given.state_dict.pop(old)
 
     def extra_repr(self) -> str:
         return f"active={', '.join(self.active) or None}" + (", merged" if self.merged else "")

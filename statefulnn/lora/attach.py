@@ -13,9 +13,10 @@ import jax.numpy as jnp
 from statefulnn.core.errors import user_stack_level
 from statefulnn.core.module import Module
 from statefulnn.core.names import Filter
+from statefulnn.core.parameter import Parameter
 from statefulnn.core.tracebacks import shortened
 from statefulnn.lora import _refusals as refusals
-from statefulnn.lora.adapters import VARIANTS, Adapter, Adapters, Spec
+from statefulnn.lora.adapters import VARIANTS, Adapter, Adapters, Layout, Spec
 from statefulnn.lora.targets import Target, carriers, check_bases, ties, wanted_targets
 
 M = TypeVar("M", bound=Module)
@@ -93,17 +94,27 @@ def install(
         if "pissa" in adapter.spec.variants:
             box: Any = target.box
             box.value = box.value - adapter.delta(box.value)
-    adapted = {id(p) for t in carriers(model) for p in _adapters(t).parameters()}
-    before = [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in adapted]
-    for n in before:
-        model.get_parameter(n).requires_grad = False
-    setattr(model, _BEFORE, tuple(dict.fromkeys((*getattr(model, _BEFORE, ()), *before))))
+    trained = {n: p for n, p in _of_the_base(model).items() if p.requires_grad}
+    for p in trained.values():
+        p.requires_grad = False
+    setattr(model, _BEFORE, tuple(dict.fromkeys((*getattr(model, _BEFORE, ()), *trained))))
     for target, adapter in made.items():
         target.add(name, adapter)
     _activate(carriers(model), (name,))
     if tied:
         warnings.warn(refusals.tied(where, tied), UserWarning, stacklevel=user_stack_level())
     return made
+
+
+def _of_the_base(model: Module) -> dict[str, Parameter]:
+    """Return the parameters that belong to no adapter; those of a LayerStack under the names of its layers."""
+    return {
+        f"{path}.{name}" if path else name: p
+        for path, module in model.named_modules()
+        if not isinstance(module, Adapter)
+        for name, p in module._parameters.items()
+        if p is not None
+    }
 
 
 def _weight(target: Target) -> Any:
@@ -118,7 +129,7 @@ def _adapters(target: Target) -> Adapters:
 
 
 def _variants(where: str, variant: str | Iterable[str]) -> tuple[str, ...]:
-    given = [variant] if isinstance(variant, str) else list(variant or ())
+    given = [variant] if isinstance(variant, str) else list(variant)
     if not all(v in VARIANTS for v in given):
         wanted = f"some of {', '.join(map(repr, VARIANTS))}, or nothing"
         raise refusals.wrong_option(where, "variant", variant, wanted)
@@ -155,20 +166,20 @@ def _check(model: Module, specs: Mapping[Target, Spec], name: str, where: str) -
 
 
 def _check_name(name: Any, where: str) -> None:
-    if not isinstance(name, str) or not name.isidentifier() or hasattr(Adapters, name):
-        wanted = "a name as a variable has, and none of the methods of a dict"
+    taken = Adapters(Layout("weight"))
+    if not isinstance(name, str) or not name or "." in name or hasattr(taken, name):
+        wanted = "a text without a dot, and no attribute of an nn.ModuleDict"
         raise refusals.wrong_option(where, "name", name, wanted)
 
 
 def _check_spec(spec: Spec, where: str) -> None:
     if isinstance(spec.rank, bool) or not isinstance(spec.rank, int) or spec.rank < 1:
         raise refusals.wrong_option(where, "rank", spec.rank, "a whole number from 1 on")
-    for option, least, most in (("alpha", 0, math.inf), ("dropout", 0, 1)):
-        value = getattr(spec, option)
-        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not is_number or not least <= value < most:
-            ending = " and below 1" if option == "dropout" else ""
-            raise refusals.wrong_option(where, option, value, f"a number from 0 on{ending}")
+    number = lambda v: isinstance(v, (int, float)) and not isinstance(v, bool)
+    if not number(spec.alpha) or not 0 < spec.alpha < math.inf:
+        raise refusals.wrong_option(where, "alpha", spec.alpha, "a number above 0")
+    if not number(spec.dropout) or not 0 <= spec.dropout < 1:
+        raise refusals.wrong_option(where, "dropout", spec.dropout, "a number from 0 on, below 1")
 
 
 def _with(adapters: Adapters, variant: str) -> list[str]:
@@ -463,9 +474,9 @@ def detach(model: Module, name: str | None = None) -> None:
             target.remove(n)
     if carriers(model):
         return
-    for module in list(model.modules()):
-        for n in getattr(module, _BEFORE, ()):
-            with contextlib.suppress(AttributeError):  # it was taken out of the model meanwhile
-                module.get_parameter(n).requires_grad = True
-        if hasattr(module, _BEFORE):
-            delattr(module, _BEFORE)
+    for module in [m for m in model.modules() if hasattr(m, _BEFORE)]:
+        base = _of_the_base(module)
+        for n in getattr(module, _BEFORE):
+            if n in base:  # otherwise it was taken out of the model meanwhile
+                base[n].requires_grad = True
+        delattr(module, _BEFORE)

@@ -26,7 +26,7 @@ from statefulnn.io.files import save as save_file
 from statefulnn.lora import _refusals as refusals
 from statefulnn.lora.adapters import Adapter, Spec
 from statefulnn.lora.attach import found, install
-from statefulnn.lora.targets import Target, named_layers, wanted_targets
+from statefulnn.lora.targets import Target, named_layers, parameter_order, wanted_targets
 from statefulnn.modules.attention import MultiheadAttention
 
 CONFIG, ARRAYS = "adapter_config.json", ("adapter_model.safetensors", "adapter_model.bin")
@@ -129,21 +129,11 @@ def _prefixes(adapters: Mapping[Target, Adapter], name: str) -> dict[Target, str
         else:
             by_layer.setdefault(path, []).append(target)
     for path, targets in by_layer.items():
-        order = _order(targets[0].layer)
+        order = parameter_order(targets[0].layer)
         targets.sort(key=lambda t: order.index(t.name))
         for depth, target in enumerate(reversed(targets)):
             prefixes[target] = _dotted(path) + "base_layer." * depth
     return prefixes
-
-
-def _order(layer: Any) -> list[str]:
-    """Return the names of parameters of a layer, in the order that they were registered in."""
-    names = list(layer._parameters)
-    parametrized = layer._modules.get("parametrizations") or {}
-    for name, those in reversed(list(parametrized.items())):
-        behind = [names.index(n) for n in getattr(those[0], "behind", ()) if n in names]
-        names.insert(min(behind, default=len(names)), name)
-    return names
 
 
 def _config_of(model: Module, adapters: Mapping[Target, Adapter]) -> dict[str, Any]:
@@ -160,7 +150,7 @@ def _config_of(model: Module, adapters: Mapping[Target, Adapter]) -> dict[str, A
         "inference_mode": True,
         "r": rank,
         "lora_alpha": alpha,
-        "lora_dropout": first.dropout,
+        "lora_dropout": max(s.dropout for s in specs.values()),
         "rank_pattern": {re.escape(t.path): s.rank for t, s in specs.items() if s.rank != rank},
         "alpha_pattern": {re.escape(t.path): s.alpha for t, s in specs.items() if s.alpha != alpha},
         "target_modules": _target_modules(model, [t.path for t in beside]),
@@ -307,16 +297,18 @@ def _target(
     asked = tuple(f".{text}" for text in config.get("target_parameters") or ())
     nested = [t for t in targets.values() if f".{t.label}".endswith(asked)] if asked else []
     if nested:
-        order = _order(nested[0].layer)
+        order = parameter_order(nested[0].layer)
         nested.sort(key=lambda t: order.index(t.name), reverse=True)
         return nested[depth] if depth < len(nested) else None
     return targets.get("in_proj_weight", targets.get("weight"))
 
 
 def _spec(target: Target, config: Mapping[str, Any]) -> Spec:
+    path = target.path if target.layout.kind != "weight" else target.path.removesuffix(".out_proj")
+
     def of_layer(pattern: str, default: str) -> Any:
         for key, value in config[pattern].items():  # the ends of names, as expressions
-            if re.match(rf"(.*\.)?({key})$", target.path):
+            if re.match(rf"(.*\.)?({key})$", path):
                 return value
         return config[default]
 

@@ -162,18 +162,28 @@ def wanted_targets(model: Module, layers: Filter, where: str) -> list[Target]:
 
 
 def _weight_names(layer: Any) -> list[str]:
-    """Return the names of the attributes of a layer that may be matrices, in the order of its class."""
+    """Return the names of the attributes of a layer that may be matrices."""
     computed = [c.name for c in computations(layer)]
-    names = [*layer._parameters, *(n for n in computed if n not in layer._parameters)]
+    names = dict.fromkeys([*parameter_order(layer), *computed])
     return [n for n in names if _WEIGHT.fullmatch(n)]
+
+
+def parameter_order(layer: Any) -> list[str]:
+    """Return the names of parameters of a layer, in the order that they were registered in."""
+    names = list(layer._parameters)
+    parametrized = layer._modules.get("parametrizations") or {}
+    for name, those in reversed(list(parametrized.items())):
+        behind = [names.index(n) for n in getattr(those[0], "behind", ()) if n in names]
+        names.insert(min(behind, default=len(names)), name)
+    return names
 
 
 def _targets_of(path: str, layer: Any, by_reader: bool) -> Iterator[Target]:
     if isinstance(layer, (LayerNorm, RMSNorm)):
         return
-    names = [n for n in _weight_names(layer) if n in layer._parameters or _readable(layer, n)]
-    matrices = [n for n in names if getattr(layer, n) is not None and getattr(layer, n).ndim >= 2]
-    for name in matrices:
+    for name in _weight_names(layer):
+        if getattr(getattr(layer, name), "ndim", 0) < 2:  # a vector, or None
+            continue
         adapters = adapters_of(layer, name)
         if adapters is not None:
             layout = adapters.layout
@@ -182,10 +192,6 @@ def _targets_of(path: str, layer: Any, by_reader: bool) -> Iterator[Target]:
         else:
             layout = _layout(layer) or Layout("weight")
         yield Target(path, layer, name, layout)
-
-
-def _readable(layer: Any, name: str) -> bool:
-    return name in {c.name for c in computations(layer)}
 
 
 def _layout(layer: Any) -> Layout | None:
@@ -255,8 +261,12 @@ def _is_trained(layer: Any) -> bool:
 
 def ties(model: Module, targets: list[Target]) -> dict[str, list[str]]:
     """Return for each target whose parameter has further names: its label, and those names."""
-    names: dict[int, list[str]] = {}
+    inner = re.compile(r"parametrizations\.([^.]+)\.original$")
+    names: dict[int, dict[str, None]] = {}
     for name, p in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(p), []).append(name.replace(".original", "").replace("parametrizations.", ""))
-    shared = {t.label: names.get(id(t.box), []) for t in targets if t.box is not None}
-    return {k: [n for n in v if n != k] for k, v in shared.items() if len(v) > 1}
+        names.setdefault(id(p), {})[inner.sub(r"\1", name)] = None
+    for target in targets:  # layers of a stack may share a parameter, which has one name there
+        if target.box is not None:
+            names.setdefault(id(target.box), {})[target.label] = None
+    others = {t.label: [n for n in names.get(id(t.box), ()) if n != t.label] for t in targets}
+    return {label: those for label, those in others.items() if those}

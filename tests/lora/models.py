@@ -29,7 +29,7 @@ class Conv1D(nn.Module):
 
 
 class Net(nn.Module):
-    def __init__(self):
+    def __init__(self, lstm=True):
         super().__init__()
         self.emb = nn.Embedding(7, 6, padding_idx=0)
         self.fc = nn.Linear(6, 4)
@@ -37,24 +37,24 @@ class Net(nn.Module):
         self.c_attn = Conv1D(6, 4)
         self.conv = nn.Conv1d(6, 4, 3, stride=2, padding=1)
         self.attn = nn.MultiheadAttention(4, 2, batch_first=True)
-        self.lstm = nn.LSTM(4, 5, batch_first=True)
-        self.norm = nn.LayerNorm(5)
+        self.lstm = nn.LSTM(4, 5, batch_first=True) if lstm else None
+        self.norm = nn.LayerNorm(5 if lstm else 4)
 
     def forward(self, tokens):
         x = self.c_attn(self.mlp(self.fc(self.emb(tokens))))
         x = self.conv(x.mT).mT
         x = x + self.attn(x, x, x)[0]
-        return self.norm(self.lstm(x)[0])
+        return self.norm(x if self.lstm is None else self.lstm(x)[0])
 
 
 TOKENS = jnp.arange(12).reshape(2, 6) % 7
 # Of every kind, each layer once; "mlp.*" matches the ReLU too.
-LAYERS = "emb|fc|mlp.*|c_attn|conv|attn|lstm"
+LAYERS = "emb|fc|mlp.*|c_attn|conv|attn"
 
 
-def network() -> Net:
+def network(lstm: bool = True) -> Net:
     nn.manual_seed(0)
-    return Net().eval()
+    return Net(lstm).eval()
 
 
 def filled(model, name="default"):
