@@ -29,7 +29,9 @@ def no_carrier(where: str, kinds: Mapping[str, str], below: Sequence[str]) -> Ar
     those = listed([f"{name!r} ({kind})" for name, kind in kinds.items()])
     instead = "name layers with a weight matrix: nn.Linear, nn.Embedding, nn.Conv2d, nn.LSTM"
     if below:
-        instead = f"the layers below: {_named(below)}, by names or a pattern such as {below[0] + '*'!r}"
+        instead = (
+            f"the layers below: {_named(below)}, by names or a pattern such as {below[0] + '*'!r}"
+        )
     return ArgumentError(
         explain(
             f"{where} was asked for {those or 'no layer'}",
@@ -51,7 +53,9 @@ def not_floating(where: str, label: str, dtype: object) -> DtypeError:
 
 def computed(where: str, label: str, writes: bool) -> StructureChangeError:
     why = "it is computed: parametrized, pruned or stored small, and an adapter acts on a parameter"
-    instead = "nn.utils.parametrize.remove_parametrizations(layer, name) first; or leave the layer out"
+    instead = (
+        "nn.utils.parametrize.remove_parametrizations(layer, name) first; or leave the layer out"
+    )
     if writes:
         why = "it is computed, and this has to write it"
     return StructureChangeError(explain(f"{where} on {label!r}", why, instead))

@@ -46,8 +46,8 @@ def attach(
 
     Args:
         model: a Module; it is changed in place.
-        layers: which layers, by names, patterns or a function of the dotted name, as in ``"*.attn.*|*.mlp.*"``.
-            Those of them that have no weight matrix are left as they are.
+        layers: which layers, by names, patterns such as ``"*.attn.*|*.mlp.*"``, or a function of the dotted
+            name. Those of them that have no weight matrix are left as they are.
         rank: the rank of the change.
         alpha: the change is multiplied by ``alpha / rank``.
         dropout: the probability that an element of the input is dropped on the way through the adapter, in
@@ -77,7 +77,7 @@ def attach(
     where = "nn.lora.attach"
     spec = Spec(rank, alpha, dropout, _variants(where, variant))
     targets = wanted_targets(model, layers, where)
-    install(model, {target: spec for target in targets}, name, where)
+    install(model, dict.fromkeys(targets, spec), name, where)
     return model
 
 
@@ -88,7 +88,9 @@ def install(
     targets = list(specs)
     _check(model, specs, name, where)
     tied = ties(model, targets)
-    made = {target: Adapter(t.layout, _weight(t), spec) for t, spec in specs.items() for target in [t]}
+    if tied:
+        warnings.warn(refusals.tied(where, tied), UserWarning, stacklevel=user_stack_level())
+    made = {t: Adapter(t.layout, _weight(t), spec) for t, spec in specs.items()}
     for target, adapter in made.items():
         adapter.start(_weight(target))
         if "pissa" in adapter.spec.variants:
@@ -101,13 +103,11 @@ def install(
     for target, adapter in made.items():
         target.add(name, adapter)
     _activate(carriers(model), (name,))
-    if tied:
-        warnings.warn(refusals.tied(where, tied), UserWarning, stacklevel=user_stack_level())
     return made
 
 
 def _of_the_base(model: Module) -> dict[str, Parameter]:
-    """Return the parameters that belong to no adapter; those of a LayerStack under the names of its layers."""
+    """Return the parameters of no adapter; those of a LayerStack under the names of its layers."""
     return {
         f"{path}.{name}" if path else name: p
         for path, module in model.named_modules()
@@ -175,11 +175,14 @@ def _check_name(name: Any, where: str) -> None:
 def _check_spec(spec: Spec, where: str) -> None:
     if isinstance(spec.rank, bool) or not isinstance(spec.rank, int) or spec.rank < 1:
         raise refusals.wrong_option(where, "rank", spec.rank, "a whole number from 1 on")
-    number = lambda v: isinstance(v, (int, float)) and not isinstance(v, bool)
-    if not number(spec.alpha) or not 0 < spec.alpha < math.inf:
+    if not _is_number(spec.alpha) or not 0 < spec.alpha < math.inf:
         raise refusals.wrong_option(where, "alpha", spec.alpha, "a number above 0")
-    if not number(spec.dropout) or not 0 <= spec.dropout < 1:
+    if not _is_number(spec.dropout) or not 0 <= spec.dropout < 1:
         raise refusals.wrong_option(where, "dropout", spec.dropout, "a number from 0 on, below 1")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _with(adapters: Adapters, variant: str) -> list[str]:
@@ -299,9 +302,7 @@ def disabled(model: Module) -> Iterator[None]:
 
 
 @shortened
-def combine(
-    model: Module, weights: Mapping[str, float], *, name: str, how: str = "linear"
-) -> None:
+def combine(model: Module, weights: Mapping[str, float], *, name: str, how: str = "linear") -> None:
     """Make a new adapter of others, weighted; it is off until `enable`.
 
     Args:
@@ -332,14 +333,18 @@ def combine(
     where = "nn.lora.combine"
     if how not in ("linear", "cat"):
         raise refusals.wrong_option(where, "how", how, "'linear' or 'cat'")
-    if not isinstance(weights, Mapping) or not weights:
-        raise refusals.wrong_option(where, "weights", weights, "a dict of adapter -> weight")
+    if (
+        not isinstance(weights, Mapping)
+        or not weights
+        or not all(map(_is_number, weights.values()))
+    ):
+        raise refusals.wrong_option(where, "weights", weights, "a dict of adapter -> number")
     targets = [t for t in found(model, where, weights) if set(_adapters(t)) & set(weights)]
     _check_unmerged(targets, where)
     _check_name(name, where)
     if any(name in _adapters(t) for t in carriers(model)):
         raise refusals.name_taken(where, name, [t.label for t in targets])
-    sources = [{n: a for n, a in _adapters(t).items() if n in weights} for t in targets]
+    sources = [{n: _adapters(t)[n] for n in weights if n in _adapters(t)} for t in targets]
     for of_one in sources:
         for variant in ("dora", "pissa"):
             if any(variant in a.spec.variants for a in of_one.values()):
@@ -354,8 +359,8 @@ def combine(
             b = jnp.concatenate([v.lora_B.value for _, v in scaled], axis=1)
         else:
             roots = [(math.sqrt(abs(s)), math.copysign(1, s), v) for s, v in scaled]
-            a = sum(sign * root * v.lora_A.value for root, sign, v in roots)
-            b = sum(root * v.lora_B.value for root, _, v in roots)
+            a = jnp.stack([sign * root * v.lora_A.value for root, sign, v in roots]).sum(0)
+            b = jnp.stack([root * v.lora_B.value for root, _, v in roots]).sum(0)
         dropout = max(v.spec.dropout for v in of_one.values())
         rank = a.shape[0]
         new = Adapter(target.layout, _weight(target), Spec(rank, rank, dropout))

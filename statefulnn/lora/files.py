@@ -1,7 +1,7 @@
 """nn.lora.save and nn.lora.load: adapters in peft's files, adapter_config.json and adapter_model.safetensors.
 
-A name in the file is ``base_model.model.<layer>.lora_A.weight``. Several weights of one layer are nested there,
-the last one outermost: ``<layer>.base_layer.lora_A.weight`` is one further in.
+A name in the file is ``base_model.model.<layer>.lora_A.weight``. Several weights of one layer are nested
+there, the last one outermost: ``<layer>.base_layer.lora_A.weight`` is one further in.
 """
 
 from __future__ import annotations
@@ -123,7 +123,9 @@ def _prefixes(adapters: Mapping[Target, Adapter], name: str) -> dict[Target, str
         elif last == "out_proj" and parent in attentions:
             prefixes[target] = f"{_dotted(parent)}base_layer.out_proj."
         elif last == "out_proj" or isinstance(target.layer, MultiheadAttention):
-            raise refuse(target, "attention there has one packed projection, together with out_proj")
+            raise refuse(
+                target, "attention there has one packed projection, together with out_proj"
+            )
         elif len(target.shape) > 2:
             raise refuse(target, "single weights there are matrices")
         else:
@@ -239,7 +241,13 @@ def _config(path: Path) -> dict[str, Any]:
         "r": int, "lora_alpha": (int, float), "lora_dropout": (int, float), "rank_pattern": dict,
         "alpha_pattern": dict,
     }  # fmt: skip
-    defaults = {"r": 8, "lora_alpha": 8, "lora_dropout": 0.0, "rank_pattern": {}, "alpha_pattern": {}}
+    defaults = {
+        "r": 8,
+        "lora_alpha": 8,
+        "lora_dropout": 0.0,
+        "rank_pattern": {},
+        "alpha_pattern": {},
+    }
     for option, kind in kinds.items():
         value = config.get(option)
         config[option] = value = defaults[option] if value is None else value
@@ -290,9 +298,7 @@ def _targets(model: Module, paths: set[str]) -> dict[str, dict[str, Target]]:
     return by_layer
 
 
-def _target(
-    targets: Mapping[str, Target], depth: int, config: Mapping[str, Any]
-) -> Target | None:
+def _target(targets: Mapping[str, Target], depth: int, config: Mapping[str, Any]) -> Target | None:
     """Return the weight of a layer that is meant, so many layers of peft's further in."""
     asked = tuple(f".{text}" for text in config.get("target_parameters") or ())
     nested = [t for t in targets.values() if f".{t.label}".endswith(asked)] if asked else []

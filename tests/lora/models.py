@@ -38,7 +38,7 @@ class Net(nn.Module):
         self.conv = nn.Conv1d(6, 4, 3, stride=2, padding=1)
         self.attn = nn.MultiheadAttention(4, 2, batch_first=True)
         self.lstm = nn.LSTM(4, 5, batch_first=True) if lstm else None
-        self.norm = nn.LayerNorm(5 if lstm else 4)
+        self.norm = nn.LayerNorm(5 if lstm else 4, eps=1.0)
 
     def forward(self, tokens):
         x = self.c_attn(self.mlp(self.fc(self.emb(tokens))))

@@ -17,7 +17,7 @@ peft = pytest.importorskip("peft")
 
 
 class TorchNet(torch.nn.Module):
-    def __init__(self):
+    def __init__(self, lstm):
         super().__init__()
         self.emb = torch.nn.Embedding(7, 6, padding_idx=0)
         self.fc = torch.nn.Linear(6, 4)
@@ -27,14 +27,14 @@ class TorchNet(torch.nn.Module):
         self.c_attn = transformers.pytorch_utils.Conv1D(6, 4)
         self.conv = torch.nn.Conv1d(6, 4, 3, stride=2, padding=1)
         self.attn = torch.nn.MultiheadAttention(4, 2, batch_first=True)
-        self.lstm = torch.nn.LSTM(4, 5, batch_first=True)
-        self.norm = torch.nn.LayerNorm(5)
+        self.lstm = torch.nn.LSTM(4, 5, batch_first=True) if lstm else None
+        self.norm = torch.nn.LayerNorm(5 if lstm else 4, eps=1.0)
 
     def forward(self, tokens):
         x = self.c_attn(self.mlp(self.fc(self.emb(tokens))))
         x = self.conv(x.mT).mT
         x = x + self.attn(x, x, x)[0]
-        return self.norm(self.lstm(x)[0])
+        return self.norm(x if self.lstm is None else self.lstm(x)[0])
 
 
 TORCH_TOKENS = torch.tensor(np.asarray(TOKENS))
@@ -44,7 +44,9 @@ CASES = {
     "rslora": {"target_modules": ["fc", "conv"], "use_rslora": True},
     "dora": {"target_modules": BESIDE, "use_dora": True},
     "pissa": {"target_modules": ["fc", "mlp.0", "c_attn"], "init_lora_weights": "pissa"},
-    "single weights": {"target_parameters": ["lstm.weight_ih_l0", "lstm.weight_hh_l0", "fc.weight"]},
+    "single weights": {
+        "target_parameters": ["lstm.weight_ih_l0", "lstm.weight_hh_l0", "fc.weight"]
+    },
     "ranks": {
         "target_modules": ["fc", "conv"],
         "rank_pattern": {"conv": 3},
@@ -54,7 +56,7 @@ CASES = {
 
 
 def torch_twin(model):
-    twin = TorchNet().eval()
+    twin = TorchNet(model.lstm is not None).eval()
     state = {k: torch.tensor(np.asarray(v)) for k, v in model.state_dict().items()}
     twin.load_state_dict(state)
     return twin
@@ -84,7 +86,7 @@ def close(ours, theirs):
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to:UserWarning")
 @pytest.mark.parametrize("case", CASES)
 def test_a_file_of_peft_loads_here_and_one_of_ours_loads_there(case, tmp_path):
-    model = network()
+    model = network("target_parameters" in CASES[case])
     state = model.state_dict()
     theirs = adapted(torch_twin(model), **CASES[case])
     theirs.save_pretrained(tmp_path / "theirs")
@@ -96,7 +98,7 @@ def test_a_file_of_peft_loads_here_and_one_of_ours_loads_there(case, tmp_path):
     for i, p in enumerate(p for p in model.parameters() if p.requires_grad):
         p.value = p.value + 0.2 * jax.random.normal(jax.random.key(i), p.shape)
     nn.lora.save(model, tmp_path / "ours")
-    fresh = network()
+    fresh = network(model.lstm is not None)
     fresh.load_state_dict(state)
     read = peft.PeftModel.from_pretrained(torch_twin(fresh), tmp_path / "ours").eval()
     close(model(TOKENS), read(TORCH_TOKENS))
@@ -108,18 +110,18 @@ def test_a_file_of_peft_loads_here_and_one_of_ours_loads_there(case, tmp_path):
 
 def test_adapters_of_attention_go_through_files_and_are_the_formula_s(tmp_path):
     # peft 0.21 itself adds the change of out_proj twice (github.com/huggingface/peft/pull/3774).
-    model = network()
+    model = network(lstm=False)
     theirs = adapted(torch_twin(model), target_modules=["attn"])
     theirs.save_pretrained(tmp_path / "theirs")
     nn.lora.load(model, tmp_path / "theirs")
     nn.lora.save(model, tmp_path / "ours")
-    read = peft.PeftModel.from_pretrained(torch_twin(network()), tmp_path / "ours").eval()
+    read = peft.PeftModel.from_pretrained(torch_twin(network(lstm=False)), tmp_path / "ours").eval()
     expected = {n: p for n, p in theirs.named_parameters() if "lora_" in n}
     found = {n: p for n, p in read.named_parameters() if "lora_" in n}
     assert len(expected) == 4 and found.keys() == expected.keys()
     assert all(torch.equal(found[n], expected[n]) for n in expected)
 
-    by_hand, start = torch_twin(network()), "base_model.model.attn."
+    by_hand, start = torch_twin(network(lstm=False)), "base_model.model.attn."
     with torch.no_grad():
         for weight, inner in (
             (by_hand.attn.in_proj_weight, ""),
@@ -133,11 +135,11 @@ def test_adapters_of_attention_go_through_files_and_are_the_formula_s(tmp_path):
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to:UserWarning")
 @pytest.mark.parametrize("case", ["dora"])
 def test_gradients_are_peft_s(case, tmp_path):
-    model = network()
+    model = network(lstm=False)
     theirs = adapted(torch_twin(model), **CASES[case])
     theirs.save_pretrained(tmp_path)
     nn.lora.load(model, tmp_path)
-    weights = np.random.default_rng(0).standard_normal((2, 3, 5)).astype(np.float32)
+    weights = np.random.default_rng(0).standard_normal((2, 3, 4)).astype(np.float32)
     grads = nn.grad(lambda m: (m(TOKENS) * weights).sum())(model)
     (theirs(TORCH_TOKENS) * torch.tensor(weights)).sum().backward()
     expected = {n: p.grad for n, p in theirs.named_parameters() if p.grad is not None}
@@ -154,7 +156,7 @@ def test_gradients_are_peft_s(case, tmp_path):
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to:UserWarning")
 @pytest.mark.parametrize("how", ["linear", "cat"])
 def test_weighted_sums_are_peft_s(how, tmp_path):
-    model = network()
+    model = network(lstm=False)
     theirs = adapted(torch_twin(model), "first", target_modules=BESIDE)
     theirs = adapted(theirs, "second", target_modules=BESIDE)
     theirs.save_pretrained(tmp_path)
@@ -172,7 +174,9 @@ def test_weighted_sums_are_peft_s(how, tmp_path):
     if how == "cat":  # the sum of the changes, by the formula
         nn.lora.enable(model, "first")
         weight = model.fc.weight + 0
-        change = sum(w * model.fc.lora[n].delta(weight) for n, w in (("first", 0.7), ("second", -0.4)))
+        change = sum(
+            w * model.fc.lora[n].delta(weight) for n, w in (("first", 0.7), ("second", -0.4))
+        )
         np.testing.assert_allclose(model.fc.lora["c"].delta(weight), change, rtol=1e-5, atol=1e-6)
 
 

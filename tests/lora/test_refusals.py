@@ -106,7 +106,11 @@ CASES = {
         nn.StructureChangeError,
         "no adapter is active",
     ),
-    "merging twice": (after(attach, merge, merge), nn.StructureChangeError, "merged into 'fc.weight'"),
+    "merging twice": (
+        after(attach, merge, merge),
+        nn.StructureChangeError,
+        "merged into 'fc.weight'",
+    ),
     "attach while merged": (after(attach, merge, second), nn.StructureChangeError, "unmerge"),
     "enable while merged": (
         after(attach, merge, lambda m: nn.lora.enable(m, "default")),
@@ -121,7 +125,11 @@ CASES = {
     "unmerge first": (after(attach, unmerge), nn.StructureChangeError, "not merged"),
     "a parametrization on top": (covered, nn.StructureChangeError, "'attn.in_proj_weight'"),
     "DoRA with others": (
-        after(lambda m: attach(m, variant="dora"), second, lambda m: nn.lora.enable(m, ["default", "second"])),
+        after(
+            lambda m: attach(m, variant="dora"),
+            second,
+            lambda m: nn.lora.enable(m, ["default", "second"]),
+        ),
         nn.ArgumentError,
         "'default', 'second' together, on 'fc.weight'",
     ),
@@ -191,7 +199,10 @@ FILES = {
     "whole layers": ({"config": {"modules_to_save": ["norm"]}}, r"modules_to_save=\['norm'\]"),
     "another base": ({"config": {"init_lora_weights": "olora"}}, "init_lora_weights='olora'"),
     "a text for a number": ({"config": {"r": "8"}}, "r='8'"),
-    "another rank": ({"config": {"r": 3}}, r"'conv.weight' has the shape \(2, 6, 3\), and \(3, 6, 3\)"),
+    "another rank": (
+        {"config": {"r": 3}},
+        r"'conv.weight' has the shape \(2, 6, 3\), and \(3, 6, 3\)",
+    ),
     "another variant": ({"config": {"use_dora": True}}, "lora_magnitude of '.*weight' is missing"),
     "another shape": ({FC: np.zeros((2, 9), np.float32)}, r"'fc.weight' has the shape \(2, 9\)"),
     "a missing matrix": ({"drop": [FC]}, "lora_A of 'fc.weight' is missing"),
