@@ -124,7 +124,9 @@ def rank_too_large(where: str, rank: int, sizes: Mapping[str, tuple[int, int]]) 
             f"{where} with rank={rank}, and {those}",
             "the change would have more numbers than the matrix: a matrix has at most the rank of its "
             "smaller side",
-            f"rank={least} or less; or a pattern that leaves these layers out",
+            f"rank={least} or less; or leave out the small ones"
+            if least
+            else "leave out these layers",
         )
     )
 

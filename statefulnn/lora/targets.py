@@ -114,8 +114,9 @@ def adapters_of(layer: Any, name: str) -> Adapters | None:
 def carriers(model: Module) -> list[Target]:
     """Return the weights of a model that have adapters."""
     found = []
+    first = {id(layer): path for path, layer in reversed(named_layers(model).items())}
     for path, layer in named_layers(model).items():
-        for name in _weight_names(layer):
+        for name in _weight_names(layer) if first[id(layer)] == path else ():
             adapters = adapters_of(layer, name)
             if adapters is not None:
                 found.append(Target(path, layer, name, adapters.layout))
@@ -216,7 +217,7 @@ def _tried(layer: Any) -> Layout | None:
     if weight is None or weight.ndim != 2 or not params.keys() <= {"weight", "bias"}:
         return None
     rng = np.random.default_rng(0)
-    draw = lambda shape: rng.standard_normal(shape).astype(np.float32)
+    draw = lambda shape: rng.random(shape, np.float32) - np.float32(0.5)
     values = {name: draw(p.shape) for name, p in params.items()}
     tolerance = 1e-3 if jnp.finfo(weight.dtype).bits >= 32 else 0.1
     for transposed in (False, True):
@@ -260,13 +261,17 @@ def _is_trained(layer: Any) -> bool:
 
 
 def ties(model: Module, targets: list[Target]) -> dict[str, list[str]]:
-    """Return for each target whose parameter has further names: its label, and those names."""
+    """Return for each target whose parameter other modules have too: its label, and the names there."""
     inner = re.compile(r"parametrizations\.([^.]+)\.original$")
-    names: dict[int, dict[str, None]] = {}
-    for name, p in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(p), {})[inner.sub(r"\1", name)] = None
-    for target in targets:  # layers of a stack may share a parameter, which has one name there
-        if target.box is not None:
-            names.setdefault(id(target.box), {})[target.label] = None
-    others = {t.label: [n for n in names.get(id(t.box), ()) if n != t.label] for t in targets}
-    return {label: those for label, those in others.items() if those}
+    names: dict[int, dict[int, str]] = {}
+    for path, module in model.named_modules():
+        for name, p in module._parameters.items():
+            full = inner.sub(r"\1", f"{path}.{name}" if path else name)
+            names.setdefault(id(p), {})[id(module)] = full
+    found: dict[str, list[str]] = {}
+    for t in targets:
+        owner = t.layer if t.name in t.layer._parameters else t.layer.parametrizations[t.name]
+        others = [n for i, n in names.get(id(t.box), {}).items() if i != id(owner)]
+        if t.box is not None and others:
+            found[t.label] = others
+    return found

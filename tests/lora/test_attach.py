@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
 
 import jax
 import jax.numpy as jnp
@@ -335,6 +336,37 @@ def test_a_tied_weight_warns_and_is_not_merged():
     model[1].weight = nn.Parameter(model[1].weight.value)
     nn.lora.merge(model)
     close(model(jnp.arange(3)), out)
+
+
+def test_a_layer_at_two_names_is_one_layer_and_no_tie():
+    layer = nn.Linear(4, 4)
+    model = nn.Sequential(layer, nn.Tanh(), layer)
+    filled(nn.lora.attach(model, "2", rank=1))
+    out = model(jnp.ones((1, 4)))
+    nn.lora.merge(model)
+    close(model(jnp.ones((1, 4))), out)
+
+
+def products(function, *args):
+    """Return the shapes of the results of all matrix products in a function."""
+    text = str(jax.make_jaxpr(function)(*args))
+    return [
+        tuple(map(int, s.split(","))) for s in re.findall(r"f32\[([\d,]+)\] = dot_general", text)
+    ]
+
+
+def test_beside_a_layer_neither_its_weight_nor_the_gradient_of_it_is_computed():
+    model, x = nn.Sequential(nn.Linear(12, 48), nn.Linear(48, 12)), jnp.ones((5, 12))
+    forward = lambda model, x: nn.functionalize(model)[0](nn.functionalize(model)[1], x)
+    base = products(forward, model, x)
+    assert base == [(5, 48), (5, 12)]
+    nn.lora.attach(model, "*", rank=2)
+    assert sorted(products(forward, model, x)) == sorted([*base, (5, 2), (5, 48), (5, 2), (5, 12)])
+    fn, params = nn.functionalize(model)
+    backward = products(jax.grad(lambda p: fn(p, x).sum()), params)
+    assert not {(12, 48), (48, 12)} & set(backward) and (2, 48) in backward
+    nn.lora.merge(model)
+    assert products(forward, model, x) == base
 
 
 def test_gpt2_takes_adapters_by_the_names_of_its_layers():
