@@ -165,6 +165,7 @@ def wanted_targets(model: Module, layers: Filter, where: str) -> list[Target]:
 def _weight_names(layer: Any) -> list[str]:
     """Return the names of the attributes of a layer that may be matrices."""
     computed = [c.name for c in computations(layer)]
+    computed += ["weight"] if hasattr(type(layer), "weight") else []
     names = dict.fromkeys([*parameter_order(layer), *computed])
     return [n for n in names if _WEIGHT.fullmatch(n)]
 
@@ -269,9 +270,9 @@ def ties(model: Module, targets: list[Target]) -> dict[str, list[str]]:
             full = inner.sub(r"\1", f"{path}.{name}" if path else name)
             names.setdefault(id(p), {})[id(module)] = full
     found: dict[str, list[str]] = {}
-    for t in targets:
+    for t in [t for t in targets if t.box is not None]:
         owner = t.layer if t.name in t.layer._parameters else t.layer.parametrizations[t.name]
         others = [n for i, n in names.get(id(t.box), {}).items() if i != id(owner)]
-        if t.box is not None and others:
+        if others:
             found[t.label] = others
     return found

@@ -235,6 +235,13 @@ def test_a_subclass_with_a_forward_of_its_own_gets_the_change_in_its_weight():
     close(model[0].weight, changed)
     close(model(x), jnp.tanh(x) @ changed.T + model[0].bias)
 
+    nn.lora.detach(model)
+    filled(nn.lora.attach(model, "*", rank=2, alpha=ALPHA, variant=("dora", "rslora")))
+    adapter = model[0].parametrizations.weight[0]["default"]
+    changed = weight + ALPHA / 2**0.5 * np.asarray(adapter.lora_B) @ adapter.lora_A
+    lengths = adapter.lora_magnitude / np.linalg.norm(changed, axis=1)
+    close(model[0].weight, lengths[:, None] * changed)
+
 
 def test_equal_blocks_with_adapters_go_into_a_stack_and_a_stack_takes_adapters():
     class Block(nn.Module):

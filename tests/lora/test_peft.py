@@ -79,8 +79,8 @@ def adapted(twin, name="default", **options):
     return twin.eval()
 
 
-def close(ours, theirs):
-    np.testing.assert_allclose(np.asarray(ours), theirs.detach().numpy(), rtol=1e-5, atol=2e-6)
+def close(ours, theirs, rtol=1e-6, atol=1e-6):
+    np.testing.assert_allclose(np.asarray(ours), theirs.detach().numpy(), rtol, atol)
 
 
 # peft says in warnings what it does about fan_in_fan_out, and that embeddings are saved.
@@ -113,7 +113,8 @@ def test_adapters_of_attention_go_through_files_and_are_the_formula_s(tmp_path):
     # peft 0.21 itself adds the change of out_proj twice (github.com/huggingface/peft/pull/3774).
     model = network(lstm=False)
     theirs = adapted(torch_twin(model), target_modules=["attn"])
-    theirs.save_pretrained(tmp_path / "theirs")
+    theirs.save_pretrained(tmp_path / "theirs", safe_serialization=False)
+    assert (tmp_path / "theirs" / "adapter_model.bin").exists()
     nn.lora.load(model, tmp_path / "theirs")
     nn.lora.save(model, tmp_path / "ours")
     read = peft.PeftModel.from_pretrained(torch_twin(network(lstm=False)), tmp_path / "ours").eval()
@@ -151,7 +152,7 @@ def test_gradients_are_peft_s(case, tmp_path):
         if layer == "emb":
             kind = kind.replace("lora_A", "lora_embedding_A").replace("lora_B", "lora_embedding_B")
         key = f"base_model.model.{layer}.{kind}.default"
-        close(grad, expected.get(f"{key}.weight", expected.get(key)))
+        close(grad, expected.get(f"{key}.weight", expected.get(key)), rtol=1e-5)
 
 
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to:UserWarning")
