@@ -9,6 +9,7 @@ Source: Hu et al., LoRA, 2021; Kalajdzievski, rsLoRA, 2023; Liu et al., DoRA, 20
 
 from __future__ import annotations
 
+import functools
 import math
 import types
 from collections.abc import Callable
@@ -20,7 +21,9 @@ import jax.numpy as jnp
 
 from statefulnn import functional as F
 from statefulnn import init
+from statefulnn.core.box import unwrap
 from statefulnn.core.module import Module
+from statefulnn.functional._compiled import compiled
 from statefulnn.functional.conv import conv_nd
 from statefulnn.modules.containers import ModuleDict
 from statefulnn.utils._computed import Computation, Loading, base_of
@@ -89,6 +92,55 @@ class Spec:
         return self.alpha / root
 
 
+# What follows is compiled: one dispatch each in eager code, and XLA chooses the layouts on explicit meshes.
+_by_shape = functools.partial(compiled, static_argnames=("layout", "spec"))
+
+
+def _product(
+    weight: jax.Array, a: jax.Array, b: jax.Array, layout: Layout, spec: Spec
+) -> jax.Array:
+    product = b.reshape(-1, spec.rank) @ a.reshape(spec.rank, -1)
+    return layout.weight(spec.scale * product, weight.shape).astype(weight.dtype)
+
+
+_delta = _by_shape(_product)
+
+
+@_by_shape
+def _changed_norm(
+    weight: jax.Array, a: jax.Array, b: jax.Array, layout: Layout, spec: Spec
+) -> jax.Array:
+    """Return the norm of each row of the changed matrix, which DoRA takes for a constant."""
+    matrix = layout.matrix(weight + _product(weight, a, b, layout, spec)).astype(a.dtype)
+    return jax.lax.stop_gradient(jnp.linalg.norm(matrix, axis=1))
+
+
+@functools.partial(compiled, static_argnames="layout")
+def _scaled(weight: jax.Array, magnitude: jax.Array, norm: jax.Array, layout: Layout) -> jax.Array:
+    """Return a weight with its rows as long as the magnitude says, where they are as long as `norm`."""
+    factor = magnitude.reshape(-1) / norm
+    ones = () if layout.transposed else (1,) * (weight.ndim - 1)
+    return weight * factor.reshape(-1, *ones).astype(weight.dtype)
+
+
+@compiled
+def _dora(
+    out: jax.Array, plain: jax.Array, more: jax.Array, magnitude: jax.Array, norm: jax.Array
+) -> jax.Array:
+    """Return the output of a layer whose rows are scaled: `plain` is without bias, `more` the change."""
+    factor = magnitude.reshape(magnitude.shape[1:] if magnitude.ndim > 1 else magnitude.shape)
+    factor = (factor / norm.reshape(factor.shape)).astype(more.dtype)
+    return out + ((factor - 1) * plain.astype(more.dtype) + factor * more).astype(out.dtype)
+
+
+@_by_shape
+def _largest(weight: jax.Array, layout: Layout, spec: Spec) -> tuple[jax.Array, jax.Array]:
+    """Return PiSSA's matrices."""
+    u, s, vh = jnp.linalg.svd(layout.matrix(weight), full_matrices=False)
+    root = jnp.sqrt(s[: spec.rank] / spec.scale)
+    return root[:, None] * vh[: spec.rank], u[:, : spec.rank] * root
+
+
 class Adapter(Module):
     """One low-rank change of one weight.
 
@@ -96,6 +148,7 @@ class Adapter(Module):
         lora_A: ``(rank, in)``, of a convolution ``(rank, in, *kernel)``.
         lora_B: ``(out, rank)``, of a convolution ``(out, rank, 1, ...)``.
         lora_magnitude: ``(out,)``, of a convolution ``(1, out, 1, ...)``; None but for DoRA.
+        layout: how the weight is a matrix.
         spec: rank, alpha, dropout and variants.
     """
 
@@ -112,11 +165,11 @@ class Adapter(Module):
     def start(self, weight: jax.Array) -> None:
         """Give the initial values, for a weight that the adapter is to change."""
         if "pissa" in self.spec.variants:
-            matrix = self.layout.matrix(weight).astype(self.lora_A.dtype)
-            u, s, vh = jnp.linalg.svd(matrix, full_matrices=False)
-            rank, root = self.spec.rank, jnp.sqrt(s[: self.spec.rank] / self.spec.scale)
-            self.lora_A.value = (root[:, None] * vh[:rank]).reshape(self.lora_A.shape)
-            self.lora_B.value = (u[:, :rank] * root).reshape(self.lora_B.shape)
+            a, b = _largest(weight.astype(self.lora_A.dtype), self.layout, self.spec)
+            self.lora_A.value, self.lora_B.value = (
+                a.reshape(self.lora_A.shape),
+                b.reshape(self.lora_B.shape),
+            )
             # What was taken out of the weight, to give it back.
             self.register_buffer("first_A", self.lora_A.value, persistent=False)
             self.register_buffer("first_B", self.lora_B.value, persistent=False)
@@ -125,73 +178,59 @@ class Adapter(Module):
         else:
             init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
         if self.lora_magnitude is not None:
-            size = self._norm(weight + self.delta(weight))
-            self.lora_magnitude.value = size.reshape(self.lora_magnitude.shape)
+            self.lora_magnitude.value = self._norm(weight).reshape(self.lora_magnitude.shape)
 
     def delta(self, weight: jax.Array) -> jax.Array:
         """Return ``scale * B A`` in the shape and dtype of the weight."""
-        return self._product(weight, self.lora_A, self.lora_B)
+        return _delta(weight, unwrap(self.lora_A), unwrap(self.lora_B), self.layout, self.spec)
 
     def taken_out(self, weight: jax.Array) -> jax.Array:
         """Return what PiSSA took out of the weight."""
-        return self._product(weight, self.first_A, self.first_B)
-
-    def _product(self, weight: jax.Array, a: Any, b: Any) -> jax.Array:
-        rank = self.spec.rank
-        product = jnp.asarray(b).reshape(-1, rank) @ jnp.asarray(a).reshape(rank, -1)
-        return self.layout.weight(self.spec.scale * product, weight.shape).astype(weight.dtype)
+        return _delta(weight, self.first_A, self.first_B, self.layout, self.spec)
 
     def _norm(self, weight: jax.Array) -> jax.Array:
-        """Return the norm of each row of the matrix, which DoRA takes for a constant."""
-        matrix = self.layout.matrix(weight).astype(self.lora_A.dtype)
-        return jax.lax.stop_gradient(jnp.linalg.norm(matrix, axis=1))
-
-    def _factor(self, weight: jax.Array, norm: jax.Array) -> jax.Array:
-        """Return what DoRA multiplies a weight by."""
-        factor = jnp.asarray(self.lora_magnitude).reshape(-1) / norm
-        ones = () if self.layout.transposed else (1,) * (weight.ndim - 1)
-        return factor.reshape(-1, *ones).astype(weight.dtype)
+        a, b = unwrap(self.lora_A), unwrap(self.lora_B)
+        return _changed_norm(weight, a, b, self.layout, self.spec)
 
     def changed(self, weight: jax.Array) -> jax.Array:
         """Return the weight with this change."""
-        weight = weight + self.delta(weight)
+        changed = weight + self.delta(weight)
         if self.lora_magnitude is None:
-            return weight
-        return weight * self._factor(weight, self._norm(weight))
+            return changed
+        return _scaled(changed, unwrap(self.lora_magnitude), self._norm(weight), self.layout)
 
     def merged_into(self, weight: jax.Array) -> jax.Array:
         """Return the weight with this change, and note what `undone` needs."""
         if self.lora_magnitude is not None:
-            norm = self._norm(weight + self.delta(weight))
-            self.register_buffer("merged_norm", norm, persistent=False)
+            self.register_buffer("merged_norm", self._norm(weight), persistent=False)
         return self.changed(weight)
 
     def undone(self, weight: jax.Array) -> jax.Array:
         """Return the weight without this change."""
         if self.lora_magnitude is not None:
-            weight = weight / self._factor(weight, self.merged_norm)
+            weight = _scaled(
+                weight, self.merged_norm, unwrap(self.lora_magnitude).reshape(-1), self.layout
+            )
             del self.merged_norm
         return weight - self.delta(weight)
 
     def beside(self, layer: Any, x: jax.Array, out: jax.Array) -> jax.Array:
         """Return the output of a layer with this change."""
+        a, b = unwrap(self.lora_A), unwrap(self.lora_B)
         if self.layout.kind != "embedding":
-            x = jnp.asarray(x).astype(self.lora_A.dtype)
-            x = F.dropout(x, self.spec.dropout, training=layer.training and self.spec.dropout > 0)
+            x = F.dropout(
+                jnp.asarray(x).astype(a.dtype),
+                self.spec.dropout,
+                training=layer.training and self.spec.dropout > 0,
+            )
         down, up = _maps(layer, self.layout)
-        more = self.spec.scale * up(down(x, self.lora_A), self.lora_B)
-        if self.lora_magnitude is not None:
-            weight = jnp.asarray(layer.weight)
-            factor = self._factor(weight, self._norm(weight + self.delta(weight)))
-            shape = (-1, *(1,) * (layer.spatial if self.layout.kind == "conv" else 0))
-            factor = factor.reshape(shape).astype(more.dtype)
-            if self.layout.kind == "embedding":
-                plain = out
-            else:  # without the bias
-                kernel = weight.T if self.layout.transposed else weight
-                plain = down(x, kernel.astype(x.dtype))
-            more = (factor - 1) * plain.astype(more.dtype) + factor * more
-        return out + more.astype(out.dtype)
+        more = self.spec.scale * up(down(x, a), b)
+        if self.lora_magnitude is None:
+            return out + more.astype(out.dtype)
+        weight, plain = jnp.asarray(layer.weight), out
+        if self.layout.kind != "embedding":  # without the bias
+            plain = down(x, (weight.T if self.layout.transposed else weight).astype(x.dtype))
+        return _dora(out, plain, more, unwrap(self.lora_magnitude), self._norm(weight))
 
     def extra_repr(self) -> str:
         s = self.spec
