@@ -63,7 +63,7 @@ finally:
         gc.enable()
 
 if TYPE_CHECKING:
-    from statefulnn import amp, averaging, bridge, curvature, func, meta, parallel, quantization
+    from statefulnn import amp, averaging, bridge, curvature, func, lora, meta, parallel, quantization
     from statefulnn import io as io
     from statefulnn.averaging import AveragedModel, lerp_, update_bn
     from statefulnn.ensemble import Ensemble
@@ -118,6 +118,7 @@ __all__ = [
     "lerp_",
     "load",
     "load_exported",
+    "lora",
     "manual_seed",
     "materialize",
     "merge",
@@ -167,6 +168,7 @@ _LATER = (
     "curvature",
     "func",
     "io",
+    "lora",
     "meta",
     "parallel",
     "quantization",

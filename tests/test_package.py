@@ -46,6 +46,7 @@ ALLOWED = {
     "parallel": {"core", "modules"},
     "averaging": {"core", "functional", "modules", "transforms"},
     "quantization": {"core", "functional", "modules", "utils"},
+    "lora": {"core", "functional", "init", "io", "modules", "transforms", "utils"},
 }
 # Libraries whose models come in and go out, and the file or folder of bridge/ that knows each.
 LIBRARIES = set(nn.bridge.__all__)
@@ -215,8 +216,8 @@ def test_an_import_of_all_names_binds_them_and_hides_nothing_of_python_s(source)
 def test_what_is_built_on_top_is_imported_when_it_is_first_used():
     code = (
         "import sys, statefulnn as nn\n"
-        "names = {'amp', 'averaging', 'func', 'meta', 'curvature', 'ensemble', 'inspect', 'parallel'}\n"
-        "names |= {'quantization'}\n"
+        "names = {'amp', 'averaging', 'func', 'meta', 'curvature', 'ensemble', 'inspect', 'lora'}\n"
+        "names |= {'optim', 'parallel', 'quantization'}\n"
         "loaded = {n for n in names if f'statefulnn.{n}' in sys.modules}\n"
         "assert not loaded, loaded\n"
         "assert callable(nn.meta.adapt) and callable(nn.func.vjp) and callable(nn.Ensemble)\n"
@@ -227,7 +228,8 @@ def test_what_is_built_on_top_is_imported_when_it_is_first_used():
 
 
 @pytest.mark.parametrize(
-    "package", ["amp", "averaging", "func", "meta", "curvature", "parallel", "quantization"]
+    "package",
+    ["amp", "averaging", "func", "meta", "curvature", "lora", "optim", "parallel", "quantization"],
 )
 def test_every_function_on_top_is_documented_with_an_example(package):
     for name in getattr(nn, package).__all__:
