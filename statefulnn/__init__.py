@@ -63,7 +63,17 @@ finally:
         gc.enable()
 
 if TYPE_CHECKING:
-    from statefulnn import amp, averaging, bridge, curvature, func, lora, meta, parallel, quantization
+    from statefulnn import (
+        amp,
+        averaging,
+        bridge,
+        curvature,
+        func,
+        lora,
+        meta,
+        parallel,
+        quantization,
+    )
     from statefulnn import io as io
     from statefulnn.averaging import AveragedModel, lerp_, update_bn
     from statefulnn.ensemble import Ensemble
