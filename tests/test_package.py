@@ -32,7 +32,7 @@ ALLOWED = {
     "init": {"core"},
     "modules": {"core", "functional", "init"},
     "utils": {"core", "functional", "init", "modules", "transforms"},
-    "optimizer": {"core", "transforms"},
+    "optim": {"core", "transforms"},
     "parameter": {"core"},
     "io": {"core", "transforms"},
     "bridge": {"core", "functional", "init", "modules", "transforms", "utils"},
@@ -42,7 +42,7 @@ ALLOWED = {
     "meta": {"core", "transforms"},
     "curvature": {"core", "functional", "modules", "transforms"},
     "inspect": {"core"},
-    "amp": {"core", "functional", "optimizer", "transforms"},
+    "amp": {"core", "functional", "optim", "transforms"},
     "parallel": {"core", "modules"},
 }
 # Libraries whose models come in and go out, and the file or folder of bridge/ that knows each.
