@@ -158,7 +158,7 @@ class GradScaler(Module):
         return unscaled
 
     @shortened
-    def step(self, opt: Optimizer, grads: Mapping[str, ArrayLike], **extra: object) -> None:
+    def step(self, opt: Optimizer, grads: Mapping[str, ArrayLike], **extra: Any) -> None:
         """Step an optimizer, unless a gradient is not finite: then nothing changes.
 
         Args:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias, TypeGuard
 
 from statefulnn.core import refusals
 from statefulnn.core.module import Module
@@ -16,7 +16,7 @@ Selection: TypeAlias = Part | Iterable[Part] | Callable[[str], bool] | None
 Names: TypeAlias = str | tuple[str, ...] | Callable[[str], bool] | None
 
 
-def is_several(only: object) -> bool:
+def is_several(only: object) -> TypeGuard[Iterable[Any]]:
     """Say whether a selection is several parts, such as ``model.head.parameters()``."""
     return isinstance(only, Iterable) and not isinstance(only, (str, Module, Parameter))
 
@@ -39,7 +39,7 @@ def names_in(roots: Sequence[Module], only: Selection, where: str) -> Names:
         return only
     if not is_several(only) and not isinstance(only, (Module, Parameter)):
         raise refusals.filter_of_no_text(f"a filter of type {type(only).__name__}", where)
-    parts = tuple(only) if is_several(only) else (only,)  # pyright: ignore[reportArgumentType]
+    parts = tuple(only) if is_several(only) else (only,)
     names: dict[int, str] = {}
     for root in roots if any(not isinstance(part, str) for part in parts) else ():
         for path, module in root.named_modules(remove_duplicate=False):

@@ -47,9 +47,10 @@ class Slots(Module):
 
 def as_setting(box: Box | None, value: Any) -> Any:
     """Return a number as an array like the one in a box, so that nothing is compiled for it."""
-    if box is None or isinstance(value, bool) or not isinstance(value, (int, float, np.generic)):
+    if box is None or isinstance(value, bool) or not isinstance(value, (int, float, np.number)):
         return value
-    array, old = jnp.full(box.shape, value, box.dtype), box.value
+    old = box.value
+    array = jnp.full(old.shape, value, old.dtype)
     moved = not isinstance(old, Tracer) and getattr(old, "committed", False)
     return jax.device_put(array, old.sharding) if moved else array
 

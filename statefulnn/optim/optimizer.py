@@ -153,14 +153,13 @@ class Optimizer(Module):
         optax = import_extra("optax", "optax", "made an nn.Optimizer", "does the arithmetic")
         if not isinstance(module, Module):
             raise refusals.no_module(module, isinstance(tx, Module))
-        groups = dict(tx) if isinstance(tx, Mapping) else {None: tx}
-        for pattern, one in groups.items():
+        for pattern, one in tx.items() if isinstance(tx, Mapping) else ((None, tx),):
             if not isinstance(one, optax.GradientTransformation):
                 raise refusals.no_transformation(one, pattern)
         _check_options(clip, accumulate, reduction)
         plan_of(module)  # a module hidden in a list would not be trained: raises here
         self.module = Ref(module)
-        self.tx = groups if isinstance(tx, Mapping) else tx
+        self.tx = dict(tx) if isinstance(tx, Mapping) else tx
         self.clip = clip
         self._only = names_in([module], only, "nn.Optimizer")
         self._every, self._reduction = accumulate, reduction
@@ -549,10 +548,8 @@ class Optimizer(Module):
 
     def _updated(self, values: Any, slots: Any, grads: Any, extra: Any, norm: bool) -> Any:
         """Return parameters and slots after a step, and the norm of the gradients if it is asked for."""
-        total = None
-        if norm or self.clip is not None:
-            total = _global_norm(grads.values())
-        if self.clip is not None:
+        total = _global_norm(grads.values()) if norm or self.clip is not None else None
+        if total is not None and self.clip is not None:
             scale = jnp.minimum(self.clip / (total + 1e-6), 1)
             grads = {name: g * scale.astype(g.dtype) for name, g in grads.items()}
         first, own = slots[: len(self._leaves)], slots[len(self._leaves) :]
@@ -566,7 +563,9 @@ class Optimizer(Module):
             runs.append(leaves)
             for name in (n for n in values if of_cohort[n] == cohort):
                 stepped[name] = (values[name] + updates[name]).astype(values[name].dtype)
-        leaves = [runs[of_cohort.get(leaf.owner, 0)][i] for i, leaf in enumerate(self._leaves)]
+        leaves = [
+            runs[of_cohort.get(leaf.owner or "", 0)][i] for i, leaf in enumerate(self._leaves)
+        ]
         slots = [*leaves, *(runs[k][i] for k, i in self._own)]
         return stepped, slots, total if norm else None
 

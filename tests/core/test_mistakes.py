@@ -214,7 +214,6 @@ MISTAKES: list[tuple[str, str, str]] = [
     ("opt.hyperparams.learning_rate = 0.1", "optax.inject_hyperparams(optax.adam)(learning_rate=1e-3)", ""),
     ("injected.hyperparams.lr = 0.1", "opt.hyperparams.learning_rate = 0.1",
      "opt = injected"),
-    ("injected.hyperparams.learning_rate = 0.1", "jnp.asarray(value)", "value = 0.1"),
     ("opt.mu.fc.rate = 0.1", "one of these names", "pip"),
     ("nn.jit(built_inside)(model, x, y)", "opt = nn.Optimizer(model, tx)", ""),
     # parameters
