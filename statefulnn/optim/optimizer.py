@@ -12,9 +12,10 @@ Terms
 
 from __future__ import annotations
 
+import re
 import types
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, cast, overload
 
 import jax
@@ -42,7 +43,9 @@ from statefulnn.transforms.jit import jit
 _treedefs: dict[Any, Any] = {}
 
 _NO_SLOTS = Slots()
-COHORTS = "cohorts"  # the key of a state dict that says which cohort each parameter is in
+_OF_COHORT = re.compile(
+    r"(?:cohort(\d+)\.)?(.*)", re.S
+)  # a slot, of a cohort unless it is the first
 
 
 class Adaptation(NamedTuple):
@@ -328,7 +331,9 @@ class Optimizer(Module):
             tuple(n for n in self._names if n not in kept.values()),
         )
         # Nothing has changed so far, and from here on nothing fails.
-        self._clear()
+        self._clear_slots()
+        for name in self._names:
+            delattr(self, _built_for(name))
         # The boxes themselves: a parameter of the same name may be another one by the time of a step.
         for name, p in parameters.items():
             setattr(self, _built_for(name), Ref(p))
@@ -397,8 +402,10 @@ class Optimizer(Module):
 
     def _place(self, values: Sequence[Any]) -> None:
         """Put the arrays of the slots into buffers: of leaves, of later cohorts, of accumulated gradients."""
-        slots = [leaf.slot for leaf in self._leaves]
-        slots += [(f"cohort{k}", *self._leaves[i].slot) for k, i in self._own]
+        of_cohort = dict(zip(self._names, self._cohorts, strict=True))
+        places = [(of_cohort.get(leaf.owner or "", 0), leaf) for leaf in self._leaves]
+        places += [(k, self._leaves[i]) for k, i in self._own]
+        slots = [(f"cohort{k}", *leaf.slot) if k else leaf.slot for k, leaf in places]
         if self._every > 1:
             slots += [("accumulated", *name.split(".")) for name in self._names]
             slots.append(("micro_step",))
@@ -409,12 +416,10 @@ class Optimizer(Module):
         for pattern, settings in self._holders("hyperparams").items():
             settings.note_schedules(schedules.get(pattern, _NO_SLOTS)._modules)
 
-    def _clear(self) -> None:
+    def _clear_slots(self) -> None:
         for name in {slot[0] for slot in self._slots}:
             self._modules.pop(name, None)
             self._buffers.pop(name, None)
-        for name in self._names:
-            delattr(self, _built_for(name))
 
     def _boxes(self) -> list[Any]:
         return [find_box(self, slot) for slot in self._slots]
@@ -429,47 +434,47 @@ class Optimizer(Module):
             leaves.insert(position, constant)
         return jax.tree_util.tree_unflatten(self._treedef, leaves)
 
-    def _set_cohorts(self, cohorts: tuple[int, ...], values: Sequence[Any] = ()) -> None:
-        """Make the numbers that cohorts have of their own for other cohorts; see `_own`."""
+    def _set_cohorts(self, cohorts: tuple[int, ...]) -> None:
+        """Say which cohort each parameter is in; what a cohort has of its own begins as that of the first."""
         boxes = self._boxes()
         first, rest = boxes[: len(self._leaves)], boxes[len(self._leaves) + len(self._own) :]
-        pairs = set(zip(cohorts, self._groups, strict=True))
+        later = sorted(set(zip(cohorts, self._groups, strict=True)))
         own = [
-            (k, i)
-            for k in range(1, max(cohorts) + 1)
+            (cohort, i)
+            for cohort, group in later
             for i, leaf in enumerate(self._leaves)
-            if leaf.counts and (k, leaf.group) in pairs
+            if cohort and leaf.counts and leaf.group == group
         ]
-        values = values or [jnp.array(first[i].value) for _, i in own]
-        for name in {f"cohort{k}" for k, _ in self._own}:
-            self._modules.pop(name)
+        self._clear_slots()
         self._cohorts, self._own = cohorts, tuple(own)
-        self._place([*(b.value for b in first), *values, *(b.value for b in rest)])
+        copies = [jnp.array(first[i].value) for _, i in own]
+        self._place([*(b.value for b in first), *copies, *(b.value for b in rest)])
 
-    def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        if any(self._cohorts):
-            destination[prefix + COHORTS] = jnp.asarray(self._cohorts, jnp.int32)
+    def _expect_state(self, names: Iterable[str]) -> None:
+        """Take the cohorts that the names of a state dict tell of; parameters without a name keep theirs."""
+        owners = {".".join(leaf.slot): leaf.owner for leaf in self._leaves}
+        found = dict(zip(self._names, self._cohorts, strict=True))
+        for number, slot in (_OF_COHORT.fullmatch(name).groups() for name in names):
+            if owners.get(slot) is not None:
+                found[owners[slot]] = int(number or 0)
+        cohorts = tuple(found.values())
+        if cohorts != self._cohorts:
+            self._set_cohorts(cohorts)
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *rest: Any) -> None:
-        given = state_dict.get(prefix + COHORTS)
-        counts = [prefix + ".".join(leaf.slot) for leaf in self._leaves if leaf.counts]
-        cohorts = (0,) * len(self._names) if given is None else tuple(map(int, given))
-        if len(cohorts) == len(self._names):
-            state_dict.pop(prefix + COHORTS, None)
-            if cohorts != self._cohorts and any(name in state_dict for name in counts):
-                self._set_cohorts(cohorts)
+        self._expect_state([n[len(prefix) :] for n in state_dict if n.startswith(prefix)])
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
         """Load the slots by name; see `Module.load_state_dict`. Cohorts of `adapt` are those of the dict."""
-        cohorts, boxes = self._cohorts, self._boxes()
-        own = boxes[len(self._leaves) : len(self._leaves) + len(self._own)]
+        before = self._cohorts, self._own, [box.value for box in self._boxes()]
         try:
             return super().load_state_dict(state_dict, strict, assign)
         except BaseException:
-            if cohorts != self._cohorts:
-                self._set_cohorts(cohorts, [box.value for box in own])
+            if self._cohorts != before[0]:
+                self._clear_slots()
+                self._cohorts, self._own = before[:2]
+                self._place(before[2])
             raise
 
     # ----------------------------------------------------------------------------------------------
