@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from statefulnn.core import habits
+from statefulnn.core.arrays import strong
 from statefulnn.core.box import Box
 from statefulnn.core.compat import Tracer
 from statefulnn.core.module import Module
@@ -48,7 +49,7 @@ class Slots(Module):
 def as_setting(box: Box | None, value: Any) -> Any:
     """Return a number as an array like the one in a box, so that nothing is compiled for it."""
     if box is None or isinstance(value, bool) or not isinstance(value, (int, float, np.number)):
-        return value
+        return strong(value)
     old = box.value
     array = jnp.full(old.shape, value, old.dtype)
     moved = not isinstance(old, Tracer) and getattr(old, "committed", False)
