@@ -82,7 +82,7 @@ def part_groups(report: Report, quick: bool) -> None:
 def part_accumulate(report: Report, quick: bool) -> None:
     """One update of eight batches beside a scan over them by hand."""
     layers, width, count = (4, 32, 8) if quick else (12, 256, 8)
-    batches = jnp.ones((count, 64, width))
+    batches = jnp.ones((count, 256, width))
     tx = optax.adamw(1e-4)
     fn, params = nn.functionalize(net(layers, width))
 
@@ -105,7 +105,8 @@ def part_accumulate(report: Report, quick: bool) -> None:
     @nn.jit
     def in_one(model: nn.Module, opt: nn.Optimizer, batches: jax.Array) -> jax.Array:
         def body(carry: tuple, x: jax.Array) -> tuple:
-            return carry, train_step(*carry, x)
+            model, opt = carry
+            return carry, train_step(model, opt, x)
 
         return nn.scan(body, (model, opt), batches)[1]
 

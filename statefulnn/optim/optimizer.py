@@ -43,9 +43,7 @@ from statefulnn.transforms.jit import jit
 _treedefs: dict[Any, Any] = {}
 
 _NO_SLOTS = Slots()
-_OF_COHORT = re.compile(
-    r"(?:cohort(\d+)\.)?(.*)", re.S
-)  # a slot, of a cohort unless it is the first
+_OF_COHORT = re.compile(r"cohort(\d+)\.")  # begins the names of slots of all cohorts but the first
 
 
 class Adaptation(NamedTuple):
@@ -135,6 +133,8 @@ class Optimizer(Module):
 
     # optax's transformations are closures over settings that stay as they are.
     _unwatched = ("tx",)
+    # Where these have changed, a compilation is no surprise.
+    _adapted = ("_names", "_shapes", "_slots")
 
     _habits = habits.OPTIMIZER
     zero_grad: Any = property()  # of nothing: Python asks `__getattr__`, which has the answer
@@ -454,9 +454,11 @@ class Optimizer(Module):
         """Take the cohorts that the names of a state dict tell of; parameters without a name keep theirs."""
         owners = {".".join(leaf.slot): leaf.owner for leaf in self._leaves}
         found = dict(zip(self._names, self._cohorts, strict=True))
-        for number, slot in (_OF_COHORT.fullmatch(name).groups() for name in names):
-            if owners.get(slot) is not None:
-                found[owners[slot]] = int(number or 0)
+        for name in names:
+            later = _OF_COHORT.match(name)
+            owner = owners.get(name[later.end() :] if later else name)
+            if owner is not None:
+                found[owner] = int(later[1]) if later else 0
         cohorts = tuple(found.values())
         if cohorts != self._cohorts:
             self._set_cohorts(cohorts)
@@ -606,18 +608,21 @@ class Optimizer(Module):
         slots, sums, steps = slots[:count], slots[count:-1], slots[-1] + 1
         sums = [s + grads[n] for n, s in zip(self._names, sums, strict=True)]
         scale = 1 / self._every if self._reduction == "mean" else 1.0
-        grads = {n: s * scale for n, s in zip(self._names, sums, strict=True)}
 
-        def update() -> Any:
-            new, after, _ = self._updated(values, slots, grads, extra, False)
+        def reduced(sums: Any) -> dict[str, Any]:
+            return {n: s * scale for n, s in zip(self._names, sums, strict=True)}
+
+        def update(carry: Any) -> Any:
+            values, slots, sums, steps = carry
+            new, after, _ = self._updated(values, slots, reduced(sums), extra, False)
             after = [jnp.asarray(x, s.dtype) for x, s in zip(after, slots, strict=True)]
-            return new, [*after, *map(jnp.zeros_like, sums), jnp.zeros_like(steps)]
+            return new, after, [jnp.zeros_like(s) for s in sums], jnp.zeros_like(steps)
 
-        def wait() -> Any:
-            return values, [*slots, *sums, steps]
-
-        values, slots = lax.cond(steps == self._every, update, wait)
-        return values, slots, _global_norm(grads.values()) if norm else None
+        total = _global_norm(reduced(sums).values()) if norm else None
+        # A loop that runs once or not at all: unlike a branch, it leaves what it carries where it lies.
+        due = lambda carry: carry[-1] == self._every
+        values, slots, sums, steps = lax.while_loop(due, update, (values, slots, sums, steps))
+        return values, [*slots, *sums, steps], total
 
     def _note_step(self, scope: Scope | None, boxes: list[Any]) -> None:
         """Note a step of an optimizer that is built in the trace in which the module is an argument."""

@@ -251,3 +251,14 @@ def test_numbers_of_the_transformation_that_are_not_arrays_stay():
     opt.adapt()
     opt.step(gradients(theirs, 1))
     assert opt.state["what"] == "kept"
+
+
+def test_many_adaptations_compile_without_a_warning():
+    model = nn.Sequential(*(nn.Linear(2, 2, bias=False) for _ in range(10)))
+    model.requires_grad_(False)
+    model[9].requires_grad_(True)
+    opt = nn.Optimizer(model, optax.sgd(0.1))
+    for i in reversed(range(9)):
+        opt.step({f"{j}.weight": jnp.ones((2, 2)) for j in range(i + 1, 10)})  # warnings are errors
+        model[i].requires_grad_(True)
+        assert opt.adapt().fresh == (f"{i}.weight",)
