@@ -220,8 +220,8 @@ class Optimizer(Module):
             raise AttributeError("lr")
         return types.MappingProxyType(rates) if self._has_groups else rates[REST]
 
-    def _set_lr(self, value: Any) -> None:
-        self.lr  # noqa: B018 (has the answer where no rate is injected)
+    @lr.setter
+    def lr(self, value: Any) -> None:
         rates = self._rates()
         given = value if isinstance(value, Mapping) else dict.fromkeys(self._patterns, value)
         for pattern in given:
@@ -251,11 +251,12 @@ class Optimizer(Module):
         return isinstance(self.tx, dict)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in ("lr", "hyperparams"):
-            return self._set_lr(value) if name == "lr" else getattr(self, name)
         if name in habits.SETTINGS_OF_OPTIMIZERS and type(self) is Optimizer:
             getattr(self, name)  # has the answer
-        return super().__setattr__(name, value)
+        if name in ("lr", "hyperparams"):
+            object.__setattr__(self, name, value)  # properties
+        else:
+            super().__setattr__(name, value)
 
     def __repr__(self) -> str:
         options = {"only": self._only, "clip": self.clip}

@@ -42,6 +42,8 @@ def test_a_rate_is_read_and_set_as_in_torch():
     assert step.trace_count == 1
     opt.hyperparams["b1"] = 0.5
     assert opt.hyperparams["b1"] == opt.hyperparams.b1 == 0.5
+    with pytest.raises(AttributeError, match="hyperparams"):
+        opt.hyperparams = {"learning_rate": 0.1}
 
 
 def test_a_rate_is_set_in_compiled_code():
