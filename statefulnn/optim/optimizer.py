@@ -616,7 +616,7 @@ class Optimizer(Module):
         def update(carry: Any) -> Any:
             values, slots, sums, steps = carry
             new, after, _ = self._updated(values, slots, reduced(sums), extra, False)
-            after = [jnp.asarray(x, s.dtype) for x, s in zip(after, slots, strict=True)]
+            new, after = jax.tree.map(_of_type, (new, after), (values, slots))
             return new, after, [jnp.zeros_like(s) for s in sums], jnp.zeros_like(steps)
 
         total = _global_norm(reduced(sums).values()) if norm else None
@@ -722,6 +722,12 @@ def _distinct(arrays: Sequence[Any], held: set[int]) -> list[jax.Array]:
         result.append(jnp.array(x) if id(x) in held else jnp.asarray(x))
         held.add(id(result[-1]))
     return result
+
+
+def _of_type(x: Any, other: jax.Array) -> jax.Array:
+    """Return an array of the dtype of another, which lies on an explicit mesh as the other does."""
+    x, sharding = jnp.asarray(x, other.dtype), jax.typeof(other).sharding
+    return x if jax.typeof(x).sharding == sharding else jax.sharding.reshard(x, sharding)
 
 
 def _takes_extra(tx: Any) -> bool:
