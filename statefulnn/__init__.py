@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 _collecting = gc.isenabled()
 gc.disable()
 try:
-    from statefulnn import attention, functional, init, modules, parameter, utils
+    from statefulnn import attention, functional, init, modules, optim, parameter, utils
     from statefulnn.core import errors, habits
     from statefulnn.core.default_dtype import default_dtype, get_default_dtype, set_default_dtype
     from statefulnn.core.errors import *  # noqa: F403
@@ -37,7 +37,7 @@ try:
     from statefulnn.core.placement import device
     from statefulnn.core.uninitialized import UninitializedBuffer, UninitializedParameter
     from statefulnn.modules import *  # noqa: F403
-    from statefulnn.optimizer import Optimizer
+    from statefulnn.optim import Optimizer
     from statefulnn.transforms.audit import audit
     from statefulnn.transforms.branches import cond, switch
     from statefulnn.transforms.capture import capture
@@ -136,6 +136,7 @@ __all__ = [
     "modules",
     "mutable",
     "next_key",
+    "optim",
     "parallel",
     "parameter",
     "parameters_to_vector",

@@ -32,7 +32,7 @@ ALLOWED = {
     "init": {"core"},
     "modules": {"core", "functional", "init"},
     "utils": {"core", "functional", "init", "modules", "transforms"},
-    "optimizer": {"core", "transforms"},
+    "optim": {"core", "transforms"},
     "parameter": {"core"},
     "io": {"core", "transforms"},
     "bridge": {"core", "functional", "init", "modules", "transforms", "utils"},
@@ -42,7 +42,7 @@ ALLOWED = {
     "meta": {"core", "transforms"},
     "curvature": {"core", "functional", "modules", "transforms"},
     "inspect": {"core"},
-    "amp": {"core", "functional", "optimizer", "transforms"},
+    "amp": {"core", "functional", "optim", "transforms"},
     "parallel": {"core", "modules"},
     "averaging": {"core", "functional", "modules", "transforms"},
     "quantization": {"core", "functional", "modules", "utils"},
@@ -217,7 +217,7 @@ def test_what_is_built_on_top_is_imported_when_it_is_first_used():
     code = (
         "import sys, statefulnn as nn\n"
         "names = {'amp', 'averaging', 'func', 'meta', 'curvature', 'ensemble', 'inspect', 'lora'}\n"
-        "names |= {'optim', 'parallel', 'quantization'}\n"
+        "names |= {'parallel', 'quantization'}\n"
         "loaded = {n for n in names if f'statefulnn.{n}' in sys.modules}\n"
         "assert not loaded, loaded\n"
         "assert callable(nn.meta.adapt) and callable(nn.func.vjp) and callable(nn.Ensemble)\n"

@@ -15,7 +15,7 @@ from statefulnn.core.errors import ArgumentError, explain
 from statefulnn.core.module import Module
 from statefulnn.core.tracebacks import shortened
 from statefulnn.functional._checks import widened
-from statefulnn.optimizer import Optimizer
+from statefulnn.optim import Optimizer
 from statefulnn.transforms.jit import jit
 
 _T = TypeVar("_T")
@@ -158,7 +158,7 @@ class GradScaler(Module):
         return unscaled
 
     @shortened
-    def step(self, opt: Optimizer, grads: Mapping[str, ArrayLike], **extra: object) -> None:
+    def step(self, opt: Optimizer, grads: Mapping[str, ArrayLike], **extra: Any) -> None:
         """Step an optimizer, unless a gradient is not finite: then nothing changes.
 
         Args:

@@ -35,7 +35,7 @@ def _answers(why: str, **code: str) -> dict[str, Answer]:
 TRAIN = "loss, grads = nn.value_and_grad(loss_fn)(model, x, y); opt.step(grads)"
 _RATE = (
     "opt = nn.Optimizer(model, optax.inject_hyperparams(optax.adam)(learning_rate=1e-3)), then "
-    "opt.hyperparams.learning_rate = jnp.asarray(1e-4)"
+    "opt.lr = 1e-4"
 )
 _GRADIENT = (
     "nothing records what an array was made of: nn.grad and nn.value_and_grad differentiate functions, "
@@ -64,6 +64,23 @@ _COMPILES = (
 )
 _OPTAX = "optax has the optimizers, and nn.Optimizer applies them to a module"
 
+# Names of torch.optim, which people look for in nn and in nn.optim.
+OPTIM: Answers = _answers(
+    _OPTAX,
+    **{
+        name: f"import optax; opt = nn.Optimizer(model, optax.{code})"
+        for names, code in (
+            (("Adam", "adam"), "adam(1e-3)"),
+            (("AdamW", "adamw"), "adamw(1e-3)"),
+            (("SGD", "sgd"), "sgd(0.1, momentum=0.9)"),
+            (("RMSprop",), "rmsprop(1e-2)"),
+            (("Adagrad",), "adagrad(1e-2)"),
+        )
+        for name in names
+    },
+    lr_scheduler="opt = nn.Optimizer(model, optax.adam(optax.cosine_decay_schedule(1e-3, 1000)))",
+)
+
 # Names of the package.
 PACKAGE: Answers = {
     **_answers(
@@ -75,21 +92,8 @@ PACKAGE: Answers = {
             "model.eval()(x); jax.lax.stop_gradient(model(x)) inside of a loss",
         ),
     ),
-    **_answers(
-        _OPTAX,
-        **dict.fromkeys(
-            ("Adam", "adam"), "import optax; opt = nn.Optimizer(model, optax.adam(1e-3))"
-        ),
-        **dict.fromkeys(
-            ("AdamW", "adamw"), "import optax; opt = nn.Optimizer(model, optax.adamw(1e-3))"
-        ),
-        **dict.fromkeys(
-            ("SGD", "sgd"), "import optax; opt = nn.Optimizer(model, optax.sgd(0.1, momentum=0.9))"
-        ),
-        apply_updates=TRAIN,
-        optim="import optax; opt = nn.Optimizer(model, optax.adam(1e-3))",
-        lr_scheduler="opt = nn.Optimizer(model, optax.adam(optax.cosine_decay_schedule(1e-3, 1000)))",
-    ),
+    **OPTIM,
+    **_answers(_OPTAX, apply_updates=TRAIN),
     **_answers(
         "arrays are JAX's, and jax knows the devices",
         **dict.fromkeys(("tensor", "Tensor", "as_tensor", "from_numpy"), "jnp.asarray(values)"),
@@ -258,7 +262,7 @@ def _injected(optimizer: str, setting: str) -> str:
     """Return the code that injects a setting, and changes it."""
     return (
         f"opt = nn.Optimizer(model, optax.inject_hyperparams(optax.{optimizer})(1e-3, {setting}=0.5)), then "
-        f"opt.hyperparams.{setting} = jnp.asarray(0.9)"
+        f"opt.hyperparams.{setting} = 0.9"
     )
 
 
@@ -371,7 +375,7 @@ CONSTRUCTOR: Answers = {
     ),
     **_answers(
         "parameters with requires_grad=True are trained, and all others are left alone",
-        wrt="model.fc.requires_grad_(False); opt = nn.Optimizer(model, optax.adam(1e-3))",
+        wrt='opt = nn.Optimizer(model, optax.adam(1e-3), only="fc.*")',
     ),
 }
 
@@ -542,7 +546,7 @@ def refuse_slot(container: str, name: str, known: Iterable[str], value: object) 
     near = near or difflib.get_close_matches(name, names, 1) or names
     code = f"one of these names of opt.{container}"
     if container.endswith("hyperparams") and isinstance(value, (int, float)):
-        code = f"opt.{container}.{near[0]} = jnp.asarray({value!r})"
+        code = f"opt.{container}.{near[0]} = {value!r}"
     raise refusals.no_slot(f"{container}.{name}", names, code)
 
 

@@ -26,7 +26,7 @@ from statefulnn.core.class_keys import ValueKeyMaker, class_key
 from statefulnn.core.construction import settings
 from statefulnn.core.errors import RetraceWarning, explain, user_stack_level
 from statefulnn.core.generator import Generator
-from statefulnn.core.moduledef import COPIED, HOOKS, SHARED, ModuleDef, NodeDef, differences, rank
+from statefulnn.core.moduledef import COPIED, HOOKS, SHARED, ModuleDef, NodeDef, rank
 from statefulnn.core.objects import Identity, copied
 from statefulnn.core.ownership import ModuleBase, set_plan
 from statefulnn.core.parameter import Parameter
@@ -35,6 +35,7 @@ from statefulnn.core.registry import GLOBAL_HOOKS, GLOBAL_STAMP, HookDict
 from statefulnn.core.slices import refuse_parts
 from statefulnn.core.stamps import Stamp, clock
 from statefulnn.core.static_keys import BoundMethod, HookKeyMaker
+from statefulnn.core.surprises import surprising
 from statefulnn.core.uninitialized import is_lazy
 from statefulnn.core.watch import Watch
 
@@ -326,9 +327,7 @@ def plan_of(module: ModuleBase) -> Plan:
 def count_changes(before: Plan, after: Plan) -> None:
     """Count the attributes that led to a new ModuleDef, and warn of one that keeps doing so."""
     after.changes = before.changes
-    if not after.fresh or before.moduledef is after.moduledef:
-        return
-    for name, change in differences(before.moduledef, after.moduledef):
+    for name, change in surprising(before.moduledef, after.moduledef) if after.fresh else ():
         after.changes[name] = count = after.changes.get(name, 0) + 1
         if count == RETRACE_LIMIT:
             _warn(

@@ -683,6 +683,37 @@ def nothing_chosen(
     )
 
 
+def part_of_no_module(kind: str, where: str) -> UnknownNameError:
+    return _refusal(
+        UnknownNameError,
+        f"{where} was given only= a {kind} that is not in the module",
+        "parts are found by identity, and another object is: a copy, such as the one that nn.jit passes; "
+        "a layer that was replaced since; one of a stack, which holds one array for all its layers",
+        'by name, only="head.*"; or only=model.head, of the very model that is passed',
+    )
+
+
+def nothing_trainable_chosen(names: Sequence[str], where: str) -> UnknownNameError:
+    frozen = listed([repr(n) for n in names])
+    return _refusal(
+        UnknownNameError,
+        f"{where} was given only= a filter that chooses {f'{frozen}, all frozen' if names else 'nothing'}",
+        "parameters with requires_grad=True are trained, and none of them is left",
+        "model.head.requires_grad_(True) before"
+        if names
+        else "a function that is true of some name, only=lambda name: 'head' in name; or a pattern",
+    )
+
+
+def only_without_modules(where: str) -> ArgumentError:
+    return _refusal(
+        ArgumentError,
+        f"{where} was given only=, and differentiates by no module",
+        "it chooses among the parameters of modules, and what is differentiated are arrays or parameters",
+        'nn.grad(loss_fn, only="head.*")(model, x), the model in the place of argnums',
+    )
+
+
 # --------------------------------------------------------------------------------------------------
 # State dicts
 

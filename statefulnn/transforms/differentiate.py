@@ -21,7 +21,8 @@ from statefulnn.core.hooks import hooks_of
 from statefulnn.core.module import Module
 from statefulnn.core.ownership import Scope
 from statefulnn.core.pytree import flatten_collecting
-from statefulnn.core.refusals import forward_mode
+from statefulnn.core.refusals import forward_mode, only_without_modules
+from statefulnn.core.selection import Selection, trainable
 from statefulnn.transforms import refusals
 from statefulnn.transforms.lift import Mark, SplitCall, Writes, template
 from statefulnn.transforms.types import PyTree
@@ -59,6 +60,7 @@ class Differentiation:
         argnums: which positional arguments to differentiate by; an integer or a tuple of them.
         has_aux: whether `fun` returns a pair of a differentiated output and anything else.
         view: is applied to the differentiated output, such as a check that it is a scalar.
+        only: which parameters of the modules among these arguments, see `trainable`; others are constants.
 
     Attributes:
         values: what is differentiated, `Chosen`.
@@ -72,12 +74,15 @@ class Differentiation:
         argnums: int | tuple[int, ...],
         has_aux: bool = False,
         view: Callable[[Any], Any] = lambda out: out,
+        only: Selection = None,
     ) -> None:
         self.fun, self.has_aux, self._view = fun, has_aux, view
         self._several = not isinstance(argnums, int)
         numbers = (argnums,) if isinstance(argnums, int) else tuple(argnums)
         self.call = SplitCall((args, kwargs))
         self._targets = [_Target(self.call, args, n, fun) for n in numbers]
+        if only is not None:
+            self._choose(only)
         # Positions to differentiate: among the leaves of modules, and among the other leaves. Sets, since two
         # arguments may share a parameter: it is one array, and its gradient the sum over both.
         self._in_modules = sorted({p for t in self._targets for p in t.leaf_positions})
@@ -92,6 +97,16 @@ class Differentiation:
             [self._leaves[p] for p in self._in_modules]
             + [self.call.dynamic[p] for p in self._in_arrays]
         )
+
+    def _choose(self, only: Selection) -> None:
+        """Leave out the parameters of modules that a selection does not choose."""
+        modules = [root for t in self._targets for root in t.roots if isinstance(root, Module)]
+        if not modules:
+            raise only_without_modules("nn.grad")
+        found = trainable(modules, only, "nn.grad")
+        ids = {id(p) for those in found for p in those.values()}
+        for target in self._targets:
+            target.keep(ids)
 
     def __call__(self, chosen: Chosen) -> tuple[Any, tuple[Any, Writes]]:
         """Run the user's function, purely: return its output, and (aux, what it wrote)."""
@@ -188,10 +203,16 @@ class _Target:
         self._call = call
         self._template = template(call.signature.treedef)[0][number % len(args)]
         marks = jax.tree_util.tree_leaves(self._template)
-        roots = [call.roots[m.number] for m in marks if not m.is_leaf]
+        self.roots = [call.roots[m.number] for m in marks if not m.is_leaf]
         # The trainable parameters of modules, and the other leaves.
-        self.leaf_positions = [p for root in roots for p in call.positions_under(root)]
+        self.leaf_positions = [p for root in self.roots for p in call.positions_under(root)]
         self.array_positions = [m.number for m in marks if m.is_leaf]
+
+    def keep(self, ids: set[int]) -> None:
+        """Leave out the parameters of modules whose boxes are not among these."""
+        ids = ids | {id(root) for root in self.roots if isinstance(root, Box)}
+        boxes = self._call.plan.boxes
+        self.leaf_positions = [p for p in self.leaf_positions if id(boxes[p]) in ids]
 
     def shown(self, of_leaf: Mapping[int, PyTree], of_array: Mapping[int, PyTree]) -> PyTree:
         """Return the argument with other values in place of what is differentiated."""
@@ -234,8 +255,9 @@ class _Target:
         """Return the leaf position of each trainable parameter by name; of a box, the position."""
         if isinstance(root, Box):
             return self._call.positions_under(root)[0]
-        position = {id(box): i for i, box in enumerate(self._call.plan.boxes)}
-        return {name: position[id(p)] for name, p in root.named_parameters() if p.requires_grad}
+        boxes = self._call.plan.boxes
+        position = {id(boxes[i]): i for i in self.leaf_positions}
+        return {n: position[id(p)] for n, p in root.named_parameters() if id(p) in position}
 
 
 # --------------------------------------------------------------------------------------------------

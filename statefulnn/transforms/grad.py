@@ -10,6 +10,7 @@ import jax
 
 from statefulnn.core.failures import typed_failures
 from statefulnn.core.refusals import no_callable
+from statefulnn.core.selection import Selection, is_several
 from statefulnn.core.tracebacks import shortened
 from statefulnn.transforms.differentiate import Differentiation, real_scalar, require_argnums
 from statefulnn.transforms.types import P, R
@@ -19,7 +20,11 @@ _Aux = TypeVar("_Aux")
 
 @overload
 def value_and_grad(
-    fun: Callable[P, R], argnums: int | tuple[int, ...] = 0, has_aux: Literal[False] = False
+    fun: Callable[P, R],
+    argnums: int | tuple[int, ...] = 0,
+    has_aux: Literal[False] = False,
+    *,
+    only: Selection = None,
 ) -> Callable[P, tuple[R, Any]]: ...
 @overload
 def value_and_grad(
@@ -27,17 +32,30 @@ def value_and_grad(
     argnums: int | tuple[int, ...] = 0,
     *,
     has_aux: Literal[True],
+    only: Selection = None,
 ) -> Callable[P, tuple[tuple[R, _Aux], Any]]: ...
 @overload
 def value_and_grad(
-    fun: Callable[P, Any], argnums: int | tuple[int, ...] = 0, has_aux: bool = False
+    fun: Callable[P, Any],
+    argnums: int | tuple[int, ...] = 0,
+    has_aux: bool = False,
+    *,
+    only: Selection = None,
 ) -> Callable[P, Any]: ...
 @overload
 def value_and_grad(
-    fun: None = None, argnums: int | tuple[int, ...] = 0, has_aux: bool = False
+    fun: None = None,
+    argnums: int | tuple[int, ...] = 0,
+    has_aux: bool = False,
+    *,
+    only: Selection = None,
 ) -> Callable[[Callable[P, Any]], Callable[P, Any]]: ...
 def value_and_grad(
-    fun: Callable | None = None, argnums: int | tuple[int, ...] = 0, has_aux: bool = False
+    fun: Callable | None = None,
+    argnums: int | tuple[int, ...] = 0,
+    has_aux: bool = False,
+    *,
+    only: Selection = None,
 ) -> Any:
     """Return a function that computes a loss and its gradient.
 
@@ -45,6 +63,9 @@ def value_and_grad(
         fun: returns a scalar, or with `has_aux` a pair of a scalar and anything.
         argnums: which argument, or arguments, to differentiate: a Module, a Parameter, or arrays.
         has_aux: whether `fun` returns a pair.
+        only: which parameters of the module to differentiate by: names or patterns, ``"head.*|*.bias"``;
+            modules or parameters of it, one or several; or a function of the name. The others are constants,
+            for which no gradient is computed.
 
     Returns:
         a function with `fun`'s arguments that returns ``(value, grads)`` or ``((value, aux), grads)``.
@@ -53,6 +74,7 @@ def value_and_grad(
 
     Raises:
         UnusedModuleError: if `fun` never reads the module it is differentiated by.
+        UnknownNameError: if `only` matches nothing, or only what is frozen.
         TypeError: if the loss is no real scalar.
 
     Example:
@@ -62,15 +84,20 @@ def value_and_grad(
         >>> loss, grads = nn.value_and_grad(loss_fn)(model, jnp.ones((3, 2)))
         >>> grads["bias"].tolist()
         [3.0]
+        >>> list(nn.value_and_grad(loss_fn, only="bias")(model, jnp.ones((3, 2)))[1])
+        ['bias']
     """
     if fun is None:
-        return functools.partial(value_and_grad, argnums=argnums, has_aux=has_aux)
+        return functools.partial(value_and_grad, argnums=argnums, has_aux=has_aux, only=only)
     _require_function(fun, "nn.value_and_grad", argnums)
+    if is_several(only):
+        only = tuple(only)  # an iterator would serve one call
 
     @shortened
     @functools.wraps(fun)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
-        call = Differentiation(fun, args, kwargs, argnums, has_aux, real_scalar(fun, has_aux))
+        view = real_scalar(fun, has_aux)
+        call = Differentiation(fun, args, kwargs, argnums, has_aux, view, only)
         with typed_failures():  # of what JAX compiles by itself, such as loops
             (loss, effects), grads = jax.value_and_grad(call, has_aux=True)(call.values)
         aux = call.finish(effects)
@@ -85,17 +112,30 @@ def grad(
     argnums: int | tuple[int, ...] = 0,
     *,
     has_aux: Literal[True],
+    only: Selection = None,
 ) -> Callable[P, tuple[Any, _Aux]]: ...
 @overload
 def grad(
-    fun: Callable[P, Any], argnums: int | tuple[int, ...] = 0, has_aux: bool = False
+    fun: Callable[P, Any],
+    argnums: int | tuple[int, ...] = 0,
+    has_aux: bool = False,
+    *,
+    only: Selection = None,
 ) -> Callable[P, Any]: ...
 @overload
 def grad(
-    fun: None = None, argnums: int | tuple[int, ...] = 0, has_aux: bool = False
+    fun: None = None,
+    argnums: int | tuple[int, ...] = 0,
+    has_aux: bool = False,
+    *,
+    only: Selection = None,
 ) -> Callable[[Callable[P, Any]], Callable[P, Any]]: ...
 def grad(
-    fun: Callable | None = None, argnums: int | tuple[int, ...] = 0, has_aux: bool = False
+    fun: Callable | None = None,
+    argnums: int | tuple[int, ...] = 0,
+    has_aux: bool = False,
+    *,
+    only: Selection = None,
 ) -> Any:
     """Return a function that computes the gradient of a loss; see `value_and_grad`.
 
@@ -103,6 +143,7 @@ def grad(
         fun: returns a scalar, or with `has_aux` a pair of a scalar and anything.
         argnums: which argument, or arguments, to differentiate.
         has_aux: whether `fun` returns a pair.
+        only: which parameters of the module to differentiate by.
 
     Returns:
         a function that returns ``grads``, or ``(grads, aux)``.
@@ -114,9 +155,9 @@ def grad(
         ['bias', 'weight']
     """
     if fun is None:
-        return functools.partial(grad, argnums=argnums, has_aux=has_aux)
+        return functools.partial(grad, argnums=argnums, has_aux=has_aux, only=only)
     _require_function(fun, "nn.grad", argnums)
-    both = value_and_grad(fun, argnums, has_aux)
+    both = value_and_grad(fun, argnums, has_aux, only=only)
 
     @shortened
     @functools.wraps(fun)

@@ -399,7 +399,8 @@ def never_read(function: str, kind: str) -> UnusedModuleError:
             f"differentiated {function} with respect to {kind}",
             "it never read a parameter of that argument, so every gradient would be zero; it probably "
             "uses a module from outside",
-            "use the argument inside the function: def loss_fn(model, x): return model(x).mean()",
+            "use the argument inside the function: def loss_fn(model, x): return model(x).mean(); "
+            'nn.grad(loss_fn, only="head.*") differentiates by a part of it',
         )
     )
 
