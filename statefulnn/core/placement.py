@@ -329,6 +329,16 @@ def gathered(values: Sequence[Value], movable: Collection[int]) -> list[tuple[in
     return list(moved.items())
 
 
+def where_it_was(new: Any, old: object) -> Any:
+    """Return an array that nobody placed where the one lies that it replaces, if that is on a mesh."""
+    if not _several_devices() or isinstance(new, Tracer) or getattr(new, "committed", True):
+        return new
+    place = getattr(old, "sharding", None)
+    if not isinstance(place, jax.sharding.NamedSharding) or new.shape != getattr(old, "shape", None):
+        return new
+    return jax.device_put(new, place, may_alias=False)
+
+
 def kept_in_place(value: jax.Array, sharding: jax.sharding.Sharding | None) -> Any:
     """Return a traced array with the sharding that its box has; None leaves the choice to XLA."""
     if sharding is None or isinstance(sharding, jax.sharding.SingleDeviceSharding):

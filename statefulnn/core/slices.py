@@ -191,6 +191,9 @@ class _Sliced:
         else:
             separate(self, new)
 
+    def _placed(self, array: Any) -> Any:
+        return array  # it goes where the whole is
+
     def _read_in_trace(self) -> None:
         _held.__get__(self).whole._read_in_trace()
 

@@ -128,7 +128,7 @@ def parallelize_module(
 
     Raises:
         UnknownNameError: if a pattern matches no module, or the mesh lacks the axis.
-        ArgumentError: if a style does not know a layer, or two styles want different things of one parameter.
+        ArgumentError: for what is no style, a style that does not know a layer, or if two styles want different things of one parameter.
         ShapeError: if a parameter does not divide. Nothing has been moved then.
 
     Source: ``torch.distributed.tensor.parallel.parallelize_module``.
@@ -144,7 +144,7 @@ def parallelize_module(
     """
     require_mesh(device_mesh, "nn.parallel.parallelize_module", axis)
     modules = dict(module.named_modules())
-    if isinstance(parallelize_plan, ParallelStyle):
+    if not isinstance(parallelize_plan, Mapping):
         styled = [("", parallelize_plan)]
     else:
         styled = [
@@ -154,6 +154,8 @@ def parallelize_module(
         ]
     specs: dict[str, list[tuple[ParallelStyle, PartitionSpec]]] = {}
     for name, style in styled:
+        if not isinstance(style, ParallelStyle):
+            raise refusals.no_style(style, name)
         for own, spec in style.specs(name, modules[name], axis).items():
             specs.setdefault(f"{name}.{own}" if name else own, []).append((style, spec))
 
