@@ -98,12 +98,9 @@ class Box:
             check_write(self._scope, array, self.label)
         if self.baked_in is not None:
             self.baked_in.warn_of_value(self)
-        self._value = strong(self._placed(array))
+        self._value = strong(where_it_was(array, self))
         # Last, so that no cache made meanwhile takes the old value for the new one.
         value_changed()
-
-    def _placed(self, array: Any) -> Any:
-        return where_it_was(array, self._value)
 
     def _read_in_trace(self) -> None:
         # The box of a clone is an argument of its trace: `nn.grad` asks whether it was read at all. The

@@ -329,12 +329,13 @@ def gathered(values: Sequence[Value], movable: Collection[int]) -> list[tuple[in
     return list(moved.items())
 
 
-def where_it_was(new: Any, old: object) -> Any:
+def where_it_was(new: Any, box: Any) -> Any:
     """Return an array that nobody placed where the one lies that it replaces, if that is on a mesh."""
     if not _several_devices() or isinstance(new, Tracer) or getattr(new, "committed", True):
         return new
+    old = box._value
     place = getattr(old, "sharding", None)
-    if not isinstance(place, jax.sharding.NamedSharding) or new.shape != getattr(old, "shape", None):
+    if not isinstance(place, jax.sharding.NamedSharding) or new.shape != old.shape:
         return new
     return jax.device_put(new, place, may_alias=False)
 

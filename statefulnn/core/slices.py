@@ -191,9 +191,6 @@ class _Sliced:
         else:
             separate(self, new)
 
-    def _placed(self, array: Any) -> Any:
-        return array  # it goes where the whole is
-
     def _read_in_trace(self) -> None:
         _held.__get__(self).whole._read_in_trace()
 
@@ -232,6 +229,15 @@ def whole_of(box: Any) -> tuple[Any, list[int]]:
         ranks.append(at.rank)
         box = at.whole
     return box, ranks
+
+
+def entry_in(box: Any) -> tuple[Any, int, tuple[int, ...]]:
+    """Return what a box stands for an entry of, its number of axes, and its index along those of layers."""
+    rank, index = 0, ()
+    while (at := slice_of(box)) is not None and isinstance(at.index, int):
+        rank = rank if index else at.rank
+        box, index = at.whole, (at.index, *index)
+    return box, rank, index
 
 
 def refuse_parts(boxes: Sequence[Any]) -> None:
