@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import operator
+import re
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Self
@@ -16,6 +17,7 @@ from statefulnn.core.errors import StructureChangeError, UninitializedParameterE
 from statefulnn.core.graph import fill
 from statefulnn.core.listeners import active
 from statefulnn.core.module import Module
+from statefulnn.core.module import _locate as locate
 from statefulnn.core.moduledef import differences
 from statefulnn.core.ownership import Scope, real_dict, set_home
 from statefulnn.core.plan import Plan, plan_of
@@ -44,6 +46,10 @@ from statefulnn.transforms.scan import looped
 
 # What may differ from layer to layer: layers that have it alike are stored together.
 _PER_LAYER = frozenset({"training", "_hooked", *GLOBAL_HOOKS})
+
+
+# What a loop says of a step that returns something else than it was given.
+_CARRIED = re.compile(r"carry\[0\]|carry of another structure")
 
 
 class LayerStack(Module):
@@ -236,16 +242,21 @@ class LayerStack(Module):
         run = _run if staged else _compiled  # eager code would compile the loop at each call
         try:
             return run(stack, x, call.modules, call.arrays, static)
-        except StructureChangeError as error:
-            if "carry[0]" in str(error):
+        except Exception as error:
+            if isinstance(error, StructureChangeError) and _CARRIED.search(str(error)):
                 error.add_note(refusals.CHANGED_BY_A_LAYER)
+            _name_layers(error, self, "*" if stop - start == len(self) else f"{start}-{stop - 1}")
             raise
 
     def _one_by_one(self, start: int, stop: int, call: _Call, x: Any) -> tuple[Any, tuple]:
         outputs = []
         for number in range(start, stop):
             layer = self._layer(number)
-            x, *ys = call.on(layer, x, call.modules, not _observed(layer), in_loop=False)
+            try:
+                x, *ys = call.on(layer, x, call.modules, not _observed(layer), in_loop=False)
+            except Exception as error:
+                _name_layers(error, self, str(number))
+                raise
             outputs.append(tuple(ys))
         return x, jax.tree.map(lambda *parts: jnp.stack(parts), *outputs)
 
@@ -486,6 +497,12 @@ def _run(
 
 
 _compiled = jit(_run, static_argnums=4)
+
+
+def _name_layers(error: Exception, stack: LayerStack, layers: str) -> None:
+    """Let the path of an error inside of a layer go on with the layer, or those of a loop."""
+    if hasattr(error, "_statefulnn_where"):
+        locate(error, stack, layers)
 
 
 def _observed(module: Any) -> bool:

@@ -81,3 +81,42 @@ def test_what_does_not_fit_is_named(models, x):
     refused(nn.UnknownNameError, r"'blocks\.4\.fc\.weight'", {"blocks.4.fc.weight": jnp.ones(1)})
     refused(nn.ShapeError, r"'blocks\.3\.fc\.weight'", {"blocks.3.fc.weight": jnp.ones(1)})
     refused(nn.ArgumentError, r"'blocks\.3\.fc\.weight'", {"blocks.3.fc.weight": None})
+
+
+class Wrong(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(6, 6), nn.Linear(5, 6)
+
+    def forward(self, x):
+        return self.down(self.up(x))
+
+
+def test_an_error_inside_of_a_layer_names_its_path_or_that_of_all_layers_of_the_loop(x):
+    model = nn.Sequential(nn.LayerStack(Wrong, 3))
+
+    def path():
+        with pytest.raises(nn.ShapeError) as raised:
+            model(x)
+        return raised.value.__notes__
+
+    assert path() == ["raised in '0.*.down' of Sequential (Linear)"]
+    model[0][2].requires_grad_(False)
+    assert path() == ["raised in '0.0-1.down' of Sequential (Linear)"]
+    model[0][0].up.register_forward_hook(lambda module, args, output: None)
+    assert path() == ["raised in '0.0.down' of Sequential (Linear)"]
+    nested = nn.LayerStack(lambda: nn.LayerStack(Wrong, 2, remat=True), 2)
+    with pytest.raises(nn.ShapeError) as raised:
+        nn.jit(nested)(x)
+    assert raised.value.__notes__ == ["raised in '*.*.down' of LayerStack (Linear)"]
+
+
+class Pair(nn.Module):
+    def forward(self, x):
+        return [x, x]
+
+
+def test_a_layer_that_returns_another_structure_is_told_what_a_loop_needs(x):
+    with pytest.raises(nn.StructureChangeError) as raised:
+        nn.LayerStack(Pair, 2)(x)
+    assert "same structure" in raised.value.__notes__[0]
