@@ -43,7 +43,7 @@ ALLOWED = {
     "curvature": {"core", "functional", "modules", "transforms"},
     "inspect": {"core"},
     "amp": {"core", "functional", "optimizer", "transforms"},
-    "parallel": {"core", "modules"},
+    "parallel": {"core", "layer_stack", "modules"},
 }
 # Libraries whose models come in and go out, and the file or folder of bridge/ that knows each.
 LIBRARIES = set(nn.bridge.__all__)

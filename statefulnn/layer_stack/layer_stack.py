@@ -20,6 +20,7 @@ from statefulnn.core.module import Module
 from statefulnn.core.module import _locate as locate
 from statefulnn.core.moduledef import differences
 from statefulnn.core.ownership import Scope, real_dict, set_home
+from statefulnn.core.placement import split_by_first_axis
 from statefulnn.core.plan import Plan, plan_of
 from statefulnn.core.pytree import flatten_collecting, unflatten_with
 from statefulnn.core.registry import GLOBAL_HOOKS
@@ -76,6 +77,9 @@ class LayerStack(Module):
 
     Attributes:
         stack: all layers as one module, as long as they are stored as one.
+        batch_axis: the axis of a mesh over which the first axis of what goes from layer to layer is split;
+            None leaves its layout to XLA. `nn.parallel.fully_shard` sets it: in a loop, XLA would else rather
+            split what the layers compute as their weights are.
 
     Layers that are frozen, in another mode or with a hook are stored in a segment of their own, so
     ``for block in blocks[:4]: block.requires_grad_(False)`` leaves the optimizer only what is trained; build
@@ -105,6 +109,7 @@ class LayerStack(Module):
         (['0.weight', '0.bias', '1.weight'], (4, 4))
     """
 
+    batch_axis: str | None = None
     _python_cache = ("_views", "_noted", "_seen")
 
     @shortened
@@ -236,7 +241,7 @@ class LayerStack(Module):
         if (start, stop) != segment[:2]:
             part = slice(start - segment.start, stop - segment.start)
             stack = layer_of(segment, stack, plan_of(stack), part, self._nn_stamp.scope)
-        static = call.static, segment.ranks, stop - start, self.unroll
+        static = call.static, segment.ranks, stop - start, self.unroll, self.batch_axis
         trace = compat.current_trace()
         staged = any(compat.kind(around) == "staged" for around in compat.chain(trace))
         run = _run if staged else _compiled  # eager code would compile the loop at each call
@@ -487,12 +492,17 @@ def _run(
     stack: Any, x: Any, modules: tuple, arrays: Sequence[Any], static: tuple
 ) -> tuple[Any, tuple]:
     """Run layers that are stored together in a loop."""
-    static, ranks, count, unroll = static
+    static, ranks, count, unroll, axis = static
     call, plan, stacked = _Call.of(static, arrays), plan_of(stack), dict(ranks)
     names = zip(plan.moduledef.leaf_names, plan.boxes, strict=True)
     whole = [box for name, box in names if name not in stacked]
+
+    def step(carry: tuple, layer: Any) -> tuple[tuple, tuple]:
+        x, *modules = carry
+        return call.step((x if axis is None else split_by_first_axis(x, axis), *modules), layer)
+
     carry = x, *modules
-    (x, *_), ys = looped(call.step, carry, stack, count, unroll=unroll, whole=whole)
+    (x, *_), ys = looped(step, carry, stack, count, unroll=unroll, whole=whole)
     return x, ys
 
 

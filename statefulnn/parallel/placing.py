@@ -13,6 +13,7 @@ from statefulnn.core.module import Module
 from statefulnn.core.names import chosen
 from statefulnn.core.placement import Value
 from statefulnn.core.tracebacks import shortened
+from statefulnn.layer_stack import LayerStack
 from statefulnn.parallel.mesh import require_mesh
 from statefulnn.parallel.plan import Plan
 from statefulnn.parallel.styles import ParallelStyle
@@ -104,7 +105,10 @@ def fully_shard(module: _M, mesh: Mesh, *, axis: str = "data", min_size: int = 1
             now[max(free, key=lambda i: value.shape[i])] = axis
         return now
 
-    return module.to(_Rule(mesh, split))
+    module.to(_Rule(mesh, split))
+    for part in [m for m in module.modules() if isinstance(m, LayerStack)]:
+        part.batch_axis = axis
+    return module
 
 
 @shortened
