@@ -85,7 +85,7 @@ class Steps:
         opt, step = nn.Optimizer(model, tx), nn.jit(plan.step)
         shape = (sizes.batch, sizes.length + 1)
         drawn = np.random.default_rng(0).integers(0, sizes.vocabulary, shape)
-        tokens = nn.parallel.shard_batch(drawn.astype(np.int32), mesh)
+        tokens = nn.parallel.shard_batch(jnp.asarray(drawn, jnp.int32), mesh)
         params = {n: jnp.copy(p.value) for n, p in model.named_parameters()}
         everywhere = jax.sharding.NamedSharding(mesh, jax.P())
         place = lambda v: v if v.ndim else jax.device_put(v, everywhere)

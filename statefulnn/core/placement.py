@@ -373,10 +373,12 @@ def split_by_first_axis(tree: Any, axis: str) -> Any:
 
     Only if XLA chooses layouts on that axis; their other axes are left to it.
     """
-    mesh = _mesh_in_trace.get()
-    kinds = {} if mesh is None else dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    mesh: Any = _mesh_in_trace.get()
+    if mesh is None or axis not in mesh.shape:
+        return tree
+    kind = mesh.axis_types[mesh.axis_names.index(axis)]
     inside = jax.sharding.get_abstract_mesh()  # nn.shard_map has taken some axes over
-    if kinds.get(axis) != jax.sharding.AxisType.Auto or axis in inside.manual_axes:
+    if kind != jax.sharding.AxisType.Auto or axis in inside.manual_axes:
         return tree
 
     def split(x: Any) -> Any:
