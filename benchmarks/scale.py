@@ -1,18 +1,22 @@
-"""What depth costs: nn.LayerStack beside the same blocks in a list, in one run.
+"""What depth and many devices cost: nn.LayerStack beside the same blocks in a list, memory, a step on a mesh.
 
     python benchmarks/scale.py --json results.json --markdown results.md
     python benchmarks/scale.py --quick
+    python benchmarks/scale.py --only memory sharded
 
 The model is a small GPT; a step is loss, gradient and Adam. The first call is that of a model which no
 call has seen, so it is traced and compiled; what JAX remembers of single functions is warm for all. Each
 round measures every case once, and the ratios are medians over the rounds. `JAX_PLATFORMS=cpu` forces the
-CPU.
+CPU. Memory is what XLA reports of the compiled step, which is not run. The step on a mesh runs in a process
+of its own, on eight virtual devices of the CPU, beside the same step by hand with `jax.jit`.
 """
 
 from __future__ import annotations
 
 import itertools
+import json
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -166,7 +170,86 @@ def part_layer_stack(report: Report, quick: bool) -> None:
     report.target("step, stack beside list", timings[1].ratio_done, 1.05, "x")
 
 
-PARTS = {"layer_stack": part_layer_stack}
+def _bytes(layers: int, remat: Any, donate: tuple[int, ...]) -> int:
+    """Compile a step of a model without numbers; return what it holds at once."""
+    with nn.device("meta"):
+        model = GPT(1, True)
+        model.blocks = nn.LayerStack(Block, layers, remat=remat)
+        opt = nn.Optimizer(model, optax.adam(1e-3))
+    tokens = jax.ShapeDtypeStruct((4 * BATCH, 4 * LENGTH + 1), jnp.int32)
+    program = nn.jit(_step, donate=donate).lower(model, opt, tokens).compile()
+    held = program.memory_analysis()
+    if held is None:
+        raise SystemExit("this device does not tell how much memory a program takes")
+    inputs_and_outputs = held.argument_size_in_bytes + held.output_size_in_bytes
+    return inputs_and_outputs - held.alias_size_in_bytes + held.temp_size_in_bytes
+
+
+def part_memory(report: Report, quick: bool) -> None:
+    """What a step holds at once, by what is kept for the backward pass, and by donation."""
+    layers = 4 if quick else 24
+    policies = jax.checkpoint_policies
+    kept = {
+        "everything": False,
+        "products": policies.dots_saveable,
+        "products with weights": policies.dots_with_no_batch_dims_saveable,
+        "the input of each layer": True,
+    }
+    found = {
+        name: [_bytes(layers, remat, donate) for donate in ((), (0, 1))]
+        for name, remat in kept.items()
+    }
+    first = found["everything"]
+    rows = [
+        [name, *(f"{n / 1e6:.1f} ({n / of:.2f}x)" for n, of in zip(pair, first, strict=True))]
+        for name, pair in found.items()
+    ]
+    report.section(
+        f"Memory of a train step of {layers} layers",
+        table(["kept", "MB", "MB, model and slots donated"], rows),
+        f"{4 * BATCH} sequences of {4 * LENGTH} tokens; arguments, results and what lies between.",
+    )
+    report.numbers["memory"] = found
+    if not quick:
+        share = found["the input of each layer"][1] / first[1]
+        report.target("memory, remat beside none, donated", share, 0.35, "x")
+
+
+def part_sharded(report: Report, quick: bool) -> None:
+    """A step on 2 x 4 devices beside the same step by hand."""
+    command = [sys.executable, str(HERE / "_sharded.py"), *(["--quick"] if quick else [])]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    found = json.loads(done.stdout.splitlines()[-1])
+    np.testing.assert_allclose(*found["losses"], rtol=1e-5)
+    rows = [
+        [t["label"], f"{t['done_us'] / 1e3:.1f} ({t['ratio_done']:.2f}x)"] for t in found["steps"]
+    ]
+    report.section(
+        "A step on 2 x 4 virtual devices",
+        table(["", "ms"], rows),
+        "Milliseconds until the result was there. By hand: a dict of the same arrays in the same places, "
+        "jax.lax.scan, optax.",
+    )
+    ours, theirs = found["collectives"]["nn.jit"], found["collectives"]["jax.jit"]
+    report.section(
+        "What it exchanges",
+        table(
+            ["numbers", "jax.jit", "nn.jit"],
+            [
+                [kind, *(f"{c.get(kind, 0):,}" for c in (theirs, ours))]
+                for kind in sorted({*ours, *theirs})
+            ],
+        ),
+    )
+    report.numbers["sharded"] = found
+    if not quick:
+        report.target("step on a mesh", found["steps"][1]["ratio_done"], 1.05, "x")
+        share = sum(ours.values()) / sum(theirs.values())
+        report.target("numbers exchanged on a mesh", share, 1.001, "x")
+        report.target("compilations of a step on a mesh", found["compilations"], 1, "")
+
+
+PARTS = {"layer_stack": part_layer_stack, "memory": part_memory, "sharded": part_sharded}
 
 
 def main() -> int:

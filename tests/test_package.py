@@ -43,7 +43,7 @@ ALLOWED = {
     "curvature": {"core", "functional", "modules", "transforms"},
     "inspect": {"core"},
     "amp": {"core", "functional", "optim", "transforms"},
-    "parallel": {"core", "modules"},
+    "parallel": {"core", "layer_stack", "modules"},
     "averaging": {"core", "functional", "modules", "transforms"},
     "quantization": {"core", "functional", "modules", "utils"},
     "lora": {"core", "functional", "init", "io", "modules", "transforms", "utils"},

@@ -21,7 +21,7 @@ from statefulnn.core.bypassed import note_read
 from statefulnn.core.compat import EAGER, Tracer, current_trace
 from statefulnn.core.lending import lend
 from statefulnn.core.ownership import ModuleBase, Scope, birth_scope, check_write
-from statefulnn.core.placement import Value
+from statefulnn.core.placement import Value, where_it_was
 from statefulnn.core.stamps import value_changed
 
 # What is shown each box of a clone before traced code reads it; nn.custom_vjp refuses some.
@@ -98,7 +98,7 @@ class Box:
             check_write(self._scope, array, self.label)
         if self.baked_in is not None:
             self.baked_in.warn_of_value(self)
-        self._value = strong(array)
+        self._value = strong(where_it_was(array, self))
         # Last, so that no cache made meanwhile takes the old value for the new one.
         value_changed()
 

@@ -1317,7 +1317,7 @@ def _check_kept(module: Module, scope: Scope) -> None:
                 raise refusals.change_in_place_would_be_lost(module._label(name), scope.lost)
 
 
-def _locate(error: Exception, module: Module) -> None:
+def _locate(error: Exception, module: Module, child: str | None = None) -> None:
     """Note on an exception which module raised it, as a dotted path that grows on the way up."""
     where = getattr(error, "_statefulnn_where", None)
     if where is None:
@@ -1325,7 +1325,7 @@ def _locate(error: Exception, module: Module) -> None:
     else:
         if where[0] == id(module):
             return
-        child = next((n for n, m in module._modules.items() if id(m) == where[0]), None)
+        child = child or next((n for n, m in module._modules.items() if id(m) == where[0]), None)
         if child is None:
             return
         path = f"{child}.{where[1]}" if where[1] else child

@@ -9,6 +9,7 @@ Terms
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import functools
 import types
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -329,6 +330,17 @@ def gathered(values: Sequence[Value], movable: Collection[int]) -> list[tuple[in
     return list(moved.items())
 
 
+def where_it_was(new: Any, box: Any) -> Any:
+    """Return an array that nobody placed where the one lies that it replaces, if that is on a mesh."""
+    if not _several_devices() or isinstance(new, Tracer) or getattr(new, "committed", True):
+        return new
+    old = box._value
+    place = getattr(old, "sharding", None)
+    if not isinstance(place, jax.sharding.NamedSharding) or new.shape != old.shape:
+        return new
+    return jax.device_put(new, place, may_alias=False)
+
+
 def kept_in_place(value: jax.Array, sharding: jax.sharding.Sharding | None) -> Any:
     """Return a traced array with the sharding that its box has; None leaves the choice to XLA."""
     if sharding is None or isinstance(sharding, jax.sharding.SingleDeviceSharding):
@@ -337,6 +349,46 @@ def kept_in_place(value: jax.Array, sharding: jax.sharding.Sharding | None) -> A
     if mesh is not None and jax.sharding.AxisType.Explicit in mesh.axis_types:
         return jax.sharding.reshard(value, sharding)
     return jax.lax.with_sharding_constraint(value, sharding)
+
+
+# The mesh that the modules lie on whose code is being traced.
+_mesh_in_trace: contextvars.ContextVar[Any] = contextvars.ContextVar("mesh_in_trace", default=None)
+
+
+@contextlib.contextmanager
+def traced_on(placements: Sequence[Any] | None) -> Iterator[None]:
+    """Let traced code know the mesh on which the leaves lie, see `placements_of`."""
+    meshes = (s.mesh for s in placements or () if isinstance(s, jax.sharding.NamedSharding))
+    mesh = next(meshes, None)
+    token = None if mesh is None else _mesh_in_trace.set(mesh)
+    try:
+        yield
+    finally:
+        if token is not None:
+            _mesh_in_trace.reset(token)
+
+
+def split_by_first_axis(tree: Any, axis: str) -> Any:
+    """Split the first axes of traced arrays, where they divide, over an axis of the mesh in force.
+
+    Only if XLA chooses layouts on that axis; their other axes are left to it.
+    """
+    mesh: Any = _mesh_in_trace.get()
+    if mesh is None or axis not in mesh.shape:
+        return tree
+    kind = mesh.axis_types[mesh.axis_names.index(axis)]
+    inside = jax.sharding.get_abstract_mesh()  # nn.shard_map has taken some axes over
+    if kind != jax.sharding.AxisType.Auto or axis in inside.manual_axes:
+        return tree
+
+    def split(x: Any) -> Any:
+        if not isinstance(x, Tracer) or not x.ndim or x.shape[0] % mesh.shape[axis]:
+            return x
+        free = [jax.sharding.PartitionSpec.UNCONSTRAINED] * (x.ndim - 1)
+        spec = jax.sharding.PartitionSpec(axis, *free)
+        return jax.lax.with_sharding_constraint(x, jax.sharding.NamedSharding(mesh, spec))
+
+    return jax.tree.map(split, tree)
 
 
 def cast(value: Value, dtype: DTypeLike) -> Any:

@@ -1076,6 +1076,24 @@ def too_few_devices(shape: Sequence[int], have: int, platform: str) -> ValueErro
     )
 
 
+def wrong_mesh_shape(shape: object, names: object) -> ValueError:
+    return _refusal(
+        ValueError,
+        f"made a mesh of shape {shape!r} with the axes {names!r}",
+        "each axis has a number of devices, at least 1, and a name of its own",
+        'nn.parallel.init_device_mesh("cpu", (2, 4), mesh_dim_names=("data", "model"))',
+    )
+
+
+def no_style(given: object, name: str) -> ArgumentError:
+    return _refusal(
+        ArgumentError,
+        f"nn.parallel.parallelize_module was given {given!r} for {name!r}",
+        "each layer is split in a style: an object, not its class or its name",
+        '{"*.up": nn.parallel.ColwiseParallel(), "*.down": nn.parallel.RowwiseParallel()}',
+    )
+
+
 def style_of_other_module(style: str, name: str, kind: str, knows: Sequence[str]) -> ArgumentError:
     return _refusal(
         ArgumentError,

@@ -231,6 +231,15 @@ def whole_of(box: Any) -> tuple[Any, list[int]]:
     return box, ranks
 
 
+def entry_in(box: Any) -> tuple[Any, int, tuple[int, ...]]:
+    """Return what a box stands for an entry of, its number of axes, and its index along those of layers."""
+    rank, index = 0, ()
+    while (at := slice_of(box)) is not None and isinstance(at.index, int):
+        rank = rank if index else at.rank
+        box, index = at.whole, (at.index, *index)
+    return box, rank, index
+
+
 def refuse_parts(boxes: Sequence[Any]) -> None:
     """Raise if a box stands for an entry of another one of them: both would be leaves."""
     slices: list[Any] = [box for box in boxes if isinstance(box, _Sliced)]

@@ -150,6 +150,7 @@ def wrong_option(option: str, given: object, wanted: Sequence[str]) -> TypeError
 
 
 CHANGED_BY_A_LAYER = (
-    "A LayerStack runs one loop: each layer has to give what the next one takes, of the same shape and "
-    "dtype. Cast before the stack, x = x.astype(jnp.float32), or in the block."
+    "A LayerStack runs one loop: each layer has to give what the next one takes, of the same structure, "
+    "shapes and dtypes. Cast before the stack to what a layer returns, such as x.astype(jnp.bfloat16) "
+    "within nn.amp.autocast(), or cast back in the block."
 )

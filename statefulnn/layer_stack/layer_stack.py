@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import operator
+import re
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Self
@@ -16,8 +17,10 @@ from statefulnn.core.errors import StructureChangeError, UninitializedParameterE
 from statefulnn.core.graph import fill
 from statefulnn.core.listeners import active
 from statefulnn.core.module import Module
+from statefulnn.core.module import _locate as locate
 from statefulnn.core.moduledef import differences
 from statefulnn.core.ownership import Scope, real_dict, set_home
+from statefulnn.core.placement import split_by_first_axis
 from statefulnn.core.plan import Plan, plan_of
 from statefulnn.core.pytree import flatten_collecting, unflatten_with
 from statefulnn.core.registry import GLOBAL_HOOKS
@@ -46,6 +49,10 @@ from statefulnn.transforms.scan import looped
 _PER_LAYER = frozenset({"training", "_hooked", *GLOBAL_HOOKS})
 
 
+# What a loop says of a step that returns something else than it was given.
+_CARRIED = re.compile(r"carry\[0\]|carry of another structure")
+
+
 class LayerStack(Module):
     """Equal blocks one after the other, compiled once whatever their number.
 
@@ -70,6 +77,9 @@ class LayerStack(Module):
 
     Attributes:
         stack: all layers as one module, as long as they are stored as one.
+        batch_axis: the axis of a mesh over which the first axis of what goes from layer to layer is split;
+            None leaves its layout to XLA. `nn.parallel.fully_shard` sets it: in a loop, XLA would else rather
+            split what the layers compute as their weights are.
 
     Layers that are frozen, in another mode or with a hook are stored in a segment of their own, so
     ``for block in blocks[:4]: block.requires_grad_(False)`` leaves the optimizer only what is trained; build
@@ -99,6 +109,7 @@ class LayerStack(Module):
         (['0.weight', '0.bias', '1.weight'], (4, 4))
     """
 
+    batch_axis: str | None = None
     _python_cache = ("_views", "_noted", "_seen")
 
     @shortened
@@ -230,22 +241,27 @@ class LayerStack(Module):
         if (start, stop) != segment[:2]:
             part = slice(start - segment.start, stop - segment.start)
             stack = layer_of(segment, stack, plan_of(stack), part, self._nn_stamp.scope)
-        static = call.static, segment.ranks, stop - start, self.unroll
+        static = call.static, segment.ranks, stop - start, self.unroll, self.batch_axis
         trace = compat.current_trace()
         staged = any(compat.kind(around) == "staged" for around in compat.chain(trace))
         run = _run if staged else _compiled  # eager code would compile the loop at each call
         try:
             return run(stack, x, call.modules, call.arrays, static)
-        except StructureChangeError as error:
-            if "carry[0]" in str(error):
+        except Exception as error:
+            if isinstance(error, StructureChangeError) and _CARRIED.search(str(error)):
                 error.add_note(refusals.CHANGED_BY_A_LAYER)
+            _name_layers(error, self, "*" if stop - start == len(self) else f"{start}-{stop - 1}")
             raise
 
     def _one_by_one(self, start: int, stop: int, call: _Call, x: Any) -> tuple[Any, tuple]:
         outputs = []
         for number in range(start, stop):
             layer = self._layer(number)
-            x, *ys = call.on(layer, x, call.modules, not _observed(layer), in_loop=False)
+            try:
+                x, *ys = call.on(layer, x, call.modules, not _observed(layer), in_loop=False)
+            except Exception as error:
+                _name_layers(error, self, str(number))
+                raise
             outputs.append(tuple(ys))
         return x, jax.tree.map(lambda *parts: jnp.stack(parts), *outputs)
 
@@ -476,16 +492,27 @@ def _run(
     stack: Any, x: Any, modules: tuple, arrays: Sequence[Any], static: tuple
 ) -> tuple[Any, tuple]:
     """Run layers that are stored together in a loop."""
-    static, ranks, count, unroll = static
+    static, ranks, count, unroll, axis = static
     call, plan, stacked = _Call.of(static, arrays), plan_of(stack), dict(ranks)
     names = zip(plan.moduledef.leaf_names, plan.boxes, strict=True)
     whole = [box for name, box in names if name not in stacked]
+
+    def step(carry: tuple, layer: Any) -> tuple[tuple, tuple]:
+        x, *modules = carry
+        return call.step((x if axis is None else split_by_first_axis(x, axis), *modules), layer)
+
     carry = x, *modules
-    (x, *_), ys = looped(call.step, carry, stack, count, unroll=unroll, whole=whole)
+    (x, *_), ys = looped(step, carry, stack, count, unroll=unroll, whole=whole)
     return x, ys
 
 
 _compiled = jit(_run, static_argnums=4)
+
+
+def _name_layers(error: Exception, stack: LayerStack, layers: str) -> None:
+    """Let the path of an error inside of a layer go on with the layer, or those of a loop."""
+    if hasattr(error, "_statefulnn_where"):
+        locate(error, stack, layers)
 
 
 def _observed(module: Any) -> bool:

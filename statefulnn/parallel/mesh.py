@@ -32,7 +32,7 @@ def init_device_mesh(
         mesh_dim_names: the names of the axes.
 
     Raises:
-        ValueError: if there are fewer devices, or not a name for each axis.
+        ValueError: if there are fewer devices, or not a size and a name of its own for each axis.
 
     Source: ``torch.distributed.device_mesh.init_device_mesh``.
 
@@ -41,16 +41,19 @@ def init_device_mesh(
         >>> dict(mesh.shape)
         {'data': 1}
     """
+    shape, names = _tuple(mesh_shape), _tuple(mesh_dim_names)
+    sizes = [isinstance(n, (int, np.integer)) and n > 0 for n in shape]
+    if not all(sizes) or not len(sizes) == len(names) == len(set(names)) > 0:
+        raise refusals.wrong_mesh_shape(mesh_shape, mesh_dim_names)
     devices = jax.devices(device_type)
-    if math.prod(mesh_shape) > len(devices):
-        raise refusals.too_few_devices(mesh_shape, len(devices), device_type)
-    types = (AxisType.Auto,) * len(mesh_dim_names)
-    return jax.make_mesh(
-        tuple(mesh_shape),
-        tuple(mesh_dim_names),
-        axis_types=types,
-        devices=devices[: math.prod(mesh_shape)],
-    )
+    if math.prod(shape) > len(devices):
+        raise refusals.too_few_devices(shape, len(devices), device_type)
+    types = (AxisType.Auto,) * len(names)
+    return jax.make_mesh(shape, names, axis_types=types, devices=devices[: math.prod(shape)])
+
+
+def _tuple(given: Any) -> tuple[Any, ...]:
+    return tuple(given) if isinstance(given, (tuple, list)) else (given,)
 
 
 def require_mesh(mesh: object, where: str, axis: str | Sequence[str] = ()) -> None:

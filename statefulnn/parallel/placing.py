@@ -13,6 +13,7 @@ from statefulnn.core.module import Module
 from statefulnn.core.names import chosen
 from statefulnn.core.placement import Value
 from statefulnn.core.tracebacks import shortened
+from statefulnn.layer_stack import LayerStack
 from statefulnn.parallel.mesh import require_mesh
 from statefulnn.parallel.plan import Plan
 from statefulnn.parallel.styles import ParallelStyle
@@ -104,7 +105,10 @@ def fully_shard(module: _M, mesh: Mesh, *, axis: str = "data", min_size: int = 1
             now[max(free, key=lambda i: value.shape[i])] = axis
         return now
 
-    return module.to(_Rule(mesh, split))
+    module.to(_Rule(mesh, split))
+    for part in [m for m in module.modules() if isinstance(m, LayerStack)]:
+        part.batch_axis = axis
+    return module
 
 
 @shortened
@@ -128,7 +132,8 @@ def parallelize_module(
 
     Raises:
         UnknownNameError: if a pattern matches no module, or the mesh lacks the axis.
-        ArgumentError: if a style does not know a layer, or two styles want different things of one parameter.
+        ArgumentError: for what is no style, a style that does not know a layer, or two styles that want
+            different things of one parameter.
         ShapeError: if a parameter does not divide. Nothing has been moved then.
 
     Source: ``torch.distributed.tensor.parallel.parallelize_module``.
@@ -144,7 +149,7 @@ def parallelize_module(
     """
     require_mesh(device_mesh, "nn.parallel.parallelize_module", axis)
     modules = dict(module.named_modules())
-    if isinstance(parallelize_plan, ParallelStyle):
+    if not isinstance(parallelize_plan, Mapping):
         styled = [("", parallelize_plan)]
     else:
         styled = [
@@ -154,6 +159,8 @@ def parallelize_module(
         ]
     specs: dict[str, list[tuple[ParallelStyle, PartitionSpec]]] = {}
     for name, style in styled:
+        if not isinstance(style, ParallelStyle):
+            raise refusals.no_style(style, name)
         for own, spec in style.specs(name, modules[name], axis).items():
             specs.setdefault(f"{name}.{own}" if name else own, []).append((style, spec))
 

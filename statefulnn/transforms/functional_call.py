@@ -14,22 +14,26 @@ from typing import Any, Literal, Self, TypeAlias, overload
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from statefulnn.core.box import Box
 from statefulnn.core.compat import EAGER, current_trace
 from statefulnn.core.errors import called_by
 from statefulnn.core.generator import Generator, Seed, as_key, use_generator
 from statefulnn.core.graph import build_clones, merge, require_module
 from statefulnn.core.module import Callee, Module
 from statefulnn.core.moduledef import ModuleDef, differences, positions_of
-from statefulnn.core.narrowing import check_jax_holds
 from statefulnn.core.ownership import Scope
 from statefulnn.core.parameter import Parameter
 from statefulnn.core.plan import build_plan, plan_of
-from statefulnn.core.state_dict import _dtype_kind as dtype_kind
 from statefulnn.core.tracebacks import shortened
 from statefulnn.transforms import refusals
+from statefulnn.transforms.given import (
+    Stored,
+    checked,
+    joined,
+    layers_given,
+    merged,
+    named_by_layer,
+)
 from statefulnn.transforms.lift import check_structure
 from statefulnn.transforms.types import PyTree, R
 
@@ -88,41 +92,6 @@ def _pure_call(
     return out, [box._value for box in boxes]
 
 
-def _merged(dicts: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    if isinstance(dicts, Mapping):
-        return dict(dicts)
-    if not isinstance(dicts, Sequence) or not all(isinstance(d, Mapping) for d in dicts):
-        raise refusals.no_dicts(type(dicts).__name__)
-    merged: dict[str, Any] = {}
-    for d in dicts:
-        twice = merged.keys() & d.keys()
-        if twice:
-            raise ValueError(f"{sorted(twice)} appear in multiple dictionaries")
-        merged.update(d)
-    return merged
-
-
-def _checked(name: str, value: object, own: Any, function: str) -> Any:
-    """Return the array to use under a name, or raise if it does not fit the module's own."""
-    if value is None:
-        return None
-    if isinstance(value, Box):
-        value = value.value
-    if isinstance(value, (np.ndarray, np.generic)):
-        check_jax_holds(value, lambda: f"{name!r}, which was given to {function},")
-    if isinstance(value, (np.ndarray, np.generic, float, int)):
-        value = jnp.asarray(value)
-    shape, dtype = getattr(value, "shape", None), getattr(value, "dtype", None)
-    if shape is None or dtype is None:
-        raise refusals.no_array(function, name, type(value).__name__)
-    if shape != own.shape:
-        raise refusals.other_shape(function, name, shape, own.shape)
-    # Of one kind, not of one width: parameters may be cast for mixed precision.
-    if dtype_kind(dtype) != dtype_kind(own.dtype):
-        raise refusals.other_dtype(function, name, dtype, own.dtype)
-    return value
-
-
 @shortened
 def functional_call(
     module: Module,
@@ -140,7 +109,8 @@ def functional_call(
 
     Args:
         module: it is never touched.
-        parameter_and_buffer_dicts: a dict of dotted name -> array, or a tuple of such dicts.
+        parameter_and_buffer_dicts: a dict of dotted name -> array, or a tuple of such dicts. Of an
+            `nn.LayerStack`, names of layers as `state_dict` has them are taken too.
         args: the positional arguments: a tuple, or one argument that is no tuple.
         kwargs: the keyword arguments.
         rng: a random key for dropout and the like.
@@ -169,11 +139,17 @@ def functional_call(
         [[0.0], [0.0], [0.0]]
     """
     require_module(module, "functional_call")
-    given = _merged(parameter_and_buffer_dicts)
+    given = merged(parameter_and_buffer_dicts)
     plan = plan_of(module) if tie_weights else build_plan((module,), untie=True)
     moduledef = plan.moduledef
-    positions = positions_of(moduledef, given, "functional_call")
     leaves = list(plan.leaves())
+    layers = layers_given(given, moduledef.names, lambda: module)
+    if current_trace() is not EAGER:
+        for stored in layers:
+            if not stored.complete(leaves[stored.position]):
+                plan.boxes[stored.position]._read_in_trace()
+    given = joined(given, layers, leaves, "functional_call", moduledef.names if strict else ())
+    positions = positions_of(moduledef, given, "functional_call")
     if current_trace() is not EAGER:
         # The module's own arrays that are used become constants of the trace; those replaced do not.
         given_positions = set(positions)
@@ -182,10 +158,10 @@ def functional_call(
                 box._read_in_trace()
     filled: dict[int, str] = {}
     for (name, value), i in zip(given.items(), positions, strict=True):
-        checked = _checked(name, value, plan.boxes[i]._value, "functional_call")
-        if i in filled and checked is not leaves[i]:
+        value = checked(name, value, plan.boxes[i]._value, "functional_call")
+        if i in filled and value is not leaves[i]:
             raise refusals.tied_apart(filled[i], name)
-        leaves[i], filled[i] = checked, name
+        leaves[i], filled[i] = value, name
     if strict:
         # Reversed, so that the first name of a tied parameter is the one that stays.
         named = {i: n for n, i in reversed(list(moduledef.names.items()))}
@@ -202,7 +178,7 @@ def functional_call(
     )
     if not mutable:
         return out
-    return out, _by_name(moduledef, after, ("buffer",))
+    return out, named_by_layer(_by_name(moduledef, after, ("buffer",)), layers)
 
 
 def _by_name(moduledef: ModuleDef, leaves: Sequence[Any], kinds: Sequence[str]) -> dict[str, Any]:
@@ -346,21 +322,27 @@ def _pure_function(moduledef: ModuleDef, own: list[Any], method: str, mutable: b
     signature = "(params, state, *inputs)" if mutable else "(params, *inputs)"
 
     def call(
-        given: Mapping[str, Any], need: tuple, args: tuple, rng: Randomness, kwargs: dict
-    ) -> tuple[PyTree, list[Any]]:
+        need: tuple, args: tuple, rng: Randomness, kwargs: dict
+    ) -> tuple[PyTree, list[Any], list[Stored]]:
+        given, layers = dict[str, Any](), list[Stored]()
         for noun, values, wanted in need:
             if not isinstance(values, Mapping):
                 raise refusals.not_by_name(
                     type_name, noun, type(values).__name__, signature, hasattr(values, noun)
                 )
+            found = layers_given(values, moduledef.names, lambda: merge(moduledef, own))
+            values = joined(values, found, own, f"the function of {type_name}", wanted)
             missing = [n for n in wanted if n not in values]
             if missing:
                 raise refusals.not_given(type_name, noun, missing)
+            given.update(values)
+            layers += found
         leaves = list(own)
         positions = positions_of(moduledef, given, f"the function of {type_name}")
         for (name, value), i in zip(given.items(), positions, strict=True):
-            leaves[i] = _checked(name, value, own[i], f"the function of {type_name}")
-        return _pure_call(moduledef, leaves, moduledef.names, args, kwargs, rng, method, writable)
+            leaves[i] = checked(name, value, own[i], f"the function of {type_name}")
+        names = moduledef.names
+        return *_pure_call(moduledef, leaves, names, args, kwargs, rng, method, writable), layers
 
     if mutable:
 
@@ -373,9 +355,8 @@ def _pure_function(moduledef: ModuleDef, own: list[Any], method: str, mutable: b
             **kwargs: PyTree,
         ) -> tuple[PyTree, dict[str, Any]]:
             need = (("params", params, wanted_params), ("state", state, wanted_state))
-            given = {**params, **state} if isinstance(state, Mapping) else params
-            out, after = call(given, need, inputs, rng, kwargs)
-            return out, _by_name(moduledef, after, ("buffer", "frozen"))
+            out, after, layers = call(need, inputs, rng, kwargs)
+            return out, named_by_layer(_by_name(moduledef, after, ("buffer", "frozen")), layers)
 
         function: Callable = stateful
     else:
@@ -387,7 +368,7 @@ def _pure_function(moduledef: ModuleDef, own: list[Any], method: str, mutable: b
             rng: Randomness = None,
             **kwargs: PyTree,
         ) -> PyTree:
-            return call(params, (("params", params, wanted_params),), inputs, rng, kwargs)[0]
+            return call((("params", params, wanted_params),), inputs, rng, kwargs)[0]
 
         function = pure
 

@@ -282,6 +282,26 @@ def no_array(function: str, name: str, kind: str) -> ArgumentError:
     )
 
 
+def entry_beside_all(function: str, entry: str, stored: str) -> ValueError:
+    return ValueError(
+        explain(
+            f"{function} was given {entry!r} and {stored!r}",
+            "the first is an entry of the second, which holds the arrays of all layers",
+            "pass what is stored, or the arrays of single layers",
+        )
+    )
+
+
+def not_for_all_layers(function: str, stored: str, given: int, count: int) -> UnknownNameError:
+    return UnknownNameError(
+        explain(
+            f"{function} was given {given} of the {count} arrays that are stored as {stored!r}",
+            "all of them are arguments of the pure function",
+            "pass those of the other layers too, or what is stored, under its own name",
+        )
+    )
+
+
 def other_shape(function: str, name: str, given: Shape, own: Shape) -> ShapeError:
     hint = "pass an array of the same shape"
     if given[1:] == own:

@@ -34,7 +34,7 @@ from statefulnn.core.lending import donated
 from statefulnn.core.listeners import active
 from statefulnn.core.objects import copied
 from statefulnn.core.ownership import ModuleBase
-from statefulnn.core.placement import kept_in_place
+from statefulnn.core.placement import kept_in_place, traced_on
 from statefulnn.core.plan import RETRACE_LIMIT
 from statefulnn.core.static_keys import KeyMaker
 from statefulnn.transforms import refusals
@@ -280,12 +280,13 @@ class Versions:
                 versions.counter[0] += 1
                 alive.note_trace(name, leaves, dynamic)
             checks = checks_traced()
-            out, written = signature.run(function, leaves, dynamic, returned=returned)
+            placements = () if alive is None else alive.placements or ()
+            with traced_on(placements):
+                out, written = signature.run(function, leaves, dynamic, returned=returned)
             if checks_traced() != checks:
                 checked.add(number)
             elif not written.indices and written.out is None:
                 return out, None
-            placements = () if alive is None else alive.placements or ()
             values = list(written.values)
             for at, i in enumerate(written.indices if placements else ()):
                 values[at] = kept_in_place(values[at], placements[i])

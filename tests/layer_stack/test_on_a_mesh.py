@@ -144,3 +144,40 @@ assert model.blocks[2].up.weight.value.sharding.spec == jax.P("model", "data")
 
 def test_a_step_on_four_devices_is_the_step_on_one():
     run_on_devices(4, ON_DEVICES)
+
+
+GATHERED = r"""
+import pickle, re
+import jax, jax.numpy as jnp, optax, statefulnn as nn
+from tests.layer_stack.test_on_a_mesh import Net
+
+mesh = nn.parallel.init_device_mesh("cpu", (4,), mesh_dim_names=("data",))
+model = nn.parallel.fully_shard(Net(), mesh, min_size=1)
+opt = nn.Optimizer(model, optax.adamw(1e-2))
+x = nn.parallel.shard_batch(jnp.ones((16, 4)), mesh)
+
+@nn.jit
+def step(model, opt, x):
+    loss, grads = nn.value_and_grad(lambda m: (m(x) ** 2).mean())(model)
+    opt.step(grads)
+    return loss
+
+text = step.lower(model, opt, x).compile().as_text()
+kinds = "all-gather|all-reduce|all-to-all|collective-permute"
+moved = re.findall(rf"= (.*?) ({kinds})\(.*while/body", text)
+found = [s for results, _ in moved for s in re.findall(r"f32\[([\d,]*)\]", results)]
+shapes = {tuple(map(int, s.split(","))) for s in found}
+weights = {p.shape for p in model.blocks[0].parameters()}
+assert shapes == weights, (shapes, weights)
+assert {kind for _, kind in moved} == {"all-gather", "all-reduce"}
+
+assert model.blocks.batch_axis == "data"
+for x in (x[:3], x):  # what does not divide is left alone, and so is a model on one device
+    assert nn.jit(model)(x).shape == x.shape
+one = pickle.loads(pickle.dumps(model)).to(jax.devices()[1])
+assert nn.jit(one)(jnp.ones((16, 4))).devices() == {jax.devices()[1]}
+"""
+
+
+def test_a_fully_sharded_stack_gathers_weights_and_not_what_layers_compute():
+    run_on_devices(4, GATHERED)

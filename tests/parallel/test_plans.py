@@ -87,10 +87,28 @@ def test_a_plan_that_does_not_fit_moves_nothing(rules, error, text):
             ),
             nn.UnknownNameError,
         ),
+        (
+            lambda: parallel.parallelize_module(
+                model(), ONE, {"0": parallel.ColwiseParallel}, axis="data"
+            ),
+            nn.ArgumentError,
+        ),
+        (
+            lambda: parallel.parallelize_module(model(), ONE, "colwise", axis="data"),
+            nn.ArgumentError,
+        ),
+        (lambda: parallel.init_device_mesh("cpu", (1, 1), mesh_dim_names="data"), ValueError),
+        (lambda: parallel.init_device_mesh("cpu", (1, 1), mesh_dim_names="aa"), ValueError),
+        (lambda: parallel.init_device_mesh("cpu", (0,), mesh_dim_names=("data",)), ValueError),
+        (lambda: parallel.init_device_mesh("cpu", (1, 1), mesh_dim_names=["a"] * 2), ValueError),
         (lambda: nn.jit(model(), in_shardings=None), nn.ArgumentError),
         (lambda: nn.jit(model(), out_shardings=None), nn.ArgumentError),
     ],
-    ids=["mesh", "axis", "axis of a batch", "devices", "style", "pattern", "in", "out"],
+    ids=[
+        *["mesh", "axis", "axis of a batch", "devices", "style", "pattern"],
+        *["class of a style", "name of a style", "names", "letters", "size", "one name twice"],
+        *["in", "out"],
+    ],
 )
 def test_what_is_asked_for_and_not_there_is_an_error_that_says_what_to_do(use, error):
     with pytest.raises(error, match="Instead: "):
@@ -182,6 +200,39 @@ assert m.weight.value.sharding.is_fully_replicated
 m = parallel.parallelize_module(nn.Linear(32, 64), mesh, parallel.ColwiseParallel())
 assert parallel.fully_shard(m, mesh).weight.value.sharding.spec == jax.P("model", "data")
 assert parallel.fully_shard(m, mesh).weight.value.sharding.spec == jax.P("model", "data")
+""",
+    )
+
+
+def test_what_nobody_placed_goes_where_the_array_was_that_it_replaces():
+    run_on_devices(
+        8,
+        ON_EIGHT
+        + """
+m = parallel.fully_shard(nn.BatchNorm1d(8), mesh, min_size=1)
+p, there = m.weight, m.weight.value.sharding
+new = jnp.arange(8.0)
+for write in (
+    lambda: setattr(p, "value", new),
+    lambda: setattr(p, "value", np.ones(8, np.float32)),
+    lambda: setattr(p, "data", jnp.ones(8, jnp.bfloat16)),
+    lambda: nn.utils.vector_to_parameters(jnp.ones(16), m.parameters()),
+    lambda: m.load_state_dict(nn.BatchNorm1d(8).state_dict(), assign=True),
+):
+    write()
+    assert p.value.sharding == there, p.value.sharding
+m.running_mean = jnp.ones(8)
+assert m.running_mean.sharding == there
+p.value = new
+nn.jit(lambda m: setattr(m.weight, "value", m.weight + 1), donate=0)(m)
+assert new.sum() == 28 and p.value.sum() == 36 and p.value.sharding == there
+
+p.value = jax.device_put(new, jax.devices()[3])  # somebody placed it
+assert p.value.devices() == {jax.devices()[3]}
+with nn.device("meta"):
+    m = nn.Linear(8, 8)
+parallel.fully_shard(m, mesh, min_size=64).load_state_dict(nn.Linear(8, 8).state_dict(), assign=True)
+assert m.weight.value.sharding.spec == jax.P("data")
 """,
     )
 
