@@ -8,6 +8,8 @@ import pytest
 
 from tests.browsers import HOW_TO_INSTALL, find_browser
 
+collect_ignore = ["typed_code.py"]  # type checkers read it; it has no examples to run
+
 
 def _left_out() -> bool:
     # CI has to run them: there the fixture fails instead.
