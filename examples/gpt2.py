@@ -217,16 +217,15 @@ def choose(logits, key=None, temperature=1.0, top_k=None, top_p=None):
     if key is None:
         return logits.argmax(-1)
     logits = logits.astype(jnp.float32) / temperature
-    if top_k is not None:
-        least = jax.lax.top_k(logits, min(top_k, logits.shape[-1]))[0][:, -1:]
-        logits = jnp.where(logits < least, -jnp.inf, logits)
+    if top_k is None and top_p is None:
+        return jax.random.categorical(key, logits)
+    falling, tokens = jax.lax.top_k(logits, min(top_k or logits.shape[-1], logits.shape[-1]))
     if top_p is not None:
-        falling = -jnp.sort(-logits)
         p = jax.nn.softmax(falling)
-        kept = jnp.cumsum(p, -1) - p < top_p  # those before it have less than top_p together
-        least = jnp.where(kept, falling, jnp.inf).min(-1, keepdims=True)
-        logits = jnp.where(logits < least, -jnp.inf, logits)
-    return jax.random.categorical(key, logits)
+        # Those before a token that is kept have less than top_p together.
+        falling = jnp.where(jnp.cumsum(p, -1) - p < top_p, falling, -jnp.inf)
+    drawn = jax.random.categorical(key, falling)
+    return jnp.take_along_axis(tokens, drawn[:, None], axis=1)[:, 0]
 
 
 def decode(decoder, ids, mask, max_new_tokens, stop, choose=choose, key=None):
