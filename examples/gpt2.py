@@ -260,7 +260,7 @@ def decode(decoder, ids, mask, max_new_tokens, stop, choose=choose, key=None):
         return decoder, position + 1, tokens, ended | jnp.isin(token, stop), logits
 
     tokens = jnp.pad(ids, ((0, 0), (0, max_new_tokens)), constant_values=end)
-    start = decoder, T, tokens, jnp.zeros(B, bool), decoder(ids, mask, 0)
+    start = decoder, T, tokens, jnp.zeros(B, bool), decoder(ids, mask, jnp.array(0))
     return nn.while_loop(unfinished, step, start)[2]
 
 
