@@ -4,8 +4,8 @@
     python benchmarks/generation.py --quick
     OMP_NUM_THREADS=1 taskset -c 0 python benchmarks/generation.py    # one core each, on a busy machine
 
-A GPT-2 with random weights, no download. Both answer the same prompts of several lengths and add as many tokens
-to each. Greedy tokens are compared before anything is timed. Compilation is in no number. Needs the extras
+A GPT-2 with random weights, no download. Both answer the same prompts of several lengths and add as many
+tokens to each. Greedy tokens are compared before anything is timed; no number holds compilation. Needs the extras
 `bench` and `reference`.
 """
 
