@@ -5,8 +5,8 @@
     OMP_NUM_THREADS=1 taskset -c 0 python benchmarks/generation.py    # one core each, on a busy machine
 
 A GPT-2 with random weights, no download. Both answer the same prompts of several lengths and add as many
-tokens to each. Greedy tokens are compared before anything is timed; no number holds compilation. Needs the extras
-`bench` and `reference`.
+tokens to each. Greedy tokens are compared before anything is timed; no number holds compilation. Needs
+the extras `bench` and `reference`.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ def pair(sizes: dict[str, int]) -> tuple[nn.Module, Any]:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(0)
-    ends = {"eos_token_id": None, "bos_token_id": None}
-    theirs = GPT2LMHeadModel(GPT2Config(**sizes, **ends, initializer_range=0.2)).eval()
+    given: dict[str, Any] = {**sizes, "eos_token_id": None, "bos_token_id": None}
+    theirs = GPT2LMHeadModel(GPT2Config(**given, initializer_range=0.2)).eval()
     ours = reference.gpt2.GPT2LMHeadModel(reference.gpt2.GPT2Config(**sizes, eos_token_id=None))
     ours.load_state_dict({k: v.numpy() for k, v in theirs.state_dict().items()})
     return ours.eval(), theirs

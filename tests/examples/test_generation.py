@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -92,7 +94,7 @@ def test_without_a_cache_a_converted_gpt2_continues_as_transformers():
     ours = Logits(nn.bridge.torch.from_torch(theirs, to_torch(IDS)))
     tokens = np.zeros((2, 12), np.int32)
     tokens[0, :4], tokens[1, :2] = IDS[0], IDS[1, 2:]
-    names = {"nn": nn, "jnp": jnp}
+    names: dict[str, Any] = {"nn": nn, "jnp": jnp}
     exec(WITHOUT_CACHE[: WITHOUT_CACHE.index("prompts =")], names)
     found = np.asarray(names["without_cache"](ours, tokens, np.array([4, 2])))
     expected = greedily(theirs, IDS, MASK, end=97)  # which is no token

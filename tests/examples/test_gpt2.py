@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import json
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -57,7 +58,7 @@ def before(*lengths, width=6):
     return (np.arange(width) >= width - np.array(lengths)[:, None]).astype(np.int32)
 
 
-def theirs_greedily(theirs, ids, count, end=END, mask=None):
+def theirs_greedily(theirs, ids, count, end: int | tuple = END, mask=None):
     mask = np.ones_like(ids) if mask is None else mask
     stop = list(end) if isinstance(end, tuple) else [end]
     with torch.no_grad():
@@ -212,12 +213,13 @@ def test_only_sampling_draws_and_other_numbers_of_the_same_shapes_compile_nothin
     nn.manual_seed(1)
     np.testing.assert_array_equal(sample(), first)
     other, _ = pair(7, n_layer=1)
-    for changed in (
+    changes: tuple[dict[str, Any], ...] = (
         {"temperature": 0.9},
         {"top_p": 0.2},
         {"lengths": (1, 6, 4)},
         {"temperature": 3.0, "top_p": 1.0},
-    ):
+    )
+    for changed in changes:
         nn.manual_seed(1)
         assert (sample(**changed) != first).any()
     ours.load_state_dict(other.state_dict())
