@@ -88,24 +88,16 @@ class GPT2Attention(nn.Module):
         self.c_proj = Conv1D(config.n_embd, config.n_embd)
         self.resid_dropout = nn.Dropout(config.resid_pdrop)
 
-    def forward(self, x, cache=None, start=0):
+    def forward(self, x, cache=None, start=0, seen=None):
         B, T, C = x.shape
         qkv = self.c_attn(x).reshape(B, T, 3, self.n_head, C // self.n_head)  # (B, T, 3, H, D)
         q, k, v = jnp.moveaxis(qkv, (2, 3), (0, 2))  # each (B, H, T, D)
-        if cache is None:
-            dropout_p = self.attn_pdrop if self.training else 0.0
-            y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=True)
-        else:
-            # The cache has room for S positions; those from start + T on hold nothing yet.
-            k, v = (
-                jax.lax.dynamic_update_slice_in_dim(old, x, start, axis=2)
-                for old, x in zip(cache, (k, v), strict=True)
-            )  # (B, H, S, D)
-            cache = k, v
-            seen = jnp.arange(k.shape[2]) <= start + jnp.arange(T)[:, None]  # (T, S)
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
+        if cache is not None:
+            k, v = cache.extend(k, v, start)  # (B, H, S, D)
+        dropout_p = self.attn_pdrop if self.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, seen, dropout_p, is_causal=seen is None)
         y = jnp.moveaxis(y, 1, 2).reshape(B, T, C)  # (B, H, T, D) -> (B, T, C)
-        return self.resid_dropout(self.c_proj(y)), cache
+        return self.resid_dropout(self.c_proj(y))
 
 
 class GPT2MLP(nn.Module):
@@ -131,10 +123,9 @@ class GPT2Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.mlp = GPT2MLP(config)
 
-    def forward(self, x, cache=None, start=0):
-        y, cache = self.attn(self.ln_1(x), cache, start)
-        x = x + y
-        return x + self.mlp(self.ln_2(x)), cache
+    def forward(self, x, *cached):
+        x = x + self.attn(self.ln_1(x), *cached)
+        return x + self.mlp(self.ln_2(x))
 
 
 class GPT2Model(nn.Module):
@@ -148,14 +139,12 @@ class GPT2Model(nn.Module):
         self.h = nn.ModuleList([GPT2Block(config) for _ in range(config.n_layer)])
         self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
 
-    def forward(self, input_ids, caches=None, start=0):
-        positions = start + jnp.arange(input_ids.shape[1])
+    def forward(self, input_ids, positions=None, caches=None, *cached):
+        positions = jnp.arange(input_ids.shape[1]) if positions is None else positions
         x = self.drop(self.wte(input_ids) + self.wpe(positions))  # (B, T) -> (B, T, C)
-        new = []
         for i, block in enumerate(self.h):
-            x, cache = block(x, None if caches is None else caches[i], start)
-            new.append(cache)
-        return self.ln_f(x), new
+            x = block(x) if caches is None else block(x, caches[i], *cached)
+        return self.ln_f(x)
 
 
 class GPT2LMHeadModel(nn.Module):
@@ -177,8 +166,7 @@ class GPT2LMHeadModel(nn.Module):
                 nn.init.normal_(p, std=config.initializer_range)
 
     def forward(self, input_ids: jax.Array) -> jax.Array:
-        hidden, _ = self.transformer(input_ids)
-        return self.lm_head(hidden)  # (B, T) -> (B, T, vocab_size)
+        return self.lm_head(self.transformer(input_ids))  # (B, T) -> (B, T, vocab_size)
 
 
 def _tied_head(module, state_dict, prefix, *_):
@@ -188,20 +176,122 @@ def _tied_head(module, state_dict, prefix, *_):
         state_dict.setdefault(prefix + "lm_head.weight", weight)
 
 
+class KVCache(nn.Module):
+    """Keys and values of a layer's earlier positions, in buffers with room for all of them."""
+
+    def __init__(self, *shape: int, dtype):
+        super().__init__()
+        self.keys = nn.Buffer(jnp.zeros(shape, dtype))  # (B, H, S, D)
+        self.values = nn.Buffer(jnp.zeros(shape, dtype))
+
+    def extend(self, keys, values, start):
+        """Write those of positions from `start` on, each (B, H, T, D); return those of all."""
+        self.keys = jax.lax.dynamic_update_slice_in_dim(self.keys, keys, start, axis=2)
+        self.values = jax.lax.dynamic_update_slice_in_dim(self.values, values, start, axis=2)
+        return self.keys, self.values
+
+
+class GPT2Decoder(nn.Module):
+    """A `GPT2LMHeadModel` that reads texts piece by piece, with room for S tokens of B texts."""
+
+    def __init__(self, model: GPT2LMHeadModel, B: int, S: int):
+        super().__init__()
+        self.model, c = model, model.config
+        shape, dtype = (B, c.n_head, S, c.n_embd // c.n_head), model.lm_head.weight.dtype
+        self.caches = nn.ModuleList(KVCache(*shape, dtype=dtype) for _ in range(c.n_layer))
+
+    def forward(self, ids, mask, start):
+        """Return the logits after the last of ids (B, T), which go on at `start`; mask is (B, S)."""
+        (_, T), S = ids.shape, mask.shape[1]
+        positions = jnp.maximum(jnp.cumsum(mask, 1) - 1, 0)  # (B, S), the first token's is 0
+        positions = jax.lax.dynamic_slice_in_dim(positions, start, T, axis=1)
+        query, key = start + jnp.arange(T)[:, None], jnp.arange(S)
+        # What stands before a text sees itself: a softmax over nothing is NaN.
+        seen = (key == query) | (key < query) & mask[:, None, None].astype(bool)  # (B, 1, T, S)
+        hidden = self.model.transformer(ids, positions, self.caches, start, seen)
+        return self.model.lm_head(hidden[:, -1])  # (B, vocab_size)
+
+
+def choose(logits, key=None, temperature=1.0, top_k=None, top_p=None):
+    """Return the likeliest tokens (B,) of logits (B, vocab_size); with a key, draw them."""
+    if key is None:
+        return logits.argmax(-1)
+    logits = logits.astype(jnp.float32) / temperature
+    if top_k is None and top_p is None:
+        return jax.random.categorical(key, logits)
+    falling, tokens = jax.lax.top_k(logits, min(top_k or logits.shape[-1], logits.shape[-1]))
+    if top_p is not None:
+        p = jax.nn.softmax(falling)
+        # Those before a token that is kept have less than top_p together.
+        falling = jnp.where(jnp.cumsum(p, -1) - p < top_p, falling, -jnp.inf)
+    drawn = jax.random.categorical(key, falling)
+    return jnp.take_along_axis(tokens, drawn[:, None], axis=1)[:, 0]
+
+
+def decode(decoder, ids, mask, max_new_tokens, stop, choose=choose, key=None):
+    """Continue texts of one length by a decoder whose buffers hold what it has read.
+
+    Args:
+        decoder: gives logits ``(B, vocab_size)`` for ``decoder(ids, mask, start)``, as `GPT2Decoder`.
+        ids: ``(B, T)``.
+        mask: ``(B, T)``, 0 before the text of a row and 1 in it.
+        max_new_tokens: how many tokens to add; the loop ends when all rows have ended.
+        stop: tokens that end a row, ``(N,)``; what follows them is the first of these.
+        choose: a function of logits and a key.
+        key: for all steps; None for a `choose` that draws nothing.
+
+    Returns:
+        ``(B, T + max_new_tokens)``.
+    """
+    (B, T), S = ids.shape, ids.shape[1] + max_new_tokens
+    end = stop[0] if len(stop) else 0
+    mask = jnp.pad(mask, ((0, 0), (0, max_new_tokens)), constant_values=1)
+
+    def unfinished(carry):
+        _, position, _, ended, _ = carry
+        return (position < S) & ~ended.all()
+
+    def step(carry):
+        decoder, position, tokens, ended, logits = carry
+        drawn = choose(logits, None if key is None else jax.random.fold_in(key, position))
+        token = jnp.where(ended, end, drawn.astype(ids.dtype))
+        tokens = jax.lax.dynamic_update_slice(tokens, token[:, None], (0, position))
+        logits = decoder(token[:, None], mask, position)
+        return decoder, position + 1, tokens, ended | jnp.isin(token, stop), logits
+
+    tokens = jnp.pad(ids, ((0, 0), (0, max_new_tokens)), constant_values=end)
+    start = decoder, T, tokens, jnp.zeros(B, bool), decoder(ids, mask, jnp.array(0))
+    return nn.while_loop(unfinished, step, start)[2]
+
+
 @functools.partial(nn.jit, static_argnames=("max_new_tokens", "do_sample", "top_k"))
-def generate(model, input_ids, *, max_new_tokens, do_sample=False, temperature=1.0, top_k=None):
-    """Continue prompts of one length, with keys and values of earlier positions kept; one compiled call.
+def generate(
+    model,
+    input_ids,
+    attention_mask=None,
+    *,
+    max_new_tokens,
+    do_sample=False,
+    temperature=1.0,
+    top_k=None,
+    top_p=None,
+    eos_token_id=None,
+):
+    """Continue prompts, with keys and values of earlier positions kept; one compiled call.
 
     Args:
         model: a `GPT2LMHeadModel` in eval mode.
-        input_ids: ``(B, T)``.
+        input_ids: ``(B, T)``; shorter prompts stand at the right end.
+        attention_mask: ``(B, T)``, 0 before a shorter prompt and 1 in it; None for prompts of one length.
         max_new_tokens: how many tokens to add; the loop ends when all rows have ended.
         do_sample: draw from the distribution, by `nn.default_generator`, and do not take the likeliest.
         temperature: the logits are divided by it; above 0.
         top_k: draw from so many of the likeliest; None for all.
+        top_p: draw from the fewest of the likeliest that have this probability together; None for all.
+        eos_token_id: a token or several that end a row; None for the one of the model's config.
 
     Returns:
-        tokens ``(B, T + max_new_tokens)``; after an end of text that was generated, ``eos_token_id``.
+        tokens ``(B, T + max_new_tokens)``; after a token that ended a row, the first of `eos_token_id`.
     """
     config = model.config
     (B, T), S = input_ids.shape, input_ids.shape[1] + max_new_tokens
@@ -212,41 +302,12 @@ def generate(model, input_ids, *, max_new_tokens, do_sample=False, temperature=1
             f"generate: {T} tokens and {max_new_tokens} new ones; at least one of each, and at most "
             f"n_positions={config.n_positions} together"
         )
+    eos_token_id = config.eos_token_id if eos_token_id is None else eos_token_id
+    stop = jnp.array([] if eos_token_id is None else eos_token_id, input_ids.dtype).reshape(-1)
+    mask = jnp.ones_like(input_ids) if attention_mask is None else attention_mask
+    chosen = functools.partial(choose, temperature=temperature, top_k=top_k, top_p=top_p)
     key = nn.next_key() if do_sample else None
-    end = -1 if config.eos_token_id is None else config.eos_token_id
-
-    def forward(ids, caches, start):
-        hidden, caches = model.transformer(ids, caches, start)
-        return model.lm_head(hidden[:, -1]), caches  # (B, vocab_size)
-
-    def choose(logits, position):  # (B, vocab_size) -> (B,)
-        if key is None:
-            return logits.argmax(-1).astype(input_ids.dtype)
-        logits = logits.astype(jnp.float32) / temperature
-        if top_k is not None:
-            least = jax.lax.top_k(logits, min(top_k, config.vocab_size))[0][:, -1:]
-            logits = jnp.where(logits < least, -jnp.inf, logits)
-        token = jax.random.categorical(jax.random.fold_in(key, position), logits)
-        return token.astype(input_ids.dtype)
-
-    def unfinished(carry):
-        position, _, ended, _, _ = carry
-        return (position < S) & ~ended.all()
-
-    def step(carry):
-        position, tokens, ended, logits, caches = carry
-        token = jnp.where(ended, end, choose(logits, position))
-        tokens = tokens.at[:, position].set(token)
-        logits, caches = forward(token[:, None], caches, position)
-        return position + 1, tokens, ended | (token == end), logits, caches
-
-    empty = jnp.zeros(
-        (B, config.n_head, S, config.n_embd // config.n_head), model.lm_head.weight.dtype
-    )
-    logits, caches = forward(input_ids, [(empty, empty)] * config.n_layer, 0)
-    tokens = jnp.pad(input_ids, ((0, 0), (0, max_new_tokens)), constant_values=end)
-    ended = jnp.zeros(B, bool)
-    return jax.lax.while_loop(unfinished, step, (T, tokens, ended, logits, caches))[1]
+    return decode(GPT2Decoder(model, B, S), input_ids, mask, max_new_tokens, stop, chosen, key)
 
 
 def load_gpt2(folder: str | Path) -> GPT2LMHeadModel:
@@ -306,6 +367,7 @@ def main(argv: list[str] | None = None) -> str:
     parser.add_argument("--tokens", type=int, default=200, help="how many to add")
     parser.add_argument("--temperature", type=float, default=0.7, help="0 for the likeliest token")
     parser.add_argument("--top-k", type=int, default=None)
+    parser.add_argument("--top-p", type=float, default=None)
     parser.add_argument("--steps", type=int, default=600, help="of training, without weights")
     args = parser.parse_args(argv)
 
@@ -330,6 +392,7 @@ def main(argv: list[str] | None = None) -> str:
         do_sample=args.temperature > 0,
         temperature=args.temperature or 1.0,
         top_k=args.top_k,
+        top_p=args.top_p,
     )
     text = decode(tokens[0].tolist())
     print(text)

@@ -1,0 +1,102 @@
+"""docs/generation.md: the loop around models of transformers that were converted with their caches."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+import gpt2
+import statefulnn as nn
+from tests.examples.reference import to_torch, transformers
+from tests.test_docs import ROOT, blocks
+
+CODE = [code for _, _, code in blocks(ROOT / "docs/generation.md")]
+(CONVERTED,) = [code for code in CODE if "StaticCache" in code]
+(WITHOUT_CACHE,) = [code for code in CODE if "def without_cache" in code]
+IDS = np.random.default_rng(0).integers(6, 97, (2, 4)).astype(np.int32)
+MASK = np.array([[1, 1, 1, 1], [0, 0, 1, 1]], np.int32)
+SIZES = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 32,
+    "initializer_range": 0.5,  # larger than usual, so that tokens differ
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+
+
+def greedily(theirs, ids, mask, end=5):
+    with torch.no_grad():
+        return theirs.generate(
+            to_torch(ids),
+            attention_mask=to_torch(mask),
+            max_new_tokens=8,
+            do_sample=False,
+            eos_token_id=end,
+            pad_token_id=end,
+        ).numpy()
+
+
+def assert_begins_with(found, expected):
+    # That of transformers stops where all rows have ended.
+    np.testing.assert_array_equal(np.asarray(found)[:, : expected.shape[1]], expected)
+
+
+@pytest.fixture(scope="module")
+def names():
+    """Run the block of the page on a converted model, and return its names."""
+    names = {"nn": nn, "jnp": jnp, "decode": gpt2.decode, "input_ids": IDS, "attention_mask": MASK}
+    exec(CONVERTED, names)
+    return names
+
+
+def test_the_page_continues_a_llama_with_its_cache_in_buffers(names):
+    assert_begins_with(names["tokens"], greedily(names["theirs"], IDS, MASK))
+    assert (names["decoder"].keys_0 != 0).any()
+
+
+def test_one_converted_decoder_takes_prompts_of_other_lengths_by_one_program(names):
+    torch.manual_seed(0)
+    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(**SIZES)).eval()
+    example = (to_torch(IDS[:, :3]), torch.ones(2, 12).long(), torch.tensor(0))
+    decoder = nn.bridge.torch.from_torch(names["Decoder"](theirs, 2, 12), *example)
+    traces = []
+
+    @nn.jit
+    def continued(decoder, mask):
+        traces.append(None)
+        return gpt2.decode(decoder, jnp.asarray(IDS), mask, 8, jnp.array([5]))
+
+    for mask in (MASK, np.ones_like(MASK)):  # the second finds the buffers as the first left them
+        assert_begins_with(continued(decoder, mask), greedily(theirs, IDS, mask))
+    assert len(traces) == 1
+
+
+class Logits(nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens):
+        return self.model(tokens)["logits"]
+
+
+def test_without_a_cache_a_converted_gpt2_continues_as_transformers():
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(**SIZES, use_cache=False)
+    theirs = transformers.GPT2LMHeadModel(config).eval()
+    ours = Logits(nn.bridge.torch.from_torch(theirs, to_torch(IDS)))
+    tokens = np.zeros((2, 12), np.int32)
+    tokens[0, :4], tokens[1, :2] = IDS[0], IDS[1, 2:]
+    names: dict[str, Any] = {"nn": nn, "jnp": jnp}
+    exec(WITHOUT_CACHE[: WITHOUT_CACHE.index("prompts =")], names)
+    found = np.asarray(names["without_cache"](ours, tokens, np.array([4, 2])))
+    expected = greedily(theirs, IDS, MASK, end=97)  # which is no token
+    np.testing.assert_array_equal(found[0], expected[0])
+    np.testing.assert_array_equal(found[1, :10], expected[1, 2:])
