@@ -214,6 +214,36 @@ class Moded(tnn.Module):
         return torch.nn.functional.dropout(x, 0.5, self.training) if self.training else 2 * x
 
 
+class Holder:
+    def __init__(self, tensor):
+        self.tensor = tensor
+
+
+class Counting(tnn.Module):
+    """Adds up what it sees, in a tensor that an object refers to."""
+
+    def __init__(self, registered):
+        super().__init__()
+        total = torch.zeros(3)
+        if registered:
+            self.register_buffer("total", total)
+        self.holder = Holder(total)
+
+    def forward(self, x):
+        self.holder.tensor.add_(x.sum(0))
+        return x + self.holder.tensor
+
+
+def test_a_buffer_that_an_object_refers_to_is_that_buffer_and_no_other_tensor_is_written():
+    theirs, x = Counting(registered=True), torch.ones(2, 3)
+    ours = from_torch(theirs, x)
+    for _ in range(2):
+        agree(ours(jnp.ones((2, 3))), theirs(x))
+    agree(ours.total, theirs.total)
+    with pytest.raises(ConversionError, match="register_buffer"):
+        from_torch(Counting(registered=False), x)
+
+
 def test_a_forward_that_looks_at_the_mode_runs_in_the_modes_it_was_traced_in():
     theirs = Moded().eval()
     ours = from_torch(theirs, torch.randn(3, 4))

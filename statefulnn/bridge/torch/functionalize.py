@@ -27,6 +27,7 @@ from statefulnn.bridge.torch.nodes import (
     shares_memory,
     unclear_view,
     unknown_size,
+    written_constant,
 )
 from statefulnn.bridge.torch.structures import CONSTANTS, Var, leaves, map_leaves
 from statefulnn.bridge.torch.tracing import (
@@ -201,6 +202,8 @@ class Functionalizer:
     def write(self, view: View, new: int, where: str) -> None:
         """Put other numbers into a tensor, and so into everything it is a view of."""
         root = view.root
+        if root.constant is not None:
+            raise written_constant(where)
         if not view.certain:
             raise unclear_view(where)
         values = [self.root_slot(root)]
@@ -314,11 +317,13 @@ class Functionalizer:
             value = node.meta.get("val")
             if spec.kind in (kinds.PARAMETER, kinds.BUFFER):
                 name = str(spec.target).removeprefix("model.")
-                self.named[name] = Root(None, name)
-                self.views[node] = View(self.named[name])
+                self.views[node] = View(self.named.setdefault(name, Root(None, name)))
             elif spec.kind == kinds.CONSTANT_TENSOR:
                 tensor = program.constants[str(spec.target)]
-                self.views[node] = View(Root(None, constant=tensor))
+                # A buffer that the code reaches by way of another object is that buffer.
+                known = self.trace.paths.get(id(tensor))
+                named = known and self.named.setdefault(known[0], Root(None, known[0]))
+                self.views[node] = View(named or Root(None, constant=tensor))
             elif isinstance(value, torch.Tensor):
                 self.views[node] = View(Root(self.slot(self.trace.root, value)))
             else:

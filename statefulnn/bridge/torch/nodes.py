@@ -64,6 +64,17 @@ def unclear_view(where: str) -> ConversionError:
     )
 
 
+def written_constant(where: str) -> ConversionError:
+    return ConversionError(
+        explain(
+            f"found an in-place operator on a tensor that is no buffer ({where})",
+            "it lives on between two calls: in an attribute, or in an object that one refers to. Only "
+            "parameters and buffers have a place in the converted module, so what is written would be lost",
+            "self.register_buffer(name, tensor), and write to self.name; or clone() it first",
+        )
+    )
+
+
 def number_of_array(where: str) -> ConversionError:
     return ConversionError(
         explain(
