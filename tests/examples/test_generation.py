@@ -100,3 +100,21 @@ def test_without_a_cache_a_converted_gpt2_continues_as_transformers():
     expected = greedily(theirs, IDS, MASK, end=97)  # which is no token
     np.testing.assert_array_equal(found[0], expected[0])
     np.testing.assert_array_equal(found[1, :10], expected[1, 2:])
+
+
+def test_the_wrapper_of_transformers_keeps_its_cache_between_calls():
+    torch.manual_seed(0)
+    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(**SIZES)).eval()
+    theirs.generation_config = transformers.GenerationConfig(
+        use_cache=True,
+        cache_implementation="static",
+        cache_config={"batch_size": 1, "max_cache_len": 12},
+    )
+    wrapper = transformers.integrations.TorchExportableModuleWithStaticCache(theirs)
+    first = {"input_ids": torch.tensor([[7]]), "cache_position": torch.tensor([0])}
+    ours = nn.bridge.torch.from_torch(wrapper, kwargs=first, dynamic="none")
+    with torch.no_grad():
+        expected = theirs(to_torch(IDS[:1]), use_cache=False).logits[0].numpy()
+    for place, token in enumerate(IDS[0]):
+        found = ours(input_ids=jnp.array([[token]]), cache_position=jnp.array([place]))
+        np.testing.assert_allclose(found[0, -1], expected[place], rtol=1e-4, atol=1e-4)
