@@ -13,12 +13,13 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 
+from statefulnn.core.box import Box
 from statefulnn.core.extras import import_extra
 from statefulnn.core.module import Module
 from statefulnn.io._atomic import replacing
 from statefulnn.io._export_programs import FlatMethod, exported_of, refused, sizes_explained
 from statefulnn.io._export_tasks import Task
-from statefulnn.io._to_onnx import converted, inlined, onnx_libraries
+from statefulnn.io._to_onnx import check_numbers, converted, inlined, onnx_libraries
 
 _NO_PLACE = {
     "statefulnn": (),
@@ -93,12 +94,12 @@ def write_onnx(
     metadata: Mapping[str, str],
 ) -> None:
     """Write a method as ONNX, with the weights as initializers under their names."""
-    onnx, _ = onnx_libraries()
+    onnx, *_ = onnx_libraries()
     if sum(array.nbytes for array in weights.values()) > _MOST_BYTES:
         raise refused(
             "with format='onnx' and more than 2 GB of weights",
             "a file of ONNX cannot hold more",
-            "model.half() before; or format='stablehlo'",
+            "format='stablehlo'",
         )
     method = FlatMethod(task, module, len(weights), rng=False, mutable=False)
     # Traced before jax2onnx is at work: meanwhile it replaces functions of JAX, and what F compiled of those
@@ -121,8 +122,18 @@ def write_onnx(
             model.graph.initializer.append(onnx.numpy_helper.from_array(weights[name], name))
     model.graph.name, model.producer_name = type(module).__name__, "statefulnn"
     onnx.helper.set_model_props(model, dict(metadata))
+    content = model.SerializeToString()
+    given = [v.value if isinstance(v, Box) else v for v in task.given]
+    if all(isinstance(v, (jax.Array, np.ndarray)) for v in given):
+        specs = method.dynamic
+        arrays = [np.asarray(v, s.dtype) for v, s in zip(given, specs, strict=True)]
+        with jax.default_matmul_precision("highest"):
+            found = jax.jit(method.flat)(*weights.values(), *arrays)
+        wanted = dict(zip(outputs, map(np.asarray, found), strict=True))
+        inputs = dict(zip(inputs[len(weights) :], arrays, strict=True))
+        check_numbers(content, inputs, wanted, task.name)
     with replacing(path) as temporary:
-        temporary.write_bytes(model.SerializeToString())
+        temporary.write_bytes(content)
 
 
 def _with_paths(tree: object) -> list[tuple[Any, Any]]:

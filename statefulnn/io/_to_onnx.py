@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import version as version_of
 from typing import Any
 
 import jax
 import jax.export
 import jax.extend.core
+import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.extend.core import ClosedJaxpr, Literal
 
@@ -64,6 +67,8 @@ def _evaluated(primitive: Any, values: list[Any], params: dict[str, Any]) -> lis
     if name == "pad" and not any(inside for *_, inside in params["padding_config"]):
         if any(map(jax.export.is_symbolic_dim, values[0].shape)):
             return [_padded(values[0], values[1], params["padding_config"])]
+    if name == "dot_general" and not params["dimension_numbers"][0][0]:
+        return [_outer(values[0], values[1], params)]
     if name in _CONTROL:
         params = {key: _inlined_within(value) for key, value in params.items()}
     if name == "scan" and params["reverse"]:
@@ -92,6 +97,18 @@ def _padded(x: Any, value: Any, config: Sequence[tuple[int, int, int]]) -> Any:
     return x
 
 
+def _outer(a: Any, b: Any, params: dict[str, Any]) -> Any:
+    """Multiply each entry with each: jax2onnx takes one letter for several axes of such a product."""
+    _, batch = params["dimension_numbers"]
+    own = [[i for i in range(x.ndim) if i not in at] for x, at in zip((a, b), batch, strict=True)]
+    a = lax.transpose(a, (*batch[0], *own[0]))
+    b = lax.transpose(b, (*batch[1], *own[1]))
+    a = lax.expand_dims(a, range(a.ndim, a.ndim + len(own[1])))
+    b = lax.expand_dims(b, range(len(batch[1]), len(batch[1]) + len(own[0])))
+    dtype = params["preferred_element_type"] or a.dtype
+    return lax.convert_element_type(a, dtype) * lax.convert_element_type(b, dtype)
+
+
 def _reversed_scan(primitive: Any, values: list[Any], params: dict[str, Any]) -> list[Any]:
     """Run a scan from the end as one from the start, over what is turned round."""
     fixed, carried = params["num_consts"] + params["num_carry"], params["num_carry"]
@@ -104,28 +121,103 @@ def converted(
     program: ClosedJaxpr, name: str, inputs: Sequence[str], outputs: Sequence[str]
 ) -> Any:
     """Return the ``onnx.ModelProto`` of a program, or raise an error that names primitives and modules."""
-    f = jax.extend.core.jaxpr_as_fun(program)
+    onnx, _, _ = onnx_libraries()
+    # An array has one name there: an output that is an input, or another output, is a copy of it.
+    known = dict(zip(map(id, program.jaxpr.invars), inputs, strict=True))
+    copies = {}
+    own = []
+    for i, variable in enumerate(program.jaxpr.outvars):
+        source = known.setdefault(id(variable), outputs[i])
+        if source == outputs[i]:
+            own.append(i)
+        else:
+            copies[outputs[i]] = source
+    run = jax.extend.core.jaxpr_as_fun(program)
+    names = {"input_names": inputs, "output_names": [outputs[i] for i in own]}
     try:
-        return _onnx_of(f, program.in_avals, input_names=inputs, output_names=outputs)
+        model = _onnx_of(lambda *given: [run(*given)[i] for i in own], program.in_avals, **names)
     except Exception as error:
         raise _unsupported(program, name, error) from error
+    described = {v.name: v for v in [*model.graph.input, *model.graph.output]}
+    for copy, source in copies.items():
+        model.graph.node.append(onnx.helper.make_node("Identity", [source], [copy]))
+        described[copy] = onnx.ValueInfoProto()
+        described[copy].CopyFrom(described[source])
+        described[copy].name = copy
+    ordered = [onnx.ValueInfoProto.FromString(described[n].SerializeToString()) for n in outputs]
+    del model.graph.output[:]
+    model.graph.output.extend(ordered)
+    return model
 
 
-def onnx_libraries() -> tuple[Any, Any]:
-    """Return the modules ``onnx`` and ``jax2onnx``."""
+def check_numbers(
+    content: bytes, inputs: dict[str, np.ndarray], wanted: Mapping[str, np.ndarray], name: str
+) -> None:
+    """Raise if onnxruntime computes something else than the module."""
+    called = f"with format='onnx' of {name!r}"
+    instead = "another way to compute it, found by exporting parts of the model; format='stablehlo'"
+    try:
+        found = dict(zip(wanted, _session(content).run(list(wanted), inputs), strict=True))
+    except Exception as error:
+        raise refused(called, f"onnxruntime fails: {first_line(error)}", instead) from error
+    for output, want in wanted.items():
+        got = found[output]
+        exact = not jnp.issubdtype(want.dtype, jnp.inexact)
+        tolerance = 0.0 if exact else max(1e-4, 8 * float(jnp.finfo(want.dtype).eps))
+        size = np.abs(want[np.isfinite(want)]).max(initial=0.0)
+        if got.shape != want.shape or not np.allclose(
+            got, want, rtol=10 * tolerance, atol=tolerance * float(size), equal_nan=not exact
+        ):
+            why = f"what jax2onnx makes of it computes another {output!r} in onnxruntime"
+            raise refused(called, why, instead)
+
+
+def _session(content: bytes) -> Any:
+    _, _, onnxruntime = onnx_libraries()
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4  # errors are raised
+    return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+
+
+def onnx_libraries() -> tuple[Any, Any, Any]:
+    """Return the modules ``onnx``, ``jax2onnx`` and ``onnxruntime``."""
+    needs = {
+        "onnx": "writes the file",
+        "jax2onnx": "knows the operators of ONNX for primitives of JAX",
+        "onnxruntime": "runs what was written",
+    }
     did = "called nn.export with format='onnx'"
-    onnx = import_extra("onnx", '"statefulnn[onnx]"', did, "writes the file")
-    needs = "knows the operators of ONNX for primitives of JAX"
-    return onnx, import_extra("jax2onnx", '"statefulnn[onnx]"', did, needs)
+    with _left_alone():
+        onnx, jax2onnx, onnxruntime = (
+            import_extra(library, '"statefulnn[onnx]"', did, what)
+            for library, what in needs.items()
+        )
+    return onnx, jax2onnx, onnxruntime
 
 
 def _onnx_of(f: Callable, specs: Sequence[Any], **settings: Any) -> Any:
-    onnx, jax2onnx = onnx_libraries()
+    onnx, jax2onnx, _ = onnx_libraries()
     double = bool(jax.config.read("jax_enable_x64"))
-    with _silent("onnx_ir"):
+    with _silent("onnx_ir"), _left_alone():
         model = jax2onnx.to_onnx(f, list(specs), enable_double_precision=double, **settings)
     onnx.checker.check_model(model)
+    _session(model.SerializeToString())
     return model
+
+
+@contextlib.contextmanager
+def _left_alone() -> Iterator[None]:
+    """Take functions out of JAX that jax2onnx leaves there, such as a cumsum for its own traces."""
+    modules = [m for name, m in list(sys.modules.items()) if name.split(".")[0] == "jax"]
+    public = [m for m in modules if m is not None and "._" not in m.__name__]
+    before = [(module, dict(vars(module))) for module in public]
+    try:
+        yield
+    finally:
+        for module, members in before:
+            for name, member in members.items():
+                if callable(member) and vars(module).get(name) is not member:
+                    setattr(module, name, member)
 
 
 @contextlib.contextmanager
@@ -159,8 +251,8 @@ def _unsupported(program: ClosedJaxpr, name: str, error: Exception) -> Checkpoin
     return refused(
         f"with format='onnx' of {name!r}" + (f", which uses {listed}" if places else ""),
         f"jax2onnx {version} has no ONNX for it: {[*reasons, first_line(error)][0]}",
-        "another way to compute it; batch=None, which fixes all sizes, where those are the reason; "
-        "format='stablehlo', which has all primitives",
+        "another way to compute it; model.float(), or batch=None, which fixes all sizes, where those are "
+        "the reason; format='stablehlo', which has all primitives",
     )
 
 

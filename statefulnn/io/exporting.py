@@ -64,8 +64,9 @@ def export(
         path: the file, which is replaced as a whole.
         format: who is to read it. "statefulnn": `load_exported`. "stablehlo": compilers of MLIR, and JAX;
             the ending of `path` says which form, .mlir for text, .mlirbc for portable bytecode, .jax for
-            ``jax.export.deserialize``. "onnx": ONNX's runtimes, in browsers too. The latter two hold one
-            method, a function of its inputs alone.
+            ``jax.export.deserialize``. "onnx": ONNX's runtimes, in browsers too; where `inputs` are arrays,
+            onnxruntime's outputs are compared with the module's first. The latter two hold one method, a
+            function of its inputs alone.
         kwargs: the keyword inputs.
         methods: names of methods with these inputs; or a dict of name -> settings, which may have
             ``function`` (a function of module and inputs; without it, the method of that name), ``inputs``,

@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 import jax.export
 import jax.numpy as jnp
+import jax2onnx
 import numpy as np
 import onnx
 import onnxruntime
@@ -153,7 +154,40 @@ def test_one_name_for_a_weight_and_an_input_is_refused(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("library", ["onnx", "jax2onnx"])
+def test_products_of_each_with_each_and_outputs_that_are_one_array_are_written(tmp_path):
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(jnp.arange(3.0))
+
+        def forward(self, x, y):
+            product = jnp.einsum("bi,jb->bij", x, y)
+            return x, self.scale, product, product, jnp.einsum("i,j->ij", self.scale, self.scale)
+
+    model, x, y = Outer(), floats(2, 3), floats(4, 2)
+    nn.export(model, (x, y), tmp_path / "m.onnx", format="onnx", batch=None)
+    got = run_onnx(tmp_path / "m.onnx", x=x, y=y)
+    assert list(got) == [f"output.{i}" for i in range(5)]
+    for one, wanted in zip(got.values(), model(x, y), strict=True):
+        close(one, wanted)
+
+
+def test_a_file_that_would_compute_something_else_is_not_written(tmp_path, monkeypatch):
+    class Minus(nn.Module):
+        def forward(self, x):
+            return -x
+
+    def wrong(f, *args, **kwargs):
+        return convert(lambda x: [y + 1 for y in f(x)], *args, **kwargs)
+
+    convert = jax2onnx.to_onnx
+    monkeypatch.setattr(jax2onnx, "to_onnx", wrong)
+    with pytest.raises(nn.CheckpointError, match="another 'output' in onnxruntime"):
+        nn.export(Minus(), floats(2, 3), tmp_path / "m.onnx", format="onnx")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("library", ["onnx", "jax2onnx", "onnxruntime"])
 def test_a_missing_library_is_an_error_that_names_the_extra(library, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, library, None)
     with pytest.raises(ImportError, match=r'pip install "statefulnn\[onnx\]"'):
@@ -256,6 +290,8 @@ def test_an_exported_model_is_what_it_was_and_runs_and_learns(format, tmp_path):
     wanted = twin(given), nn.jit(twin)(given), nn.grad(lambda m: m(given).sum())(twin)
     twin.train()(given)
     jax.tree.map(close, got, wanted)
+    left = [n for n, f in vars(jnp).items() if getattr(f, "__module__", "").startswith("jax2onnx")]
+    assert left == []
     close(model[1].running_mean, twin[1].running_mean)
 
 
