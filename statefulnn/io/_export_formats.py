@@ -107,7 +107,8 @@ def write_onnx(
     with sizes_explained(task, method.flat, method.example):
         program = inlined(jax.make_jaxpr(method.flat)(*method.before, *method.dynamic))
     out = jax.tree_util.tree_unflatten(method.out, range(method.out.num_leaves))
-    outputs = [_dotted(f"output{jax.tree_util.keystr(w)}") for w, _ in _with_paths(out)]
+    paths = jax.tree_util.tree_leaves_with_path(out)
+    outputs = [_dotted(f"output{jax.tree_util.keystr(where)}") for where, _ in paths]
     inputs = [*weights, *map(_dotted, task.labels)]
     twice = [n for n, times in collections.Counter([*inputs, *outputs]).items() if times > 1]
     if twice:
@@ -134,10 +135,6 @@ def write_onnx(
         check_numbers(content, inputs, wanted, task.name)
     with replacing(path) as temporary:
         temporary.write_bytes(content)
-
-
-def _with_paths(tree: object) -> list[tuple[Any, Any]]:
-    return jax.tree_util.tree_leaves_with_path(tree)
 
 
 def _dotted(label: str) -> str:

@@ -49,9 +49,7 @@ def _run(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
         return [v.val if isinstance(v, Literal) else known[v] for v in variables]
 
     for eqn in jaxpr.eqns:
-        where = str(
-            eqn.source_info.name_stack
-        )  # of modules; an inner program has its own part of it
+        where = str(eqn.source_info.name_stack)  # of modules; what is called has the rest of it
         with jax.named_scope(where) if where else contextlib.nullcontext():
             out = _evaluated(eqn.primitive, read(eqn.invars), eqn.params)
         known.update(zip(eqn.outvars, out, strict=True))
