@@ -7,12 +7,12 @@ import math
 import shutil
 import subprocess
 
-import digits_in_the_browser as example
 import numpy as np
 import pytest
 
 import bert
 import digits_cnn
+import digits_in_the_browser as example
 import statefulnn as nn
 
 # npm is asked for 33 MB for the page and 110 for Node: too much for every run.

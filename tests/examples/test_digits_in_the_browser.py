@@ -7,11 +7,11 @@ import gzip
 import re
 from pathlib import Path
 
-import digits_in_the_browser as example
 import numpy as np
 import onnxruntime
 
 import digits_cnn
+import digits_in_the_browser as example
 
 
 def test_the_page_holds_the_trained_model_and_the_runtime_and_loads_nothing(capsys):

@@ -140,6 +140,15 @@ def test_a_primitive_that_onnx_lacks_is_named_with_its_module_and_nothing_is_wri
     assert capfd.readouterr() == ("", "")
 
 
+def test_a_length_that_has_to_be_a_number_is_answered_with_the_shape(tmp_path):
+    class Flat(nn.Module):
+        def forward(self, x):
+            return x.reshape(len(x), -1)
+
+    with pytest.raises(nn.ShapeError, match=r"x\.shape\[0\] in place of len\(x\)"):
+        nn.export(Flat(), floats(2, 3, 4), tmp_path / "m.onnx", format="onnx")
+
+
 def test_one_name_for_a_weight_and_an_input_is_refused(tmp_path):
     class Named(nn.Module):
         def __init__(self) -> None:
