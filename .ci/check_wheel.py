@@ -46,6 +46,8 @@ USES = {
     """,
     "haiku": "import statefulnn.bridge.haiku",
     "privacy": "nn.curvature.accounting",
+    "onnx": "nn.export(nn.Linear(3, 4), x, 'layer.onnx', format='onnx')",
+    "stablehlo": "nn.export(nn.Linear(3, 4), x, 'layer.jax', format='stablehlo')",
 }
 
 

@@ -119,7 +119,7 @@ class ResNet(nn.Module):
         x = self.layer3(x)  # (N, 256e, H/16, W/16)
         x = self.layer4(x)  # (N, 512e, H/32, W/32)
         x = self.avgpool(x)  # (N, 512e, 1, 1)
-        return self.fc(x.reshape(len(x), -1))  # (N, num_classes)
+        return self.fc(x.reshape(x.shape[0], -1))  # (N, num_classes)
 
 
 def resnet18(num_classes: int = 1000) -> ResNet:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -47,12 +47,13 @@ def lowered(
     vjp_order: int,
 ) -> tuple[dict[str, Any], list[np.ndarray]]:
     """Lower one method; return its entry in the manifest and the bytes of its programs."""
-    method = _FlatMethod(task, module, count, rng, mutable)
+    method = FlatMethod(task, module, count, rng, mutable)
     f: Callable = method.flat
+    example = method.example
     specs: list[Any] = [*method.before, *method.dynamic]
     programs, entries = [], []
     for order in range(vjp_order + 1):
-        program = _exported(task, f, specs, platforms, None if order else method.before)
+        program = exported_of(task, f, (specs, {}), platforms, None if order else example)
         programs.append(np.frombuffer(program.mlir_module_serialized, np.uint8))
         entries.append(
             {
@@ -84,12 +85,13 @@ def lowered(
     return entry, programs
 
 
-class _FlatMethod:
+class FlatMethod:
     """One method as a pure function of a flat list of arrays: the weights, a key, the inputs.
 
     Attributes:
         before: the specs before the inputs: of the weights, and of the key if there is one.
         dynamic: those of the inputs.
+        example: arguments of `flat` without names of dimensions, None where the caller gave the names.
         out: the structure of the output, known once `flat` has been traced.
         state: the names of the state that is returned after the output, known then as well.
     """
@@ -105,6 +107,8 @@ class _FlatMethod:
         self._constants = [jnp.asarray(v) for v in leaves[count:]]  # states of generators
         key = [jax.ShapeDtypeStruct((2,), jnp.uint32)] if rng else []
         self.before = [*(jax.ShapeDtypeStruct(v.shape, v.dtype) for v in leaves[:count]), *key]
+        fixed = None if task.example is None else jax.tree_util.tree_leaves(task.example)
+        self.example = None if fixed is None else ([*self.before, *fixed], {})
         self.out: Any = None
         self.state: list[str] = []
 
@@ -144,17 +148,40 @@ class _FlatMethod:
                 number += 1
 
 
-def _exported(
-    task: Task, f: Callable, specs: Sequence[Any], platforms: Sequence[str], before: Any
-) -> Any:
-    """Lower a function of a flat list; `before` are the specs before the inputs, None for derivatives."""
+def exported_of(
+    task: Task,
+    f: Callable,
+    specs: tuple[Sequence[Any], Mapping[str, Any]],
+    platforms: Sequence[str],
+    example: tuple[Sequence[Any], Mapping[str, Any]] | None,
+) -> jax.export.Exported:
+    """Lower a function of `specs`; `example` is as for `sizes_explained`."""
+    with sizes_explained(task, f, example):
+        program = jax.export.export(jax.jit(f), platforms=tuple(platforms))(*specs[0], **specs[1])
+    if program.ordered_effects or program.unordered_effects:
+        raise refused(
+            f"with {task.name!r}, which calls back into Python",
+            "a file holds no Python",
+            "leave out jax.debug.print, io_callback and the like",
+        )
+    return program
+
+
+@contextlib.contextmanager
+def sizes_explained(
+    task: Task, f: Callable, example: tuple[Sequence[Any], Mapping[str, Any]] | None
+) -> Iterator[None]:
+    """Say so where a trace of `f` fails for its names of dimensions.
+
+    `example` are arguments with numbers in place of the names; None if there are no names, or none of ours.
+    """
     try:
-        program = jax.export.export(jax.jit(f), platforms=tuple(platforms))(*specs)
+        yield
     except Exception as error:
-        if before is None or task.example is None:
+        if example is None:
             raise
         # Is it the names of dimensions? With numbers in their place, an error of the model is plainer.
-        jax.eval_shape(f, *before, *jax.tree_util.tree_leaves(task.example))
+        jax.eval_shape(f, *example[0], **example[1])
         shapes = zip(task.labels, jax.tree_util.tree_leaves((task.args, task.kwargs)), strict=True)
         raise ShapeError(
             explain(
@@ -164,13 +191,6 @@ def _exported(
                 "or fix them: batch=None",
             )
         ) from error
-    if program.ordered_effects or program.unordered_effects:
-        raise refused(
-            f"with {task.name!r}, which calls back into Python",
-            "a file holds no Python",
-            "leave out jax.debug.print, io_callback and the like",
-        )
-    return program
 
 
 def _constraint(error: BaseException) -> str:
@@ -183,6 +203,8 @@ def _constraint(error: BaseException) -> str:
         left, sign, right = found.groups()
         decided = {"<": ">=", ">=": ">=", ">": "<=", "<=": "<="}.get(sign, "==")
         said = f"{left} {decided} {right}"
+    elif "_DimExpr' object cannot be interpreted" in str(error):
+        return "x.shape[0] in place of len(x), which is a number; "
     else:
         return ""
     return f"say what the sizes obey, constraints=({said!r},); "
@@ -194,7 +216,7 @@ def _reason(error: BaseException) -> str:
     notes = [
         note for note in getattr(error, "__notes__", ()) if note.startswith(("at ", "raised "))
     ]
-    return "; ".join([why[1] if why is not None else _first_line(error), *notes])
+    return "; ".join([why[1] if why is not None else first_line(error), *notes])
 
 
 def _transposed(f: Callable, specs: Sequence[Any], outs: Sequence[Any]) -> tuple[Callable, list]:
@@ -271,7 +293,8 @@ def _tree(value: Any, what: str) -> Any:
     )
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """Return the first line of what an error says, or its name."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 

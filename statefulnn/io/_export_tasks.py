@@ -26,6 +26,7 @@ class Task(NamedTuple):
         example: the same without dimensions of any size, None where the caller gave them.
         positional: the names of `args`.
         labels: a name for each array, in JAX's order.
+        given: the arrays, or shapes in their place, as the caller gave them.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Task(NamedTuple):
     example: tuple[tuple, dict[str, Any]] | None
     positional: list[str]
     labels: list[str]
+    given: list[Any]
     constraints: list[str]
 
 
@@ -102,6 +104,7 @@ def task_of(module: Any, name: str, settings: dict[str, Any], batch: str | None)
         fixed if changed else None,
         positional,
         [_label(where, positional) for where, _ in leaves],
+        jax.tree_util.tree_leaves((args, kwargs), is_leaf=lambda v: isinstance(v, Box)),
         constraints,
     )
 

@@ -12,6 +12,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version as version_of
 from pathlib import Path
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +28,7 @@ from statefulnn.core.placement import META, DeviceLike, is_meta, resolve_device
 from statefulnn.core.plan import Plan, plan_of
 from statefulnn.io import exported
 from statefulnn.io._atomic import replacing
+from statefulnn.io._export_formats import check_format, write_onnx, write_stablehlo
 from statefulnn.io._export_programs import lowered, refused
 from statefulnn.io._export_tasks import named, task_of
 from statefulnn.io._reading import reading
@@ -39,12 +41,13 @@ def export(
     inputs: object,
     path: str | os.PathLike,
     *,
+    format: Literal["statefulnn", "stablehlo", "onnx"] = "statefulnn",
     kwargs: Mapping[str, object] | None = None,
     methods: str | Iterable[str] | Mapping[str, Mapping[str, object]] = ("forward",),
     batch: str | None = "b",
     shapes: Mapping[str, object] | None = None,
     constraints: Sequence[str] = (),
-    platforms: Sequence[str] = ("cpu", "cuda"),
+    platforms: Sequence[str] | None = None,
     rng: bool = False,
     mutable: bool = False,
     vjp_order: int = 0,
@@ -59,6 +62,11 @@ def export(
         inputs: the positional inputs, a tuple or one that is no tuple: arrays, ``jax.ShapeDtypeStruct``, and
             tuples, lists and dicts of these. Only shapes and dtypes matter.
         path: the file, which is replaced as a whole.
+        format: who is to read it. "statefulnn": `load_exported`. "stablehlo": compilers of MLIR, and JAX;
+            the ending of `path` says which form, .mlir for text, .mlirbc for portable bytecode, .jax for
+            ``jax.export.deserialize``. "onnx": ONNX's runtimes, in browsers too; where `inputs` are arrays,
+            onnxruntime's outputs are compared with the module's first. The latter two hold one method, a
+            function of its inputs alone.
         kwargs: the keyword inputs.
         methods: names of methods with these inputs; or a dict of name -> settings, which may have
             ``function`` (a function of module and inputs; without it, the method of that name), ``inputs``,
@@ -69,7 +77,8 @@ def export(
             ``{"ids": "b, t", "mask": "b, t"}``, or the same within tuples, lists and dicts. These inputs take
             no part in `batch`.
         constraints: what may be assumed of the dimensions, such as ``"t <= 512"``.
-        platforms: what to lower for: "cpu", "cuda", "rocm", "tpu".
+        platforms: what to lower for: "cpu", "cuda", "rocm", "tpu". The first two by default, for StableHLO
+            the first; ONNX knows none.
         rng: whether the functions take a random key, ``loaded(x, rng=key)``, as ``functional_call`` does.
         mutable: whether the module may write state; the functions then return ``(out, new_state)``.
         vjp_order: how often the functions can be differentiated.
@@ -79,10 +88,12 @@ def export(
         MissingRngError: if the module draws random numbers and `rng` is False.
         StateWriteError: if it writes state and `mutable` is False.
         ShapeError: if it cannot be traced with dimensions of any size.
-        CheckpointError: for what a file cannot hold; nothing is written.
-        ImportError: if safetensors is not installed (extra ``io``).
+        CheckpointError: for what a file cannot hold; nothing is written. For ONNX it names the primitives of
+            JAX that are not there, and the modules that use them.
+        ImportError: if safetensors is not installed (extra ``io``); for ONNX jax2onnx (extra ``onnx``), for
+            .jax flatbuffers (extra ``stablehlo``).
 
-    Source: ``jax.export``; ``torch.export.save``.
+    Source: ``jax.export``; ``torch.export.save``; ``torch.onnx.export``.
 
     Example:
         >>> import os, tempfile, jax.numpy as jnp, statefulnn as nn
@@ -107,8 +118,16 @@ def export(
         "shapes": shapes,
         "constraints": constraints,
     }
-    tasks = [task_of(module, n, {**common, **s}, batch) for n, s in named(methods).items()]
+    wanted = named(methods)
+    settings = {"rng": rng, "mutable": mutable, "vjp_order": vjp_order, "metadata": metadata}
+    check_format(format, list(wanted), {**settings, "platforms": platforms})
+    tasks = [task_of(module, n, {**common, **s}, batch) for n, s in wanted.items()]
     weights, table, ties = _weights(plan_of(module))
+    if format == "stablehlo":
+        return write_stablehlo(path, tasks[0], module, weights, platforms or ("cpu",), vjp_order)
+    if format == "onnx":
+        return write_onnx(path, tasks[0], module, weights, texts)
+    platforms = ("cpu", "cuda") if platforms is None else platforms
     entries = {}
     blobs = {}
     for task in tasks:
