@@ -143,10 +143,9 @@ def draw(shown: dict[str, tuple[np.ndarray, np.ndarray]], file: Path) -> None:
     figure = Figure(figsize=(4 * len(shown), 3.6), layout="constrained")
     axes = figure.subplots(1, len(shown))
     y, x = np.divmod(FREE, SIDE)
-    image = None
     for axis, (title, (policy, worths)) in zip(axes, shown.items(), strict=True):
         field = np.where(MAP.ravel() == ".", worths, np.nan).reshape(SIDE, SIDE)
-        image = axis.imshow(field, vmin=0, vmax=1)
+        axis.imshow(field, vmin=0, vmax=1)
         down, right = 0.6 * MOVES[policy[FREE]].T
         axis.quiver(
             x - right / 2, y - down / 2, right, down, color="w",
@@ -156,7 +155,7 @@ def draw(shown: dict[str, tuple[np.ndarray, np.ndarray]], file: Path) -> None:
             letter = MAP.ravel()[cell].replace("#", "■")
             axis.text(cell % SIDE, cell // SIDE, letter, ha="center", va="center", fontsize=14)
         axis.set(title=title, xticks=[], yticks=[])
-    figure.colorbar(image, ax=axes, label="worth")
+    figure.colorbar(axes[-1].images[0], ax=axes, label="worth")
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=100)
 

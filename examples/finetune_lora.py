@@ -67,7 +67,7 @@ class Classifier(nn.Module):
 
     def __init__(self, bert: BertModel):
         super().__init__()
-        bert.pooler = nn.Identity()  # of BERT's two outputs this one is not used
+        bert.add_module("pooler", nn.Identity())  # of BERT's two outputs this one is not used
         self.bert = bert
         self.head = nn.Linear(bert.embeddings.word_embeddings.embedding_dim, 2)
 
@@ -125,15 +125,16 @@ def predict(model: Classifier, ids, mask) -> jax.Array:
 def sentences(rng: np.random.Generator, size: int, part: int) -> tuple[list[str], np.ndarray]:
     """Return reviews of the words to train on (part 0) or to test on (1), and whether each is good."""
 
-    def clause(good: int) -> str:
-        turned = int(rng.integers(2))
-        adjective = rng.choice((BAD, GOOD)[good ^ turned][part])
+    def clause(good: bool) -> str:
+        turned = bool(rng.integers(2))
+        adjective = rng.choice((GOOD if good != turned else BAD)[part])
         return f"{rng.choice(NOUNS[part])} was {rng.choice((KEEPS, TURNS)[turned])}{adjective}"
 
     labels = rng.integers(0, 2, size).astype(np.int32)
     frames = rng.choice(CLAUSES, size)
     pairs = zip(frames, labels, strict=True)
-    return [str(f).format(clause(good), clause(rng.integers(2))) for f, good in pairs], labels
+    texts = [str(f).format(clause(good == 1), clause(rng.random() < 0.5)) for f, good in pairs]
+    return texts, labels
 
 
 def batches(
