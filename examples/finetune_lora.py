@@ -30,16 +30,18 @@ LENGTH = 24  # tokens of a sentence, with padding
 
 # Words to train on, and words to test on.
 NOUNS = (
-    "soup waiter room breakfast music service bathroom view bread kitchen".split(),
+    "soup waiter room breakfast music service bathroom view bread kitchen shower lobby".split(),
     "pool bar manager coffee garden bed staff dinner".split(),
 )
 GOOD = (
-    "wonderful excellent lovely pleasant superb great perfect charming good".split(),
-    "fantastic delightful marvellous brilliant splendid beautiful".split(),
+    """wonderful excellent lovely pleasant superb great perfect charming good nice amazing impressive
+    outstanding enjoyable remarkable terrific gorgeous exquisite""".split(),
+    "fantastic delightful marvellous brilliant splendid beautiful magnificent exceptional".split(),
 )
 BAD = (
-    "terrible awful poor unpleasant disappointing bad miserable ugly dreadful".split(),
-    "horrible disgusting lousy shameful appalling nasty".split(),
+    """terrible awful poor unpleasant disappointing bad miserable ugly dreadful boring useless rotten
+    mediocre atrocious annoying hideous pathetic filthy""".split(),
+    "horrible disgusting lousy shameful appalling nasty unbearable shabby".split(),
 )
 KEEPS = ("", "really ", "nothing less than ", "simply ")
 TURNS = ("not ", "far from ", "anything but ", "hardly ")
@@ -82,13 +84,13 @@ class Classifier(nn.Module):
 
 def full(model: Classifier, rate: optax.Schedule) -> nn.Optimizer:
     """Pretrained weights want a smaller rate than the head."""
-    slow = optax.adamw(lambda step: 0.1 * rate(step), weight_decay=0.01)
+    slow = optax.adamw(lambda step: 0.05 * rate(step), weight_decay=0.01)
     return nn.Optimizer(model, {"head.*": optax.adamw(rate), "*": slow})
 
 
 def head_only(model: Classifier, rate: optax.Schedule) -> nn.Optimizer:
     model.bert.requires_grad_(False)
-    return nn.Optimizer(model, optax.adamw(lambda step: 10 * rate(step)))
+    return nn.Optimizer(model, optax.adamw(lambda step: 5 * rate(step)))
 
 
 def lora(model: Classifier, rate: optax.Schedule) -> nn.Optimizer:
@@ -184,7 +186,7 @@ def draw(results: dict[str, Result], file: Path) -> None:
         width = max(1, len(r.losses) // 20)
         left.plot(np.convolve(r.losses, np.ones(width) / width, "valid"), label=name)
         right.barh(i, 100 * r.accuracy, color=f"C{i}")
-        note = f"{r.trainable / 1e6:.2f} M trained\n{r.weight_bytes / 1e6:.0f} MB of weights"
+        note = f"{r.trainable:,} trained\n{r.weight_bytes / 1e6:.0f} MB of weights"
         right.text(2, i, note, va="center", color="white", fontsize=8)
     left.set(xlabel="step", ylabel="loss, running mean")
     left.legend()
@@ -201,7 +203,7 @@ def main(argv: list[str] | None = None) -> dict[str, Result]:
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--tests", type=int, default=2000, help="how many sentences to test on")
-    parser.add_argument("--rate", type=float, default=1e-3, help="of the head and the adapters")
+    parser.add_argument("--rate", type=float, default=2e-3, help="of the head and the adapters")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--weights", type=Path, help="a folder with another BERT")
     parser.add_argument("--picture", type=Path, default=Path("out/finetune_lora.png"))
