@@ -18,7 +18,7 @@ from bert import BertConfig, BertModel
 tokenizers = pytest.importorskip("tokenizers")
 
 CONFIG = BertConfig(
-    vocab_size=200,
+    vocab_size=400,
     hidden_size=32,
     num_hidden_layers=1,
     num_attention_heads=2,
@@ -41,6 +41,7 @@ def folder(tmp_path):
     nn.save(BertModel(CONFIG), tmp_path / "model.safetensors")
     config = {"model_type": "bert", **dataclasses.asdict(CONFIG)}
     (tmp_path / "config.json").write_text(json.dumps(config))
+    assert len(vocabulary()) <= CONFIG.vocab_size
     words = tokenizers.models.WordLevel(vocabulary(), unk_token="[UNK]")
     tokenizer = tokenizers.Tokenizer(words)
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
