@@ -1,7 +1,7 @@
 """What trainers import, beside the same by hand, in one run.
 
     python benchmarks/training.py --json results.json --markdown results.md
-    python benchmarks/training.py --quick --only groups
+    python benchmarks/training.py --quick --only groups ema
 
 Every part compares compiled calls of equal results, until these are there; the ratios are medians over
 rounds in which each was measured. `JAX_PLATFORMS=cpu` forces the CPU.
@@ -48,6 +48,8 @@ def compare(
     report: Report, title: str, note: str, cases: dict[str, Callable[[], Any]], quick: bool
 ) -> list[Timing]:
     """Measure cases, the first of which is the baseline, and add a table of them."""
+    for call in cases.values():  # all are compiled before one is measured
+        jax.block_until_ready(call())
     timings = measure(
         [Case(label, call) for label, call in cases.items()],
         seconds=1.0 if quick else 20.0,
@@ -130,9 +132,119 @@ def part_accumulate(report: Report, quick: bool) -> None:
     report.target("accumulate 8 beside the scan by hand", timings[1].ratio_done, 1.02, "x")
 
 
+def part_ema(report: Report, quick: bool) -> None:
+    """An update of an average of weights beside a jitted function by hand."""
+    tensors, decay = 300, 0.999
+
+    @jax.jit
+    def by_hand(average: dict, current: dict) -> dict:
+        return jax.tree.map(lambda a, c: decay * a + (1 - decay) * c, average, current)
+
+    def both(width: int) -> dict[str, Callable[[], Any]]:
+        model = nn.Sequential(*(nn.Linear(width, width) for _ in range(tensors // 2)))
+        average = nn.AveragedModel(model, avg_fn=nn.averaging.get_ema_avg_fn(decay))
+        average.update_parameters(model)  # takes the model over, as the dict below
+        kept = dict(average.module.state_dict())
+        current = {name: value + 1 for name, value in kept.items()}
+        model.load_state_dict(current)
+        name, first = next(iter(average.module.named_parameters()))
+
+        def hand() -> jax.Array:
+            kept.update(by_hand(kept, current))
+            return kept[name]
+
+        def ours() -> jax.Array:
+            average.update_parameters(model)
+            return first.value
+
+        assert jnp.allclose(hand(), ours(), rtol=1e-6)
+        return {"jitted, by hand": hand, "nn.AveragedModel": ours}
+
+    for width in (16, 256):
+        title = f"Averages of weights, {tensors} tensors of width {width}"
+        note = "An update of an exponential moving average, outside of compiled code."
+        timings = compare(report, title, note, both(width), quick)
+        report.target(f"EMA update, width {width}", timings[1].ratio_done, 1.1, "x")
+
+
+def pairs(width: int, change: Callable[[Any], Any]) -> nn.Sequential:
+    """Four pairs of Linear layers, `width` to four times that and back, the same for each call."""
+    nn.manual_seed(0)
+    layers = (
+        (nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)) for _ in range(4)
+    )
+    model = nn.Sequential(*(layer for pair in layers for layer in pair)).eval()
+    change(model)
+    return model
+
+
+def part_lora(report: Report, quick: bool) -> None:
+    """A forward pass and a gradient with adapters beside the base's."""
+    width, inputs = (64, 32) if quick else (768, 512)
+    attach = lambda model, **options: nn.lora.attach(model, "*", rank=8, **options)
+    nets = {
+        "base": pairs(width, lambda m: None),
+        "base, again": pairs(width, lambda m: None),
+        "adapters": pairs(width, attach),
+        "merged": pairs(width, lambda m: (attach(m), nn.lora.merge(m))),
+        "DoRA": pairs(width, lambda m: attach(m, variant="dora")),
+    }
+    x = jax.random.normal(jax.random.key(0), (inputs, width))
+    forward = nn.jit(lambda model, x: model(x))
+    gradient = nn.jit(nn.grad(loss_fn))
+    assert all(
+        jnp.allclose(forward(nets["base"], x), forward(m, x), atol=1e-5) for m in nets.values()
+    )
+
+    def cases(function: Callable, names: Sequence[str]) -> dict[str, Callable[[], Any]]:
+        return {name: lambda name=name: function(nets[name], x) for name in names}
+
+    note = f"Eight Linear layers of {width} x {4 * width}, {inputs} inputs, rank 8"
+    title = "Adapters, forward"
+    extra = (
+        "a merged model runs the base's program, so it differs by as much as the base from itself."
+    )
+    timings = compare(report, title, f"{note}; {extra}", cases(forward, list(nets)), quick)
+    ratios = {t.label: t.ratio_done for t in timings}
+    report.target("LoRA, forward beside the base", ratios["adapters"], 1.15, "x")
+    report.target("the same, merged", round(ratios["merged"], 2), 1.0, "x")
+    names = ["base", "adapters", "DoRA"]
+    note = f"{note}; of the base all weights have gradients."
+    compare(report, "Adapters, gradient", note, cases(gradient, names), quick)
+
+
+def part_quantized(report: Report, quick: bool) -> None:
+    """A forward pass of weights in 8 and 4 bits beside float32, and the bytes of the weights."""
+    width = 64 if quick else 768
+    bits: dict[str, Any] = {}
+    nets = {"float32": pairs(width, lambda m: None)}
+    for kind in ("int8", "nf4"):
+        nets[kind] = pairs(
+            width, lambda m, kind=kind: bits.update({kind: nn.quantize(m, "*", kind)})
+        )
+    full = bits["int8"].before
+    size = {"float32": full, **{kind: r.after for kind, r in bits.items()}}
+    rows = [[k, f"{n / 1e6:.2f}", f"{n / full:.3f}x"] for k, n in size.items()]
+    title = "Quantised weights, memory"
+    report.section(
+        title, table(["", "MB", "ratio"], rows), f"Eight layers of {width} x {4 * width}."
+    )
+    report.numbers[title] = size
+    report.target("weights in nf4 beside float32", size["nf4"] / full, 0.16, "x")
+    forward = nn.jit(lambda model, x: model(x))
+    for inputs in (8, 512):
+        x = jax.random.normal(jax.random.key(0), (inputs, width))
+        cases = {kind: lambda m=m, x=x: forward(m, x) for kind, m in nets.items()}
+        note = "Weights are computed anew in each call, for however many inputs."
+        compare(report, f"Quantised weights, forward of {inputs} inputs", note, cases, quick)
+
+
 PARTS: dict[str, Callable[[Report, bool], None]] = {
     "groups": part_groups,
     "accumulate": part_accumulate,
+    "ema": part_ema,
+    "lora": part_lora,
+    "quantized": part_quantized,
 }
 
 

@@ -226,7 +226,7 @@ class KeyMaker:
                 return (Identity(value), kind)  # what has no content stands for itself: a marker
             if not self.unwatched:
                 self.objects[id(value)] = value
-        copied = not self.unwatched if base is None else base not in (tuple, frozenset)
+        copied = not self.unwatched and base not in (tuple, frozenset)
         self.mutable = self.mutable or (copied and layout.changes)
 
         keys, members, names, attributes = content

@@ -42,6 +42,17 @@ def test_groups_are_those_of_torch(compiled):
         assert step.trace_count == 2
 
 
+def test_groups_take_a_schedule_that_changes_its_own_closure():
+    """optax's cosine makes a float of its whole number of steps, in the first call."""
+    model, _ = pair()
+    schedule = optax.cosine_decay_schedule(1e-2, 10)
+    opt = nn.Optimizer(model, {"*.bias": optax.sgd(schedule), "*": optax.sgd(schedule)})
+    step = nn.jit(lambda opt, grads: opt.step(grads))
+    for _ in range(2):
+        step(opt, {name: jnp.ones(p.shape) for name, p in model.named_parameters()})
+    assert step.trace_count == 1
+
+
 def test_groups_are_told_and_slots_have_short_names():
     model, _ = pair()
     opt = nn.Optimizer(model, decayed())
