@@ -276,6 +276,16 @@ def deleted_array(subject: Subject) -> RuntimeError:
     )
 
 
+def out_of_range(label: str, index: object, shape: Shape) -> IndexError:
+    """Build the error for an index of a parameter that has no such row."""
+    return _refusal(
+        IndexError,
+        f"indexed {label} of shape {shape} with {index!r}",
+        "the index is out of range, where JAX drops what is written and reads the last row instead",
+        "an index within the shape; to drop it on purpose, p.value = p.value.at[i].set(new)",
+    )
+
+
 def other_shape(label: str, new: Shape, old: Shape) -> ShapeError:
     return _refusal(
         ShapeError,
