@@ -276,6 +276,17 @@ def deleted_array(subject: Subject) -> RuntimeError:
     )
 
 
+def attribute_of_a_box(name: str) -> UnknownAttributeError:
+    """Build the error for setting what only a Parameter has on an array."""
+    return _refusal(
+        UnknownAttributeError,
+        f"set .{name} of an array",
+        "it is no Parameter: buffers and computed weights read as plain arrays, and the write would be lost",
+        "module.running_mean = new writes a buffer; layer.parametrizations.weight.original is the "
+        "Parameter of a computed weight",
+    )
+
+
 def out_of_range(label: str, index: object, shape: Shape) -> IndexError:
     """Build the error for an index of a parameter that has no such row."""
     return _refusal(

@@ -328,3 +328,13 @@ def test_an_index_out_of_range_is_an_error_in_reads_and_compiled_writes():
 
     with pytest.raises(IndexError, match="with 8"):
         nn.jit(write)(nn.Linear(3, 8), 0)
+
+
+@pytest.mark.parametrize("name", ["value", "data", "requires_grad"])
+def test_what_only_a_parameter_has_cannot_be_set_on_a_buffer_or_a_computed_weight(name):
+    norm = nn.BatchNorm1d(3)
+    layer = nn.utils.parametrizations.weight_norm(nn.Linear(3, 1))
+    for array in (norm.running_mean, layer.weight, next(norm.buffers())):
+        with pytest.raises(AttributeError, match="the write would be lost"):
+            setattr(array, name, jnp.ones(3))
+        assert not hasattr(array, name)
