@@ -117,8 +117,7 @@ def save(
         warnings.warn(
             explain(
                 f"nn.save wrote {str(path)!r} in the format of safetensors",
-                f"files that end in {path.suffix} are mostly read by {_OTHERS[path.suffix]}, which do not "
-                "know it",
+                f"files that end in {path.suffix} are mostly for {_OTHERS[path.suffix]}, in another format",
                 f"nn.save(obj, {str(path.with_suffix('.safetensors'))!r}); nn.load reads it by any name",
             ),
             stacklevel=2,
