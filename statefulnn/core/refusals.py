@@ -795,6 +795,7 @@ def state_dict_does_not_fit(
     prefix: str = "",
     has_kernels: bool = False,
     misshapen: Sequence[tuple[str, Shape, Shape]] = (),
+    nested: str = "",
 ) -> StateDictError:
     instead = "rename the entries, or pass strict=False to skip names that do not match"
     if misshapen:
@@ -809,6 +810,8 @@ def state_dict_does_not_fit(
                 f"a model of the checkpoint's sizes; or without these entries: state_dict.pop({key!r}), "
                 "then model.load_state_dict(state_dict, strict=False)"
             )
+    elif nested:
+        instead = f"model.load_state_dict(checkpoint[{nested!r}]), which has these names"
     elif prefix == OF_AN_OPTIMIZER:
         instead = "opt.load_state_dict(state_dict): these are the slots of an optimizer"
     elif prefix:

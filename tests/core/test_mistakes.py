@@ -723,3 +723,12 @@ def test_an_index_of_an_ensemble_is_told_how_a_member_is_had():
     for wrong in (lambda: ensemble[0], lambda: list(ensemble)):
         with pytest.raises(TypeError, match=r"ensemble\.member\(i\)"):
             wrong()
+
+
+def test_a_checkpoint_of_several_parts_is_told_where_its_weights_are(tmp_path):
+    model = Net()
+    checkpoint = {"epoch": 3, "model": model.state_dict()}
+    with pytest.raises(nn.StateDictError, match=r"load_state_dict\(checkpoint\['model'\]\)"):
+        model.load_state_dict(checkpoint)
+    with pytest.raises(nn.CheckpointError, match=r"one level\n.*nn\.save\(model, path\)"):
+        nn.save(checkpoint, tmp_path / "run.safetensors")
