@@ -531,6 +531,18 @@ def before_super_init(cls: str, what: str) -> UninitializedModuleError:
     )
 
 
+def captured_member(where: str, kind: str) -> RegistrationError:
+    """Build the error for a module or parameter that a function in an attribute refers to."""
+    return _refusal(
+        RegistrationError,
+        f"kept a function that refers to a {kind} in {where}",
+        "a copy of the model, such as compiled code works on, would call the original's, and what is not "
+        "registered is missing in parameters() and state_dict()",
+        "write a method, def call(self, x), which finds self.layer in the model it is called on; "
+        "nn.Ref(layer) for a layer that belongs to another module",
+    )
+
+
 def ref_to_something_else(kind: str) -> RegistrationError:
     return _refusal(
         RegistrationError,

@@ -331,7 +331,7 @@ class KeyMaker:
         return self.of(value) if by_value else self._shared(value)
 
     def _refuse_captured(self, member: object) -> None:
-        raise captured_member(self.where(), member)
+        raise refusals.captured_member(self.where(), type(member).__name__)
 
     def _shared(self, value: object) -> Hashable:
         # Clones use the function, and what it refers to, of the original: what can change there is
@@ -532,20 +532,6 @@ def hidden_member(where: str, value: object) -> RegistrationError:
             "it is not registered there: parameters(), state_dict() and compiled calls would miss it",
             f"use {container}, or assign it to an attribute of its own; if it belongs to another "
             "module and is only referred to, self.name = nn.Ref(value)",
-        )
-    )
-
-
-def captured_member(where: str, value: object) -> RegistrationError:
-    """Build the error for a module or parameter that a function in an attribute refers to."""
-    noun = "Module" if isinstance(value, ModuleBase) else type(value).__name__
-    return RegistrationError(
-        explain(
-            f"kept a function that refers to a {noun} in {where}",
-            "a copy of the model, such as compiled code works on, would call the original's, and what "
-            "is not registered is missing in parameters() and state_dict()",
-            "write a method, def call(self, x), which finds self.layer in the model it is called on; "
-            "nn.Ref(layer) for a layer that belongs to another module",
         )
     )
 
