@@ -732,3 +732,11 @@ def test_a_checkpoint_of_several_parts_is_told_where_its_weights_are(tmp_path):
         model.load_state_dict(checkpoint)
     with pytest.raises(nn.CheckpointError, match=r"one level\n.*nn\.save\(model, path\)"):
         nn.save(checkpoint, tmp_path / "run.safetensors")
+
+
+def test_an_initialiser_says_how_a_computed_weight_is_written():
+    layer = nn.utils.parametrizations.weight_norm(nn.Linear(3, 2))
+    with pytest.raises(nn.RegistrationError, match=r"assigning it, module\.weight = new"):
+        nn.init.ones_(layer.weight)
+    layer.weight = jnp.ones((2, 3))
+    np.testing.assert_allclose(layer.weight, 1.0, rtol=1e-6)
