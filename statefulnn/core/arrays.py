@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -63,9 +65,37 @@ def filled(shape: Sequence[int], dtype: DTypeLike, place: Place = None, value: f
     return from_numpy(values, place, copy=False)
 
 
+class _OfABox:
+    """Stands on the class of arrays for an attribute that boxes have: setting it is an error.
+
+    Buffers and computed weights read as plain arrays, on which Python keeps any attribute: without this,
+    ``norm.running_mean.value = new`` would be lost, and nothing could tell.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __get__(self, array: object, cls: type) -> Any:
+        raise AttributeError(f"{cls.__name__!r} object has no attribute {self.name!r}")
+
+    def __set__(self, array: object, new: object) -> None:
+        raise refusals.attribute_of_a_box(self.name)
+
+
+@functools.lru_cache(8)
+def _refuse_lost_writes(cls: type) -> None:
+    if not issubclass(cls, jax.Array) or issubclass(cls, Tracer):  # whose others take no attributes
+        return
+    for name in ("value", "data", "requires_grad"):
+        if not hasattr(cls, name):
+            with contextlib.suppress(TypeError):  # of a class that takes none either
+                setattr(cls, name, _OfABox(name))
+
+
 def as_array(value: object, subject: Subject = "a box") -> Any:
     """Return `value`, which is no box, as a JAX array; raise if it is none."""
     if isinstance(value, (jax.Array, jax.ShapeDtypeStruct)):
+        _refuse_lost_writes(type(value))
         check_not_deleted(value, subject)
         return value
     if isinstance(value, (np.ndarray, np.generic)):

@@ -303,7 +303,7 @@ class Module(ModuleBase):
             unpack_shell(self)
             return getattr(self, name)
         elif name in REGISTRIES or name in ("training", "_nn_stamp"):
-            raise _uninitialized(self, f"read {name!r}")
+            raise _uninitialized(self, "a use" if name == "_nn_stamp" else f"read {name!r}")
         message = f"'{type(self).__name__}' object"
         if name in type(self)._python_cache:
             raise AttributeError(

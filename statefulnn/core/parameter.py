@@ -85,10 +85,23 @@ class ArrayBox(Box, ArrayTypes):
         return iter(self.value)
 
     def __getitem__(self, index: Any) -> jax.Array:
+        if isinstance(index, int):
+            self._require_inside(index)
         return self.value[index]
 
     def __setitem__(self, index: Any, new: object) -> None:
+        self._require_inside(index)
         self.value = self.value.at[index].set(unwrap(new))
+
+    def _require_inside(self, index: Any) -> None:
+        """Raise for an index out of range: JAX drops what is written there, and reads the last row."""
+        try:
+            np.broadcast_to(np.False_, self.value.shape)[index]
+        except IndexError as error:
+            if "out of bounds" in str(error):
+                raise refusals.out_of_range(self.label(), index, self.value.shape) from None
+        except TypeError:  # not known while tracing, or of a kind that JAX has an error for
+            pass
 
     def __bool__(self) -> bool:
         return bool(self.value)

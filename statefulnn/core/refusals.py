@@ -276,6 +276,27 @@ def deleted_array(subject: Subject) -> RuntimeError:
     )
 
 
+def attribute_of_a_box(name: str) -> UnknownAttributeError:
+    """Build the error for setting what only a Parameter has on an array."""
+    return _refusal(
+        UnknownAttributeError,
+        f"set .{name} of an array",
+        "it is no Parameter: buffers and computed weights read as plain arrays, and the write would be lost",
+        "module.running_mean = new writes a buffer; layer.parametrizations.weight.original is the "
+        "Parameter of a computed weight",
+    )
+
+
+def out_of_range(label: str, index: object, shape: Shape) -> IndexError:
+    """Build the error for an index of a parameter that has no such row."""
+    return _refusal(
+        IndexError,
+        f"indexed {label} of shape {shape} with {index!r}",
+        "the index is out of range, where JAX drops what is written and reads the last row instead",
+        "an index within the shape; to drop it on purpose, p.value = p.value.at[i].set(new)",
+    )
+
+
 def other_shape(label: str, new: Shape, old: Shape) -> ShapeError:
     return _refusal(
         ShapeError,
@@ -507,6 +528,18 @@ def before_super_init(cls: str, what: str) -> UninitializedModuleError:
         f"{what} of {cls} before Module.__init__() call",
         "nothing can be registered before the base class has made the registries",
         f"call super().__init__() first in {cls}.__init__",
+    )
+
+
+def captured_member(where: str, kind: str) -> RegistrationError:
+    """Build the error for a module or parameter that a function in an attribute refers to."""
+    return _refusal(
+        RegistrationError,
+        f"kept a function that refers to a {kind} in {where}",
+        "a copy of the model, such as compiled code works on, would call the original's, and what is not "
+        "registered is missing in parameters() and state_dict()",
+        "write a method, def call(self, x), which finds self.layer in the model it is called on; "
+        "nn.Ref(layer) for a layer that belongs to another module",
     )
 
 
@@ -774,6 +807,7 @@ def state_dict_does_not_fit(
     prefix: str = "",
     has_kernels: bool = False,
     misshapen: Sequence[tuple[str, Shape, Shape]] = (),
+    nested: str = "",
 ) -> StateDictError:
     instead = "rename the entries, or pass strict=False to skip names that do not match"
     if misshapen:
@@ -788,6 +822,8 @@ def state_dict_does_not_fit(
                 f"a model of the checkpoint's sizes; or without these entries: state_dict.pop({key!r}), "
                 "then model.load_state_dict(state_dict, strict=False)"
             )
+    elif nested:
+        instead = f"model.load_state_dict(checkpoint[{nested!r}]), which has these names"
     elif prefix == OF_AN_OPTIMIZER:
         instead = "opt.load_state_dict(state_dict): these are the slots of an optimizer"
     elif prefix:

@@ -144,6 +144,12 @@ def _prefix(missing: list[str], unexpected: list[str]) -> str:
     return prefixes[0] if prefixes else ""
 
 
+def _nested(state: Mapping[str, object], missing: list[str]) -> str:
+    """Return the entry that is a dict with all names that are missing; "" if there is none."""
+    within = (k for k, v in state.items() if isinstance(v, Mapping) and {*missing} <= {*v})
+    return next(within, "") if missing else ""
+
+
 def load_state_dict(module: Module, given: object, strict: bool, assign: bool) -> IncompatibleKeys:
     """Load names into boxes, or raise and leave every box as it was."""
     if not isinstance(given, Mapping):
@@ -177,6 +183,7 @@ def load_state_dict(module: Module, given: object, strict: bool, assign: bool) -
                 _prefix(missing, unexpected),
                 any(name.split(".")[-1] == "kernel" for name in unexpected),
                 loaded.misshapen,
+                _nested(state, missing),
             )
     except BaseException:
         # All or nothing. A lazy parameter that was given a shape becomes a lazy one again.

@@ -331,7 +331,7 @@ class KeyMaker:
         return self.of(value) if by_value else self._shared(value)
 
     def _refuse_captured(self, member: object) -> None:
-        raise hidden_member(f"the closure of the function {self.where()}", member)
+        raise refusals.captured_member(self.where(), type(member).__name__)
 
     def _shared(self, value: object) -> Hashable:
         # Clones use the function, and what it refers to, of the original: what can change there is

@@ -10,7 +10,7 @@ import functools
 import operator
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -332,6 +332,19 @@ class Ensemble(Module):
         i = self._index(i)
         moduledef, leaves = split(self.stack)
         return owned(merge(moduledef, [leaf[i] for leaf in leaves]))
+
+    if not TYPE_CHECKING:
+
+        def __getitem__(self, i):
+            raise TypeError(
+                explain(
+                    "indexed an Ensemble",
+                    "its members are stacked arrays: what is written to one that was taken out does not "
+                    "come back",
+                    "ensemble.member(i), a copy; ensemble.load_member(i, ...) puts its arrays back; "
+                    "ensemble.map(fn) calls a function with every member",
+                )
+            )
 
     def _index(self, i: int) -> int:
         i, n = operator.index(i), len(self)

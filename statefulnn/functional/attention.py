@@ -18,7 +18,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from statefulnn.core.box import unwrap
 from statefulnn.core.construction import allowed_backends
-from statefulnn.core.errors import explain
+from statefulnn.core.errors import DtypeError, explain
 from statefulnn.core.generator import advance, drawing_generator
 from statefulnn.functional._autocast import Rule, ruled
 from statefulnn.functional._causal_bias import CausalBias
@@ -442,6 +442,14 @@ def _check_attention(q: Any, k: Any, v: Any, mask: Any, form: Form) -> tuple[Any
     scores = (*scores, k.shape[-2])
     if mask is None:
         return scores
+    if jnp.issubdtype(mask.dtype, jnp.integer):
+        raise DtypeError(
+            explain(
+                f"{_NAME} was given attn_mask of dtype {mask.dtype}",
+                "a mask is boolean, or floating to be added to the scores",
+                "attn_mask.astype(bool), True where attention is allowed",
+            )
+        )
     # A float32 mask serves low precision, as in torch.
     if mask.dtype != jnp.bool_ and mask.dtype != widened(jnp.zeros((), q.dtype)).dtype:
         require_same_dtype(_NAME, query=q, attn_mask=mask)

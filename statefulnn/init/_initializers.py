@@ -38,7 +38,8 @@ def _box(tensor: Any, function: str) -> Any:
             explain(
                 f"init.{function} was given a value of type {type(tensor).__name__}",
                 "it writes new values in place, and arrays are immutable",
-                f"pass the Parameter: init.{function}(module.weight)",
+                f"pass the Parameter: init.{function}(module.weight); a weight that is computed is "
+                "written by assigning it, module.weight = new",
             )
         )
     return tensor

@@ -117,8 +117,7 @@ def save(
         warnings.warn(
             explain(
                 f"nn.save wrote {str(path)!r} in the format of safetensors",
-                f"files that end in {path.suffix} are mostly read by {_OTHERS[path.suffix]}, which do not "
-                "know it",
+                f"files that end in {path.suffix} are mostly for {_OTHERS[path.suffix]}, in another format",
                 f"nn.save(obj, {str(path.with_suffix('.safetensors'))!r}); nn.load reads it by any name",
             ),
             stacklevel=2,
@@ -279,17 +278,27 @@ def _stored(name: str, value: Any) -> np.ndarray:
 
 
 def _plain(name: str, value: Any) -> Any:
+    if isinstance(value, Mapping) and any(hasattr(v, "dtype") for v in value.values()):
+        raise _unsaved(
+            name,
+            "it is a dict with arrays in it, and the arrays of a file have names of one level",
+            "a file for each, nn.save(model, path); or nn.Checkpointer, which saves a model, its "
+            "optimizer and numbers together",
+        )
     if not is_plain(value):
         what = f"it is of type {type(value).__name__}, neither an array nor plain data"
         raise _unsaved(name, what)
     return value
 
 
-def _unsaved(name: Any, why: str) -> CheckpointError:
+_SAVED = "save arrays, numbers, texts, and lists and dicts of numbers and texts (not tuples)"
+
+
+def _unsaved(name: Any, why: str, instead: str = _SAVED) -> CheckpointError:
     return CheckpointError(
         explain(
             f"called nn.save with an entry {name!r} that a file cannot hold",
             why,
-            "save arrays, numbers, texts, and lists and dicts of these (not tuples)",
+            instead,
         )
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -10,7 +11,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from statefulnn.core.errors import DivergenceWarning, MissingRngError, ShapeError, explain
+from statefulnn.core.compat import current_trace, kind, trace_of
+from statefulnn.core.errors import (
+    DivergenceWarning,
+    MissingRngError,
+    ShapeError,
+    UntrainedLeavesWarning,
+    explain,
+    user_stack_level,
+)
 from statefulnn.core.generator import as_key
 from statefulnn.core.repeated import HasRepeatedForm, repeated, straight_code_only
 from statefulnn.core.reports import finite, named_lanes, report_unless, warn
@@ -102,6 +111,7 @@ def over_tasks(
                 )
             )
         value, aux = results if has_aux else (results, None)
+        _warn_of_unused(shared, value)
         if report and tasks:
             fine = finite(value, tasks)
             report_unless(fine.all(), say_which_diverged("task"), fine, _first_step(losses))
@@ -111,6 +121,24 @@ def over_tasks(
         return (value, aux) if has_aux else value
 
     return function
+
+
+def _warn_of_unused(shared: Any, value: Any) -> None:
+    """Warn if somebody differentiates by the shared parameters and no task has used one."""
+    traces = {id(trace_of(leaf)) for leaf in jax.tree_util.tree_leaves(shared)}
+    trace = current_trace()
+    if id(trace) not in traces or kind(trace) != "autodiff":
+        return
+    if not any(trace_of(leaf) is trace for leaf in jax.tree_util.tree_leaves(value)):
+        warnings.warn(
+            explain(
+                "the result of over_tasks depends on none of the parameters it is differentiated by",
+                "every gradient is zero: tasks may call the model, and not the function of its parameters",
+                "fn, params = nn.functionalize(model), and fn(params, x) in the task",
+            ),
+            UntrainedLeavesWarning,
+            stacklevel=user_stack_level(),
+        )
 
 
 class _Batch(NamedTuple):

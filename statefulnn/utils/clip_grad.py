@@ -3,8 +3,9 @@
 Each function takes gradients in one of two forms:
 
 - Parameters whose ``grad`` is set, as torch does: ``grad`` is replaced.
-- Gradients, as `nn.grad` gives them: a dict, whose entries are replaced, or any other tree of arrays. The
-  clipped ones are returned: the same dict, or another tree. This form works inside compiled functions.
+- Gradients, as `nn.grad` gives them: a dict, whose entries are replaced, or any other tree of arrays, whose
+  dicts and lists take the clipped ones. They are returned too: the same dict, or another tree. This form
+  works inside compiled functions.
 
 Source: ``torch.nn.utils.clip_grad``.
 """
@@ -83,9 +84,10 @@ class _Gradients:
         values: the arrays.
         parameters: the parameters they belong to, None for a tree of gradients.
         names: the dict that holds them, None for parameters and other trees.
+        tree: the other tree.
     """
 
-    __slots__ = ("names", "parameters", "treedef", "values")
+    __slots__ = ("names", "parameters", "tree", "treedef", "values")
 
     def __init__(self, given: Any, function: str) -> None:
         if isinstance(given, ModuleBase):
@@ -98,17 +100,10 @@ class _Gradients:
             )
         if isinstance(given, Parameter):
             given = [given]
-        elif isinstance(given, Iterator):
-            given = list(given)
-            if not given and function == "clip_grad_norm_":
-                warnings.warn(
-                    "`parameters` is an empty generator, no gradient clipping will occur.",
-                    stacklevel=user_stack_level(),
-                )
         elif not isinstance(given, (dict, list, tuple, jax.Array, np.ndarray)) and hasattr(
             given, "__iter__"
         ):
-            given = list(given)
+            given = _listed(given, function)
         self.parameters: list[Parameter] | None = None
         self.names: dict[str, Any] | None = None
         if isinstance(given, (list, tuple)) and all(isinstance(p, Parameter) for p in given):
@@ -120,6 +115,7 @@ class _Gradients:
         elif type(given) is dict and all(map(_is_array, given.values())):
             self.names, self.values, self.treedef = given, list(given.values()), None
         else:
+            self.tree = given
             self.values, self.treedef = jax.tree.flatten(
                 given, is_leaf=lambda x: isinstance(x, (Box, ModuleBase))
             )
@@ -132,13 +128,48 @@ class _Gradients:
             self.names.update(zip(self.names, values, strict=True))
             return self.names
         if self.parameters is None:
-            return jax.tree.unflatten(self.treedef, values)
+            clipped = jax.tree.unflatten(self.treedef, values)
+            _put(self.tree, clipped)
+            return clipped
         for parameter, value in zip(self.parameters, values, strict=True):
             if current_trace() is not EAGER or isinstance(value, Tracer):
                 check_write(parameter._scope, value, lambda p=parameter: f"grad of {p.label()}")
         for parameter, value in zip(self.parameters, values, strict=True):
             parameter.grad = value
         return None
+
+
+def _listed(given: Any, function: str) -> list[Any]:
+    """Return the members of an iterable; raise if they are arrays, which nothing could replace there."""
+    members = list(given)
+    if not members and isinstance(given, Iterator) and function == "clip_grad_norm_":
+        warnings.warn(
+            "`parameters` is an empty generator, no gradient clipping will occur.",
+            stacklevel=user_stack_level(),
+        )
+    if any(map(_is_array, members)):
+        raise TypeError(
+            explain(
+                f"{function} was given arrays in an object of type {type(given).__name__}",
+                "it replaces gradients in what holds them, and cannot do so there: the dict that they "
+                "come from would keep the old ones",
+                f"{function}(grads, ...), the dict itself and not its values; or a list of arrays",
+            )
+        )
+    return members
+
+
+def _put(old: Any, new: Any) -> None:
+    """Put the arrays of a tree into the dicts and lists of another one, as deep as there are any."""
+    if type(old) in (dict, list):
+        for key, value in old.items() if isinstance(old, dict) else enumerate(old):
+            if _is_array(value):
+                old[key] = new[key]
+            else:
+                _put(value, new[key])
+    elif type(old) is tuple:
+        for before, after in zip(old, new, strict=True):
+            _put(before, after)
 
 
 def _warn_of_no_gradient(function: str) -> None:

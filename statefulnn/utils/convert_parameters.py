@@ -6,7 +6,7 @@ Source: ``torch.nn.utils.convert_parameters``.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -26,11 +26,22 @@ def parameters_to_vector(parameters: Iterable[ArrayLike]) -> jax.Array:
     Returns:
         an array ``(total number of elements,)``, in the order given.
 
+    Raises:
+        TypeError: for a dict.
+
     Example:
         >>> import statefulnn as nn
         >>> nn.parameters_to_vector(nn.Linear(2, 3).parameters()).shape
         (9,)
     """
+    if isinstance(parameters, Mapping):
+        raise TypeError(
+            explain(
+                "parameters_to_vector was given a dict",
+                "the order of a dict is not that of model.parameters(): JAX sorts it by name",
+                "parameters_to_vector(grads[name] for name, _ in model.named_parameters())",
+            )
+        )
     return jnp.concatenate([jnp.ravel(unwrap(p)) for p in parameters])
 
 

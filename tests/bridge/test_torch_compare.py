@@ -112,6 +112,7 @@ def test_modes_that_differ_are_a_setting_and_dropout_is_told_apart():
     theirs, ours = pair()
     found = compare(theirs, ours.eval(), X, names=NAMES)
     assert found.first.path == "0.bn" and ("training", True, False) in found.first.settings
+    assert "training is False here and True in torch, training" not in str(found)  # told once
     drop = compare(torch.nn.Dropout(0.5), nn.Dropout(0.5), torch.ones(64))
     assert "eval()" in str(drop)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import re
 import sys
 
@@ -655,3 +656,87 @@ def test_advice_about_a_target_fits_it(name, shape, target_shape, dtype):
         assert (new.shape, new.dtype) != (target.shape, target.dtype)
         target = new
     pytest.fail(f"the advice for {target_shape} leads nowhere")
+
+
+def test_an_integer_mask_of_attention_is_told_to_be_boolean_and_not_to_be_added():
+    q = jax.random.normal(jax.random.key(0), (2, 3, 4))
+    mask = jnp.tril(jnp.ones((3, 3), jnp.int32))
+    with pytest.raises(nn.DtypeError, match=r"attn_mask\.astype\(bool\)"):
+        F.scaled_dot_product_attention(q, q, q, attn_mask=mask)
+    out = F.scaled_dot_product_attention(q, q, q, attn_mask=mask.astype(bool))
+    np.testing.assert_allclose(
+        out, F.scaled_dot_product_attention(q, q, q, is_causal=True), atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("kind", ["lambda", "partial"])
+def test_a_function_of_the_module_itself_in_an_attribute_is_told_to_be_a_method(kind):
+    class Layer(nn.Module):
+        def __init__(self, advised):
+            super().__init__()
+            self.fc = nn.Linear(3, 2)
+            if advised:
+                self.run = self.call
+            elif kind == "lambda":
+                self.run = lambda x: self.fc(x)
+            else:
+                self.run = functools.partial(self.call)
+
+        def call(self, x):
+            return self.fc(x)
+
+        def forward(self, x):
+            return self.run(x)
+
+    x = jnp.ones((4, 3))
+    with pytest.raises(
+        nn.RegistrationError, match=r"refers to a (Layer|Linear) in .*\n.*\n.*write a method"
+    ):
+        nn.jit(Layer(False))(x)
+    layer = Layer(True)
+    np.testing.assert_allclose(nn.jit(layer)(x), layer.fc(x), rtol=1e-6)
+
+
+def test_a_module_without_super_init_is_told_so_without_private_names():
+    class Layer(nn.Module):
+        def __init__(self):
+            self.rate = 1.0
+
+        def forward(self, x):
+            return x
+
+    with pytest.raises(nn.UninitializedModuleError, match="^a use of Layer before"):
+        Layer()(jnp.ones(3))
+
+
+def test_a_dict_as_a_vector_of_parameters_is_refused_for_its_order():
+    model = Net()
+    grads = nn.jit(nn.grad(lambda m: m(jnp.ones((1, 3))).sum()))(model)
+    with pytest.raises(TypeError, match="order of a dict"):
+        nn.utils.parameters_to_vector(grads)
+    vector = nn.utils.parameters_to_vector(grads[name] for name, _ in model.named_parameters())
+    np.testing.assert_array_equal(vector[:12].reshape(4, 3), grads["fc.weight"])
+
+
+def test_an_index_of_an_ensemble_is_told_how_a_member_is_had():
+    ensemble = nn.Ensemble(lambda: nn.Linear(3, 2), 2)
+    for wrong in (lambda: ensemble[0], lambda: list(ensemble)):
+        with pytest.raises(TypeError, match=r"ensemble\.member\(i\)"):
+            wrong()
+
+
+def test_a_checkpoint_of_several_parts_is_told_where_its_weights_are(tmp_path):
+    model = Net()
+    checkpoint = {"epoch": 3, "model": model.state_dict()}
+    with pytest.raises(nn.StateDictError, match=r"load_state_dict\(checkpoint\['model'\]\)"):
+        model.load_state_dict(checkpoint)
+    with pytest.raises(nn.CheckpointError, match=r"one level\n.*nn\.save\(model, path\)"):
+        nn.save(checkpoint, tmp_path / "run.safetensors")
+
+
+def test_an_initialiser_says_how_a_computed_weight_is_written():
+    layer = nn.utils.parametrizations.weight_norm(nn.Linear(3, 2))
+    with pytest.raises(nn.RegistrationError, match=r"assigning it, module\.weight = new"):
+        nn.init.ones_(layer.weight)
+    layer.weight = jnp.ones((2, 3))
+    np.testing.assert_allclose(layer.weight, 1.0, rtol=1e-6)

@@ -304,3 +304,37 @@ def test_a_generator_takes_only_what_its_state_is():
         with pytest.raises(nn.DtypeError, match=r"uint32\[4\]"):
             generator.set_state(state)
     assert generator.get_state().tolist() == before
+
+
+@pytest.mark.parametrize(
+    "index", [8, -9, (0, 3), np.array([0, -9]), (slice(None), [0, 3]), jnp.array([7, 8])], ids=repr
+)
+def test_a_write_out_of_range_is_an_error_as_in_numpy_and_not_dropped(index):
+    p = nn.Parameter(jnp.zeros((8, 3)))
+    for target in (np.zeros((8, 3)), p):
+        with pytest.raises(IndexError, match="out of"):
+            target[index] = 1.0
+    assert not p.value.any()
+
+
+def test_an_index_out_of_range_is_an_error_in_reads_and_compiled_writes():
+    p = nn.Parameter(jnp.zeros((8, 3)))
+    with pytest.raises(IndexError, match="with 8"):
+        p[8]
+
+    def write(m, i):
+        m.weight[i], m.weight[1] = 1.0, 2.0  # the first is known only when it runs
+        m.weight[8] = 3.0
+
+    with pytest.raises(IndexError, match="with 8"):
+        nn.jit(write)(nn.Linear(3, 8), 0)
+
+
+@pytest.mark.parametrize("name", ["value", "data", "requires_grad"])
+def test_what_only_a_parameter_has_cannot_be_set_on_a_buffer_or_a_computed_weight(name):
+    norm = nn.BatchNorm1d(3)
+    layer = nn.utils.parametrizations.weight_norm(nn.Linear(3, 1))
+    for array in (norm.running_mean, layer.weight, next(norm.buffers())):
+        with pytest.raises(AttributeError, match="the write would be lost"):
+            setattr(array, name, jnp.ones(3))
+        assert not hasattr(array, name)

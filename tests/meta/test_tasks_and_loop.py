@@ -234,3 +234,18 @@ def test_the_mean_over_no_tasks_is_an_error(vectorize):
     for function in (mean, jax.grad(mean)):
         with pytest.raises(nn.ShapeError, match="(?s)0 tasks.*reduce=None"):
             function(1.0, jnp.zeros((0, 3)))
+
+
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit])
+def test_tasks_that_call_the_model_and_not_the_function_are_told_of(wrap):
+    model = nn.Linear(3, 1)
+    fn, params = nn.functionalize(model)
+    data = jnp.ones((2, 4, 3))
+    wrong = nn.meta.over_tasks(lambda params, x: (model(x) ** 2).mean())
+    with pytest.warns(nn.UntrainedLeavesWarning, match="depends on none of the parameters"):
+        grads = wrap(jax.grad(wrong))(params, data)
+    assert not any(g.any() for g in grads.values())
+    right = nn.meta.over_tasks(lambda params, x: (fn(params, x) ** 2).mean())
+    assert wrap(jax.grad(right))(params, data)["weight"].any()  # and warns of nothing
+    assert jax.grad(lambda scale: right(params, scale * data))(1.0) != 0
+    assert float(wrong(params, data)) == pytest.approx(float(right(params, data)))

@@ -88,19 +88,22 @@ def test_clip_grad_value(name):
 @pytest.mark.parametrize("name", GRADS)
 def test_trees_of_gradients_are_returned(name, jitted):
     theirs, _ = parameters(GRADS[name])
-    tree = {"a": [jnp.asarray(g) for g in GRADS[name]], "b": ()}
+    made = lambda: {"a": [jnp.asarray(g) for g in GRADS[name]], "b": ()}  # a new one for each call
+    tree = made()
     wrap = jax.jit if jitted else lambda f: f
     clipped, norm = wrap(UTILS.clip_grad_norm_)(tree, 0.5)
     wanted = torch.nn.utils.clip_grad_norm_(theirs, 0.5)
     close(norm, wanted, "norm", 1e-5)
     assert jax.tree.structure(clipped) == jax.tree.structure(tree)
-    again = wrap(UTILS.clip_grads_with_norm_)(tree, 0.5, norm)
+    again = wrap(UTILS.clip_grads_with_norm_)(made(), 0.5, norm)
     for out in (clipped, again):
         for a, b in zip(jax.tree.leaves(out), theirs, strict=False):
             close(a, b.grad, "grad", 1e-5)
     theirs, _ = parameters(GRADS[name])
     torch.nn.utils.clip_grad_value_(theirs, 0.5)
-    for a, b in zip(jax.tree.leaves(wrap(UTILS.clip_grad_value_)(tree, 0.5)), theirs, strict=False):
+    for a, b in zip(
+        jax.tree.leaves(wrap(UTILS.clip_grad_value_)(made(), 0.5)), theirs, strict=False
+    ):
         close(a, b.grad, "grad", 1e-5)
 
 
@@ -262,3 +265,17 @@ def test_a_dict_of_gradients_is_clipped_in_place_and_keeps_its_order():
 def test_parameters_of_which_none_has_a_gradient_are_told_of():
     with pytest.warns(UserWarning, match=r"clip_grad_norm_\(grads, 1.0\)"):
         assert float(nn.utils.clip_grad_norm_(nn.Linear(3, 2).parameters(), 1.0)) == 0.0
+
+
+def test_dicts_in_a_tuple_take_the_clipped_gradients():
+    pair = ({"w": jnp.array([3.0])}, {"w": jnp.array([4.0])})  # as argnums=(0, 1) gives them
+    clipped, _ = nn.utils.clip_grad_norm_(pair, 1.0)
+    assert pair[0]["w"] is clipped[0]["w"] and pair[1]["w"] is clipped[1]["w"]
+    np.testing.assert_allclose([pair[0]["w"][0], pair[1]["w"][0]], [0.6, 0.8], rtol=1e-5)
+
+
+@pytest.mark.parametrize("view", [dict.values, lambda grads: (g for g in grads.values())])
+def test_gradients_that_nothing_holds_are_refused(view):
+    for clip in (nn.utils.clip_grad_norm_, nn.utils.clip_grad_value_):
+        with pytest.raises(TypeError, match="the dict itself and not its values"):
+            clip(view({"w": jnp.array([3.0])}), 1.0)

@@ -505,7 +505,7 @@ def _error(ours: list, theirs: list) -> float | None:
 
 def _other_settings(theirs: torch.nn.Module, ours: Module) -> Iterator[tuple[str, object, object]]:
     for name, value in vars(theirs).items():
-        if name.startswith("_") or name not in vars(ours):
+        if name.startswith("_") or name == "training" or name not in vars(ours):
             continue
         own = vars(ours)[name]
         if _is_plain(value) and _is_plain(own) and not _equal(value, own):
