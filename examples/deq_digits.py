@@ -60,7 +60,7 @@ class DEQ(nn.Module):
         return self.out(z)
 
 
-def load_data() -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+def load_data() -> tuple[jax.Array, ...]:
     """Return train images (1347, 64) in [0, 1], test images (450, 64), train labels, test labels."""
     digits = load_digits()
     images, labels = (digits.data / 16).astype(np.float32), digits.target.astype(np.int32)

@@ -51,7 +51,7 @@ class CNN(nn.Module):
         return self.out(x.reshape(x.shape[0], -1))  # (N, 10)
 
 
-def load_data() -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+def load_data() -> tuple[jax.Array, ...]:
     """Return train images (1347, 1, 8, 8) in [0, 1], test images, train labels, test labels."""
     digits = load_digits()
     images = (digits.images / 16).astype(np.float32)[:, None]
