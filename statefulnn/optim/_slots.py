@@ -103,7 +103,7 @@ def leaves_of(paths: Sequence[Any], names: Collection[str], several: bool) -> li
     return [
         Leaf(
             slot,
-            "".join("[]" if j == i else str(key) for j, key in enumerate(path)),
+            "".join("[]" if j == i > 0 else str(key) for j, key in enumerate(path)),
             path[0].idx,
             owner,
             owner is None and path[:-1] in beside,
