@@ -227,9 +227,12 @@ class Optimizer(Module):
         for pattern in given:
             if pattern not in rates:
                 raise refusals.no_rate(pattern, list(rates))
-        for pattern, rate in given.items():
-            at = rates[pattern]
-            at.learning_rate = as_setting(at._buffers["learning_rate"], rate)
+            if "learning_rate" in getattr(rates[pattern], "scheduled", ()):
+                raise refusals.set_by_a_schedule("learning_rate")
+        # Of all first: one that does not fit changes none.
+        new = {p: as_setting(rates[p]._buffers["learning_rate"], rate) for p, rate in given.items()}
+        for pattern, rate in new.items():
+            rates[pattern].learning_rate = rate
 
     def _rates(self) -> dict[str, Any]:
         """Return the module that has the learning rate of each group, of those that have one."""
