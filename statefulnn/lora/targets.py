@@ -253,6 +253,9 @@ def check_bases(targets: list[Target], where: str, writes: bool) -> None:
             raise refusals.computed(where, target.label, writes)
         if isinstance(layer, Embedding) and layer.max_norm is not None:
             raise refusals.embedding_with_max_norm(where, target.label)
+        kernel = 2 + getattr(layer, "spatial", 0)
+        if target.layout.kind != "weight" and len(target.shape) != kernel:
+            raise refusals.of_members(where, target.label, target.shape)
         if target.adapters is None and target.layout.kind != "weight" and hasattr(layer, CHILD):
             raise refusals.taken(where, target.path, CHILD)
 
