@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -67,7 +68,7 @@ def result_of_a_rule(what: str) -> ArgumentError:
     )
 
 
-def no_share(t: object) -> ArgumentError:
+def no_share(t: Any) -> ArgumentError:
     given = f"of shape {np.shape(t)}" if hasattr(t, "shape") else f"of type {type(t).__name__}"
     return ArgumentError(
         explain(

@@ -213,6 +213,16 @@ def set_by_a_schedule(name: str) -> ArgumentError:
     )
 
 
+def fixed_option(name: str, value: object) -> ArgumentError:
+    return ArgumentError(
+        explain(
+            f"assigned {name!r} of an optimizer",
+            "it is chosen when the optimizer is built, which lays out its slots",
+            f"nn.Optimizer(model, tx, {name}={value!r}), a new one",
+        )
+    )
+
+
 def setting_of_no_number(label: str, value: object) -> ArgumentError:
     return ArgumentError(
         explain(

@@ -55,8 +55,8 @@ def as_setting(box: Box | None, value: Any) -> Any:
         return strong(new)
     kinds = (int, float, np.number, np.ndarray, jax.Array)
     real = isinstance(new, kinds) and not isinstance(new, bool)
-    kind = jnp.result_type(new) if real else None
-    if not any(kind is not None and jnp.issubdtype(kind, k) for k in (jnp.integer, jnp.floating)):
+    kind = jnp.result_type(new) if real else jnp.dtype(bool)
+    if not any(jnp.issubdtype(kind, k) for k in (jnp.integer, jnp.floating)):
         raise refusals.setting_of_no_number(box.label(), new)
     if np.shape(new) not in ((), old.shape):
         raise refusals.setting_of_other_shape(box.label(), np.shape(new), old.shape)

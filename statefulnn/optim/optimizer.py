@@ -256,6 +256,10 @@ class Optimizer(Module):
     def __setattr__(self, name: str, value: Any) -> None:
         if name in habits.SETTINGS_OF_OPTIMIZERS and type(self) is Optimizer:
             getattr(self, name)  # has the answer
+        if name in ("only", "accumulate", "reduction") and type(self) is Optimizer:
+            raise refusals.fixed_option(name, value)
+        if name == "clip":
+            _check_options(value, 1, "mean")
         if name in ("lr", "hyperparams"):
             object.__setattr__(self, name, value)  # properties
         else:

@@ -98,8 +98,8 @@ class NF4(_Format):
         axis: ignored.
 
     Shape:
-        - input: codes, two in a byte along the last axis where blocks fit; one constant for each block, int8; for each 256 constants a step; the
-          mean of the constants.
+        - input: codes, two in a byte along the last axis where blocks fit; one constant for each block, int8;
+          for each 256 constants a step; the mean of the constants.
         - output: the weight, in the dtype of the mean.
 
     Source: Dettmers et al. 2023, arXiv:2305.14314.

@@ -442,3 +442,16 @@ def test_a_rank_of_one_layer_is_not_that_of_layers_whose_names_end_alike(tmp_pat
     nn.lora.save(model, tmp_path, "c")
     nn.lora.load(base, tmp_path)
     close(base(jnp.ones((2, 4))), model(jnp.ones((2, 4))))
+
+
+def test_a_layer_that_multiplies_from_the_right_takes_an_adapter_when_it_is_quantised():
+    model = nn.Sequential(Conv1D(6, 4), Conv1D(6, 6))
+    nn.quantize(model, "*", "int8")
+    nn.lora.attach(model, "*", rank=2)
+    filled(model)
+    x = jnp.arange(8.0).reshape(2, 4)
+    want = x
+    for layer in model:
+        a, b = (getattr(layer.lora["default"], f"lora_{n}").value for n in "AB")
+        want = want @ (layer.weight + (b @ a).T * 4) + layer.bias  # alpha / rank is 4
+    close(model(x), want, rtol=1e-4)

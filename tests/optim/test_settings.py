@@ -154,3 +154,15 @@ def test_a_rate_for_all_groups_is_set_in_all_or_in_none():
     with pytest.raises(TypeError, match="which a schedule sets"):
         opt.lr = 0.5
     np.testing.assert_allclose(opt.lr["2.*"], 1e-2, rtol=1e-6)
+
+
+def test_options_are_chosen_once_but_for_clip():
+    ours, _ = pair()
+    opt = nn.Optimizer(ours, optax.sgd(0.1), clip=1.0)
+    for name, value in {"accumulate": 4, "reduction": "sum", "only": "2.*"}.items():
+        with pytest.raises(nn.ArgumentError, match=rf"assigned '{name}'[\s\S]*{name}="):
+            setattr(opt, name, value)
+    for wrong in (0, -1.0, "1"):
+        with pytest.raises(nn.ArgumentError, match="clip="):
+            opt.clip = wrong
+    opt.clip = None
