@@ -315,10 +315,9 @@ class Optimizer(Module):
             raise refusals.nothing_to_train(type(self.module).__name__)
         groups = group_numbers(self.module, self._patterns, parameters)
         with jax.numpy_dtype_promotion("standard"):
+            # Of groups without parameters too: their rates can be set, and are kept while all is frozen.
             states = [
                 tx.init({n: p.value for n, p in parameters.items() if groups[n] == number})
-                if number in groups.values()
-                else ()
                 for number, tx in enumerate(self._transformations())
             ]
         paths, treedef = jax.tree_util.tree_flatten_with_path(states)

@@ -203,6 +203,23 @@ def test_counts_of_groups_stay_apart():
     same(ours, theirs, atol=5e-6)
 
 
+def test_a_group_that_is_frozen_keeps_its_rate_and_begins_anew():
+    ours, theirs = pair()
+    adam = optax.inject_hyperparams(optax.adam)
+    freeze(0, ours, theirs)
+    opt = nn.Optimizer(ours, {"0.*": adam(1e-2), "*": adam(1e-2)})
+    torch_opt = torch.optim.Adam(theirs.parameters(), lr=1e-2)
+    opt.lr = 0.1
+    torch_opt.param_groups[0]["lr"] = 0.1
+    for frozen in (True, False, True, False):
+        freeze(0, ours, theirs, frozen=frozen)
+        opt.adapt()
+        for p in theirs[0].parameters() if frozen else ():
+            torch_opt.state.pop(p, None)
+        steps(opt, torch_opt, theirs, range(2))
+    same(ours, theirs, atol=5e-6)
+
+
 def test_a_state_dict_says_who_began_when():
     ours, theirs = pair()
     freeze(0, ours, theirs)
