@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
 
 from statefulnn.core.errors import ArgumentError, ShapeError, StructureChangeError, explain
 from statefulnn.core.refusals import Shape, listed
@@ -61,6 +64,17 @@ def result_of_a_rule(what: str) -> ArgumentError:
             "it returns the new average, and changes nothing in place",
             "avg_fn=lambda averaged, current, n: 0.9 * averaged + 0.1 * current; a multi_avg_fn "
             "takes and returns lists of arrays",
+        )
+    )
+
+
+def no_share(t: Any) -> ArgumentError:
+    given = f"of shape {np.shape(t)}" if hasattr(t, "shape") else f"of type {type(t).__name__}"
+    return ArgumentError(
+        explain(
+            f"nn.lerp_ was given a t {given}",
+            "it is the share of the source, the same for all numbers",
+            "nn.lerp_(target, source, 0.005)",
         )
     )
 

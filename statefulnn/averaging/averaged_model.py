@@ -156,7 +156,7 @@ def lerp_(target: Module, source: Module, t: ArrayLike, use_buffers: bool = Fals
     Raises:
         StructureChangeError: if the names of parameters or buffers differ, as where other ones are tied.
         ShapeError: if shapes differ.
-        ArgumentError: for no modules.
+        ArgumentError: for no modules, and a `t` that is no number.
 
     Source: ``torch.lerp``, on all parameters of a model.
 
@@ -171,6 +171,8 @@ def lerp_(target: Module, source: Module, t: ArrayLike, use_buffers: bool = Fals
     """
     for model in (target, source):
         require_module(model, _LERP)
+    if not isinstance(t, (int, float, np.ndarray, np.number, jax.Array)) or np.shape(t):
+        raise refusals.no_share(t)
     lerp = _lerp if current_trace() is not EAGER else _compiled_lerp
     lerp(target, source, t, use_buffers)
 

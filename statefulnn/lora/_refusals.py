@@ -71,6 +71,16 @@ def embedding_with_max_norm(where: str, label: str) -> ArgumentError:
     )
 
 
+def of_members(where: str, label: str, shape: tuple[int, ...]) -> ShapeError:
+    return ShapeError(
+        explain(
+            f"{where} on {label!r}, whose weight has the shape {shape}",
+            "one of its axes is that of an nn.Ensemble, and each member has a matrix of its own",
+            "attach adapters to the members, then nn.Ensemble.of(members)",
+        )
+    )
+
+
 def taken(where: str, path: str, name: str) -> TakenNameError:
     return TakenNameError(
         explain(
@@ -159,6 +169,17 @@ def pissa_among_others(where: str, labels: Sequence[str]) -> StructureChangeErro
             f"{where} on {_named(labels)}, beside another adapter",
             "PiSSA takes a part out of the weight, so other adapters would act on what is left",
             "nn.lora.detach(model) first; or an adapter without variant='pissa'",
+        )
+    )
+
+
+def pissa_of_tied(where: str, ties: Mapping[str, Sequence[str]]) -> StructureChangeError:
+    which = listed([f"{label!r} is also {_named(names)}" for label, names in ties.items()])
+    return StructureChangeError(
+        explain(
+            f"{where} with variant='pissa', and a weight has several names: {which}",
+            "PiSSA takes a part out of the weight, which would be missing under the other names",
+            "another variant; or untie first, layer.weight = nn.Parameter(layer.weight.value)",
         )
     )
 

@@ -170,9 +170,9 @@ class Adapter(Module):
                 a.reshape(self.lora_A.shape),
                 b.reshape(self.lora_B.shape),
             )
-            # What was taken out of the weight, to give it back.
-            self.register_buffer("first_A", self.lora_A.value, persistent=False)
-            self.register_buffer("first_B", self.lora_B.value, persistent=False)
+            # What was taken out of the weight, to give it back; a state dict has it beside that weight.
+            self.register_buffer("first_A", self.lora_A.value)
+            self.register_buffer("first_B", self.lora_B.value)
         elif self.layout.kind == "embedding":
             init.normal_(self.lora_B)
         else:
@@ -202,7 +202,7 @@ class Adapter(Module):
     def merged_into(self, weight: jax.Array) -> jax.Array:
         """Return the weight with this change, and note what `undone` needs."""
         if self.lora_magnitude is not None:
-            self.register_buffer("merged_norm", self._norm(weight), persistent=False)
+            self.register_buffer("merged_norm", self._norm(weight))
         return self.changed(weight)
 
     def undone(self, weight: jax.Array) -> jax.Array:

@@ -163,6 +163,9 @@ def _check(model: Module, specs: Mapping[Target, Spec], name: str, where: str) -
     ]
     if mixed:
         raise refusals.pissa_among_others(where, mixed)
+    tied = ties(model, [t for t in specs if t in pissa])
+    if tied:
+        raise refusals.pissa_of_tied(where, tied)
 
 
 def _check_name(name: Any, where: str) -> None:
@@ -237,10 +240,10 @@ def enable(model: Module, names: str | Iterable[str]) -> None:
         ('a',)
     """
     where = "nn.lora.enable"
-    wanted = (names,) if isinstance(names, str) else tuple(names)
+    wanted = (names,) if isinstance(names, str) else tuple(dict.fromkeys(names))
     targets = found(model, where, wanted)
     _check_unmerged(targets, where)
-    several = len(set(wanted)) > 1
+    several = len(wanted) > 1
     together = [
         t for t in targets if several and set(_with(_adapters(t), "dora")).intersection(wanted)
     ]
@@ -336,7 +339,7 @@ def combine(model: Module, weights: Mapping[str, float], *, name: str, how: str 
     if (
         not isinstance(weights, Mapping)
         or not weights
-        or not all(map(_is_number, weights.values()))
+        or not all(_is_number(w) and math.isfinite(w) for w in weights.values())
     ):
         raise refusals.wrong_option(where, "weights", weights, "a dict of adapter -> number")
     targets = [t for t in found(model, where, weights) if set(_adapters(t)) & set(weights)]
@@ -407,6 +410,8 @@ def merge(model: Module) -> None:
         for name in adapters.active:
             box.value = adapters[name].merged_into(box.value)
         adapters.merged = adapters.active
+        # In state dicts: that of a merged model fits no other, which would add its adapters again.
+        adapters.register_buffer("is_merged", jnp.ones((), bool))
         adapters.requires_grad_(False)
 
 
@@ -436,6 +441,7 @@ def unmerge(model: Module) -> None:
             box.value = adapters[name].undone(box.value)
             adapters[name].requires_grad_(True)
         adapters.merged = None
+        del adapters.is_merged
 
 
 @shortened

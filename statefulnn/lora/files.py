@@ -153,8 +153,9 @@ def _config_of(model: Module, adapters: Mapping[Target, Adapter]) -> dict[str, A
         "r": rank,
         "lora_alpha": alpha,
         "lora_dropout": max(s.dropout for s in specs.values()),
-        "rank_pattern": {re.escape(t.path): s.rank for t, s in specs.items() if s.rank != rank},
-        "alpha_pattern": {re.escape(t.path): s.alpha for t, s in specs.items() if s.alpha != alpha},
+        # From the beginning: peft would take the name for the end of others too.
+        "rank_pattern": {_whole(t): s.rank for t, s in specs.items() if s.rank != rank},
+        "alpha_pattern": {_whole(t): s.alpha for t, s in specs.items() if s.alpha != alpha},
         "target_modules": _target_modules(model, [t.path for t in beside]),
         "target_parameters": [
             t.label for t in specs if t not in beside and not t.path.endswith("out_proj")
@@ -167,6 +168,10 @@ def _config_of(model: Module, adapters: Mapping[Target, Adapter]) -> dict[str, A
         "use_dora": "dora" in first.variants,
         "init_lora_weights": "pissa" if "pissa" in first.variants else True,
     }
+
+
+def _whole(target: Target) -> str:
+    return f"^{re.escape(target.path)}"
 
 
 def _target_modules(model: Module, paths: list[str]) -> list[str] | str:

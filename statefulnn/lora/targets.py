@@ -214,17 +214,22 @@ def _tried(layer: Any) -> Layout | None:
     GPT-2's layers compute ``x @ weight + bias``, and peft knows them by their class, which is another here.
     """
     params = dict(layer.named_parameters())
-    weight = params.get("weight")
-    if weight is None or weight.ndim != 2 or not params.keys() <= {"weight", "bias"}:
+    weight: Any = getattr(layer, "weight", None)
+    if getattr(weight, "ndim", 0) != 2 or not params.keys() <= {"weight", "bias"}:
         return None
     rng = np.random.default_rng(0)
     draw = lambda shape: rng.random(shape, np.float32) - np.float32(0.5)
     values = {name: draw(p.shape) for name, p in params.items()}
+    given = values.copy()
+    if "weight" not in values:  # stored small, and computed: that one, if it tells both ways apart
+        own = values["weight"] = np.asarray(weight, np.float32)
+        if own.shape[0] == own.shape[1] and np.allclose(own, own.T):
+            return None
     tolerance = 1e-3 if jnp.finfo(weight.dtype).bits >= 32 else 0.1
     for transposed in (False, True):
         matrix = values["weight"].T if not transposed else values["weight"]
         x = draw((2, matrix.shape[0]))
-        cast = {name: jnp.asarray(v, weight.dtype) for name, v in values.items()}
+        cast = {name: jnp.asarray(v, weight.dtype) for name, v in given.items()}
         try:
             expected = x @ matrix + values.get("bias", np.float32(0))
             out = functional_call(layer, cast, (jnp.asarray(x, weight.dtype),))
@@ -253,6 +258,9 @@ def check_bases(targets: list[Target], where: str, writes: bool) -> None:
             raise refusals.computed(where, target.label, writes)
         if isinstance(layer, Embedding) and layer.max_norm is not None:
             raise refusals.embedding_with_max_norm(where, target.label)
+        kernel = 2 + getattr(layer, "spatial", 0)
+        if target.layout.kind != "weight" and len(target.shape) != kernel:
+            raise refusals.of_members(where, target.label, target.shape)
         if target.adapters is None and target.layout.kind != "weight" and hasattr(layer, CHILD):
             raise refusals.taken(where, target.path, CHILD)
 

@@ -213,6 +213,36 @@ def set_by_a_schedule(name: str) -> ArgumentError:
     )
 
 
+def fixed_option(name: str, value: object) -> ArgumentError:
+    return ArgumentError(
+        explain(
+            f"assigned {name!r} of an optimizer",
+            "it is chosen when the optimizer is built, which lays out its slots",
+            f"nn.Optimizer(model, tx, {name}={value!r}), a new one",
+        )
+    )
+
+
+def setting_of_no_number(label: str, value: object) -> ArgumentError:
+    return ArgumentError(
+        explain(
+            f"assigned {described(value)} to {label} of an optimizer",
+            "it is computed with: a real number, or an array of them",
+            "opt.lr = 1e-3",
+        )
+    )
+
+
+def setting_of_other_shape(label: str, shape: Shape, expected: Shape) -> ShapeError:
+    return ShapeError(
+        explain(
+            f"assigned an array of shape {shape} to {label} of an optimizer, which has the shape {expected}",
+            "another shape would broadcast against parameters",
+            f"a number, or an array of shape {expected}",
+        )
+    )
+
+
 def no_rate(pattern: str, patterns: Sequence[str]) -> UnknownNameError:
     return UnknownNameError(
         explain(

@@ -12,7 +12,7 @@ import numpy as np
 
 from statefulnn.core import habits
 from statefulnn.core.arrays import strong
-from statefulnn.core.box import Box
+from statefulnn.core.box import Box, unwrap
 from statefulnn.core.compat import Tracer
 from statefulnn.core.module import Module
 from statefulnn.optim import _refusals as refusals
@@ -47,12 +47,24 @@ class Slots(Module):
 
 
 def as_setting(box: Box | None, value: Any) -> Any:
-    """Return a number as an array like the one in a box, so that nothing is compiled for it."""
-    if box is None or isinstance(value, bool) or not isinstance(value, (int, float, np.number)):
+    """Return a number, or an array, as one like that in a box, so that nothing is compiled for it."""
+    if box is None:
         return strong(value)
-    old = box.value
-    array = jnp.full(old.shape, value, old.dtype)
-    moved = not isinstance(old, Tracer) and getattr(old, "committed", False)
+    old, new = box.value, unwrap(value)
+    if isinstance(new, jax.Array) and (new.shape, new.dtype) == (old.shape, old.dtype):
+        return strong(new)
+    kinds = (int, float, np.number, np.ndarray, jax.Array)
+    real = isinstance(new, kinds) and not isinstance(new, bool)
+    kind = jnp.result_type(new) if real else jnp.dtype(bool)
+    if not any(jnp.issubdtype(kind, k) for k in (jnp.integer, jnp.floating)):
+        raise refusals.setting_of_no_number(box.label(), new)
+    if np.shape(new) not in ((), old.shape):
+        raise refusals.setting_of_other_shape(box.label(), np.shape(new), old.shape)
+    # A rate that was given as 1 can become 0.5.
+    whole = jnp.issubdtype(old.dtype, jnp.integer) and not jnp.issubdtype(kind, jnp.integer)
+    dtype = jnp.result_type(float) if whole else old.dtype
+    array = jnp.broadcast_to(jnp.asarray(new, dtype), old.shape)
+    moved = not isinstance(array, Tracer) and getattr(old, "committed", False)
     return jax.device_put(array, old.sharding) if moved else array
 
 
@@ -103,7 +115,7 @@ def leaves_of(paths: Sequence[Any], names: Collection[str], several: bool) -> li
     return [
         Leaf(
             slot,
-            "".join("[]" if j == i else str(key) for j, key in enumerate(path)),
+            "".join("[]" if j == i > 0 else str(key) for j, key in enumerate(path)),
             path[0].idx,
             owner,
             owner is None and path[:-1] in beside,

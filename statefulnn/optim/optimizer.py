@@ -227,9 +227,12 @@ class Optimizer(Module):
         for pattern in given:
             if pattern not in rates:
                 raise refusals.no_rate(pattern, list(rates))
-        for pattern, rate in given.items():
-            at = rates[pattern]
-            at.learning_rate = as_setting(at._buffers["learning_rate"], rate)
+            if "learning_rate" in getattr(rates[pattern], "scheduled", ()):
+                raise refusals.set_by_a_schedule("learning_rate")
+        # Of all first: one that does not fit changes none.
+        new = {p: as_setting(rates[p]._buffers["learning_rate"], rate) for p, rate in given.items()}
+        for pattern, rate in new.items():
+            rates[pattern].learning_rate = rate
 
     def _rates(self) -> dict[str, Any]:
         """Return the module that has the learning rate of each group, of those that have one."""
@@ -253,6 +256,10 @@ class Optimizer(Module):
     def __setattr__(self, name: str, value: Any) -> None:
         if name in habits.SETTINGS_OF_OPTIMIZERS and type(self) is Optimizer:
             getattr(self, name)  # has the answer
+        if name in ("only", "accumulate", "reduction") and type(self) is Optimizer:
+            raise refusals.fixed_option(name, value)
+        if name == "clip":
+            _check_options(value, 1, "mean")
         if name in ("lr", "hyperparams"):
             object.__setattr__(self, name, value)  # properties
         else:
@@ -308,10 +315,9 @@ class Optimizer(Module):
             raise refusals.nothing_to_train(type(self.module).__name__)
         groups = group_numbers(self.module, self._patterns, parameters)
         with jax.numpy_dtype_promotion("standard"):
+            # Of groups without parameters too: their rates can be set, and are kept while all is frozen.
             states = [
                 tx.init({n: p.value for n, p in parameters.items() if groups[n] == number})
-                if number in groups.values()
-                else ()
                 for number, tx in enumerate(self._transformations())
             ]
         paths, treedef = jax.tree_util.tree_flatten_with_path(states)

@@ -19,6 +19,9 @@ COMPUTED = "is computed by {}: remove that first, and put it on again afterwards
 DTYPE = "has dtype {}: only floating numbers are quantised"
 MAX_NORM = "is written by each call, max_norm={}: a layer without max_norm can be quantised"
 STACKED = "is stored in a stack: quantise the blocks, then nn.LayerStack(blocks)"
+MEMBERS = (
+    "has {} axes, one of them of an nn.Ensemble: quantise members, then nn.Ensemble.of(members)"
+)
 NOT_FINITE = "has numbers that are not finite"
 
 

@@ -60,7 +60,8 @@ def nf4_codes(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]
 
     Returns:
         ``(bytes, constants, steps, mean)`` of shapes ``(32 B,)``, ``(B,)``, ``(ceil(B / 256), 1)`` and ``()``
-        for B blocks.
+        for B blocks. Where no block is filled up, the bytes have the shape of `x` with half of its last axis:
+        a file for a weight of another shape is then refused.
     """
     blocks = _rows(widened(x), BLOCK)
     absmax = jnp.max(jnp.abs(blocks), axis=1)
@@ -68,11 +69,13 @@ def nf4_codes(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]
     codes = jnp.zeros(normed.shape, jnp.uint8)
     for middle in _MIDDLES:
         codes += (normed > middle).astype(jnp.uint8)
-    codes = codes.reshape(-1, 2)
+    pairs = codes.reshape(-1, 2)
+    whole = x.size % BLOCK == 0 and x.shape[-1] % 2 == 0
+    shape = (*x.shape[:-1], x.shape[-1] // 2) if whole else (-1,)
     mean = jnp.mean(absmax).astype(x.dtype)
     constants, steps = int8_codes(_rows(absmax - widened(mean), CONSTANTS))
     constants = constants.reshape(-1)[: len(absmax)]
-    return codes[:, 0] * 16 + codes[:, 1], constants, steps.astype(x.dtype), mean
+    return (pairs[:, 0] * 16 + pairs[:, 1]).reshape(shape), constants, steps.astype(x.dtype), mean
 
 
 def _nf4_values(
@@ -81,8 +84,9 @@ def _nf4_values(
     """Return the array of a shape that `nf4_codes` was given, but for what it lost."""
     wide = widened(mean)
     per_constant = jnp.repeat(widened(steps)[:, 0], CONSTANTS)[: len(constants)]
-    absmax = constants.astype(wide.dtype) * per_constant + wide
-    pairs = jnp.asarray(_PAIRS, wide.dtype)[codes.astype(jnp.int32)]
+    # Beside a much larger one a constant may come out below 0, which would turn signs round.
+    absmax = jnp.maximum(constants.astype(wide.dtype) * per_constant + wide, 0)
+    pairs = jnp.asarray(_PAIRS, wide.dtype)[codes.reshape(-1).astype(jnp.int32)]
     values = (pairs.reshape(-1, BLOCK) * absmax[:, None]).reshape(-1)
     return values[: math.prod(shape)].reshape(shape).astype(mean.dtype)
 

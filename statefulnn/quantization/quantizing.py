@@ -16,8 +16,11 @@ from statefulnn.core.parameter import Buffer
 from statefulnn.core.plan import plan_of
 from statefulnn.core.slices import slice_of
 from statefulnn.core.tracebacks import shortened
+from statefulnn.modules.conv import _Convolution
 from statefulnn.modules.conv_transpose import _ConvTransposeNd
+from statefulnn.modules.linear import Linear
 from statefulnn.modules.normalization import LayerNorm, RMSNorm
+from statefulnn.modules.sparse import Embedding
 from statefulnn.quantization import _refusals as refusals
 from statefulnn.quantization import formats
 from statefulnn.quantization.report import QuantizationReport, QuantizedLayer
@@ -95,8 +98,8 @@ class NF4(_Format):
         axis: ignored.
 
     Shape:
-        - input: codes, two in a byte; one constant for each block, int8; for each 256 constants a step; the
-          mean of the constants.
+        - input: codes, two in a byte along the last axis where blocks fit; one constant for each block, int8;
+          for each 256 constants a step; the mean of the constants.
         - output: the weight, in the dtype of the mean.
 
     Source: Dettmers et al. 2023, arXiv:2305.14314.
@@ -106,7 +109,7 @@ class NF4(_Format):
         >>> form = nn.quantization.NF4((2, 64))
         >>> codes, *constants = form.right_inverse(jnp.linspace(-1, 1, 128).reshape(2, 64))
         >>> codes.shape, str(codes.dtype), form(codes, *constants)[0, :3].round(3).tolist()
-        ((64,), 'uint8', [-1.0, -1.0, -1.0])
+        ((2, 32), 'uint8', [-1.0, -1.0, -1.0])
     """
 
     def _codes(self, weight: jax.Array) -> tuple[jax.Array, ...]:
@@ -118,6 +121,7 @@ class NF4(_Format):
         return formats.nf4_values(codes, constants, steps, mean, shape=self.shape)
 
 
+_KINDS = (Linear, Embedding, _Convolution)
 FORMATS: dict[str, type[_Format]] = {"int8": Int8, "nf4": NF4}
 
 
@@ -232,6 +236,8 @@ def _why_not(layer: Any, name: str, holders: dict[int, list[str]]) -> str:
     others = [h for h in holders.get(id(weight), []) if h != f"{name}.weight".lstrip(".")]
     if slice_of(weight) is not None:
         return refusals.STACKED
+    if isinstance(layer, _KINDS) and weight.ndim != 2 + getattr(layer, "spatial", 0):
+        return refusals.MEMBERS.format(weight.ndim)
     if others:
         return refusals.TIED.format(", ".join(map(repr, others)))
     if not jnp.issubdtype(weight.dtype, jnp.floating):

@@ -94,7 +94,8 @@ def jit(
         static_argnums: positions of arguments that are compiled in; a caller may pass them by name.
         static_argnames: names of such arguments; a caller may pass them by position.
         donate: positions or names of arguments whose memory may be reused for the results; for a module, all
-            its arrays are then replaced, and older references to them are dead.
+            its arrays are then replaced, and older references to them are dead. ``donate_argnums`` and
+            ``donate_argnames``, JAX's names, mean the same.
         options: passed to ``jax.jit`` (``inline``, ``compiler_options`` ...).
 
     Returns:
@@ -131,7 +132,9 @@ def jit(
             raise sharding_option(option)
     numbers = (static_argnums,) if isinstance(static_argnums, (int, str)) else tuple(static_argnums)
     names = (static_argnames,) if isinstance(static_argnames, str) else tuple(static_argnames)
-    donated = (donate,) if isinstance(donate, (int, str)) else tuple(donate)
+    # JAX's names too: `jax.jit` would give away the arrays of all modules, and one in two places twice.
+    several = [donate, *(options.pop(n, ()) for n in ("donate_argnums", "donate_argnames"))]
+    donated = [n for one in several for n in ([one] if isinstance(one, (int, str)) else one or ())]
     if not callable(fun):
         example = "nn.jit(lambda model, x: model(x))(model, x)"
         raise no_callable("nn.jit", type(fun).__name__, example)

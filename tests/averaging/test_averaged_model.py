@@ -247,3 +247,10 @@ def test_wrong_rules_are_refused_and_nothing_is_changed():
     average = nn.AveragedModel(lazy)
     with pytest.raises(nn.errors.UninitializedParameterError, match="weight"):
         average.update_parameters(lazy)
+
+
+def test_lerp_takes_one_number():
+    target, source = net(), net()
+    for wrong in (None, "0.5", jnp.ones(2), np.ones((1,))):
+        with pytest.raises(nn.ArgumentError, match="nn.lerp_ was given a t of"):
+            nn.lerp_(target, source, wrong)

@@ -387,3 +387,71 @@ def test_gpt2_takes_adapters_by_the_names_of_its_layers():
         f"transformer.h.{i}.{n}" for i in (0, 1) for n in ("attn.c_attn", "mlp.c_fc", "mlp.c_proj")
     }
     assert all(model.get_submodule(n).lora.layout.transposed for n in layers)
+
+
+def test_a_state_dict_of_pissa_gives_the_weight_back():
+    model = nn.Sequential(nn.Linear(6, 4))
+    weight = np.asarray(model[0].weight)
+    other = nn.lora.attach(nn.Sequential(nn.Linear(6, 4)), "0", rank=2, variant="pissa")
+    other.load_state_dict(nn.lora.attach(model, "0", rank=2, variant="pissa").state_dict())
+    nn.lora.detach(other)
+    close(other[0].weight, weight)
+
+
+def test_a_merged_state_dict_fits_merged_models_alone():
+    merged, plain = (
+        filled(nn.lora.attach(nn.Sequential(nn.Linear(4, 3)), "0", rank=2)) for _ in range(2)
+    )
+    before = plain.state_dict()
+    nn.lora.merge(merged)
+    for source, target in ((merged, plain), (plain, merged)):
+        with pytest.raises(nn.StateDictError, match="0.lora.is_merged"):
+            target.load_state_dict(source.state_dict())
+    nn.lora.merge(plain)
+    nn.lora.unmerge(plain)
+    assert list(plain.state_dict()) == list(before)
+
+
+def test_an_adapter_named_twice_acts_once():
+    model = nn.Sequential(nn.Linear(4, 3))
+    for name in ("a", "b"):
+        filled(nn.lora.attach(model, "0", rank=1, name=name), name)
+    nn.lora.enable(model, ["a", "b"])
+    out = model(jnp.ones((2, 4)))
+    nn.lora.enable(model, ["a", "b", "b"])
+    close(model(jnp.ones((2, 4))), out)
+
+
+def test_members_of_an_ensemble_are_adapted_before():
+    with pytest.raises(nn.ShapeError, match=r"shape \(2, 3, 4\)[\s\S]*nn.Ensemble.of"):
+        nn.lora.attach(nn.Ensemble(lambda: nn.Linear(4, 3), 2), "*", rank=1)
+    ensemble = nn.Ensemble.of([nn.lora.attach(nn.Linear(4, 3), "", rank=1) for _ in range(2)])
+    filled(ensemble)
+    x = jnp.ones((2, 4))
+    close(ensemble(x), jnp.stack([ensemble.member(i)(x) for i in range(2)]))
+
+
+def test_a_rank_of_one_layer_is_not_that_of_layers_whose_names_end_alike(tmp_path):
+    model = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4)))
+    base = copy.deepcopy(model)
+    nn.lora.attach(model, "0|1.0", rank=1, name="a")
+    nn.lora.attach(model, "0", rank=1, name="b")
+    nn.lora.combine(model, {"a": 1.0, "b": 1.0}, name="c", how="cat")
+    nn.lora.enable(model, "c")
+    filled(model, "c")
+    nn.lora.save(model, tmp_path, "c")
+    nn.lora.load(base, tmp_path)
+    close(base(jnp.ones((2, 4))), model(jnp.ones((2, 4))))
+
+
+def test_a_layer_that_multiplies_from_the_right_takes_an_adapter_when_it_is_quantised():
+    model = nn.Sequential(Conv1D(6, 4), Conv1D(6, 6))
+    nn.quantize(model, "*", "int8")
+    nn.lora.attach(model, "*", rank=2)
+    filled(model)
+    x = jnp.arange(8.0).reshape(2, 4)
+    want = x
+    for layer in model:
+        a, b = (getattr(layer.lora["default"], f"lora_{n}").value for n in "AB")
+        want = want @ (layer.weight + (b @ a).T * 4) + layer.bias  # alpha / rank is 4
+    close(model(x), want, rtol=1e-4)

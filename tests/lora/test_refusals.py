@@ -32,6 +32,10 @@ def integers(model):
     attach(model)
 
 
+def tie(model):
+    model.mlp[2].weight = model.mlp[0].weight
+
+
 def covered(model):
     attach(model, "attn")
     parametrize.register_parametrization(model.attn, "in_proj_weight", nn.Identity())
@@ -89,6 +93,11 @@ CASES = {
         after(attach, lambda m: attach(m, name="second", variant="pissa")),
         nn.StructureChangeError,
         "'fc.weight', beside another",
+    ),
+    "PiSSA of a tie": (
+        after(tie, lambda m: attach(m, "mlp.0", variant="pissa")),
+        nn.StructureChangeError,
+        "'mlp.0.weight' is also 'mlp.2.weight'",
     ),
     "others beside PiSSA": (
         after(lambda m: attach(m, variant="pissa"), second),

@@ -167,6 +167,59 @@ def test_a_schedule_and_a_rate_that_was_set_go_on():
     same(ours, theirs)
 
 
+def test_settings_of_groups_stay_apart():
+    ours, theirs = pair()
+    freeze(0, ours, theirs)
+    adamw = optax.inject_hyperparams(optax.adamw)
+    opt = nn.Optimizer(
+        ours, {"*.bias": adamw(1e-2, weight_decay=0.0), "*": adamw(0.1, weight_decay=0.1)}
+    )
+    groups = [
+        {"params": [theirs[1].bias, theirs[2].bias], "lr": 1e-2, "weight_decay": 0.0},
+        {"params": [theirs[1].weight, theirs[2].weight]},
+    ]
+    torch_opt = torch.optim.AdamW(groups, lr=0.1, weight_decay=0.1)
+    steps(opt, torch_opt, theirs, range(2))
+    freeze(0, ours, theirs, frozen=False)
+    opt.adapt()
+    torch_opt.add_param_group({"params": theirs[0].bias, "lr": 1e-2, "weight_decay": 0.0})
+    torch_opt.add_param_group({"params": theirs[0].weight})
+    steps(opt, torch_opt, theirs, range(2, 5))
+    same(ours, theirs, atol=5e-6)
+
+
+def test_counts_of_groups_stay_apart():
+    ours, theirs = pair()
+    freeze(2, ours, theirs)
+    opt = nn.Optimizer(ours, {"2.*": optax.adam(1e-2), "*": optax.adam(1e-2)})
+    torch_opt = torch.optim.Adam(trained(theirs), lr=1e-2)
+    for part in (2, 1):
+        steps(opt, torch_opt, theirs, range(2))
+        if part == 2:
+            freeze(part, ours, theirs, frozen=False)
+            torch_opt.add_param_group({"params": theirs[part].parameters()})
+        opt.adapt()
+    steps(opt, torch_opt, theirs, range(2))
+    same(ours, theirs, atol=5e-6)
+
+
+def test_a_group_that_is_frozen_keeps_its_rate_and_begins_anew():
+    ours, theirs = pair()
+    adam = optax.inject_hyperparams(optax.adam)
+    freeze(0, ours, theirs)
+    opt = nn.Optimizer(ours, {"0.*": adam(1e-2), "*": adam(1e-2)})
+    torch_opt = torch.optim.Adam(theirs.parameters(), lr=1e-2)
+    opt.lr = 0.1
+    torch_opt.param_groups[0]["lr"] = 0.1
+    for frozen in (True, False, True, False):
+        freeze(0, ours, theirs, frozen=frozen)
+        opt.adapt()
+        for p in theirs[0].parameters() if frozen else ():
+            torch_opt.state.pop(p, None)
+        steps(opt, torch_opt, theirs, range(2))
+    same(ours, theirs, atol=5e-6)
+
+
 def test_a_state_dict_says_who_began_when():
     ours, theirs = pair()
     freeze(0, ours, theirs)

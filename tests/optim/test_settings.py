@@ -125,3 +125,44 @@ def test_the_rates_of_members_are_one_array():
     assert opt.lr.tolist() == [0.5, 0.5, 0.5]
     opt.lr = jnp.array([1.0, 2.0, 3.0])
     assert opt.learning_rate.tolist() == [1.0, 2.0, 3.0]
+
+
+def test_an_assigned_rate_keeps_dtype_and_shape():
+    ours, _ = pair()
+    opt = nn.Optimizer(ours, ADAM(learning_rate=1e-2))
+    for rate in (jnp.int32(1), np.array(1), jnp.bfloat16(1), np.float64(1)):
+        opt.lr = rate
+        assert (float(opt.lr), opt.lr.dtype, opt.lr.shape) == (1.0, jnp.float32, ())
+        opt.lr = 0.5
+        assert float(opt.lr) == 0.5
+    nn.jit(lambda opt, rate: setattr(opt, "lr", rate))(opt, 2)
+    assert (float(opt.lr), opt.lr.dtype) == (2.0, jnp.float32)
+    with pytest.raises(nn.ShapeError, match=r"shape \(1,\) to 'hyperparams.learning_rate'"):
+        opt.lr = jnp.ones(1)
+    for wrong in ("0.1", None, True, 1j, [0.1]):
+        with pytest.raises(nn.ArgumentError, match=r"'hyperparams.learning_rate'"):
+            opt.lr = wrong
+    whole = nn.Optimizer(ours, optax.inject_hyperparams(optax.sgd)(learning_rate=1))
+    whole.lr = 0.5
+    assert float(whole.lr) == 0.5
+
+
+def test_a_rate_for_all_groups_is_set_in_all_or_in_none():
+    ours, _ = pair()
+    schedule = optax.linear_schedule(1.0, 0.0, 4)
+    opt = nn.Optimizer(ours, {"2.*": ADAM(1e-2), "*": ADAM(schedule)})
+    with pytest.raises(TypeError, match="which a schedule sets"):
+        opt.lr = 0.5
+    np.testing.assert_allclose(opt.lr["2.*"], 1e-2, rtol=1e-6)
+
+
+def test_options_are_chosen_once_but_for_clip():
+    ours, _ = pair()
+    opt = nn.Optimizer(ours, optax.sgd(0.1), clip=1.0)
+    for name, value in {"accumulate": 4, "reduction": "sum", "only": "2.*"}.items():
+        with pytest.raises(nn.ArgumentError, match=rf"assigned '{name}'[\s\S]*{name}="):
+            setattr(opt, name, value)
+    for wrong in (0, -1.0, "1"):
+        with pytest.raises(nn.ArgumentError, match="clip="):
+            opt.clip = wrong
+    opt.clip = None

@@ -47,7 +47,7 @@ def test_int8_is_the_formula_and_off_by_half_a_step_at_most():
 def decoded(parts: tuple, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
     """Return what codes and constants stand for, and the constant of each number, by loops."""
     packed, constants, steps, mean = (np.asarray(p, np.float64) for p in parts)
-    codes = [c for byte in packed.astype(int) for c in (byte // 16, byte % 16)]
+    codes = [c for byte in packed.ravel().astype(int) for c in (byte // 16, byte % 16)]
     sizes = [c * steps[i // 256, 0] + mean for i, c in enumerate(constants)]
     each = np.repeat(sizes, 64)[: np.prod(shape)]
     return normal_float()[codes][: np.prod(shape)].reshape(shape) * each.reshape(shape), each
@@ -61,7 +61,7 @@ def test_nf4_is_the_formula_and_off_by_half_a_gap_at_most(shape):
     absmax = np.abs(blocks).max(1)
     # The nearest of the values for each number, two in a byte, the first one above.
     nearest = np.abs(blocks[:, :, None] / absmax[:, None, None] - normal_float()).argmin(2)
-    np.testing.assert_array_equal(parts[0], nearest.reshape(-1, 2) @ [16, 1])
+    np.testing.assert_array_equal(np.ravel(parts[0]), nearest.reshape(-1, 2) @ [16, 1])
     # The constants: without their mean in 8 bits, by blocks of 256.
     rest = absmax - absmax.mean()
     steps = [np.abs(rest[i : i + 256]).max() / 127 for i in range(0, len(rest), 256)]

@@ -280,3 +280,30 @@ def test_filters_formats_and_places_that_do_not_fit_are_refused():
     refused(lambda: nn.quantize(meta), "meta", error=nn.errors.UninitializedParameterError)
     for model in (net, lazy):
         assert not any("parametrizations" in name for name in model.state_dict())
+
+
+def test_codes_of_another_shape_do_not_load():
+    layers = nn.Linear(8, 16, bias=False), nn.Linear(16, 8, bias=False)
+    for layer in layers:
+        nn.quantize(layer, None, "nf4")
+    with pytest.raises(nn.StateDictError, match="original0"):
+        layers[1].load_state_dict(layers[0].state_dict())
+
+
+def test_no_sign_is_turned_round_beside_a_large_block():
+    layer = nn.Linear(64, 200, bias=False)
+    layer.weight.value = layer.weight.value.at[0].mul(1e4).at[1:100].mul(30.0)
+    weight = np.asarray(layer.weight)
+    nn.quantize(layer, None, "nf4")
+    assert (np.asarray(layer.weight) * weight >= 0).all()
+
+
+def test_members_of_an_ensemble_are_quantised_before():
+    ensemble = nn.Ensemble(lambda: nn.Linear(8, 4), 2)
+    refused(lambda: nn.quantize(ensemble), "has 3 axes", "nn.Ensemble.of(members)")
+    members = [nn.Linear(8, 4) for _ in range(2)]
+    for member in members:
+        nn.quantize(member)
+    x = np.ones((2, 8), np.float32)
+    want = np.stack([member(x) for member in members])
+    np.testing.assert_allclose(nn.Ensemble.of(members)(x), want, rtol=1e-5, atol=1e-6)

@@ -176,3 +176,19 @@ def test_the_copies_that_donation_makes_are_counted_once():
     step(model)
     assert {p.value.unsafe_buffer_pointer() for p in model.parameters()} == pointers
     assert not other.fc.weight.value.is_deleted()
+
+
+@pytest.mark.parametrize("option", [{"donate_argnums": (0, 1)}, {"donate_argnames": ("a", "b")}])
+def test_jaxs_names_for_donation_mean_the_same(option):
+    a, other = nn.Linear(2, 2), nn.Linear(2, 2)
+    b = copy.deepcopy(a)  # shares its arrays
+
+    def step(a, b, other):
+        for p in (a.weight, a.bias, b.weight, b.bias):
+            p.value = p.value + other.weight.value.sum()
+
+    want = np.asarray(a.weight) + np.asarray(other.weight).sum()
+    nn.jit(step, **option)(a, b, other)
+    for model in (a, b):
+        np.testing.assert_allclose(model.weight, want, rtol=1e-6)
+    assert np.isfinite(other.weight).all()  # was not donated
