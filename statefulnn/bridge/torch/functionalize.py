@@ -321,9 +321,10 @@ class Functionalizer:
             elif spec.kind == kinds.CONSTANT_TENSOR:
                 tensor = program.constants[str(spec.target)]
                 # A buffer that the code reaches by way of another object is that buffer.
-                known = self.trace.paths.get(id(tensor))
-                named = known and self.named.setdefault(known[0], Root(None, known[0]))
-                self.views[node] = View(named or Root(None, constant=tensor))
+                root = Root(None, constant=tensor)
+                if known := self.trace.paths.get(id(tensor)):
+                    root = self.named.setdefault(known[0], Root(None, known[0]))
+                self.views[node] = View(root)
             elif isinstance(value, torch.Tensor):
                 self.views[node] = View(Root(self.slot(self.trace.root, value)))
             else:
