@@ -56,6 +56,12 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     jax.config.update("jax_disable_most_optimizations", hurried)
 
 
+@pytest.fixture
+def compiled_with_care() -> None:
+    """XLA optimises as it does for the examples: for tests of the last bit of compiled code."""
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 def _keep_compiled_code(enabled: bool) -> None:
     jax.config.update("jax_enable_compilation_cache", enabled)
     compilation_cache.reset_cache()  # JAX looks at the setting once

@@ -219,7 +219,7 @@ def _layer(path: str) -> str:
     for part in around:
         while (wrapped := _WRAPPED.fullmatch(part)) is not None:
             part = wrapped[1]
-        if "(" not in part and part not in ("while", "body", "closed_call"):
+        if "(" not in part and part not in ("while", "body", "closed_call", "eval_jaxpr"):
             names.append(part)
     return ".".join(names)
 

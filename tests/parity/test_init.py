@@ -271,6 +271,7 @@ def test_flat_draws_start_like_longer_ones(draw: str, shape: tuple[int, ...]) ->
     np.testing.assert_array_equal(some.ravel(), whole[: math.prod(shape)])
 
 
+@pytest.mark.usefixtures("compiled_with_care")
 @pytest.mark.parametrize(
     "draw, shape, dtype",
     diagonal(
