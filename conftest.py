@@ -20,7 +20,7 @@ import statefulnn as nn
 import statefulnn.functional as F
 
 # Most programs of the tests run once: XLA takes little trouble over them, also in the processes that tests
-# start, and somewhat more over the examples, which train. On a newer JAX the sample runs what users run.
+# start, and somewhat more where a test says so. On a newer JAX the sample runs what users run.
 HURRIED = importlib.metadata.version("jaxlib").startswith("0.10.")
 if HURRIED:
     os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
@@ -52,14 +52,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    hurried = HURRIED and "examples" not in item.path.parts
-    jax.config.update("jax_disable_most_optimizations", hurried)
-
-
-@pytest.fixture
-def compiled_with_care() -> None:
-    """XLA optimises as it does for the examples: for tests of the last bit of compiled code."""
-    jax.config.update("jax_disable_most_optimizations", False)
+    with_care = any(map(item.get_closest_marker, ("compiled_with_care", "long")))
+    jax.config.update("jax_disable_most_optimizations", HURRIED and not with_care)
 
 
 def _keep_compiled_code(enabled: bool) -> None:

@@ -48,7 +48,9 @@ def texts(site: Path) -> dict[Path, str]:
 def test_every_page_fits_its_window_and_loads_nothing_from_elsewhere(page, site, texts):
     opened = page(site / "index.html")
     # What the search looks through is megabytes, and read by each page.
-    opened.page.route("**/search/search_index.js", lambda route: route.fulfill(body=NOTHING_TO_FIND))
+    opened.page.route(
+        "**/search/search_index.js", lambda route: route.fulfill(body=NOTHING_TO_FIND)
+    )
     for path in texts:
         opened.page.goto(path.as_uri())
         for width in WIDTHS.values():

@@ -12,6 +12,8 @@ import pytest
 import char_transformer as example
 import statefulnn as nn
 
+pytestmark = pytest.mark.compiled_with_care
+
 
 def entropy_of_pairs(tokens: np.ndarray) -> float:
     """Return the entropy of a letter, given the one before it: the best that pairs of letters allow."""

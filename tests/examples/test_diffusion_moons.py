@@ -12,6 +12,8 @@ import pytest
 import diffusion_moons as example
 import statefulnn as nn
 
+pytestmark = pytest.mark.compiled_with_care
+
 # Of a normal number of that spread, the mean absolute value.
 OF_THE_DATA = example.SPREAD * np.sqrt(2 / np.pi)
 

@@ -10,6 +10,8 @@ import pytest
 import digits_cnn
 import statefulnn as nn
 
+pytestmark = pytest.mark.compiled_with_care
+
 
 def test_test_accuracy_is_at_least_98_percent(capsys):
     accuracy = digits_cnn.main([])

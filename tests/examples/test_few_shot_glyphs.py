@@ -12,6 +12,8 @@ import pytest
 import few_shot_glyphs as few_shot
 import statefulnn as nn
 
+pytestmark = pytest.mark.compiled_with_care
+
 CHANCE = 1 / few_shot.WAYS
 
 

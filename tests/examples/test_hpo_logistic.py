@@ -12,6 +12,8 @@ import pytest
 import hpo_logistic as hpo
 from tests.precision import in_float64
 
+pytestmark = pytest.mark.compiled_with_care
+
 
 def test_a_thousand_steps_reach_the_published_loss(capsys):
     losses = hpo.main(["--picture", "pictures/hpo.png"])

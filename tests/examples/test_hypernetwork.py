@@ -12,6 +12,8 @@ import hypernetwork as example
 from tests.precision import in_float64
 from tests.quick import quickly
 
+pytestmark = pytest.mark.compiled_with_care
+
 
 def best_average():
     """The error, on the tasks that judge, of the best function for all tasks together.

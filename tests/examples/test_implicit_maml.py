@@ -13,6 +13,8 @@ import implicit_maml as example
 import statefulnn as nn
 from tests.quick import quickly
 
+pytestmark = pytest.mark.compiled_with_care
+
 
 def meta_gradient(damping, steps, meta, *task):
     return jax.grad(partial(example.task_loss, example.implicit(damping, steps)))(meta, *task)

@@ -11,6 +11,8 @@ import pytest
 import laplace_diabetes as example
 import statefulnn as nn
 
+pytestmark = pytest.mark.compiled_with_care
+
 
 def check(numbers: dict[str, np.ndarray], margin: float) -> None:
     nll, coverage = numbers["Laplace"].mean(0)

@@ -14,6 +14,8 @@ from jax.flatten_util import ravel_pytree
 import learned_optimizer as example
 import statefulnn as nn
 
+pytestmark = pytest.mark.compiled_with_care
+
 
 def some_theta(seed: int = 0) -> dict:
     nn.manual_seed(seed)

@@ -12,6 +12,8 @@ import lstm_lm
 import statefulnn as nn
 from tests.examples.reference import SMALL, TorchRNNModel, assert_close, from_torch, to_torch
 
+pytestmark = pytest.mark.compiled_with_care
+
 
 def test_state_is_the_references_and_goes_on():
     ours, theirs = SMALL["lstm"].pair()

@@ -13,6 +13,8 @@ import pytest
 import maml_sinusoid as maml
 from tests.quick import quickly
 
+pytestmark = pytest.mark.compiled_with_care
+
 
 def by_hand(params, x, y):
     """The same meta-loss without the package: a network of matrices, the inner gradient by jax.grad."""

@@ -13,6 +13,8 @@ from tests.examples import reference
 from tests.examples.reference import FULL, SMALL, as_arrays, assert_close, from_torch, to_torch
 from tests.quick import quickly
 
+pytestmark = pytest.mark.compiled_with_care
+
 # The others are of the same classes, or take long to compile.
 MOST = ("bert", "gpt2", "resnet-bottleneck", "vit", "convnext", "lstm-tied")
 

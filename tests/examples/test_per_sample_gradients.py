@@ -12,6 +12,8 @@ import pytest
 import per_sample_gradients as example
 from tests.quick import quickly
 
+pytestmark = pytest.mark.compiled_with_care
+
 
 def test_short_run_reaches_its_numbers_and_saves_a_picture(capsys):
     numbers = example.main(["--epochs", "8", "--picture", "pictures/gradients.png"])

@@ -16,6 +16,16 @@ from statefulnn.core import threefry
 from tests.precision import in_float64
 from tests.quick import diagonal, first
 
+pytestmark = pytest.mark.compiled_with_care
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compiled_alike() -> None:
+    # Eager draws are compiled as well. What other tests left is compiled with less care, and differs in the
+    # last bit.
+    jax.clear_caches()
+
+
 # layer, arguments, parameter, and the distribution it starts from:
 # ("uniform", bound), ("normal", std) or ("constant", value).
 INITIAL = [
@@ -271,7 +281,6 @@ def test_flat_draws_start_like_longer_ones(draw: str, shape: tuple[int, ...]) ->
     np.testing.assert_array_equal(some.ravel(), whole[: math.prod(shape)])
 
 
-@pytest.mark.usefixtures("compiled_with_care")
 @pytest.mark.parametrize(
     "draw, shape, dtype",
     diagonal(
