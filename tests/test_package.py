@@ -32,7 +32,7 @@ ALLOWED = {
     "init": {"core"},
     "modules": {"core", "functional", "init"},
     "utils": {"core", "functional", "init", "modules", "transforms"},
-    "optim": {"core", "transforms"},
+    "optim": {"core", "transforms", "utils"},
     "parameter": {"core"},
     "io": {"core", "transforms"},
     "bridge": {"core", "functional", "init", "modules", "transforms", "utils"},

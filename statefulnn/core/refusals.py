@@ -7,7 +7,7 @@ never objects of the engine.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeAlias, TypeVar
 
 import jax
@@ -52,6 +52,11 @@ def listed(texts: Sequence[str], shown: int = SHOWN) -> str:
     """Return the first few texts in one line, and how many more there are."""
     more = f" and {len(texts) - shown} more" if len(texts) > shown else ""
     return ", ".join(texts[:shown]) + more
+
+
+def named(names: Iterable[str]) -> str:
+    """Return the first few names in one line, in quotes, and how many more there are."""
+    return listed([repr(n) for n in names])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -707,7 +712,7 @@ def filter_of_no_text(what: str, where: str) -> ArgumentError:
 def nothing_chosen(
     unknown: Sequence[str], names: Sequence[str], near: Sequence[str], where: str
 ) -> UnknownNameError:
-    of_them, all_names, guesses = (listed(list(map(repr, some))) for some in (unknown, names, near))
+    of_them, all_names, guesses = (named(some) for some in (unknown, names, near))
     return _refusal(
         UnknownNameError,
         f"{where} was asked for {of_them}, of which there is none",
@@ -743,7 +748,7 @@ def only_without_modules(where: str) -> ArgumentError:
         ArgumentError,
         f"{where} was given only=, and differentiates by no module",
         "it chooses among the parameters of modules, and what is differentiated are arrays or parameters",
-        'nn.grad(loss_fn, only="head.*")(model, x), the model in the place of argnums',
+        'pass the model where argnums says: nn.grad(loss_fn, only="head.*")(model, x)',
     )
 
 

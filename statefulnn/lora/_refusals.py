@@ -14,11 +14,11 @@ from statefulnn.core.errors import (
     UnknownNameError,
     explain,
 )
-from statefulnn.core.refusals import listed
+from statefulnn.core.refusals import listed, named
 
 
-def _named(names: Sequence[str]) -> str:
-    return listed([repr(n) for n in names])
+def _ties(ties: Mapping[str, Sequence[str]]) -> str:
+    return listed([f"{label!r} is also {named(names)}" for label, names in ties.items()])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -30,7 +30,7 @@ def no_carrier(where: str, kinds: Mapping[str, str], below: Sequence[str]) -> Ar
     instead = "name layers with a weight matrix: nn.Linear, nn.Embedding, nn.Conv2d, nn.LSTM"
     if below:
         instead = (
-            f"the layers below: {_named(below)}, by names or a pattern such as {below[0] + '*'!r}"
+            f"the layers below: {named(below)}, by names or a pattern such as {below[0] + '*'!r}"
         )
     return ArgumentError(
         explain(
@@ -92,19 +92,17 @@ def taken(where: str, path: str, name: str) -> TakenNameError:
 
 
 def tied(where: str, ties: Mapping[str, Sequence[str]]) -> str:
-    which = listed([f"{label!r} is also {_named(names)}" for label, names in ties.items()])
     return explain(
-        f"{where}, and a weight has several names: {which}",
+        f"{where}, and a weight has several names: {_ties(ties)}",
         "the adapter acts where it is attached and not under the other names, and nn.lora.merge refuses",
         "fine for training; to merge, untie first: layer.weight = nn.Parameter(layer.weight.value)",
     )
 
 
 def merge_of_tied(ties: Mapping[str, Sequence[str]]) -> StructureChangeError:
-    which = listed([f"{label!r} is also {_named(names)}" for label, names in ties.items()])
     return StructureChangeError(
         explain(
-            f"nn.lora.merge of weights with several names: {which}",
+            f"nn.lora.merge of weights with several names: {_ties(ties)}",
             "what is added to the weight would act under the other names too",
             "nn.lora.unmerge is not needed: leave the adapters beside; or untie first, "
             "layer.weight = nn.Parameter(layer.weight.value)",
@@ -144,7 +142,7 @@ def rank_too_large(where: str, rank: int, sizes: Mapping[str, tuple[int, int]]) 
 def dropout_in_a_weight(where: str, dropout: float, labels: Sequence[str]) -> ArgumentError:
     return ArgumentError(
         explain(
-            f"{where} with dropout={dropout} on {_named(labels)}",
+            f"{where} with dropout={dropout} on {named(labels)}",
             "there the change is part of the weight, and dropout acts on the input of a layer that is a "
             "linear map of it",
             "dropout=0 for these layers, in an attach of their own with another name; then "
@@ -156,7 +154,7 @@ def dropout_in_a_weight(where: str, dropout: float, labels: Sequence[str]) -> Ar
 def name_taken(where: str, name: str, labels: Sequence[str]) -> TakenNameError:
     return TakenNameError(
         explain(
-            f"{where} with the name {name!r}, which is taken by {_named(labels)}",
+            f"{where} with the name {name!r}, which is taken by {named(labels)}",
             "each adapter has a name of its own",
             f"name={name + '_2'!r}; or nn.lora.detach(model, {name!r}) first",
         )
@@ -166,7 +164,7 @@ def name_taken(where: str, name: str, labels: Sequence[str]) -> TakenNameError:
 def pissa_among_others(where: str, labels: Sequence[str]) -> StructureChangeError:
     return StructureChangeError(
         explain(
-            f"{where} on {_named(labels)}, beside another adapter",
+            f"{where} on {named(labels)}, beside another adapter",
             "PiSSA takes a part out of the weight, so other adapters would act on what is left",
             "nn.lora.detach(model) first; or an adapter without variant='pissa'",
         )
@@ -174,10 +172,9 @@ def pissa_among_others(where: str, labels: Sequence[str]) -> StructureChangeErro
 
 
 def pissa_of_tied(where: str, ties: Mapping[str, Sequence[str]]) -> StructureChangeError:
-    which = listed([f"{label!r} is also {_named(names)}" for label, names in ties.items()])
     return StructureChangeError(
         explain(
-            f"{where} with variant='pissa', and a weight has several names: {which}",
+            f"{where} with variant='pissa', and a weight has several names: {_ties(ties)}",
             "PiSSA takes a part out of the weight, which would be missing under the other names",
             "another variant; or untie first, layer.weight = nn.Parameter(layer.weight.value)",
         )
@@ -187,7 +184,7 @@ def pissa_of_tied(where: str, ties: Mapping[str, Sequence[str]]) -> StructureCha
 def dora_among_others(where: str, names: Sequence[str], labels: Sequence[str]) -> ArgumentError:
     return ArgumentError(
         explain(
-            f"{where} of {_named(names)} together, on {_named(labels)}",
+            f"{where} of {named(names)} together, on {named(labels)}",
             "DoRA sets the length of each row of a weight, which only one adapter can",
             "nn.lora.enable(model, name) for one of them",
         )
@@ -212,7 +209,7 @@ def unknown_adapter(where: str, name: object, known: Sequence[str]) -> UnknownNa
     return UnknownNameError(
         explain(
             f"{where} was asked for the adapter {name!r}",
-            f"the model has {_named(known)}",
+            f"the model has {named(known)}",
             f"name={known[0]!r}",
         )
     )
@@ -222,7 +219,7 @@ def which_adapter(where: str, known: Sequence[str]) -> ArgumentError:
     return ArgumentError(
         explain(
             f"called {where} without a name",
-            f"the model has several adapters: {_named(known)}",
+            f"the model has several adapters: {named(known)}",
             f"name={known[0]!r}",
         )
     )
@@ -231,7 +228,7 @@ def which_adapter(where: str, known: Sequence[str]) -> ArgumentError:
 def merged(where: str, labels: Sequence[str]) -> StructureChangeError:
     return StructureChangeError(
         explain(
-            f"called {where} while adapters are merged into {_named(labels)}",
+            f"called {where} while adapters are merged into {named(labels)}",
             "the weights contain them by now",
             "nn.lora.unmerge(model) first; nn.lora.detach(model) keeps the merged weights for good",
         )
@@ -261,7 +258,7 @@ def nothing_active(where: str) -> StructureChangeError:
 def parametrized_after(where: str, labels: Sequence[str]) -> StructureChangeError:
     return StructureChangeError(
         explain(
-            f"called {where}, and {_named(labels)} got another parametrization after the adapter",
+            f"called {where}, and {named(labels)} got another parametrization after the adapter",
             "the adapter would be taken away from under it",
             "nn.utils.parametrize.remove_parametrizations(layer, name) first",
         )
@@ -281,7 +278,7 @@ def combined_ranks(ranks: Mapping[str, int]) -> ShapeError:
 def combined_variants(names: Sequence[str], variant: str) -> ArgumentError:
     return ArgumentError(
         explain(
-            f"nn.lora.combine of {_named(names)}, of the variant {variant!r}",
+            f"nn.lora.combine of {named(names)}, of the variant {variant!r}",
             "their change is no sum of products",
             "nn.lora.merge(model) for one of them; combine takes adapters without DoRA and PiSSA",
         )
@@ -295,7 +292,7 @@ def combined_variants(names: Sequence[str], variant: str) -> ArgumentError:
 def no_place_in_peft(name: str, labels: Sequence[str], why: str) -> CheckpointError:
     return CheckpointError(
         explain(
-            f"nn.lora.save of {name!r}, with {_named(labels)}",
+            f"nn.lora.save of {name!r}, with {named(labels)}",
             f"peft's format has no place for it: {why}",
             'nn.save(model, path, names="lora_*"), and model.load_state_dict(state, strict=False)',
         )

@@ -16,16 +16,10 @@ from statefulnn.core.errors import (
     UnknownNameError,
     explain,
 )
-from statefulnn.core.refusals import array_of, to_shape
+from statefulnn.core.refusals import array_of, named, to_shape
 
 Shape = tuple[int, ...]
 ADAPT = "report = opt.adapt(), between two steps: it keeps the slots that still fit, and starts the others"
-
-
-def listed(names: Sequence[str], limit: int = 8) -> str:
-    """Return the first few names in one line, and how many more there are."""
-    shown = ", ".join(repr(n) for n in names[:limit])
-    return shown + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
 
 def described(value: object) -> str:
@@ -91,8 +85,8 @@ def in_two_groups(name: str, first: str, second: str) -> ArgumentError:
 def in_no_group(names: Sequence[str], patterns: Sequence[str]) -> UnknownNameError:
     return UnknownNameError(
         explain(
-            f"nn.Optimizer was given no group for {listed(names)}",
-            f"the groups are {listed(patterns)}, and each trainable parameter is in one",
+            f"nn.Optimizer was given no group for {named(names)}",
+            f"the groups are {named(patterns)}, and each trainable parameter is in one",
             '"*" for the rest: {..., "*": optax.adam(1e-3)}; or only= to train some of them alone',
         )
     )
@@ -109,7 +103,7 @@ def adapted_while_tracing() -> StructureChangeError:
 
 
 def other_parameters(found: Mapping[str, Sequence[str]]) -> StructureChangeError:
-    parts = [f"{what}: {listed(names)}" for what, names in found.items() if names]
+    parts = [f"{what}: {named(names)}" for what, names in found.items() if names]
     return StructureChangeError(
         explain(
             "stepped an Optimizer whose module has other trainable parameters than when it was "
@@ -153,12 +147,12 @@ def no_gradients(grads: object) -> ArgumentError:
 def other_gradients(
     unknown: Sequence[str], missing: Sequence[str], names: Sequence[str]
 ) -> UnknownNameError:
-    parts = [f"unknown names {listed(unknown)}"] if unknown else []
-    parts += [f"no gradient for {listed(missing)}"] if missing else []
+    parts = [f"unknown names {named(unknown)}"] if unknown else []
+    parts += [f"no gradient for {named(missing)}"] if missing else []
     return UnknownNameError(
         explain(
             f"Optimizer.step was given {' and '.join(parts)}",
-            f"it needs one gradient for each trainable parameter: {listed(names)}",
+            f"it needs one gradient for each trainable parameter: {named(names)}",
             "take the gradient with respect to the module the optimizer was built with: "
             f"{habits.TRAIN.replace('(model,', '(opt.module,')}; to train a part, "
             'nn.Optimizer(model, tx, only="head.*") and nn.grad(loss_fn, only="head.*")',
@@ -247,7 +241,7 @@ def no_rate(pattern: str, patterns: Sequence[str]) -> UnknownNameError:
     return UnknownNameError(
         explain(
             f"set the learning rate of the group {pattern!r}",
-            f"it has none that can be set; those that have are {listed(patterns) or 'none'}",
+            f"it has none that can be set; those that have are {named(patterns) or 'none'}",
             f"{{{pattern!r}: optax.inject_hyperparams(optax.adam)(learning_rate=1e-3), ...}} as its "
             "transformation",
         )

@@ -31,12 +31,14 @@ from statefulnn.core.module import Module, Ref, find_box, place_box
 from statefulnn.core.ownership import Scope
 from statefulnn.core.parameter import Buffer, Parameter
 from statefulnn.core.plan import plan_of
+from statefulnn.core.refusals import named
 from statefulnn.core.selection import Selection, names_in, trainable
 from statefulnn.core.tracebacks import shortened
 from statefulnn.optim import _refusals as refusals
 from statefulnn.optim._groups import REST, group_numbers
 from statefulnn.optim._slots import Leaf, Slots, as_setting, is_array, leaves_of
 from statefulnn.transforms.jit import jit
+from statefulnn.utils.clip_grad import scaled_to, total_norm_of
 
 # Static attributes compare by identity unless they are known types: equal treedefs are made one object,
 # so that two equal optimizers share compiled code.
@@ -65,7 +67,7 @@ class Adaptation(NamedTuple):
 
     def __repr__(self) -> str:
         return "; ".join(
-            f"{what} {len(names)}: {refusals.listed(names)}" if names else f"{what} none"
+            f"{what} {len(names)}: {named(names)}" if names else f"{what} none"
             for what, names in self._asdict().items()
         )
 
@@ -133,7 +135,7 @@ class Optimizer(Module):
 
     # optax's transformations are closures over settings that stay as they are.
     _unwatched = ("tx",)
-    # Where these have changed, a compilation is no surprise.
+    # `adapt` changes these on purpose: code that is compiled anew for it is not warned of.
     _adapted = ("_names", "_shapes", "_slots")
 
     _habits = habits.OPTIMIZER
@@ -273,7 +275,7 @@ class Optimizer(Module):
         shown = "".join(f", {k}={v!r}" for k, v in options.items() if v is not None)
         head = f"Optimizer({type(self.module).__name__}, {len(self._names)} trainable parameters{shown})"
         groups = self.groups.items() if self._has_groups else ()
-        return "\n".join([head, *(f"  {p!r}: {refusals.listed(ns) or 'none'}" for p, ns in groups)])
+        return "\n".join([head, *(f"  {p!r}: {named(ns) or 'none'}" for p, ns in groups)])
 
     # ----------------------------------------------------------------------------------------------
     # Slots
@@ -562,10 +564,10 @@ class Optimizer(Module):
 
     def _updated(self, values: Any, slots: Any, grads: Any, extra: Any, norm: bool) -> Any:
         """Return parameters and slots after a step, and the norm of the gradients if it is asked for."""
-        total = _global_norm(grads.values()) if norm or self.clip is not None else None
-        if total is not None and self.clip is not None:
-            scale = jnp.minimum(self.clip / (total + 1e-6), 1)
-            grads = {name: g * scale.astype(g.dtype) for name, g in grads.items()}
+        arrays = list(grads.values())
+        total = total_norm_of(arrays, 2) if norm or self.clip is not None else None
+        if self.clip is not None:
+            grads = dict(zip(grads, scaled_to(arrays, jnp.asarray(self.clip), total), strict=True))
         first, own = slots[: len(self._leaves)], slots[len(self._leaves) :]
         of_cohort = dict(zip(self._names, self._cohorts, strict=True))
         stepped, runs = {}, []
@@ -625,7 +627,7 @@ class Optimizer(Module):
             new, after = jax.tree.map(_of_type, (new, after), (values, slots))
             return new, after, [jnp.zeros_like(s) for s in sums], jnp.zeros_like(steps)
 
-        total = _global_norm(reduced(sums).values()) if norm else None
+        total = total_norm_of(list(reduced(sums).values()), 2) if norm else None
         # A loop that runs once or not at all: unlike a branch, it leaves what it carries where it lies.
         due = lambda carry: carry[-1] == self._every
         values, slots, sums, steps = lax.while_loop(due, update, (values, slots, sums, steps))
@@ -743,12 +745,3 @@ def _takes_extra(tx: Any) -> bool:
 
 def _equal(row: Sequence[Any], other: Sequence[Any]) -> bool:
     return all(bool(jnp.array_equal(a, b)) for a, b in zip(row, other, strict=True))
-
-
-def _global_norm(grads: Any) -> jax.Array:
-    squares = [jnp.sum(jnp.square(jnp.abs(_wide(g)))) for g in grads]
-    return jnp.sqrt(jnp.sum(jnp.stack(squares)))
-
-
-def _wide(x: jax.Array) -> jax.Array:
-    return x.astype(jnp.float32) if x.dtype.itemsize == 2 else x

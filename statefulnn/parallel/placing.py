@@ -132,8 +132,8 @@ def parallelize_module(
 
     Raises:
         UnknownNameError: if a pattern matches no module, or the mesh lacks the axis.
-        ArgumentError: for what is no style, a style that does not know a layer, or two styles that want
-            different things of one parameter.
+        ArgumentError: if something else is given as a style, if a style does not know a layer, or if two
+            styles want different things of one parameter.
         ShapeError: if a parameter does not divide. Nothing has been moved then.
 
     Source: ``torch.distributed.tensor.parallel.parallelize_module``.

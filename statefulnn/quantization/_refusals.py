@@ -11,7 +11,7 @@ from statefulnn.core.errors import (
     UnknownNameError,
     explain,
 )
-from statefulnn.core.refusals import Shape, listed
+from statefulnn.core.refusals import Shape, listed, named
 
 TIED = "is tied to {}: untie it first, or leave the layer out"
 QUANTIZED = "is quantised already"
@@ -29,7 +29,7 @@ def no_format(given: object, known: Sequence[str]) -> ArgumentError:
     return ArgumentError(
         explain(
             f"nn.quantize was given {given!r} as a format",
-            f"it knows {listed(list(map(repr, known)))}",
+            f"it knows {named(known)}",
             'nn.quantize(model, "*.mlp.*", "nf4")',
         )
     )
@@ -52,7 +52,7 @@ def cannot(reasons: Mapping[str, str]) -> ArgumentError:
         of.setdefault(reason, []).append(repr(name))
     return ArgumentError(
         explain(
-            f"nn.quantize was asked for {listed(list(map(repr, reasons)))}",
+            f"nn.quantize was asked for {named(reasons)}",
             "; ".join(f"the weight of {listed(names)} {reason}" for reason, names in of.items()),
             "choose other layers: patterns, a list of names, or a function of the name. Nothing was changed",
         )

@@ -35,7 +35,7 @@ def _wide(x: Any) -> Any:
 
 
 def _vector_norm(x: Any, order: float) -> Any:
-    size = jnp.abs(_wide(x)).reshape(-1)
+    size = jnp.abs(_wide(x))  # of any rank: on a mesh a flat one would have to be gathered
     if order == math.inf:
         norm = jnp.max(size, initial=0)
     elif order == -math.inf:
@@ -52,7 +52,8 @@ def _vector_norm(x: Any, order: float) -> Any:
 
 
 @functools.partial(jax.jit, static_argnums=1)
-def _total_norm(tensors: list[Any], order: float) -> Any:
+def total_norm_of(tensors: list[Any], order: float) -> Any:
+    """Return the norm of the norms of arrays, of which there is at least one."""
     norms = [_vector_norm(x, order) for x in tensors]
     with jax.numpy_dtype_promotion("standard"):
         together = jnp.stack(norms)
@@ -60,7 +61,8 @@ def _total_norm(tensors: list[Any], order: float) -> Any:
 
 
 @jax.jit
-def _scaled(grads: list[Any], max_norm: Any, total_norm: Any) -> list[Any]:
+def scaled_to(grads: list[Any], max_norm: Any, total_norm: Any) -> list[Any]:
+    """Return gradients whose norm is at most `max_norm`, an array."""
     total_norm = _wide(total_norm)
     scale = jnp.minimum(max_norm.astype(total_norm.dtype) / (total_norm + 1e-6), 1)
     return [g * scale.astype(g.dtype) for g in grads]
@@ -68,8 +70,8 @@ def _scaled(grads: list[Any], max_norm: Any, total_norm: Any) -> list[Any]:
 
 @functools.partial(jax.jit, static_argnums=2)
 def _scaled_with_norm(grads: list[Any], max_norm: Any, order: float) -> tuple[list[Any], Any]:
-    norm = _total_norm(grads, order)
-    return _scaled(grads, max_norm, norm), norm
+    norm = total_norm_of(grads, order)
+    return scaled_to(grads, max_norm, norm), norm
 
 
 @jax.jit
@@ -270,7 +272,7 @@ def _norm_of(values: list[Any], norm_type: float, check: bool, function: str) ->
     if not values:
         return jnp.zeros(())
     order = float(norm_type)
-    norm = _total_norm(values, order)
+    norm = total_norm_of(values, order)
     if check:
         _require_finite(norm, order, function)
     return norm
@@ -306,7 +308,7 @@ def clip_grads_with_norm_(
     gradients = _Gradients(parameters, "clip_grads_with_norm_")
     if not gradients.values:
         return gradients.replaced([])
-    return gradients.replaced(_scaled(gradients.values, _limit(max_norm), unwrap(total_norm)))
+    return gradients.replaced(scaled_to(gradients.values, _limit(max_norm), unwrap(total_norm)))
 
 
 def _limit(value: Any) -> Any:

@@ -20,6 +20,7 @@ from statefulnn.bridge.torch.structures import leaves, rebuilt
 from statefulnn.core.box import unwrap
 from statefulnn.core.errors import ArgumentError, explain
 from statefulnn.core.module import Module
+from statefulnn.core.refusals import listed
 from statefulnn.transforms.capture import capture
 
 # What a module is called with, what it returns, and the gradient at that: arrays of numpy, a tuple for each.
@@ -119,8 +120,7 @@ class Comparison:
             ("called by ours alone: ", self.only_ours),
         ):
             if names:
-                more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-                yield what + ", ".join(names[:_SHOWN]) + more
+                yield what + listed(names, _SHOWN)
         for name, (theirs, ours) in self.misshapen.items():
             turned = theirs != ours and theirs[::-1] == ours
             note = ": the same, transposed; torch's nn.Linear has (out, in)" if turned else ""
