@@ -183,3 +183,44 @@ def test_checkpointed_parts_are_parts():
 
     beside(Net(), X, others=OTHER)
     assert isinstance(from_torch(Net(), X).fc, nn.Linear)
+
+
+class Table(tnn.Module):
+    """Makes a table in its first call, where it knows the length, and keeps it."""
+
+    def __init__(self, buffer=True, persistent=False, of=lambda x: torch.arange(x.shape[1]) * 1.0):
+        super().__init__()
+        self.fc, self.norm, self.of = tnn.Linear(4, 4), tnn.BatchNorm1d(4), of
+        if buffer:
+            self.register_buffer("table", torch.zeros(1), persistent=persistent)
+        else:
+            self.table = None
+
+    def forward(self, x):
+        if self.table is None or self.table.shape[0] != x.shape[1]:
+            self.table = self.of(x)
+        return self.norm(self.fc(x)) + self.table
+
+
+@pytest.mark.parametrize("buffer", [True, False])
+def test_a_table_that_the_first_call_makes_is_a_constant(buffer):
+    torch.manual_seed(0)
+    theirs = Table(buffer)
+    before, random = theirs.norm.running_mean.clone(), torch.random.get_rng_state()
+    ours = from_torch(theirs, X)
+    assert torch.equal(theirs.norm.running_mean, before)
+    assert torch.equal(torch.random.get_rng_state(), random)
+    assert (theirs.table.shape == (1,)) if buffer else (theirs.table is None)
+    for x in (X, X[:2] * 3):
+        same(ours(arrays(x)), theirs(x))
+    same(ours.norm.running_mean, theirs.norm.running_mean)
+
+
+@pytest.mark.parametrize(
+    "options", [{"persistent": True}, {"of": lambda x: x.detach().mean(0)}, {"of": lambda x: x[0]}]
+)
+def test_a_table_that_is_state_is_refused(options):
+    theirs = Table(**options)
+    with pytest.raises(ConversionError, match=r"forward of Table changes self\.table"):
+        from_torch(theirs, X)
+    assert theirs.table.shape == (1,)

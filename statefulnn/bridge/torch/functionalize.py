@@ -127,6 +127,15 @@ class Flat:
     calls: list[Call] = field(default_factory=list)
 
 
+def _only_checked(node: Any) -> bool:
+    """Say whether a number of an array is in assertions alone, which a graph leaves out."""
+    if operator_name(node.target) in _DROPPED:
+        return True
+    if not isinstance(node.meta.get("val"), SYMBOLIC) or not depends_on_numbers(node.meta["val"]):
+        return False
+    return bool(node.users) and all(_only_checked(user) for user in node.users)
+
+
 class Functionalizer:
     """Goes once through the nodes of a trace."""
 
@@ -317,7 +326,9 @@ class Functionalizer:
             value = node.meta.get("val")
             if spec.kind in (kinds.PARAMETER, kinds.BUFFER):
                 name = str(spec.target).removeprefix("model.")
-                self.views[node] = View(self.named.setdefault(name, Root(None, name)))
+                table = self.trace.tables.get(name)
+                root = Root(None, name) if table is None else Root(None, constant=table)
+                self.views[node] = View(self.named.setdefault(name, root))
             elif spec.kind == kinds.CONSTANT_TENSOR:
                 tensor = program.constants[str(spec.target)]
                 # A buffer that the code reaches by way of another object is that buffer.
@@ -370,6 +381,8 @@ class Functionalizer:
     def node(self, node: Any) -> Any:
         """Return what a node stands for: a View, a number, or a list of these."""
         value = node.meta.get("val")
+        if _only_checked(node):
+            return None
         if operator_name(node.target) in ("item", "_local_scalar_dense"):
             raise number_of_array(place_of(node, self.call))
         if depends_on_numbers(value) and operator_name(node.target) not in _DROPPED:

@@ -48,6 +48,10 @@ class ConversionError(StatefulnnError, NotImplementedError):
     """A module of another library that has no counterpart here."""
 
 
+class KeptTensorError(ConversionError):
+    """A forward that keeps a tensor in its module: perhaps in its first call only."""
+
+
 @dataclass(frozen=True)
 class Ref(Leaf):
     """The tensor that a node of torch.export's graph stands for."""
@@ -108,12 +112,14 @@ class Trace:
         program: torch.export's.
         root: the outermost call.
         events: ("enter" or "leave", call) and ("assign", (buffer, ref)), in order.
+        tables: by name, the buffers that the first call has filled, and later ones leave as they are.
     """
 
     program: torch.export.ExportedProgram
     root: Call
     events: list[tuple[str, Any]]
     paths: dict[int, list[str]]  # id of a tensor of the model -> its names
+    tables: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 class _Recorder:
@@ -220,7 +226,7 @@ class _Recorder:
         full = f"{path}.{name}" if path else name
         old = module._buffers[name]
         if old is None or buffer is None or (old.shape, old.dtype) != (buffer.shape, buffer.dtype):
-            raise ConversionError(
+            raise KeptTensorError(
                 explain(
                     f"found that forward puts a tensor of another shape or dtype into the buffer {full!r}",
                     "the shapes of what a compiled function keeps are fixed",
@@ -365,7 +371,7 @@ class _Snapshot:
         """Return the attributes that a run has set to another number, text or None, by module.
 
         Raises:
-            ConversionError: for a tensor that was kept in an attribute.
+            KeptTensorError: for a tensor that was kept in an attribute.
         """
         found: dict[Any, dict[str, Any]] = {}
         for module, before in self.modules:
@@ -453,8 +459,8 @@ def _followed(model: torch.nn.Module, recorder: _Recorder) -> Iterator[None]:
             torch.nn.Module.training = annotated
 
 
-def _kept(module: torch.nn.Module, name: str) -> ConversionError:
-    return ConversionError(
+def _kept(module: torch.nn.Module, name: str) -> KeptTensorError:
+    return KeptTensorError(
         explain(
             f"found that the forward of {type(module).__name__} changes self.{name}",
             "a graph of operations changes no attributes, and would always see the value of now",
@@ -543,8 +549,14 @@ def trace(
         ConversionError: if torch.export cannot follow the code.
     """
     snapshot = _Snapshot(model)
+    tables: dict[str, torch.Tensor] = {}
     try:
-        program, recorder = _exported(model, args, kwargs, dynamic)
+        try:
+            program, recorder = _exported(model, args, kwargs, dynamic)
+        except KeptTensorError:  # a table made in the first call, perhaps: a second one shows it
+            snapshot.restore()
+            tables = _tables_of_a_call(model, args, kwargs, snapshot)
+            program, recorder = _exported(model, args, kwargs, dynamic)
         if recorder.changed:  # what is set once is set now: a second run shows whether it stays
             snapshot.restore()
             for module, values in recorder.changed.items():
@@ -559,4 +571,63 @@ def trace(
         for name, tensor in members(remove_duplicate=False):
             names.setdefault(id(tensor), []).append(name)
     root = recorder.events[0][1]
-    return Trace(program, root, recorder.events, names)
+    return Trace(program, root, recorder.events, names, tables)
+
+
+def _tables_of_a_call(
+    model: torch.nn.Module, args: tuple, kwargs: Mapping[str, Any], snapshot: _Snapshot
+) -> dict[str, torch.Tensor]:
+    """Call a model as its user would, and return the tensors that it keeps from then on, by name.
+
+    The attributes that the call set stay; numbers in buffers and the generator are as before.
+
+    Raises:
+        KeptTensorError: if one depends on the numbers in the inputs, so that it is state; or if one is part
+            of a ``state_dict``, so that a file would be read and not used.
+    """
+    other = _kept_by_a_call(model, *_with_other_numbers((args, dict(kwargs))))
+    snapshot.restore()
+    tables = _kept_by_a_call(model, args, kwargs)
+    stored = model.state_dict(keep_vars=True)
+    for name, table in tables.items():
+        path, _, attribute = name.rpartition(".")
+        same = name in other and torch.equal(table, other[name])
+        if name in stored or not same:
+            raise _kept(model.get_submodule(path), attribute)
+    return tables
+
+
+def _kept_by_a_call(
+    model: torch.nn.Module, args: tuple, kwargs: Mapping[str, Any]
+) -> dict[str, torch.Tensor]:
+    before = _tensors_of(model)
+    numbers = [(b, b.clone()) for b in model.buffers()]
+    random = torch.random.get_rng_state()
+    try:
+        with torch.no_grad():
+            model(*args, **kwargs)
+    finally:
+        torch.random.set_rng_state(random)
+        with torch.no_grad():
+            for buffer, was in numbers:
+                buffer.copy_(was)
+    return {name: t for name, t in _tensors_of(model).items() if t is not before.get(name)}
+
+
+def _tensors_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The buffers, and the tensors in attributes, by name."""
+    return {
+        f"{path}.{name}".removeprefix("."): value
+        for path, module in model.named_modules()
+        for name, value in (*module._buffers.items(), *module.__dict__.items())
+        if isinstance(value, torch.Tensor)
+    }
+
+
+def _with_other_numbers(structure: Any) -> Any:
+    def other(x: Any) -> Any:
+        if not isinstance(x, torch.Tensor):
+            return x
+        return x * 0.5 + 0.25 if x.is_floating_point() else x.flip(*range(x.ndim))
+
+    return rebuilt(structure, other)
