@@ -7,6 +7,7 @@ import torch
 from torch import nn as tnn
 
 from statefulnn.bridge.torch import ConversionError, from_torch
+from tests.bridge.beside_torch import beside
 
 X = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
 COUNTS = torch.tensor([1, 2, 0, 3])
@@ -105,3 +106,14 @@ def test_numbers_of_python_made_of_arrays(name, capfd):
 def test_an_error_of_the_code_itself_names_module_and_line(capfd):
     text = refused(lambda x: x @ x, (X,), capfd)
     assert "RuntimeError" in text or "shape" in text
+
+
+def test_assertions_about_numbers_are_left_out():
+    class Checked(torch.nn.Module):
+        def forward(self, x, n):
+            # What `assert` becomes; pytest writes those of this file anew.
+            torch._check(n.max().item() <= 4)
+            torch._check(n.min().item() * 2 + 1 > 0)
+            return x + n.max()
+
+    beside(Checked(), X[0, :4], COUNTS)
