@@ -577,8 +577,10 @@ def _graph(kind: str) -> Network:
                 inside = [torch.nn.Sequential(torch.nn.Linear(n, 16), torch.nn.ReLU()) for n in (8, 16)]
                 self.first, self.second = (graphs.GINConv(m) for m in inside)
             else:
-                layer = getattr(graphs, kind)
-                self.first, self.second = layer(8, 16), layer(16, 16)
+                # What takes self-loops out looks at numbers: they are in the edges, or left out.
+                options = {"GCNConv": {"normalize": False}, "GATConv": {"add_self_loops": False}}
+                layer, options = getattr(graphs, kind), options.get(kind, {})
+                self.first, self.second = layer(8, 16, **options), layer(16, 16, **options)
 
         def forward(self, x: torch.Tensor, edges: torch.Tensor) -> torch.Tensor:
             return self.second(torch.relu(self.first(x, edges)), edges)

@@ -165,3 +165,28 @@ def test_code_that_works_for_one_only_says_so_when_it_is_called():
     ours = beside(One(), torch.randn(1, 4))
     with pytest.raises(nn.ShapeError, match="axis 0 has to be 1"):
         ours(jnp.ones((2, 4)))
+
+
+class Translator(tnn.Module):
+    """Gives torch's own transformer a mask, which that looks at: is it the causal one?"""
+
+    def __init__(self):
+        super().__init__()
+        self.net = tnn.Transformer(8, 2, 1, 1, 16, dropout=0.0, batch_first=True)
+
+    def forward(self, source, target):
+        mask = self.net.generate_square_subsequent_mask(target.shape[1])
+        return self.net(source, target, tgt_mask=mask)
+
+
+def test_the_transformer_of_torch_is_one_layer_of_ours():
+    pairs = [(torch.randn(n, 5 + n, 8), torch.randn(n, 2 + n, 8)) for n in (2, 3)]
+    ours = beside(Translator().eval(), *pairs[0], others=pairs[1:])
+    assert isinstance(ours.net, nn.Transformer)
+
+
+def test_a_transformer_with_a_hook_inside_is_followed():
+    theirs = Translator().eval()
+    theirs.net.encoder.layers[0].register_forward_hook(lambda m, args, out: out * 2)
+    theirs.forward = lambda source, target: theirs.net(source, target)
+    beside(theirs, torch.randn(2, 5, 8), torch.randn(2, 4, 8))

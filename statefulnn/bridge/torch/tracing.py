@@ -128,6 +128,10 @@ class _Recorder:
     def __init__(self, model: torch.nn.Module) -> None:
         # By their attributes: torch.export runs modules through proxies that share these.
         self.paths = {id(m.__dict__): n for n, m in model.named_modules()}
+        # Where forward is the code of torch and nothing else, also in all modules inside.
+        self.torchs = {
+            id(m.__dict__) for m in model.modules() if all(_is_torchs(inner) for inner in m.modules())
+        }
         self.events: list[tuple[str, Any]] = []
         self.call: Call | None = None
         self.failed: Call | None = None  # the innermost one that raised
@@ -171,7 +175,7 @@ class _Recorder:
         """Return a module's forward, followed."""
         path = self.paths[id(module.__dict__)]
         hooked = has_forward_hooks(module)
-        is_of_its_class = "forward" not in module.__dict__ and not hooked
+        is_torchs = id(module.__dict__) in self.torchs
         forward = _with_hooks(module, forward)
 
         @functools.wraps(forward)
@@ -193,7 +197,7 @@ class _Recorder:
             self.call = record
             try:
                 out = None
-                if is_of_its_class and not record.problem:
+                if is_torchs and not record.problem:
                     out = _shapes_alone(module, *args, **kwargs)
                 record.opaque = out is not None
                 out = out if record.opaque else forward(*args, **kwargs)
@@ -255,12 +259,27 @@ def number_of(value: Any) -> Any:
     return value.node.pytype(expression)
 
 
-def _shapes_alone(module: Any, input: Any = None, *rest: Any, **kwargs: Any) -> Any:
-    """Return tensors of the shapes that a layer returns, for layers that torch.export is slow with.
+def _is_torchs(module: Any) -> bool:
+    is_a_layer = type(module).__module__.startswith("torch.nn.modules.")
+    return is_a_layer and "forward" not in module.__dict__ and not has_forward_hooks(module)
 
-    It would also take the length of a sequence for a constant.
+
+def _shapes_alone(module: Any, *args: Any, **kwargs: Any) -> Any:
+    """Return tensors of the shapes that a layer returns, for layers that torch.export is bad with.
+
+    It is slow with recurrent layers, and takes the length of a sequence for a constant. Those of
+    nn.Transformer look at the numbers in a mask, to find out whether it is a causal one.
     """
     kind = type(module)
+    if kind in (torch.nn.Transformer, torch.nn.TransformerEncoder, torch.nn.TransformerDecoder):
+        like = ("src", "tgt")[kind is not torch.nn.TransformerEncoder]
+        given = args[1:2] if kind is torch.nn.Transformer else args[:1]
+        out = given[0] if given else kwargs.get(like)
+        return torch.empty_like(out) if isinstance(out, torch.Tensor) else None
+    return _shapes_of_one_input(kind, module, *args, **kwargs)
+
+
+def _shapes_of_one_input(kind: type, module: Any, input: Any = None, *rest: Any, **kwargs: Any) -> Any:
     if not isinstance(input, torch.Tensor):
         return None
     if kind in (torch.nn.BatchNorm1d, torch.nn.BatchNorm2d, torch.nn.BatchNorm3d):
