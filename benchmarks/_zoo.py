@@ -42,7 +42,10 @@ TIMM: dict[str, tuple[int, dict[str, object]]] = {
     "convnextv2_atto": (64, {}),
     "crossvit_9_240": (240, {}),
     "cs3darknet_s": (64, {}),
-    "davit_tiny": (64, {"depths": (1, 1, 1, 1), "embed_dims": (16, 32, 48, 64), "num_heads": (2, 4, 4, 4)}),
+    "davit_tiny": (
+        64,
+        {"depths": (1, 1, 1, 1), "embed_dims": (16, 32, 48, 64), "num_heads": (2, 4, 4, 4)},
+    ),
     "halonet26t": (256, {}),
     "deit_tiny_distilled_patch16_224": (32, {"img_size": 32, "depth": 2}),
     "densenet121": (64, {"block_config": (2, 2, 2, 2)}),
@@ -95,7 +98,10 @@ TIMM: dict[str, tuple[int, dict[str, object]]] = {
     "visformer_tiny": (64, {"img_size": 64}),
     "vit_tiny_patch16_224": (32, {"img_size": 32, "depth": 2}),
     "vit_relpos_small_patch16_224": (32, {"img_size": 32, "depth": 2}),
-    "samvit_base_patch16_224": (64, {"img_size": 64, "depth": 2, "embed_dim": 48, "num_heads": 4, "global_attn_indexes": (1,)}),
+    "samvit_base_patch16_224": (
+        64,
+        {"img_size": 64, "depth": 2, "embed_dim": 48, "num_heads": 4, "global_attn_indexes": (1,)},
+    ),
     "ese_vovnet19b_slim": (64, {}),
     "xception41": (64, {}),
     "xcit_nano_12_p16_224": (32, {"img_size": 32, "depth": 2}),
@@ -106,19 +112,26 @@ TIMM_CLASSES: dict[str, tuple[int, dict[str, object]]] = {
     "focalnet.FocalNet": (64, {"depths": (1, 1, 1, 1), "embed_dim": 16}),
     "gcvit.GlobalContextVit": (
         64,
-        {"img_size": 64, "depths": (1, 1, 1, 1), "num_heads": (2, 4, 8, 16), "embed_dim": 16
-        },
+        {"img_size": 64, "depths": (1, 1, 1, 1), "num_heads": (2, 4, 8, 16), "embed_dim": 16},
     ),
     "metaformer.MetaFormer": (64, {"depths": (1, 1, 1, 1), "dims": (16, 32, 48, 64)}),
     "mlp_mixer.MlpMixer": (32, {"img_size": 32, "num_blocks": 2, "embed_dim": 64}),
     "mvitv2.MultiScaleVit": (64, {}),
-    "nest.Nest": (32, {"img_size": 32, "embed_dims": (16, 32, 64), "num_heads": (2, 4, 8), "depths": (1, 1, 2)}),
+    "nest.Nest": (
+        32,
+        {"img_size": 32, "embed_dims": (16, 32, 64), "num_heads": (2, 4, 8), "depths": (1, 1, 2)},
+    ),
     "vgg.VGG": (32, {"cfg": [8, "M", 16, "M"], "norm_layer": torch.nn.BatchNorm2d}),
     "volo.VOLO": (
         64,
-        {"img_size": 64, "layers": (1, 1, 1, 1), "embed_dims": (24, 48, 48, 48), "num_heads": (2, 4, 4, 4)},
+        {
+            "img_size": 64,
+            "layers": (1, 1, 1, 1),
+            "embed_dims": (24, 48, 48, 48),
+            "num_heads": (2, 4, 4, 4),
+        },
     ),
-}  # fmt: skip
+}
 
 
 def _timm_class(name: str, side: int, options: Mapping[str, object]) -> Network:
@@ -163,7 +176,9 @@ def _vision(path: str, shape: tuple[int, ...], copies: int = 1, **options: objec
             place = getattr(place, folder)
         return getattr(place, name)(**{"weights": None, **options})
 
-    return Network(make, lambda batch: (tuple(torch.rand(batch, *shape) for _ in range(copies)), {}))
+    return Network(
+        make, lambda batch: (tuple(torch.rand(batch, *shape) for _ in range(copies)), {})
+    )
 
 
 class _Head(torch.nn.Module):
@@ -273,9 +288,7 @@ def _config(kind: str, options: Mapping[str, object]) -> Any:
     return transformers.AutoConfig.for_model(kind, **chosen)
 
 
-def _language(kind: str, model: str = "AutoModel", extra: Any = None, **options: object) -> Network:
-    """A network of texts: 10 words each; a mask hides the last two of the first text."""
-
+def _built(kind: str, model: str, options: Mapping[str, object]) -> Callable[[], torch.nn.Module]:
     def make() -> torch.nn.Module:
         import transformers
 
@@ -283,6 +296,12 @@ def _language(kind: str, model: str = "AutoModel", extra: Any = None, **options:
         if model == "AutoModel":
             return transformers.AutoModel.from_config(config)
         return getattr(transformers, model)._from_config(config)
+
+    return make
+
+
+def _language(kind: str, model: str = "AutoModel", extra: Any = None, **options: object) -> Network:
+    """A network of texts: 10 words each; a mask hides the last two of the first text."""
 
     def inputs(batch: int) -> Inputs:
         mask = torch.ones(batch, 10, dtype=torch.int64)
@@ -296,7 +315,7 @@ def _language(kind: str, model: str = "AutoModel", extra: Any = None, **options:
             given[key] = value
         return (), {k: v for k, v in given.items() if v is not None}
 
-    return Network(make, inputs)
+    return Network(_built(kind, model, options), inputs)
 
 
 def _plain(batch: int) -> dict[str, object]:
@@ -311,33 +330,32 @@ def _both(batch: int) -> dict[str, object]:
     return {"decoder_input_ids": torch.randint(3, 99, (batch, 7))}
 
 
-def _pixels(kind: str, model: str = "AutoModel", side: int = 32, name: str = "pixel_values",
-            frames: int = 0, **options: object) -> Network:  # fmt: skip
-    def make() -> torch.nn.Module:
-        import transformers
-
-        config = _config(kind, options)
-        if model == "AutoModel":
-            return transformers.AutoModel.from_config(config)
-        return getattr(transformers, model)._from_config(config)
-
+def _pixels(
+    kind: str,
+    model: str = "AutoModel",
+    side: int = 32,
+    name: str = "pixel_values",
+    frames: int = 0,
+    **options: object,
+) -> Network:
     shape = ((frames,) if frames else ()) + (3, side, side)
-    return Network(make, lambda batch: ((), {name: torch.randn(batch, *shape)}))
-
-
-def _sound(kind: str, model: str = "AutoModel", shape: tuple[int, ...] = (800,),
-           name: str = "input_values", extra: Any = None, **options: object) -> Network:  # fmt: skip
-    def make() -> torch.nn.Module:
-        import transformers
-
-        config = _config(kind, options)
-        if model == "AutoModel":
-            return transformers.AutoModel.from_config(config)
-        return getattr(transformers, model)._from_config(config)
-
     return Network(
-        make, lambda batch: ((), {name: torch.randn(batch, *shape), **(extra(batch) if extra else {})})
+        _built(kind, model, options), lambda batch: ((), {name: torch.randn(batch, *shape)})
     )
+
+
+def _sound(
+    kind: str,
+    model: str = "AutoModel",
+    shape: tuple[int, ...] = (800,),
+    name: str = "input_values",
+    extra: Any = None,
+    **options: object,
+) -> Network:
+    def inputs(batch: int) -> Inputs:
+        return (), {name: torch.randn(batch, *shape), **(extra(batch) if extra else {})}
+
+    return Network(_built(kind, model, options), inputs)
 
 
 _waves: dict[str, object] = {
@@ -351,14 +369,24 @@ _waves: dict[str, object] = {
     "layerdrop": 0.0,
 }
 _text: dict[str, object] = {
-    "vocab_size": 99, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
-    "num_attention_heads": 4, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1,
+    "vocab_size": 99,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
     "eos_token_id": 2,
-}  # fmt: skip
+}
 _sight: dict[str, object] = {
-    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "image_size": 32, "patch_size": 8,
-}  # fmt: skip
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "image_size": 32,
+    "patch_size": 8,
+}
 
 
 def _pairs(batch: int) -> dict[str, object]:
@@ -375,15 +403,29 @@ NETWORKS |= {
         "distilbert": _language("distilbert", extra=_plain),
         "electra": _language("electra", extra=_plain),
         "mpnet": _language("mpnet", extra=_plain),
-        "deberta-v2": _language("deberta-v2", extra=_plain, relative_attention=True, pos_att_type=["p2c", "c2p"]),
+        "deberta-v2": _language(
+            "deberta-v2", extra=_plain, relative_attention=True, pos_att_type=["p2c", "c2p"]
+        ),
         "convbert": _language("convbert", extra=_plain, head_ratio=2, num_groups=1),
-        "funnel": _language("funnel", extra=_plain, num_hidden_layers=ITS_OWN, block_sizes=[1, 1], d_inner=64, d_head=8),
+        "funnel": _language(
+            "funnel",
+            "FunnelModel",
+            extra=_plain,
+            num_hidden_layers=ITS_OWN,
+            block_sizes=[1, 1],
+            d_inner=64,
+            d_head=8,
+        ),
         "xlnet": _language("xlnet", extra=_plain, d_inner=64),
         "xlm": _language("xlm", extra=_plain),
         "squeezebert": _language("squeezebert", extra=_plain),
-        "nystromformer": _language("nystromformer", extra=_bare, num_landmarks=10, segment_means_seq_len=10),
+        "nystromformer": _language(
+            "nystromformer", extra=_bare, num_landmarks=10, segment_means_seq_len=10
+        ),
         "roformer": _language("roformer", extra=_plain),
-        "rembert": _language("rembert", extra=_plain, input_embedding_size=16, output_embedding_size=16),
+        "rembert": _language(
+            "rembert", extra=_plain, input_embedding_size=16, output_embedding_size=16
+        ),
         "fnet": _language("fnet", extra=_bare),
         "mobilebert": _language("mobilebert", extra=_plain, intra_bottleneck_size=32),
         "ibert": _language("ibert", extra=_plain),
@@ -418,18 +460,35 @@ NETWORKS |= {
         # mixtures of experts
         "mixtral": _language("mixtral"),
         "qwen2_moe": _language("qwen2_moe", shared_expert_intermediate_size=32),
-        "gpt_oss": _language("gpt_oss", sliding_window=4, experts_per_token=2, num_experts_per_tok=2),
+        "gpt_oss": _language(
+            "gpt_oss", sliding_window=4, experts_per_token=2, num_experts_per_tok=2
+        ),
         "deepseek_v3": _language(
-            "deepseek_v3", n_routed_experts=4, n_group=2, topk_group=1, num_experts_per_tok=2,
-            q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8,
-            first_k_dense_replace=1, num_key_value_heads=4,
+            "deepseek_v3",
+            n_routed_experts=4,
+            n_group=2,
+            topk_group=1,
+            num_experts_per_tok=2,
+            q_lora_rank=16,
+            kv_lora_rank=16,
+            qk_rope_head_dim=8,
+            qk_nope_head_dim=8,
+            v_head_dim=8,
+            first_k_dense_replace=1,
+            num_key_value_heads=4,
         ),
         # state spaces and recurrence
         "mamba": _language("mamba", "MambaForCausalLM", state_size=4, use_mambapy=False),
-        "mamba2": _language("mamba2", state_size=4, num_heads=8, head_dim=8, n_groups=1, chunk_size=5),
+        "mamba2": _language(
+            "mamba2", state_size=4, num_heads=8, head_dim=8, n_groups=1, chunk_size=5
+        ),
         "rwkv": _language("rwkv", attention_hidden_size=32),
-        "recurrent_gemma": _language("recurrent_gemma", lru_width=32, attention_window_size=4,
-                                     block_types=("recurrent", "attention")),
+        "recurrent_gemma": _language(
+            "recurrent_gemma",
+            lru_width=32,
+            attention_window_size=4,
+            block_types=("recurrent", "attention"),
+        ),
         # encoders with decoders
         "t5": _language("t5", extra=_both),
         "bart": _language("bart", extra=_both),
@@ -437,33 +496,78 @@ NETWORKS |= {
         "marian": _language("marian", extra=_both, decoder_vocab_size=99),
         "blenderbot": _language("blenderbot", extra=_both),
         "m2m_100": _language("m2m_100", extra=_both),
-        "prophetnet": _language("prophetnet", extra=_both, num_encoder_layers=2, num_encoder_attention_heads=4,
-                                num_decoder_attention_heads=4),
+        "prophetnet": _language(
+            "prophetnet",
+            extra=_both,
+            num_encoder_layers=2,
+            num_encoder_attention_heads=4,
+            num_decoder_attention_heads=4,
+        ),
         "umt5": _language("umt5", extra=_both),
         # images and video
         "vit": _pixels("vit", "ViTForImageClassification"),
         "deit": _pixels("deit"),
-        "swin": _pixels("swin", patch_size=2, embed_dim=16, depths=(1, 1), num_heads=(2, 4), window_size=4),
-        "swinv2": _pixels("swinv2", patch_size=2, embed_dim=16, depths=(1, 1), num_heads=(2, 4), window_size=4),
+        "swin": _pixels(
+            "swin", patch_size=2, embed_dim=16, depths=(1, 1), num_heads=(2, 4), window_size=4
+        ),
+        "swinv2": _pixels(
+            "swinv2", patch_size=2, embed_dim=16, depths=(1, 1), num_heads=(2, 4), window_size=4
+        ),
         "convnextv2": _pixels("convnextv2", hidden_sizes=(16, 32), depths=(1, 1), num_stages=2),
         "dinov2": _pixels("dinov2"),
-        "segformer": _pixels("segformer", "SegformerForSemanticSegmentation", side=64,
-                             hidden_sizes=(16, 16, 32, 32), decoder_hidden_size=32,
-                             num_attention_heads=(1, 1, 2, 2), depths=(1, 1, 1, 1)),
-        "dpt": _pixels("dpt", "DPTForDepthEstimation", is_hybrid=False, num_hidden_layers=4,
-                       backbone_out_indices=[0, 1, 2, 3],
-                       neck_hidden_sizes=(8, 8, 16, 16), fusion_hidden_size=16),
-        "hiera": _pixels("hiera", side=64, image_size=(64, 64), patch_size=(7, 7), embed_dim=16, depths=(1, 1, 1, 1),
-                         num_heads=(1, 1, 2, 2)),
-        "poolformer": _pixels("poolformer", side=64, hidden_sizes=(8, 8, 16, 16), depths=(1, 1, 1, 1)),
+        "segformer": _pixels(
+            "segformer",
+            "SegformerForSemanticSegmentation",
+            side=64,
+            hidden_sizes=(16, 16, 32, 32),
+            decoder_hidden_size=32,
+            num_attention_heads=(1, 1, 2, 2),
+            depths=(1, 1, 1, 1),
+        ),
+        "dpt": _pixels(
+            "dpt",
+            "DPTForDepthEstimation",
+            is_hybrid=False,
+            num_hidden_layers=4,
+            backbone_out_indices=[0, 1, 2, 3],
+            neck_hidden_sizes=(8, 8, 16, 16),
+            fusion_hidden_size=16,
+        ),
+        "hiera": _pixels(
+            "hiera",
+            side=64,
+            image_size=(64, 64),
+            patch_size=(7, 7),
+            embed_dim=16,
+            depths=(1, 1, 1, 1),
+            num_heads=(1, 1, 2, 2),
+        ),
+        "poolformer": _pixels(
+            "poolformer", side=64, hidden_sizes=(8, 8, 16, 16), depths=(1, 1, 1, 1)
+        ),
         "yolos": _pixels("yolos", image_size=(32, 32), num_detection_tokens=5),
-        "mobilevit": _pixels("mobilevit", side=64, image_size=64, patch_size=2, hidden_sizes=(16, 24, 32),
-                             neck_hidden_sizes=(8, 8, 16, 16, 24, 24, 32)),
+        "mobilevit": _pixels(
+            "mobilevit",
+            side=64,
+            image_size=64,
+            patch_size=2,
+            hidden_sizes=(16, 24, 32),
+            neck_hidden_sizes=(8, 8, 16, 16, 24, 24, 32),
+        ),
         "detr": _pixels(
-            "detr", side=64, use_timm_backbone=False, use_pretrained_backbone=False, backbone=None,
+            "detr",
+            side=64,
+            use_timm_backbone=False,
+            use_pretrained_backbone=False,
+            backbone=None,
             num_queries=5,
-            backbone_config={"model_type": "resnet", "embedding_size": 8, "hidden_sizes": (8, 8, 16, 16),
-                             "depths": (1, 1, 1, 1), "out_features": ["stage4"]},
+            backbone_config={
+                "model_type": "resnet",
+                "embedding_size": 8,
+                "hidden_sizes": (8, 8, 16, 16),
+                "depths": (1, 1, 1, 1),
+                "out_features": ["stage4"],
+            },
         ),
         "videomae": _pixels("videomae", frames=4, num_frames=4, tubelet_size=2),
         "timesformer": _pixels("timesformer", frames=2, num_frames=2),
@@ -473,42 +577,105 @@ NETWORKS |= {
         "hubert": _sound("hubert", **_waves),
         "wavlm": _sound("wavlm", **_waves),
         "sew": _sound("sew", **{**_waves, "squeeze_factor": 1}),
-        "data2vec-audio": _sound("data2vec-audio", **{**_waves, "num_conv_pos_embeddings": 2,
-                                 "conv_pos_kernel_size": 3}),
+        "data2vec-audio": _sound(
+            "data2vec-audio", **{**_waves, "num_conv_pos_embeddings": 2, "conv_pos_kernel_size": 3}
+        ),
         "whisper": _sound(
-            "whisper", shape=(16, 40), name="input_features", num_mel_bins=16, max_source_positions=20,
-            max_target_positions=20, decoder_start_token_id=1, extra=lambda batch: {**_both(batch), "use_cache": False},
+            "whisper",
+            shape=(16, 40),
+            name="input_features",
+            num_mel_bins=16,
+            max_source_positions=20,
+            max_target_positions=20,
+            decoder_start_token_id=1,
+            extra=lambda batch: {**_both(batch), "use_cache": False},
         ),
         "audio-spectrogram-transformer": _sound(
-            "audio-spectrogram-transformer", shape=(32, 16), max_length=32, num_mel_bins=16, patch_size=4,
-            frequency_stride=4, time_stride=4,
+            "audio-spectrogram-transformer",
+            shape=(32, 16),
+            max_length=32,
+            num_mel_bins=16,
+            patch_size=4,
+            frequency_stride=4,
+            time_stride=4,
         ),
-        "encodec": _sound("encodec", shape=(1, 320), num_filters=4, codebook_size=16, upsampling_ratios=(4, 2),
-                          num_lstm_layers=1, codebook_dim=32),
+        "encodec": _sound(
+            "encodec",
+            shape=(1, 320),
+            num_filters=4,
+            codebook_size=16,
+            upsampling_ratios=(4, 2),
+            num_lstm_layers=1,
+            codebook_dim=32,
+        ),
         # several kinds of input
-        "clip": _language("clip", extra=_pairs, text_config=_text, vision_config=_sight, projection_dim=16),
+        "clip": _language(
+            "clip", extra=_pairs, text_config=_text, vision_config=_sight, projection_dim=16
+        ),
         "siglip": _language("siglip", extra=_pairs, text_config=_text, vision_config=_sight),
-        "blip": _language("blip", "BlipForConditionalGeneration", extra=_pairs,
-                          text_config={**_text, "encoder_hidden_size": 32}, vision_config=_sight, projection_dim=16),
-        "vilt": _language("vilt", extra=lambda batch: {**_pairs(batch), "token_type_ids": torch.zeros(
-            batch, 10, dtype=torch.int64)}),
-        "lxmert": _language("lxmert", extra=lambda batch: {
-            "use_cache": None, "visual_feats": torch.randn(batch, 4, 16), "visual_pos": torch.rand(batch, 4, 4)},
-            visual_feat_dim=16, l_layers=2, x_layers=1, r_layers=1),
+        "blip": _language(
+            "blip",
+            "BlipForConditionalGeneration",
+            extra=_pairs,
+            text_config={**_text, "encoder_hidden_size": 32},
+            vision_config=_sight,
+            projection_dim=16,
+        ),
+        "vilt": _language(
+            "vilt",
+            extra=lambda batch: {
+                **_pairs(batch),
+                "token_type_ids": torch.zeros(batch, 10, dtype=torch.int64),
+            },
+        ),
+        "lxmert": _language(
+            "lxmert",
+            extra=lambda batch: {
+                "use_cache": None,
+                "visual_feats": torch.randn(batch, 4, 16),
+                "visual_pos": torch.rand(batch, 4, 4),
+            },
+            visual_feat_dim=16,
+            l_layers=2,
+            x_layers=1,
+            r_layers=1,
+        ),
         # series and decisions
-        "patchtst": _sound("patchtst", shape=(32, 2), name="past_values", num_input_channels=2, context_length=32,
-                           patch_length=8, patch_stride=8),
-        "patchtsmixer": _sound("patchtsmixer", shape=(32, 2), name="past_values", num_input_channels=2,
-                               context_length=32, patch_length=8, patch_stride=8),
+        "patchtst": _sound(
+            "patchtst",
+            shape=(32, 2),
+            name="past_values",
+            num_input_channels=2,
+            context_length=32,
+            patch_length=8,
+            patch_stride=8,
+        ),
+        "patchtsmixer": _sound(
+            "patchtsmixer",
+            shape=(32, 2),
+            name="past_values",
+            num_input_channels=2,
+            context_length=32,
+            patch_length=8,
+            patch_stride=8,
+        ),
         "decision_transformer": _sound(
-            "decision_transformer", shape=(5, 4), name="states", state_dim=4, act_dim=2, max_ep_len=20,
-            extra=lambda batch: {"actions": torch.randn(batch, 5, 2), "rewards": torch.randn(batch, 5, 1),
-                                 "returns_to_go": torch.randn(batch, 5, 1),
-                                 "timesteps": torch.arange(5).repeat(batch, 1),
-                                 "attention_mask": torch.ones(batch, 5)},
+            "decision_transformer",
+            shape=(5, 4),
+            name="states",
+            state_dim=4,
+            act_dim=2,
+            max_ep_len=20,
+            extra=lambda batch: {
+                "actions": torch.randn(batch, 5, 2),
+                "rewards": torch.randn(batch, 5, 1),
+                "returns_to_go": torch.randn(batch, 5, 1),
+                "timesteps": torch.arange(5).repeat(batch, 1),
+                "attention_mask": torch.ones(batch, 5),
+            },
         ),
     }.items()
-}  # fmt: skip
+}
 
 
 # Others: segmentation, x-transformers, diffusion, graphs, a perceptual distance, and torch's own.
@@ -527,8 +694,12 @@ def _x_transformer(layers: str, causal: bool = True, **options: object) -> Netwo
     def make() -> torch.nn.Module:
         import x_transformers
 
-        attention = getattr(x_transformers, layers)(dim=32, depth=2, heads=4, attn_dim_head=8, **options)
-        return x_transformers.TransformerWrapper(num_tokens=99, max_seq_len=64, attn_layers=attention)
+        attention = getattr(x_transformers, layers)(
+            dim=32, depth=2, heads=4, attn_dim_head=8, **options
+        )
+        return x_transformers.TransformerWrapper(
+            num_tokens=99, max_seq_len=64, attn_layers=attention
+        )
 
     return Network(make, lambda batch: ((torch.randint(0, 99, (batch, 10)),), {}))
 
@@ -539,25 +710,40 @@ def _unet(kind: str = "UNet2DModel") -> Network:
 
         import diffusers  # isort: skip
 
-        shared: dict[str, Any] = {"block_out_channels": (16, 32), "layers_per_block": 1, "norm_num_groups": 4}
+        shared: dict[str, Any] = {
+            "block_out_channels": (16, 32),
+            "layers_per_block": 1,
+            "norm_num_groups": 4,
+        }
         if kind == "UNet2DConditionModel":
             return diffusers.UNet2DConditionModel(
-                **shared, down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), cross_attention_dim=16,
-                up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"), attention_head_dim=4, sample_size=16,
-            )  # fmt: skip
+                **shared,
+                down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+                cross_attention_dim=16,
+                up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+                attention_head_dim=4,
+                sample_size=16,
+            )
         if kind == "AutoencoderKL":
             return diffusers.AutoencoderKL(
-                **shared, down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2
+                **shared,
+                down_block_types=("DownEncoderBlock2D",) * 2,
+                up_block_types=("UpDecoderBlock2D",) * 2,
             )
         return diffusers.UNet2DModel(
-            **shared, sample_size=16, down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-            up_block_types=("AttnUpBlock2D", "UpBlock2D"), attention_head_dim=4,
-        )  # fmt: skip
+            **shared,
+            sample_size=16,
+            down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+            up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+            attention_head_dim=4,
+        )
 
     def inputs(batch: int) -> Inputs:
         times = torch.arange(batch) * 3 + 1
         if kind == "UNet2DConditionModel":
-            return (torch.randn(batch, 4, 16, 16), times, torch.randn(batch, 5, 16)), {"return_dict": False}
+            return (torch.randn(batch, 4, 16, 16), times, torch.randn(batch, 5, 16)), {
+                "return_dict": False
+            }
         if kind == "AutoencoderKL":
             return (torch.randn(batch, 3, 16, 16),), {"return_dict": False}
         return (torch.randn(batch, 3, 16, 16), times), {"return_dict": False}
@@ -574,7 +760,9 @@ def _graph(kind: str) -> Network:
 
             super().__init__()
             if kind == "GINConv":
-                inside = [torch.nn.Sequential(torch.nn.Linear(n, 16), torch.nn.ReLU()) for n in (8, 16)]
+                inside = [
+                    torch.nn.Sequential(torch.nn.Linear(n, 16), torch.nn.ReLU()) for n in (8, 16)
+                ]
                 self.first, self.second = (graphs.GINConv(m) for m in inside)
             else:
                 # What takes self-loops out looks at numbers: they are in the edges, or left out.
@@ -626,7 +814,9 @@ class _Translator(torch.nn.Module):
 
     def forward(self, source: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         mask = self.net.generate_square_subsequent_mask(target.shape[1])
-        return self.net(self.embed(source), self.embed(target), tgt_mask=mask, src_key_padding_mask=source == 0)
+        return self.net(
+            self.embed(source), self.embed(target), tgt_mask=mask, src_key_padding_mask=source == 0
+        )
 
 
 NETWORKS |= {
@@ -639,8 +829,12 @@ NETWORKS |= {
     "segmentation_models Linknet": _segmentation("Linknet"),
     "segmentation_models Segformer": _segmentation("Segformer"),
     "x_transformers Decoder, rotary": _x_transformer("Decoder", rotary_pos_emb=True),
-    "x_transformers Decoder, alibi": _x_transformer("Decoder", alibi_pos_bias=True, alibi_num_heads=2),
-    "x_transformers Encoder, T5 bias": _x_transformer("Encoder", rel_pos_bias=True, ff_glu=True, use_rmsnorm=True),
+    "x_transformers Decoder, alibi": _x_transformer(
+        "Decoder", alibi_pos_bias=True, alibi_num_heads=2
+    ),
+    "x_transformers Encoder, T5 bias": _x_transformer(
+        "Encoder", rel_pos_bias=True, ff_glu=True, use_rmsnorm=True
+    ),
     "diffusers UNet2DModel": _unet(),
     "diffusers UNet2DConditionModel": _unet("UNet2DConditionModel"),
     "diffusers AutoencoderKL": _unet("AutoencoderKL"),
@@ -654,4 +848,4 @@ NETWORKS |= {
     "torch Transformer": Network(
         _Translator, lambda batch: (tuple(torch.randint(1, 99, (batch, n)) for n in (10, 7)), {})
     ),
-}  # fmt: skip
+}

@@ -16,6 +16,7 @@ With `--timing`, XLA takes its time, and a forward is timed beside torch's, both
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import json
 import math
@@ -26,7 +27,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,9 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 # The package beside this folder is measured, also where it is not installed.
 sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parent / "examples")]
-os.environ["PYTHONPATH"] = os.pathsep.join(sys.path[:3])  # for the process that the others come from
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    sys.path[:3]
+)  # for the process that the others come from
 
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
@@ -99,10 +102,14 @@ def part_networks(report: Report, quick: bool, options: argparse.Namespace) -> N
     agree = [r for r in rows if r["verdict"] == "agrees"]
     report.section(
         f"{len(agree)} of {len(rows)} networks agree",
-        table(["network", *COLUMNS], [[r["name"], *(f(r) for f in COLUMNS.values())] for r in rows]),
+        table(
+            ["network", *COLUMNS], [[r["name"], *(f(r) for f in COLUMNS.values())] for r in rows]
+        ),
         "The largest relative error of outputs, gradients, and of outputs and buffers in training.",
     )
-    report.target("networks that do not agree", len(rows) - len(agree), len(rows) * (1 - FEWEST / 140), "")
+    report.target(
+        "networks that do not agree", len(rows) - len(agree), len(rows) * (1 - FEWEST / 140), ""
+    )
     if timed := [r["beside torch"] for r in agree if "beside torch" in r]:
         mean = math.exp(statistics.fmean(map(math.log, timed)))
         report.target("a forward beside torch's, geometric mean", mean, SLOWEST, "x")
@@ -194,7 +201,9 @@ def _unsettled(module: torch.nn.Module) -> torch.nn.Module:
                 part.running_mean.normal_(0, 0.1)
                 part.running_var.uniform_(0.5, 1.5)
             for key, value in vars(part).items():
-                if isinstance(value, float) and ("drop" in key or isinstance(part, torch.nn.Dropout)):
+                if isinstance(value, float) and (
+                    "drop" in key or isinstance(part, torch.nn.Dropout)
+                ):
                     setattr(part, key, 0.0)
     return module
 
@@ -203,7 +212,9 @@ def _split(inputs: Inputs) -> tuple[Any, Callable[[Any], tuple[tuple, dict]]]:
     """The tensors among the inputs as arrays, and what puts them back among the others."""
     args, kwargs = inputs
     both = {**dict(enumerate(args)), **kwargs}
-    arrays = {str(k): jnp.asarray(v.numpy()) for k, v in both.items() if isinstance(v, torch.Tensor)}
+    arrays = {
+        str(k): jnp.asarray(v.numpy()) for k, v in both.items() if isinstance(v, torch.Tensor)
+    }
 
     def joined(arrays: Any) -> tuple[tuple, dict]:
         full = {k: arrays.get(str(k), v) for k, v in both.items()}
@@ -298,19 +309,32 @@ def _gradients(theirs: torch.nn.Module, model: nn.Module, inputs: Inputs) -> dic
     row = {"forward": _difference(out, wanted_out), "gradients": _relative(ours, wanted)}
     if row["gradients"] > GRADIENT:
         # Rounding turns a unit of relu on or off, in torch as here: what does it cost torch itself?
-        exact = _gradients_of_torch(theirs.double(), _doubled(inputs))[1]
+        with _float64():
+            exact = _gradients_of_torch(theirs.double(), _doubled(inputs))[1]
         row["torch beside float64"] = _relative(wanted, exact)
         row["gradients beside float64"] = _relative(ours, exact)
     return row
 
 
-def _gradients_of_torch(theirs: torch.nn.Module, inputs: Inputs) -> tuple[dict, dict[str, np.ndarray]]:
+def _gradients_of_torch(
+    theirs: torch.nn.Module, inputs: Inputs
+) -> tuple[dict, dict[str, np.ndarray]]:
     theirs.zero_grad()
     out = _flat(_called(theirs, inputs))
     pairs = _floating(out, torch.from_numpy)
     sum((torch.where(v.isfinite(), v, 0.0) * w).mean() for v, w in pairs).backward()
     grads = {k: p.grad.numpy().copy() for k, p in theirs.named_parameters() if p.grad is not None}
     return {k: v.detach().numpy() for k, v in out.items()}, grads
+
+
+@contextlib.contextmanager
+def _float64() -> Iterator[None]:
+    # Some code makes tensors of its own.
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def _doubled(inputs: Inputs) -> Inputs:
@@ -344,7 +368,8 @@ def _training(theirs: torch.nn.Module, inputs: Inputs) -> dict[str, Any]:
     if row["training"] > GRADIENT:
         # Statistics of a batch of two, at one point of an image, blow rounding up: in torch as well?
         theirs.load_state_dict(before)
-        exact = _training_of_torch(theirs.double(), _doubled(inputs))
+        with _float64():
+            exact = _training_of_torch(theirs.double(), _doubled(inputs))
         row["torch beside float64"] = _of_both(wanted, exact)
         row["training beside float64"] = _of_both(ours, exact)
     return row

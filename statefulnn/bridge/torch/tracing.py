@@ -130,7 +130,9 @@ class _Recorder:
         self.paths = {id(m.__dict__): n for n, m in model.named_modules()}
         # Where forward is the code of torch and nothing else, also in all modules inside.
         self.torchs = {
-            id(m.__dict__) for m in model.modules() if all(_is_torchs(inner) for inner in m.modules())
+            id(m.__dict__)
+            for m in model.modules()
+            if all(_is_torchs(inner) for inner in m.modules())
         }
         self.events: list[tuple[str, Any]] = []
         self.call: Call | None = None
@@ -279,7 +281,9 @@ def _shapes_alone(module: Any, *args: Any, **kwargs: Any) -> Any:
     return _shapes_of_one_input(kind, module, *args, **kwargs)
 
 
-def _shapes_of_one_input(kind: type, module: Any, input: Any = None, *rest: Any, **kwargs: Any) -> Any:
+def _shapes_of_one_input(
+    kind: type, module: Any, input: Any = None, *rest: Any, **kwargs: Any
+) -> Any:
     if not isinstance(input, torch.Tensor):
         return None
     if kind in (torch.nn.BatchNorm1d, torch.nn.BatchNorm2d, torch.nn.BatchNorm3d):
