@@ -283,7 +283,7 @@ class _Flat(torch.nn.Module):
         super().__init__()
         self.model = model
         self.given = (args, dict(kwargs))
-        self.snapshot, self.recorder = _Snapshot(model), recorder
+        self.snapshot, self.recorder = Snapshot(model), recorder
 
     def forward(self, *tensors: Any) -> Any:
         rest = iter(tensors)
@@ -302,8 +302,8 @@ class _Flat(torch.nn.Module):
                         f"converted {type(self.model).__name__}, which returns an object of type "
                         f"{type(leaf).__name__} (output {i})",
                         "outputs are arrays and constants in tuples, lists and dicts",
-                        "switch it off (use_cache=False for models of transformers), or wrap the "
-                        "model in a module that returns arrays",
+                        "switch it off (for models of transformers use_cache=False), or give it as an input "
+                        "(a cache of fixed size), or wrap the model in a module that returns arrays",
                     )
                 )
         return tuple(kept)
@@ -342,7 +342,7 @@ def _with_hooks(module: torch.nn.Module, forward: Callable) -> Callable:
     return call
 
 
-class _Snapshot:
+class Snapshot:
     """The attributes of a model's modules, and what their containers hold, to be put back."""
 
     def __init__(self, model: torch.nn.Module) -> None:
@@ -542,7 +542,7 @@ def trace(
     Raises:
         ConversionError: if torch.export cannot follow the code.
     """
-    snapshot = _Snapshot(model)
+    snapshot = Snapshot(model)
     try:
         program, recorder = _exported(model, args, kwargs, dynamic)
         if recorder.changed:  # what is set once is set now: a second run shows whether it stays
