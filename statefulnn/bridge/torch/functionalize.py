@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from statefulnn.bridge.torch.graph import Body
 from statefulnn.bridge.torch.nodes import (
     depends_on_numbers,
     entry_of,
@@ -117,6 +118,7 @@ class Flat:
         producer: the call in which a slot got its value.
         inputs, outputs: by call, the arguments and the output as structures of `Var`.
         sizes: by slot, the shape and dtype that its tensor has.
+        with_bodies: calls with an operator that is given functions.
     """
 
     instructions: list[Instruction] = field(default_factory=list)
@@ -125,6 +127,7 @@ class Flat:
     outputs: dict[int, Any] = field(default_factory=dict)
     shapes: dict[int, Any] = field(default_factory=dict)
     calls: list[Call] = field(default_factory=list)
+    with_bodies: set[int] = field(default_factory=set)
 
 
 class Functionalizer:
@@ -229,6 +232,8 @@ class Functionalizer:
         """Return an argument of a node, with slots for nodes."""
         if isinstance(value, torch.fx.Node):
             found = self.views[value]
+            if isinstance(found, torch.fx.GraphModule):
+                return self.body(found)
             return self.read(found) if isinstance(found, View) else found
         if isinstance(value, tuple):
             return tuple(self.argument(v) for v in value)
@@ -334,6 +339,24 @@ class Functionalizer:
         self.advance(len(self.trace.events))
         return self.flat
 
+    def body(self, graph: torch.fx.GraphModule) -> Body:
+        """Return a function that an operator is given, with its own slots."""
+        self.flat.with_bodies.add(id(self.call))
+        inner = Functionalizer(self.trace, self.custom)
+        inner.call, inner.next_event = self.call, None
+        inputs = []
+        for node in graph.graph.nodes:
+            if node.op == "placeholder":
+                value = node.meta.get("val")
+                slot = inner.slot(self.call, value)
+                inputs.append(slot)
+                is_array = isinstance(value, torch.Tensor)
+                inner.views[node] = View(Root(slot)) if is_array else number_of(value)
+        found = inner.nodes(graph, stopped=False)
+        result = [inner.read(x) if isinstance(x, View) else x for x in found]
+        flat = inner.flat
+        return Body(tuple(inputs), tuple(flat.instructions), result, len(flat.producer))
+
     def note(self, node: Any) -> None:
         ref = node.meta.get(CUSTOM, {}).get(OURS, {}).get("ref")
         if ref is not None and isinstance(self.views.get(node), View):
@@ -363,9 +386,8 @@ class Functionalizer:
                     self.views[node] = View(Root(slot))
             self.note(node)
         pick = lambda x: self.views[x] if isinstance(x, torch.fx.Node) else x
-        return (
-            [pick(x) for x in output.args[0]] if isinstance(output.args[0], (tuple, list)) else None
-        )
+        several = isinstance(output.args[0], (tuple, list))
+        return [pick(x) for x in output.args[0]] if several else [pick(output.args[0])]
 
     def node(self, node: Any) -> Any:
         """Return what a node stands for: a View, a number, or a list of these."""

@@ -170,6 +170,8 @@ class _Recorder:
 
         @functools.wraps(forward)
         def call(*args: Any, **kwargs: Any) -> Any:
+            if torch.compiler.is_dynamo_compiling():  # in a branch of torch.cond, and the like
+                return forward(*args, **kwargs)
             mode = get_proxy_mode()
             if mode is None:
                 return forward(*args, **kwargs)
@@ -419,7 +421,8 @@ def _followed(model: torch.nn.Module, recorder: _Recorder) -> Iterator[None]:
 
     def look(module: Any) -> bool:
         mode = module.__dict__["training"]
-        recorder.look(module, mode)
+        if not torch.compiler.is_dynamo_compiling():
+            recorder.look(module, mode)
         return mode
 
     def put(module: Any, mode: bool) -> None:

@@ -2,6 +2,7 @@
 
 from statefulnn.bridge.torch.operators import (
     arithmetic,
+    control_flow,
     creation,
     indexing,
     linear_algebra,
