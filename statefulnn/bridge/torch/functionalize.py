@@ -55,7 +55,9 @@ _DROPPED = {
 # What returns its argument, or another view of the same numbers, only sometimes.
 _PERHAPS_A_VIEW = {"reshape", "flatten", "contiguous", "to", "_to_copy", "type_as", "reshape_as"}
 # Operators without an underscore that write to arguments: their positions, if the flag there is set.
-_WRITES = {"batch_norm": (5, (3, 4)), "instance_norm": (5, (3, 4))}
+_WRITES = dict.fromkeys(
+    ("batch_norm.default", "instance_norm.default", "_native_batch_norm_legit.default"), (5, (3, 4))
+)
 
 
 @dataclass
@@ -452,8 +454,11 @@ class Functionalizer:
         if schema is None:
             slot = self.emit("operator", target, self.argument(node.args), {}, where, value)
             return View(Root(slot))
+        updates = _WRITES.get(str(node.target).removeprefix("aten."))
         written = [
-            i for i, a in enumerate(schema.arguments) if a.alias_info and a.alias_info.is_write
+            i
+            for i, a in enumerate(schema.arguments)
+            if a.alias_info and a.alias_info.is_write and not updates
         ]
         names = [schema.arguments[i].name for i in written]
         given_out = names == ["out"]
@@ -478,8 +483,8 @@ class Functionalizer:
                 new = self.emit("operator", "assign", (old, Var(new)), None, where, value)
                 self.write(view, new, where)
                 return view
-            if name in _WRITES and self._writing(name, args):
-                return self.writing(node, name, args, where, value)
+            if updates and args[updates[0]] and args[updates[1][0]] is not None:
+                return self.writing(node, name, args, updates[1], where, value)
             if schema.returns and schema.returns[0].alias_info and node.args:
                 found = self.view(node, name, args, kwargs, value)
                 if found is not None:
@@ -512,14 +517,12 @@ class Functionalizer:
         link = Link(target, args[1:], kwargs, place_of(node, self.call), many)
         return View(source.root, (*source.chain, link), certain)
 
-    def _writing(self, name: str, args: Any) -> bool:
-        flag, written = _WRITES[name]
-        return bool(args[flag]) and args[written[0]] is not None
-
-    def writing(self, node: Any, name: str, args: Any, where: str, value: Any) -> View:
-        """Emit an operator that updates running statistics."""
+    def writing(
+        self, node: Any, name: str, args: Any, written: tuple[int, ...], where: str, value: Any
+    ) -> View:
+        """Emit an operator that updates running statistics, the arguments at some positions."""
         out = self.emit("operator", f"{name}.updating", args, None, where)
-        for position, i in enumerate(_WRITES[name][1], 1):
+        for position, i in enumerate(written, 1):
             new = self.emit("operator", "getitem", (Var(out), position))
             self.write(self.views[node.args[i]], new, where)
         return View(Root(self.emit("operator", "getitem", (Var(out), 0), None, where, value)))

@@ -4,6 +4,7 @@ from statefulnn.bridge.torch.operators import (
     arithmetic,
     control_flow,
     creation,
+    gradients,
     indexing,
     linear_algebra,
     network,
