@@ -179,7 +179,9 @@ def _unknown_input(name: str, where: str) -> ConversionError:
         explain(
             f"called from_torch with an example input of type {name} (at {where})",
             "inputs are tensors of torch and constants, in tuples, lists and dicts",
-            "torch.as_tensor(np.asarray(array)) makes a tensor of an array",
+            "pad the sequences, and give their lengths or a mask"
+            if name == "PackedSequence"
+            else "torch.as_tensor(np.asarray(array)) makes a tensor of an array",
         )
     )
 

@@ -159,7 +159,21 @@ class _Recorder:
             raise NotPlain(f"{where or 'it'} is a tensor that is no result of the traced code")
         if isinstance(value, (torch.dtype, torch.device)):
             return str(value)
+        if isinstance(value, torch.nn.utils.rnn.PackedSequence):
+            raise self.packed()
         raise NotPlain(f"{where or 'it'} is an object of type {type(value).__name__}")
+
+    def packed(self) -> ConversionError:
+        call = self.call
+        inside = f" in the forward of {call.path!r} ({type(call.module).__name__})" if call else ""
+        return ConversionError(
+            explain(
+                f"found a packed sequence{inside}{_line_of(traceback.extract_stack())}",
+                "how many rows each step of it has depends on the lengths, which compiled code does not know",
+                "give the layer padded sequences, and use a mask of the steps that count; or convert the "
+                "layers, and write this forward by hand: nn.utils.rnn.pack_padded_sequence is there",
+            )
+        )
 
     def wrapped(self, module: torch.nn.Module, forward: Callable) -> Callable:
         """Return a module's forward, followed."""
@@ -512,13 +526,14 @@ def _not_followed(model: Any, call: Call | None, error: BaseException) -> Conver
     """Return the error for code that torch.export cannot follow: its own goes over many lines."""
     said = str(error).strip().split("\n\n")[0].split("\n")[0]
     inside = f" in the forward of {call.path!r} ({type(call.module).__name__})" if call else ""
+    line = _line_of(traceback.extract_tb(error.__traceback__))
     if "data-dependent" in str(error).lower() or "DataDependent" in type(error).__name__:
         why = f"it looks at the numbers in an array, which a graph does not know: {said}"
     else:
         why = f"{type(error).__name__}: {said}".strip()
     return ConversionError(
         explain(
-            f"torch.export could not follow {type(model).__name__}{inside}{_line_of(error)}",
+            f"torch.export could not follow {type(model).__name__}{inside}{line}",
             why,
             "a graph has no branches on the values of arrays, no .item() and no .numpy(): use torch.where, "
             "keep sizes out of them, or convert the submodules and write this forward by hand",
@@ -526,10 +541,9 @@ def _not_followed(model: Any, call: Call | None, error: BaseException) -> Conver
     )
 
 
-def _line_of(error: BaseException) -> str:
+def _line_of(frames: traceback.StackSummary) -> str:
     """Return the line of the user's code that an error came through last."""
     theirs = (os.path.dirname(torch.__file__), os.path.dirname(__file__))
-    frames = traceback.extract_tb(error.__traceback__)
     own = [f for f in frames if not f.filename.startswith((*theirs, "<"))]
     if not own:
         return ""
