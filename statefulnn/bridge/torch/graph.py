@@ -378,6 +378,18 @@ class Traced(Module):
             self.graphs[0].signature.inspected() if self.graphs else inspect.signature(self.forward)
         )
 
+    @property
+    def example_shapes(self) -> list[tuple[int, ...]]:
+        """A shape that each of the graphs takes, for those with one array and nothing else that is needed."""
+        found = []
+        for graph in self.graphs:
+            inputs = list(graph.inputs.values())
+            if len(inputs) == 1 and inputs[0].kind == "f":
+                names = dict.fromkeys(n for n in inputs[0].shape if isinstance(n, str))
+                sizes: dict[Any, int] = {name: i + 2 for i, name in enumerate(names)}
+                found.append(tuple(sizes.get(n, n) for n in inputs[0].shape))
+        return found
+
     def _has_modes(self, graph: Graph) -> bool:
         return all(self.get_submodule(p).training is m for p, m in graph.modes.items())
 
