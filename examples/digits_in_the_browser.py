@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import base64
 import gzip
+import re
 import shutil
 import subprocess
 import tarfile
@@ -172,20 +173,15 @@ def download(folder: Path) -> Path:
     return folder
 
 
-def write_page(path: Path, model: bytes, runtime: Path) -> None:
-    """Write the page: a model that takes images (N, 1, 8, 8), and the runtime, in one file."""
-    parts = {
-        "GLUE": (runtime / GLUE).read_bytes(),
-        "WASM": (runtime / WASM).read_bytes(),
-        "MODEL": model,
-    }
+def write_page(path: Path, runtime: Path, page: str = PAGE, **parts: bytes) -> None:
+    """Write a page with the runtime and other parts in it, each where its name stands."""
+    parts = {"GLUE": (runtime / GLUE).read_bytes(), "WASM": (runtime / WASM).read_bytes(), **parts}
     script = (runtime / SCRIPT).read_text().replace("</script", "<\\/script")
-    page = PAGE.replace("@@SCRIPT@@", script)
+    pieces = {"SCRIPT": script}
     for name, content in parts.items():
-        packed = gzip.compress(content, mtime=0)
-        page = page.replace(f"@@{name}@@", base64.b64encode(packed).decode())
+        pieces[name] = base64.b64encode(gzip.compress(content, mtime=0)).decode()
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page)
+    path.write_text(re.sub(r"@@(\w+)@@", lambda name: pieces[name[1]], page))
 
 
 def main(argv: list[str] | None = None) -> nn.Module:
@@ -208,7 +204,7 @@ def main(argv: list[str] | None = None) -> nn.Module:
         images = np.zeros((1, 1, 8, 8), np.float32)
         nn.export(model, images, folder / "digits.onnx", format="onnx")
         runtime = args.runtime or download(folder)
-        write_page(args.page, (folder / "digits.onnx").read_bytes(), runtime)
+        write_page(args.page, runtime, MODEL=(folder / "digits.onnx").read_bytes())
     print(f"{args.page}: {args.page.stat().st_size / 1e6:.1f} MB; open it in a browser")
     return model
 

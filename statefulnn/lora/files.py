@@ -220,6 +220,13 @@ def load(model: Module, folder: str | PathLike[str], name: str = "default") -> N
             problems.append(f"the model has no layer for {_ROOT}{prefix}*")
         else:
             given[target] = group
+            if (
+                config.get("fan_in_fan_out")
+                and (target.layout.kind, target.name) == ("weight",) * 2
+            ):
+                problems.append(
+                    f"whether {target.path!r} computes x @ weight could not be found out"
+                )
     specs = {target: _spec(target, config) for target in given}
     for target, group in given.items():
         problems += _misfits(target, group, specs[target])

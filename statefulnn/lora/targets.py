@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -226,9 +227,11 @@ def _tried(layer: Any) -> Layout | None:
         if own.shape[0] == own.shape[1] and np.allclose(own, own.T):
             return None
     tolerance = 1e-3 if jnp.finfo(weight.dtype).bits >= 32 else 0.1
-    for transposed in (False, True):
+    # A layer that was converted takes inputs of the shapes that it was traced for.
+    outer = [shape[:-1] for shape in getattr(layer, "example_shapes", ())] or [(2,)]
+    for transposed, batch in itertools.product((False, True), outer):
         matrix = values["weight"].T if not transposed else values["weight"]
-        x = draw((2, matrix.shape[0]))
+        x = draw((*batch, matrix.shape[0]))
         cast = {name: jnp.asarray(v, weight.dtype) for name, v in given.items()}
         try:
             expected = x @ matrix + values.get("bias", np.float32(0))

@@ -38,6 +38,30 @@ def packed(x):
     return tnn.utils.rnn.pack_padded_sequence(x[..., None], lengths, batch_first=True).data
 
 
+class Packing(tnn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lstm = tnn.LSTM(1, 2, batch_first=True)
+
+    def forward(self, x, lengths):
+        packed = tnn.utils.rnn.pack_padded_sequence(x[..., None], lengths, batch_first=True)
+        return self.lstm(packed)[0].data
+
+
+def test_packed_sequences_between_modules_are_refused_with_the_line_and_the_way_out(capfd):
+    with pytest.raises(ConversionError, match="found a packed sequence in the forward of") as error:
+        from_torch(Packing(), X, torch.tensor([6, 5, 4, 2]))
+    assert "return self.lstm(packed)[0].data" in str(error.value)
+    assert "nn.utils.rnn.pack_padded_sequence" in str(error.value)
+    given = tnn.utils.rnn.pack_padded_sequence(
+        X[..., None], torch.tensor([6, 5, 4, 2]), batch_first=True
+    )
+    with pytest.raises(ConversionError, match="an example input of type PackedSequence"):
+        from_torch(Packing(), given, None)
+    printed = capfd.readouterr()
+    assert printed.out == printed.err == ""
+
+
 def assigned(x):
     y = x.clone()
     y[y > 0] = y[y > 0] * 2

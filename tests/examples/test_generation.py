@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from tests.test_docs import ROOT, blocks
 
 CODE = [code for _, _, code in blocks(ROOT / "docs/generation.md")]
 (CONVERTED,) = [code for code in CODE if "StaticCache" in code]
+(DECODED,) = [code for code in CODE if "class Decoder" in code]
 (WITHOUT_CACHE,) = [code for code in CODE if "def without_cache" in code]
 IDS = np.random.default_rng(0).integers(6, 97, (2, 4)).astype(np.int32)
 MASK = np.array([[1, 1, 1, 1], [0, 0, 1, 1]], np.int32)
@@ -50,22 +52,30 @@ def assert_begins_with(found, expected):
 
 @pytest.fixture(scope="module")
 def names():
-    """Run the block of the page on a converted model, and return its names."""
-    names = {"nn": nn, "jnp": jnp, "decode": gpt2.decode, "input_ids": IDS, "attention_mask": MASK}
-    exec(CONVERTED, names)
+    """Run the blocks of the page on a converted model, and return its names."""
+    names = {"nn": nn, "jax": jax, "jnp": jnp, "decode": gpt2.decode}
+    names |= {"input_ids": jnp.asarray(IDS), "attention_mask": jnp.asarray(MASK)}
+    torch.manual_seed(0)
+    exec(CONVERTED.replace("bos_token_id=None", "bos_token_id=None, initializer_range=0.5"), names)
+    names["by_greedily"] = names["tokens"]
+    exec(DECODED, names)
     return names
 
 
 def test_the_page_continues_a_llama_with_its_cache_in_buffers(names):
+    expected = greedily(names["theirs"], IDS, np.ones_like(MASK), end=97)  # which is no token
+    np.testing.assert_array_equal(names["by_greedily"], expected)
     assert_begins_with(names["tokens"], greedily(names["theirs"], IDS, MASK))
-    assert (names["decoder"].keys_0 != 0).any()
 
 
 def test_one_converted_decoder_takes_prompts_of_other_lengths_by_one_program(names):
     torch.manual_seed(0)
     theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(**SIZES)).eval()
-    example = (to_torch(IDS[:, :3]), torch.ones(2, 12).long(), torch.tensor(0))
-    decoder = nn.bridge.torch.from_torch(names["Decoder"](theirs, 2, 12), *example)
+    cache = transformers.StaticCache(config=theirs.config, max_cache_len=12)
+    given = {"attention_mask": torch.ones(2, 12).long(), "position_ids": torch.ones(2, 3).long()}
+    given = {**given, "cache": cache}
+    model = nn.bridge.torch.from_torch(theirs, to_torch(IDS[:, :3]), kwargs=given)
+    decoder = names["Decoder"](model)
     traces = []
 
     @nn.jit

@@ -16,6 +16,7 @@ from statefulnn.bridge.torch.functionalize import Functionalizer
 from statefulnn.bridge.torch.graph import Graph, Traced
 from statefulnn.bridge.torch.operators import OPERATORS
 from statefulnn.bridge.torch.splitting import Splitter
+from statefulnn.bridge.torch.state import held
 from statefulnn.bridge.torch.structures import CONSTANTS, leaves, map_leaves, rebuilt
 from statefulnn.bridge.torch.tracing import ConversionError, trace
 from statefulnn.core.errors import explain
@@ -44,7 +45,9 @@ def from_torch(
     Args:
         module: it is not changed.
         example_inputs: what `module` is called with: tensors, numbers and texts in tuples, lists and
-            dicts. Not needed if all modules are layers of torch.nn.
+            dicts. Not needed if all modules are layers of torch.nn. The tensors in an object of another
+            class, such as a cache, become buffers of a module with the name of the argument, which is left
+            out of calls.
         kwargs: the same, by name.
         modes: ``("train", "eval")`` runs it in both; by default it is run in the mode it is in.
         dynamic: which axes of the inputs may have another size later, unless the size here is 0 or 1 or
@@ -113,13 +116,18 @@ def from_torch(
                     "from_torch(module, *inputs) with what the module is called with",
                 )
             )
-        for name, where in _inputs(example_inputs, kwargs):
-            raise _unknown_input(name, where)
-        graphs, inlined = _traced(
-            module, example_inputs, kwargs or {}, modes, dynamic, dict(operators or {})
-        )
-    with elsewhere():
-        return _Tree(module, graphs, inlined, copy).convert(module, "")
+    with held(module, example_inputs, kwargs or {}) as (args, named, has_state):
+        if users:
+            for name, where in _inputs(args, named):
+                raise _unknown_input(name, where)
+            # State has arrays for this batch.
+            examples = [
+                (args, named),
+                None if has_state or dynamic == "none" else _of_two(args, named),
+            ]
+            graphs, inlined = _traced(module, examples, modes, dynamic, dict(operators or {}))
+        with elsewhere():
+            return _Tree(module, graphs, inlined, copy).convert(module, "")
 
 
 def operators() -> list[str]:
@@ -171,29 +179,32 @@ def _unknown_input(name: str, where: str) -> ConversionError:
         explain(
             f"called from_torch with an example input of type {name} (at {where})",
             "inputs are tensors of torch and constants, in tuples, lists and dicts",
-            "torch.as_tensor(np.asarray(array)) makes a tensor of an array",
+            "pad the sequences, and give their lengths or a mask"
+            if name == "PackedSequence"
+            else "torch.as_tensor(np.asarray(array)) makes a tensor of an array",
         )
     )
 
 
 def _traced(
     module: torch.nn.Module,
-    args: tuple,
-    kwargs: Mapping[str, Any],
+    examples: Sequence[tuple[tuple, Mapping[str, Any]] | None],
     modes: Sequence[str] | None,
     dynamic: str,
     operators: dict[Any, Callable],
 ) -> tuple[dict[str, list[Graph]], dict[str, str]]:
-    """Return the graphs of the modules by path, and which module the others are a part of."""
+    """Return the graphs of the modules by path, and which module the others are a part of.
+
+    The first example has to work; another may not.
+    """
     is_ours = lambda call: not (call.path is None or call.hooked or _is_users(call.module))
     graphs: dict[str, list[Graph]] = {}
     inlined: dict[str, str] = {}
     flags = {m: m.training for m in module.modules()}
-    several = None if dynamic == "none" else _of_two(args, kwargs)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's, of its own parts
         for mode in modes or (None,):
-            for example in ((args, kwargs), several):
+            for example in examples:
                 if example is None:
                     continue
                 try:
@@ -203,7 +214,7 @@ def _traced(
                     splitter = Splitter(run, Functionalizer(run, operators).run(), is_ours)
                     made = splitter.graphs()
                 except ConversionError:
-                    if example is several:  # it works for one only
+                    if example is not examples[0]:  # it works for one only
                         continue
                     raise
                 finally:

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from statefulnn.bridge.torch.graph import Body
 from statefulnn.bridge.torch.nodes import (
     depends_on_numbers,
     entry_of,
@@ -54,7 +55,9 @@ _DROPPED = {
 # What returns its argument, or another view of the same numbers, only sometimes.
 _PERHAPS_A_VIEW = {"reshape", "flatten", "contiguous", "to", "_to_copy", "type_as", "reshape_as"}
 # Operators without an underscore that write to arguments: their positions, if the flag there is set.
-_WRITES = {"batch_norm": (5, (3, 4)), "instance_norm": (5, (3, 4))}
+_WRITES = dict.fromkeys(
+    ("batch_norm.default", "instance_norm.default", "_native_batch_norm_legit.default"), (5, (3, 4))
+)
 
 
 @dataclass
@@ -117,6 +120,7 @@ class Flat:
         producer: the call in which a slot got its value.
         inputs, outputs: by call, the arguments and the output as structures of `Var`.
         sizes: by slot, the shape and dtype that its tensor has.
+        with_bodies: calls with an operator that is given functions.
     """
 
     instructions: list[Instruction] = field(default_factory=list)
@@ -125,6 +129,7 @@ class Flat:
     outputs: dict[int, Any] = field(default_factory=dict)
     shapes: dict[int, Any] = field(default_factory=dict)
     calls: list[Call] = field(default_factory=list)
+    with_bodies: set[int] = field(default_factory=set)
 
 
 def _only_checked(node: Any) -> bool:
@@ -238,6 +243,8 @@ class Functionalizer:
         """Return an argument of a node, with slots for nodes."""
         if isinstance(value, torch.fx.Node):
             found = self.views[value]
+            if isinstance(found, torch.fx.GraphModule):
+                return self.body(found)
             return self.read(found) if isinstance(found, View) else found
         if isinstance(value, tuple):
             return tuple(self.argument(v) for v in value)
@@ -345,6 +352,24 @@ class Functionalizer:
         self.advance(len(self.trace.events))
         return self.flat
 
+    def body(self, graph: torch.fx.GraphModule) -> Body:
+        """Return a function that an operator is given, with its own slots."""
+        self.flat.with_bodies.add(id(self.call))
+        inner = Functionalizer(self.trace, self.custom)
+        inner.call, inner.next_event = self.call, None
+        inputs = []
+        for node in graph.graph.nodes:
+            if node.op == "placeholder":
+                value = node.meta.get("val")
+                slot = inner.slot(self.call, value)
+                inputs.append(slot)
+                is_array = isinstance(value, torch.Tensor)
+                inner.views[node] = View(Root(slot)) if is_array else number_of(value)
+        found = inner.nodes(graph, stopped=False)
+        result = [inner.read(x) if isinstance(x, View) else x for x in found]
+        flat = inner.flat
+        return Body(tuple(inputs), tuple(flat.instructions), result, len(flat.producer))
+
     def note(self, node: Any) -> None:
         ref = node.meta.get(CUSTOM, {}).get(OURS, {}).get("ref")
         if ref is not None and isinstance(self.views.get(node), View):
@@ -374,9 +399,8 @@ class Functionalizer:
                     self.views[node] = View(Root(slot))
             self.note(node)
         pick = lambda x: self.views[x] if isinstance(x, torch.fx.Node) else x
-        return (
-            [pick(x) for x in output.args[0]] if isinstance(output.args[0], (tuple, list)) else None
-        )
+        several = isinstance(output.args[0], (tuple, list))
+        return [pick(x) for x in output.args[0]] if several else [pick(output.args[0])]
 
     def node(self, node: Any) -> Any:
         """Return what a node stands for: a View, a number, or a list of these."""
@@ -443,8 +467,11 @@ class Functionalizer:
         if schema is None:
             slot = self.emit("operator", target, self.argument(node.args), {}, where, value)
             return View(Root(slot))
+        updates = _WRITES.get(str(node.target).removeprefix("aten."))
         written = [
-            i for i, a in enumerate(schema.arguments) if a.alias_info and a.alias_info.is_write
+            i
+            for i, a in enumerate(schema.arguments)
+            if a.alias_info and a.alias_info.is_write and not updates
         ]
         names = [schema.arguments[i].name for i in written]
         given_out = names == ["out"]
@@ -469,8 +496,8 @@ class Functionalizer:
                 new = self.emit("operator", "assign", (old, Var(new)), None, where, value)
                 self.write(view, new, where)
                 return view
-            if name in _WRITES and self._writing(name, args):
-                return self.writing(node, name, args, where, value)
+            if updates and args[updates[0]] and args[updates[1][0]] is not None:
+                return self.writing(node, name, args, updates[1], where, value)
             if schema.returns and schema.returns[0].alias_info and node.args:
                 found = self.view(node, name, args, kwargs, value)
                 if found is not None:
@@ -503,14 +530,12 @@ class Functionalizer:
         link = Link(target, args[1:], kwargs, place_of(node, self.call), many)
         return View(source.root, (*source.chain, link), certain)
 
-    def _writing(self, name: str, args: Any) -> bool:
-        flag, written = _WRITES[name]
-        return bool(args[flag]) and args[written[0]] is not None
-
-    def writing(self, node: Any, name: str, args: Any, where: str, value: Any) -> View:
-        """Emit an operator that updates running statistics."""
+    def writing(
+        self, node: Any, name: str, args: Any, written: tuple[int, ...], where: str, value: Any
+    ) -> View:
+        """Emit an operator that updates running statistics, the arguments at some positions."""
         out = self.emit("operator", f"{name}.updating", args, None, where)
-        for position, i in enumerate(_WRITES[name][1], 1):
+        for position, i in enumerate(written, 1):
             new = self.emit("operator", "getitem", (Var(out), position))
             self.write(self.views[node.args[i]], new, where)
         return View(Root(self.emit("operator", "getitem", (Var(out), 0), None, where, value)))

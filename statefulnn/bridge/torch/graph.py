@@ -5,14 +5,16 @@ Nothing here knows torch: a converted model runs, is copied and saved without it
 Terms
   Graph    one call of a forward as it was traced: what it takes, its steps, what it gives
   Step     one operation, one call of a submodule, or a read or write of a parameter or buffer
+  Body     the steps of a function that an operator is given
   Traced   a module whose forward is one of its graphs: the one that fits its mode and the arguments
 """
 
 from __future__ import annotations
 
+import functools
 import inspect
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,7 +25,7 @@ import numpy as np
 
 from statefulnn.bridge.torch.named_sizes import as_constraint, holds_for_all
 from statefulnn.bridge.torch.operators import OPERATORS
-from statefulnn.bridge.torch.structures import Signature, Size, Var, flat, map_leaves
+from statefulnn.bridge.torch.structures import Leaf, Signature, Size, Var, flat, map_leaves
 from statefulnn.core.box import Box, unwrap
 from statefulnn.core.errors import ShapeError, StructureChangeError, explain
 from statefulnn.core.module import Module
@@ -61,6 +63,31 @@ class Step:
         else:
             same = self.target == other.target
         return same and (self.args, self.kwargs, self.out) == (other.args, other.kwargs, other.out)
+
+
+@dataclass(frozen=True)
+class Body(Leaf):
+    """A function among the arguments of an operator, such as a branch of ``torch.cond``.
+
+    Attributes:
+        inputs: the slots of what it is given, in order.
+        steps: as those of a graph, without calls, reads and writes: it is given all arrays it needs.
+        result: a structure.
+        slots: how many there are.
+    """
+
+    inputs: tuple[int, ...]
+    steps: tuple[Any, ...]
+    result: Any
+    slots: int
+
+    def run(self, sizes: Mapping[str, int], *arrays: Any) -> Any:
+        """Run the steps."""
+        values: list[Any] = [None] * self.slots
+        for slot, array in zip(self.inputs, arrays, strict=True):
+            values[slot] = array
+        _run(self.steps, None, sizes, values)
+        return map_leaves(self.result, lambda leaf, _: _filled(leaf, values, sizes))
 
 
 @dataclass(frozen=True)
@@ -139,29 +166,43 @@ class Graph:
 
     def run(self, module: Module, sizes: Mapping[str, int], values: list[Any]) -> Any:
         """Run the steps."""
-        fill = lambda leaf, _="": _filled(leaf, values, sizes)
-        for step in self.steps:
-            if step.kind == "operator":
-                call = OPERATORS[step.target] if isinstance(step.target, str) else step.target
-                try:
-                    args, kwargs = map_leaves(step.args, fill), map_leaves(step.kwargs, fill)
-                    values[step.out.slot] = call(*args, **kwargs)
-                except Exception as error:
-                    error.add_note(f"at {step.target} in {step.where}")
-                    raise
-            elif step.kind == "call":
-                args, kwargs = map_leaves(step.args, fill), map_leaves(step.kwargs, fill)
-                out = module.get_submodule(step.target)(*args, **kwargs)
-                _spread(out, step, values)
-            elif step.kind == "read":
-                values[step.out.slot] = unwrap(_attribute(module, step.target))
-            elif step.kind == "write":
-                _write(module, step.target, fill(step.args[0]))
-            else:
-                values[step.out.slot] = jnp.asarray(step.target)
-            for slot in step.free:
-                values[slot] = None
+        _run(self.steps, module, sizes, values)
         return map_leaves(self.result, lambda leaf, _: _as_output(_filled(leaf, values, sizes)))
+
+
+def _run(
+    steps: Sequence[Step], module: Module | None, sizes: Mapping[str, int], values: list[Any]
+) -> None:
+    """Run steps on the arrays in slots; those of a `Body` need no module."""
+    fill = lambda leaf, _="": _filled(leaf, values, sizes)
+    for step in steps:
+        if step.kind == "operator":
+            call = OPERATORS[step.target] if isinstance(step.target, str) else step.target
+            try:
+                args, kwargs = map_leaves(step.args, fill), map_leaves(step.kwargs, fill)
+                values[step.out.slot] = call(*args, **kwargs)
+            except Exception as error:
+                error.add_note(f"at {step.target} in {step.where}")
+                raise
+        elif step.kind == "constant":
+            values[step.out.slot] = jnp.asarray(step.target)
+        else:
+            assert module is not None
+            _with_module(step, module, fill, values)
+        for slot in step.free:
+            values[slot] = None
+
+
+def _with_module(step: Step, module: Module, fill: Callable[..., Any], values: list[Any]) -> None:
+    """Run a step that calls a submodule, or that reads or writes a parameter or buffer."""
+    if step.kind == "call":
+        args, kwargs = map_leaves(step.args, fill), map_leaves(step.kwargs, fill)
+        out = module.get_submodule(step.target)(*args, **kwargs)
+        _spread(out, step, values)
+    elif step.kind == "read":
+        values[step.out.slot] = unwrap(_attribute(module, step.target))
+    else:
+        _write(module, step.target, fill(step.args[0]))
 
 
 def _holds(guard: str, sizes: Mapping[str, Any]) -> bool:
@@ -234,6 +275,8 @@ def _bind(spec: Input, value: Any, sizes: dict[str, int]) -> str | None:
 def _filled(leaf: Any, values: list[Any], sizes: Mapping[str, int]) -> Any:
     if isinstance(leaf, Var):
         return values[leaf.slot]
+    if isinstance(leaf, Body):
+        return functools.partial(leaf.run, sizes)
     return leaf(sizes) if isinstance(leaf, Size) else leaf
 
 
@@ -334,6 +377,18 @@ class Traced(Module):
         return (
             self.graphs[0].signature.inspected() if self.graphs else inspect.signature(self.forward)
         )
+
+    @property
+    def example_shapes(self) -> list[tuple[int, ...]]:
+        """A shape that each of the graphs takes, for those with one array and nothing else that is needed."""
+        found = []
+        for graph in self.graphs:
+            inputs = list(graph.inputs.values())
+            if len(inputs) == 1 and inputs[0].kind == "f":
+                names = dict.fromkeys(n for n in inputs[0].shape if isinstance(n, str))
+                sizes: dict[Any, int] = {name: i + 2 for i, name in enumerate(names)}
+                found.append(tuple(sizes.get(n, n) for n in inputs[0].shape))
+        return found
 
     def _has_modes(self, graph: Graph) -> bool:
         return all(self.get_submodule(p).training is m for p, m in graph.modes.items())

@@ -8,7 +8,7 @@ is changed in place) its instructions become a part of the graph of the module t
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from statefulnn.bridge.torch.arrays import to_jax
 from statefulnn.bridge.torch.functionalize import Flat, Instruction
-from statefulnn.bridge.torch.graph import Graph, Input, Step
+from statefulnn.bridge.torch.graph import Body, Graph, Input, Step
 from statefulnn.bridge.torch.operators import find
 from statefulnn.bridge.torch.sizes import Sizes, Unresolved
 from statefulnn.bridge.torch.structures import Size, Var, leaves, map_leaves
@@ -225,7 +225,12 @@ class Splitter:
                 modes.update(inner.modes)
                 if inner.path is not None:
                     parts[self.relative(path, inner.path)] = _origin(inner, self.is_ours(inner))
-        renamed = lambda x, _="": number(x) if isinstance(x, Var) else sizes.leaf(x)
+        for inner in (call, *self.descendants(call)):
+            if id(inner) in self.flat.with_bodies and self.home(inner) is call:
+                for name, member in self.hidden_in(inner):
+                    modes[name] = member.module.__dict__["training"]
+                    parts[self.relative(path, name)] = _origin(member, self.is_ours(member))
+        renamed = self.renaming(path, number, sizes)
         steps = []
         for item in items:
             if isinstance(item, Call):
@@ -234,7 +239,7 @@ class Splitter:
                 steps.append(self.step_of(item, path, renamed))
         result = map_leaves(self.flat.outputs[id(call)], renamed)
         steps = _needed(steps, result)
-        for step in steps:
+        for step in _all_steps(steps):
             if step.kind == "operator" and isinstance(step.target, str) and not find(step.target):
                 self.missing.setdefault(step.target, []).append(step.where)
         _free(steps, result)
@@ -250,6 +255,30 @@ class Splitter:
             result,
             number.count,
         )
+
+    def hidden_in(self, call: Call) -> Iterator[tuple[str, Call]]:
+        """Yield the modules below that of a call which nothing calls, unless a branch or a loop in it does.
+
+        There nothing tells which module is called, nor in which mode.
+        """
+        called = {c.path for c in self.flat.calls}
+        for name, module in self.trace.root.module.named_modules():
+            if self.below(call.path or "", name) and name not in called:
+                yield name, Call(name, module, None)
+
+    def renaming(self, path: str, number: Callable[[Var], Var], sizes: Sizes) -> Callable[..., Any]:
+        """Return what makes leaves of instructions into leaves of the graph of the module at `path`."""
+
+        def renamed(x: Any, _: str = "") -> Any:
+            if isinstance(x, Var):
+                return number(x)
+            if not isinstance(x, Body):
+                return sizes.leaf(x)
+            own = self.renaming(path, lambda var: var, sizes)
+            steps = tuple(self.step_of(item, path, own) for item in x.steps)
+            return dataclasses.replace(x, steps=steps, result=map_leaves(x.result, own))
+
+        return renamed
 
     def steps_of_call(self, inner: Call, call: Call, renamed: Callable[..., Any]) -> list[Step]:
         """Return a kept call as steps of the graph around it; `renamed` gives slots of that graph."""
@@ -380,6 +409,15 @@ def _environment(trace: Trace) -> Any:
 
 def _same_call(one: Graph, other: Graph) -> bool:
     return (one.arguments, one.inputs, one.modes) == (other.arguments, other.inputs, other.modes)
+
+
+def _all_steps(steps: Iterable[Step]) -> Iterator[Step]:
+    """Yield steps, and those of the functions that they are given."""
+    for step in steps:
+        yield step
+        for leaf in leaves((step.args, step.kwargs)):
+            if isinstance(leaf, Body):
+                yield from _all_steps(leaf.steps)
 
 
 def _needed(steps: list[Step], result: Any) -> list[Step]:

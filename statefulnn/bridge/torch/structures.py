@@ -143,6 +143,13 @@ def fields_of(value: tuple) -> tuple[str, ...]:
     return getattr(cls, "_fields", ()) or (hasattr(cls, "n_fields") and cls.__match_args__) or ()
 
 
+def _is_plain(value: object) -> bool:
+    """Say whether a value is a tuple that its items make: PackedSequence checks and computes them."""
+    cls: Any = type(value)
+    checks = "__new__" in vars(cls) and hasattr(cls.__base__, "_fields")
+    return isinstance(value, tuple) and not checks
+
+
 @functools.cache
 def _named_class(name: str, fields: tuple[str, ...]) -> type:
     cls = namedtuple(name, fields)
@@ -175,7 +182,7 @@ def map_leaves(value: Any, leaf: Callable[[Any, str], Any], where: str = "") -> 
     Dataclasses and dicts with attributes become an `Output`, other classes what they are derived from.
     """
     below = lambda v, key: map_leaves(v, leaf, f"{where}[{key!r}]")
-    if isinstance(value, tuple):
+    if isinstance(value, tuple) and _is_plain(value):
         fields = fields_of(value)
         if not fields:
             return tuple(below(v, i) for i, v in enumerate(value))
@@ -196,6 +203,8 @@ def map_leaves(value: Any, leaf: Callable[[Any, str], Any], where: str = "") -> 
 
 def rebuilt(value: Any, leaf: Callable[[Any], Any]) -> Any:
     """Return a structure of the same classes with other leaves."""
+    if isinstance(value, tuple) and not _is_plain(value):
+        return leaf(value)
     if isinstance(value, tuple) and hasattr(value, "_fields"):
         return type(value)(*(rebuilt(v, leaf) for v in value))
     if isinstance(value, (tuple, list)):

@@ -171,7 +171,21 @@ class _Recorder:
             raise NotPlain(f"{where or 'it'} is a tensor that is no result of the traced code")
         if isinstance(value, (torch.dtype, torch.device)):
             return str(value)
+        if isinstance(value, torch.nn.utils.rnn.PackedSequence):
+            raise self.packed()
         raise NotPlain(f"{where or 'it'} is an object of type {type(value).__name__}")
+
+    def packed(self) -> ConversionError:
+        call = self.call
+        inside = f" in the forward of {call.path!r} ({type(call.module).__name__})" if call else ""
+        return ConversionError(
+            explain(
+                f"found a packed sequence{inside}{_line_of(traceback.extract_stack())}",
+                "how many rows each step of it has depends on the lengths, which compiled code does not know",
+                "give the layer padded sequences, and use a mask of the steps that count; or convert the "
+                "layers, and write this forward by hand: nn.utils.rnn.pack_padded_sequence is there",
+            )
+        )
 
     def wrapped(self, module: torch.nn.Module, forward: Callable) -> Callable:
         """Return a module's forward, followed."""
@@ -182,6 +196,8 @@ class _Recorder:
 
         @functools.wraps(forward)
         def call(*args: Any, **kwargs: Any) -> Any:
+            if torch.compiler.is_dynamo_compiling():  # in a branch of torch.cond, and the like
+                return forward(*args, **kwargs)
             mode = get_proxy_mode()
             if mode is None:
                 return forward(*args, **kwargs)
@@ -312,7 +328,7 @@ class _Flat(torch.nn.Module):
         super().__init__()
         self.model = model
         self.given = (args, dict(kwargs))
-        self.snapshot, self.recorder = _Snapshot(model), recorder
+        self.snapshot, self.recorder = Snapshot(model), recorder
 
     def forward(self, *tensors: Any) -> Any:
         rest = iter(tensors)
@@ -331,8 +347,8 @@ class _Flat(torch.nn.Module):
                         f"converted {type(self.model).__name__}, which returns an object of type "
                         f"{type(leaf).__name__} (output {i})",
                         "outputs are arrays and constants in tuples, lists and dicts",
-                        "switch it off (use_cache=False for models of transformers), or wrap the "
-                        "model in a module that returns arrays",
+                        "switch it off (for models of transformers use_cache=False), or give it as an input "
+                        "(a cache of fixed size), or wrap the model in a module that returns arrays",
                     )
                 )
         return tuple(kept)
@@ -371,7 +387,7 @@ def _with_hooks(module: torch.nn.Module, forward: Callable) -> Callable:
     return call
 
 
-class _Snapshot:
+class Snapshot:
     """The attributes of a model's modules, and what their containers hold, to be put back."""
 
     def __init__(self, model: torch.nn.Module) -> None:
@@ -448,7 +464,8 @@ def _followed(model: torch.nn.Module, recorder: _Recorder) -> Iterator[None]:
 
     def look(module: Any) -> bool:
         mode = module.__dict__["training"]
-        recorder.look(module, mode)
+        if not torch.compiler.is_dynamo_compiling():
+            recorder.look(module, mode)
         return mode
 
     def put(module: Any, mode: bool) -> None:
@@ -538,13 +555,14 @@ def _not_followed(model: Any, call: Call | None, error: BaseException) -> Conver
     """Return the error for code that torch.export cannot follow: its own goes over many lines."""
     said = str(error).strip().split("\n\n")[0].split("\n")[0]
     inside = f" in the forward of {call.path!r} ({type(call.module).__name__})" if call else ""
+    line = _line_of(traceback.extract_tb(error.__traceback__))
     if "data-dependent" in str(error).lower() or "DataDependent" in type(error).__name__:
         why = f"it looks at the numbers in an array, which a graph does not know: {said}"
     else:
         why = f"{type(error).__name__}: {said}".strip()
     return ConversionError(
         explain(
-            f"torch.export could not follow {type(model).__name__}{inside}{_line_of(error)}",
+            f"torch.export could not follow {type(model).__name__}{inside}{line}",
             why,
             "a graph has no branches on the values of arrays, no .item() and no .numpy(): use torch.where, "
             "keep sizes out of them, or convert the submodules and write this forward by hand",
@@ -552,10 +570,9 @@ def _not_followed(model: Any, call: Call | None, error: BaseException) -> Conver
     )
 
 
-def _line_of(error: BaseException) -> str:
+def _line_of(frames: traceback.StackSummary) -> str:
     """Return the line of the user's code that an error came through last."""
     theirs = (os.path.dirname(torch.__file__), os.path.dirname(__file__))
-    frames = traceback.extract_tb(error.__traceback__)
     own = [f for f in frames if not f.filename.startswith((*theirs, "<"))]
     if not own:
         return ""
@@ -571,7 +588,7 @@ def trace(
     Raises:
         ConversionError: if torch.export cannot follow the code.
     """
-    snapshot = _Snapshot(model)
+    snapshot = Snapshot(model)
     tables: dict[str, torch.Tensor] = {}
     try:
         try:
@@ -598,7 +615,7 @@ def trace(
 
 
 def _tables_of_a_call(
-    model: torch.nn.Module, args: tuple, kwargs: Mapping[str, Any], snapshot: _Snapshot
+    model: torch.nn.Module, args: tuple, kwargs: Mapping[str, Any], snapshot: Snapshot
 ) -> dict[str, torch.Tensor]:
     """Call a model as its user would, and return the tensors that it keeps from then on, by name.
 

@@ -2,7 +2,9 @@
 
 from statefulnn.bridge.torch.operators import (
     arithmetic,
+    control_flow,
     creation,
+    gradients,
     indexing,
     linear_algebra,
     network,

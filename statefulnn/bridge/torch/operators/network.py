@@ -387,6 +387,24 @@ def _moments(x: Any, axes: tuple[int, ...], eps: float) -> tuple[Any, Any]:
     return jnp.mean(x, axes, keepdims=True), 1 / jnp.sqrt(variance + eps)
 
 
+@operator("_native_batch_norm_legit")
+def native_batch_norm_with_stats(
+    x: Any, weight: Any, bias: Any, mean: Any, var: Any, training: bool, momentum: float, eps: float
+) -> Any:
+    if not training:
+        return native_batch_norm(x, weight, bias, mean, var, momentum, eps)
+    return native_batch_norm_of_batch(x, weight, bias, training, momentum, eps)
+
+
+@operator("_native_batch_norm_legit.updating")
+def native_batch_norm_updating(
+    x: Any, weight: Any, bias: Any, mean: Any, var: Any, training: bool, momentum: float, eps: float
+) -> Any:
+    """Return the three outputs, and the new running mean and variance."""
+    _, *new = batch_norm_updating(x, weight, bias, mean, var, training, momentum, eps)
+    return native_batch_norm_of_batch(x, weight, bias, training, momentum, eps), *new
+
+
 @operator("_native_batch_norm_legit_no_training")
 def native_batch_norm(
     x: Any, weight: Any, bias: Any, mean: Any, var: Any, momentum: float, eps: float
