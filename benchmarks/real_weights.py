@@ -138,27 +138,9 @@ def silero(found: Any, path: Path) -> tuple[Any, tuple, dict]:
     """The package has its network as a program of TorchScript, with other weights; here it is written out."""
     import torch
 
-    class SileroVAD(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.stft_conv = torch.nn.Conv1d(1, 258, 256, 128, bias=False)
-            self.conv1 = torch.nn.Conv1d(129, 128, 3, padding=1)
-            self.conv2 = torch.nn.Conv1d(128, 64, 3, 2, padding=1)
-            self.conv3 = torch.nn.Conv1d(64, 64, 3, 2, padding=1)
-            self.conv4 = torch.nn.Conv1d(64, 128, 3, padding=1)
-            self.lstm_cell = torch.nn.LSTMCell(128, 128)
-            self.final_conv = torch.nn.Conv1d(128, 1, 1)
+    from tests.examples.reference import TorchSileroVAD
 
-        def forward(self, x: Any, h: Any, c: Any) -> tuple:
-            x = torch.nn.functional.pad(x, (0, 64), mode="reflect")
-            real, imaginary = self.stft_conv(x[:, None]).chunk(2, 1)
-            x = (real**2 + imaginary**2).sqrt()
-            for layer in (self.conv1, self.conv2, self.conv3, self.conv4):
-                x = layer(x).relu()
-            h, c = self.lstm_cell(x[:, :, 0], (h, c))
-            return self.final_conv(h.relu()[:, :, None]).sigmoid()[:, 0], h, c
-
-    theirs = SileroVAD()
+    theirs = TorchSileroVAD()
     theirs.load_state_dict(found)
     script = torch.jit.load(path.with_name("silero_vad.jit"))._model
     renamed = {"stft_conv.weight": "stft.forward_basis_buffer", "lstm_cell": "decoder.rnn"}
