@@ -236,7 +236,9 @@ def segments(
         margin: is added at both ends, if there is room.
     """
     second = RATE / PIECE
-    found, start, end = [], None, None
+    found: list[tuple[int, int]] = []
+    start: int | None = None
+    end: int | None = None
     for i, p in enumerate(probability):
         if p >= threshold:
             start, end = i if start is None else start, None

@@ -59,7 +59,7 @@ def model(weights):
 
 @pytest.fixture
 def samples():
-    return 0.1 * np.random.default_rng(0).standard_normal(16000 * 4).astype(np.float32)
+    return 0.1 * np.random.default_rng(0).standard_normal(16000 * 2).astype(np.float32)
 
 
 def test_names_and_shapes_are_those_of_the_file(theirs, model):
