@@ -68,6 +68,30 @@ class TorchRNNModel(torch.nn.Module):
         return self.decoder(self.drop(output)), hidden
 
 
+class TorchSileroVAD(torch.nn.Module):
+    """The network of the package silero-vad, which has it as a program of TorchScript alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.stft_conv = torch.nn.Conv1d(1, 258, 256, 128, bias=False)
+        self.conv1 = torch.nn.Conv1d(129, 128, 3, padding=1)
+        self.conv2 = torch.nn.Conv1d(128, 64, 3, 2, padding=1)
+        self.conv3 = torch.nn.Conv1d(64, 64, 3, 2, padding=1)
+        self.conv4 = torch.nn.Conv1d(64, 128, 3, padding=1)
+        self.lstm_cell = torch.nn.LSTMCell(128, 128)
+        self.final_conv = torch.nn.Conv1d(128, 1, 1)
+
+    def forward(self, x, h, c):
+        """Return the probability of a piece ``(B, 576)``, ``(B, 1)``, and the state after it."""
+        x = torch.nn.functional.pad(x, (0, 64), mode="reflect")
+        real, imaginary = self.stft_conv(x[:, None]).chunk(2, 1)
+        x = (real**2 + imaginary**2).sqrt()
+        for layer in (self.conv1, self.conv2, self.conv3, self.conv4):
+            x = layer(x).relu()
+        h, c = self.lstm_cell(x[:, :, 0], (h, c))
+        return self.final_conv(h.relu()[:, :, None]).sigmoid()[:, 0], h, c
+
+
 @dataclasses.dataclass
 class Case:
     """A model of the examples and its reference.
