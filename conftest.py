@@ -8,7 +8,9 @@ import hashlib
 import importlib.metadata
 import os
 import pathlib
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +28,25 @@ if HURRIED:
     os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
     QUICKLY = "--xla_backend_optimization_level=1 --xla_cpu_use_fusion_emitters=false"
     os.environ.setdefault("XLA_FLAGS", QUICKLY)
+
+# JAX makes a context of MLIR for each program, which loads all dialects: a tenth of the time of these tests,
+# most of whose programs are tiny. So many programs share one here; a new one frees what the last ones held.
+PROGRAMS_OF_A_CONTEXT = 64
+if HURRIED:
+    from jax._src.interpreters import mlir
+
+    def _shared_contexts(make: Callable[[], Any]) -> Callable[[], Any]:
+        local = threading.local()
+
+        def make_ir_context() -> Any:
+            local.left = getattr(local, "left", 0) - 1
+            if local.left < 0:
+                local.context, local.left = make(), PROGRAMS_OF_A_CONTEXT
+            return local.context
+
+        return make_ir_context
+
+    mlir.make_ir_context = _shared_contexts(mlir.make_ir_context)
 
 # Mixing dtypes by accident is an error in the package's own code.
 jax.config.update("jax_numpy_dtype_promotion", "strict")
