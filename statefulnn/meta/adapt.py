@@ -15,12 +15,11 @@ from statefulnn.core.box import Box
 from statefulnn.core.errors import ArgumentError, DtypeError, ShapeError, UnknownNameError, explain
 from statefulnn.core.generator import as_key
 from statefulnn.core.module import Module
-from statefulnn.core.names import Filter
+from statefulnn.core.names import Filter, chosen
 from statefulnn.core.repeated import body_of_loop
 from statefulnn.core.tracebacks import shortened
 from statefulnn.meta._arrays import strong_arrays
 from statefulnn.meta._cotangents import counted, note_losses
-from statefulnn.meta._names import chosen_names
 from statefulnn.meta._one_by_one import in_turn
 from statefulnn.meta.inner_optimizer import require_differentiable, updated
 from statefulnn.meta.per_step import (
@@ -285,27 +284,27 @@ class Loop:
                 )
             )
         self.fixed: dict[str, Any] = {}
-        chosen = params
+        moved = params
         if self.by_name:
-            names = set(chosen_names(params, only, "adapt"))
+            names = set(chosen(params, only, "adapt", required=True))
             self.fixed = {n: v for n, v in params.items() if n not in names or is_rows(v)}
-            chosen = {n: v for n, v in params.items() if n not in self.fixed}
-        _require_floating(chosen)
-        self._require_learning_rate(chosen)
+            moved = {n: v for n, v in params.items() if n not in self.fixed}
+        _require_floating(moved)
+        self._require_learning_rate(moved)
         for tree, what in ((params, "params"), (state, "state"), (self.lr, "lr")):
             require_rows(tree, steps, what)
         self.has_state = state is not None
         self.rows = {n: v for n, v in (state or {}).items() if is_rows(v)}
         carried = {n: v for n, v in (state or {}).items() if n not in self.rows}
-        chosen = strong_arrays(chosen)
+        moved = strong_arrays(moved)
         if self.optimizer is not None:
-            require_differentiable(self.optimizer, chosen, steps, unless=self.first_order)
-        fresh = () if self.optimizer is None else self.optimizer.init(chosen)
+            require_differentiable(self.optimizer, moved, steps, unless=self.first_order)
+        fresh = () if self.optimizer is None else self.optimizer.init(moved)
         slots = fresh if task.slots is None else _fitting(task.slots, fresh)
         self.data, self.batches = task.data, batches
         if batches:
             self._require_batches()
-        self.start = (chosen, slots, strong_arrays(carried), strong_arrays(self.rows))
+        self.start = (moved, slots, strong_arrays(carried), strong_arrays(self.rows))
 
     # ---------------------------------------------------------------------------------------------
     # One step
