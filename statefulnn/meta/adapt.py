@@ -124,7 +124,7 @@ def adapt(
         TypeError: for an inner loss that is no real scalar.
         DtypeError: for parameters to adapt that are not floating-point.
         UnknownNameError: for a filter, or a learning rate, that matches no parameter.
-        ShapeError: if `data` or `PerStep` values have another number of steps.
+        ShapeError: if `data` or `PerStep` values have another number of steps, or `data` no examples.
         NotDifferentiableError: for an optimizer whose steps cannot be differentiated; use
             ``first_order=True``.
         StateWriteError: if the model writes state and there is no `state`.
@@ -179,6 +179,7 @@ class InnerTask:
             )
         _check_functions(function, given["fn"], given["params"], given["loss"])
         _check_task(given["fn"], given["params"], given["data"], given["state"])
+        _check_examples(function, given["data"], given.get("batches", False))
         return cls(**{field.name: given[field.name] for field in dataclasses.fields(cls)})
 
 
@@ -260,6 +261,20 @@ def _check_task(fn: Callable | None, params: Any, data: Any, state: Any) -> None
                 f"{'it' if takes_state else 'none'}",
                 "the state goes into every step, and what the step wrote comes out",
                 "fn, params, state = nn.functionalize(model, mutable=True); adapt(..., state=state)",
+            )
+        )
+
+
+def _check_examples(function: str, data: tuple, batches: bool) -> None:
+    """Raise if every array is a batch of no examples: the mean of their losses is no number."""
+    shapes = [jnp.shape(leaf)[int(batches) :] for leaf in jax.tree.leaves(data)]
+    counted = [shape for shape in shapes if shape]
+    if counted and all(shape[0] == 0 for shape in counted):
+        raise ShapeError(
+            explain(
+                f"{function} was given data of shape {', '.join(map(str, counted))}: a batch of 0 examples",
+                "there is nothing to adapt to, and a mean over no examples is NaN",
+                "leave the task out; or give tasks of unequal sizes one size, with weights of 0 in the loss",
             )
         )
 

@@ -565,6 +565,12 @@ def call(**changes):
         ({"checkpoint": "some"}, ValueError, "checkpoint must be one of"),
         ({"truncate": -1}, ValueError, "truncate must be"),
         ({"data": jnp.ones((3, 2))}, TypeError, "pass a tuple"),
+        ({"data": (jnp.ones((0, 2)), jnp.zeros((0, 1)))}, nn.ShapeError, "batch of 0 examples"),
+        (
+            {"data": (jnp.ones((5, 0, 2)), jnp.zeros((5, 0, 1))), "batches": True, "steps": 5},
+            nn.ShapeError,
+            "batch of 0 examples",
+        ),
         ({"batches": True, "steps": 5}, nn.ShapeError, r"data\[0\] of shape \(3, 2\)"),
         ({"lr": nn.meta.PerStep(jnp.ones(3)), "steps": 5}, nn.ShapeError, "3 rows for 5 steps"),
         ({"unroll": -1}, ValueError, "unroll must be"),
