@@ -16,7 +16,9 @@ _WILDCARD = re.compile(r"[*?\[]")
 _GUESSED = 3  # unknown names for which similar ones are searched, which takes long
 
 
-def chosen(names: Iterable[str], wanted: Filter, where: str) -> list[str]:
+def chosen(
+    names: Iterable[str], wanted: Filter, where: str, *, required: bool = False
+) -> list[str]:
     """Return the names that a filter chooses, in the order of `names`.
 
     A text without ``*``, ``?`` and ``[`` is one whole name. With them it is a pattern, as in a shell. A
@@ -28,9 +30,11 @@ def chosen(names: Iterable[str], wanted: Filter, where: str) -> list[str]:
         wanted: None for all; a name or a pattern; several of them; or a function that says for a name
             whether it is wanted.
         where: the caller, for the message.
+        required: whether a function, or an empty list, has to choose something as well.
 
     Raises:
-        UnknownNameError: for a name or a pattern that matches nothing. A function may match nothing.
+        UnknownNameError: for a name or a pattern that matches nothing, and with `required` for a filter that
+            chooses nothing.
         TypeError: for a filter, or a name, of another type.
 
     Example:
@@ -59,7 +63,10 @@ def chosen(names: Iterable[str], wanted: Filter, where: str) -> list[str]:
         if not isinstance(name, str):
             raise refusals.filter_of_no_text(f"names, one of which is {name!r}", where)
     if callable(wanted):
-        return [name for name in names if wanted(name)]
+        of_function = [name for name in names if wanted(name)]
+        if required and not of_function:
+            raise refusals.filter_chooses_nothing(names, where)
+        return of_function
     if not isinstance(wanted, str) and not isinstance(wanted, Iterable):
         raise refusals.filter_of_no_text(f"a filter of type {type(wanted).__name__}", where)
     known = set(names)
@@ -89,6 +96,8 @@ def chosen(names: Iterable[str], wanted: Filter, where: str) -> list[str]:
         found.update(matching)
     if unknown:
         raise refusals.nothing_chosen(unknown, names, _similar(unknown, names), where)
+    if required and not found:
+        raise refusals.filter_chooses_nothing(names, where)
     return [name for name in names if name in found]
 
 

@@ -721,6 +721,15 @@ def nothing_chosen(
     )
 
 
+def filter_chooses_nothing(names: Sequence[str], where: str) -> UnknownNameError:
+    return _refusal(
+        UnknownNameError,
+        f"{where} was given a filter that chooses nothing",
+        f"the names are {named(names)}" if names else "there are no names",
+        "a function that is true of some name, such as lambda name: 'head' in name; or a pattern",
+    )
+
+
 def part_of_no_module(kind: str, where: str) -> UnknownNameError:
     return _refusal(
         UnknownNameError,

@@ -160,13 +160,23 @@ def _of_layer(
         return squares + jnp.sum(jnp.square(of_bias), 1) if len(params) == 2 else squares
 
     more = a.size + (0 if keep else min(of_pairs, of_gradients))
-    found = map_blocks(block, calls, max(1, n * given // more))
+    found = map_blocks(block, calls, _even(n, n * given // more))
     if not keep:
         return found, later
     found = found[: len(params)]
     squares = [jnp.sum(jnp.square(part.reshape(n, -1)), 1) for part in found]
     both = list(zip(found, params, strict=True))
     return sum(squares), lambda f: [jnp.tensordot(f, g, 1).reshape(p.shape) for g, p in both]
+
+
+def _even(n: int, most: int) -> int:
+    """Return the size of equal blocks of n examples, where there are such of about `most`.
+
+    What is left over by blocks is a program of its own, for which XLA computes the inputs again.
+    """
+    most = max(1, min(n, most))
+    size = next(d for d in range(most, 0, -1) if n % d == 0)
+    return size if 4 * size > most else most
 
 
 def _shortened(layer: Any, params: list[Any], calls: list[tuple], factors: Any) -> list[Any]:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from statefulnn.core.compat import Tracer
-from statefulnn.core.errors import ShapeError, UnknownNameError, explain
+from statefulnn.core.errors import ShapeError, explain
 from statefulnn.core.module import Module
 from statefulnn.core.names import chosen
 from statefulnn.curvature._models import Model, check_choice
@@ -109,16 +109,7 @@ def chosen_names(
         ordered = [n for n, _ in module.named_parameters() if n in params]
         owner = ordered[-1].rpartition(".")[0]
         return tuple(n for n in ordered if n.rpartition(".")[0] == owner)
-    names = tuple(chosen(params, subset, f"{function}: subset"))
-    if not names:
-        raise UnknownNameError(
-            explain(
-                f"{function} was given a subset that takes no parameter",
-                f"the parameters are {list(params)}",
-                "choose among these",
-            )
-        )
-    return names
+    return tuple(chosen(params, subset, f"{function}: subset", required=True))
 
 
 def module_in(model: Model, function: str) -> Module:

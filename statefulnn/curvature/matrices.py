@@ -407,8 +407,8 @@ def _names(
     if not isinstance(params, Mapping) or subset == "last_layer":
         return chosen_names(model, params, subset, function)  # type: ignore[arg-type]
     rank = {name: i for i, name in enumerate(ordered)}
-    names = chosen(sorted(params, key=lambda n: rank.get(n, len(rank))), subset, function)
-    return tuple(names) if names else chosen_names(model, params, lambda name: False, function)
+    ordered_names = sorted(params, key=lambda n: rank.get(n, len(rank)))
+    return tuple(chosen(ordered_names, subset, f"{function}: subset", required=True))
 
 
 def _function_of(loss: Any, function: str) -> Any:

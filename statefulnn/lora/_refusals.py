@@ -9,6 +9,7 @@ from statefulnn.core.errors import (
     CheckpointError,
     DtypeError,
     ShapeError,
+    StateDictError,
     StructureChangeError,
     TakenNameError,
     UnknownNameError,
@@ -167,6 +168,18 @@ def pissa_among_others(where: str, labels: Sequence[str]) -> StructureChangeErro
             f"{where} on {named(labels)}, beside another adapter",
             "PiSSA takes a part out of the weight, so other adapters would act on what is left",
             "nn.lora.detach(model) first; or an adapter without variant='pissa'",
+        )
+    )
+
+
+def base_into_pissa(weight: str, part: str) -> StateDictError:
+    return StateDictError(
+        explain(
+            f"loaded {weight!r} without {part!r} into a model with a PiSSA adapter",
+            "it is the weight of a base, whole; the model's is what PiSSA left of one, so the adapter would "
+            "add its part a second time",
+            "load the base first, then nn.lora.attach(model, ..., variant='pissa'); here, "
+            "nn.lora.detach(model) before both",
         )
     )
 

@@ -25,6 +25,7 @@ from statefulnn.core.box import unwrap
 from statefulnn.core.module import Module
 from statefulnn.functional._compiled import compiled
 from statefulnn.functional.conv import conv_nd
+from statefulnn.lora import _refusals as refusals
 from statefulnn.modules.containers import ModuleDict
 from statefulnn.utils._computed import Computation, Loading, base_of
 
@@ -277,12 +278,29 @@ class Adapters(ModuleDict):
             weight = self[name].changed(weight)
         return weight
 
-    @classmethod
-    def _convert_old_names(cls, name: str, given: Loading) -> None:
+    def _convert_old_names(self, name: str, given: Loading) -> None:
         """Take the weight of a checkpoint of the base by its own name."""
-        old, new = f"{given.prefix}{name}", f"{given.prefix}parametrizations.{name}.original"
+        place = f"{given.prefix}parametrizations.{name}."
+        old, new = f"{given.prefix}{name}", f"{place}original"
         if old in given.state_dict and new not in given.state_dict:
             given.state_dict[new] = given.state_dict.pop(old)
+        self.check_base(new, f"{place}0.", given)
+
+    def check_base(self, weight: str, place: str, given: Loading) -> None:
+        """Raise for a weight of which PiSSA has taken nothing out: the adapter would add it a second time.
+
+        Args:
+            weight: its name in the state dict.
+            place: what the names of these adapters begin with there.
+            given: what is loaded.
+        """
+        without = [
+            name
+            for name, adapter in self.items()
+            if "pissa" in adapter.spec.variants and f"{place}{name}.first_A" not in given.state_dict
+        ]
+        if without and weight in given.state_dict:
+            raise refusals.base_into_pissa(weight, f"{place}{without[0]}.first_A")
 
     def extra_repr(self) -> str:
         return f"active={', '.join(self.active) or None}" + (", merged" if self.merged else "")
@@ -311,3 +329,6 @@ class Beside(Computation):
         works = adapters.active and adapters.merged is None
         function = _forward_with_adapters if works else base_of(module).forward
         return types.MethodType(function, module)
+
+    def before_loading(self, module: Any, given: Loading) -> None:
+        module._modules[CHILD].check_base(f"{given.prefix}weight", f"{given.prefix}{CHILD}.", given)

@@ -15,12 +15,11 @@ from statefulnn.core.box import Box
 from statefulnn.core.errors import ArgumentError, DtypeError, ShapeError, UnknownNameError, explain
 from statefulnn.core.generator import as_key
 from statefulnn.core.module import Module
-from statefulnn.core.names import Filter
+from statefulnn.core.names import Filter, chosen
 from statefulnn.core.repeated import body_of_loop
 from statefulnn.core.tracebacks import shortened
 from statefulnn.meta._arrays import strong_arrays
 from statefulnn.meta._cotangents import counted, note_losses
-from statefulnn.meta._names import chosen_names
 from statefulnn.meta._one_by_one import in_turn
 from statefulnn.meta.inner_optimizer import require_differentiable, updated
 from statefulnn.meta.per_step import (
@@ -125,7 +124,7 @@ def adapt(
         TypeError: for an inner loss that is no real scalar.
         DtypeError: for parameters to adapt that are not floating-point.
         UnknownNameError: for a filter, or a learning rate, that matches no parameter.
-        ShapeError: if `data` or `PerStep` values have another number of steps.
+        ShapeError: if `data` or `PerStep` values have another number of steps, or `data` no examples.
         NotDifferentiableError: for an optimizer whose steps cannot be differentiated; use
             ``first_order=True``.
         StateWriteError: if the model writes state and there is no `state`.
@@ -180,6 +179,7 @@ class InnerTask:
             )
         _check_functions(function, given["fn"], given["params"], given["loss"])
         _check_task(given["fn"], given["params"], given["data"], given["state"])
+        _check_examples(function, given["data"], given.get("batches", False))
         return cls(**{field.name: given[field.name] for field in dataclasses.fields(cls)})
 
 
@@ -265,6 +265,20 @@ def _check_task(fn: Callable | None, params: Any, data: Any, state: Any) -> None
         )
 
 
+def _check_examples(function: str, data: tuple, batches: bool) -> None:
+    """Raise if every array is a batch of no examples: the mean of their losses is no number."""
+    shapes = [jnp.shape(leaf)[int(batches) :] for leaf in jax.tree.leaves(data)]
+    counted = [shape for shape in shapes if shape]
+    if counted and all(shape[0] == 0 for shape in counted):
+        raise ShapeError(
+            explain(
+                f"{function} was given data of shape {', '.join(map(str, counted))}: a batch of 0 examples",
+                "there is nothing to adapt to, and a mean over no examples is NaN",
+                "leave the task out; or give tasks of unequal sizes one size, with weights of 0 in the loss",
+            )
+        )
+
+
 class Loop:
     """An inner loop, taken apart into what is carried from step to step and what is not."""
 
@@ -285,27 +299,27 @@ class Loop:
                 )
             )
         self.fixed: dict[str, Any] = {}
-        chosen = params
+        moved = params
         if self.by_name:
-            names = set(chosen_names(params, only, "adapt"))
+            names = set(chosen(params, only, "adapt", required=True))
             self.fixed = {n: v for n, v in params.items() if n not in names or is_rows(v)}
-            chosen = {n: v for n, v in params.items() if n not in self.fixed}
-        _require_floating(chosen)
-        self._require_learning_rate(chosen)
+            moved = {n: v for n, v in params.items() if n not in self.fixed}
+        _require_floating(moved)
+        self._require_learning_rate(moved)
         for tree, what in ((params, "params"), (state, "state"), (self.lr, "lr")):
             require_rows(tree, steps, what)
         self.has_state = state is not None
         self.rows = {n: v for n, v in (state or {}).items() if is_rows(v)}
         carried = {n: v for n, v in (state or {}).items() if n not in self.rows}
-        chosen = strong_arrays(chosen)
+        moved = strong_arrays(moved)
         if self.optimizer is not None:
-            require_differentiable(self.optimizer, chosen, steps, unless=self.first_order)
-        fresh = () if self.optimizer is None else self.optimizer.init(chosen)
+            require_differentiable(self.optimizer, moved, steps, unless=self.first_order)
+        fresh = () if self.optimizer is None else self.optimizer.init(moved)
         slots = fresh if task.slots is None else _fitting(task.slots, fresh)
         self.data, self.batches = task.data, batches
         if batches:
             self._require_batches()
-        self.start = (chosen, slots, strong_arrays(carried), strong_arrays(self.rows))
+        self.start = (moved, slots, strong_arrays(carried), strong_arrays(self.rows))
 
     # ---------------------------------------------------------------------------------------------
     # One step

@@ -11,9 +11,8 @@ from jax.typing import ArrayLike
 
 from statefulnn.core.compat import Tracer
 from statefulnn.core.errors import ShapeError, explain
-from statefulnn.core.names import Filter
+from statefulnn.core.names import Filter, chosen
 from statefulnn.core.tracebacks import shortened
-from statefulnn.meta._names import chosen_names
 
 
 class PerStep:
@@ -79,7 +78,7 @@ def per_step(
         ((5, 3), ())
     """
     require_steps(steps, "per_step")
-    names = chosen_names(values, only, "per_step")
+    names = chosen(values, only, "per_step", required=True)
     if only is None:
         names = [n for n in names if jnp.issubdtype(jnp.result_type(values[n]), jnp.floating)]
     return {

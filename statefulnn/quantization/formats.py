@@ -60,8 +60,8 @@ def nf4_codes(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]
 
     Returns:
         ``(bytes, constants, steps, mean)`` of shapes ``(32 B,)``, ``(B,)``, ``(ceil(B / 256), 1)`` and ``()``
-        for B blocks. Where no block is filled up, the bytes have the shape of `x` with half of its last axis:
-        a file for a weight of another shape is then refused.
+        for B blocks. Where no block is filled up and the last axis is even, the bytes have the shape of `x`
+        with half of that axis.
     """
     blocks = _rows(widened(x), BLOCK)
     absmax = jnp.max(jnp.abs(blocks), axis=1)

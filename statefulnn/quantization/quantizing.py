@@ -99,7 +99,8 @@ class NF4(_Format):
 
     Shape:
         - input: codes, two in a byte along the last axis where blocks fit; one constant for each block, int8;
-          for each 256 constants a step; the mean of the constants.
+          for each 256 constants a step; the mean of the constants; and where blocks do not fit, no number in
+          the weight's shape, ``(*shape, 0)``, by which a file for a weight of another shape is refused.
         - output: the weight, in the dtype of the mean.
 
     Source: Dettmers et al. 2023, arXiv:2305.14314.
@@ -113,10 +114,17 @@ class NF4(_Format):
     """
 
     def _codes(self, weight: jax.Array) -> tuple[jax.Array, ...]:
-        return formats.nf4_codes(weight)
+        parts = formats.nf4_codes(weight)
+        flat = parts[0].ndim == 1  # which tells nothing of the shape
+        return (*parts, jnp.zeros((*weight.shape, 0), jnp.uint8)) if flat else parts
 
     def forward(
-        self, codes: jax.Array, constants: jax.Array, steps: jax.Array, mean: jax.Array
+        self,
+        codes: jax.Array,
+        constants: jax.Array,
+        steps: jax.Array,
+        mean: jax.Array,
+        shape: jax.Array | None = None,
     ) -> jax.Array:
         return formats.nf4_values(codes, constants, steps, mean, shape=self.shape)
 

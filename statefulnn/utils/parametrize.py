@@ -368,7 +368,7 @@ class Parametrized(Computation):
         for parametrization in module.parametrizations._modules[self.name]:
             convert = getattr(type(parametrization), "_convert_old_names", None)
             if convert is not None:
-                convert(self.name, given)
+                parametrization._convert_old_names(self.name, given)
 
 
 def register_parametrization(

@@ -348,7 +348,7 @@ def test_what_is_wrong_is_named():
         Laplace.fit(nn.Linear(2, 1), x, labels, likelihood="classification")
     with pytest.raises(UnknownNameError, match="'2.weight'"):
         fit(**regression, subset=["2.weight"])
-    with pytest.raises(UnknownNameError, match="takes no parameter"):
+    with pytest.raises(UnknownNameError, match="subset was given a filter that chooses nothing"):
         fit(**regression, subset=lambda name: False)
     with pytest.raises(TypeError, match="last_layer"):
         Laplace.fit(nn.functionalize(model), x, y, likelihood="regression", subset="last_layer")

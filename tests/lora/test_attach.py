@@ -398,6 +398,23 @@ def test_a_state_dict_of_pissa_gives_the_weight_back():
     close(other[0].weight, weight)
 
 
+@pytest.mark.parametrize("layer", ["fc", "attn"])
+def test_weights_of_a_base_do_not_load_into_pissa(layer):
+    base = network(lstm=False).state_dict()
+    model = nn.lora.attach(network(lstm=False), layer, rank=2, variant="pissa")
+    before = model.state_dict()
+    for strict in (True, False):
+        with pytest.raises(
+            nn.StateDictError, match=rf"(?s)'{layer}\..* whole.*load the base first"
+        ):
+            model.load_state_dict(base, strict=strict)
+    for name, value in model.state_dict().items():
+        assert (np.asarray(value) == np.asarray(before[name])).all()
+    others = {n: v for n, v in base.items() if not n.startswith(f"{layer}.")}
+    model.load_state_dict(others, strict=False)
+    model.load_state_dict(before)
+
+
 def test_a_merged_state_dict_fits_merged_models_alone():
     merged, plain = (
         filled(nn.lora.attach(nn.Sequential(nn.Linear(4, 3)), "0", rank=2)) for _ in range(2)

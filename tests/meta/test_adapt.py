@@ -141,7 +141,10 @@ def test_a_filter_adapts_some_and_the_others_still_get_a_gradient():
     agree(grads, expected)
 
 
-@pytest.mark.parametrize("only", ["b.*", ["b.weight", "b.bias"], lambda name: name[0] == "b"])
+@pytest.mark.parametrize(
+    "only",
+    ["b.*", "b*", "b.weight|b.bias", ["b.weight", "b.bias"], lambda name: name[0] == "b"],
+)
 def test_a_filter_is_a_pattern_a_list_or_a_function(only):
     params = {n: jnp.ones(()) for n in ("a.weight", "b.weight", "b.bias")}
     loss = lambda p: sum(p.values())
@@ -546,9 +549,9 @@ def call(**changes):
         ({"lr": None}, TypeError, "without a learning rate"),
         ({"loss": lambda out, y: out}, TypeError, r"inner loss is of shape \(3, 1\)"),
         ({"loss": lambda out, y: jnp.int32(3)}, TypeError, "inner loss is of shape .* int32"),
-        ({"only": "head.*"}, KeyError, r"'head\.\*', which matches no name"),
-        ({"only": ["weight", "scale"]}, KeyError, "'scale', which matches no name"),
-        ({"only": lambda name: False}, KeyError, "the filter, which matches no name"),
+        ({"only": "head.*"}, KeyError, r"'head\.\*', of which there is none"),
+        ({"only": ["weight", "scale"]}, KeyError, "'scale', of which there is none"),
+        ({"only": lambda name: False}, KeyError, "a filter that chooses nothing"),
         ({"only": 3}, TypeError, "a filter of type int"),
         ({"lr": {"weight": 0.1}}, KeyError, r"without \['bias'\]"),
         ({"lr": {"weight": 0.1, "bias": 0.1, "x": 1.0}}, KeyError, r"for \['x'\]"),
@@ -562,6 +565,12 @@ def call(**changes):
         ({"checkpoint": "some"}, ValueError, "checkpoint must be one of"),
         ({"truncate": -1}, ValueError, "truncate must be"),
         ({"data": jnp.ones((3, 2))}, TypeError, "pass a tuple"),
+        ({"data": (jnp.ones((0, 2)), jnp.zeros((0, 1)))}, nn.ShapeError, "batch of 0 examples"),
+        (
+            {"data": (jnp.ones((5, 0, 2)), jnp.zeros((5, 0, 1))), "batches": True, "steps": 5},
+            nn.ShapeError,
+            "batch of 0 examples",
+        ),
         ({"batches": True, "steps": 5}, nn.ShapeError, r"data\[0\] of shape \(3, 2\)"),
         ({"lr": nn.meta.PerStep(jnp.ones(3)), "steps": 5}, nn.ShapeError, "3 rows for 5 steps"),
         ({"unroll": -1}, ValueError, "unroll must be"),

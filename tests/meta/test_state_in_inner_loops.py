@@ -200,7 +200,7 @@ def test_policies_are_checked():
         nn.func.with_batch_norm(model(), "per-task")
     with pytest.raises(ValueError, match="froze the statistics of '1'"):
         nn.func.with_batch_norm(nn.func.with_batch_norm(model(), "batch"), "frozen")
-    with pytest.raises(nn.UnknownNameError, match="matches no name"):
+    with pytest.raises(nn.UnknownNameError, match="of which there is none"):
         nn.meta.per_step({"a": jnp.ones(2)}, 3, "norm.*")
     with pytest.raises(ValueError, match="steps must be"):
         nn.meta.per_step({"a": jnp.ones(2)}, 0)
