@@ -1,8 +1,8 @@
 """One HTML page that finds the nearest sentence as you type: ONNX, and its runtime, without a server.
 
 The network is that of examples/bert.py with the weights of all-MiniLM-L6-v2. The page holds everything: the
-model, its vocabulary and a tokenizer, and the runtime, which npm downloads (33 MB; it comes with Node.js). With
-weights of 32 bits the page has 116 MB; in 8 bits it has 38, and cosines differ by up to 0.01.
+model, its vocabulary and a tokenizer, and the runtime, which npm downloads (33 MB; it comes with Node.js).
+With weights of 32 bits the page has 116 MB; in 8 bits it has 34, and cosines differ by up to 0.01.
 
     python examples/sentences_in_the_browser.py [--weights int8] [--page out/sentences/index.html]
     python examples/sentences_in_the_browser.py --runtime node_modules/onnxruntime-web/dist
