@@ -15,6 +15,7 @@ PYTEST_ARGS ?= -n 2 --dist worksteal
 EVERY_NTH ?= 200
 NOT_ON_NEWEST ?= --ignore tests/examples --ignore tests/browser
 NEED_JAX2ONNX := --ignore tests/io/test_export_formats.py --ignore tests/examples/test_digits_in_the_browser.py \
+	--ignore tests/examples/test_sentences_in_the_browser.py --ignore tests/browser/test_sentences.py \
 	--ignore tests/browser/test_without_python.py \
 	--deselect "tests/test_docs.py::test_code_of_the_page_runs[docs/export.md]"
 
