@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -40,9 +41,10 @@ def test_the_page_reads_every_character_as_transformers_does(reading, page):
     _, path = reading
     tokenizer = transformers.AutoTokenizer.from_pretrained(bert.minilm_folder())
     opened = page(path)
-    every = [chr(n) for n in range(0x110000) if not 0xD800 <= n < 0xE000]
-    for start in range(0, len(every), 50_000):
-        texts = [f"a{c}b {c}" for c in every[start : start + 50_000]]
+    kinds = map(unicodedata.category, map(chr, range(0x110000)))
+    every = [chr(n) for n, kind in enumerate(kinds) if kind not in ("Cn", "Co", "Cs")]
+    for start in range(0, len(every), 10_000):
+        texts = [f"a{c}b {c}" for c in every[start : start + 10_000]]
         found = opened.evaluate("texts => Promise.all(texts.map(tokens))", texts)
         expected = tokenizer(texts)["input_ids"]
         assert [

@@ -55,7 +55,7 @@ _DROPPED = {
 # What returns its argument, or another view of the same numbers, only sometimes.
 _PERHAPS_A_VIEW = {"reshape", "flatten", "contiguous", "to", "_to_copy", "type_as", "reshape_as"}
 # Operators without an underscore that write to arguments: their positions, if the flag there is set.
-_WRITES = dict.fromkeys(
+_WRITES: dict[str, tuple[int, tuple[int, ...]]] = dict.fromkeys(
     ("batch_norm.default", "instance_norm.default", "_native_batch_norm_legit.default"), (5, (3, 4))
 )
 

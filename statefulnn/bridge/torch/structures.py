@@ -144,10 +144,8 @@ def fields_of(value: tuple) -> tuple[str, ...]:
 
 
 def _is_plain(value: object) -> bool:
-    """Say whether a value is a tuple that its items make: PackedSequence checks and computes them."""
-    cls: Any = type(value)
-    checks = "__new__" in vars(cls) and hasattr(cls.__base__, "_fields")
-    return isinstance(value, tuple) and not checks
+    """Say whether a value is a tuple that any items make: torch's PackedSequence looks at its own."""
+    return isinstance(value, tuple) and type(value).__name__ != "PackedSequence"
 
 
 @functools.cache
@@ -196,7 +194,8 @@ def map_leaves(value: Any, leaf: Callable[[Any, str], Any], where: str = "") -> 
             return OrderedDict(items) if isinstance(value, OrderedDict) else items
         return Output(items)  # ModelOutput and its like
     if is_record(value):
-        held = [f.name for f in dataclass_fields(value) if hasattr(value, f.name)]
+        record: Any = value
+        held = [f.name for f in dataclass_fields(record) if hasattr(value, f.name)]
         return Output({f: below(getattr(value, f), f) for f in held})
     return leaf(value, where)
 
