@@ -300,10 +300,12 @@ def same(ours: Any, theirs: Any) -> bool:
 
     if isinstance(theirs, torch.Tensor):
         theirs = theirs.detach().cpu()
-        if theirs.dtype == torch.bfloat16:
+        dtype = str(theirs.dtype).removeprefix("torch.")
+        if dtype == "bfloat16":
             theirs = theirs.float()
         return bool(
-            np.shape(ours) == tuple(theirs.shape)
+            str(ours.dtype) == dtype
+            and np.shape(ours) == tuple(theirs.shape)
             and np.array_equal(
                 np.asarray(ours), theirs.numpy(), equal_nan=theirs.is_floating_point()
             )

@@ -80,9 +80,9 @@ class SileroVAD(nn.Module):
             state = self.lstm_cell(x, state)
             return state, state[0]
 
-        state, hidden = nn.scan(step, state, self.encode(pieces))  # (T, 128)
+        last, hidden = nn.scan(step, state, self.encode(pieces))  # (T, 128)
         out = self.final_conv(F.relu(hidden)[..., None])  # (T, 1, 1)
-        return F.sigmoid(out[:, 0, 0]), state
+        return F.sigmoid(out[:, 0, 0]), last
 
 
 # --------------------------------------------------------------------------------------------------

@@ -458,7 +458,8 @@ def chosen_on_cpu(
     if groups > 1 and groups == x.shape[1] and taps <= MOST_TAPS:
         return depthwise
     by_kernel = dense
-    if not repeated and taps > 1 and _one_point_wide(w.shape[2:], stride, pads):
+    # Moving the axes costs more than two taps gain, of which transposed convolutions are made.
+    if not repeated and taps > 2 and _one_point_wide(w.shape[2:], stride, pads):
         by_kernel = along_one_axis
     elif (
         _smaller_than_kernel(x.shape[2:], w.shape[2:], stride, pads, dilation) and taps <= MOST_TAPS
