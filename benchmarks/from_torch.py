@@ -6,9 +6,9 @@
 ResNet-50 is torchvision's beside examples/resnet.py, GPT-2 (124M parameters) transformers' beside
 examples/gpt2.py, with one set of random weights. Both forwards run under nn.jit, interleaved.
 
-The part `many` converts twelve networks, each in a process of its own (`_converted.py`): the conversion beside
-torch.export, its peak of memory, the forward beside torch, eager and compiled (inductor needs gcc). It takes
-timm and diffusers as well; networks of packages that are not there are left out.
+The part `many` converts twelve networks, each in a process of its own (`_converted.py`): the conversion
+beside torch.export, its peak of memory, the forward beside torch, eager and compiled (inductor needs gcc).
+It takes timm and diffusers as well; networks of packages that are not there are left out.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ from tests.examples.reference import torchvision  # noqa: E402
 
 CONVERSION_SECONDS, FORWARD_RATIO = {"ResNet-50": 1.7, "GPT-2": 4.5}, 1.05
 MANY = (
-    "ResNet-50", "EfficientNet-B0", "MobileNetV3", "ConvNeXt-T", "Swin-T", "ViT-B/16", "BERT", "GPT-2", "T5-small",
-    "Llama, 8 layers", "Qwen2-MoE, 4 layers", "diffusion U-Net",
+    "ResNet-50", "EfficientNet-B0", "MobileNetV3", "ConvNeXt-T", "Swin-T", "ViT-B/16", "BERT", "GPT-2",
+    "T5-small", "Llama, 8 layers", "Qwen2-MoE, 4 layers", "diffusion U-Net",
 )  # fmt: skip
 EXPORT_RATIO, EAGER_RATIO, COMPILED_RATIO, PEAK = 2.0, 1.0, 1.2, 1.2
 TIME_LIMIT = 900  # seconds for one process
@@ -185,9 +185,9 @@ def part_many(report: Report, quick: bool) -> None:
     report.section(
         "Networks of torch",
         table(header, rows),
-        "The least of two exports and conversions; the peak of memory above the network of torch, beside the "
-        "bytes of its arrays; the first call under nn.jit; the median of a forward, and its ratio to torch's, "
-        "eager and by torch.compile.",
+        "The least of two exports and conversions; the peak of memory above torch's network, beside the "
+        "bytes of its arrays; the first call under nn.jit; the median of a forward, and its ratio to "
+        "torch's, eager and by torch.compile.",
     )
     if not found:
         return

@@ -146,7 +146,7 @@ def windows(
     """Yield, for each point of a kernel, what it sees of the last axes of x: ``(A, B, *out)``.
 
     A point that sees no border reads x itself. So x has two readers, and XLA keeps it as it is: it would
-    compute an x of which there is only a copy with borders inside of the loop that copies, element by element.
+    compute an x that only a copy with borders reads inside of the loop that copies, element by element.
     """
     edges = [(0, 0, 0), (0, 0, 0), *((low, high, 0) for low, high in pads)]
     bordered = lax.pad(x, jnp.zeros((), x.dtype), edges)
