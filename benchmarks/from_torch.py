@@ -5,11 +5,18 @@
 
 ResNet-50 is torchvision's beside examples/resnet.py, GPT-2 (124M parameters) transformers' beside
 examples/gpt2.py, with one set of random weights. Both forwards run under nn.jit, interleaved.
+
+The part `many` converts twelve networks, each in a process of its own (`_converted.py`): the conversion
+beside torch.export, its peak of memory, the forward beside torch, eager and compiled (inductor needs gcc).
+It takes timm and diffusers as well; networks of packages that are not there are left out.
 """
 
 from __future__ import annotations
 
 import gc
+import json
+import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -23,13 +30,19 @@ sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parent / "examples")]
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
-from _harness import Case, measure, table  # noqa: E402
+from _harness import Case, measure, progress, table  # noqa: E402
 from _report import Report, arguments, run  # noqa: E402
 
 import statefulnn as nn  # noqa: E402
 from tests.examples.reference import torchvision  # noqa: E402
 
-CONVERSION_SECONDS, FORWARD_RATIO = 5.0, 1.05
+CONVERSION_SECONDS, FORWARD_RATIO = {"ResNet-50": 1.7, "GPT-2": 4.5}, 1.05
+MANY = (
+    "ResNet-50", "EfficientNet-B0", "MobileNetV3", "ConvNeXt-T", "Swin-T", "ViT-B/16", "BERT", "GPT-2",
+    "T5-small", "Llama, 8 layers", "Qwen2-MoE, 4 layers", "diffusion U-Net",
+)  # fmt: skip
+EXPORT_RATIO, EAGER_RATIO, COMPILED_RATIO, PEAK = 2.0, 1.0, 1.2, 1.2
+TIME_LIMIT = 900  # seconds for one process
 
 
 def resnet(quick: bool) -> tuple[Any, nn.Module, Any, dict[str, Any]]:
@@ -104,7 +117,7 @@ def part_networks(report: Report, quick: bool) -> None:
         hand, ours = (f"{t.done / 1e3:.1f}" for t in timings)
         ratio = timings[1].ratio_done
         rows.append([name, f"{min(seconds):.2f} s", hand, ours, f"{ratio:.3f}x"])
-        report.target(f"{name}: conversion", min(seconds), CONVERSION_SECONDS, " s")
+        report.target(f"{name}: conversion", min(seconds), CONVERSION_SECONDS[name], " s")
         report.target(f"{name}: forward beside by hand", ratio, FORWARD_RATIO, "x")
     report.section(
         "From torch",
@@ -118,7 +131,80 @@ def first(out: Any) -> jax.Array:
     return out["logits"] if isinstance(out, dict) else out
 
 
-PARTS = {"networks": part_networks}
+def _child(name: str, *options: str) -> dict[str, Any]:
+    """Return what a process of its own found of one network, or why it found nothing."""
+    command = [sys.executable, "-W", "ignore", str(HERE / "_converted.py"), name, *options]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=TIME_LIMIT)
+    except subprocess.TimeoutExpired:
+        return {"missing": f"no answer after {TIME_LIMIT} s"}
+    lines = done.stdout.strip().splitlines()
+    if done.returncode or not lines:
+        return {"missing": (done.stderr.strip().splitlines() or ["it failed"])[-1]}
+    return json.loads(lines[-1])
+
+
+def part_many(report: Report, quick: bool) -> None:
+    """Twelve networks: conversion beside torch.export, memory, and the forward beside torch."""
+    how = ["--seconds", "1", "--times", "1", "--no-inductor"] if quick else ["--seconds", "10"]
+    rows, found = [], {}
+    for name in progress(MANY[:1] if quick else MANY, "networks of torch"):
+        one = _child(name, *how)
+        if "missing" in one:
+            report.leave_out(f"{name} is left out: {one['missing']}")
+            continue
+        one["peak"] = _child(name, "--memory", "copy").get("peak")
+        found[name] = one
+        ms, slower = one["ms"], one["ratio"]["ours"]
+        beside = ms["ours"] / ms["compiled"] if "compiled" in ms else None
+        rows.append(
+            [
+                name,
+                f"{one['export']:.2f} s",
+                f"{one['conversion']:.2f} s",
+                f"{one['conversion'] / one['export']:.2f}x",
+                "" if one["peak"] is None else f"{one['peak']:.2f}x",
+                f"{one['first_call']:.1f} s",
+                f"{ms['ours']:.1f}",
+                f"{slower:.2f}x",
+                "" if beside is None else f"{beside:.2f}x",
+            ]
+        )
+    report.numbers["many"] = found
+    header = (
+        "network",
+        "export",
+        "conversion",
+        "ratio",
+        "peak",
+        "first call",
+        "ms",
+        "eager",
+        "compiled",
+    )
+    report.section(
+        "Networks of torch",
+        table(header, rows),
+        "The least of two exports and conversions; the peak of memory above torch's network, beside the "
+        "bytes of its arrays; the first call under nn.jit; the median of a forward, and its ratio to "
+        "torch's, eager and by torch.compile.",
+    )
+    if not found:
+        return
+    each = list(found.values())
+    over = max(one["conversion"] / one["export"] for one in each)
+    report.target("conversion beside torch.export, the slowest", over, EXPORT_RATIO, "x")
+    peaks = [one["peak"] for one in each if one["peak"] is not None]
+    report.target("peak of memory, the largest", max(peaks, default=None), PEAK, "x")
+    eager = statistics.geometric_mean(one["ratio"]["ours"] for one in each)
+    report.target("forward beside eager, geometric mean", eager, EAGER_RATIO, "x")
+    both = [one["ms"] for one in each if "compiled" in one["ms"]]
+    ratios = [ms["ours"] / ms["compiled"] for ms in both]
+    mean = statistics.geometric_mean(ratios) if ratios else None
+    report.target("forward beside torch.compile, geometric mean", mean, COMPILED_RATIO, "x")
+
+
+PARTS = {"networks": part_networks, "many": part_many}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -47,6 +47,10 @@ WAYS = {
     "depthwise": (array(2, 4, 7, 8), array(4, 1, 3, 3), 1, 1, 2, 4),
     "depthwise with steps": (array(2, 4, 7, 8), array(4, 1, 3, 3), 2, 1, 1, 4),
     "depthwise, two outputs": (array(2, 4, 7, 8), array(8, 1, 3, 3), 1, 1, 1, 4),
+    "depthwise with steps of an even size": (array(2, 4, 8, 6), array(4, 1, 3, 3), 2, 1, 1, 4),
+    "depthwise, many taps": (array(2, 4, 7, 8), array(4, 1, 7, 5), 1, (3, 2), 1, 4),
+    "depthwise, many taps, one image": (array(1, 4, 7, 8), array(8, 1, 6, 5), 2, 2, 1, 4),
+    "depthwise, many taps, an odd image": (array(1, 3, 9, 8), array(3, 1, 6, 5), 1, 1, 1, 3),
     "depthwise line": (array(2, 4, 9), array(4, 1, 4), 1, 3, 1, 4),
 }
 
