@@ -34,7 +34,6 @@ from _harness import Case, measure, progress, table  # noqa: E402
 from _report import Report, arguments, run  # noqa: E402
 
 import statefulnn as nn  # noqa: E402
-from tests.examples.reference import torchvision  # noqa: E402
 
 CONVERSION_SECONDS, FORWARD_RATIO = {"ResNet-50": 1.7, "GPT-2": 4.5}, 1.05
 MANY = (
@@ -50,6 +49,7 @@ def resnet(quick: bool) -> tuple[Any, nn.Module, Any, dict[str, Any]]:
     import torch
 
     import resnet as by_hand
+    from tests.examples.reference import torchvision  # needs the packages of the tests
 
     name, size = ("resnet18", 64) if quick else ("resnet50", 224)
     theirs = getattr(torchvision.models, name)().eval()
