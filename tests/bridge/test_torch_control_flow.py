@@ -14,8 +14,7 @@ from torch._higher_order_ops.scan import scan as torch_scan
 from torch._higher_order_ops.while_loop import while_loop as torch_while_loop
 
 import statefulnn as nn
-from statefulnn.bridge.torch import from_torch
-from statefulnn.bridge.torch.tracing import ConversionError
+from statefulnn.bridge.torch import ConversionError, from_torch
 from tests.bridge.beside_torch import beside, same
 
 # torch warns of its own compiler when it runs these operators eagerly.

@@ -9,8 +9,7 @@ import pytest
 import torch
 
 import statefulnn as nn
-from statefulnn.bridge.torch import from_torch
-from statefulnn.bridge.torch.tracing import ConversionError
+from statefulnn.bridge.torch import ConversionError, from_torch
 from tests.examples.reference import to_torch, transformers
 from tests.quick import QUICKLY
 

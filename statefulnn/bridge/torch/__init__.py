@@ -7,10 +7,10 @@ import_extra("torch", "torch", "used nn.bridge.torch", "holds the modules to con
 
 from statefulnn.bridge.torch.compare import Comparison, Row, compare  # noqa: E402
 from statefulnn.bridge.torch.convert import from_torch, operators  # noqa: E402
+from statefulnn.bridge.torch.errors import ConversionError  # noqa: E402
 from statefulnn.bridge.torch.graph import Traced  # noqa: E402
 from statefulnn.bridge.torch.structures import Output  # noqa: E402
 from statefulnn.bridge.torch.to_torch import to_torch  # noqa: E402
-from statefulnn.bridge.torch.tracing import ConversionError  # noqa: E402
 
 __all__ = [
     "Comparison",

@@ -12,13 +12,14 @@ from torch.nn.modules.lazy import LazyModuleMixin
 import statefulnn.modules as ours
 from statefulnn.bridge.torch import file_hooks, layers
 from statefulnn.bridge.torch.arrays import to_jax
+from statefulnn.bridge.torch.errors import ConversionError
 from statefulnn.bridge.torch.functionalize import Functionalizer
 from statefulnn.bridge.torch.graph import Graph, Traced
 from statefulnn.bridge.torch.operators import OPERATORS
 from statefulnn.bridge.torch.splitting import Splitter
 from statefulnn.bridge.torch.state import held
 from statefulnn.bridge.torch.structures import CONSTANTS, leaves, map_leaves, rebuilt
-from statefulnn.bridge.torch.tracing import ConversionError, trace
+from statefulnn.bridge.torch.tracing import trace
 from statefulnn.core.errors import explain
 from statefulnn.core.module import Module
 from statefulnn.core.parameter import Buffer, Parameter

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from statefulnn.bridge.torch.errors import ConversionError
 from statefulnn.bridge.torch.graph import Body
 from statefulnn.bridge.torch.nodes import (
     depends_on_numbers,
@@ -36,7 +37,6 @@ from statefulnn.bridge.torch.tracing import (
     OURS,
     SYMBOLIC,
     Call,
-    ConversionError,
     Ref,
     Trace,
     number_of,

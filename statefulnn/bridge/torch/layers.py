@@ -15,7 +15,8 @@ import torch
 
 import statefulnn.functional as F
 import statefulnn.modules as modules
-from statefulnn.bridge.torch.tracing import ConversionError, has_forward_hooks
+from statefulnn.bridge.torch.attributes import has_forward_hooks
+from statefulnn.bridge.torch.errors import ConversionError
 from statefulnn.core.errors import explain
 from statefulnn.core.module import Module
 

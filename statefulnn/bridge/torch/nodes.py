@@ -8,7 +8,8 @@ import torch
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from statefulnn.bridge.torch import tracing
-from statefulnn.bridge.torch.tracing import Call, ConversionError
+from statefulnn.bridge.torch.errors import ConversionError
+from statefulnn.bridge.torch.tracing import Call
 from statefulnn.core.errors import explain
 
 # torch notes also the frames in which this package follows a forward.

@@ -16,12 +16,13 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
 from statefulnn.bridge.torch.arrays import to_jax
+from statefulnn.bridge.torch.errors import ConversionError
 from statefulnn.bridge.torch.functionalize import Flat, Instruction
 from statefulnn.bridge.torch.graph import Body, Graph, Input, Step
 from statefulnn.bridge.torch.operators import find
 from statefulnn.bridge.torch.sizes import Sizes, Unresolved
 from statefulnn.bridge.torch.structures import Size, Var, leaves, map_leaves
-from statefulnn.bridge.torch.tracing import Call, ConversionError, Number, Trace
+from statefulnn.bridge.torch.tracing import Call, Number, Trace
 from statefulnn.core.errors import explain
 
 _KINDS = {"b": "b", "i": "i", "u": "i", "f": "f", "c": "c"}

@@ -20,8 +20,10 @@ from typing import Any
 
 import torch
 
+from statefulnn.bridge.torch.attributes import Snapshot
+from statefulnn.bridge.torch.errors import ConversionError
 from statefulnn.bridge.torch.structures import CONSTANTS, is_record, rebuilt
-from statefulnn.bridge.torch.tracing import SYMBOLIC, ConversionError, Snapshot
+from statefulnn.bridge.torch.tracing import SYMBOLIC
 from statefulnn.core.errors import explain
 
 

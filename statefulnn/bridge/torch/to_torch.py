@@ -9,7 +9,7 @@ import torch
 import statefulnn.modules as ours
 from statefulnn.bridge.torch import layers
 from statefulnn.bridge.torch.arrays import to_tensor
-from statefulnn.bridge.torch.tracing import ConversionError
+from statefulnn.bridge.torch.errors import ConversionError
 from statefulnn.core.errors import explain
 from statefulnn.core.module import Module
 from statefulnn.core.placement import is_meta
