@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import gc
 import hashlib
 import importlib.metadata
@@ -39,6 +40,11 @@ if HURRIED:
         local = threading.local()
 
         def make_ir_context() -> Any:
+            with contextlib.suppress(ValueError):  # there is none
+                if (
+                    mlir.ir.InsertionPoint.current
+                ):  # inside of another program, this one would become a part
+                    return make()
             local.left = getattr(local, "left", 0) - 1
             if local.left < 0:
                 local.context, local.left = make(), PROGRAMS_OF_A_CONTEXT

@@ -221,6 +221,15 @@ def test_a_table_that_the_first_call_makes_is_a_constant(buffer):
 )
 def test_a_table_that_is_state_is_refused(options):
     theirs = Table(**options)
+    before = [t.clone() for t in theirs.state_dict().values()]
     with pytest.raises(ConversionError, match=r"forward of Table changes self\.table"):
         from_torch(theirs, X)
     assert theirs.table.shape == (1,)
+    assert all(map(torch.equal, before, theirs.state_dict().values()))
+
+
+def test_a_table_made_of_weights_is_refused():
+    theirs = Table()
+    theirs.of = lambda x: theirs.fc.weight.detach().sum(0)
+    with pytest.raises(ConversionError, match=r"forward of Table changes self\.table"):
+        from_torch(theirs, X)

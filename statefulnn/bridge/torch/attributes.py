@@ -109,15 +109,20 @@ def tables_of_a_call(
 ) -> dict[str, torch.Tensor]:
     """Call a model as its user would, and return the tensors that it keeps from then on, by name.
 
-    The attributes that the call set stay; numbers in buffers and the generator are as before.
+    The attributes that the call set stay; parameters, numbers in buffers and the generator are as before.
 
     Raises:
-        KeptTensorError: if one depends on the numbers in the inputs, so that it is state; or if one is part
-            of a ``state_dict``, so that a file would be read and not used.
+        KeptTensorError: if one depends on the numbers in inputs, parameters or buffers, so that it is state;
+            or if one is part of a ``state_dict``, so that a file would be read and not used.
     """
-    other = _kept_by_a_call(model, *_with_other_numbers((args, dict(kwargs))))
+    with _put_back(model), torch.no_grad():
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.copy_(_other_numbers(tensor))
+        given = rebuilt((args, dict(kwargs)), _other_numbers)
+        other = _kept_by_a_call(model, *given)
     snapshot.restore()
-    tables = _kept_by_a_call(model, args, kwargs)
+    with _put_back(model), torch.no_grad():
+        tables = _kept_by_a_call(model, args, kwargs)
     stored = model.state_dict(keep_vars=True)
     for name, table in tables.items():
         path, _, attribute = name.rpartition(".")
@@ -127,20 +132,25 @@ def tables_of_a_call(
     return tables
 
 
+@contextlib.contextmanager
+def _put_back(model: torch.nn.Module) -> Iterator[None]:
+    """Give parameters, buffers and the generator of torch the numbers they have now, afterwards."""
+    numbers = [(t, t.detach().clone()) for t in (*model.parameters(), *model.buffers())]
+    random = torch.random.get_rng_state()
+    try:
+        yield
+    finally:
+        torch.random.set_rng_state(random)
+        with torch.no_grad():
+            for tensor, was in numbers:
+                tensor.copy_(was)
+
+
 def _kept_by_a_call(
     model: torch.nn.Module, args: tuple, kwargs: Mapping[str, Any]
 ) -> dict[str, torch.Tensor]:
     before = _tensors_of(model)
-    numbers = [(b, b.clone()) for b in model.buffers()]
-    random = torch.random.get_rng_state()
-    try:
-        with torch.no_grad():
-            model(*args, **kwargs)
-    finally:
-        torch.random.set_rng_state(random)
-        with torch.no_grad():
-            for buffer, was in numbers:
-                buffer.copy_(was)
+    model(*args, **kwargs)
     return {name: t for name, t in _tensors_of(model).items() if t is not before.get(name)}
 
 
@@ -154,10 +164,7 @@ def _tensors_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     }
 
 
-def _with_other_numbers(structure: Any) -> Any:
-    def other(x: Any) -> Any:
-        if not isinstance(x, torch.Tensor):
-            return x
-        return x * 0.5 + 0.25 if x.is_floating_point() else x.flip(*range(x.ndim))
-
-    return rebuilt(structure, other)
+def _other_numbers(x: Any) -> Any:
+    if not isinstance(x, torch.Tensor):
+        return x
+    return x * 0.5 + 0.25 if x.is_floating_point() else x.flip(tuple(range(x.ndim)))
