@@ -40,7 +40,7 @@ if HURRIED:
         local = threading.local()
 
         def make_ir_context() -> Any:
-            with contextlib.suppress(ValueError):  # there is none
+            with contextlib.suppress(ValueError):  # where no program is being made
                 if (
                     mlir.ir.InsertionPoint.current
                 ):  # inside of another program, this one would become a part

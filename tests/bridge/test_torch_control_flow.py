@@ -18,7 +18,10 @@ from statefulnn.bridge.torch import ConversionError, from_torch
 from tests.bridge.beside_torch import beside, same
 
 # torch warns of its own compiler when it runs these operators eagerly.
-pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning"),
+    pytest.mark.filterwarnings("ignore:Guards may run slower on Python:RuntimeWarning"),
+]
 
 X = torch.randn(4, 3, generator=torch.Generator().manual_seed(0)).abs()
 
