@@ -362,13 +362,15 @@ def sum_in_parts(
     channels behind the 7x7 of a ConvNeXt, the taps are read across memory, which takes 3 to 5 times as long.
     The body of a loop stays what it is.
     """
-    how, channels = (stride, pads, dilation), x.shape[1]
+    channels = x.shape[1]
     if math.prod(w.shape[2:]) <= FEW_TAPS or len(x) == 1 and channels % 2:
-        return shifted_sum(x, w, *how, groups)
+        return shifted_sum(x, w, stride, pads, dilation, groups)
     if len(x) > 1:
-        return lax.map(lambda image: shifted_sum(image[None], w, *how, groups)[0], x)
+        of_one = lambda image: shifted_sum(image[None], w, stride, pads, dilation, groups)[0]
+        return lax.map(of_one, x)
     halves = x.reshape(2, 1, channels // 2, *x.shape[2:]), w.reshape(2, -1, *w.shape[1:])
-    out = lax.map(lambda half: shifted_sum(*half, *how, groups // 2)[0], halves)
+    of_half = lambda half: shifted_sum(half[0], half[1], stride, pads, dilation, groups // 2)[0]
+    out = lax.map(of_half, halves)
     return out.reshape(1, -1, *out.shape[2:])
 
 
