@@ -11,7 +11,8 @@ PIP_FLAGS := --quiet --disable-pip-version-check --no-compile
 # that the other has left, so no long file is left to one worker at the end.
 PYTEST_ARGS ?= -n 2 --dist worksteal
 # On the newest JAX runs one test in so many, of each file at least one. What the example programs reach, and
-# pages in a browser, do not hang on JAX's version; what docstrings show, the tests of the same file reach too. jax2onnx is not installed there: it holds orbax-checkpoint back.
+# pages in a browser, do not hang on JAX's version; what docstrings show, other tests reach too. jax2onnx is not
+# installed there: it holds orbax-checkpoint back.
 EVERY_NTH ?= 200
 NOT_ON_NEWEST ?= --ignore tests/examples --ignore tests/browser --ignore statefulnn
 NEED_JAX2ONNX := --ignore tests/io/test_export_formats.py --ignore tests/examples/test_digits_in_the_browser.py \
