@@ -191,6 +191,9 @@ class Table(tnn.Module):
     def __init__(self, buffer=True, persistent=False, of=lambda x: torch.arange(x.shape[1]) * 1.0):
         super().__init__()
         self.fc, self.norm, self.of = tnn.Linear(4, 4), tnn.BatchNorm1d(4), of
+        self.register_buffer(
+            "rows", torch.arange(4).expand(2, 4), persistent=False
+        )  # shares memory
         if buffer:
             self.register_buffer("table", torch.zeros(1), persistent=persistent)
         else:

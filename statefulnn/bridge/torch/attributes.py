@@ -117,7 +117,7 @@ def tables_of_a_call(
     """
     with _put_back(model), torch.no_grad():
         for tensor in (*model.parameters(), *model.buffers()):
-            tensor.copy_(_other_numbers(tensor))
+            _write(tensor, _other_numbers(tensor))
         given = rebuilt((args, dict(kwargs)), _other_numbers)
         other = _kept_by_a_call(model, *given)
     snapshot.restore()
@@ -143,7 +143,13 @@ def _put_back(model: torch.nn.Module) -> Iterator[None]:
         torch.random.set_rng_state(random)
         with torch.no_grad():
             for tensor, was in numbers:
-                tensor.copy_(was)
+                _write(tensor, was)
+
+
+def _write(tensor: torch.Tensor, numbers: torch.Tensor) -> None:
+    # Nobody can write to what `expand` made: its elements share memory.
+    with contextlib.suppress(RuntimeError):
+        tensor.copy_(numbers)
 
 
 def _kept_by_a_call(
