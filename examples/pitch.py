@@ -24,14 +24,11 @@ import statefulnn as nn
 import statefulnn.functional as F
 from voice_activity import RATE, file_of_package, read_wav, speak
 
-WINDOW, HOP = (
-    1024,
-    160,
-)  # samples that one answer is for, and from one answer to the next: 64 and 10 ms
+# Samples that one answer is for, and from one answer to the next: 64 and 10 ms.
+WINDOW, HOP = 1024, 160
 BINS = 360
-CENTS = (
-    20 * np.arange(BINS) + 1997.3794084376191
-)  # of the bins, above 10 Hz; 1200 cents are an octave
+# Of the bins, above 10 Hz; 1200 cents are an octave.
+CENTS = 20 * np.arange(BINS) + 1997.3794084376191
 CHANNELS = {"tiny": (128, 16, 16, 16, 32, 64), "full": (1024, 128, 128, 128, 256, 512)}
 NOTES = ("C", "C#", "D", "D#", "E", "F", "F#", "G", "G#", "A", "A#", "B")
 
