@@ -29,10 +29,8 @@ import statefulnn as nn
 import statefulnn.functional as F
 
 RATE = 16000
-PIECE, BEFORE = (
-    512,
-    64,
-)  # samples that one answer is for, and samples before them that are looked at too
+# Samples that one answer is for, and samples before them that are looked at too.
+PIECE, BEFORE = 512, 64
 
 
 class SileroVAD(nn.Module):
