@@ -358,6 +358,12 @@ def _sound(
     return Network(_built(kind, model, options), inputs)
 
 
+def _series(kind: str) -> Network:
+    """A network of two series of 32 numbers each, in pieces of 8."""
+    sizes = {"num_input_channels": 2, "context_length": 32, "patch_length": 8, "patch_stride": 8}
+    return _sound(kind, shape=(32, 2), name="past_values", **sizes)
+
+
 _waves: dict[str, object] = {
     "conv_dim": (16, 16, 16),
     "conv_kernel": (10, 3, 3),
@@ -641,24 +647,8 @@ NETWORKS |= {
             r_layers=1,
         ),
         # series and decisions
-        "patchtst": _sound(
-            "patchtst",
-            shape=(32, 2),
-            name="past_values",
-            num_input_channels=2,
-            context_length=32,
-            patch_length=8,
-            patch_stride=8,
-        ),
-        "patchtsmixer": _sound(
-            "patchtsmixer",
-            shape=(32, 2),
-            name="past_values",
-            num_input_channels=2,
-            context_length=32,
-            patch_length=8,
-            patch_stride=8,
-        ),
+        "patchtst": _series("patchtst"),
+        "patchtsmixer": _series("patchtsmixer"),
         "decision_transformer": _sound(
             "decision_transformer",
             shape=(5, 4),

@@ -156,7 +156,7 @@ def lerp_(target: Module, source: Module, t: ArrayLike, use_buffers: bool = Fals
     Raises:
         StructureChangeError: if the names of parameters or buffers differ, as where other ones are tied.
         ShapeError: if shapes differ.
-        ArgumentError: if one of them is no module, or `t` is no number.
+        ArgumentError: if `target` or `source` is not a module, or `t` is not a number.
 
     Source: ``torch.lerp``, on all parameters of a model.
 

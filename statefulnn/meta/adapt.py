@@ -266,7 +266,7 @@ def _check_task(fn: Callable | None, params: Any, data: Any, state: Any) -> None
 
 
 def _check_examples(function: str, data: tuple, batches: bool) -> None:
-    """Raise if every array is a batch of no examples: the mean of their losses is no number."""
+    """Raise if every array is a batch of no examples: the mean of no losses is not a number."""
     shapes = [jnp.shape(leaf)[int(batches) :] for leaf in jax.tree.leaves(data)]
     counted = [shape for shape in shapes if shape]
     if counted and all(shape[0] == 0 for shape in counted):
