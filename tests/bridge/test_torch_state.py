@@ -10,20 +10,10 @@ import torch
 
 import statefulnn as nn
 from statefulnn.bridge.torch import ConversionError, from_torch
-from tests.examples.reference import to_torch, transformers
+from tests.examples.reference import SIZES, to_torch, transformers
 from tests.quick import QUICKLY
 
 IDS = np.random.default_rng(0).integers(6, 97, (2, 5)).astype(np.int32)
-SIZES = {
-    "vocab_size": 97,
-    "hidden_size": 32,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 32,
-    "initializer_range": 0.5,  # larger than usual, so that tokens differ
-    "bos_token_id": None,
-    "eos_token_id": None,
-}
 GROUPED = {**SIZES, "intermediate_size": 48, "num_key_value_heads": 2}
 
 

@@ -50,6 +50,18 @@ torchvision = _import_torchvision()
 transformers = pytest.importorskip("transformers")
 safetensors_torch = importlib.import_module("safetensors.torch")
 
+# Of a decoder of one layer that the tests of generation run.
+SIZES = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 32,
+    "initializer_range": 0.5,  # larger than usual, so that tokens differ
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+
 
 class TorchRNNModel(torch.nn.Module):
     """``RNNModel`` of torch's example word_language_model, in torch."""

@@ -12,7 +12,7 @@ import torch
 
 import gpt2
 import statefulnn as nn
-from tests.examples.reference import to_torch, transformers
+from tests.examples.reference import SIZES, to_torch, transformers
 from tests.test_docs import ROOT, blocks
 
 CODE = [code for _, _, code in blocks(ROOT / "docs/generation.md")]
@@ -21,16 +21,6 @@ CODE = [code for _, _, code in blocks(ROOT / "docs/generation.md")]
 (WITHOUT_CACHE,) = [code for code in CODE if "def without_cache" in code]
 IDS = np.random.default_rng(0).integers(6, 97, (2, 4)).astype(np.int32)
 MASK = np.array([[1, 1, 1, 1], [0, 0, 1, 1]], np.int32)
-SIZES = {
-    "vocab_size": 97,
-    "hidden_size": 32,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 32,
-    "initializer_range": 0.5,  # larger than usual, so that tokens differ
-    "bos_token_id": None,
-    "eos_token_id": None,
-}
 
 
 def greedily(theirs, ids, mask, end=5):
