@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from statefulnn import functional as F
+from statefulnn.core.compat import own_on_devices
 from statefulnn.core.errors import explain
 from statefulnn.core.module import Module
 from statefulnn.core.plan import plan_of
@@ -244,7 +245,7 @@ def _of_weight(layer: Any, weight: Any, x: Any, g: Any) -> Any:
         steps = layer.stride, layer.padding, layer.dilation, layer.groups, layer.padding_mode
         return conv_nd(layer.spatial, images, weight, None, *steps).reshape(g.shape)
 
-    return jax.vjp(apply, weight)[1](g)[0]
+    return jax.vjp(apply, own_on_devices(weight, g))[1](g)[0]
 
 
 def _of_bias(layer: Any, g: Any) -> Any:
