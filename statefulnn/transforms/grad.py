@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any, Literal, TypeVar, overload
@@ -10,6 +11,7 @@ import jax
 
 from statefulnn.core.failures import typed_failures
 from statefulnn.core.refusals import no_callable
+from statefulnn.core.repeated import loss_of_example
 from statefulnn.core.selection import Selection, is_several
 from statefulnn.core.tracebacks import shortened
 from statefulnn.transforms.differentiate import Differentiation, real_scalar, require_argnums
@@ -114,7 +116,8 @@ def _with_value(
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         view = real_scalar(fun, has_aux)
         call = Differentiation(fun, args, kwargs, argnums, has_aux, view, only, of_example)
-        with typed_failures():  # of what JAX compiles by itself, such as loops
+        example = loss_of_example() if of_example else contextlib.nullcontext()
+        with typed_failures(), example:  # of what JAX compiles by itself, such as loops
             (loss, effects), grads = jax.value_and_grad(call, has_aux=True)(call.values)
         aux = call.finish(effects)
         return (loss, aux) if has_aux else loss, call.show(grads)
