@@ -20,7 +20,7 @@ from __future__ import annotations
 import functools
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -40,6 +40,7 @@ __all__ = [
     "current_trace",
     "kind",
     "may_be_around",
+    "own_on_devices",
     "trace_of",
     "tracer_in",
     "varies",
@@ -173,6 +174,31 @@ def _varies(value: Any, lanes: Any) -> bool:
 
     ask(jax.lax.stop_gradient(value), lanes)
     return answers[0]
+
+
+def own_on_devices(values: Any, examples: Any) -> Any:
+    """Return values of which, inside ``jax.shard_map``, each device with examples of its own has its own.
+
+    A gradient by a value that is equal on all devices is summed over them, which is right for a batch that is
+    spread. The gradient of one example, or of one task, would be mixed with those of other devices.
+
+    Args:
+        values: what is differentiated, a pytree of arrays.
+        examples: what differs between devices, a pytree of arrays.
+    """
+    axes = frozenset[Hashable]().union(*map(_varying_axes, jax.tree.leaves(examples)))
+
+    def own(value: Any) -> Any:
+        more = tuple(axes - _varying_axes(value))
+        return jax.lax.pcast(value, more, to="varying") if more else value
+
+    return jax.tree.map(own, values) if axes else values
+
+
+def _varying_axes(value: Any) -> frozenset[Hashable]:
+    """Return the axes of a mesh along which a value differs, as far as JAX checks that."""
+    of = jax.typeof(value) if isinstance(value, Tracer) else None
+    return getattr(getattr(of, "manual_axis_type", of), "varying", frozenset())
 
 
 def kind(trace: Any) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 
 class _State(threading.local):
     inside: bool = False
+    example: bool = False
     refused: bool = False
 
 
@@ -45,6 +46,21 @@ def repeated(inside: bool = True) -> Iterator[None]:
         yield
     finally:
         _state.inside, _state.refused = before
+
+
+def in_loss_of_example() -> bool:
+    """Say whether what is traced here is differentiated for each example of a batch by itself."""
+    return _state.example
+
+
+@contextlib.contextmanager
+def loss_of_example() -> Iterator[None]:
+    """Say of what is traced here that it is differentiated for each example by itself."""
+    before, _state.example = _state.example, True
+    try:
+        yield
+    finally:
+        _state.example = before
 
 
 @contextlib.contextmanager

@@ -35,6 +35,21 @@ def map_blocks(function: Callable, arrays: Any, size: int | None) -> Any:
     return jax.tree.map(lambda a, b: jnp.concatenate([a, b]), done, function(rest))
 
 
+def sum_blocks(function: Callable, arrays: Any, size: int) -> Any:
+    """Return the sum of ``function(block)`` over all blocks.
+
+    Of what `map_blocks` has read in blocks of this size, nothing is copied: both loops read the same arrays.
+    """
+    if size >= length(arrays):
+        return function(arrays)
+    blocks, rest = in_blocks(arrays, size)
+    add = lambda one, two: jax.tree.map(jnp.add, one, two)
+    shapes = jax.eval_shape(function, jax.tree.map(lambda a: a[0], blocks))
+    step = lambda total, block: (add(total, function(block)), None)
+    total, _ = jax.lax.scan(step, jax.tree.map(jnp.zeros_like, shapes), blocks)
+    return total if rest is None else add(total, function(rest))
+
+
 def fold_blocks(
     function: Callable, combine: Callable, arrays: Any, size: int | None
 ) -> tuple[Any, Any]:

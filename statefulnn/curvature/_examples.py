@@ -7,11 +7,12 @@ from typing import Any
 
 import jax
 
+from statefulnn.core.compat import own_on_devices
 from statefulnn.core.errors import explain
 from statefulnn.core.generator import Forbidden, use_generator
 from statefulnn.core.module import Module
 from statefulnn.curvature._models import at_least_one, check_parameters, number_of_examples, wide
-from statefulnn.transforms.grad import grad
+from statefulnn.transforms.grad import grad_of_example
 
 # Under vmap one draw would serve all examples.
 _FORBIDDEN = Forbidden(
@@ -50,10 +51,10 @@ def gradient_of_examples(loss: Callable, target: Any, function: str) -> Callable
     """
     drawless = without_randomness(loss, function)
     # A module that JAX rebuilds inside vmap refuses writes, which no example could keep.
-    one = grad(drawless)
+    one = grad_of_example(drawless)
     if not isinstance(target, Module):
         check_parameters(target, function)
-        one = jax.grad(drawless)
+        one = lambda params, *example: jax.grad(drawless)(own_on_devices(params, example), *example)
 
     def gradients(examples: tuple) -> Any:
         axes = (None, *(0,) * len(examples))

@@ -18,10 +18,11 @@ import jax
 import jax.numpy as jnp
 
 from statefulnn import functional as F
+from statefulnn.core.compat import own_on_devices
 from statefulnn.core.errors import explain
 from statefulnn.core.module import Module
 from statefulnn.core.plan import plan_of
-from statefulnn.curvature._blocks import length, map_blocks
+from statefulnn.curvature._blocks import length, map_blocks, sum_blocks
 from statefulnn.curvature._layers import (
     DENSE,
     Layers,
@@ -148,6 +149,16 @@ def _of_layer(
     n, given = length(inputs), sum(leaf.size for leaf in jax.tree.leaves(calls))
     of_pairs, of_gradients = n * a.shape[2] ** 2, n * a.shape[1] * g.shape[1]
 
+    def in_parts(size: int, factors: Any) -> list[Any]:
+        # The gradient of a convolution wants inputs in another layout: they would be in memory twice.
+        def part(of: tuple[list[tuple], Any]) -> list[Any]:
+            a, g = jax.vmap(columns)(of[0])
+            g = g * of[1][:, None, None]
+            sums = [_einsum("nkt,not->ok", a, g).reshape(params[0].shape), g.sum((0, 2))]
+            return sums[: len(params)]
+
+        return sum_blocks(part, (calls, factors), size)
+
     # Gradients of examples that are about as small as what the layer read and got take its place.
     keep = a.shape[2] > 1 and of_gradients <= _KEPT * given
 
@@ -160,9 +171,10 @@ def _of_layer(
         return squares + jnp.sum(jnp.square(of_bias), 1) if len(params) == 2 else squares
 
     more = a.size + (0 if keep else min(of_pairs, of_gradients))
-    found = map_blocks(block, calls, _even(n, n * given // more))
+    size = _even(n, n * given // more)
+    found = map_blocks(block, calls, size)
     if not keep:
-        return found, later
+        return found, later if size == n else functools.partial(in_parts, size)
     found = found[: len(params)]
     squares = [jnp.sum(jnp.square(part.reshape(n, -1)), 1) for part in found]
     both = list(zip(found, params, strict=True))
@@ -233,7 +245,7 @@ def _of_weight(layer: Any, weight: Any, x: Any, g: Any) -> Any:
         steps = layer.stride, layer.padding, layer.dilation, layer.groups, layer.padding_mode
         return conv_nd(layer.spatial, images, weight, None, *steps).reshape(g.shape)
 
-    return jax.vjp(apply, weight)[1](g)[0]
+    return jax.vjp(apply, own_on_devices(weight, g))[1](g)[0]
 
 
 def _of_bias(layer: Any, g: Any) -> Any:

@@ -25,7 +25,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from statefulnn.core.compat import current_trace, trace_of
+from statefulnn.core.compat import current_trace, own_on_devices, trace_of
 from statefulnn.core.graph import merge, split
 from statefulnn.core.hooks import hooks_of
 from statefulnn.core.module import Module
@@ -249,7 +249,8 @@ def probed(
         calls, by weight; the inputs of these calls. A layer that is not called is not among them.
     """
     shapes = jax.eval_shape(lambda i: _probe_shapes(layers, params, i), inputs)
-    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    zeros = jax.tree.map(jnp.zeros_like, shapes)
+    others = own_on_devices(dict(others), inputs)
 
     def of_probes(others: Mapping[str, Any], probes: dict[str, list[Any]]) -> tuple[Any, Any]:
         seen: dict[str, list[Any]] = {name: [] for name in shapes}
@@ -261,7 +262,7 @@ def probed(
 
         return finish(layers.run({**params, **others}, inputs, visit)), seen
 
-    return jax.vjp(of_probes, dict(others), zeros, has_aux=True)
+    return jax.vjp(of_probes, others, zeros, has_aux=True)
 
 
 def _probe_shapes(layers: Layers, params: Any, inputs: tuple) -> dict[str, list[Any]]:

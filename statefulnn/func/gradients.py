@@ -9,8 +9,7 @@ from typing import Any
 from statefulnn.core.errors import ShapeError, explain
 from statefulnn.core.tracebacks import shortened
 from statefulnn.transforms.differentiate import function_name
-from statefulnn.transforms.grad import grad as grad_of
-from statefulnn.transforms.grad import value_and_grad
+from statefulnn.transforms.grad import grad_of_example, value_and_grad
 from statefulnn.transforms.vmap import vmap
 
 
@@ -89,7 +88,7 @@ def per_sample_grad(
         >>> grads["weight"].shape
         (8, 2, 3)
     """
-    one_example = grad_of(loss, argnums, has_aux)
+    one_example = grad_of_example(loss, argnums, has_aux)
     numbers = (argnums,) if isinstance(argnums, int) else tuple(argnums)
 
     @shortened

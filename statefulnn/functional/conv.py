@@ -11,6 +11,7 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from statefulnn.core.errors import explain
+from statefulnn.core.repeated import in_loss_of_example
 from statefulnn.functional._autocast import Rule, ruled
 from statefulnn.functional._checks import (
     array,
@@ -36,7 +37,7 @@ def static(value: Any) -> Any:
     return tuple(value)
 
 
-@functools.partial(compiled, static_argnums=(3, 4, 5, 6, 7, 8))
+@functools.partial(compiled, static_argnums=(3, 4, 5, 6, 7, 8, 9))
 @ruled(Rule.LOW)
 def _conv(
     x: Any,
@@ -48,6 +49,7 @@ def _conv(
     groups: int,
     padding_mode: str,
     repeated: bool,
+    of_example: bool,
 ) -> Any:
     # Checked here, where the code runs once for each combination of shapes and dtypes: an eager call
     # like an earlier one pays nothing for it.
@@ -90,7 +92,7 @@ def _conv(
         for axis, (low, high) in enumerate(pads, 2):
             x = continued(x, axis, low, high, padding_mode)
         pads = ((0, 0),) * spatial
-    out = convolve(x, weight, stride, pads, dilation, groups, repeated)
+    out = convolve(x, weight, stride, pads, dilation, groups, repeated, of_example)
     out = with_bias(out, bias)
     return out if batched else out[0]
 
@@ -209,7 +211,7 @@ def conv_nd(
     b = None if bias is None else array(bias, "bias", function)
     check_axes(x, w, spatial, function, "out_channels, in_channels / groups")
     how = static(stride), static(padding), static(dilation), groups, padding_mode
-    return _conv(x, w, b, *how, repeated_on_cpu())
+    return _conv(x, w, b, *how, repeated_on_cpu(), in_loss_of_example())
 
 
 def conv1d(

@@ -128,7 +128,9 @@ def looked_at(shared: Any, tasks: int, say: Callable[..., None]) -> tuple[Any, A
 def _looking(names: list[str], tasks: int, say: Callable[..., None]) -> Callable:
     @jax.custom_jvp
     def same(*values: Any) -> tuple:
-        return (*values, jnp.zeros(tasks, jnp.float32))
+        # Made like a value, it is each device's own where these are.
+        like = values[0] if values else jnp.float32(0)
+        return (*values, jnp.zeros_like(like, jnp.float32, (tasks,)))
 
     @functools.partial(same.defjvp, symbolic_zeros=True)
     def _(primals: tuple, tangents: tuple) -> tuple[tuple, tuple]:

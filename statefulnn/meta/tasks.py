@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from statefulnn.core.compat import current_trace, kind, trace_of
+from statefulnn.core.compat import current_trace, kind, own_on_devices, trace_of
 from statefulnn.core.errors import (
     DivergenceWarning,
     MissingRngError,
@@ -101,7 +101,7 @@ def over_tasks(
             batch = _Batch(one_task, tasks, jax.random.split(key, tasks), None, data, report)
         else:
             batch = _Batch(one_task, tasks, None, key, data, report)
-        results, losses, tally = batch.run(shared, vectorize)
+        results, losses, tally = batch.run(own_on_devices(shared, data), vectorize)
         if has_aux and (not isinstance(results, tuple) or len(results) != 2):
             raise TypeError(
                 explain(

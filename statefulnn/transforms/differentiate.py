@@ -16,6 +16,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from statefulnn.core.box import Box
+from statefulnn.core.compat import own_on_devices
 from statefulnn.core.gradients import note_gradient
 from statefulnn.core.hooks import hooks_of
 from statefulnn.core.module import Module
@@ -61,6 +62,7 @@ class Differentiation:
         has_aux: whether `fun` returns a pair of a differentiated output and anything else.
         view: is applied to the differentiated output, such as a check that it is a scalar.
         only: which parameters of the modules among these arguments, see `trainable`; others are constants.
+        of_example: whether the other arguments are those of one example, see `own_on_devices`.
 
     Attributes:
         values: what is differentiated, `Chosen`.
@@ -75,6 +77,7 @@ class Differentiation:
         has_aux: bool = False,
         view: Callable[[Any], Any] = lambda out: out,
         only: Selection = None,
+        of_example: bool = False,
     ) -> None:
         self.fun, self.has_aux, self._view = fun, has_aux, view
         self._several = not isinstance(argnums, int)
@@ -97,6 +100,9 @@ class Differentiation:
             [self._leaves[p] for p in self._in_modules]
             + [self.call.dynamic[p] for p in self._in_arrays]
         )
+        if of_example:
+            data = [v for i, v in enumerate(self.call.dynamic) if i not in self._in_arrays]
+            self.values = own_on_devices(self.values, data)
 
     def _choose(self, only: Selection) -> None:
         """Leave out the parameters of modules that a selection does not choose."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any, Literal, TypeVar, overload
@@ -10,6 +11,7 @@ import jax
 
 from statefulnn.core.failures import typed_failures
 from statefulnn.core.refusals import no_callable
+from statefulnn.core.repeated import loss_of_example
 from statefulnn.core.selection import Selection, is_several
 from statefulnn.core.tracebacks import shortened
 from statefulnn.transforms.differentiate import Differentiation, real_scalar, require_argnums
@@ -92,16 +94,43 @@ def value_and_grad(
     _require_function(fun, "nn.value_and_grad", argnums)
     if is_several(only):
         only = tuple(only)  # an iterator would serve one call
+    return _with_value(fun, argnums, has_aux, only)
 
+
+def grad_of_example(
+    fun: Callable, argnums: int | tuple[int, ...] = 0, has_aux: bool = False
+) -> Callable:
+    """Return what `grad` does, for a loss of one example, which is no sum over devices."""
+    return _without_value(_with_value(fun, argnums, has_aux, None, of_example=True), fun, has_aux)
+
+
+def _with_value(
+    fun: Callable,
+    argnums: int | tuple[int, ...],
+    has_aux: bool,
+    only: Selection,
+    of_example: bool = False,
+) -> Callable:
     @shortened
     @functools.wraps(fun)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         view = real_scalar(fun, has_aux)
-        call = Differentiation(fun, args, kwargs, argnums, has_aux, view, only)
-        with typed_failures():  # of what JAX compiles by itself, such as loops
+        call = Differentiation(fun, args, kwargs, argnums, has_aux, view, only, of_example)
+        example = loss_of_example() if of_example else contextlib.nullcontext()
+        with typed_failures(), example:  # of what JAX compiles by itself, such as loops
             (loss, effects), grads = jax.value_and_grad(call, has_aux=True)(call.values)
         aux = call.finish(effects)
         return (loss, aux) if has_aux else loss, call.show(grads)
+
+    return wrapper
+
+
+def _without_value(both: Callable, fun: Callable, has_aux: bool) -> Callable:
+    @shortened
+    @functools.wraps(fun)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        value, grads = both(*args, **kwargs)
+        return (grads, value[1]) if has_aux else grads
 
     return wrapper
 
@@ -157,15 +186,7 @@ def grad(
     if fun is None:
         return functools.partial(grad, argnums=argnums, has_aux=has_aux, only=only)
     _require_function(fun, "nn.grad", argnums)
-    both = value_and_grad(fun, argnums, has_aux, only=only)
-
-    @shortened
-    @functools.wraps(fun)
-    def wrapper(*args: Any, **kwargs: Any) -> Any:
-        value, grads = both(*args, **kwargs)
-        return (grads, value[1]) if has_aux else grads
-
-    return wrapper
+    return _without_value(value_and_grad(fun, argnums, has_aux, only=only), fun, has_aux)
 
 
 def _require_function(fun: object, name: str, argnums: object) -> None:

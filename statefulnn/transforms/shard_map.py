@@ -60,6 +60,9 @@ def shard_map(
     ``jax.lax.pmean`` or ``psum`` first. Both are written back, as arrays on the mesh: with a model that lies
     there already, ``model.to(NamedSharding(mesh, P()))``, the second call needs no compilation.
 
+    A gradient by what is replicated is the sum over the devices, as JAX has it. Gradients of single examples
+    (`nn.func.per_sample_grad`, DP-SGD), and those inside a task of `nn.meta.over_tasks`, are of their device.
+
     Args:
         fun: the function of one device; for a Module or a method of one, the module is replicated.
         in_specs: one entry per positional argument, or one for all. The entry of a module is a

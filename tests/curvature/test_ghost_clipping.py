@@ -100,6 +100,20 @@ def test_it_is_the_clipped_sum_of_explicit_gradients(case):
         np.testing.assert_allclose(got.share, (norms > max_norm).mean())
 
 
+@pytest.mark.parametrize("n", [16, 13])
+def test_layers_of_which_examples_are_looked_at_in_parts(n):
+    with in_float64():
+        model = nn.Sequential(
+            nn.Conv2d(2, 8, 3), nn.Tanh(), nn.Conv2d(8, 24, 5), nn.Flatten(), nn.Linear(96, 3)
+        ).to(jnp.float64)
+        x, y = np.random.default_rng(0).normal(size=(n, 2, 8, 8)), np.arange(n) % 3
+        total, norms = explicit(model, x, y, 0.5)
+        got = nn.jit(curvature.ghost_clip(loss, 0.5, reduce="sum"))(model, x, y)
+        np.testing.assert_allclose(got.norms, norms, rtol=1e-10)
+        for name in total:
+            np.testing.assert_allclose(got.gradients[name], total[name], rtol=1e-9, atol=1e-13)
+
+
 def test_dp_gradients_are_the_same_by_either_clipping():
     build, x, y = cases()["dense"]
     model, x = build(), jnp.asarray(x, jnp.float32)
@@ -176,13 +190,31 @@ def test_a_penalty_in_the_loss_is_part_of_the_gradient():
         np.testing.assert_allclose(got.gradients["weight"], want.gradients["weight"], rtol=1e-12)
 
 
-@pytest.mark.parametrize("network", ["dense", "convolution"])
+def of_opacus():
+    """Build the CNN of opacus's MNIST example."""
+    return nn.Sequential(
+        nn.Conv2d(1, 16, 8, stride=2, padding=3),
+        nn.ReLU(),
+        nn.MaxPool2d(2, 1),
+        nn.Conv2d(16, 32, 4, stride=2),
+        nn.ReLU(),
+        nn.MaxPool2d(2, 1),
+        nn.Flatten(),
+        nn.Linear(512, 32),
+        nn.ReLU(),
+        nn.Linear(32, 10),
+    )
+
+
+@pytest.mark.parametrize("network", ["dense", "convolution", "opacus"])
 def test_it_needs_about_the_bytes_of_a_plain_gradient(network, no_compilation_cache):
     n = 64
     if network == "dense":
         widths = (64, 256, 256, 10)
         layers = [nn.Linear(a, b) for a, b in zip(widths, widths[1:], strict=False)]
         model, x = nn.Sequential(*layers[:1], nn.ReLU(), layers[1], nn.ReLU(), layers[2]), (n, 64)
+    elif network == "opacus":
+        model, x = of_opacus(), (n, 1, 28, 28)
     else:
         model, x = (
             nn.Sequential(

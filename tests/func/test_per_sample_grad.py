@@ -10,6 +10,7 @@ import torch
 
 import statefulnn as nn
 import statefulnn.functional as F
+from tests.precision import in_float64
 from tests.quick import QUICKLY, first, quickly
 
 
@@ -138,3 +139,30 @@ def test_bad_input_is_refused():
         nn.func.per_sample_grad(lambda m, x: m(x))(model, jnp.ones((4, 3)))
     with pytest.raises(nn.ShapeError):
         nn.func.per_sample_grad(lambda m, x, y: m(x).sum())(model, jnp.ones((4, 3)), jnp.ones(5))
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"kernel_size": 3},
+        {"kernel_size": 3, "stride": 2, "padding": 1, "dilation": 2, "groups": 2},
+        {"kernel_size": (2, 3), "padding": 3},
+        {"kernel_size": 5, "padding": 2},
+    ],
+    ids=str,
+)
+def test_convolutions_of_each_image(how):
+    with in_float64():
+        layer = nn.Conv2d(4, 6, **how).to(jnp.float64)
+        x = np.random.default_rng(0).normal(size=(3, 4, 9, 8))
+        loss = lambda m, x: jnp.sum(jnp.sin(m(x[None])))
+        got = nn.jit(nn.func.per_sample_grad(loss))(layer, x)
+        theirs = torch.nn.Conv2d(4, 6, **how).double()
+        theirs.load_state_dict(
+            {k: torch.tensor(np.array(v)) for k, v in layer.state_dict().items()}
+        )
+        for i, image in enumerate(torch.tensor(x)):
+            theirs.zero_grad()
+            theirs(image[None]).sin().sum().backward()
+            for name, p in theirs.named_parameters():
+                np.testing.assert_allclose(got[name][i], p.grad, rtol=1e-9, atol=1e-11)

@@ -285,6 +285,58 @@ def two_axes_and_a_mesh_from_the_context():
     close(norm.running_var, plain.running_var)
 
 
+def gradients_of_examples_and_tasks_are_not_mixed_over_the_devices():
+    nn.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+    fn, params = nn.functionalize(model)
+    x, y = jax.random.normal(jax.random.key(0), (16, 3)), jnp.arange(16) % 2
+    entropy = nn.functional.cross_entropy
+
+    def loss(model, x, y):
+        return entropy(model(x[None])[0], y)
+
+    def private(model, x, y):
+        given = {"lot_size": 1, "has_norms": True}
+        both = [
+            nn.curvature.dp_gradients(loss, 0.5, 0.0, clipping=c, **given)(model, x, y)
+            for c in ("per_example", "ghost")
+        ]
+        sums = [jax.tree.map(lambda g: jax.lax.psum(g, "d"), g) for g, _ in both]
+        return sums, [norms for _, norms in both], nn.func.per_sample_grad(loss)(model, x, y)
+
+    given = {"mesh": mesh, "in_specs": (P(), P("d"), P("d"))}
+    spread = nn.shard_map(private, out_specs=(P(), P("d"), P("d")), **given)
+    sums, norms, found = nn.jit(spread)(model, x, y)
+
+    by_hand = jax.grad(lambda p, x, y: entropy(fn(p, x[None])[0], y))
+    each = jax.jit(jax.vmap(by_hand, (None, 0, 0)))(params, x, y)
+    each = {name: np.asarray(g) for name, g in each.items()}
+    lengths = np.sqrt(sum(np.square(g).reshape(16, -1).sum(1) for g in each.values()))
+    for got, length in zip(sums, norms, strict=True):
+        close(length, lengths)
+        for name, g in each.items():
+            close(got[name], np.tensordot(1 / np.maximum(1, lengths / 0.5), g, 1))
+    for name, g in each.items():
+        close(found[name], g)
+
+    def task(params, x, y):
+        adapted = nn.meta.adapt(fn, params, entropy, (x, y), lr=0.5, steps=2)
+        return entropy(fn(adapted.params, x), y)
+
+    def on_devices(params, x, y):
+        value, gradients = jax.value_and_grad(nn.meta.over_tasks(task))(params, x, y)
+        # What is equal on all devices has the sum over them as its gradient.
+        return jax.lax.pmean(value, "d"), jax.tree.map(lambda g: g / 8, gradients)
+
+    tasks = x.reshape(8, 2, 3), y.reshape(8, 2)
+    value, gradients = jax.jit(jax.shard_map(on_devices, out_specs=P(), **given))(params, *tasks)
+    of_each = jax.jit(jax.vmap(jax.value_and_grad(task), (None, 0, 0)))
+    values, gradients_of_each = of_each(params, *tasks)
+    close(value, np.mean(values))
+    for name, g in gradients_of_each.items():
+        close(gradients[name], np.mean(g, 0))
+
+
 PROGRAMS = [
     batch_norm_over_all_devices_is_that_of_the_whole_batch,
     gradients_and_training_steps_are_those_of_one_device,
@@ -292,6 +344,7 @@ PROGRAMS = [
     what_is_spread_stays_spread_and_is_found_by_name,
     devices_draw_other_numbers_unless_told_otherwise,
     two_axes_and_a_mesh_from_the_context,
+    gradients_of_examples_and_tasks_are_not_mixed_over_the_devices,
 ]
 
 
