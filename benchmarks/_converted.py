@@ -180,20 +180,30 @@ def _kilobytes(what: str) -> int:
     return 0
 
 
+def _peak(call: Callable[[], Any]) -> int:
+    """Return by how many bytes memory grows at most while a function runs."""
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    before = _kilobytes("VmRSS")
+    made = call()
+    peak = _kilobytes("VmHWM") - before
+    del made
+    return peak * 1024
+
+
 def memory(name: str, copy: bool) -> dict[str, float]:
-    """Return the peak of a conversion above what torch's network held, beside the bytes of its arrays."""
+    """Return the peaks of torch.export and of a conversion above what was held before each.
+
+    They are relative to the bytes of the network's arrays.
+    """
     net, args, kwargs = NETWORKS[name]()
     net.eval()
     from_torch(_Warm(), torch.ones(2, 3))
     # Imports and what the first run keeps belong to nobody's arrays.
     _exported(net, args, kwargs)
     weights = sum(x.nbytes for x in (*net.parameters(), *net.buffers()))
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-    before = _kilobytes("VmRSS")
-    converted = from_torch(net, *args, kwargs=kwargs, copy=copy)
-    peak = _kilobytes("VmHWM") - before
-    del converted
-    return {"peak": peak * 1024 / weights, "weights_mb": weights / 1e6}
+    export = _peak(lambda: _exported(net, args, kwargs))
+    peak = _peak(lambda: from_torch(net, *args, kwargs=kwargs, copy=copy))
+    return {"export_peak": export / weights, "peak": peak / weights, "weights_mb": weights / 1e6}
 
 
 def _first_array(out: Any) -> np.ndarray:

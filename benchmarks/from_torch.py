@@ -131,6 +131,10 @@ def first(out: Any) -> jax.Array:
     return out["logits"] if isinstance(out, dict) else out
 
 
+# What a conversion needs, and torch.export by itself.
+PEAKS = ("peak", "export_peak")
+
+
 def _child(name: str, *options: str) -> dict[str, Any]:
     """Return what a process of its own found of one network, or why it found nothing."""
     command = [sys.executable, "-W", "ignore", str(HERE / "_converted.py"), name, *options]
@@ -153,7 +157,8 @@ def part_many(report: Report, quick: bool) -> None:
         if "missing" in one:
             report.leave_out(f"{name} is left out: {one['missing']}")
             continue
-        one["peak"] = _child(name, "--memory", "copy").get("peak")
+        sizes = _child(name, "--memory", "copy")
+        one |= {key: sizes.get(key) for key in PEAKS}
         found[name] = one
         ms, slower = one["ms"], one["ratio"]["ours"]
         beside = ms["ours"] / ms["compiled"] if "compiled" in ms else None
@@ -163,7 +168,7 @@ def part_many(report: Report, quick: bool) -> None:
                 f"{one['export']:.2f} s",
                 f"{one['conversion']:.2f} s",
                 f"{one['conversion'] / one['export']:.2f}x",
-                "" if one["peak"] is None else f"{one['peak']:.2f}x",
+                *("" if one[k] is None else f"{one[k]:.2f}x" for k in PEAKS),
                 f"{one['first_call']:.1f} s",
                 f"{ms['ours']:.1f}",
                 f"{slower:.2f}x",
@@ -177,6 +182,7 @@ def part_many(report: Report, quick: bool) -> None:
         "conversion",
         "ratio",
         "peak",
+        "export's",
         "first call",
         "ms",
         "eager",
@@ -185,9 +191,9 @@ def part_many(report: Report, quick: bool) -> None:
     report.section(
         "Networks of torch",
         table(header, rows),
-        "The least of two exports and conversions; the peak of memory above torch's network, beside the "
-        "bytes of its arrays; the first call under nn.jit; the median of a forward, and its ratio to "
-        "torch's, eager and by torch.compile.",
+        "The least of two exports and conversions; the peaks of memory of a conversion and of torch.export "
+        "alone, above what was held before, beside the bytes of the network's arrays; the first call under "
+        "nn.jit; the median of a forward, and its ratio to torch's, eager and by torch.compile.",
     )
     if not found:
         return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -13,24 +14,26 @@ from jax.typing import ArrayLike, DTypeLike
 from statefulnn.core.errors import DtypeError, explain
 from statefulnn.functional._checks import array, require_float, require_same_dtype, shape_error
 from statefulnn.functional._compiled import compiled
+from statefulnn.functional._grouped_lowering import rows_by_group
 
 
-@compiled
-def _grouped_mm(a: Any, b: Any, offs: Any) -> Any:
+@functools.partial(compiled, static_argnums=3)
+def by_group(a: Any, b: Any, offs: Any, transposed: bool = False) -> Any:
+    """Multiply as `grouped_mm`; `transposed` says that a `b` with groups was made by transposing."""
     _check(a, b, offs)
     if offs is None:
         return lax.dot_general(a, b, (((2,), (1,)), ((0,), (0,))))
-    sizes = jnp.diff(offs, prepend=jnp.zeros(1, offs.dtype))
     if a.ndim == 2 and b.ndim == 2:
         # JAX has a ragged product of this kind too, without a derivative: here each group takes its
         # part of the inner axis, and zeros for the rest.
+        sizes = jnp.diff(offs, prepend=jnp.zeros(1, offs.dtype))
         at = jnp.arange(a.shape[1], dtype=offs.dtype)
         inside = (at >= (offs - sizes)[:, None]) & (at < offs[:, None])  # (G, K)
         parts = jnp.where(inside[:, None], a, 0)  # (G, M, K)
         return lax.dot_general(parts, b, (((2,), (0,)), ((), ())))
     if a.ndim == 2:
-        return lax.ragged_dot(a, b, sizes)
-    return lax.ragged_dot(b.T, a.swapaxes(1, 2), sizes).T
+        return rows_by_group(a, b, offs, transposed)
+    return rows_by_group(b.T, a.swapaxes(1, 2), offs, transposed=True).T
 
 
 def _check(a: Any, b: Any, offs: Any) -> None:
@@ -127,4 +130,4 @@ def grouped_mm(
                 "F.grouped_mm(...).astype(out_dtype)",
             )
         )
-    return _grouped_mm(a, b, None if offs is None else array(offs, "offs", "F.grouped_mm"))
+    return by_group(a, b, None if offs is None else array(offs, "offs", "F.grouped_mm"))

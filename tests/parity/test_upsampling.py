@@ -105,11 +105,6 @@ def test_one_hot_of_a_wrong_class_in_compiled_code_is_zeros() -> None:
     assert out.tolist() == [[0, 0, 1], [0, 0, 0], [0, 0, 0]]
 
 
-def test_rows_beyond_the_last_group_are_zeros() -> None:
-    out = F.grouped_mm(jnp.ones((3, 2)), jnp.ones((1, 2, 4)), offs=jnp.array([2], jnp.int32))
-    assert np.asarray(out).sum(1).tolist() == [8.0, 8.0, 0.0]
-
-
 def test_normalize_of_complex_vectors() -> None:
     x = array(2, 3) + 1j * array(2, 3, seed=1)
     ours = F.normalize(jnp.asarray(x, jnp.complex64))

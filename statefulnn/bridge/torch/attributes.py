@@ -43,9 +43,15 @@ class Snapshot:
         held += [
             cell for hooks in held if isinstance(hooks, dict) for cell in _cells(hooks.values())
         ]
-        self.containers = [(c, copy.copy(c)) for c in held if type(c) in _CONTAINERS]
+        # Most are empty, such as the dicts of a module's hooks: these are noted without a copy, since the
+        # copies of a small model would be as large as a tenth of its arrays.
+        found = [c for c in held if type(c) in _CONTAINERS]
+        self.empty = [c for c in found if not c]
+        self.containers = [(c, copy.copy(c)) for c in found if c]
 
     def restore(self) -> None:
+        for container in self.empty:
+            container.clear()
         for container, before in self.containers:
             container.clear()
             (container.extend if isinstance(container, (list, deque)) else container.update)(before)

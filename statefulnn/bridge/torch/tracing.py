@@ -323,12 +323,17 @@ class _Flat(torch.nn.Module):
     """A model called with a flat list of tensors, that returns a flat list of tensors."""
 
     def __init__(
-        self, model: Any, args: tuple, kwargs: Mapping[str, Any], recorder: _Recorder
+        self,
+        model: Any,
+        args: tuple,
+        kwargs: Mapping[str, Any],
+        recorder: _Recorder,
+        snapshot: Snapshot,
     ) -> None:
         super().__init__()
         self.model = model
         self.given = (args, dict(kwargs))
-        self.snapshot, self.recorder = Snapshot(model), recorder
+        self.snapshot, self.recorder = snapshot, recorder
 
     def forward(self, *tensors: Any) -> Any:
         rest = iter(tensors)
@@ -405,8 +410,8 @@ def _followed(model: torch.nn.Module, recorder: _Recorder) -> Iterator[None]:
     try:
         for module in model.modules():
             module.__dict__["forward"] = recorder.wrapped(module, module.forward)
-            module.__dict__[KEPT_HOOKS] = module._forward_pre_hooks
             if has_forward_hooks(module):
+                module.__dict__[KEPT_HOOKS] = module._forward_pre_hooks
                 for name in FORWARD_HOOKS:
                     module.__dict__[name] = OrderedDict()
         torch.nn.Module.training = property(look, put)  # pyright: ignore[reportAttributeAccessIssue]
@@ -431,9 +436,13 @@ def _axes(tensor: torch.Tensor, dynamic: str) -> dict[int, Any]:
 
 
 def _exported(
-    model: torch.nn.Module, args: tuple, kwargs: Mapping[str, Any], dynamic: str
+    model: torch.nn.Module,
+    args: tuple,
+    kwargs: Mapping[str, Any],
+    dynamic: str,
+    snapshot: Snapshot,
 ) -> tuple[torch.export.ExportedProgram, _Recorder]:
-    """Run a model under torch.export.
+    """Run a model, which is as in the snapshot, under torch.export.
 
     Raises:
         ConversionError: if torch.export cannot follow the code.
@@ -441,7 +450,7 @@ def _exported(
     tensors = tuple(x for x in leaves((args, dict(kwargs))) if isinstance(x, torch.Tensor))
     axes = (tuple(_axes(x, dynamic) for x in tensors),)
     recorder = _Recorder(model)
-    flat = _Flat(model, args, kwargs, recorder)
+    flat = _Flat(model, args, kwargs, recorder, snapshot)
     flat.__dict__["training"] = model.training
     try:
         with _followed(model, recorder), torch.enable_grad(), _quiet():
@@ -506,16 +515,16 @@ def trace(
     tables: dict[str, torch.Tensor] = {}
     try:
         try:
-            program, recorder = _exported(model, args, kwargs, dynamic)
+            program, recorder = _exported(model, args, kwargs, dynamic, snapshot)
         except KeptTensorError:  # a table made in the first call, perhaps: a second one shows it
             snapshot.restore()
             tables = tables_of_a_call(model, args, kwargs, snapshot)
-            program, recorder = _exported(model, args, kwargs, dynamic)
+            program, recorder = _exported(model, args, kwargs, dynamic, Snapshot(model))
         if recorder.changed:  # what is set once is set now: a second run shows whether it stays
             snapshot.restore()
             for module, values in recorder.changed.items():
                 module.__dict__.update(values)
-            program, recorder = _exported(model, args, kwargs, dynamic)
+            program, recorder = _exported(model, args, kwargs, dynamic, Snapshot(model))
             for module, values in recorder.changed.items():
                 raise kept(module, next(iter(values)))
     finally:

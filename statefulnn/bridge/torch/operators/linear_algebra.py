@@ -12,6 +12,7 @@ from jax import lax
 
 from statefulnn.bridge.torch.operators._promotion import cast, dtype_of
 from statefulnn.bridge.torch.operators._table import operator
+from statefulnn.functional.grouped_mm import by_group
 
 
 @operator("mm", "bmm", "matmul", "mv", "linalg_matmul")
@@ -201,20 +202,8 @@ def solve_triangular(
 @operator("_grouped_mm", "transformers::grouped_mm_fallback")
 def grouped_mm(a: Any, b: Any, offs: Any = None, bias: Any = None, out_dtype: Any = None) -> Any:
     """Multiply runs of rows, which end at `offs`, by one matrix each."""
-    if a.ndim == 3 and b.ndim == 3:
-        out = jnp.matmul(a, b)
-    elif a.ndim == 2 and b.ndim == 3:
-        out = lax.ragged_dot(a, b, jnp.diff(offs, prepend=0).astype(jnp.int32))
-    else:
-        rows = jnp.arange(a.shape[-1])
-        starts = jnp.concatenate([jnp.zeros_like(offs[:1]), offs[:-1]])
-        inside = (rows >= starts[:, None]) & (rows < offs[:, None])
-        if a.ndim == 2:  # runs of the summed axis
-            out = jnp.einsum("mk,kn,ek->emn", a, b, inside.astype(a.dtype))
-        else:  # runs of columns
-            columns = jnp.arange(b.shape[-1])
-            inside = (columns >= starts[:, None]) & (columns < offs[:, None])
-            out = jnp.einsum("emk,kn,en->mn", a, b, inside.astype(a.dtype))
+    # Mostly the matrices are those of linear layers, (groups, out, in), and torch's code transposes them.
+    out = by_group(a, b, None if offs is None else offs.astype(jnp.int32), True)
     return cast(out, dtype_of(out_dtype, out.dtype))
 
 
