@@ -337,6 +337,54 @@ def test_recurrent_layers_indexing_sorting_and_joining():
     assert isinstance(ours.lstm, nn.LSTM)
 
 
+class Attention(tnn.Module):
+    def __init__(self):
+        super().__init__()
+        self.keys = tnn.Linear(4, 4)
+
+    def forward(self, query, key, value):
+        return (query @ self.keys(key).T).softmax(-1) @ value
+
+
+class SharedAttention(tnn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attend = Attention()
+
+    def forward(self, x, y):
+        return self.attend(x, x, x) + self.attend(x, y, y) + self.attend(x, y, x)
+
+
+def test_one_tensor_in_two_arguments_may_be_two_in_the_next_call():
+    x, y = torch.randn(3, 4), torch.randn(3, 4)
+    ours = follows(SharedAttention(), x, y, others=[(y, x)])
+    assert len(ours.attend.graphs) == 1
+    theirs = Attention()
+    ours = from_torch(theirs, x, x, x)
+    agree(ours(*as_array((x, y, x))), theirs(x, y, x))
+    ours = from_torch(theirs, x, theirs.keys.weight, theirs.keys.weight)
+    z = torch.randn(4, 4)
+    agree(ours(*as_array((x, z, z))), theirs(x, z, z))
+
+
+class Masked(tnn.Module):
+    """Calls its layers with other weights than their own, as pruning and hypernetworks do."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = tnn.Sequential(tnn.Linear(4, 4), tnn.BatchNorm1d(4))
+        self.scale = tnn.Parameter(torch.rand(4, 4))
+
+    def forward(self, x):
+        other = {"0.weight": self.fc[0].weight * self.scale, "1.bias": self.scale[0]}
+        return torch.func.functional_call(self.fc, other, (x,)) + self.fc(x)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_functional_call_uses_the_weights_it_is_given(training):
+    follows(Masked().train(training), torch.randn(3, 4), others=[(torch.randn(5, 4),)])
+
+
 def test_tied_parameters_are_one():
     class Tied(tnn.Module):
         def __init__(self):

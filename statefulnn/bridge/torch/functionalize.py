@@ -86,6 +86,9 @@ class Root:
         default_factory=dict
     )  # (call, version, *links) -> slot
 
+    def __post_init__(self) -> None:
+        self.first = self.slot  # the one that it was made with
+
     def is_read(self) -> bool:
         """Say whether the numbers are read where they are needed, and not in a slot."""
         return self.name is not None or (self.constant is not None and not self.version)
@@ -132,6 +135,10 @@ class Flat:
     with_bodies: set[int] = field(default_factory=set)
 
 
+def _is_detach(link: Link) -> bool:
+    return str(link.target).startswith("detach")
+
+
 def _only_checked(node: Any) -> bool:
     """Say whether a number of an array is in assertions alone, which a graph leaves out."""
     if operator_name(node.target) in _DROPPED:
@@ -154,6 +161,7 @@ class Functionalizer:
         self.events = iter(enumerate(trace.events))
         self.next_event = next(self.events, None)
         self.call = trace.root
+        self.stopped = False  # whether the code at hand runs under no_grad
 
     # ----------------------------------------------------------------------------------------------
     # Instructions and slots
@@ -202,8 +210,7 @@ class Functionalizer:
         known = next((i for i in range(len(view.chain), 0, -1) if keys[i] in root.views), 0)
         slot = root.views[keys[known]] if known else self.root_slot(root)
         for link, key in zip(view.chain[known:], keys[known + 1 :], strict=True):
-            if link.target != "alias" or self.flat.producer[slot] is not self.call:
-                slot = self.apply(link, slot)
+            slot = self.apply(link, slot)
             root.views[key] = slot
         return Var(slot)
 
@@ -213,9 +220,14 @@ class Functionalizer:
             slot = self.emit("operator", "getitem", (Var(slot), link.index))
         return slot
 
-    def write(self, view: View, new: int, where: str) -> None:
-        """Put other numbers into a tensor, and so into everything it is a view of."""
+    def write(self, view: View, new: int, where: str, seen: bool = True) -> None:
+        """Put other numbers into a tensor, and so into everything it is a view of.
+
+        Where gradients do not see it (`seen`, under no_grad, by way of ``detach``), they pass as if nothing had
+        been written.
+        """
         root = view.root
+        seen = seen and not self.stopped and not any(_is_detach(link) for link in view.chain)
         if root.constant is not None:
             raise written_constant(where)
         if not view.certain:
@@ -230,6 +242,8 @@ class Functionalizer:
                 value = self.emit(
                     "operator", "put_view", (Var(before), Var(value), *parts), {}, where
                 )
+        if not seen:
+            value = self.emit("operator", "unseen", (Var(values[0]), Var(value)), {}, where)
         root.version += 1
         if root.name is not None:
             self.emit("write", root.name, (Var(value),), where=where)
@@ -237,7 +251,8 @@ class Functionalizer:
         else:
             root.slot = value
         where_read = id(self.call) if root.is_read() else 0
-        root.views[(where_read, root.version, *map(id, view.chain))] = new
+        if seen:
+            root.views[(where_read, root.version, *map(id, view.chain))] = new
 
     def argument(self, value: Any) -> Any:
         """Return an argument of a node, with slots for nodes."""
@@ -378,7 +393,9 @@ class Functionalizer:
     def nodes(self, module: torch.fx.GraphModule, stopped: bool) -> Any:
         """Go through the nodes of a graph; `stopped` says whether no gradients pass."""
         output = next(n for n in reversed(module.graph.nodes) if n.op == "output")
-        results = set(output.all_input_nodes) if stopped else set()
+        around, self.stopped = self.stopped, stopped
+        made_before = len(self.flat.producer)
+        results = dict.fromkeys(output.all_input_nodes) if stopped else {}
         for node in module.graph.nodes:
             if node.op == "placeholder":
                 continue
@@ -392,15 +409,32 @@ class Functionalizer:
                 self.views[node] = value
             elif node.op == "call_function":
                 self.views[node] = self.node(node)
-                found = self.views[node]
-                if node in results and isinstance(found, View) and found.root.name is None:
-                    like = node.meta.get("val")
-                    slot = self.emit("operator", "stop_gradient", (self.read(found),), like=like)
-                    self.views[node] = View(Root(slot))
             self.note(node)
+        for node in results:
+            found = self.views[node]
+            if isinstance(found, View) and node.op != "placeholder":
+                self.views[node] = self.stop(node, found, made_before)
+                self.note(node)
+        self.stopped = around
         pick = lambda x: self.views[x] if isinstance(x, torch.fx.Node) else x
         several = isinstance(output.args[0], (tuple, list))
         return [pick(x) for x in output.args[0]] if several else [pick(output.args[0])]
+
+    def stop(self, node: Any, view: View, made_before: int) -> View:
+        """Return what a result of no_grad is after it, where gradients pass again.
+
+        A tensor that was there before, and was written to, is as it was for them.
+        """
+        root = view.root
+        if root.slot is not None and root.first is not None and root.first >= made_before:
+            root.slot = self.emit("operator", "stop_gradient", (Var(root.slot),))
+            root.version += 1
+            return view
+        name = operator_name(node.target)
+        if is_in_place(name):
+            return view
+        link = Link("detach.default", (), {}, place_of(node, self.call))
+        return View(root, (*view.chain, link), view.certain)
 
     def node(self, node: Any) -> Any:
         """Return what a node stands for: a View, a number, or a list of these."""
@@ -450,7 +484,7 @@ class Functionalizer:
                         "convert the model without autocast, and change dtypes with model.to(...)",
                     )
                 )
-            stopped = False
+            stopped = self.stopped
         else:
             enabled, inner, *rest = node.args
             stopped = not enabled
@@ -537,5 +571,5 @@ class Functionalizer:
         out = self.emit("operator", f"{name}.updating", args, None, where)
         for position, i in enumerate(written, 1):
             new = self.emit("operator", "getitem", (Var(out), position))
-            self.write(self.views[node.args[i]], new, where)
+            self.write(self.views[node.args[i]], new, where, seen=False)
         return View(Root(self.emit("operator", "getitem", (Var(out), 0), None, where, value)))

@@ -140,6 +140,7 @@ class _Recorder:
         self.last_node: Any = None
         self.refs = 0
         self.changed: dict[Any, dict[str, Any]] = {}
+        self.own: dict[int, list[int]] = {}  # by module, its parameters
 
     def event(self, kind: str, call: Any, graph: torch.fx.Graph) -> None:
         """Note an event, and at the nodes made since the last one that they were made after that."""
@@ -201,6 +202,8 @@ class _Recorder:
             mode = get_proxy_mode()
             if mode is None:
                 return forward(*args, **kwargs)
+            if not is_torchs:
+                args, kwargs = _each_its_own(args, kwargs)
             record = Call(
                 path, module, self.call, stopped=not torch.is_grad_enabled(), hooked=hooked
             )
@@ -211,6 +214,10 @@ class _Recorder:
                 record.bound = record.signature.bind(record.args, record.kwargs)
             except (NotPlain, ValueError) as error:
                 record.problem = f"was called with arguments of which {error}"
+            if self.call is None:
+                self.own = {id(m.__dict__): _parameters(m) for m in module.modules()}
+            if self.own.get(id(module.__dict__)) != _parameters(module):
+                record.problem = "was called with other parameters than its own"
             self.event("enter", record, mode.tracer.graph)
             self.call = record
             try:
@@ -263,6 +270,26 @@ class _Recorder:
         path = self.paths.get(id(module.__dict__))
         if self.call is not None and path is not None:
             self.call.modes[path] = mode
+
+
+def _parameters(module: Any) -> list[int]:
+    return [id(p) for p in module._parameters.values()]
+
+
+def _each_its_own(args: Any, kwargs: Any) -> Any:
+    """Return arguments of which no two are one tensor: another call may give two."""
+    given = [id(x) for x in leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+    if len(set(given)) == len(given):
+        return args, kwargs
+    seen: set[int] = set()
+
+    def own(x: Any) -> Any:
+        if not isinstance(x, torch.Tensor) or id(x) not in seen:
+            seen.add(id(x))
+            return x
+        return torch.ops.aten.alias(x)
+
+    return rebuilt(args, own), rebuilt(kwargs, own)
 
 
 def _notes(node: Any) -> dict[str, int]:
@@ -399,6 +426,33 @@ def _followed(model: torch.nn.Module, recorder: _Recorder) -> Iterator[None]:
         same = all(fn(p).dtype == p.dtype for p in self.parameters(recurse))
         return self if same else plain(self, fn, recurse)
 
+    def enter(self: Any) -> None:  # torch.export does not note it, as it does with no_grad
+        self.before = torch.is_grad_enabled()
+        torch.set_grad_enabled(self.before and not self.mode)
+
+    def leave(self: Any, *_: Any) -> None:
+        torch.set_grad_enabled(self.before)
+
+    def data(self: torch.Tensor) -> torch.Tensor:  # torch.export cannot follow it
+        return plain_data.__get__(self) if get_proxy_mode() is None else self.detach()
+
+    def set_data(self: torch.Tensor, value: torch.Tensor) -> None:
+        if get_proxy_mode() is None:
+            plain_data.__set__(self, value)
+        elif (self.shape, self.dtype) == (value.shape, value.dtype):
+            self.detach().copy_(value)
+        else:
+            raise KeptTensorError(
+                explain(
+                    f"found .data set to a tensor of another shape or dtype{_line_of(traceback.extract_stack())}",
+                    "the shapes of what a compiled function keeps are fixed",
+                    "make a new tensor, or register the buffer with its final shape and dtype",
+                )
+            )
+
+    inference = torch.autograd.grad_mode.inference_mode
+    ways = inference.__enter__, inference.__exit__
+    plain_data: Any = torch.Tensor.data  # of the class that torch.Tensor is derived from
     plain = torch.nn.Module._apply
     annotated = torch.nn.Module.__dict__.get("training", None)
     watch = torch.nn.modules.module.register_module_buffer_registration_hook(recorder.assigned)
@@ -410,11 +464,15 @@ def _followed(model: torch.nn.Module, recorder: _Recorder) -> Iterator[None]:
                 for name in FORWARD_HOOKS:
                     module.__dict__[name] = OrderedDict()
         torch.nn.Module.training = property(look, put)  # pyright: ignore[reportAttributeAccessIssue]
+        inference.__enter__, inference.__exit__ = enter, leave  # type: ignore
+        torch.Tensor.data = property(data, set_data)  # type: ignore
         torch.nn.Module._apply = (
             apply  # ``self.to(dtype)`` in a forward, where nothing is to be done
         )
         yield
     finally:
+        inference.__enter__, inference.__exit__ = ways  # type: ignore
+        del torch.Tensor.data
         torch.nn.Module._apply = plain
         watch.remove()
         if annotated is None:
@@ -438,7 +496,13 @@ def _exported(
     Raises:
         ConversionError: if torch.export cannot follow the code.
     """
-    tensors = tuple(x for x in leaves((args, dict(kwargs))) if isinstance(x, torch.Tensor))
+    given = [x for x in leaves((args, dict(kwargs))) if isinstance(x, torch.Tensor)]
+    known = {id(x) for x in (*model.parameters(), *model.buffers())}
+    # A tensor that is given twice would be one input.
+    tensors = tuple(
+        x.detach().clone() if id(x) in known or any(x is y for y in given[:i]) else x
+        for i, x in enumerate(given)
+    )
     axes = (tuple(_axes(x, dynamic) for x in tensors),)
     recorder = _Recorder(model)
     flat = _Flat(model, args, kwargs, recorder)

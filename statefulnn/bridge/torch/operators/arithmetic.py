@@ -290,6 +290,22 @@ def assign(old: Any, new: Any) -> Any:
     return jnp.broadcast_to(cast(new, old.dtype), old.shape)
 
 
+@jax.custom_jvp
+def _unseen(old: Any, new: Any) -> Any:
+    return new
+
+
+@_unseen.defjvp
+def _(values: Any, tangents: Any) -> Any:
+    return values[1], tangents[0]
+
+
+@operator("unseen")
+def unseen(old: Any, new: Any) -> Any:
+    """Return `new` as it is after it was written into `old` in a way that gradients do not see."""
+    return _unseen(old, new) if category(new.dtype) > 1 else lax.stop_gradient(new)
+
+
 @operator("copy")
 def copy(x: Any, source: Any, non_blocking: bool = False) -> Any:
     return assign(x, source)
