@@ -1,4 +1,4 @@
-"""Gradients of converted modules where torch has rules of its own: writes that they do not see, ties, zeros."""
+"""Gradients of converted modules where torch has rules of its own: unseen writes, ties, zeros."""
 
 from __future__ import annotations
 
@@ -45,7 +45,9 @@ def follows_with_gradients(module, *inputs, tolerance=1e-5):
     for a, b in zip(found, wanted, strict=True):
         np.testing.assert_allclose(a, b.numpy(), rtol=tolerance, atol=tolerance)
     for name, buffer in theirs.named_buffers():
-        np.testing.assert_allclose(new[name], buffer.detach().numpy(), rtol=tolerance, atol=tolerance)
+        np.testing.assert_allclose(
+            new[name], buffer.detach().numpy(), rtol=tolerance, atol=tolerance
+        )
 
 
 # --------------------------------------------------------------------------------------------------
@@ -93,7 +95,7 @@ def write_through_data(self, x):
 def infer(self, x):
     with torch.inference_mode():
         y = x * 2
-    return y * x
+    return y + x
 
 
 def normalise(self, x):
@@ -107,3 +109,62 @@ def test_writes_under_no_grad_and_by_way_of_detach_leave_gradients_as_they_were(
     follows_with_gradients(module_of(normalise, mean=torch.zeros(3), var=torch.ones(3)), x)
     for forward in (clamp_unseen, made_unseen, write_through_detach, write_through_data, infer):
         follows_with_gradients(module_of(forward), x)
+
+
+# --------------------------------------------------------------------------------------------------
+# Ties, and zeros
+
+
+TIED = torch.tensor([[1.0, 2.0, 2.0, 0.0], [3.0, 3.0, 3.0, 3.0], [0.0, 0.0, 0.0, 0.0]])
+
+
+def lengths(x):
+    vector_norm = torch.linalg.vector_norm
+    rows = [vector_norm(x, p, dim=1) for p in (0.5, 1, 2, 3, float("inf"))]
+    return torch.stack([*rows, tnn.functional.normalize(x, dim=1).sum(1), vector_norm(x, dim=1)])
+
+
+def spreads(x):
+    return torch.stack([x.std(1), x.var(1), torch.std_mean(x, 1)[0]])
+
+
+def extremes(x):
+    found = (x.max(1)[0], x.min(1, keepdim=True)[0].squeeze(1), x.amax(1), x.max().expand(3))
+    running = x.cummax(1)[0].sum(1), x.cummin(1)[0].sum(1)
+    return torch.stack(
+        [*found, *running, torch.fmax(x, x.flip(1)).sum(1), torch.fmin(x, x.flip(1))[:, 0]]
+    )
+
+
+def bounds(x):
+    two = torch.full((4,), 2.0)
+    found = x.clamp(0, 2), x.clamp(min=2), x.clamp(max=3.0), x.clamp(3, 1), x.clamp(two * 0, two)
+    return torch.cat([*found, x.clamp(0).sqrt(), x.abs()])
+
+
+def powers(x):
+    size = x.abs()
+    return torch.cat(
+        [x.pow(0), size.pow(size), x.pow(1.5), x ** torch.tensor(2), torch.atan2(x, x), 0.0**x]
+    )
+
+
+def distances(x):
+    return torch.cat([torch.cdist(x, x.flip(1), p) for p in (0.0, 1.0, 2.0, 3.0)])
+
+
+def test_slopes_at_ties_and_zeros_are_torch_s():
+    for function in (lengths, spreads, extremes, bounds, powers, distances):
+        forward = lambda _, x, function=function: function(x)
+        follows_with_gradients(module_of(forward), TIED)
+
+
+def test_squares_of_half_precision_do_not_overflow():
+    forward = lambda _, x: torch.stack([x.norm(), x.var(), x.std(), torch.std_mean(x)[0]])
+    x = torch.tensor([300.0, -300.0, 100.0], dtype=torch.float16)
+    module = module_of(lambda _, x: (x.norm(), x.std(), torch.std_mean(x)[0]))
+    for a, b in zip(
+        from_torch(module, x)(jnp.asarray(x.numpy())), forward(None, x)[[0, 2, 3]], strict=True
+    ):
+        assert a.dtype == jnp.float16 and np.isfinite(b.item())
+        np.testing.assert_allclose(np.float32(a), b.item(), rtol=1e-3)

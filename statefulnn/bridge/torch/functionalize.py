@@ -20,9 +20,11 @@ import torch
 from statefulnn.bridge.torch.errors import ConversionError
 from statefulnn.bridge.torch.graph import Body
 from statefulnn.bridge.torch.nodes import (
+    counts_places,
     depends_on_numbers,
     entry_of,
     is_in_place,
+    layout_of_memory,
     number_of_array,
     operator_name,
     place_of,
@@ -52,6 +54,8 @@ _DROPPED = {
     "sym_constrain_range_for_size",
     "_set_grad_enabled",
 }
+# What gives the tensor itself another shape: its name, without the underscore, is that of a view.
+_RESHAPED = {"unsqueeze_", "squeeze_", "transpose_", "t_", "swapaxes_", "swapdims_"}
 # What returns its argument, or another view of the same numbers, only sometimes.
 _PERHAPS_A_VIEW = {"reshape", "flatten", "contiguous", "to", "_to_copy", "type_as", "reshape_as"}
 # Operators without an underscore that write to arguments: their positions, if the flag there is set.
@@ -80,6 +84,7 @@ class Root:
     slot: int | None
     name: str | None = None  # of a parameter or buffer, relative to the model
     constant: Any = None  # a tensor that is neither
+    like: Any = None  # the tensor of a parameter or buffer, as torch.export has it
     version: int = 0
     read_by: dict[tuple[int, int], int] = field(default_factory=dict)
     views: dict[tuple[int, ...], int] = field(
@@ -223,8 +228,8 @@ class Functionalizer:
     def write(self, view: View, new: int, where: str, seen: bool = True) -> None:
         """Put other numbers into a tensor, and so into everything it is a view of.
 
-        Where gradients do not see it (`seen`, under no_grad, by way of ``detach``), they pass as if nothing had
-        been written.
+        Where gradients do not see it (under no_grad, by way of ``detach``), they pass as if nothing had been
+        written.
         """
         root = view.root
         seen = seen and not self.stopped and not any(_is_detach(link) for link in view.chain)
@@ -350,6 +355,7 @@ class Functionalizer:
                 name = str(spec.target).removeprefix("model.")
                 table = self.trace.tables.get(name)
                 root = Root(None, name) if table is None else Root(None, constant=table)
+                root.like = value
                 self.views[node] = View(self.named.setdefault(name, root))
             elif spec.kind == kinds.CONSTANT_TENSOR:
                 tensor = program.constants[str(spec.target)]
@@ -445,6 +451,8 @@ class Functionalizer:
             raise number_of_array(place_of(node, self.call))
         if depends_on_numbers(value) and operator_name(node.target) not in _DROPPED:
             raise unknown_size(f"{node.target}", place_of(node, self.call))
+        if counts_places(node):
+            raise unknown_size(f"{node.target}", place_of(node, self.call))
         if isinstance(value, SYMBOLIC):
             return number_of(value)
         if isinstance(value, (int, bool, float)):
@@ -523,6 +531,12 @@ class Functionalizer:
             self.call = self._latest(node)
         try:
             args, kwargs = self.argument(node.args), self.argument(node.kwargs)
+            if name in _RESHAPED:
+                view = self.views[node.args[0]]
+                link = Link(target, args[1:], kwargs, where)
+                new = View(view.root, (*view.chain, link), view.certain)
+                self.views[node.args[0]] = new  # the code may go on with either
+                return new
             if written:
                 view = self.views[node.kwargs["out"] if given_out else node.args[0]]
                 old = kwargs.pop("out") if given_out else args[0]
@@ -560,9 +574,23 @@ class Functionalizer:
                 return None
             if name in ("to", "type_as", "contiguous"):
                 return View(source.root, source.chain, certain)  # the tensor itself
+        if name == "as_strided":
+            return self.strided(source, first.meta["val"], args, place_of(node, self.call), target)
         many = isinstance(value, (tuple, list))
         link = Link(target, args[1:], kwargs, place_of(node, self.call), many)
         return View(source.root, (*source.chain, link), certain)
+
+    def strided(self, source: View, like: Any, args: Any, where: str, target: Any) -> View:
+        """Return the view of a tensor's memory, of which nothing is known but the numbers in its root."""
+        root = source.root
+        base = root.constant if root.like is None else root.like
+        base = self.flat.shapes.get(root.first) if base is None else base  # type: ignore
+        if base is None or not base.is_contiguous() or base.storage_offset():
+            raise layout_of_memory(where)
+        size, stride, offset = (*args[1:], None)[:3]
+        offset = like.storage_offset() if offset is None else offset
+        offset = number_of(offset) if isinstance(offset, SYMBOLIC) else offset
+        return View(root, (Link(target, (size, stride, offset), {}, where),), source.certain)
 
     def writing(
         self, node: Any, name: str, args: Any, written: tuple[int, ...], where: str, value: Any

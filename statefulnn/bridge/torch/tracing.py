@@ -444,7 +444,8 @@ def _followed(model: torch.nn.Module, recorder: _Recorder) -> Iterator[None]:
         else:
             raise KeptTensorError(
                 explain(
-                    f"found .data set to a tensor of another shape or dtype{_line_of(traceback.extract_stack())}",
+                    "found .data set to a tensor of another shape or dtype"
+                    + _line_of(traceback.extract_stack()),
                     "the shapes of what a compiled function keeps are fixed",
                     "make a new tensor, or register the buffer with its final shape and dtype",
                 )

@@ -11,6 +11,7 @@ import numpy as np
 from jax import lax
 
 from statefulnn.bridge.torch.operators._promotion import cast, dtype_of
+from statefulnn.bridge.torch.operators._subgradients import absolute, length
 from statefulnn.bridge.torch.operators._table import operator
 
 
@@ -105,20 +106,10 @@ def solve(a: Any, b: Any, *, left: bool = True) -> Any:
 
 @operator("cdist")
 def cdist(a: Any, b: Any, p: float = 2.0, compute_mode: Any = None) -> Any:
-    distance = jnp.abs(a[..., :, None, :] - b[..., None, :, :])
-    if p == 2:
-        squares = jnp.sum(jnp.square(distance), -1)
-        # The gradient at equal points is 0, as torch has it.
-        apart = squares > 0
-        return jnp.where(
-            apart, jnp.sqrt(jnp.where(apart, squares, jnp.ones_like(squares))), squares
-        )
-    if p == 1:
-        return jnp.sum(distance, -1)
-    if p == float("inf"):
-        return jnp.max(distance, -1)
-    power = jnp.asarray(p, a.dtype)
-    return jnp.sum(distance**power, -1) ** (1 / power)
+    distance = a[..., :, None, :] - b[..., None, :, :]
+    if p == 0:
+        return jnp.sum(cast(distance != 0, a.dtype), -1)
+    return jnp.max(absolute(distance), -1) if p == float("inf") else length(distance, p, -1)
 
 
 @operator("fft_fft")
