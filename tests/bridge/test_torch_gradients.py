@@ -7,11 +7,12 @@ import copy
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import torch
 from torch import nn as tnn
 
 import statefulnn as nn
-from statefulnn.bridge.torch import from_torch
+from statefulnn.bridge.torch import ConversionError, from_torch
 
 torch.manual_seed(0)
 
@@ -109,6 +110,87 @@ def test_writes_under_no_grad_and_by_way_of_detach_leave_gradients_as_they_were(
     follows_with_gradients(module_of(normalise, mean=torch.zeros(3), var=torch.ones(3)), x)
     for forward in (clamp_unseen, made_unseen, write_through_detach, write_through_data, infer):
         follows_with_gradients(module_of(forward), x)
+
+
+# --------------------------------------------------------------------------------------------------
+# torch.autograd.Function
+
+
+class Reversed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, factor):
+        ctx.factor = factor
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient.neg() * ctx.factor, None
+
+
+class Rounded(torch.autograd.Function):
+    @staticmethod
+    def forward(x):
+        return x.round()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient
+
+
+class Chosen(torch.autograd.Function):
+    """Has several outputs, an argument of integers, and a backward that writes in place."""
+
+    @staticmethod
+    def forward(ctx, x, weight, rows):
+        ctx.save_for_backward(x, weight, rows)
+        return x @ weight, x[rows], x.argmax(1)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, by_product, by_rows, _):
+        x, weight, rows = ctx.saved_tensors
+        by_x = (by_product @ weight.T).clone()
+        by_x.index_add_(0, rows, by_rows * 3)
+        return by_x, x.T @ by_product * 2, None
+
+
+class Doubled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.mark_dirty(x)
+        return x.mul_(2)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * 2
+
+
+def with_functions(self, x, weight):
+    product, rows, places = Chosen.apply(x, weight, torch.tensor([0, 2, 0]))
+    with torch.no_grad():
+        seen = Reversed.apply(x, 2.0)
+    return (
+        Reversed.apply(product, 0.5)
+        + Rounded.apply(x * 3)[:, :1]
+        + rows.sum()
+        + places[:, None]
+        + seen
+    )
+
+
+def test_the_backward_of_a_function_is_used():
+    follows_with_gradients(module_of(with_functions), torch.randn(4, 4), torch.randn(4, 4))
+
+
+def test_a_function_that_writes_to_its_arguments_is_refused_with_its_line():
+    module = module_of(lambda self, x: Doubled.apply(x * 1))
+    with pytest.raises(ConversionError, match="backward of Doubled.*test_torch_gradients") as error:
+        from_torch(module, torch.randn(4))
+    assert "it writes to its arguments" in str(error.value)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -162,6 +162,7 @@ class Functionalizer:
         self.flat = Flat()
         self.views: dict[Any, Any] = {}  # node -> View, or a number
         self.by_ref: dict[int, tuple[View, Any]] = {}  # and a tensor like it
+        self.nodes_by_ref: dict[int, Any] = {}
         self.named: dict[str, Root] = {}
         self.events = iter(enumerate(trace.events))
         self.next_event = next(self.events, None)
@@ -298,6 +299,8 @@ class Functionalizer:
                 self.call = call
             elif kind == "assign":
                 self.assign(*call)
+            elif kind == "function":
+                self.give_gradient(*call)
             else:
                 if not call.problem:
                     self.flat.outputs[id(call)] = self.filled(call.output)
@@ -326,6 +329,22 @@ class Functionalizer:
         root.name = name
         root.read_by[(id(self.call), root.version)] = slot
         self.named[name] = root
+
+    def give_gradient(
+        self, given: list, made: list, graph: torch.fx.GraphModule, name: str
+    ) -> None:
+        """Let gradients pass the outputs of a torch.autograd.Function by its own backward."""
+        if any(ref.number not in self.by_ref for ref in (*given, *made)):  # nothing uses it
+            return
+        inputs = [self.read(self.by_ref[ref.number][0]) for ref in given]
+        outputs = [self.read(self.by_ref[ref.number][0]) for ref in made]
+        args = (outputs, inputs, self.body(graph, calls=False))
+        out = self.emit("operator", "own_gradient", args, None, f"the backward of {name}")
+        for i, ref in enumerate(made):
+            _, like = self.by_ref[ref.number]
+            view = View(Root(self.emit("operator", "getitem", (Var(out), i), like=like)))
+            self.by_ref[ref.number] = view, like
+            self.views[self.nodes_by_ref[ref.number]] = view
 
     def filled(self, structure: Any) -> Any:
         def leaf(x: Any, _: str) -> Any:
@@ -373,9 +392,10 @@ class Functionalizer:
         self.advance(len(self.trace.events))
         return self.flat
 
-    def body(self, graph: torch.fx.GraphModule) -> Body:
-        """Return a function that an operator is given, with its own slots."""
-        self.flat.with_bodies.add(id(self.call))
+    def body(self, graph: torch.fx.GraphModule, calls: bool = True) -> Body:
+        """Return a function that an operator is given, with its own slots, and whether it may call modules."""
+        if calls:
+            self.flat.with_bodies.add(id(self.call))
         inner = Functionalizer(self.trace, self.custom)
         inner.call, inner.next_event = self.call, None
         inputs = []
@@ -395,6 +415,7 @@ class Functionalizer:
         ref = node.meta.get(CUSTOM, {}).get(OURS, {}).get("ref")
         if ref is not None and isinstance(self.views.get(node), View):
             self.by_ref[ref] = self.views[node], node.meta.get("val")
+            self.nodes_by_ref[ref] = node
 
     def nodes(self, module: torch.fx.GraphModule, stopped: bool) -> Any:
         """Go through the nodes of a graph; `stopped` says whether no gradients pass."""

@@ -35,6 +35,7 @@ from statefulnn.bridge.torch.attributes import (
     tables_of_a_call,
 )
 from statefulnn.bridge.torch.errors import ConversionError, KeptTensorError
+from statefulnn.bridge.torch.own_gradients import traced_backward
 from statefulnn.bridge.torch.structures import (
     CONSTANTS,
     Leaf,
@@ -111,7 +112,8 @@ class Trace:
     Attributes:
         program: torch.export's.
         root: the outermost call.
-        events: ("enter" or "leave", call) and ("assign", (buffer, ref)), in order.
+        events: ("enter" or "leave", call), ("assign", (buffer, ref)), and ("function", (the refs of arguments
+            and outputs, the graph of its backward, its name)), in order.
         tables: by name, the buffers that the first call has filled, and later ones leave as they are.
     """
 
@@ -264,6 +266,32 @@ class _Recorder:
             )
         ref = self.ref(buffer, full)
         self.event("assign", (full, ref.number), mode.tracer.graph)
+
+    def applied(self, plain: Callable, function: Any, args: tuple[Any, ...]) -> Any:
+        """Apply a torch.autograd.Function, and note its backward beside what its forward gave."""
+        mode = get_proxy_mode()
+        known = [x for x in args if isinstance(x, torch.Tensor)]
+        out = plain(*args)
+        if mode is None or self.call is None or torch.compiler.is_dynamo_compiling():
+            return out
+        if not torch.is_grad_enabled() or function.__module__.startswith("torch."):  # checkpoint's
+            return out
+        several = isinstance(out, tuple)
+        outputs = out if several else (out,)
+        given = {id(x) for x in known}
+        outputs = tuple(torch.ops.aten.alias(x) if id(x) in given else x for x in outputs)
+        tensors = [x for x in outputs if isinstance(x, torch.Tensor)]
+        if any(x.is_floating_point() for x in known) and any(
+            x.is_floating_point() for x in tensors
+        ):
+            try:
+                refs = [[self.ref(x, "") for x in side] for side in (known, tensors)]
+            except NotPlain:  # inside of a transformation of torch.func
+                return out
+            line = lambda: _line_of(traceback.extract_stack())
+            graph = traced_backward(function, args, outputs, line)
+            self.event("function", (*refs, graph, function.__name__), mode.tracer.graph)
+        return outputs if several else outputs[0]
 
     def look(self, module: Any, mode: bool) -> None:
         """Note that the code looked at whether a module is in training mode."""
@@ -451,6 +479,9 @@ def _followed(model: torch.nn.Module, recorder: _Recorder) -> Iterator[None]:
                 )
             )
 
+    function = torch.autograd.Function
+    plain_apply = function.__dict__["apply"]
+    applied = lambda cls, *given: recorder.applied(plain_apply.__get__(None, cls), cls, given)
     inference = torch.autograd.grad_mode.inference_mode
     ways = inference.__enter__, inference.__exit__
     plain_data: Any = torch.Tensor.data  # of the class that torch.Tensor is derived from
@@ -466,6 +497,7 @@ def _followed(model: torch.nn.Module, recorder: _Recorder) -> Iterator[None]:
                     module.__dict__[name] = OrderedDict()
         torch.nn.Module.training = property(look, put)  # pyright: ignore[reportAttributeAccessIssue]
         inference.__enter__, inference.__exit__ = enter, leave  # type: ignore
+        function.apply = classmethod(applied)  # type: ignore
         torch.Tensor.data = property(data, set_data)  # type: ignore
         torch.nn.Module._apply = (
             apply  # ``self.to(dtype)`` in a forward, where nothing is to be done
@@ -473,6 +505,7 @@ def _followed(model: torch.nn.Module, recorder: _Recorder) -> Iterator[None]:
         yield
     finally:
         inference.__enter__, inference.__exit__ = ways  # type: ignore
+        function.apply = plain_apply  # type: ignore
         del torch.Tensor.data
         torch.nn.Module._apply = plain
         watch.remove()
