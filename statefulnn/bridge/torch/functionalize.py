@@ -393,7 +393,7 @@ class Functionalizer:
         return self.flat
 
     def body(self, graph: torch.fx.GraphModule, calls: bool = True) -> Body:
-        """Return a function that an operator is given, with its own slots, and whether it may call modules."""
+        """Return a function that an operator is given, with slots of its own; `calls`: of modules."""
         if calls:
             self.flat.with_bodies.add(id(self.call))
         inner = Functionalizer(self.trace, self.custom)

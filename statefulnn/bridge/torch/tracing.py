@@ -455,10 +455,15 @@ def _followed(model: torch.nn.Module, recorder: _Recorder) -> Iterator[None]:
         return self if same else plain(self, fn, recurse)
 
     def enter(self: Any) -> None:  # torch.export does not note it, as it does with no_grad
+        self.noted = self.mode and get_proxy_mode() is not None
+        if not self.noted:
+            return ways[0](self)
         self.before = torch.is_grad_enabled()
-        torch.set_grad_enabled(self.before and not self.mode)
+        torch.set_grad_enabled(False)
 
-    def leave(self: Any, *_: Any) -> None:
+    def leave(self: Any, *error: Any) -> None:
+        if not getattr(self, "noted", False):
+            return ways[1](self, *error)
         torch.set_grad_enabled(self.before)
 
     def data(self: torch.Tensor) -> torch.Tensor:  # torch.export cannot follow it
@@ -534,10 +539,12 @@ def _exported(
     known = {id(x) for x in (*model.parameters(), *model.buffers())}
     # A tensor that is given twice would be one input.
     tensors = tuple(
-        x.detach().clone() if id(x) in known or any(x is y for y in given[:i]) else x
+        x.detach().clone()
+        if id(x) in known or x.is_inference() or any(x is y for y in given[:i])
+        else x
         for i, x in enumerate(given)
     )
-    axes = (tuple(_axes(x, dynamic) for x in tensors),)
+    axes = (tuple(_axes(x, dynamic) for x in tensors),) if tensors else None
     recorder = _Recorder(model)
     flat = _Flat(model, args, kwargs, recorder)
     flat.__dict__["training"] = model.training
@@ -548,6 +555,14 @@ def _exported(
     except ConversionError:
         raise
     except Exception as error:
+        if any(p.is_inference() for p in (*model.parameters(), *model.buffers())):
+            raise ConversionError(
+                explain(
+                    f"converted {type(model).__name__}, which was made under torch.inference_mode",
+                    "torch.export cannot follow tensors of that kind",
+                    "make it, and load its weights, outside",
+                )
+            ) from error
         raise _not_followed(model, recorder.failed, error) from error
 
 
@@ -568,6 +583,14 @@ def _not_followed(model: Any, call: Call | None, error: BaseException) -> Conver
     said = str(error).strip().split("\n\n")[0].split("\n")[0]
     inside = f" in the forward of {call.path!r} ({type(call.module).__name__})" if call else ""
     line = _line_of(traceback.extract_tb(error.__traceback__))
+    if "unhashable type: non-nested SymInt" in said:
+        return ConversionError(
+            explain(
+                f"torch.export could not follow {type(model).__name__}{inside}{line}",
+                "a size is a key of a dict or set there, and a size that may vary cannot be one",
+                'from_torch(..., dynamic="none"), or make what is kept for each size anew in each call',
+            )
+        )
     if "data-dependent" in str(error).lower() or "DataDependent" in type(error).__name__:
         why = f"it looks at the numbers in an array, which a graph does not know: {said}"
     else:
