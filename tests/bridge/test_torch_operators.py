@@ -386,6 +386,28 @@ def test_every_entry_is_a_name_of_torchs():
     assert not unknown
 
 
+def test_composite_operators_are_taken_apart():
+    class Composite(torch.nn.Module):
+        def forward(self, x, y):
+            loss = torch.nn.functional
+            losses = loss.triplet_margin_loss(x, y, x.flip(0)) + loss.poisson_nll_loss(x, y)
+            losses = losses + loss.cosine_embedding_loss(x, y, torch.ones(len(x)))
+            z = x.clone()
+            z.fill_diagonal_(3.0)
+            return losses, torch.inner(x, y), torch.fft.fftshift(x), loss.pairwise_distance(x, y), z
+
+    x, y = (torch.rand(4, 4, generator=GENERATOR) for _ in range(2))
+    beside(Composite(), x, y)
+
+
+def test_products_of_vectors_conjugate_the_first():
+    c, d = torch.complex(Y[:, :2], P[:, :2]), torch.complex(P[:, :2], Y[:, :2])
+    check("linalg_vecdot", c, d, dim=-1)
+    check("linalg_vecdot", Y, P, dim=0)
+    check("vdot", c[0], d[0])
+    check("dot", c[0], d[0])
+
+
 # Core operators without an entry, and why; docs/from-torch.md has the same list.
 WITHOUT = {
     "_local_scalar_dense": "a number of Python's made of an array",

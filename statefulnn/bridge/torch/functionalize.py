@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from statefulnn.bridge.torch.decompositions import decomposed
 from statefulnn.bridge.torch.errors import ConversionError
 from statefulnn.bridge.torch.graph import Body
 from statefulnn.bridge.torch.nodes import (
@@ -33,6 +34,7 @@ from statefulnn.bridge.torch.nodes import (
     unknown_size,
     written_constant,
 )
+from statefulnn.bridge.torch.operators import find
 from statefulnn.bridge.torch.structures import CONSTANTS, Var, leaves, map_leaves
 from statefulnn.bridge.torch.tracing import (
     CUSTOM,
@@ -530,6 +532,14 @@ class Functionalizer:
         if schema is None:
             slot = self.emit("operator", target, self.argument(node.args), {}, where, value)
             return View(Root(slot))
+        if isinstance(target, str) and not find(target):
+            graph = decomposed(node)
+            if graph is not None:
+                holes = [n for n in graph.graph.nodes if n.op == "placeholder"]
+                for hole, given in zip(holes, node.all_input_nodes, strict=True):
+                    self.views[hole] = self.views[given]
+                found = self.nodes(graph, self.stopped)
+                return found if isinstance(value, (tuple, list)) else found[0]
         updates = _WRITES.get(str(node.target).removeprefix("aten."))
         written = [
             i

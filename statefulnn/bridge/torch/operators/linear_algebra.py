@@ -20,9 +20,24 @@ def matmul(a: Any, b: Any) -> Any:
     return jnp.matmul(a, b)
 
 
-@operator("dot", "vdot", "linalg_vecdot")
+@operator("dot")
 def dot(a: Any, b: Any) -> Any:
     return jnp.dot(a, b)
+
+
+@operator("vdot")
+def vdot(a: Any, b: Any) -> Any:
+    return jnp.vdot(a, b)
+
+
+@operator("linalg_vecdot")
+def vecdot(a: Any, b: Any, *, dim: int = -1) -> Any:
+    return jnp.sum(jnp.conj(a) * b, dim)
+
+
+@operator("linalg_householder_product")
+def householder_product(a: Any, taus: Any) -> Any:
+    return lax.linalg.householder_product(a, taus)
 
 
 @operator("outer", "ger")
