@@ -438,21 +438,8 @@ def _with_hooks(module: torch.nn.Module, forward: Callable) -> Callable:
 
 
 @contextlib.contextmanager
-def _followed(model: torch.nn.Module, recorder: _Recorder) -> Iterator[None]:
-    """Note calls of the model's modules, and looks at their ``training``, inside."""
-
-    def look(module: Any) -> bool:
-        mode = module.__dict__["training"]
-        if not torch.compiler.is_dynamo_compiling():
-            recorder.look(module, mode)
-        return mode
-
-    def put(module: Any, mode: bool) -> None:
-        module.__dict__["training"] = mode
-
-    def apply(self: Any, fn: Callable, recurse: bool = True) -> Any:
-        same = all(fn(p).dtype == p.dtype for p in self.parameters(recurse))
-        return self if same else plain(self, fn, recurse)
+def _noted(recorder: _Recorder) -> Iterator[None]:
+    """Let torch.export see what it does not: inference_mode, ``.data``, and the backward of a Function."""
 
     def enter(self: Any) -> None:  # torch.export does not note it, as it does with no_grad
         self.noted = self.mode and get_proxy_mode() is not None
@@ -490,6 +477,34 @@ def _followed(model: torch.nn.Module, recorder: _Recorder) -> Iterator[None]:
     inference = torch.autograd.grad_mode.inference_mode
     ways = inference.__enter__, inference.__exit__
     plain_data: Any = torch.Tensor.data  # of the class that torch.Tensor is derived from
+    try:
+        inference.__enter__, inference.__exit__ = enter, leave  # type: ignore
+        function.apply = classmethod(applied)  # type: ignore
+        torch.Tensor.data = property(data, set_data)  # type: ignore
+        yield
+    finally:
+        inference.__enter__, inference.__exit__ = ways  # type: ignore
+        function.apply = plain_apply  # type: ignore
+        del torch.Tensor.data
+
+
+@contextlib.contextmanager
+def _followed(model: torch.nn.Module, recorder: _Recorder) -> Iterator[None]:
+    """Note calls of the model's modules, and looks at their ``training``, inside."""
+
+    def look(module: Any) -> bool:
+        mode = module.__dict__["training"]
+        if not torch.compiler.is_dynamo_compiling():
+            recorder.look(module, mode)
+        return mode
+
+    def put(module: Any, mode: bool) -> None:
+        module.__dict__["training"] = mode
+
+    def apply(self: Any, fn: Callable, recurse: bool = True) -> Any:
+        same = all(fn(p).dtype == p.dtype for p in self.parameters(recurse))
+        return self if same else plain(self, fn, recurse)
+
     plain = torch.nn.Module._apply
     annotated = torch.nn.Module.__dict__.get("training", None)
     watch = torch.nn.modules.module.register_module_buffer_registration_hook(recorder.assigned)
@@ -501,17 +516,11 @@ def _followed(model: torch.nn.Module, recorder: _Recorder) -> Iterator[None]:
                 for name in FORWARD_HOOKS:
                     module.__dict__[name] = OrderedDict()
         torch.nn.Module.training = property(look, put)  # pyright: ignore[reportAttributeAccessIssue]
-        inference.__enter__, inference.__exit__ = enter, leave  # type: ignore
-        function.apply = classmethod(applied)  # type: ignore
-        torch.Tensor.data = property(data, set_data)  # type: ignore
         torch.nn.Module._apply = (
             apply  # ``self.to(dtype)`` in a forward, where nothing is to be done
         )
         yield
     finally:
-        inference.__enter__, inference.__exit__ = ways  # type: ignore
-        function.apply = plain_apply  # type: ignore
-        del torch.Tensor.data
         torch.nn.Module._apply = plain
         watch.remove()
         if annotated is None:
@@ -549,7 +558,7 @@ def _exported(
     flat = _Flat(model, args, kwargs, recorder)
     flat.__dict__["training"] = model.training
     try:
-        with _followed(model, recorder), torch.enable_grad(), _quiet():
+        with _followed(model, recorder), _noted(recorder), torch.enable_grad(), _quiet():
             program = torch.export.export(flat, tensors, dynamic_shapes=axes, strict=False)
         return program, recorder
     except ConversionError:
