@@ -458,7 +458,7 @@ def _transformed(where: str) -> ConversionError:
 def unsupported(missing: dict[str, list[str]]) -> ConversionError:
     """Build the error that names every operator without a counterpart."""
     mapped = [p[0] for name, p in missing.items() if "_functorch" in name]
-    if mapped:
+    if len(mapped) == len(missing):
         return _transformed(mapped[0])
     lines = []
     for name, places in sorted(missing.items()):
