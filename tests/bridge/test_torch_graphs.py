@@ -337,6 +337,112 @@ def test_recurrent_layers_indexing_sorting_and_joining():
     assert isinstance(ours.lstm, nn.LSTM)
 
 
+class OtherNumbers(tnn.Module):
+    """Writes through views that show other numbers, other shapes, or memory."""
+
+    def forward(self, x):
+        c = torch.complex(x, x * 2)
+        c.real.mul_(3)
+        torch.view_as_real(c)[..., 1] += 1
+        pairs = x * 2
+        torch.view_as_complex(pairs.view(-1, 3, 2)).mul_(1j)
+        bits = x.clone()
+        bits.view(torch.int32).bitwise_and_(0x7FFFFFFF)
+        turned = x * 1
+        same = turned
+        turned.unsqueeze_(0).squeeze_(0).t_()
+        same[1:3] = 5
+        rest = (x * 2)[1:]
+        rest.as_strided((2, 3), (6, 1)).add_(1)
+        before = rest.as_strided((3, 2), (2, 1), 4)
+        return torch.view_as_real(c), pairs, bits, turned, same * 2, rest, before
+
+
+class ByMasks(tnn.Module):
+    def forward(self, x):
+        y = x.clone()
+        y[:, torch.tensor([True, False, True, False, False, True])] = 0.5
+        y[y[:, 0] > 0] = torch.arange(6.0)
+        y[y[:, 1] > 1] = torch.ones(1, 6)
+        y[y < -1] = y.new_tensor([3.0])
+        return y
+
+
+def test_writes_through_views_of_other_numbers_and_to_the_places_of_masks():
+    x, other = torch.randn(4, 6), torch.randn(5, 6)
+    for module, others in ((OtherNumbers(), []), (ByMasks(), [(other,)])):
+        ours = from_torch(module, x, dynamic="auto" if others else "none")
+        for given in ((x,), *others):
+            agree(ours(*as_array(given)), module(*given))
+
+
+def fill_with_rows(x):
+    y = x.clone()
+    y[y[:, 0] > 0] = torch.ones(2, 6)
+    return y
+
+
+def view_memory(x):
+    return (x.t() * 2).as_strided((2, 3), (6, 1))
+
+
+@pytest.mark.parametrize(
+    ("forward", "message"), [(fill_with_rows, "aten.index_put_"), (view_memory, "as_strided")]
+)
+def test_rows_for_a_mask_and_views_of_memory_in_another_order_are_refused(forward, message):
+    module = type("Module", (tnn.Module,), {"forward": lambda self, x: forward(x)})()
+    with pytest.raises(ConversionError, match=message):
+        from_torch(module, torch.randn(4, 6))
+
+
+class Attention(tnn.Module):
+    def __init__(self):
+        super().__init__()
+        self.keys = tnn.Linear(4, 4)
+
+    def forward(self, query, key, value):
+        return (query @ self.keys(key).T).softmax(-1) @ value
+
+
+class SharedAttention(tnn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attend = Attention()
+
+    def forward(self, x, y):
+        return self.attend(x, x, x) + self.attend(x, y, y) + self.attend(x, y, x)
+
+
+def test_one_tensor_in_two_arguments_may_be_two_in_the_next_call():
+    x, y = torch.randn(3, 4), torch.randn(3, 4)
+    ours = follows(SharedAttention(), x, y, others=[(y, x)])
+    assert len(ours.attend.graphs) == 1
+    theirs = Attention()
+    ours = from_torch(theirs, x, x, x)
+    agree(ours(*as_array((x, y, x))), theirs(x, y, x))
+    ours = from_torch(theirs, x, theirs.keys.weight, theirs.keys.weight)
+    z = torch.randn(4, 4)
+    agree(ours(*as_array((x, z, z))), theirs(x, z, z))
+
+
+class Masked(tnn.Module):
+    """Calls its layers with other weights than their own, as pruning and hypernetworks do."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = tnn.Sequential(tnn.Linear(4, 4), tnn.BatchNorm1d(4))
+        self.scale = tnn.Parameter(torch.rand(4, 4))
+
+    def forward(self, x):
+        other = {"0.weight": self.fc[0].weight * self.scale, "1.bias": self.scale[0]}
+        return torch.func.functional_call(self.fc, other, (x,)) + self.fc(x)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_functional_call_uses_the_weights_it_is_given(training):
+    follows(Masked().train(training), torch.randn(3, 4), others=[(torch.randn(5, 4),)])
+
+
 def test_tied_parameters_are_one():
     class Tied(tnn.Module):
         def __init__(self):

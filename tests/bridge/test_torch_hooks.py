@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import pytest
 import torch
 from torch import nn as tnn
+from torch.nn.utils import prune
 
 import statefulnn as nn
 from statefulnn.bridge.torch import ConversionError, from_torch
@@ -47,6 +48,13 @@ def test_norms_of_weights_that_work_by_hooks(norm):
     assert list(ours.state_dict()) == list(theirs.state_dict())
     for _ in range(2):  # spectral_norm has state
         same(ours(arrays(X)), theirs(X))
+
+
+def test_pruned_weights_are_followed():
+    theirs = tnn.Sequential(tnn.Linear(4, 3), tnn.Tanh())
+    prune.l1_unstructured(theirs[0], "weight", 0.5)
+    ours = beside(theirs, X, others=OTHER)
+    assert list(ours.state_dict()) == list(theirs.state_dict())
 
 
 class Ready(tnn.Module):

@@ -363,6 +363,8 @@ def test_an_operator_computes_what_torch_does(case):
 def test_every_entry_is_a_name_of_torchs():
     ours = {
         "assign",
+        "unseen",
+        "own_gradient",
         "put_view",
         "getitem",
         "stop_gradient",
@@ -382,6 +384,28 @@ def test_every_entry_is_a_name_of_torchs():
         ):
             unknown.append(name)
     assert not unknown
+
+
+def test_composite_operators_are_taken_apart():
+    class Composite(torch.nn.Module):
+        def forward(self, x, y):
+            loss = torch.nn.functional
+            losses = loss.triplet_margin_loss(x, y, x.flip(0)) + loss.poisson_nll_loss(x, y)
+            losses = losses + loss.cosine_embedding_loss(x, y, torch.ones(len(x)))
+            z = x.clone()
+            z.fill_diagonal_(3.0)
+            return losses, torch.inner(x, y), torch.fft.fftshift(x), loss.pairwise_distance(x, y), z
+
+    x, y = (torch.rand(4, 4, generator=GENERATOR) for _ in range(2))
+    beside(Composite(), x, y)
+
+
+def test_products_of_vectors_conjugate_the_first():
+    c, d = torch.complex(Y[:, :2], P[:, :2]), torch.complex(P[:, :2], Y[:, :2])
+    check("linalg_vecdot", c, d, dim=-1)
+    check("linalg_vecdot", Y, P, dim=0)
+    check("vdot", c[0], d[0])
+    check("dot", c[0], d[0])
 
 
 # Core operators without an entry, and why; docs/from-torch.md has the same list.

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import random
+import threading
+
+import numpy as np
 import pytest
 import torch
 from torch import nn as tnn
 
+import statefulnn as nn
 from statefulnn.bridge.torch import ConversionError, from_torch
 from tests.bridge.beside_torch import beside
 
@@ -141,3 +146,77 @@ def test_assertions_about_numbers_are_left_out():
             return x + n.max()
 
     beside(Checked(), X[0, :4], COUNTS)
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (lambda x: torch.vmap(lambda v: v * v.sum())(x), "a transformation of torch.func"),
+        (lambda x: torch.func.grad(lambda v: (v**3).sum())(x), "a transformation of torch.func"),
+        (lambda x: x * random.random(), "draws from random or numpy.random"),
+        (lambda x: x * float(np.random.rand()), "draws from random or numpy.random"),
+        (lambda x: x + {x.shape: 1}[x.shape], "a size is a key of a dict"),
+        (lambda x: setattr(x * 1, "data", x[:2]) or x, "set to a tensor of another shape"),
+    ],
+)
+def test_what_a_graph_would_silently_get_wrong(function, message):
+    random.seed(1)
+    before = random.getstate()
+    with pytest.raises(ConversionError, match=message):
+        from_torch(Net(function), X)
+    assert random.getstate() == before
+
+
+def test_random_numbers_that_change_nothing_do_no_harm():
+    beside(Net(lambda x: (np.random.rand(), x * 2)[1]), X)
+
+
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")
+def test_modules_that_are_refused_by_their_kind():
+    with torch.inference_mode():
+        inferring = Net(torch.sin)
+    hook = torch.nn.modules.module.register_module_forward_hook(lambda *_: None)
+    try:
+        with pytest.raises(ConversionError, match="all modules of torch have a forward hook"):
+            from_torch(Net(torch.sin), X)
+    finally:
+        hook.remove()
+    with pytest.raises(ConversionError, match="made under torch.inference_mode"):
+        from_torch(inferring, X)
+    layers = tnn.Sequential(torch.ao.nn.quantized.Linear(2, 2))
+    with pytest.raises(ConversionError, match="'0' .Linear.\n.*quantized"):
+        from_torch(layers, X)
+    wide = torch.ones(6, dtype=torch.float64)
+    with pytest.raises(nn.DtypeError, match=r"a constant \('part.0' .* of float64"):
+        from_torch(Net(lambda x: x + wide), X)
+
+
+def test_constants_are_compared_with_their_kind():
+    ours = from_torch(Net(lambda x, factor: x * factor), torch.tensor([1, 2]), 2)
+    for other in (2.0, True):
+        with pytest.raises(nn.ShapeError, match="was 2 when it was traced"):
+            ours(np.array([1, 2]), other)
+
+
+def test_a_forward_without_arguments():
+    beside(Net(lambda: torch.arange(3) * 2.0), kwargs={})
+    with pytest.raises(ConversionError, match="kwargs={}"):
+        from_torch(Net(torch.sin))
+
+
+def test_threads_take_turns():
+    failed = []
+
+    def convert():
+        try:
+            from_torch(Net(torch.sin), X)
+        except Exception as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=convert) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failed
+    assert not isinstance(torch.nn.Module.__dict__.get("training"), property)

@@ -12,7 +12,6 @@ import torch
 from statefulnn.core.arrays import from_numpy, host_array
 from statefulnn.core.errors import DtypeError, explain
 from statefulnn.core.narrowing import numbers_beyond
-from statefulnn.core.placement import supported
 
 # What numpy has no type for: read as integers of the same width, and named by JAX.
 _SAME_WIDTH = {
@@ -46,8 +45,14 @@ def to_jax(tensor: torch.Tensor, copy: bool, name: str = "a tensor") -> Any:
     values = as_numpy(tensor)
     if values.dtype.kind in "iu":
         values = _narrowed(values, name)
-    else:
-        supported(values.dtype)
+    elif values.dtype.itemsize > jax.dtypes.canonicalize_dtype(values.dtype).itemsize:
+        raise DtypeError(
+            explain(
+                f"converted {name}, of {values.dtype}",
+                "64-bit types are off in JAX, which would silently give 32 bits",
+                'jax.config.update("jax_enable_x64", True) at the start of the program; or make it float32',
+            )
+        )
     if not copy:
         return from_numpy(values, copy=False)
     own = host_array(values.shape, values.dtype)

@@ -97,7 +97,8 @@ def _by_hooks(module: torch.nn.Module) -> set[str]:
     hooks = [
         h for k in ("_forward_pre_hooks", KEPT_HOOKS) for h in module.__dict__.get(k, {}).values()
     ]
-    return {h.name for h in hooks if type(h).__module__.startswith("torch.nn.utils.")}
+    own = [h for h in hooks if type(h).__module__.startswith("torch.nn.utils.")]
+    return {getattr(h, "name", None) or getattr(h, "_tensor_name", "") for h in own}
 
 
 def kept(module: torch.nn.Module, name: str) -> KeptTensorError:

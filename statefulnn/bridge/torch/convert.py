@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import random
+import threading
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch.nn.modules.lazy import LazyModuleMixin
 
@@ -19,13 +22,16 @@ from statefulnn.bridge.torch.operators import OPERATORS
 from statefulnn.bridge.torch.splitting import Splitter
 from statefulnn.bridge.torch.state import held
 from statefulnn.bridge.torch.structures import CONSTANTS, leaves, map_leaves, rebuilt
-from statefulnn.bridge.torch.tracing import trace
+from statefulnn.bridge.torch.tracing import Trace, trace
 from statefulnn.core.errors import explain
 from statefulnn.core.module import Module
 from statefulnn.core.parameter import Buffer, Parameter
 from statefulnn.core.placement import device, elsewhere
 
 _HOOKS = ("backward_pre", "backward")
+_ANOTHER_SEED = 1_618_033
+# While torch.export runs, torch's classes have other methods.
+_TRACING = threading.RLock()
 
 
 def from_torch(
@@ -104,7 +110,7 @@ def from_torch(
     graphs: dict[str, list[Graph]] = {}
     inlined: dict[str, str] = {}
     if users:
-        if not example_inputs and not kwargs:
+        if not example_inputs and kwargs is None:
             listed = ", ".join(
                 f"{n or 'the module itself'} ({type(module.get_submodule(n)).__name__})"
                 for n in users[:5]
@@ -114,7 +120,7 @@ def from_torch(
                     f"converted {type(module).__name__} without example inputs",
                     f"it has modules with a forward of their own: {listed}"
                     + (f" and {len(users) - 5} more" if len(users) > 5 else ""),
-                    "from_torch(module, *inputs) with what the module is called with",
+                    "from_torch(module, *inputs) with what it is called with; kwargs={} if that is nothing",
                 )
             )
     with held(module, example_inputs, kwargs or {}) as (args, named, has_state):
@@ -126,7 +132,8 @@ def from_torch(
                 (args, named),
                 None if has_state or dynamic == "none" else _of_two(args, named),
             ]
-            graphs, inlined = _traced(module, examples, modes, dynamic, dict(operators or {}))
+            with _TRACING:
+                graphs, inlined = _traced(module, examples, modes, dynamic, dict(operators or {}))
         with elsewhere():
             return _Tree(module, graphs, inlined, copy).convert(module, "")
 
@@ -211,9 +218,12 @@ def _traced(
                 try:
                     if mode is not None:
                         module.train(mode == "train")
-                    run = trace(module, *example, dynamic)
-                    splitter = Splitter(run, Functionalizer(run, operators).run(), is_ours)
-                    made = splitter.graphs()
+                    splitter, made = _of_any_chance(
+                        module,
+                        lambda example=example: _split(
+                            trace(module, *example, dynamic), operators, is_ours
+                        ),
+                    )
                 except ConversionError:
                     if example is not examples[0]:  # it works for one only
                         continue
@@ -226,6 +236,38 @@ def _traced(
                     known += [g for g in found if g not in known]
                 inlined.update(splitter.parts())
     return graphs, inlined
+
+
+def _split(run: Trace, operators: dict[Any, Callable], is_ours: Callable) -> tuple[Splitter, Any]:
+    splitter = Splitter(run, Functionalizer(run, operators).run(), is_ours)
+    return splitter, splitter.graphs()
+
+
+def _of_any_chance(module: Any, run: Callable[[], tuple[Splitter, Any]]) -> tuple[Splitter, Any]:
+    """Return what a run gives; Python's and numpy's random numbers are as before.
+
+    Raises:
+        ConversionError: if it drew from these, and they are in the graphs.
+    """
+    before = random.getstate(), np.random.get_state()
+    try:
+        found = run()
+        if (random.getstate(), repr(np.random.get_state())) == (before[0], repr(before[1])):
+            return found
+        random.seed(_ANOTHER_SEED)
+        np.random.seed(_ANOTHER_SEED)
+        if run()[1] != found[1]:
+            raise ConversionError(
+                explain(
+                    f"converted {type(module).__name__}, which draws from random or numpy.random",
+                    "a graph would have the numbers that were drawn when it was traced, in all calls",
+                    "draw them with torch: torch.rand(())",
+                )
+            )
+        return found
+    finally:
+        random.setstate(before[0])
+        np.random.set_state(before[1])
 
 
 def _of_two(args: tuple, kwargs: Mapping[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
@@ -247,12 +289,23 @@ def refuse(module: torch.nn.Module) -> None:
     Raises:
         ConversionError: with the name of the module or tensor.
     """
+    for kind in ("forward_pre", "forward", "backward_pre", "backward"):
+        if getattr(torch.nn.modules.module, f"_global_{kind}_hooks"):
+            raise ConversionError(
+                explain(
+                    f"converted {type(module).__name__} while all modules of torch have a {kind} hook",
+                    "layers of torch.nn become layers here, whose hooks are those of the layers themselves",
+                    "remove it (handle.remove()), and register it on the modules it is for",
+                )
+            )
     for name, member in module.named_modules(remove_duplicate=False):
         where = f"{name!r} ({type(member).__name__})" if name else type(member).__name__
         if isinstance(member, torch.jit.ScriptModule):
             raise _refused(
                 where, "compiled by torch.jit", "convert the module it was scripted from"
             )
+        if "quantized" in type(member).__module__.split("."):
+            raise _refused(where, "quantized", "convert the module before quantisation")
         if isinstance(member, LazyModuleMixin):
             raise _refused(where, "lazy, and has no shapes yet", "call it once in torch first")
         for kind in _HOOKS:

@@ -17,12 +17,15 @@ from typing import Any
 
 import torch
 
+from statefulnn.bridge.torch.decompositions import decomposed
 from statefulnn.bridge.torch.errors import ConversionError
 from statefulnn.bridge.torch.graph import Body
 from statefulnn.bridge.torch.nodes import (
+    counts_places,
     depends_on_numbers,
     entry_of,
     is_in_place,
+    layout_of_memory,
     number_of_array,
     operator_name,
     place_of,
@@ -31,6 +34,7 @@ from statefulnn.bridge.torch.nodes import (
     unknown_size,
     written_constant,
 )
+from statefulnn.bridge.torch.operators import find
 from statefulnn.bridge.torch.structures import CONSTANTS, Var, leaves, map_leaves
 from statefulnn.bridge.torch.tracing import (
     CUSTOM,
@@ -52,6 +56,8 @@ _DROPPED = {
     "sym_constrain_range_for_size",
     "_set_grad_enabled",
 }
+# What gives the tensor itself another shape: its name, without the underscore, is that of a view.
+_RESHAPED = {"unsqueeze_", "squeeze_", "transpose_", "t_", "swapaxes_", "swapdims_"}
 # What returns its argument, or another view of the same numbers, only sometimes.
 _PERHAPS_A_VIEW = {"reshape", "flatten", "contiguous", "to", "_to_copy", "type_as", "reshape_as"}
 # Operators without an underscore that write to arguments: their positions, if the flag there is set.
@@ -80,11 +86,15 @@ class Root:
     slot: int | None
     name: str | None = None  # of a parameter or buffer, relative to the model
     constant: Any = None  # a tensor that is neither
+    like: Any = None  # the tensor of a parameter or buffer, as torch.export has it
     version: int = 0
     read_by: dict[tuple[int, int], int] = field(default_factory=dict)
     views: dict[tuple[int, ...], int] = field(
         default_factory=dict
     )  # (call, version, *links) -> slot
+
+    def __post_init__(self) -> None:
+        self.first = self.slot  # the one that it was made with
 
     def is_read(self) -> bool:
         """Say whether the numbers are read where they are needed, and not in a slot."""
@@ -132,6 +142,10 @@ class Flat:
     with_bodies: set[int] = field(default_factory=set)
 
 
+def _is_detach(link: Link) -> bool:
+    return str(link.target).startswith("detach")
+
+
 def _only_checked(node: Any) -> bool:
     """Say whether a number of an array is in assertions alone, which a graph leaves out."""
     if operator_name(node.target) in _DROPPED:
@@ -150,10 +164,12 @@ class Functionalizer:
         self.flat = Flat()
         self.views: dict[Any, Any] = {}  # node -> View, or a number
         self.by_ref: dict[int, tuple[View, Any]] = {}  # and a tensor like it
+        self.nodes_by_ref: dict[int, Any] = {}
         self.named: dict[str, Root] = {}
         self.events = iter(enumerate(trace.events))
         self.next_event = next(self.events, None)
         self.call = trace.root
+        self.stopped = False  # whether the code at hand runs under no_grad
 
     # ----------------------------------------------------------------------------------------------
     # Instructions and slots
@@ -202,8 +218,7 @@ class Functionalizer:
         known = next((i for i in range(len(view.chain), 0, -1) if keys[i] in root.views), 0)
         slot = root.views[keys[known]] if known else self.root_slot(root)
         for link, key in zip(view.chain[known:], keys[known + 1 :], strict=True):
-            if link.target != "alias" or self.flat.producer[slot] is not self.call:
-                slot = self.apply(link, slot)
+            slot = self.apply(link, slot)
             root.views[key] = slot
         return Var(slot)
 
@@ -213,9 +228,14 @@ class Functionalizer:
             slot = self.emit("operator", "getitem", (Var(slot), link.index))
         return slot
 
-    def write(self, view: View, new: int, where: str) -> None:
-        """Put other numbers into a tensor, and so into everything it is a view of."""
+    def write(self, view: View, new: int, where: str, seen: bool = True) -> None:
+        """Put other numbers into a tensor, and so into everything it is a view of.
+
+        Where gradients do not see it (under no_grad, by way of ``detach``), they pass as if nothing had been
+        written.
+        """
         root = view.root
+        seen = seen and not self.stopped and not any(_is_detach(link) for link in view.chain)
         if root.constant is not None:
             raise written_constant(where)
         if not view.certain:
@@ -230,6 +250,8 @@ class Functionalizer:
                 value = self.emit(
                     "operator", "put_view", (Var(before), Var(value), *parts), {}, where
                 )
+        if not seen:
+            value = self.emit("operator", "unseen", (Var(values[0]), Var(value)), {}, where)
         root.version += 1
         if root.name is not None:
             self.emit("write", root.name, (Var(value),), where=where)
@@ -237,7 +259,8 @@ class Functionalizer:
         else:
             root.slot = value
         where_read = id(self.call) if root.is_read() else 0
-        root.views[(where_read, root.version, *map(id, view.chain))] = new
+        if seen:
+            root.views[(where_read, root.version, *map(id, view.chain))] = new
 
     def argument(self, value: Any) -> Any:
         """Return an argument of a node, with slots for nodes."""
@@ -278,6 +301,8 @@ class Functionalizer:
                 self.call = call
             elif kind == "assign":
                 self.assign(*call)
+            elif kind == "function":
+                self.give_gradient(*call)
             else:
                 if not call.problem:
                     self.flat.outputs[id(call)] = self.filled(call.output)
@@ -307,6 +332,22 @@ class Functionalizer:
         root.read_by[(id(self.call), root.version)] = slot
         self.named[name] = root
 
+    def give_gradient(
+        self, given: list, made: list, graph: torch.fx.GraphModule, name: str
+    ) -> None:
+        """Let gradients pass the outputs of a torch.autograd.Function by its own backward."""
+        if any(ref.number not in self.by_ref for ref in (*given, *made)):  # nothing uses it
+            return
+        inputs = [self.read(self.by_ref[ref.number][0]) for ref in given]
+        outputs = [self.read(self.by_ref[ref.number][0]) for ref in made]
+        args = (outputs, inputs, self.body(graph, calls=False))
+        out = self.emit("operator", "own_gradient", args, None, f"the backward of {name}")
+        for i, ref in enumerate(made):
+            _, like = self.by_ref[ref.number]
+            view = View(Root(self.emit("operator", "getitem", (Var(out), i), like=like)))
+            self.by_ref[ref.number] = view, like
+            self.views[self.nodes_by_ref[ref.number]] = view
+
     def filled(self, structure: Any) -> Any:
         def leaf(x: Any, _: str) -> Any:
             if not isinstance(x, Ref):
@@ -335,6 +376,7 @@ class Functionalizer:
                 name = str(spec.target).removeprefix("model.")
                 table = self.trace.tables.get(name)
                 root = Root(None, name) if table is None else Root(None, constant=table)
+                root.like = value
                 self.views[node] = View(self.named.setdefault(name, root))
             elif spec.kind == kinds.CONSTANT_TENSOR:
                 tensor = program.constants[str(spec.target)]
@@ -352,9 +394,10 @@ class Functionalizer:
         self.advance(len(self.trace.events))
         return self.flat
 
-    def body(self, graph: torch.fx.GraphModule) -> Body:
-        """Return a function that an operator is given, with its own slots."""
-        self.flat.with_bodies.add(id(self.call))
+    def body(self, graph: torch.fx.GraphModule, calls: bool = True) -> Body:
+        """Return a function that an operator is given, with slots of its own; `calls`: of modules."""
+        if calls:
+            self.flat.with_bodies.add(id(self.call))
         inner = Functionalizer(self.trace, self.custom)
         inner.call, inner.next_event = self.call, None
         inputs = []
@@ -374,11 +417,14 @@ class Functionalizer:
         ref = node.meta.get(CUSTOM, {}).get(OURS, {}).get("ref")
         if ref is not None and isinstance(self.views.get(node), View):
             self.by_ref[ref] = self.views[node], node.meta.get("val")
+            self.nodes_by_ref[ref] = node
 
     def nodes(self, module: torch.fx.GraphModule, stopped: bool) -> Any:
         """Go through the nodes of a graph; `stopped` says whether no gradients pass."""
         output = next(n for n in reversed(module.graph.nodes) if n.op == "output")
-        results = set(output.all_input_nodes) if stopped else set()
+        around, self.stopped = self.stopped, stopped
+        made_before = len(self.flat.producer)
+        results = dict.fromkeys(output.all_input_nodes) if stopped else {}
         for node in module.graph.nodes:
             if node.op == "placeholder":
                 continue
@@ -392,15 +438,32 @@ class Functionalizer:
                 self.views[node] = value
             elif node.op == "call_function":
                 self.views[node] = self.node(node)
-                found = self.views[node]
-                if node in results and isinstance(found, View) and found.root.name is None:
-                    like = node.meta.get("val")
-                    slot = self.emit("operator", "stop_gradient", (self.read(found),), like=like)
-                    self.views[node] = View(Root(slot))
             self.note(node)
+        for node in results:
+            found = self.views[node]
+            if isinstance(found, View) and node.op != "placeholder":
+                self.views[node] = self.stop(node, found, made_before)
+                self.note(node)
+        self.stopped = around
         pick = lambda x: self.views[x] if isinstance(x, torch.fx.Node) else x
         several = isinstance(output.args[0], (tuple, list))
         return [pick(x) for x in output.args[0]] if several else [pick(output.args[0])]
+
+    def stop(self, node: Any, view: View, made_before: int) -> View:
+        """Return what a result of no_grad is after it, where gradients pass again.
+
+        A tensor that was there before, and was written to, is as it was for them.
+        """
+        root = view.root
+        if root.slot is not None and root.first is not None and root.first >= made_before:
+            root.slot = self.emit("operator", "stop_gradient", (Var(root.slot),))
+            root.version += 1
+            return view
+        name = operator_name(node.target)
+        if is_in_place(name):
+            return view
+        link = Link("detach.default", (), {}, place_of(node, self.call))
+        return View(root, (*view.chain, link), view.certain)
 
     def node(self, node: Any) -> Any:
         """Return what a node stands for: a View, a number, or a list of these."""
@@ -410,6 +473,8 @@ class Functionalizer:
         if operator_name(node.target) in ("item", "_local_scalar_dense"):
             raise number_of_array(place_of(node, self.call))
         if depends_on_numbers(value) and operator_name(node.target) not in _DROPPED:
+            raise unknown_size(f"{node.target}", place_of(node, self.call))
+        if counts_places(node):
             raise unknown_size(f"{node.target}", place_of(node, self.call))
         if isinstance(value, SYMBOLIC):
             return number_of(value)
@@ -450,7 +515,7 @@ class Functionalizer:
                         "convert the model without autocast, and change dtypes with model.to(...)",
                     )
                 )
-            stopped = False
+            stopped = self.stopped
         else:
             enabled, inner, *rest = node.args
             stopped = not enabled
@@ -467,6 +532,14 @@ class Functionalizer:
         if schema is None:
             slot = self.emit("operator", target, self.argument(node.args), {}, where, value)
             return View(Root(slot))
+        if isinstance(target, str) and not find(target):
+            graph = decomposed(node)
+            if graph is not None:
+                holes = [n for n in graph.graph.nodes if n.op == "placeholder"]
+                for hole, given in zip(holes, node.all_input_nodes, strict=True):
+                    self.views[hole] = self.views[given]
+                found = self.nodes(graph, self.stopped)
+                return found if isinstance(value, (tuple, list)) else found[0]
         updates = _WRITES.get(str(node.target).removeprefix("aten."))
         written = [
             i
@@ -489,6 +562,12 @@ class Functionalizer:
             self.call = self._latest(node)
         try:
             args, kwargs = self.argument(node.args), self.argument(node.kwargs)
+            if name in _RESHAPED:
+                view = self.views[node.args[0]]
+                link = Link(target, args[1:], kwargs, where)
+                new = View(view.root, (*view.chain, link), view.certain)
+                self.views[node.args[0]] = new  # the code may go on with either
+                return new
             if written:
                 view = self.views[node.kwargs["out"] if given_out else node.args[0]]
                 old = kwargs.pop("out") if given_out else args[0]
@@ -526,9 +605,23 @@ class Functionalizer:
                 return None
             if name in ("to", "type_as", "contiguous"):
                 return View(source.root, source.chain, certain)  # the tensor itself
+        if name == "as_strided":
+            return self.strided(source, first.meta["val"], args, place_of(node, self.call), target)
         many = isinstance(value, (tuple, list))
         link = Link(target, args[1:], kwargs, place_of(node, self.call), many)
         return View(source.root, (*source.chain, link), certain)
+
+    def strided(self, source: View, like: Any, args: Any, where: str, target: Any) -> View:
+        """Return the view of a tensor's memory, of which nothing is known but the numbers in its root."""
+        root = source.root
+        base = root.constant if root.like is None else root.like
+        base = self.flat.shapes.get(root.first) if base is None else base  # type: ignore
+        if base is None or not base.is_contiguous() or base.storage_offset():
+            raise layout_of_memory(where)
+        size, stride, offset = (*args[1:], None)[:3]
+        offset = like.storage_offset() if offset is None else offset
+        offset = number_of(offset) if isinstance(offset, SYMBOLIC) else offset
+        return View(root, (Link(target, (size, stride, offset), {}, where),), source.certain)
 
     def writing(
         self, node: Any, name: str, args: Any, written: tuple[int, ...], where: str, value: Any
@@ -537,5 +630,5 @@ class Functionalizer:
         out = self.emit("operator", f"{name}.updating", args, None, where)
         for position, i in enumerate(written, 1):
             new = self.emit("operator", "getitem", (Var(out), position))
-            self.write(self.views[node.args[i]], new, where)
+            self.write(self.views[node.args[i]], new, where, seen=False)
         return View(Root(self.emit("operator", "getitem", (Var(out), 0), None, where, value)))

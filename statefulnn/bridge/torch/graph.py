@@ -142,7 +142,7 @@ class Graph:
                 numbers.append((want, value, name))
                 continue
             if not isinstance(want, Var):
-                if _is_array(value) or want is not value and want != value:
+                if _is_array(value) or want is not value and _differ(want, value):
                     return f"{name} was {want!r} when it was traced, and is {_short(value)} here"
                 continue
             spec = self.inputs[want.slot]
@@ -230,6 +230,13 @@ def _holds(guard: str, sizes: Mapping[str, Any]) -> bool:
             "or give a number",
         )
     )
+
+
+def _differ(want: Any, value: Any) -> bool:
+    """Say whether two constants differ, also by their kind: ``x * 2`` has another dtype than ``x * 2.0``."""
+    numbers = (bool, int, float)
+    of_kinds = type(want) in numbers and type(value) in numbers and type(want) is not type(value)
+    return of_kinds or want != value
 
 
 def _is_array(value: Any) -> bool:

@@ -76,6 +76,16 @@ def written_constant(where: str) -> ConversionError:
     )
 
 
+def layout_of_memory(where: str) -> ConversionError:
+    return ConversionError(
+        explain(
+            f"found as_strided on a tensor that is not contiguous ({where})",
+            "it looks at how numbers lie in torch's memory, and arrays have no such layout",
+            "call contiguous() first, or use unfold(), transpose() and slices",
+        )
+    )
+
+
 def number_of_array(where: str) -> ConversionError:
     return ConversionError(
         explain(
@@ -102,6 +112,22 @@ def depends_on_numbers(value: Any) -> bool:
     """Say whether the size of what an operator gives is no function of the sizes it was given."""
     values = value if isinstance(value, (tuple, list)) else (value,)
     return any(v is not None and free_unbacked_symbols(v) for v in values)
+
+
+def counts_places(node: Any) -> bool:
+    """Say whether an operator writes a row of numbers to the places of a mask: how many does it take?"""
+    if operator_name(node.target) not in ("index_put", "index_put_", "_index_put_impl_"):
+        return False
+    x, indices, values = (*node.args, *node.kwargs.values())[:3]
+    indices = [None if i is None else i.meta["val"] for i in indices]
+    masks = [i for i in indices if i is not None and i.dtype == torch.bool and i.ndim]
+    if not masks:
+        return False
+    if sum(i is not None for i in indices) > 1:
+        return True
+    after = x.meta["val"].ndim - (len(indices) - 1) - masks[0].ndim
+    shape = values.meta["val"].shape
+    return len(shape) > after and shape[len(shape) - after - 1] != 1
 
 
 def shares_memory(one: torch.Tensor, other: torch.Tensor) -> bool:

@@ -299,7 +299,11 @@ class Splitter:
         if item.kind in ("read", "write"):
             target = self.attribute(path, target)
         elif item.kind == "constant":
-            target = np.asarray(to_jax(target, copy=True))
+            if torch._C._functorch.is_functorch_wrapped_tensor(target):
+                raise _transformed(item.where or _label(item.call))
+            target = np.asarray(
+                to_jax(target, True, f"a constant ({item.where or _label(item.call)})")
+            )
         elif isinstance(target, str):
             target = find(target) or target
             if target == "put_view":
@@ -441,8 +445,21 @@ def _free(steps: list[Step], result: Any) -> None:
         seen |= here
 
 
+def _transformed(where: str) -> ConversionError:
+    return ConversionError(
+        explain(
+            f"found a transformation of torch.func, such as vmap or grad ({where})",
+            "torch.export keeps no graph of a function that is mapped or differentiated",
+            "write it for a whole batch; or take it out of forward, and use nn.vmap or nn.grad",
+        )
+    )
+
+
 def unsupported(missing: dict[str, list[str]]) -> ConversionError:
     """Build the error that names every operator without a counterpart."""
+    mapped = [p[0] for name, p in missing.items() if "_functorch" in name]
+    if len(mapped) == len(missing):
+        return _transformed(mapped[0])
     lines = []
     for name, places in sorted(missing.items()):
         lines.append(f"  {name}, used {len(places)}x, first in {places[0]}")

@@ -35,6 +35,7 @@ from statefulnn.bridge.torch.attributes import (
     tables_of_a_call,
 )
 from statefulnn.bridge.torch.errors import ConversionError, KeptTensorError
+from statefulnn.bridge.torch.own_gradients import traced_backward
 from statefulnn.bridge.torch.structures import (
     CONSTANTS,
     Leaf,
@@ -111,7 +112,8 @@ class Trace:
     Attributes:
         program: torch.export's.
         root: the outermost call.
-        events: ("enter" or "leave", call) and ("assign", (buffer, ref)), in order.
+        events: ("enter" or "leave", call), ("assign", (buffer, ref)), and ("function", (the refs of arguments
+            and outputs, the graph of its backward, its name)), in order.
         tables: by name, the buffers that the first call has filled, and later ones leave as they are.
     """
 
@@ -140,6 +142,7 @@ class _Recorder:
         self.last_node: Any = None
         self.refs = 0
         self.changed: dict[Any, dict[str, Any]] = {}
+        self.own: dict[int, list[int]] = {}  # by module, its parameters
 
     def event(self, kind: str, call: Any, graph: torch.fx.Graph) -> None:
         """Note an event, and at the nodes made since the last one that they were made after that."""
@@ -201,6 +204,8 @@ class _Recorder:
             mode = get_proxy_mode()
             if mode is None:
                 return forward(*args, **kwargs)
+            if not is_torchs:
+                args, kwargs = _each_its_own(args, kwargs)
             record = Call(
                 path, module, self.call, stopped=not torch.is_grad_enabled(), hooked=hooked
             )
@@ -211,6 +216,10 @@ class _Recorder:
                 record.bound = record.signature.bind(record.args, record.kwargs)
             except (NotPlain, ValueError) as error:
                 record.problem = f"was called with arguments of which {error}"
+            if self.call is None:
+                self.own = {id(m.__dict__): _parameters(m) for m in module.modules()}
+            if self.own.get(id(module.__dict__)) != _parameters(module):
+                record.problem = "was called with other parameters than its own"
             self.event("enter", record, mode.tracer.graph)
             self.call = record
             try:
@@ -258,11 +267,57 @@ class _Recorder:
         ref = self.ref(buffer, full)
         self.event("assign", (full, ref.number), mode.tracer.graph)
 
+    def applied(self, plain: Callable, function: Any, args: tuple[Any, ...]) -> Any:
+        """Apply a torch.autograd.Function, and note its backward beside what its forward gave."""
+        mode = get_proxy_mode()
+        known = [x for x in args if isinstance(x, torch.Tensor)]
+        out = plain(*args)
+        if mode is None or self.call is None or torch.compiler.is_dynamo_compiling():
+            return out
+        if not torch.is_grad_enabled() or function.__module__.startswith("torch."):  # checkpoint's
+            return out
+        several = isinstance(out, tuple)
+        outputs = out if several else (out,)
+        given = {id(x) for x in known}
+        outputs = tuple(torch.ops.aten.alias(x) if id(x) in given else x for x in outputs)
+        tensors = [x for x in outputs if isinstance(x, torch.Tensor)]
+        if any(x.is_floating_point() for x in known) and any(
+            x.is_floating_point() for x in tensors
+        ):
+            try:
+                refs = [[self.ref(x, "") for x in side] for side in (known, tensors)]
+            except NotPlain:  # inside of a transformation of torch.func
+                return out
+            line = lambda: _line_of(traceback.extract_stack())
+            graph = traced_backward(function, args, outputs, line)
+            self.event("function", (*refs, graph, function.__name__), mode.tracer.graph)
+        return outputs if several else outputs[0]
+
     def look(self, module: Any, mode: bool) -> None:
         """Note that the code looked at whether a module is in training mode."""
         path = self.paths.get(id(module.__dict__))
         if self.call is not None and path is not None:
             self.call.modes[path] = mode
+
+
+def _parameters(module: Any) -> list[int]:
+    return [id(p) for p in module._parameters.values()]
+
+
+def _each_its_own(args: Any, kwargs: Any) -> Any:
+    """Return arguments of which no two are one tensor: another call may give two."""
+    given = [id(x) for x in leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+    if len(set(given)) == len(given):
+        return args, kwargs
+    seen: set[int] = set()
+
+    def own(x: Any) -> Any:
+        if not isinstance(x, torch.Tensor) or id(x) not in seen:
+            seen.add(id(x))
+            return x
+        return torch.ops.aten.alias(x)
+
+    return rebuilt(args, own), rebuilt(kwargs, own)
 
 
 def _notes(node: Any) -> dict[str, int]:
@@ -388,6 +443,57 @@ def _with_hooks(module: torch.nn.Module, forward: Callable) -> Callable:
 
 
 @contextlib.contextmanager
+def _noted(recorder: _Recorder) -> Iterator[None]:
+    """Let torch.export see what it does not: inference_mode, ``.data``, and the backward of a Function."""
+
+    def enter(self: Any) -> None:  # torch.export does not note it, as it does with no_grad
+        self.noted = self.mode and get_proxy_mode() is not None
+        if not self.noted:
+            return ways[0](self)
+        self.before = torch.is_grad_enabled()
+        torch.set_grad_enabled(False)
+
+    def leave(self: Any, *error: Any) -> None:
+        if not getattr(self, "noted", False):
+            return ways[1](self, *error)
+        torch.set_grad_enabled(self.before)
+
+    def data(self: torch.Tensor) -> torch.Tensor:  # torch.export cannot follow it
+        return plain_data.__get__(self) if get_proxy_mode() is None else self.detach()
+
+    def set_data(self: torch.Tensor, value: torch.Tensor) -> None:
+        if get_proxy_mode() is None:
+            plain_data.__set__(self, value)
+        elif (self.shape, self.dtype) == (value.shape, value.dtype):
+            self.detach().copy_(value)
+        else:
+            raise KeptTensorError(
+                explain(
+                    "found .data set to a tensor of another shape or dtype"
+                    + _line_of(traceback.extract_stack()),
+                    "the shapes of what a compiled function keeps are fixed",
+                    "make a new tensor, or register the buffer with its final shape and dtype",
+                )
+            )
+
+    function = torch.autograd.Function
+    plain_apply = function.__dict__["apply"]
+    applied = lambda cls, *given: recorder.applied(plain_apply.__get__(None, cls), cls, given)
+    inference = torch.autograd.grad_mode.inference_mode
+    ways = inference.__enter__, inference.__exit__
+    plain_data: Any = torch.Tensor.data  # of the class that torch.Tensor is derived from
+    try:
+        inference.__enter__, inference.__exit__ = enter, leave  # type: ignore
+        function.apply = classmethod(applied)  # type: ignore
+        torch.Tensor.data = property(data, set_data)  # type: ignore
+        yield
+    finally:
+        inference.__enter__, inference.__exit__ = ways  # type: ignore
+        function.apply = plain_apply  # type: ignore
+        del torch.Tensor.data
+
+
+@contextlib.contextmanager
 def _followed(model: torch.nn.Module, recorder: _Recorder) -> Iterator[None]:
     """Note calls of the model's modules, and looks at their ``training``, inside."""
 
@@ -447,18 +553,34 @@ def _exported(
     Raises:
         ConversionError: if torch.export cannot follow the code.
     """
-    tensors = tuple(x for x in leaves((args, dict(kwargs))) if isinstance(x, torch.Tensor))
-    axes = (tuple(_axes(x, dynamic) for x in tensors),)
+    given = [x for x in leaves((args, dict(kwargs))) if isinstance(x, torch.Tensor)]
+    known = {id(x) for x in (*model.parameters(), *model.buffers())}
+    # A tensor that is given twice would be one input.
+    tensors = tuple(
+        x.detach().clone()
+        if id(x) in known or x.is_inference() or any(x is y for y in given[:i])
+        else x
+        for i, x in enumerate(given)
+    )
+    axes = (tuple(_axes(x, dynamic) for x in tensors),) if tensors else None
     recorder = _Recorder(model)
     flat = _Flat(model, args, kwargs, recorder, snapshot)
     flat.__dict__["training"] = model.training
     try:
-        with _followed(model, recorder), torch.enable_grad(), _quiet():
+        with _followed(model, recorder), _noted(recorder), torch.enable_grad(), _quiet():
             program = torch.export.export(flat, tensors, dynamic_shapes=axes, strict=False)
         return program, recorder
     except ConversionError:
         raise
     except Exception as error:
+        if any(p.is_inference() for p in (*model.parameters(), *model.buffers())):
+            raise ConversionError(
+                explain(
+                    f"converted {type(model).__name__}, which was made under torch.inference_mode",
+                    "torch.export cannot follow tensors of that kind",
+                    "make it, and load its weights, outside",
+                )
+            ) from error
         raise _not_followed(model, recorder.failed, error) from error
 
 
@@ -479,6 +601,14 @@ def _not_followed(model: Any, call: Call | None, error: BaseException) -> Conver
     said = str(error).strip().split("\n\n")[0].split("\n")[0]
     inside = f" in the forward of {call.path!r} ({type(call.module).__name__})" if call else ""
     line = _line_of(traceback.extract_tb(error.__traceback__))
+    if "unhashable type: non-nested SymInt" in said:
+        return ConversionError(
+            explain(
+                f"torch.export could not follow {type(model).__name__}{inside}{line}",
+                "a size is a key of a dict or set there, and a size that may vary cannot be one",
+                'from_torch(..., dynamic="none"), or make what is kept for each size anew in each call',
+            )
+        )
     if "data-dependent" in str(error).lower() or "DataDependent" in type(error).__name__:
         why = f"it looks at the numbers in an array, which a graph does not know: {said}"
     else:

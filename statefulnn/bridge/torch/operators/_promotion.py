@@ -59,6 +59,11 @@ def default_float() -> Any:
     return jnp.dtype("float32")
 
 
+def wide(dtype: Any) -> Any:
+    """Return the dtype that torch adds numbers of a dtype in: half precision in single."""
+    return jnp.dtype("float32") if str(dtype) in _NARROW else dtype
+
+
 def integer() -> Any:
     """Return the dtype that stands for int64."""
     return jax.dtypes.canonicalize_dtype(np.int64)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 
 import statefulnn.functional as F
+from statefulnn.bridge.torch.operators import _subgradients as subgradients
 from statefulnn.bridge.torch.operators._promotion import (
     cast,
     category,
@@ -33,8 +34,8 @@ for _name, _function in {
     "mul multiply": lambda a, b: a & b if a.dtype == bool else a * b,
     "maximum max.other": jnp.maximum,
     "minimum min.other": jnp.minimum,
-    "fmax": jnp.fmax,
-    "fmin": jnp.fmin,
+    "fmax": subgradients.larger_first(jnp.greater_equal),
+    "fmin": subgradients.larger_first(jnp.less_equal),
     "eq __eq__": jnp.equal,
     "ne not_equal __ne__": jnp.not_equal,
     "lt less": jnp.less,
@@ -54,7 +55,7 @@ for _name, _function in {
 }.items():
     _two(_name, _function, floating if _name == "copysign" else promoted)
 for _name, _function in {
-    "atan2 arctan2": jnp.arctan2,
+    "atan2 arctan2": subgradients.angle,
     "hypot": jnp.hypot,
     "logaddexp": jnp.logaddexp,
     "true_divide": jnp.true_divide,
@@ -106,7 +107,9 @@ def power(a: Any, b: Any) -> Any:
         return lax.integer_pow(cast(a, dtype), int(b))
     if b == 0.5 if isinstance(b, float) else False:
         return jnp.sqrt(cast(a, dtype))
-    return jnp.power(cast(a, dtype), cast(b, dtype))
+    if category(dtype) != 2:
+        return jnp.power(cast(a, dtype), cast(b, dtype))
+    return subgradients.power(*jnp.broadcast_arrays(cast(a, dtype), cast(b, dtype)))
 
 
 @operator("lerp")
@@ -140,9 +143,8 @@ def masked_fill(x: Any, mask: Any, value: Any) -> Any:
 @operator("clamp", "clip")
 def clamp(x: Any, min: Any = None, max: Any = None) -> Any:
     dtype = result_type(x, min, max)
-    x = cast(x, dtype)
-    x = x if min is None else jnp.maximum(x, cast(min, dtype))
-    return x if max is None else jnp.minimum(x, cast(max, dtype))
+    low, high = (None if bound is None else cast(bound, dtype) for bound in (min, max))
+    return subgradients.clamp(cast(x, dtype), low, high)
 
 
 @operator("clamp_min")
@@ -199,7 +201,7 @@ for _name, _function in {
     operator(*_name.split())(lambda x, _f=_function: _f(floating(x)[0]))
 for _name, _function in {
     "neg negative": jnp.negative,
-    "abs absolute": jnp.abs,
+    "abs absolute": subgradients.absolute,
     "sign sgn": jnp.sign,
     "positive": lambda x: x,
     "square": jnp.square,
@@ -288,6 +290,22 @@ def to_other(x: Any, other: Any, *_: Any, **__: Any) -> Any:
 def assign(old: Any, new: Any) -> Any:
     """Return `new` as it is after it was written into `old`."""
     return jnp.broadcast_to(cast(new, old.dtype), old.shape)
+
+
+@jax.custom_jvp
+def _unseen(old: Any, new: Any) -> Any:
+    return new
+
+
+@_unseen.defjvp
+def _(values: Any, tangents: Any) -> Any:
+    return values[1], tangents[0]
+
+
+@operator("unseen")
+def unseen(old: Any, new: Any) -> Any:
+    """Return `new` as it is after it was written into `old` in a way that gradients do not see."""
+    return _unseen(old, new) if category(new.dtype) > 1 else lax.stop_gradient(new)
 
 
 @operator("copy")

@@ -40,13 +40,19 @@ def index_put(
     x: Any, indices: Sequence[Any], values: Any, accumulate: bool = False, unsafe: bool = False
 ) -> Any:
     values = cast(values, x.dtype)
-    if len(indices) == 1 and indices[0] is not None and indices[0].dtype == bool:
-        mask = indices[0]
-        if not values.size == 1:
-            _indices(indices)
-        mask = mask.reshape(*mask.shape, *[1] * (x.ndim - mask.ndim))
-        new = x + values.reshape(()) if accumulate else values.reshape(())
-        return jnp.where(mask, new, x)
+    given = [i for i in indices if i is not None]
+    if len(given) == 1 and given[0].dtype == bool:
+        (mask,) = given
+        after = x.ndim - (len(indices) - 1) - mask.ndim
+        if (
+            values.ndim > after
+        ):  # one for all places of the mask: nodes.counts_places refuses others
+            place = values.ndim - after - 1
+            ends = values.shape[:place], values.shape[place + 1 :]
+            values = values.reshape(*ends[0], *[1] * mask.ndim, *ends[1])
+        return jnp.where(
+            mask.reshape(*mask.shape, *[1] * after), x + values if accumulate else values, x
+        )
     where = x.at[_indices(indices)]
     return where.add(values) if accumulate else where.set(values)
 

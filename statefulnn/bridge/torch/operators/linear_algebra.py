@@ -11,6 +11,7 @@ import numpy as np
 from jax import lax
 
 from statefulnn.bridge.torch.operators._promotion import cast, dtype_of
+from statefulnn.bridge.torch.operators._subgradients import absolute, length
 from statefulnn.bridge.torch.operators._table import operator
 from statefulnn.functional.grouped_mm import by_group
 
@@ -20,9 +21,24 @@ def matmul(a: Any, b: Any) -> Any:
     return jnp.matmul(a, b)
 
 
-@operator("dot", "vdot", "linalg_vecdot")
+@operator("dot")
 def dot(a: Any, b: Any) -> Any:
     return jnp.dot(a, b)
+
+
+@operator("vdot")
+def vdot(a: Any, b: Any) -> Any:
+    return jnp.vdot(a, b)
+
+
+@operator("linalg_vecdot")
+def vecdot(a: Any, b: Any, *, dim: int = -1) -> Any:
+    return jnp.sum(jnp.conj(a) * b, dim)
+
+
+@operator("linalg_householder_product")
+def householder_product(a: Any, taus: Any) -> Any:
+    return lax.linalg.householder_product(a, taus)
 
 
 @operator("outer", "ger")
@@ -106,20 +122,10 @@ def solve(a: Any, b: Any, *, left: bool = True) -> Any:
 
 @operator("cdist")
 def cdist(a: Any, b: Any, p: float = 2.0, compute_mode: Any = None) -> Any:
-    distance = jnp.abs(a[..., :, None, :] - b[..., None, :, :])
-    if p == 2:
-        squares = jnp.sum(jnp.square(distance), -1)
-        # The gradient at equal points is 0, as torch has it.
-        apart = squares > 0
-        return jnp.where(
-            apart, jnp.sqrt(jnp.where(apart, squares, jnp.ones_like(squares))), squares
-        )
-    if p == 1:
-        return jnp.sum(distance, -1)
-    if p == float("inf"):
-        return jnp.max(distance, -1)
-    power = jnp.asarray(p, a.dtype)
-    return jnp.sum(distance**power, -1) ** (1 / power)
+    distance = a[..., :, None, :] - b[..., None, :, :]
+    if p == 0:
+        return jnp.sum(cast(distance != 0, a.dtype), -1)
+    return jnp.max(absolute(distance), -1) if p == float("inf") else length(distance, p, -1)
 
 
 @operator("fft_fft")

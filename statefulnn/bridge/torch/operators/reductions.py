@@ -9,7 +9,15 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from statefulnn.bridge.torch.operators._promotion import cast, category, dtype_of, floating, integer
+from statefulnn.bridge.torch.operators._promotion import (
+    cast,
+    category,
+    dtype_of,
+    floating,
+    integer,
+    wide,
+)
+from statefulnn.bridge.torch.operators._subgradients import absolute, length, picked, root
 from statefulnn.bridge.torch.operators._table import operator
 
 
@@ -46,13 +54,17 @@ def prod(x: Any, dim: Any = None, keepdim: bool = False, *, dtype: str | None = 
     return jnp.prod(_summed(x, dtype), axes(dim), keepdims=keepdim)
 
 
-def _spread(x: Any, dim: Any, keepdim: bool, correction: Any) -> Any:
-    """Return the variance, with ``n - correction`` in the denominator, not below 0."""
+def _spread(x: Any, dim: Any, unbiased: Any, keepdim: bool, correction: Any) -> Any:
+    """Return the variance, with ``n - correction`` in the denominator, not below 0, before it is rounded."""
+    if isinstance(dim, bool):
+        dim, unbiased = None, dim
     where = axes(dim)
-    squares = jnp.square(jnp.abs(x - jnp.mean(x, where, keepdims=True)))
+    x = cast(x, wide(x.dtype))
+    squares = jnp.square(absolute(x - jnp.mean(x, where, keepdims=True)))
     count = x.size if where is None else 1
     for axis in (where,) if isinstance(where, int) else where or ():
         count *= x.shape[axis]
+    correction = int(unbiased) if isinstance(unbiased, bool) else correction
     correction = 1 if correction is None else correction
     divisor = jnp.maximum(
         jnp.asarray(count - correction, squares.dtype), jnp.zeros((), squares.dtype)
@@ -60,42 +72,36 @@ def _spread(x: Any, dim: Any, keepdim: bool, correction: Any) -> Any:
     return jnp.sum(squares, where, keepdims=keepdim) / divisor
 
 
-def _correction(unbiased: Any, correction: Any) -> Any:
-    return int(unbiased) if isinstance(unbiased, bool) else correction
-
-
 @operator("var", "var.dim", "var.correction")
 def var(
     x: Any, dim: Any = None, unbiased: Any = None, keepdim: bool = False, *, correction: Any = None
 ) -> Any:
-    if isinstance(dim, bool):
-        dim, unbiased = None, dim
-    return _spread(x, dim, keepdim, _correction(unbiased, correction))
+    return cast(_spread(x, dim, unbiased, keepdim, correction), jnp.finfo(x.dtype).dtype)
 
 
 @operator("std", "std.dim", "std.correction")
 def std(
     x: Any, dim: Any = None, unbiased: Any = None, keepdim: bool = False, *, correction: Any = None
 ) -> Any:
-    return jnp.sqrt(var(x, dim, unbiased, keepdim, correction=correction))
+    return cast(root(_spread(x, dim, unbiased, keepdim, correction)), jnp.finfo(x.dtype).dtype)
+
+
+def _middle(x: Any, dim: Any, keepdim: bool) -> Any:
+    return jnp.mean(x, axes(None if isinstance(dim, bool) else dim), keepdims=keepdim)
 
 
 @operator("var_mean")
 def var_mean(
     x: Any, dim: Any = None, unbiased: Any = None, keepdim: bool = False, *, correction: Any = None
 ) -> Any:
-    if isinstance(dim, bool):
-        dim, unbiased = None, dim
-    spread = var(x, dim, unbiased, keepdim, correction=correction)
-    return spread, jnp.mean(x, axes(dim), keepdims=keepdim)
+    return var(x, dim, unbiased, keepdim, correction=correction), _middle(x, dim, keepdim)
 
 
 @operator("std_mean")
 def std_mean(
     x: Any, dim: Any = None, unbiased: Any = None, keepdim: bool = False, *, correction: Any = None
 ) -> Any:
-    spread, middle = var_mean(x, dim, unbiased, keepdim, correction=correction)
-    return jnp.sqrt(spread), middle
+    return std(x, dim, unbiased, keepdim, correction=correction), _middle(x, dim, keepdim)
 
 
 for _name, _function in {"amax": jnp.max, "amin": jnp.min}.items():
@@ -107,10 +113,13 @@ for _name, _function in {"max": jnp.max, "min": jnp.min}.items():
 
 
 def _with_place(best: Callable, place: Callable) -> Callable:
-    def reduced(x: Any, dim: int, keepdim: bool = False) -> Any:
-        return best(x, dim, keepdims=keepdim), _index(place(_ordered(x), dim, keepdims=keepdim))
+    def reduced(x: Any, axis: int, keepdims: bool) -> Any:
+        return best(x, axis, keepdims=keepdims), _index(place(_ordered(x), axis, keepdims=keepdims))
 
-    return reduced
+    run = picked(reduced)
+    return lambda x, dim, keepdim=False: (
+        run(x, dim, keepdim) if x.ndim else (x, jnp.zeros((), integer()))
+    )
 
 
 def _index(x: Any) -> Any:
@@ -164,20 +173,19 @@ def logsumexp(x: Any, dim: Any, keepdim: bool = False) -> Any:
 def norm(
     x: Any, ord: Any = 2, dim: Any = None, keepdim: bool = False, *, dtype: str | None = None
 ) -> Any:
-    x = cast(x, dtype_of(dtype, x.dtype))
+    own = dtype_of(dtype, x.dtype)
+    x = cast(x, wide(own))  # squares of half precision overflow
     ord = 2 if ord is None else ord
-    where = axes(dim)
-    if ord == 2:
-        return jnp.sqrt(jnp.sum(jnp.square(jnp.abs(x)), where, keepdims=keepdim))
+    return cast(_norm(x, ord, axes(dim), keepdim), jnp.finfo(own).dtype)
+
+
+def _norm(x: Any, ord: float, where: Any, keepdim: bool) -> Any:
     if ord in (float("inf"), float("-inf")):
         best = jnp.max if ord > 0 else jnp.min
-        return best(jnp.abs(x), where, keepdims=keepdim)
+        return best(absolute(x), where, keepdims=keepdim)
     if ord == 0:
         return jnp.sum(cast(x != 0, x.dtype), where, keepdims=keepdim)
-    if ord == 1:
-        return jnp.sum(jnp.abs(x), where, keepdims=keepdim)
-    power = jnp.asarray(ord, x.dtype)
-    return jnp.sum(jnp.abs(x) ** power, where, keepdims=keepdim) ** (1 / power)
+    return length(x, ord, where, keepdim)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -199,20 +207,20 @@ def logcumsumexp(x: Any, dim: int) -> Any:
     return lax.cumlogsumexp(x, dim % x.ndim)
 
 
-def _running(function: Callable, later: Callable) -> Callable:
-    def run(x: Any, dim: int) -> Any:
-        axis = dim % x.ndim
+def _running(function: Callable) -> Callable:
+    def run(x: Any, axis: int, _: bool) -> Any:
         best = function(x, axis)
         places = lax.broadcasted_iota(integer(), x.shape, axis)
         # The last of equal ones, as torch has it.
         held = jnp.where(x == best, places, -1)
         return best, lax.cummax(held, axis)
 
-    return run
+    given = picked(run)
+    return lambda x, dim: given(x, dim % x.ndim, True) if x.ndim else (x, jnp.zeros((), integer()))
 
 
-operator("cummax")(_running(lax.cummax, jnp.maximum))
-operator("cummin")(_running(lax.cummin, jnp.minimum))
+operator("cummax")(_running(lax.cummax))
+operator("cummin")(_running(lax.cummin))
 
 
 @operator("sort", "sort.stable")

@@ -25,7 +25,12 @@ def getitem(x: Any, index: int) -> Any:
 
 @operator("view.dtype")
 def view_dtype(x: Any, dtype: str) -> Any:
-    return jax.lax.bitcast_convert_type(x, dtype_of(dtype))
+    new = dtype_of(dtype)
+    ratio = new.itemsize // x.dtype.itemsize
+    if ratio > 1:  # the last axis has the parts of each number
+        x = x.reshape(*x.shape[:-1], x.shape[-1] // ratio, ratio)
+    out = jax.lax.bitcast_convert_type(x, new)
+    return out.reshape(*x.shape[:-1], -1) if out.ndim > x.ndim else out
 
 
 @operator("view", "reshape", "_unsafe_view")
@@ -222,6 +227,16 @@ def as_strided(x: Any, size: Any, stride: Any, storage_offset: Any = None) -> An
     return x.ravel()[jnp.asarray(places)]
 
 
+# How to write through views that show other numbers than there are: from those before and the new ones.
+_OTHER_NUMBERS: dict[str, Callable[[Any, Any], Any]] = {
+    "real": lambda before, new: jax.lax.complex(new, before.imag),
+    "imag": lambda before, new: jax.lax.complex(before.real, new),
+    "view_as_real": lambda _, new: jax.lax.complex(new[..., 0], new[..., 1]),
+    "view_as_complex": lambda _, new: jnp.stack([new.real, new.imag], -1),
+    "view.dtype": lambda before, new: view_dtype(new, str(before.dtype)),
+    "_conj": lambda _, new: jnp.conj(new),
+    "_neg_view": lambda _, new: -new,
+}
 # The defaults of `slice_`.
 _WHOLE: tuple[Any, ...] = (0, None, None, 1)
 
@@ -229,6 +244,10 @@ _WHOLE: tuple[Any, ...] = (0, None, None, 1)
 @operator("put_view")
 def put_view(before: Any, new: Any, name: str, args: Any, kwargs: Any, index: int | None) -> Any:
     """Return `before` with `new` where the view operator takes its elements from."""
+    if name in _OTHER_NUMBERS:
+        if name == "real" and not jnp.iscomplexobj(before):
+            return new
+        return _OTHER_NUMBERS[name](before, new)
     if name == "slice" and index is None:
         return before.at[sliced(before, *args, *_WHOLE[len(args) :])].set(new)
     if name == "select":
