@@ -1,6 +1,7 @@
-"""Whether networks of torch that nobody chose for it convert, and compute what torch does.
+r"""Whether networks of torch that nobody chose for it convert, and compute what torch does.
 
-    pip install -e ".[dev,reference,bench]" torch_geometric segmentation-models-pytorch x-transformers diffusers lpips
+    pip install -e ".[dev,reference,bench]" torch_geometric segmentation-models-pytorch x-transformers \
+        diffusers lpips
     python benchmarks/torch_zoo.py --markdown docs/from-torch.md
     python benchmarks/torch_zoo.py --match "timm swin" --jobs 2
 
