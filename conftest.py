@@ -30,6 +30,9 @@ if HURRIED:
     QUICKLY = "--xla_backend_optimization_level=1 --xla_cpu_use_fusion_emitters=false"
     os.environ.setdefault("XLA_FLAGS", QUICKLY)
 
+# The workers of pytest fill the cores: threads of torch and numpy in each would wait for one another.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 # JAX makes a context of MLIR for each program, which loads all dialects: a tenth of the time of these tests,
 # most of whose programs are tiny. So many programs share one here; a new one frees what the last ones held.
 PROGRAMS_OF_A_CONTEXT = 64
@@ -41,9 +44,8 @@ if HURRIED:
 
         def make_ir_context() -> Any:
             with contextlib.suppress(ValueError):  # where no program is being made
-                if (
-                    mlir.ir.InsertionPoint.current
-                ):  # inside of another program, this one would become a part
+                # Inside of another program, this one would become a part.
+                if mlir.ir.InsertionPoint.current:
                     return make()
             local.left = getattr(local, "left", 0) - 1
             if local.left < 0:

@@ -125,7 +125,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         f"accuracy on clean digits {numbers['accuracy']:.1%}; of the {wrong.sum()} examples with the "
         f"lowest influence {numbers['precision']:.0%} have wrong labels\n"
         f"largest eigenvalue {numbers['largest']:.2f}; {numbers['outliers']} of {hessian.shape[0]} are "
-        f"above a fifth of it, {numbers['near zero']:.1%} below 0.1; picture in {args.picture}"
+        f"above a fifth of it, {numbers['near zero']:.1%} below 0.1; picture: {args.picture}"
     )
     return numbers
 

@@ -118,8 +118,9 @@ def _default_limit_of_recursion():
 
 @pytest.mark.parametrize("build", [chain, nested])
 @pytest.mark.parametrize("name", OPERATIONS)
-def test_a_model_deeper_than_the_stack(name, build):
-    OPERATIONS[name](build(DEPTH))
+@pytest.mark.parametrize("depth", [1100, pytest.param(DEPTH, marks=pytest.mark.long)])
+def test_a_model_deeper_than_the_stack(depth, name, build):
+    OPERATIONS[name](build(depth))
 
 
 @pytest.mark.parametrize(

@@ -59,6 +59,7 @@ def badly_scaled():
     return nn.Linear(10, 3, dtype=jnp.float64), x, jnp.asarray(rng.integers(0, 3, 60))
 
 
+@pytest.mark.long
 def test_a_preconditioner_takes_fewer_steps_to_the_same_solution():
     with in_float64():
         model, *data = badly_scaled()

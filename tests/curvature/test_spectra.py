@@ -80,7 +80,7 @@ SPECTRA = {
 
 
 @pytest.mark.parametrize("spectrum", SPECTRA)
-@pytest.mark.parametrize("k", [1, 5])
+@pytest.mark.parametrize("k", [pytest.param(1, marks=pytest.mark.long), 5])
 def test_eigenvalues_are_found_as_often_as_they_occur(spectrum, k):
     with in_float64():
         values = SPECTRA[spectrum]
@@ -95,6 +95,7 @@ def test_eigenvalues_are_found_as_often_as_they_occur(spectrum, k):
             assert np.linalg.norm(matrix @ v.T - v.T * found.values) <= 5e-8 * max(abs(values))
 
 
+@pytest.mark.long
 def test_a_regression_with_several_outputs_has_each_eigenvalue_several_times():
     with in_float64():
         x = jax.random.normal(jax.random.key(0), (50, 8), jnp.float64)
@@ -124,6 +125,7 @@ def test_products_are_counted():
     np.testing.assert_allclose(few.values, found.values, atol=1e-5)
 
 
+@pytest.mark.long
 def test_eigenpairs_in_single_precision_compiled_and_mapped():
     matrix = with_eigenvalues(np.linspace(0, 1, 40) ** 4).astype(np.float32)
     want = np.linalg.eigvalsh(matrix)[::-1][:3]

@@ -25,6 +25,7 @@ def entropy_of_pairs(tokens: np.ndarray) -> float:
     )
 
 
+@pytest.mark.long
 def test_it_learns_more_than_pairs_of_letters_and_no_more_than_there_is(capsys):
     numbers = example.main(["--steps", "150", "--batch-size", "16", "--picture", "pictures/c.png"])
     pairs = entropy_of_pairs(example.draw_texts(random.Random(1), 500, 64))

@@ -12,6 +12,7 @@ import diffusion_digits as example
 import statefulnn as nn
 
 
+@pytest.mark.long
 def test_it_draws_digits_that_are_read_as_what_was_asked_for(capsys):
     argv = ["--steps", "200", "--batch-size", "64", "--drawn", "200"]
     results = example.main([*argv, "--picture", "pictures/digits.png"])

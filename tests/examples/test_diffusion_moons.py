@@ -26,6 +26,7 @@ def check(shown: dict[str, np.ndarray], closeness: float) -> None:
     assert 0.35 < of_the_upper < 0.65
 
 
+@pytest.mark.long
 def test_points_lie_near_both_moons(capsys):
     shown = example.main(["--steps", "2000", "--picture", "pictures/moons.png"])
     noise = np.random.default_rng(0).normal(size=(5000, 2))

@@ -13,6 +13,7 @@ import dqn_gridworld as example
 import statefulnn as nn
 
 
+@pytest.mark.long
 def test_it_learns_a_policy_near_the_best(capsys):
     means = example.main(["--steps", "800", "--picture", "pictures/grid.png"])
     assert means["DQN"] > 0.5 * means["value iteration"]

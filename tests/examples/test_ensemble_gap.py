@@ -21,6 +21,7 @@ def check(numbers: dict[str, float]) -> None:
     assert in_gap > 3 * on_data
 
 
+@pytest.mark.long
 def test_it_learns_the_noise_and_disagrees_in_the_gap(capsys):
     numbers = example.main(["--steps", "700", "--picture", "pictures/gap.png"])
     check(numbers)

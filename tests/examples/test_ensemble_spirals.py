@@ -23,6 +23,7 @@ def check(table: dict) -> None:
     assert auroc["disagreement"] > auroc["one"] + 0.1
 
 
+@pytest.mark.long
 def test_the_ensemble_is_better_calibrated_and_finds_points_without_data(capsys):
     table = spirals.main(["--no-timing", "--picture", "pictures/spirals.png"])
     check(table)

@@ -14,6 +14,7 @@ import statefulnn as nn
 ALONG_THE_CIRCLE = example.MODES * 4 * np.arcsin(2 * example.SPREAD / example.RADIUS) / (2 * np.pi)
 
 
+@pytest.mark.long
 def test_it_finds_all_modes_and_tells_them_from_the_circle(capsys):
     scores = example.main(["--steps", "2000", "--picture", "pictures/gan.png"])
     assert scores["modes"] == example.MODES

@@ -15,6 +15,7 @@ from tests.precision import in_float64
 pytestmark = pytest.mark.compiled_with_care
 
 
+@pytest.mark.long
 def test_a_thousand_steps_reach_the_published_loss(capsys):
     losses = hpo.main(["--picture", "pictures/hpo.png"])
     for loss in losses.values():

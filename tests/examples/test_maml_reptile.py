@@ -18,6 +18,7 @@ COS_SQUARE = 0.5 + np.sin(10) / 20
 WITHOUT_THE_POINTS = SQUARE / 2 - (2 / np.pi * MEAN) ** 2 * COS_SQUARE
 
 
+@pytest.mark.long
 def test_both_beat_the_best_guess_without_points(capsys):
     scores = example.main(["--steps", "300", "--picture", "pictures/maml.png"])
     assert scores["MAML"] < WITHOUT_THE_POINTS / 2 and scores["Reptile"] < WITHOUT_THE_POINTS / 2

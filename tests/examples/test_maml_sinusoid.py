@@ -99,6 +99,7 @@ def test_initial_weights_are_those_of_the_paper():
     assert abs(float(jnp.std(maml.initial["fc2.weight"])) - 0.0088) < 0.0005  # 0.880 of 0.01
 
 
+@pytest.mark.long
 def test_a_short_run_learns_to_adapt_and_saves_a_picture(capsys):
     errors = maml.main(["--steps", "4000", "--picture", "pictures/tasks.png"])
     adapted, pretrained = errors["MAML"].mean(0), errors["pretrained"].mean(0)

@@ -16,6 +16,7 @@ def check(numbers: dict[str, float]) -> None:
     assert numbers["near zero"] >= 0.97
 
 
+@pytest.mark.long
 def test_influence_finds_wrong_labels_and_classes_stand_out_of_the_spectrum(capsys):
     check(example.main(["--steps", "600", "--picture", "pictures/digits.png"]))
     assert Path("pictures/digits.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"

@@ -37,6 +37,7 @@ def check_gradients(numbers: dict, fewer: int, more: int) -> None:
     assert numbers["difference"]["adjoint", more] < 1e-5
 
 
+@pytest.mark.long
 def test_a_short_run_fits_the_spiral_and_saves_a_picture(capsys):
     numbers = example.main(
         ["--steps", "600", "--lengths", "64", "256", "--picture", "pictures/ode.png"]

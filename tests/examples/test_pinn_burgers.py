@@ -13,6 +13,7 @@ import pinn_burgers as example
 import statefulnn as nn
 
 
+@pytest.mark.long
 def test_it_solves_the_equation_better_than_the_wave_that_stands_still(capsys):
     error = example.main(["--steps", "1000", "--points", "300", "--picture", "pictures/pinn.png"])
     x = np.linspace(-1, 1, 201)

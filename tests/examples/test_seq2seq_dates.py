@@ -12,6 +12,7 @@ import seq2seq_dates as example
 import statefulnn as nn
 
 
+@pytest.mark.long
 def test_it_writes_more_characters_right_than_the_likeliest_of_each_place(capsys):
     shares = example.main(
         ["--steps", "200", "--batch-size", "32", "--picture", "pictures/dates.png"]

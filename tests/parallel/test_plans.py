@@ -299,7 +299,7 @@ mesh = jax.make_mesh((8,), ("data",))
 
 def drawn(count):
     with nn.device("meta"):
-        model = nn.Sequential(*[nn.Linear(4096, 4096, bias=False) for _ in range(count)])
+        model = nn.Sequential(*[nn.Linear(2048, 2048, bias=False) for _ in range(count)])
     nn.materialize(parallel.fully_shard(model, mesh))
     jax.block_until_ready([p.value for p in model.parameters()])
     return model
