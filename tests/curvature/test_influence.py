@@ -104,39 +104,37 @@ def test_scores_of_logistic_regression_predict_leave_one_out_retraining():
         np.testing.assert_allclose(by_hessian, scores, rtol=1e-8, atol=1e-12)
 
 
-def test_scores_of_a_network_are_those_of_dense_matrices():
+@pytest.mark.parametrize("subset", [pytest.param("all", marks=pytest.mark.long), "2.*"])
+def test_scores_of_a_network_are_those_of_dense_matrices(subset):
     with in_float64():
         nn.manual_seed(0)
         layers = nn.Linear(2, 4, dtype=jnp.float64), nn.Tanh(), nn.Linear(4, 2, dtype=jnp.float64)
         model = nn.Sequential(*layers)
         (x, y), (new, of_new) = blobs(12), blobs(5, seed=1)
         one = lambda m, x, y: F.cross_entropy(m(x[None]), y[None])
-        for subset in ("all", "2.*"):
-            A = curvature.empirical_fisher(model, F.cross_entropy, (x, y), subset=subset)
+        A = curvature.empirical_fisher(model, F.cross_entropy, (x, y), subset=subset)
 
-            def rows(x, y, A=A):
-                gradients = nn.func.per_sample_grad(one)(model, jnp.asarray(x), jnp.asarray(y))
-                return jax.vmap(A.flatten)({name: gradients[name] for name in A.in_structure})
+        def rows(x, y):
+            gradients = nn.func.per_sample_grad(one)(model, jnp.asarray(x), jnp.asarray(y))
+            return jax.vmap(A.flatten)({name: gradients[name] for name in A.in_structure})
 
-            matrix = A.to_dense() + 0.1 * np.eye(A.shape[0])
-            want = rows(new, of_new) @ np.linalg.solve(matrix, rows(x, y).T) / 12
-            options = {"damping": 0.1, "curvature": "empirical_fisher", "subset": subset, **EXACT}
+        matrix = A.to_dense() + 0.1 * np.eye(A.shape[0])
+        want = rows(new, of_new) @ np.linalg.solve(matrix, rows(x, y).T) / 12
+        options = {"damping": 0.1, "curvature": "empirical_fisher", "subset": subset, **EXACT}
 
-            @jax.jit
-            def scores(train, test, options=options):
-                of_each = curvature.influence(
-                    model, F.cross_entropy, train, test, each=True, **options
-                )
-                return of_each, curvature.influence(
-                    model, F.cross_entropy, train, test, batch_size=5, **options
-                )
+        @jax.jit
+        def scores(train, test):
+            of_each = curvature.influence(model, F.cross_entropy, train, test, each=True, **options)
+            return of_each, curvature.influence(
+                model, F.cross_entropy, train, test, batch_size=5, **options
+            )
 
-            each, mean = scores((x, y), (new, of_new))
-            np.testing.assert_allclose(each, want, rtol=1e-7, atol=1e-10)
-            np.testing.assert_allclose(mean, want.mean(0), rtol=1e-7, atol=1e-10)
-            batches = [(x[:5], y[:5]), (x[5:], y[5:])]
-            again = curvature.influence(model, F.cross_entropy, batches, [(new, of_new)], **options)
-            np.testing.assert_allclose(again, mean, rtol=1e-7, atol=1e-10)
+        each, mean = scores((x, y), (new, of_new))
+        np.testing.assert_allclose(each, want, rtol=1e-7, atol=1e-10)
+        np.testing.assert_allclose(mean, want.mean(0), rtol=1e-7, atol=1e-10)
+        batches = [(x[:5], y[:5]), (x[5:], y[5:])]
+        again = curvature.influence(model, F.cross_entropy, batches, [(new, of_new)], **options)
+        np.testing.assert_allclose(again, mean, rtol=1e-7, atol=1e-10)
 
 
 def test_wrong_labels_harm_most():

@@ -23,12 +23,22 @@ FEW = {
     "maml_sinusoid": "--steps 20",
     "mislabelled_digits": "--steps 10",
     "neural_ode": "--steps 2 --lengths 16 32",
+    "per_sample_gradients": "--epochs 1",
     "pinn_burgers": "--steps 5 --points 50",
     "seq2seq_dates": "--steps 2 --batch-size 8",
 }
 
+# Their loops are long even so.
+WITH_CARE = {"per_sample_gradients"}
 
-@pytest.mark.parametrize("name", FEW)
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.compiled_with_care if name in WITH_CARE else ())
+        for name in FEW
+    ],
+)
 def test_it_prints_finite_numbers_and_saves_a_picture(name, capsys):
     picture = Path("pictures") / f"{name}.png"
     found = importlib.import_module(name).main([*FEW[name].split(), "--picture", str(picture)])

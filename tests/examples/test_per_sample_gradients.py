@@ -15,6 +15,7 @@ from tests.quick import quickly
 pytestmark = pytest.mark.compiled_with_care
 
 
+@pytest.mark.long
 def test_short_run_reaches_its_numbers_and_saves_a_picture(capsys):
     numbers = example.main(["--epochs", "8", "--picture", "pictures/gradients.png"])
     assert numbers["private accuracy"] >= 0.85  # with noise 1.0; 8 epochs
