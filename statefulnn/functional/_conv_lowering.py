@@ -167,9 +167,7 @@ def _outputs(
 ) -> list[int]:
     """Return how many outputs there are along each axis."""
     axes = zip(sizes, kernel, stride, pads, dilation, strict=True)
-    return [
-        (size + low + high - d * (k - 1) - 1) // s + 1 for size, k, s, (low, high), d in axes
-    ]
+    return [(size + low + high - d * (k - 1) - 1) // s + 1 for size, k, s, (low, high), d in axes]
 
 
 def windows(
