@@ -8,6 +8,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -154,12 +155,43 @@ def run(
     if options.json:
         options.json.write_text(json.dumps(report.numbers, indent=1) + "\n")
     if options.markdown:
-        _write_markdown(options.markdown, report, title, mark)
+        _write_markdown(options.markdown, report, title, mark, bool(options.only))
     return int(bool(missed and options.strict))
 
 
-def _write_markdown(path: Path, report: Report, title: str, mark: str) -> None:
-    """Writes the tables to a file; in one that has the two marks, only between these."""
+def _sections(body: str) -> dict[str, str]:
+    """Takes a text apart: by title, and what stands before the first one under ""."""
+    before, *sections = re.split(r"^(?=## )", body, flags=re.MULTILINE)
+    return {"": before.strip()} | {s.split("\n")[0]: s.strip() for s in sections}
+
+
+def _completed(body: str, old: str) -> str:
+    """Adds to the text of a run of some parts what an earlier text says of the others.
+
+    A section stays where it was. So does a line of the targets, by what it promises.
+    """
+    new, found = _sections(body), _sections(old)
+    is_targets = lambda title: title.startswith("## Targets: ")
+    rows: dict[str, list[str]] = {}
+    for sections in (found, new):
+        for title in filter(is_targets, list(sections)):
+            lines = sections.pop(title).split("\n")[4:]
+            cells = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines)
+            rows |= {row[0]: row for row in cells}
+    missed = sum(row[-1] != "pass" for row in rows.values())
+    header = ["", "measured", "target", ""]
+    targets = (
+        f"## Targets: {len(rows) - missed} of {len(rows)} kept\n\n{table(header, rows.values())}"
+    )
+    return "\n\n".join([*(found | new).values(), targets])
+
+
+def _write_markdown(path: Path, report: Report, title: str, mark: str, partial: bool) -> None:
+    """Writes the tables to a file; in one that has the two marks, only between these.
+
+    Args:
+        partial: whether only some parts ran, and what the file says of the others is kept.
+    """
     facts = report.numbers["machine"]
     packages = ", ".join(f"{name} {version}" for name, version in facts["packages"].items())
     where = (
@@ -171,6 +203,8 @@ def _write_markdown(path: Path, report: Report, title: str, mark: str) -> None:
     page = path.read_text() if path.exists() else ""
     if begin in page and end in page:
         before, after = page.split(begin)[0], page.split(end)[1]
+        if partial:
+            body = _completed(body, page.split(begin)[1].split(end)[0])
         path.write_text(f"{before}{begin}\n{body}\n{end}{after}")
     elif page:
         raise SystemExit(f"{path} is a page without the line {begin!r}: nothing is written to it")

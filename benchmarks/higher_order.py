@@ -564,7 +564,7 @@ def part_per_sample(report: Report, quick: bool) -> None:
     labels = section(
         report,
         "Gradients of each example",
-        measure(cases, seconds=3 if quick else 60, description="per sample", fewest=9, pause=0.05),
+        measure(cases, seconds=3 if quick else 30, description="per sample", fewest=9, pause=0.05),
         f"CNN 1-32-64, 9216-128-10, images 28x28, batch {batch}.",
     )
     if "torch vmap(grad)" in labels:

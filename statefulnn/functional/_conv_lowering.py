@@ -36,10 +36,11 @@ transposed 2x2, stride 2                    0.92       0.11
 transposed width 16, stride 8, 64           0.60       0.11
 in a loop: dense 3x3, 16 channels, 32x32               0.19  a matrix product of all taps and images
 in a loop: dense 3x3, 64 channels, 56x56               0.06  the same, image by image
-of each image: dense 3x3, 32 to 64, 26x26              0.30  the weight's gradient tap by tap
-of each image: dense 3x3, 64 channels, 16x16           0.34  the same
-of each image: dense 5x5, 16 to 32, 14x14              1.15  XLA's
-of each image: dense 7x7, step 2, 3 to 64, 32x32       2.33  XLA's
+of each image: dense 3x3, 32 to 64, 26x26              0.15  the weight's gradient tap after tap, on one
+of each image: dense 3x3, 64 channels, 16x16           0.40  core; of less than 8 channels a product of
+of each image: dense 3x3, 256 channels, 8x8            0.57  all taps
+of each image: dense 5x5, 16 to 32, 14x14              0.62
+of each image: dense 7x7, step 2, 3 to 64, 32x32       0.49
 =======================================  =======  =========  =======================================
 
 What comes before and after counts as well. On one core, batch 2, milliseconds: a scale, SiLU and a
@@ -67,9 +68,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
+from statefulnn.core.compat import own_on_devices
 from statefulnn.core.repeated import in_repeated_code
 from statefulnn.functional._checks import widened
 
@@ -79,8 +82,8 @@ Pads = Sequence[tuple[int, int]]
 MOST_TAPS = 128
 # Up to this many, the sum over the taps of a depthwise convolution may become a part of what follows.
 FEW_TAPS = 25
-# Up to this many, a gradient by the kernel for each image by itself is one of taps.
-TAPS_OF_EXAMPLES = 16
+# From this many channels on, a product for one tap is as fast as one for all, or faster.
+CHANNELS_OF_A_TAP = 8
 # From this many numbers on, patches that do not overlap are better laid out for each image by itself.
 LARGE_BATCH = 1 << 23
 
@@ -156,6 +159,18 @@ def image_by_image(way: Callable) -> Callable:
 # Many channels to many
 
 
+def _outputs(
+    sizes: Sequence[int],
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    pads: Pads,
+    dilation: Sequence[int],
+) -> list[int]:
+    """Return how many outputs there are along each axis."""
+    axes = zip(sizes, kernel, stride, pads, dilation, strict=True)
+    return [(size + low + high - d * (k - 1) - 1) // s + 1 for size, k, s, (low, high), d in axes]
+
+
 def windows(
     x: Any, kernel: Sequence[int], stride: Sequence[int], pads: Pads, dilation: Sequence[int]
 ) -> Iterator[Any]:
@@ -192,6 +207,38 @@ def tap_by_tap(
         total = term if total is None else total + term
     assert total is not None
     return total.swapaxes(0, 1)
+
+
+def tap_after_tap(
+    x: Any, w: Any, stride: Sequence[int], pads: Pads, dilation: Sequence[int], groups: int = 1
+) -> Any:
+    """Convolve as `tap_by_tap` in a loop, so that what the taps see is never there for all taps at once.
+
+    Straight code may copy all of it first. The system makes new pages for so many numbers in each call, which
+    takes longer than the products.
+    """
+    kernel, made = w.shape[2:], _outputs(x.shape[2:], w.shape[2:], stride, pads, dilation)
+    edges = [(0, 0, 0), (0, 0, 0), *((low, high, 0) for low, high in pads)]
+    bordered = jnp.moveaxis(lax.pad(x, jnp.zeros((), x.dtype), edges), 1, -1)
+    # XLA would copy for the loop, where a batch of one lies before the positions.
+    batch = x.shape[:1] if x.shape[0] > 1 else ()
+    image = bordered.reshape(*batch, *bordered.shape[1:])  # (N, *, C)
+    spans = [(size - 1) * s + 1 for size, s in zip(made, stride, strict=True)]
+    points = np.array(list(itertools.product(*map(range, kernel)))) * np.array(dilation)
+    starts = np.pad(points, ((0, 0), (len(batch), 1))).astype(np.int32)
+    taps = jnp.moveaxis(w.reshape(*w.shape[:2], -1), -1, 0)  # (k, O, C)
+
+    # What a tap sees is made again in the backward pass, rather than kept.
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def step(total: Any, at: tuple[Any, Any]) -> tuple[Any, None]:
+        start, tap = at
+        seen = lax.dynamic_slice(image, tuple(start), (*batch, *spans, x.shape[1]))
+        seen = lax.slice(seen, (0,) * seen.ndim, seen.shape, (*(1 for _ in batch), *stride, 1))
+        return total + lax.dot_general(tap, seen, (((1,), (seen.ndim - 1,)), ((), ()))), None
+
+    nothing = own_on_devices(jnp.zeros((w.shape[0], *batch, *made), x.dtype), (x, w))
+    total, _ = lax.scan(step, nothing, (starts, taps))
+    return total.reshape(w.shape[0], x.shape[0], *made).swapaxes(0, 1)
 
 
 def as_one_product(
@@ -241,8 +288,6 @@ def _taps_again(x: Any, w: Any, *how: Any) -> Any:
 
 
 _of_wide_borders = differentiated(general, general, _taps_again)
-# A gradient by the kernel for each image by itself is a convolution of as many groups, for XLA.
-_of_examples = differentiated(flat, flat, _taps_again)
 
 
 def dense(
@@ -270,6 +315,21 @@ def dense(
         total = term if total is None else total + term
     assert total is not None
     return total.reshape(batch, depth, *total.shape[1:]).swapaxes(1, 2)
+
+
+def _along_kernel_of_example(x: Any, w: Any, *how: Any) -> Any:
+    if x.shape[1] >= CHANNELS_OF_A_TAP:
+        return tap_after_tap(x, w, *how)
+    return jax.checkpoint(lambda x, w: as_one_product(x, w, *how), prevent_cse=False)(x, w)
+
+
+@functools.cache
+def of_example(way: Callable) -> Callable:
+    """Return `way` with another gradient by the kernel, for each image of a batch by itself.
+
+    That of XLA's own operation is a convolution of as many groups, which takes 2 to 6 times as long.
+    """
+    return differentiated(way, way, _along_kernel_of_example)
 
 
 def along_one_axis(
@@ -430,19 +490,19 @@ def convolve(
     dilation: Sequence[int],
     groups: int,
     repeated: bool = False,
-    of_example: bool = False,
+    example: bool = False,
 ) -> Any:
     """Convolve ``(N, C, *)`` with ``(O, C / groups, *)``, by the lowering that is fastest there.
 
     Args:
         repeated: whether this is code for a loop, or for many kernels at once: see `repeated_on_cpu`.
-        of_example: whether it is differentiated for each image of a batch by itself.
+        example: whether it is differentiated for each image of a batch by itself.
     """
     how = tuple(stride), tuple((low, high) for low, high in pads), tuple(dilation), groups
     if not for_cpu():
         return general(x, w, *how)
     # A sum over taps is not rounded at each tap; CPUs compute low precision in float32 anyway.
-    way = chosen_on_cpu(x, w, *how, repeated, of_example)
+    way = chosen_on_cpu(x, w, *how, repeated, example)
     return way(widened(x), widened(w), *how).astype(x.dtype)
 
 
@@ -475,11 +535,8 @@ def _smaller_than_kernel(
 
     There XLA's own operation or its gradient has no fast kernel, and takes up to 60 times as long.
     """
-    axes = zip(sizes, kernel, stride, pads, dilation, strict=True)
-    return all(
-        min(size, (size + low + high - d * (k - 1) - 1) // s + 1) < k
-        for size, k, s, (low, high), d in axes
-    )
+    made = _outputs(sizes, kernel, stride, pads, dilation)
+    return all(min(a, b) < k for a, b, k in zip(sizes, made, kernel, strict=True))
 
 
 def _one_point_wide(kernel: Sequence[int], stride: Sequence[int], pads: Pads) -> bool:
@@ -500,7 +557,7 @@ def chosen_on_cpu(
     dilation: Sequence[int],
     groups: int,
     repeated: bool,
-    of_example: bool = False,
+    example: bool = False,
 ) -> Callable[..., Any]:
     """Return the way to compute a convolution that is fastest on CPU."""
     taps = math.prod(w.shape[2:])
@@ -520,8 +577,8 @@ def chosen_on_cpu(
         # What the taps see of the input. The backward pass makes it again; where it is long, image by image.
         small = x.size * taps // math.prod(stride) < LARGE_BATCH
         by_kernel = as_one_product if small else image_by_image(as_one_product)
-    elif of_example and taps <= TAPS_OF_EXAMPLES and len(stride) < 3:
-        by_kernel = _of_examples
+    if example and taps > 1 and by_kernel in (dense, along_one_axis):
+        by_kernel = of_example(by_kernel)
     if groups > 1:
         return group_by_group(by_kernel)
     if taps == 1:

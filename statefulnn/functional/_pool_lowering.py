@@ -186,14 +186,14 @@ def largest(x: Any, w: Windows) -> Any:
         return x
     if len(w.taps) > MOST_TAPS:
         return jnp.take_along_axis(x, _places_along(lax.stop_gradient(x), w), w.axes[0])
-    return _unrolled(x, w) if jnp.issubdtype(x.dtype, jnp.floating) else _scan(x, w)[0]
+    return _unrolled(x, w) if jnp.issubdtype(x.dtype, jnp.floating) else _scan(x, w)
 
 
 def largest_with_index(x: Any, w: Windows) -> tuple[Any, Any]:
     """Return the maximum of each window and where it was, counted row by row over the axes."""
     value, still = largest(x, w), lax.stop_gradient(x)
     if len(w.taps) <= MOST_TAPS:
-        return value, _index_of(_scan(still, w)[1], w)
+        return value, _index_of(_scan(still, w, taps=True), w)
     index: Any = None
     step = 1
     for i in reversed(range(len(w.axes))):
@@ -209,17 +209,21 @@ def largest_with_index(x: Any, w: Windows) -> tuple[Any, Any]:
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def _unrolled(x: Any, w: Windows) -> Any:
-    return _scan(x, w)[0]
+    return _scan(x, w)
 
 
 @_unrolled.defjvp
 def _unrolled_jvp(w: Windows, primals: tuple, tangents: tuple) -> tuple[Any, Any]:
     (x,), (dx,) = primals, tangents
-    return _unrolled(x, w), _picked(dx, _scan(lax.stop_gradient(x), w)[1], w)
+    taps = _scan(lax.stop_gradient(x), w, taps=True)
+    # XLA would compute the taps of a window again for each of its elements, where a ReLU comes next. It
+    # computes once what has a remainder; here one that changes nothing.
+    taps = lax.rem(taps, np.int8(MOST_TAPS + 1))
+    return _unrolled(x, w), _picked(dx, taps, w)
 
 
-def _scan(x: Any, w: Windows) -> tuple[Any, Any]:
-    # The maxima, and their taps.
+def _scan(x: Any, w: Windows, taps: bool = False) -> Any:
+    # The maxima, or their taps.
     best: Any = None
     taken: Any = None
     views = w.views(x, lowest(x.dtype))
@@ -233,10 +237,12 @@ def _scan(x: Any, w: Windows) -> tuple[Any, Any]:
             better = (value > best) | (value != value)
             if (valid & ~started).any():  # never an element of the border, not even among -inf
                 better = better | jnp.asarray(valid & ~started)
-            best = jnp.where(better, value, best)
-            taken = jnp.where(better, np.int8(number), taken)
+            # For taps no selections: XLA makes branches of them, which the processor predicts badly. Their
+            # numbers grow; the sign of a zero, which the larger of two does not keep, is not asked for.
+            best = lax.max(best, value) if taps else jnp.where(better, value, best)
+            taken = lax.max(taken, better.astype(jnp.int8) * np.int8(number))
         started = started | valid
-    return best, taken
+    return taken if taps else best
 
 
 def _index_of(taps: Any, w: Windows) -> Any:
@@ -257,7 +263,7 @@ def _places_along(x: Any, w: Windows) -> Any:
     positions = w.positions(0)
     valid = (positions >= 0) & (positions < w.sizes[0])
     if len(w.taps) <= MOST_TAPS:
-        return _index_of(_scan(x, w)[1], w)
+        return _index_of(_scan(x, w, taps=True), w)
     return places(x, np.where(valid, positions, -1), w.axes[0])
 
 

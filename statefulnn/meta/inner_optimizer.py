@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -18,9 +19,12 @@ from statefulnn.meta._arrays import strong_arrays
 from statefulnn.meta._closures import hoisted
 from statefulnn.meta.per_step import PerStep, require_steps
 
+Shapes = tuple[tuple[tuple[int, ...], Any], ...]
+
 MOST_STEPS = 100  # that an optimizer is tried for
+MOST_NUMBERS = 1 << 24  # of parameters, times steps, that a trial in their own shapes keeps
 MOST_VERDICTS = 64  # that are kept
-_verdicts: dict[Any, str] = {}  # by optimizer, structure of the parameters, and steps
+_verdicts: dict[Any, str] = {}  # by optimizer, structure of the parameters, steps, and shapes
 
 
 def learning_rates(
@@ -112,8 +116,8 @@ def require_differentiable(optimizer: Any, params: Any, steps: int, *, unless: b
 
     It takes as many steps as the loop, on small arrays, with one gradient of zero and another one, with
     parameters of zero, and with gradients of zero alone; a number instead of each traced value, such as a
-    learned rate. An optimizer that depends on the shapes cannot
-    be tried, and passes.
+    learned rate. An optimizer that raises there may depend on the shapes, and is tried on arrays of the
+    parameters' own ones. What raises again passes: it will raise in the loop, at the user's line.
     """
     if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
         raise TypeError(
@@ -125,8 +129,13 @@ def require_differentiable(optimizer: Any, params: Any, steps: int, *, unless: b
         )
     if unless:
         return
-    verdict = _tried(optimizer, jax.tree_util.tree_structure(params), min(steps, MOST_STEPS))
-    if verdict == "fine":
+    leaves, structure = jax.tree_util.tree_flatten(params)
+    steps = min(steps, MOST_STEPS)
+    verdict = _tried(optimizer, structure, steps, None)
+    if verdict == "raised":
+        steps = max(1, min(steps, MOST_NUMBERS // max(1, sum(p.size for p in leaves))))
+        verdict = _tried(optimizer, structure, steps, tuple((p.shape, p.dtype) for p in leaves))
+    if verdict in ("fine", "raised"):
         return
     remedy = "first_order=True, which needs no such derivative"
     if verdict == "nan":
@@ -144,9 +153,11 @@ def updated(optimizer: Any, gradients: Any, slots: Any, params: Any) -> tuple[An
     """Return the updates of an optimizer and its state, or raise if it asks for more than gradients."""
     try:
         return optimizer.update(gradients, slots, params)
-    except TypeError as error:
+    except Exception as error:
         # optax names what is missing nowhere else.
-        if "required keyword-only argument" not in str(error):
+        if not isinstance(error, TypeError) or "required keyword-only argument" not in str(error):
+            name = getattr(optimizer.update, "__qualname__", type(optimizer).__name__)
+            error.add_note(f"(in an inner step of nn.meta, in the optimizer's update, {name})")
             raise
         raise TypeError(
             explain(
@@ -158,8 +169,8 @@ def updated(optimizer: Any, gradients: Any, slots: Any, params: Any) -> tuple[An
         ) from error
 
 
-def _tried(optimizer: Any, structure: Any, steps: int) -> str:
-    key = (optimizer, structure, steps)
+def _tried(optimizer: Any, structure: Any, steps: int, shapes: Shapes | None) -> str:
+    key = (optimizer, structure, steps, shapes)
     try:
         verdict = _verdicts.get(key)
     except TypeError:  # it cannot be hashed
@@ -173,15 +184,26 @@ def _tried(optimizer: Any, structure: Any, steps: int) -> str:
     return verdict
 
 
-def _try(optimizer: Any, structure: Any, steps: int) -> tuple[str, bool]:
-    """Return "fine", "nan" or "flat", and whether the optimizer depends on traced values."""
+def _try(optimizer: Any, structure: Any, steps: int, shapes: Shapes | None) -> tuple[str, bool]:
+    """Return "fine", "nan", "flat" or "raised", and whether the optimizer depends on traced values.
+
+    Args:
+        shapes: shapes and dtypes of the parameters, None for two numbers each.
+    """
+
+    def tree(first: Any, other: Any) -> Any:
+        leaves = [first, *[other] * (structure.num_leaves - 1)]
+        if shapes is not None:
+            leaves = [_enlarged(v, *how) for v, how in zip(leaves, shapes, strict=True)]
+        return structure.unflatten(leaves)
 
     def updates(gradient: Any, start: Any, other: Any) -> Any:
-        params = structure.unflatten([start] * structure.num_leaves)
-        gradients = structure.unflatten([gradient, *[other] * (structure.num_leaves - 1)])
+        params, gradients = tree(start, start), tree(gradient, other)
 
         def step(state: Any, _: None) -> tuple[Any, Any]:
             updates, after = optimizer.update(gradients, state, params)
+            if shapes is not None:  # not to keep the updates of all steps
+                updates = jax.tree_util.tree_map(_weighted, updates)
             return jax.tree_util.tree_map(
                 lambda a, s: jnp.asarray(a, s.dtype), after, state
             ), updates
@@ -214,7 +236,7 @@ def _try(optimizer: Any, structure: Any, steps: int) -> tuple[str, bool]:
         with jax.ensure_compile_time_eval():
             found = jax.jit(lambda *cases: call(numbers, *cases))(*cases)
     if found is None:
-        return "fine", bool(values)
+        return "raised", bool(values)
     moves, slopes, back = (
         np.stack([*map(np.asarray, jax.tree_util.tree_leaves(t))]) for t in found
     )
@@ -222,6 +244,23 @@ def _try(optimizer: Any, structure: Any, steps: int) -> tuple[str, bool]:
         return "nan", bool(values)
     # A schedule may start with steps of zero, which say nothing.
     return "flat" if moves.any() and not slopes.any() else "fine", bool(values)
+
+
+def _uneven(size: int, step: float) -> Any:
+    return 1 + jnp.arange(size, dtype=jnp.float32) * np.float32(step) % 1
+
+
+def _enlarged(pair: Any, shape: tuple[int, ...], dtype: Any) -> Any:
+    """Return a pair of numbers in turn, as an array of a shape; uneven, since a mean may be subtracted."""
+    size = math.prod(shape)
+    values = pair[(jnp.arange(size) + 1) % 2] * _uneven(size, math.sqrt(2))
+    return values.reshape(shape).astype(dtype)
+
+
+def _weighted(update: Any) -> Any:
+    """Return one number that is zero where all of an update is, and not finite where one of it is not."""
+    values = jnp.ravel(update).astype(jnp.float32)
+    return (values * _uneven(values.size, math.sqrt(3))).sum()
 
 
 def _stand_in(value: Any) -> Any:

@@ -141,28 +141,60 @@ def test_bad_input_is_refused():
         nn.func.per_sample_grad(lambda m, x, y: m(x).sum())(model, jnp.ones((4, 3)), jnp.ones(5))
 
 
-@pytest.mark.parametrize(
-    "how",
-    [
-        {"kernel_size": 3},
-        {"kernel_size": 3, "stride": 2, "padding": 1, "dilation": 2, "groups": 2},
-        {"kernel_size": (2, 3), "padding": 3},
-        {"kernel_size": 5, "padding": 2},
-    ],
-    ids=str,
-)
-def test_convolutions_of_each_image(how):
+# The axes of an image, and a layer: with 4 channels and with 8 the gradient is computed in different ways.
+CONVOLUTIONS = [
+    ((9, 8), {"in_channels": 4, "kernel_size": 3}),
+    ((9, 8), {"in_channels": 16, "kernel_size": 3, "stride": 2, "padding": 1, "groups": 2}),
+    ((9, 8), {"in_channels": 8, "kernel_size": (2, 3), "padding": (3, 0), "dilation": (1, 2)}),
+    ((9, 8), {"in_channels": 8, "kernel_size": 5, "padding": "same", "padding_mode": "reflect"}),
+    ((9, 8), {"in_channels": 8, "kernel_size": (3, 1)}),
+    ((11,), {"in_channels": 8, "kernel_size": 3, "stride": 2, "padding": 1}),
+    ((5, 4, 6), {"in_channels": 8, "kernel_size": 2, "padding": 1}),
+]
+
+
+@pytest.mark.parametrize("space, how", CONVOLUTIONS, ids=lambda v: str(v).replace("_", ""))
+def test_convolutions_of_each_image(space, how):
     with in_float64():
-        layer = nn.Conv2d(4, 6, **how).to(jnp.float64)
-        x = np.random.default_rng(0).normal(size=(3, 4, 9, 8))
-        loss = lambda m, x: jnp.sum(jnp.sin(m(x[None])))
-        got = nn.jit(nn.func.per_sample_grad(loss))(layer, x)
-        theirs = torch.nn.Conv2d(4, 6, **how).double()
+        name = f"Conv{len(space)}d"
+        layer = getattr(nn, name)(out_channels=6, **how).to(jnp.float64)
+        # Two images are one example.
+        x = np.random.default_rng(0).normal(size=(3, 2, how["in_channels"], *space))
+        theirs = getattr(torch.nn, name)(out_channels=6, **how).double()
         theirs.load_state_dict(
             {k: torch.tensor(np.array(v)) for k, v in layer.state_dict().items()}
         )
-        for i, image in enumerate(torch.tensor(x)):
-            theirs.zero_grad()
-            theirs(image[None]).sin().sum().backward()
-            for name, p in theirs.named_parameters():
-                np.testing.assert_allclose(got[name][i], p.grad, rtol=1e-9, atol=1e-11)
+        for images in (slice(0, 1), slice(0, 2)):
+            loss = lambda m, x: jnp.sum(jnp.sin(m(x)))
+            got = nn.jit(nn.func.per_sample_grad(loss))(layer, x[:, images])
+            for i, example in enumerate(torch.tensor(x[:, images])):
+                theirs.zero_grad()
+                theirs(example).sin().sum().backward()
+                for name, p in theirs.named_parameters():
+                    np.testing.assert_allclose(got[name][i], p.grad, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("channels", [4, 8])
+def test_gradients_of_a_derivative_of_a_convolution(channels):
+    # The loss has a derivative along the image and along the weight in it, forward and then in reverse.
+    with in_float64():
+        rng = np.random.default_rng(0)
+        x, w = rng.normal(size=(3, 2, channels, 5, 5)), rng.normal(size=(6, channels, 3, 3))
+        of, along = ({"w": w}, {"w": rng.normal(size=w.shape)})
+
+        def loss(p, x):
+            value = lambda p, x: F.conv2d(jnp.sin(x)[None], p["w"]).sum() ** 3
+            return jax.jvp(value, (p, x[0]), (along, x[1]))[1] ** 2
+
+        def torchs(w, x):
+            value = lambda w, x: torch.nn.functional.conv2d(x.sin()[None], w).sum() ** 3
+            tangents = torch.tensor(along["w"]), x[1]
+            return (
+                torch.autograd.functional.jvp(value, (w, x[0]), tangents, create_graph=True)[1] ** 2
+            )
+
+        got = nn.func.per_sample_grad(loss)(of, x)["w"]
+        for i, example in enumerate(torch.tensor(x)):
+            leaf = torch.tensor(w, requires_grad=True)
+            (expected,) = torch.autograd.grad(torchs(leaf, example), leaf)
+            np.testing.assert_allclose(got[i], expected, rtol=1e-9, atol=1e-9)

@@ -106,6 +106,75 @@ def test_an_optimizer_of_a_trace_is_not_kept_alive():
         jax.jit(lambda rate: adapted(optax.sgd(rate), 2).losses[-1])(0.1)
 
 
+def of_shapes(rule, of_bias=lambda g: -0.1 * g):
+    """An optimizer that needs the parameters' own shapes: those of ``nn.Linear(3, 2)``."""
+
+    def update(grads, state, params=None):
+        assert grads["weight"].shape == (2, 3) and grads["bias"].shape == (2,)
+        return {"weight": rule(grads["weight"]), "bias": of_bias(grads["bias"])}, state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+def through(optimizer, first_order=False):
+    """The gradient of the loss after two inner steps, by the parameters at the start."""
+    fn, params = nn.functionalize(nn.Linear(3, 2))
+    x, y = jnp.linspace(-1.0, 1.0, 12).reshape(4, 3), jnp.ones((4, 2))
+    value = lambda out, target: jnp.mean((out - target) ** 2)
+
+    def loss(params):
+        adapted = nn.meta.adapt(
+            fn, params, value, (x, y), optimizer=optimizer, steps=2, first_order=first_order
+        )
+        return value(fn(adapted.params, x), y)
+
+    return loss, params
+
+
+@pytest.mark.parametrize(
+    "rule, message",
+    [
+        (lambda g: -0.1 * jnp.sign(g), "zero everywhere"),
+        (lambda g: -0.1 * jnp.sqrt(jnp.abs(g)), "not finite"),
+    ],
+    ids=["signs", "roots"],
+)
+def test_an_optimizer_that_needs_the_shapes_is_tried_in_them(rule, message):
+    loss, params = through(of_shapes(rule, rule))
+    with pytest.raises(nn.NotDifferentiableError, match=message):
+        jax.grad(loss)(params)
+    loss, params = through(of_shapes(rule, rule), first_order=True)
+    for name, gradient in jax.grad(loss)(params).items():
+        assert jnp.isfinite(gradient).all(), name
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        lambda g: -0.1 * (g - g.mean(1, keepdims=True)),
+        lambda g: -0.1 * g / jnp.sqrt((g**2).sum() + 1e-3),
+    ],
+    ids=["centred", "of one length"],
+)
+def test_a_smooth_optimizer_that_needs_the_shapes_passes(rule):
+    loss, params = through(of_shapes(rule))
+    grads, h = jax.grad(loss)(params), 1e-2
+    for name, i in (("weight", (1, 2)), ("bias", (0,))):
+        moved = [loss({**params, name: params[name].at[i].add(s)}) for s in (h, -h)]
+        np.testing.assert_allclose(grads[name][i], (moved[0] - moved[1]) / (2 * h), atol=1e-3)
+
+
+def test_an_error_of_the_user_s_optimizer_comes_out_with_a_note():
+    def broken_update(grads, state, params=None):
+        raise KeyError("missing")
+
+    optimizer = optax.GradientTransformation(lambda params: optax.EmptyState(), broken_update)
+    loss, params = through(optimizer)
+    with pytest.raises(KeyError, match="missing") as caught:
+        loss(params)
+    assert "broken_update" in caught.value.__notes__[0]
+
+
 # --------------------------------------------------------------------------------------------------
 # Gradients on their way back
 
