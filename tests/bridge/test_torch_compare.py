@@ -172,3 +172,150 @@ def test_other_things_than_modules_and_unknown_names_are_refused():
         compare(ours, theirs, X)
     with pytest.raises(nn.ArgumentError, match="our module has nothing of the name '0.fc'"):
         compare(theirs, ours, X, names={"0.fc": "0.linear"})
+
+
+class TheirTwo(torch.nn.Module):
+    def __init__(self, tied=False):
+        super().__init__()
+        self.a, self.b = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
+        if tied:
+            self.b = self.a
+
+    def forward(self, x):
+        return self.run(self.a, self.b, x)
+
+    run = staticmethod(lambda a, b, x: b(a(x)))
+
+
+def two(theirs=lambda a, b, x: b(a(x)), ours=lambda a, b, x: b(a(x)), tied=False):
+    """Return two layers in a model of torch and one of ours, each called by a function."""
+
+    class Their(TheirTwo):
+        run = staticmethod(theirs)
+
+    class Our(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x):
+            return ours(self.a, self.b, x)
+
+    torch.manual_seed(0)
+    return Their(tied), Our()
+
+
+def test_gradients_of_parameters_and_arguments_and_buffers_are_compared_too():
+    class OnItsWeight(nn.Linear):
+        def forward(self, x):
+            return F.linear(x, jax.lax.stop_gradient(self.weight.value), self.bias)
+
+    found = compare(torch.nn.Linear(4, 4), OnItsWeight(4, 4), X)
+    assert found.first is None and found.first_gradient is None and not found.agrees
+    assert "These gradients differ: weight" in str(found)
+
+    found = compare(*two(lambda a, b, x: b(a(x.detach()))), X)
+    assert "These gradients differ: the argument 0 by position" in str(found)
+
+    theirs = torch.nn.BatchNorm1d(4)
+    found = compare(theirs, nn.BatchNorm1d(4, momentum=0.01), X)
+    assert set(found.buffers) == {"running_mean", "running_var", "num_batches_tracked"}
+    assert "these buffers differ: running_mean" in str(found) and "momentum is 0.01" in str(found)
+    # A bias before the normalisation has a gradient of rounding errors.
+    before = torch.nn.Sequential(torch.nn.Linear(4, 4), theirs)
+    assert compare(before, nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)), X).agrees
+
+
+def test_a_gradient_that_torch_does_not_take_is_zero():
+    found = compare(*two(lambda a, b, x: b(a(x).detach())), X)
+    assert found.first_gradient.path == "a"
+    argmax = lambda a, b, x: (b(a(x)), b(a(x)).argmax(-1))  # the second calls have no gradient
+    assert compare(*two(argmax, argmax), X).agrees
+
+
+@pytest.mark.parametrize(
+    "theirs, ours, word",
+    [
+        (lambda a, b, x: {"y": a(x), "z": x}, lambda a, b, x: {"z": x, "y": a(x)}, None),
+        (
+            lambda a, b, x: {"y": a(x)},
+            lambda a, b, x: {"w": a(x)},
+            "names that it returns is ['w']",
+        ),
+        (lambda a, b, x: (a(x), 3), lambda a, b, x: (a(x), 4), "look at the code around"),
+        (lambda a, b, x: (a(x), x), lambda a, b, x: a(x), "number of arrays that it returns is 1"),
+        (
+            lambda a, b, x: (a(x), x > 0),
+            lambda a, b, x: (a(x), (x > 0).astype("float32")),
+            "dtype that it returns is 'float32' here and 'bool' in torch",
+        ),
+        (lambda a, b, x: a(a(x)), lambda a, b, x: a(x), "calls is 1 here and 2 in torch"),
+        (lambda a, b, x: torch.dropout(a(x), 0.5, True), lambda a, b, x: a(x), "random numbers"),
+    ],
+)
+def test_outputs_are_compared_by_their_places_and_the_reason_is_told(theirs, ours, word):
+    found = compare(*two(theirs, ours), X)
+    assert found.agrees if word is None else word in str(found)
+
+
+def test_a_module_that_is_shared_in_one_model_only_is_compared_call_by_call():
+    theirs, ours = two(tied=True)
+    found = compare(theirs, ours, X)
+    assert found.first is None and found.first_gradient is None and found.only_ours == ()
+    assert "one parameter in torch, and 2 here: a.weight, b.weight" in str(found)
+    assert not found.agrees  # each has a part of the gradient
+    theirs, ours = two()
+    assert "frozen in torch, trained here: a.weight" in str(
+        compare(theirs.requires_grad_(False), ours, X)
+    )
+
+
+def test_bfloat16_differs_by_its_own_steps():
+    theirs, ours = torch.nn.Linear(4, 4).bfloat16(), nn.Linear(4, 4, dtype=jnp.bfloat16)
+    found = compare(theirs, ours, X.bfloat16())
+    assert found.agrees and found.tolerance > 0.01
+    assert compare(theirs, ours, X.bfloat16(), tolerance=1e-6).tolerance == 1e-6
+
+
+def test_modules_inside_of_a_transformation_are_said_to_be_left_out():
+    found = compare(*two(ours=lambda a, b, x: b(nn.remat(a)(x))), X)
+    assert found.agrees and found.inside == ("a",) and found.only_theirs == ()
+    assert [row.path for row in found.rows] == ["b", ""]
+
+
+def test_everything_is_as_it_was_afterwards():
+    theirs = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Dropout(0.5))
+    ours = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5))
+    theirs[0].weight.grad = torch.ones(4, 4)
+    x = (X.clone().requires_grad_() * 2) + 0  # no leaf
+    nn.manual_seed(1)
+    torch.manual_seed(1)
+    moduledef, _ = nn.split(ours)
+    before = torch.get_rng_state(), nn.default_generator.get_state()
+    compare(theirs, ours, x)
+    assert torch.equal(torch.get_rng_state(), before[0])
+    np.testing.assert_array_equal(nn.default_generator.get_state(), before[1])
+    assert torch.equal(theirs[0].weight.grad, torch.ones(4, 4)) and ours.training
+    assert nn.split(ours)[0] is moduledef  # no hooks
+
+
+def test_arrays_are_inputs_and_suggestions_go_by_names_that_begin_alike():
+    for x in (X.numpy(), jnp.asarray(X.numpy())):
+        assert compare(torch.nn.Linear(4, 2), nn.Linear(4, 2), x).agrees
+    theirs = torch.nn.ModuleDict({n: torch.nn.Linear(4, 4) for n in "qkv"})
+    ours = nn.ModuleDict({n: nn.Linear(4, 4) for n in ("value", "query", "key")})
+    suggested = compare(theirs, ours, X).suggested
+    assert suggested == {"value": "v", "query": "q", "key": "k"}
+
+
+def test_errors_say_in_which_module_they_were_raised():
+    with pytest.raises(nn.ShapeError) as caught:
+        compare(*two(ours=lambda a, b, x: b(a(x)[:, :3])), X)
+    assert "raised in 'b' of Our (Linear)" in caught.value.__notes__
+    assert "raised while compare called our module" in caught.value.__notes__
+    with pytest.raises(RuntimeError) as caught:
+        compare(*two(lambda a, b, x: b(a(x)[:, :3])), X)
+    assert "compare called 'b' of torch's module" in caught.value.__notes__[0]
+    for wrong in ({"kwargs": [1]}, {"names": ["a"]}, {"tolerance": -1}):
+        with pytest.raises(nn.ArgumentError):
+            compare(*two(), X, **wrong)

@@ -114,6 +114,32 @@ def test_weights_of_a_layer_in_a_branch_can_be_changed_and_the_layer_cannot():
         ours(jnp.asarray(X.numpy()))
 
 
+class Twice(torch.nn.Module):
+    """Calls its layers in a branch and outside of it."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.BatchNorm1d(3))
+
+    def forward(self, x):
+        y = self.inner(x)
+        return torch.cond(x.sum() > 0, lambda y: self.inner(y), lambda y: y.clone(), (y,))
+
+
+def test_a_layer_that_is_called_outside_of_the_branch_as_well_cannot_be_replaced_either():
+    theirs, x = Twice().eval(), jnp.abs(jnp.asarray(X.numpy()))
+    ours = from_torch(theirs, X)
+    same(ours(x), theirs(X.abs()))
+    with pytest.raises(nn.StructureChangeError, match="in training mode"):
+        ours.train()(x)
+    ours.eval().inner[0] = nn.Sequential(nn.Linear(3, 3)).eval()
+    with pytest.raises(nn.StructureChangeError, match="replaced 'inner.0'"):
+        ours(x)
+    ours.inner = nn.Linear(3, 3).eval()
+    with pytest.raises(nn.StructureChangeError, match="replaced 'inner'"):
+        ours(x)
+
+
 def test_copies_and_pickles_have_the_branches():
     ours = from_torch(Branched().eval(), X)
     x = -jnp.asarray(X.numpy())

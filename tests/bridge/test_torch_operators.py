@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -16,6 +17,7 @@ import statefulnn as nn
 from statefulnn.bridge.torch import from_torch, operators
 from statefulnn.bridge.torch.operators import OPERATORS, find
 from tests.bridge.beside_torch import beside, same
+from tests.quick import QUICKLY
 
 GENERATOR = torch.Generator().manual_seed(0)
 
@@ -526,3 +528,167 @@ def test_truth_values_as_indices_are_refused():
     with pytest.raises(nn.ShapeError, match="depends on the numbers") as error:
         OPERATORS["index"](jnp.ones(3), [jnp.ones(3, bool)])
     assert "torch.where" in str(error.value)
+
+
+# --------------------------------------------------------------------------------------------------
+# Functions of torch, several to a module, with their gradients: what torch has and few use
+
+_A = torch.randn(4, 6, generator=GENERATOR)
+_SIGNAL = torch.randn(40, generator=GENERATOR)
+_WINDOW = torch.hann_window
+_HOLES = lambda x: torch.where(x > 0.5, torch.nan, x)
+FUNCTIONS = {
+    "windows": [
+        lambda x: x * torch.hann_window(6) + torch.hann_window(6, periodic=False),
+        lambda x: x * torch.hamming_window(6) + torch.hamming_window(6, False, 0.5, 0.4),
+        lambda x: x * torch.blackman_window(6) + torch.bartlett_window(6),
+        lambda x: x * torch.bartlett_window(6, periodic=False) + torch.hann_window(1),
+        lambda x: x * torch.kaiser_window(6) + torch.kaiser_window(6, False, 4.0),
+        lambda x: x * torch.hann_window(x.shape[1]),
+        lambda x: x * torch.fft.fftfreq(6, d=0.5) + torch.fft.fftfreq(6),
+        lambda x: x[:, :4] * torch.fft.rfftfreq(6),
+        lambda x: x * torch.logspace(0, 2, 6) + torch.logspace(0, 2, 6, base=2.0),
+        lambda x: x[torch.tril_indices(4, 4)[0]] + x[torch.triu_indices(4, 4, -1)[1, :10]],
+    ],
+    "ranks": [
+        torch.median,
+        lambda x: torch.median(_HOLES(x)),
+        lambda x: torch.median(_HOLES(x), 1)[0],
+        lambda x: torch.nanmedian(_HOLES(x)),
+        lambda x: tuple(torch.nanmedian(_HOLES(x), 1)),
+        lambda x: tuple(torch.kthvalue(x, 2, 1)),
+        lambda x: tuple(torch.kthvalue(x, 2, 0, True)),
+        lambda x: torch.mode(x.round(), 0)[0],
+        lambda x: tuple(torch.mode((x * 2).long(), 1)),
+        lambda x: torch.mode((x * 2).long(), 0, True)[0],
+    ],
+    "quantiles": [
+        lambda x: torch.quantile(x, 0.3),
+        lambda x: torch.quantile(x, torch.tensor([0.1, 0.5, 0.9]), 1, True),
+        lambda x: torch.quantile(x, torch.tensor([0.1, 0.5]), keepdim=True),
+        *[
+            lambda x, kind=kind: torch.quantile(x, 0.3, 1, interpolation=kind)
+            for kind in ("nearest", "lower", "higher", "midpoint")
+        ],
+        lambda x: torch.quantile(_HOLES(x), 0.35, 1),
+        lambda x: torch.nanquantile(_HOLES(x), torch.tensor([0.35, 0.7])),
+    ],
+    "special": [
+        lambda x: torch.i0(x) + torch.special.i0e(x) + torch.special.i1(x) + torch.special.i1e(x),
+        lambda x: torch.special.ndtri(x.sigmoid()) + torch.special.log_ndtr(x),
+        lambda x: torch.polygamma(1, x.abs() + 0.3) + torch.polygamma(2, x.abs() + 1),
+        lambda x: torch.special.zeta(x.detach().abs() + 1.5, 2.0),
+        lambda x: torch.special.gammainc(x.detach().abs() + 0.1, x.abs() + 0.3),
+        lambda x: torch.special.gammaincc(x.detach().abs() + 0.1, x.abs() + 0.3),
+        lambda x: torch.frexp(x.detach())[1],
+        lambda x: torch.nextafter(x.detach(), x.detach() + 1),
+        lambda x: torch.lcm((x * 9).long(), (x * 5).long().flip(0)),
+        lambda x: torch.heaviside(x.detach().round(), torch.tensor(0.5)),
+        lambda x: torch.mvlgamma(x.abs() + 2, 2) + torch.special.ndtr(x),
+        lambda x: torch.special.entr(x.abs()) + torch.special.xlog1py(x, x.abs()),
+        lambda x: torch.ldexp(x, torch.tensor(3)) + torch.logaddexp2(x, x + 1),
+    ],
+    "places": [
+        lambda x: torch.diagonal_scatter(x, x[0, :4], 1) + torch.diagonal_copy(x, 1).sum(),
+        lambda x: torch.diagonal_scatter(x, x[0, :3], -1),
+        lambda x: torch.put(x, torch.tensor([0, 3]), x[0, :2]),
+        lambda x: torch.index_reduce(x, 0, torch.tensor([0, 1, 1, 0]), x + 1, "prod"),
+        lambda x: torch.index_reduce(x, 1, torch.tensor([0, 1, 1, 0, 5, 2]), x, "mean"),
+        lambda x: torch.scatter_reduce(x, 0, (x * 0).long(), x + 1, "prod"),
+        lambda x: torch.scatter_reduce(x, 0, (x * 0).long(), x, "prod", include_self=False),
+        # one zero, and two of them
+        lambda x: torch.scatter_reduce(
+            x * 0 + 2,
+            1,
+            torch.tensor([[0, 0, 0, 1, 1, 1]] * 4),
+            x * torch.tensor([0.0, 1, 1, 0, 0, 1]),
+            "prod",
+        ),
+        lambda x: torch.isin((x * 3).long(), torch.tensor([1, -1])) & torch.isin(2, (x * 3).long()),
+        lambda x: torch.searchsorted(x[0].sort()[0], 0.5) + torch.bucketize(0.5, x[1].sort()[0]),
+        lambda x: torch.slice_copy(x, 1, 0, 3) + torch.unfold_copy(x, 1, 3, 3)[:, 0],
+        lambda x: torch.view_copy(x, (6, 4)),
+        lambda x: F.max_unpool2d(*F.max_pool2d(x.view(1, 1, 4, 6), 2, return_indices=True), 2),
+        lambda x: F.max_unpool1d(*F.max_pool1d(x[None], 2, return_indices=True), 2),
+    ],
+    "matrices": [
+        lambda x: torch.addr(x, x[:, 0], x[0], beta=0.5, alpha=2.0),
+        lambda x: torch.renorm(x, 2, 0, 1.0) + torch.renorm(x, 1, 1, 1.0),
+        lambda x: torch.dist(x, x * 2, 3),
+        lambda x: torch.linalg.svdvals(x) + torch.linalg.cond(x[:, :4]),
+        lambda x: torch.linalg.pinv(x),
+        lambda x: torch.linalg.matrix_norm(x, "nuc"),
+        lambda x: torch.linalg.lu_factor(x[:, :4])[0],
+        lambda x: torch.linalg.tensorinv(x[:, :4].reshape(2, 2, 4), 2),
+        lambda x: torch.linalg.tensorsolve(x[:, :4], x[:, 0]) + torch.logdet(x @ x.T),
+        lambda x: torch.cholesky_solve(x, torch.linalg.cholesky(x @ x.T + torch.eye(4))),
+        lambda x: torch.cholesky_inverse(torch.linalg.cholesky(x @ x.T + torch.eye(4))),
+        lambda x: torch.block_diag(x, x[0], x),
+        lambda x: torch.trapezoid(x, dx=0.3) + torch.cumulative_trapezoid(x, dim=0).sum(),
+        lambda x: torch.cartesian_prod(x[0], x[1]),
+    ],
+    "losses": [
+        lambda x: F.soft_margin_loss(x, x.detach().sign()),
+        lambda x: F.multi_margin_loss(x, torch.tensor([1, 2, 0, 0])),
+    ],
+}
+_SPECTRUM = {
+    "n_fft": 16,
+    "hop_length": 4,
+    "return_complex": True,
+}
+SIGNALS = [
+    lambda x: torch.stft(x, **_SPECTRUM, window=_WINDOW(16)).abs(),
+    lambda x: torch.stft(x, **_SPECTRUM, win_length=12, window=_WINDOW(12), normalized=True).real,
+    lambda x: torch.istft(torch.stft(x, **_SPECTRUM, window=_WINDOW(16)), 16, 4, window=_WINDOW(16)),
+    lambda x: torch.istft(
+        torch.stft(x.reshape(2, 20), **_SPECTRUM, window=_WINDOW(16), normalized=True, onesided=False),
+        16, 4, window=_WINDOW(16), normalized=True, onesided=False, length=18,
+    ),
+    lambda x: torch.istft(
+        torch.stft(x, 8, 4, center=False, window=_WINDOW(8) + 0.1, return_complex=True),
+        8, 4, window=_WINDOW(8) + 0.1, center=False,
+    ),
+    lambda x: torch.istft(
+        torch.stft(x, **_SPECTRUM, win_length=12, window=torch.ones(12)), 16, 4, 12,
+        window=torch.ones(12),
+    ),
+]  # fmt: skip
+
+
+def beside_with_gradients(functions, x):
+    """Compare a module that calls all functions with the functions, and the gradients by its input."""
+
+    class Calls(torch.nn.Module):
+        def forward(self, x):
+            return [function(x) for function in functions]
+
+    ours, given = from_torch(Calls(), x), jnp.asarray(x.numpy())
+    x = x.clone().requires_grad_()
+    theirs = [torch.utils._pytree.tree_leaves(function(x)) for function in functions]
+    trained = [[t.requires_grad for t in leaves] for leaves in theirs]
+
+    def loss(x):
+        found = [jax.tree.leaves(out) for out in ours(x)]
+        pairs = zip(found, trained, strict=True)
+        chosen = [y for ys, ones in pairs for y, one in zip(ys, ones, strict=True) if one]
+        return sum(jnp.sum(jnp.square(jnp.where(jnp.isnan(y), 0.0, y))) for y in chosen), found
+
+    gradient, found = jax.jit(jax.grad(loss, has_aux=True), compiler_options=QUICKLY)(given)
+    same(found, theirs, 2e-5)
+    total = [
+        t.nan_to_num(0.0).square().sum() for leaves in theirs for t in leaves if t.requires_grad
+    ]
+    sum(total).backward()
+    scale = float(x.grad.abs().max())
+    np.testing.assert_allclose(gradient / scale, x.grad / scale, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:index_reduce")
+@pytest.mark.parametrize("kind", FUNCTIONS)
+def test_functions_that_few_use_and_their_gradients_are_torchs(kind):
+    beside_with_gradients(FUNCTIONS[kind], _A)
+
+
+def test_spectra_of_short_times_and_the_way_back_are_torchs():
+    beside_with_gradients(SIGNALS, _SIGNAL)

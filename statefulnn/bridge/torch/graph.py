@@ -398,12 +398,23 @@ class Traced(Module):
         return found
 
     def _has_modes(self, graph: Graph) -> bool:
-        return all(self.get_submodule(p).training is m for p, m in graph.modes.items())
+        pairs = [(self._part(path), mode) for path, mode in graph.modes.items()]
+        # Without one of them `_check_parts` says what was replaced.
+        return all(part is None or part.training is mode for part, mode in pairs)
+
+    def _part(self, path: str) -> Module | None:
+        """Return a module below this one, or None if what it was in is another module now."""
+        try:
+            return self.get_submodule(path)
+        except AttributeError:
+            return None
 
     def _check_parts(self, graph: Graph) -> None:
-        for path, origin in graph.parts.items():
-            module = self.get_submodule(path)
-            plain = f"{type(module).__name__}({', '.join(module._modules)})"
+        # Those around others first: without them the others are not there.
+        for path, origin in sorted(graph.parts.items(), key=lambda part: part[0].count(".")):
+            module = self._part(path)
+            members = () if module is None else module._modules
+            plain = f"{type(module).__name__}({', '.join(members)})"
             if getattr(module, "origin", plain) != origin:
                 raise StructureChangeError(
                     explain(
@@ -429,8 +440,9 @@ class Traced(Module):
 
     def _other_mode(self) -> Exception:
         flags = {p: m for g in self.graphs for p, m in g.modes.items()}
-        wrong = [p for p, m in flags.items() if self.get_submodule(p).training is not m]
-        mode = "training" if wrong and self.get_submodule(wrong[0]).training else "evaluation"
+        parts = {p: part for p in flags if (part := self._part(p)) is not None}
+        wrong = [p for p, part in parts.items() if part.training is not flags[p]]
+        mode = "training" if wrong and parts[wrong[0]].training else "evaluation"
         names = ", ".join(repr(p) if p else "itself" for p in wrong)
         return StructureChangeError(
             explain(

@@ -240,6 +240,10 @@ class Splitter:
                 steps.append(self.step_of(item, path, renamed))
         result = map_leaves(self.flat.outputs[id(call)], renamed)
         steps = _needed(steps, result)
+        for member in self.read_by_bodies(path, steps):
+            modes[member.path or ""] = member.module.__dict__["training"]
+            name = self.relative(path, member.path or "")
+            parts[name] = _origin(member, self.is_ours(member))
         for step in _all_steps(steps):
             if step.kind == "operator" and isinstance(step.target, str) and not find(step.target):
                 self.missing.setdefault(step.target, []).append(step.where)
@@ -266,6 +270,21 @@ class Splitter:
         for name, module in self.trace.root.module.named_modules():
             if self.below(call.path or "", name) and name not in called:
                 yield name, Call(name, module, None)
+
+    def read_by_bodies(self, path: str, steps: Iterable[Step]) -> Iterator[Call]:
+        """Yield the modules whose weights a branch or a loop is given, and those around them.
+
+        They may be called outside of it as well, and are modules there.
+        """
+        given = {slot for s in steps if _has_body(s) for slot in _slots((s.args, s.kwargs))}
+        for step in steps:
+            if step.kind != "read" or step.out.slot not in given:
+                continue
+            owner = step.target.rpartition(".")[0]
+            while owner:
+                name = f"{path}.{owner}" if path else owner
+                yield Call(name, self.trace.root.module.get_submodule(name), None)
+                owner = owner.rpartition(".")[0]
 
     def renaming(self, path: str, number: Callable[[Var], Var], sizes: Sizes) -> Callable[..., Any]:
         """Return what makes leaves of instructions into leaves of the graph of the module at `path`."""
@@ -414,6 +433,11 @@ def _environment(trace: Trace) -> Any:
 
 def _same_call(one: Graph, other: Graph) -> bool:
     return (one.arguments, one.inputs, one.modes) == (other.arguments, other.inputs, other.modes)
+
+
+def _has_body(step: Step) -> bool:
+    """Say whether a step is a branch or a loop, which is given functions."""
+    return any(isinstance(leaf, Body) for leaf in leaves((step.args, step.kwargs)))
 
 
 def _all_steps(steps: Iterable[Step]) -> Iterator[Step]:

@@ -52,6 +52,8 @@ for _name, _function in {
     "floor_divide": jnp.floor_divide,
     "copysign": jnp.copysign,
     "gcd": jnp.gcd,
+    "lcm": lambda a, b: jnp.abs(jnp.lcm(a, b)),
+    "nextafter": jnp.nextafter,
 }.items():
     _two(_name, _function, floating if _name == "copysign" else promoted)
 for _name, _function in {
@@ -59,6 +61,9 @@ for _name, _function in {
     "hypot": jnp.hypot,
     "logaddexp": jnp.logaddexp,
     "true_divide": jnp.true_divide,
+    "special_zeta": jax.scipy.special.zeta,
+    "igamma special_gammainc": jax.scipy.special.gammainc,
+    "igammac special_gammaincc": jax.scipy.special.gammaincc,
 }.items():
     _two(_name, _function, floating)
 for _name, _function in {
@@ -197,6 +202,12 @@ for _name, _function in {
     "sigmoid special_expit": F.sigmoid,
     "tanh": F.tanh,
     "sinc": jnp.sinc,
+    "i0 special_i0": jax.scipy.special.i0,
+    "special_i0e": jax.scipy.special.i0e,
+    "special_i1": jax.scipy.special.i1,
+    "special_i1e": jax.scipy.special.i1e,
+    "special_ndtri": jax.scipy.special.ndtri,
+    "special_log_ndtr": jax.scipy.special.log_ndtr,
 }.items():
     operator(*_name.split())(lambda x, _f=_function: _f(floating(x)[0]))
 for _name, _function in {
@@ -255,6 +266,18 @@ def nan_to_num(
 @operator("xlogy", "special_xlogy")
 def xlogy(a: Any, b: Any) -> Any:
     return jax.scipy.special.xlogy(*floating(a, b))
+
+
+@operator("polygamma", "special_polygamma")
+def polygamma(n: int, x: Any) -> Any:
+    (x,) = floating(x)
+    return jax.scipy.special.polygamma(n, x)
+
+
+@operator("frexp")
+def frexp(x: Any) -> Any:
+    mantissa, exponent = jnp.frexp(x)
+    return mantissa, cast(exponent, jnp.int32)
 
 
 @operator("polar")

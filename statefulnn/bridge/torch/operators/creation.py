@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from statefulnn.bridge.torch.operators._promotion import (
     cast,
@@ -97,6 +99,68 @@ def linspace(start: Any, end: Any, steps: int, *, dtype: Any = None, **_: Any) -
         cast(steps - 1, default_float()), 1.0
     )
     return cast(start * (1 - whole) + end * whole, dtype)
+
+
+@operator("logspace")
+def logspace(
+    start: Any, end: Any, steps: int, base: float = 10.0, *, dtype: Any = None, **_: Any
+) -> Any:
+    exponents = linspace(start, end, steps)
+    return cast(jnp.asarray(base, exponents.dtype) ** exponents, dtype_of(dtype, default_float()))
+
+
+@operator("fft_fftfreq")
+def fftfreq(n: int, d: float = 1.0, *, dtype: Any = None, **_: Any) -> Any:
+    return jnp.fft.fftfreq(n, d, dtype=dtype_of(dtype, default_float()))
+
+
+@operator("fft_rfftfreq")
+def rfftfreq(n: int, d: float = 1.0, *, dtype: Any = None, **_: Any) -> Any:
+    return jnp.fft.rfftfreq(n, d, dtype=dtype_of(dtype, default_float()))
+
+
+@operator("tril_indices")
+def tril_indices(row: int, col: int, offset: int = 0, *, dtype: Any = None, **_: Any) -> Any:
+    return cast(np.stack(np.tril_indices(row, offset, col)), dtype_of(dtype, integer()))
+
+
+@operator("triu_indices")
+def triu_indices(row: int, col: int, offset: int = 0, *, dtype: Any = None, **_: Any) -> Any:
+    return cast(np.stack(np.triu_indices(row, offset, col)), dtype_of(dtype, integer()))
+
+
+def _window(name: str, shape: Callable[..., Any], *defaults: float) -> None:
+    """Put a window into the table, a function of places from 0 to 1 and numbers that have defaults."""
+
+    @operator(name)
+    def window(n: Any, periodic: bool = True, *given: float, dtype: Any = None, **_: Any) -> Any:
+        dtype = dtype_of(dtype, default_float())
+        if isinstance(n, int) and n <= 1:
+            return jnp.ones(n, dtype)
+        last = cast(n if periodic else n - 1, default_float())
+        place = jnp.arange(n, dtype=default_float()) / last
+        return cast(shape(place, *given, *defaults[len(given) :]), dtype)
+
+
+def _cosines(place: Any, *weights: float) -> Any:
+    """Return a sum of cosines with weights whose signs alternate."""
+    return sum(
+        (-1) ** i * weight * jnp.cos(2 * math.pi * i * place) for i, weight in enumerate(weights)
+    )
+
+
+_window("hann_window", lambda place: _cosines(place, 0.5, 0.5))
+_window("hamming_window", _cosines, 0.54, 0.46)
+_window("blackman_window", lambda place: _cosines(place, 0.42, 0.5, 0.08))
+_window("bartlett_window", lambda place: 1 - jnp.abs(2 * place - 1))
+_window(
+    "kaiser_window",
+    lambda place, beta: (
+        jax.scipy.special.i0(beta * jnp.sqrt(jnp.maximum(1 - (2 * place - 1) ** 2, 0.0)))
+        / jax.scipy.special.i0(beta)
+    ),
+    12.0,
+)
 
 
 @operator("eye", "eye.m")

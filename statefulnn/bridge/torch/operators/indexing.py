@@ -10,7 +10,13 @@ import jax
 import jax.numpy as jnp
 
 import statefulnn.functional as F
-from statefulnn.bridge.torch.operators._promotion import cast, counted, integer
+from statefulnn.bridge.torch.operators._promotion import (
+    cast,
+    counted,
+    integer,
+    is_array,
+    promoted,
+)
 from statefulnn.bridge.torch.operators._table import operator
 from statefulnn.bridge.torch.operators.views import chosen, sliced
 from statefulnn.core.errors import ShapeError, explain
@@ -138,9 +144,57 @@ def scatter_reduce(
         }[reduce]
         start = x.at[places].set(jnp.asarray(neutral, x.dtype))
     where = start.at[places]
-    return {"sum": where.add, "prod": where.multiply, "amax": where.max, "amin": where.min}[reduce](
-        source
-    )
+    if reduce == "prod":
+        return _multiplied(start, places, source)
+    return {"sum": where.add, "amax": where.max, "amin": where.min}[reduce](source)
+
+
+@jax.custom_jvp
+def _multiplied(x: Any, places: Any, source: Any) -> Any:
+    return x.at[places].multiply(source)
+
+
+@_multiplied.defjvp
+def _(values: Any, tangents: Any) -> Any:
+    """JAX has this derivative for places that differ only."""
+    (x, places, source), (by_x, _, by_source) = values, tangents
+    some = lambda a: jnp.where(a == 0, jnp.ones_like(a), a)
+    zero = lambda a: (a == 0).astype(jnp.int32)
+    product = some(x).at[places].multiply(some(source))  # of those that are not zero
+    zeros = zero(x).at[places].add(zero(source))
+
+    def others(a: Any, product: Any, zeros: Any) -> Any:
+        """Return the product of the other factors."""
+        return jnp.where(zeros == zero(a), product / some(a), jnp.zeros_like(a))
+
+    moved = by_x * others(x, product, zeros)
+    moved = moved.at[places].add(by_source * others(source, product[places], zeros[places]))
+    return _multiplied(x, places, source), moved
+
+
+@operator("index_reduce")
+def index_reduce(
+    x: Any, dim: int, index: Any, source: Any, reduce: str, *, include_self: bool = True
+) -> Any:
+    shape = [1] * x.ndim
+    shape[dim] = -1
+    places = jnp.broadcast_to(index.reshape(shape), source.shape)
+    return scatter_reduce(x, dim, places, source, reduce, include_self=include_self)
+
+
+@operator("put")
+def put(x: Any, index: Any, source: Any, accumulate: bool = False) -> Any:
+    where = x.ravel().at[index.ravel()]
+    source = source.ravel()
+    return (where.add(source) if accumulate else where.set(source)).reshape(x.shape)
+
+
+@operator("diagonal_scatter")
+def diagonal_scatter(x: Any, source: Any, offset: int = 0, dim1: int = 0, dim2: int = 1) -> Any:
+    moved = jnp.moveaxis(x, (dim1, dim2), (-2, -1))
+    n = counted(source.shape[-1])
+    out = moved.at[..., n + max(0, -offset), n + max(0, offset)].set(source)
+    return jnp.moveaxis(out, (-2, -1), (dim1, dim2))
 
 
 @operator("index_add")
@@ -176,7 +230,14 @@ def one_hot(x: Any, num_classes: int = -1) -> Any:
     return F.one_hot(x, num_classes)
 
 
-@operator("searchsorted", "searchsorted.Tensor")
+@operator("isin")
+def isin(
+    elements: Any, test_elements: Any, *, assume_unique: bool = False, invert: bool = False
+) -> Any:
+    return jnp.isin(*promoted(elements, test_elements), invert=invert)
+
+
+@operator("searchsorted", "searchsorted.Tensor", "searchsorted.Scalar")
 def searchsorted(
     ordered: Any,
     x: Any,
@@ -187,6 +248,7 @@ def searchsorted(
     sorter: Any = None,
 ) -> Any:
     side = side or ("right" if right else "left")
+    x = cast(x, ordered.dtype) if not is_array(x) else x
     if sorter is not None:
         ordered = jnp.take_along_axis(ordered, sorter, -1)
     if not isinstance(
@@ -203,7 +265,7 @@ def searchsorted(
     return cast(found, jnp.int32 if out_int32 else integer())
 
 
-@operator("bucketize", "bucketize.Tensor")
+@operator("bucketize", "bucketize.Tensor", "bucketize.Scalar")
 def bucketize(x: Any, ordered: Any, *, out_int32: bool = False, right: bool = False) -> Any:
     return searchsorted(ordered, x, out_int32=out_int32, right=right)
 

@@ -163,6 +163,42 @@ def irfftn(x: Any, s: Any = None, dim: Any = (-2, -1), norm: str | None = None) 
     return jnp.fft.irfftn(x, s, dim, norm)
 
 
+@operator("istft")
+def istft(
+    x: Any,
+    n_fft: int,
+    hop_length: int | None = None,
+    win_length: int | None = None,
+    window: Any = None,
+    center: bool = True,
+    normalized: bool = False,
+    onesided: bool | None = None,
+    length: int | None = None,
+    return_complex: bool = False,
+) -> Any:
+    """Add the pieces of a signal that overlap, and divide by the sum of the squared windows."""
+    hop = n_fft // 4 if hop_length is None else hop_length
+    width = n_fft if win_length is None else win_length
+    half = not return_complex if onesided is None else onesided
+    norm = "ortho" if normalized else "backward"
+    spectrum = jnp.swapaxes(x, -1, -2)  # (..., pieces, frequencies)
+    pieces = (jnp.fft.irfft if half else jnp.fft.ifft)(spectrum, n_fft, norm=norm)
+    pieces = pieces if half and not return_complex or return_complex else pieces.real
+    real = pieces.real.dtype
+    window = jnp.ones(width, real) if window is None else window
+    before = (n_fft - width) // 2
+    window = jnp.pad(window, (before, n_fft - width - before))
+    places = hop * np.arange(pieces.shape[-2])[:, None] + np.arange(n_fft)
+    total = int(places[-1, -1]) + 1
+    signal = jnp.zeros((*x.shape[:-2], total), pieces.dtype).at[..., places].add(pieces * window)
+    weight = jnp.zeros(total, real).at[places].add(jnp.square(window))
+    start = n_fft // 2 if center else 0
+    end = start + length if length is not None else total - start
+    inside = slice(start, min(end, total))
+    out = signal[..., inside] / weight[inside]
+    return jnp.pad(out, [(0, 0)] * (out.ndim - 1) + [(0, end - min(end, total))])
+
+
 @operator("_cdist_forward")
 def cdist_forward(a: Any, b: Any, p: float, compute_mode: Any = None) -> Any:
     return cdist(a, b, p)
@@ -189,6 +225,75 @@ def qr(x: Any, mode: str = "reduced") -> Any:
 @operator("linalg_svd")
 def svd(x: Any, full_matrices: bool = True, *, driver: str | None = None) -> Any:
     return tuple(jnp.linalg.svd(x, full_matrices))
+
+
+@operator("_linalg_svd")
+def svd_inner(
+    x: Any, full_matrices: bool = False, compute_uv: bool = True, *, driver: str | None = None
+) -> Any:
+    if compute_uv:
+        return svd(x, full_matrices)
+    return None, jnp.linalg.svd(x, compute_uv=False), None
+
+
+@operator("linalg_pinv")
+def pinv(x: Any, rcond: Any = None, hermitian: bool = False, *, rtol: Any = None) -> Any:
+    rtol = rcond if rtol is None else rtol
+    if rtol is None:
+        rtol = max(x.shape[-2:]) * float(jnp.finfo(x.dtype).eps)
+    return jnp.linalg.pinv(x, rtol=rtol, hermitian=hermitian)
+
+
+@operator("linalg_pinv.atol_rtol_tensor", "linalg_pinv.atol_rtol_float")
+def pinv_of_two(x: Any, *, atol: Any = None, rtol: Any = None, hermitian: bool = False) -> Any:
+    if atol is not None:
+        largest = jnp.max(jnp.linalg.svd(lax.stop_gradient(x), compute_uv=False), -1)
+        rtol = jnp.maximum(cast(atol, largest.dtype) / largest, cast(rtol or 0.0, largest.dtype))
+    return pinv(x, rtol=rtol, hermitian=hermitian)
+
+
+def _went_well(x: Any) -> Any:
+    """Return what torch says of matrices without an error."""
+    return jnp.zeros(x.shape[:-2], jnp.int32)
+
+
+@operator("linalg_inv_ex")
+def inv_ex(x: Any, *, check_errors: bool = False) -> Any:
+    return inverse(x), _went_well(x)
+
+
+@operator("_linalg_solve_ex")
+def solve_ex(a: Any, b: Any, *, left: bool = True, check_errors: bool = False) -> Any:
+    factors, pivots, _ = lax.linalg.lu(a)
+    return solve(a, b, left=left), factors, pivots + 1, _went_well(a)
+
+
+@operator("_linalg_slogdet")
+def slogdet_inner(x: Any) -> Any:
+    factors, pivots, _ = lax.linalg.lu(x)
+    return (*slogdet(x), factors, pivots + 1)
+
+
+@operator("linalg_lu_factor_ex")
+def lu_factor(x: Any, *, pivot: bool = True, check_errors: bool = False) -> Any:
+    factors, pivots, _ = lax.linalg.lu(x)
+    return factors, pivots + 1, _went_well(x)
+
+
+@operator("cholesky_solve")
+def cholesky_solve(b: Any, factor: Any, upper: bool = False) -> Any:
+    return jax.scipy.linalg.cho_solve((factor, not upper), b)
+
+
+@operator("cholesky_inverse")
+def cholesky_inverse(factor: Any, upper: bool = False) -> Any:
+    eye = jnp.broadcast_to(jnp.eye(factor.shape[-1], dtype=factor.dtype), factor.shape)
+    return cholesky_solve(eye, factor, upper)
+
+
+@operator("block_diag")
+def block_diag(tensors: Sequence[Any]) -> Any:
+    return jax.scipy.linalg.block_diag(*tensors)
 
 
 @operator("linalg_eigh", "_linalg_eigh")

@@ -248,14 +248,106 @@ def topk(x: Any, k: int, dim: int = -1, largest: bool = True, sorted: bool = Tru
     return jnp.moveaxis(values, -1, dim), jnp.moveaxis(_index(places), -1, dim)
 
 
-@operator("median.dim")
-def median(x: Any, dim: int, keepdim: bool = False) -> Any:
-    places = jnp.argsort(x, dim, stable=True)
-    chosen = jnp.take(places, jnp.asarray([(x.shape[dim] - 1) // 2]), dim)
+def _ranked(x: Any, dim: int, keepdim: bool, rank: Callable[[Any], Any]) -> Any:
+    """Return the number of a rank along an axis, and its place; the rank is chosen when NaNs are marked."""
+    if not x.ndim:
+        return x, jnp.zeros((), integer())
+    places = jnp.argsort(_ordered(x), dim, stable=True)
+    at = jnp.broadcast_to(
+        rank(jnp.isnan(x)), (*x.shape[: dim % x.ndim], 1, *x.shape[dim % x.ndim + 1 :])
+    )
+    chosen = jnp.take_along_axis(places, at, dim)
     values = jnp.take_along_axis(x, chosen, dim)
     if not keepdim:
         values, chosen = jnp.squeeze(values, dim), jnp.squeeze(chosen, dim)
     return values, _index(chosen)
+
+
+@operator("median.dim")
+def median(x: Any, dim: int, keepdim: bool = False) -> Any:
+    n = x.shape[dim] if x.ndim else 1
+    count = lambda nan: jnp.sum(nan, dim, keepdims=True)
+    # One NaN makes the median NaN: they come last, and the first of them is taken.
+    rank = lambda nan: jnp.where(count(nan) > 0, n - count(nan), (n - 1) // 2)
+    return _ranked(x, dim, keepdim, rank)
+
+
+@operator("nanmedian.dim")
+def nanmedian(x: Any, dim: int, keepdim: bool = False) -> Any:
+    n = x.shape[dim] if x.ndim else 1
+    rank = lambda nan: jnp.maximum(n - jnp.sum(nan, dim, keepdims=True) - 1, 0) // 2
+    return _ranked(x, dim, keepdim, rank)
+
+
+@operator("median.default")
+def median_of_all(x: Any) -> Any:
+    return median(x.ravel(), 0)[0]
+
+
+@operator("nanmedian.default")
+def nanmedian_of_all(x: Any) -> Any:
+    return nanmedian(x.ravel(), 0)[0]
+
+
+@operator("kthvalue")
+def kthvalue(x: Any, k: int, dim: int = -1, keepdim: bool = False) -> Any:
+    return _ranked(x, dim, keepdim, lambda _: jnp.asarray(k - 1))
+
+
+@operator("mode")
+def mode(x: Any, dim: int = -1, keepdim: bool = False) -> Any:
+    """Return the most frequent number, of several the smallest, and its last place."""
+    if not x.ndim:
+        return x, jnp.zeros((), integer())
+    moved = jnp.moveaxis(x, dim, -1)
+    same = moved[..., :, None] == moved[..., None, :]
+    often = jnp.sum(same, -1)
+    most = often == jnp.max(often, -1, keepdims=True)
+    places = jnp.argsort(_ordered(moved), -1, stable=True)
+    first = jnp.argmax(jnp.take_along_axis(most, places, -1), -1, keepdims=True)
+    chosen = jnp.take_along_axis(places, first, -1)
+    alike = moved == jnp.take_along_axis(moved, chosen, -1)
+    last = moved.shape[-1] - 1 - jnp.argmax(jnp.flip(alike, -1), -1, keepdims=True)
+    values = jnp.moveaxis(jnp.take_along_axis(moved, last, -1), -1, dim)
+    last = jnp.moveaxis(last, -1, dim)
+    if not keepdim:
+        values, last = jnp.squeeze(values, dim), jnp.squeeze(last, dim)
+    return values, _index(last)
+
+
+def _quantile(skips_nan: bool) -> Callable:
+    def run(
+        x: Any, q: Any, dim: Any = None, keepdim: bool = False, *, interpolation: str = "linear"
+    ) -> Any:
+        q = cast(q, x.dtype)
+        whole = x.ravel() if dim is None else jnp.moveaxis(x, dim, -1)
+        ordered = jnp.sort(whole, -1)  # NaNs come last
+        nans = jnp.sum(jnp.isnan(whole), -1, keepdims=True)
+        last = cast(whole.shape[-1] - 1, x.dtype)
+        rank = q.ravel() * (jnp.maximum(last - cast(nans, x.dtype), 0.0) if skips_nan else last)
+        rank = rank if skips_nan else jnp.where(nans > 0, last, rank)
+        taken = lambda place: jnp.take_along_axis(ordered, cast(place, jnp.int32), -1)
+        below = jnp.floor(rank)
+        single = {"lower": below, "higher": jnp.ceil(rank), "nearest": jnp.round(rank)}
+        if interpolation in single:
+            found = taken(single[interpolation])
+        else:
+            weight = rank - below if interpolation == "linear" else jnp.asarray(0.5, x.dtype)
+            low, high = taken(below), taken(jnp.ceil(rank))
+            found = low + weight * (high - low)
+        if keepdim:  # one axis for the numbers q, in front, and one for what they are numbers of
+            axis = [1] * x.ndim if dim is None else None
+            many = jnp.moveaxis(found, -1, 0)
+            many = many.reshape(-1, *axis) if axis else jnp.expand_dims(many, dim % x.ndim + 1)
+        else:
+            many = jnp.moveaxis(found, -1, 0)
+        return many if q.ndim else many[0]
+
+    return run
+
+
+operator("quantile")(_quantile(False))
+operator("nanquantile")(_quantile(True))
 
 
 @operator("diff")

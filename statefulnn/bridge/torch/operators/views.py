@@ -126,7 +126,7 @@ def broadcast_tensors(tensors: Sequence[Any]) -> Any:
     return jnp.broadcast_arrays(*tensors)
 
 
-@operator("slice")
+@operator("slice", "slice_copy")
 def slice_(x: Any, dim: int = 0, start: Any = None, end: Any = None, step: int = 1) -> Any:
     return x[sliced(x, dim, start, end, step)]
 
