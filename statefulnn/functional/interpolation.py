@@ -152,7 +152,7 @@ def _sizes(
             )
         )
     name, value = ("size", size) if factor is None else ("scale_factor", factor)
-    values = value if isinstance(value, tuple) else (value,) * len(spatial)
+    values: tuple[Any, ...] = value if isinstance(value, tuple) else (value,) * len(spatial)
     if len(values) != len(spatial):
         raise ValueError(
             explain(
