@@ -25,8 +25,7 @@ ENGINE_LINES = 1713
 LOOKING = ("objects", "class_keys", "leaks")
 LOOKING_LINES = 480
 FUNCTION_LINES = 60
-# The share of parameters of type Any, or of none: where whatever there is may come, as in what a user's function
-# takes.
+# The share of parameters of type Any, or of none, as where anything may come.
 ANY_SHARE = {"core and transforms": (TYPED, 0.15), "all": (SOURCES, 0.15)}
 
 _SKIPPED = {
