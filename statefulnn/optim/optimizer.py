@@ -21,7 +21,6 @@ from typing import Any, Literal, NamedTuple, cast, overload
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.typing import ArrayLike
 
 from statefulnn.core import habits
 from statefulnn.core.compat import EAGER, Tracer, current_trace
@@ -224,7 +223,7 @@ class Optimizer(Module):
         return types.MappingProxyType(rates) if self._has_groups else rates[REST]
 
     @lr.setter
-    def lr(self, value: ArrayLike | Mapping[str, ArrayLike]) -> None:
+    def lr(self, value: Any) -> None:
         rates = self._rates()
         given = value if isinstance(value, Mapping) else dict.fromkeys(self._patterns, value)
         for pattern in given:
