@@ -25,7 +25,8 @@ ENGINE_LINES = 1713
 LOOKING = ("objects", "class_keys", "leaks")
 LOOKING_LINES = 480
 FUNCTION_LINES = 60
-ANY_SHARE = 0.15
+# The share of parameters of type Any, or of none, as where anything may come.
+ANY_SHARE = {"core and transforms": (TYPED, 0.15), "all": (SOURCES, 0.15)}
 
 _SKIPPED = {
     tokenize.COMMENT,
@@ -92,9 +93,11 @@ def test_no_function_is_long(source):
         )
 
 
-def test_most_parameters_have_a_type_that_says_something():
+@pytest.mark.parametrize("part", ANY_SHARE)
+def test_most_parameters_have_a_type_that_says_something(part):
+    sources, share = ANY_SHARE[part]
     vague, total = [], 0
-    for source in TYPED:
+    for source in sources:
         for f in functions(ast.parse(source.read_text())):
             for argument in (*f.args.posonlyargs, *f.args.args, *f.args.kwonlyargs):
                 if argument.arg in ("self", "cls"):
@@ -102,7 +105,7 @@ def test_most_parameters_have_a_type_that_says_something():
                 total += 1
                 if argument.annotation is None or ast.unparse(argument.annotation) == "Any":
                     vague.append(f"{relative(source)}:{f.lineno} {f.name}({argument.arg})")
-    assert len(vague) <= ANY_SHARE * total, f"{len(vague)} of {total}:\n" + "\n".join(vague)
+    assert len(vague) <= share * total, f"{len(vague)} of {total}:\n" + "\n".join(vague)
 
 
 def imports_at_import_time(source: Path) -> set[str]:

@@ -261,7 +261,7 @@ class GradScaler(Module):
 
 
 @jax.jit
-def _unscaled(grads: dict[str, Any], scale: Any) -> tuple[dict[str, Any], Any]:
+def _unscaled(grads: dict[str, Any], scale: jax.Array) -> tuple[dict[str, Any], Any]:
     """Divide gradients by the scale; say whether any of them is not finite."""
     finite = [jnp.isfinite(g).all() for g in jax.tree.leaves(grads)]
     inverse = 1 / scale
@@ -271,7 +271,9 @@ def _unscaled(grads: dict[str, Any], scale: Any) -> tuple[dict[str, Any], Any]:
     return grads, ~jnp.stack(finite).all() if finite else jnp.asarray(False)
 
 
-def _step(scaler: GradScaler, opt: Optimizer, grads: Any, extra: Mapping[str, Any]) -> None:
+def _step(
+    scaler: GradScaler, opt: Optimizer, grads: Mapping[str, Any], extra: Mapping[str, Any]
+) -> None:
     if scaler.unscaled_without_step:
         found = scaler._unscaled_inf
     else:

@@ -6,9 +6,11 @@ from typing import Any, NamedTuple
 
 import jax
 from jax import lax
+from jax.typing import DTypeLike
 
 from statefulnn.core.extras import import_extra
 from statefulnn.functional._checks import LOW_PRECISION, widened
+from statefulnn.transforms.types import PyTree
 
 
 class MasterState(NamedTuple):
@@ -51,17 +53,17 @@ def master_weights(tx: Any) -> Any:
     optax = import_extra("optax", "optax", "called nn.amp.master_weights", "does the arithmetic")
     tx = optax.with_extra_args_support(tx)
 
-    def rounded(x: Any, dtype: Any) -> Any:
+    def rounded(x: jax.Array, dtype: DTypeLike) -> Any:
         return widened(lax.optimization_barrier(x.astype(dtype)))
 
-    def wide(params: Any, master: Any) -> Any:
+    def wide(params: PyTree, master: PyTree) -> Any:
         return jax.tree.map(lambda p, m: p if m is None else m, params, master)
 
-    def init(params: Any) -> MasterState:
+    def init(params: PyTree) -> MasterState:
         master = jax.tree.map(lambda p: widened(p) if p.dtype in LOW_PRECISION else None, params)
         return MasterState(master, tx.init(wide(params, master)))
 
-    def update(grads: Any, state: MasterState, params: Any, **extra: Any) -> Any:
+    def update(grads: PyTree, state: MasterState, params: PyTree, **extra: Any) -> Any:
         before = wide(params, state.master)
         grads = jax.tree.map(lambda g, w: g.astype(w.dtype), grads, before)
         updates, inner = tx.update(grads, state.inner, before, **extra)

@@ -99,6 +99,6 @@ class policy:  # noqa: N801 (it is called where a function would be)
         return wrapper
 
 
-def _cast(x: Any, dtype: DTypeLike) -> Any:
+def _cast(x: object, dtype: DTypeLike) -> Any:
     arrays = isinstance(x, (jax.Array, np.ndarray))
     return jnp.asarray(x, dtype) if arrays and jnp.issubdtype(x.dtype, jnp.floating) else x

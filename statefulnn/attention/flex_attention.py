@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from statefulnn.core.errors import explain
 from statefulnn.core.listing import listing
@@ -76,7 +77,7 @@ class AuxOutput(NamedTuple):
 # Masks by functions
 
 
-def noop_mask(batch: Any, head: Any, token_q: Any, token_kv: Any) -> Any:
+def noop_mask(batch: ArrayLike, head: ArrayLike, token_q: ArrayLike, token_kv: ArrayLike) -> Any:
     """Allow every pair.
 
     Source: ``torch.nn.attention.flex_attention.noop_mask``.
@@ -133,14 +134,14 @@ def _combined(name: str, mods: tuple[Callable, ...], combine: Callable, start: b
             )
         )
 
-    def mask(b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
+    def mask(b: ArrayLike, h: ArrayLike, q_idx: ArrayLike, kv_idx: ArrayLike) -> Any:
         results = [mod(b, h, q_idx, kv_idx) for mod in mods]
         return functools.reduce(combine, results, jnp.asarray(start))
 
     return mask
 
 
-def _positions(function: Callable, sizes: tuple[int, ...], scores: Any = None) -> Any:
+def _positions(function: Callable, sizes: tuple[int, ...], scores: jax.Array | None = None) -> Any:
     """Return a function's values for all batches, heads and positions, ``(B, H, L, S)``."""
     indices = [jnp.arange(n, dtype=jnp.int32) for n in sizes]
     for axis in range(4):  # the innermost vmap is over the source
@@ -171,7 +172,7 @@ def _is_score_mod(function: Callable) -> bool:
 
 
 def create_mask(
-    mod_fn: Callable, B: int | None, H: int | None, Q_LEN: int, KV_LEN: int, device: Any = None
+    mod_fn: Callable, B: int | None, H: int | None, Q_LEN: int, KV_LEN: int, device: object = None
 ) -> Any:
     """Return a mask function's values, ``(B, H, Q_LEN, KV_LEN)``, booleans.
 
@@ -261,7 +262,7 @@ class BlockMask:
         computed = int((self._counts > 0).sum()) * math.prod(self.BLOCK_SIZE)
         return 100 * (1 - computed / self.numel())
 
-    def to(self, device: Any) -> BlockMask:
+    def to(self, device: object) -> BlockMask:
         """Return the mask itself: a function has no device."""
         return self
 
@@ -276,7 +277,7 @@ def create_block_mask(
     H: int | None,
     Q_LEN: int,
     KV_LEN: int,
-    device: Any = None,
+    device: object = None,
     BLOCK_SIZE: int | tuple[int, int] = _BLOCK,
     _compile: bool = False,
 ) -> BlockMask:
@@ -320,15 +321,15 @@ def create_block_mask(
 
 
 def flex_attention(
-    query: Any,
-    key: Any,
-    value: Any,
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
     score_mod: Callable | None = None,
     block_mask: BlockMask | None = None,
     scale: float | None = None,
     enable_gqa: bool = False,
     return_lse: bool = False,
-    kernel_options: Any = None,
+    kernel_options: object = None,
     *,
     return_aux: AuxRequest | None = None,
 ) -> Any:
@@ -405,11 +406,13 @@ def flex_attention(
     return out, AuxOutput(_log_sum(scores) if return_aux.lse else None, highest)
 
 
-def _log_sum(scores: Any) -> Any:
+def _log_sum(scores: jax.Array) -> Any:
     return jax.nn.logsumexp(scores, -1)
 
 
-def _check_flex(q: Any, k: Any, v: Any, mask: BlockMask | None, enable_gqa: bool) -> None:
+def _check_flex(
+    q: jax.Array, k: jax.Array, v: jax.Array, mask: BlockMask | None, enable_gqa: bool
+) -> None:
     given = f"flex_attention was given query {q.shape}, key {k.shape} and value {v.shape}"
     if any(x.ndim != 4 for x in (q, k, v)):
         raise NotImplementedError(

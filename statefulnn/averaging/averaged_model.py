@@ -215,7 +215,7 @@ def _moved(trios: Sequence[Trio], rule: Callable[[list[Any], list[Any]], Any]) -
     return [value.astype(box.dtype) for value, (_, box, _) in zip(new, trios, strict=True)]
 
 
-def _described(value: Any) -> str:
+def _described(value: object) -> str:
     if isinstance(value, (list, tuple)):
         return f"{len(value)} arrays"
     shape = getattr(value, "shape", None)

@@ -16,6 +16,7 @@ from statefulnn.core.placement import DeviceLike, resolve_device
 from statefulnn.core.tracebacks import shortened
 from statefulnn.modules.batchnorm import _BatchNorm
 from statefulnn.transforms.jit import jit
+from statefulnn.transforms.types import PyTree
 
 
 @shortened
@@ -61,7 +62,7 @@ def update_bn(loader: Iterable[Any], model: Module, device: DeviceLike | None = 
 
 
 @jit
-def _run(model: Module, x: Any) -> None:
+def _run(model: Module, x: PyTree) -> None:
     model(x)
 
 

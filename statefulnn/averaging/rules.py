@@ -110,5 +110,7 @@ def _swa(averaged: jax.Array, current: jax.Array, n: jax.Array) -> jax.Array:
     return averaged + (current - averaged) / (n + 1)
 
 
-def _for_all(rule: Callable[..., Any], averaged: Any, current: Any, n: Any) -> list[jax.Array]:
+def _for_all(
+    rule: Callable[..., Any], averaged: Any, current: Any, n: jax.Array
+) -> list[jax.Array]:
     return [rule(a, c, n) for a, c in zip(averaged, current, strict=True)]

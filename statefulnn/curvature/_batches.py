@@ -17,12 +17,13 @@ from statefulnn.curvature._models import (
     number_of_examples,
     wide,
 )
+from statefulnn.transforms.types import PyTree
 
 # Each a tree of arrays (batches, examples, ...).
 Stacks = tuple[Any, ...]
 
 
-def stacked(data: Any, batch_size: int | None, targets: bool, function: str) -> Stacks:
+def stacked(data: PyTree, batch_size: int | None, targets: bool, function: str) -> Stacks:
     """Return data as stacks of batches ``(inputs, targets)``; consecutive equal ones are one stack.
 
     Args:
@@ -74,12 +75,12 @@ def _batch(batch: Any, targets: bool, function: str) -> Any:
     return jax.tree.map(jnp.asarray, (inputs_of(inputs), y))
 
 
-def _kind(stack: Any) -> Any:
+def _kind(stack: PyTree) -> Any:
     leaves, treedef = jax.tree.flatten(stack)
     return treedef, [(a.shape[1:], a.dtype) for a in leaves]
 
 
-def examples_in(stack: Any) -> int:
+def examples_in(stack: PyTree) -> int:
     """Return the number of examples of each batch of a stack."""
     return jax.tree.leaves(stack)[0].shape[1]
 
@@ -107,7 +108,7 @@ def summed(function: Callable, stacks: Stacks, mean: bool) -> Any:
     """
     total: Any = None
 
-    def widened(batch: Any) -> Any:
+    def widened(batch: PyTree) -> Any:
         return jax.tree.map(lambda a: a.astype(wide(a.dtype)), function(batch))
 
     for stack in stacks:
@@ -118,13 +119,13 @@ def summed(function: Callable, stacks: Stacks, mean: bool) -> Any:
     return total
 
 
-def _sum(function: Callable, stack: Any) -> Any:
+def _sum(function: Callable, stack: PyTree) -> Any:
     first = jax.tree.map(lambda a: a[0], stack)
     if length(stack) == 1:
         return function(first)
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(function, first))
 
-    def step(total: Any, batch: Any) -> tuple[Any, None]:
+    def step(total: PyTree, batch: PyTree) -> tuple[Any, None]:
         return jax.tree.map(jnp.add, total, function(batch)), None
 
     return jax.lax.scan(step, zeros, stack)[0]
@@ -133,7 +134,7 @@ def _sum(function: Callable, stack: Any) -> Any:
 def mapped(function: Callable, stacks: Stacks) -> Any:
     """Return what a function gives for each example, ``(N, ...)``, batch by batch."""
 
-    def of_stack(stack: Any) -> Any:
+    def of_stack(stack: PyTree) -> Any:
         if length(stack) == 1:
             return function(jax.tree.map(lambda a: a[0], stack))
         return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), jax.lax.map(function, stack))
@@ -141,7 +142,7 @@ def mapped(function: Callable, stacks: Stacks) -> Any:
     return jax.tree.map(lambda *a: jnp.concatenate(a), *map(of_stack, stacks))
 
 
-def like_stacks(array: Any, stacks: Stacks) -> list[Any]:
+def like_stacks(array: jax.Array, stacks: Stacks) -> list[Any]:
     """Cut an array ``(N, ...)`` into the batches of stacks."""
     parts, start = [], 0
     for stack in stacks:

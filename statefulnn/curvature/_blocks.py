@@ -8,13 +8,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from statefulnn.transforms.types import PyTree
 
-def length(arrays: Any) -> int:
+
+def length(arrays: PyTree) -> int:
     """Return the number of examples, the length of the first axes."""
     return jax.tree.leaves(arrays)[0].shape[0]
 
 
-def in_blocks(arrays: Any, size: int) -> tuple[Any, Any]:
+def in_blocks(arrays: PyTree, size: int) -> tuple[Any, Any]:
     """Return full blocks ``(n, size, ...)``, and the examples left over or None."""
     n = length(arrays)
     full = n // size
@@ -23,7 +25,7 @@ def in_blocks(arrays: Any, size: int) -> tuple[Any, Any]:
     return blocks, rest
 
 
-def map_blocks(function: Callable, arrays: Any, size: int | None) -> Any:
+def map_blocks(function: Callable, arrays: PyTree, size: int | None) -> Any:
     """Return ``function(block) -> (size, ...)`` of all blocks, put together again."""
     if size is None or size >= length(arrays):
         return function(arrays)
@@ -35,7 +37,7 @@ def map_blocks(function: Callable, arrays: Any, size: int | None) -> Any:
     return jax.tree.map(lambda a, b: jnp.concatenate([a, b]), done, function(rest))
 
 
-def sum_blocks(function: Callable, arrays: Any, size: int) -> Any:
+def sum_blocks(function: Callable, arrays: PyTree, size: int) -> Any:
     """Return the sum of ``function(block)`` over all blocks.
 
     Of what `map_blocks` has read in blocks of this size, nothing is copied: both loops read the same arrays.
@@ -51,7 +53,7 @@ def sum_blocks(function: Callable, arrays: Any, size: int) -> Any:
 
 
 def fold_blocks(
-    function: Callable, combine: Callable, arrays: Any, size: int | None
+    function: Callable, combine: Callable, arrays: PyTree, size: int | None
 ) -> tuple[Any, Any]:
     """Combine ``function(block) -> (summary, per_example)`` over the blocks.
 
@@ -69,7 +71,7 @@ def fold_blocks(
     blocks, rest = in_blocks(arrays, size)
     total, first = function(jax.tree.map(lambda a: a[0], blocks))
 
-    def step(total: Any, block: Any) -> tuple[Any, Any]:
+    def step(total: PyTree, block: PyTree) -> tuple[Any, Any]:
         summary, each = function(block)
         return combine(total, summary), each
 

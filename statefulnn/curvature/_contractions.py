@@ -37,7 +37,7 @@ def contract(first: list[tuple], second: list[tuple], outputs: str) -> Any:
     return total
 
 
-def _add(a: Any, b: Any) -> Any:
+def _add(a: jax.Array, b: jax.Array) -> Any:
     dtype = wide(a.dtype, b.dtype)
     return a.astype(dtype) + b.astype(dtype)
 

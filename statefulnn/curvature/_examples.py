@@ -13,6 +13,7 @@ from statefulnn.core.generator import Forbidden, use_generator
 from statefulnn.core.module import Module
 from statefulnn.curvature._models import at_least_one, check_parameters, number_of_examples, wide
 from statefulnn.transforms.grad import grad_of_example
+from statefulnn.transforms.types import PyTree
 
 # Under vmap one draw would serve all examples.
 _FORBIDDEN = Forbidden(
@@ -41,7 +42,7 @@ def without_randomness(loss: Callable, function: str) -> Callable:
     return drawless
 
 
-def gradient_of_examples(loss: Callable, target: Any, function: str) -> Callable:
+def gradient_of_examples(loss: Callable, target: PyTree, function: str) -> Callable:
     """Return ``g(examples) -> gradients``, with a leading axis of examples on every gradient.
 
     Args:
@@ -78,7 +79,7 @@ def check_examples(examples: tuple, function: str) -> int:
     return n
 
 
-def flattened(gradients: Any) -> list[Any]:
+def flattened(gradients: PyTree) -> list[Any]:
     """Return gradients (N, ...) as (N, size), all of one dtype: float32 at least."""
     leaves = jax.tree.leaves(gradients)
     dtype = wide(*(g.dtype for g in leaves))

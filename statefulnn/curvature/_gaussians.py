@@ -10,8 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 # The eigenvectors of one parameter's factors: of the rows of the matrix that it is made into, and of its
 # columns; None for unit vectors.
@@ -47,15 +49,15 @@ class Aligned:
         """Return the variances of the coordinates, (P,)."""
         return 1 / (self.curvature + self.prior)
 
-    def root(self, rows: Any) -> Any:
+    def root(self, rows: jax.Array) -> Any:
         """Return rows (..., P) times S."""
         return self._turned(rows, False) * jnp.sqrt(self.variances())
 
-    def moves(self, noise: Any) -> Any:
+    def moves(self, noise: jax.Array) -> Any:
         """Return S times noise (..., P): draws of changes of the parameters."""
         return self._turned(noise * jnp.sqrt(self.variances()), True)
 
-    def _turned(self, rows: Any, back: bool) -> Any:
+    def _turned(self, rows: jax.Array, back: bool) -> Any:
         if self.vectors is None:
             return rows
         if not isinstance(self.vectors, tuple):
@@ -65,7 +67,7 @@ class Aligned:
         return jnp.concatenate([by_pair(part, pair, back) for part, pair in pairs], -1)
 
 
-def by_pair(part: Any, pair: Pair, back: bool) -> Any:
+def by_pair(part: jax.Array, pair: Pair, back: bool) -> Any:
     """Return numbers (..., size) of one parameter in the coordinates of its eigenvectors, or back."""
     left, right = (q if q is None or back else q.T for q in pair)
     if right is None:
@@ -100,11 +102,11 @@ class LowRank:
         w = self.directions
         return jnp.sum(w * jnp.linalg.solve(self._inner(), w.T).T, 1)
 
-    def root(self, rows: Any) -> Any:
+    def root(self, rows: jax.Array) -> Any:
         """Return rows (..., P) times S."""
         return self._shrunk(rows / jnp.sqrt(self.prior))
 
-    def moves(self, noise: Any) -> Any:
+    def moves(self, noise: jax.Array) -> Any:
         """Return S times noise (..., P): draws of changes of the parameters."""
         return self._shrunk(noise) / jnp.sqrt(self.prior)
 
@@ -112,7 +114,7 @@ class LowRank:
         w = self.directions
         return jnp.eye(w.shape[1], dtype=w.dtype) + jnp.matmul(w.T, w, precision="highest")
 
-    def _shrunk(self, rows: Any) -> Any:
+    def _shrunk(self, rows: jax.Array) -> Any:
         # (I + W Wᵀ)^-½ = I - W f(Wᵀ W) Wᵀ, with f(m) = (1 - (1 + m)^-½) / m.
         values, vectors = jnp.linalg.eigh(self._inner())
         values = jnp.maximum(values, 1)
@@ -122,7 +124,12 @@ class LowRank:
 
 
 def gaussian(
-    values: Any, vectors: Any, sizes: Sequence[int], noise: Any, prior: Any, scalar: bool
+    values: jax.Array,
+    vectors: Any,
+    sizes: Sequence[int],
+    noise: ArrayLike,
+    prior: jax.Array,
+    scalar: bool,
 ) -> Any:
     """Return the form for eigenvalues and eigenvectors of a curvature.
 

@@ -22,6 +22,7 @@ from statefulnn.curvature._gaussians import Pair
 from statefulnn.curvature._layers import DENSE, Layers, all_positions, probed, structured_layers
 from statefulnn.curvature._models import checked_output, wide
 from statefulnn.modules.sparse import Embedding
+from statefulnn.transforms.types import PyTree
 
 # Beyond it a parameter without a layer that is known has the diagonal of its block.
 LARGEST_BLOCK = 1024
@@ -30,7 +31,7 @@ LARGEST_BLOCK = 1024
 class _Curved(Protocol):
     """What has a curvature by the outputs of an example: a likelihood, or a loss."""
 
-    def of(self, out: Any, target: Any) -> tuple[Any, Any]:
+    def of(self, out: jax.Array, target: PyTree) -> tuple[Any, Any]:
         """Return its value, and R with R Rᵀ the curvature by the flat outputs."""
         ...
 
@@ -50,7 +51,9 @@ class Blocks:
     names: tuple[str, ...]
 
 
-def find_blocks(module: Module, params: Mapping[str, Any], chosen: Any, example: tuple) -> Blocks:
+def find_blocks(
+    module: Module, params: Mapping[str, Any], chosen: Mapping[str, Any], example: tuple
+) -> Blocks:
     """Look at the layers of a module.
 
     Args:
@@ -88,7 +91,7 @@ def kron_curvature(
     others = {n: params[n] for n in blocks.names if n not in covered}
     dtype = wide(*(params[n].dtype for n in blocks.names))
 
-    def one_example(inputs: tuple, target: Any) -> tuple[Any, dict, dict]:
+    def one_example(inputs: tuple, target: PyTree) -> tuple[Any, dict, dict]:
         finish = lambda out: checked_output(out, function).reshape(-1)
         out, pull, seen = probed(layers, params, others, inputs, finish)
         score, root = likelihood.of(out.astype(dtype), target)
@@ -124,7 +127,7 @@ def kron_curvature(
     return compute(data)
 
 
-def _square(rows: Any, whole: bool) -> Any:
+def _square(rows: jax.Array, whole: bool) -> Any:
     """Return rowsᵀ rows, or the diagonal of it."""
     rows = rows.reshape(-1, rows.shape[-1])
     if not whole:
@@ -133,7 +136,7 @@ def _square(rows: Any, whole: bool) -> Any:
 
 
 def _decomposed(
-    name: str, blocks: Blocks, value: Any, sums: dict, factors: dict, examples: int
+    name: str, blocks: Blocks, value: jax.Array, sums: dict, factors: dict, examples: int
 ) -> tuple[Any, Pair]:
     """Return the eigenvalues of a parameter's block, in its shape made flat, and the eigenvectors."""
     weight = blocks.biases.get(name, name)
@@ -152,7 +155,7 @@ def _decomposed(
     return jnp.outer(outer, inner).reshape(-1), (outer_vectors, inner_vectors)
 
 
-def _eigh(matrix: Any) -> tuple[Any, Any]:
+def _eigh(matrix: jax.Array) -> tuple[Any, Any]:
     """Return eigenvalues and eigenvectors; of a vector, which stands for a diagonal, no eigenvectors."""
     if matrix.ndim == 1:
         return matrix, None

@@ -28,7 +28,7 @@ class Basis:
     length: int = field(metadata={"static": True})
 
     @staticmethod
-    def of(row: Any, length: int) -> Basis:
+    def of(row: jax.Array, length: int) -> Basis:
         """Return a basis of a first row, in four blocks: with more of them, XLA compiles longer."""
         rows = -(-length // 4)
         empty = jnp.zeros((rows, *row.shape), row.dtype)
@@ -40,17 +40,17 @@ class Basis:
         """The rows of a block."""
         return self.blocks[0].shape[0]
 
-    def row(self, j: Any) -> Any:
+    def row(self, j: int | jax.Array) -> Any:
         """Return a row."""
         inside = j % self.rows
         branches = [lambda blocks, i=i: blocks[i][inside] for i in range(len(self.blocks))]
         return jax.lax.switch(j // self.rows, branches, self.blocks)
 
-    def with_row(self, j: Any, row: Any) -> Basis:
+    def with_row(self, j: int | jax.Array, row: jax.Array) -> Basis:
         """Return the basis with another row."""
 
         # One branch for each block: XLA writes it in place.
-        def put(i: int, block: Any) -> Any:
+        def put(i: int, block: jax.Array) -> Any:
             return jax.lax.cond(
                 j // self.rows == i, lambda b: b.at[j % self.rows].set(row), lambda b: b, block
             )
@@ -61,7 +61,7 @@ class Basis:
         """Return the first rows, (count, P)."""
         return jnp.concatenate(self.blocks[: -(-count // self.rows)])[:count]
 
-    def turned(self, turn: Any) -> Basis:
+    def turned(self, turn: jax.Array) -> Basis:
         """Return a basis whose first rows are ``turn @ rows``, turn (count, m); the others do not count."""
         # Blocks are turned as one array: XLA is slow with matrices of few rows.
         new = _dot(turn, self.first(turn.shape[1]))
@@ -69,7 +69,7 @@ class Basis:
         blocks = jnp.split(new, len(new) // self.rows)
         return Basis((*blocks, *self.blocks[len(blocks) :]), self.length)
 
-    def without(self, vector: Any, count: Any) -> tuple[Any, Any]:
+    def without(self, vector: jax.Array, count: int | jax.Array) -> tuple[Any, Any]:
         """Return what of a vector is orthogonal to the first rows, and its products with all, (m + 1,).
 
         Those with other rows are 0.
@@ -77,7 +77,7 @@ class Basis:
         number, rows = len(self.blocks), self.rows
 
         def branch(filled: int) -> Callable:
-            def run(blocks: tuple, vector: Any) -> tuple[Any, Any]:
+            def run(blocks: tuple, vector: jax.Array) -> tuple[Any, Any]:
                 counts = jnp.arange(filled * rows).reshape(filled, rows) < count
                 products = [
                     jnp.where(here, _dot(block, vector), 0)
@@ -93,7 +93,7 @@ class Basis:
         rest, products = jax.lax.switch((count - 1) // rows, branches, self.blocks, vector)
         return rest, products[: self.length]
 
-    def beside(self, vector: Any, count: Any) -> tuple[Any, Any]:
+    def beside(self, vector: jax.Array, count: int | jax.Array) -> tuple[Any, Any]:
         """As `without`, but to working precision.
 
         Once is not enough where much of the vector is in the basis: rounding is relative to that.
@@ -109,7 +109,7 @@ class Basis:
         start = vector, jnp.zeros(self.length, vector.dtype), 0, True
         return jax.lax.while_loop(lambda state: state[3], once, start)[:2]
 
-    def random_beside(self, key: Any, count: Any) -> tuple[Any, Any]:
+    def random_beside(self, key: jax.Array, count: int | jax.Array) -> tuple[Any, Any]:
         """Return a random unit vector orthogonal to the first rows, and 1; or zeros where there is none."""
         like = self.blocks[0]
         vector = self.beside(jax.random.normal(key, like.shape[1:], like.dtype), count)[0]
@@ -120,7 +120,7 @@ class Basis:
 
 
 def extend(
-    apply: Callable, basis: Basis, matrix: Any, start: Any, key: Any
+    apply: Callable, basis: Basis, matrix: jax.Array, start: int | jax.Array, key: jax.Array
 ) -> tuple[Basis, Any, Any]:
     """Extend an orthonormal basis by Krylov vectors, up to its length.
 
@@ -140,7 +140,7 @@ def extend(
     m = matrix.shape[0]
     tiny = 10 * jnp.finfo(matrix.dtype).eps
 
-    def step(j: Any, state: tuple) -> tuple:
+    def step(j: jax.Array, state: tuple) -> tuple:
         basis, matrix, _, last, row = state
         product = apply(row)
         # Nearly all of it lies in the last two rows; without that, one more pass is mostly enough.
@@ -164,5 +164,5 @@ def extend(
     return jax.lax.fori_loop(start, m, step, state)[:3]
 
 
-def _dot(a: Any, b: Any) -> Any:
+def _dot(a: jax.Array, b: jax.Array) -> Any:
     return jnp.matmul(a, b, precision="highest")

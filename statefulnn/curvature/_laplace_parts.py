@@ -16,11 +16,12 @@ from statefulnn.core.errors import ShapeError, explain
 from statefulnn.core.module import Module
 from statefulnn.core.names import chosen
 from statefulnn.curvature._models import Model, check_choice
+from statefulnn.transforms.types import PyTree
 
 Subset = str | Iterable[str] | Callable[[str], bool]
 
 
-def triangle(rows: Any) -> Any:
+def triangle(rows: jax.Array) -> Any:
     """Return R, (P, P), with Rᵀ R = rowsᵀ rows.
 
     Its singular values are the roots of the eigenvalues of rowsᵀ rows, and more exact than those: a
@@ -47,7 +48,7 @@ class Likelihood:
     name: str
     shape: tuple[int, ...]
 
-    def of(self, out: Any, target: Any) -> tuple[Any, Any]:
+    def of(self, out: jax.Array, target: jax.Array) -> tuple[Any, Any]:
         """Return the log-likelihood of an example, and R with R Rᵀ its curvature by the outputs (C, C).
 
         For regression with a noise yet to be chosen the score is minus the squared error.
@@ -70,7 +71,7 @@ class Likelihood:
         return jnp.where(is_datum, scores, 0).sum(), root
 
 
-def parts(params: Any, names: tuple[str, ...] | None) -> tuple[Any, Any, Callable]:
+def parts(params: PyTree, names: tuple[str, ...] | None) -> tuple[Any, Any, Callable]:
     """Return random and fixed parameters, and the function that puts them together."""
     if names is None:
         return params, {}, lambda chosen, rest: chosen
@@ -80,7 +81,7 @@ def parts(params: Any, names: tuple[str, ...] | None) -> tuple[Any, Any, Callabl
 
 
 def chosen_names(
-    model: Model, params: Any, subset: Subset, function: str
+    model: Model, params: PyTree, subset: Subset, function: str
 ) -> tuple[str, ...] | None:
     if isinstance(subset, str) and subset == "all":
         return None
@@ -127,7 +128,7 @@ def module_in(model: Model, function: str) -> Module:
 
 
 def check_targets(
-    y: Any, shape: tuple[int, ...], likelihood: str, function: str
+    y: jax.Array, shape: tuple[int, ...], likelihood: str, function: str
 ) -> tuple[int, ...]:
     """Return the shape in which the outputs of an example are seen, or raise if targets do not fit.
 
@@ -177,7 +178,7 @@ def _said(shape: tuple[int, ...]) -> str:
     return str(shape[0]) if len(shape) == 1 else str(shape)
 
 
-def _check_labels(y: Any, classes: int, function: str) -> None:
+def _check_labels(y: jax.Array, classes: int, function: str) -> None:
     if classes < 2:
         raise ShapeError(
             explain(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from statefulnn.core.errors import ShapeError, UnknownNameError, explain
 from statefulnn.curvature._models import path_name
+from statefulnn.transforms.types import PyTree
 
 _ARRAYS = ("eigenvalues", "log_likelihood", "sigma")
 _FUNCTION = "Laplace.from_state_dict"
@@ -42,7 +43,7 @@ def state_of(posterior: Any) -> dict[str, Any]:
     }
 
 
-def from_state(params: Any, state: Mapping[str, Any]) -> dict[str, Any]:
+def from_state(params: PyTree, state: Mapping[str, Any]) -> dict[str, Any]:
     """Return the fields of a posterior but for the model's function.
 
     Args:
@@ -76,7 +77,7 @@ def _under(state: Mapping[str, Any], prefix: str) -> dict[str, Any]:
     return {n[len(prefix) :]: jnp.asarray(v) for n, v in state.items() if n.startswith(prefix)}
 
 
-def _vectors(state: Mapping[str, Any], params: Any, names: Any) -> Any:
+def _vectors(state: Mapping[str, Any], params: PyTree, names: Sequence[str] | None) -> Any:
     if state["structure"] != "kron":
         return jnp.asarray(state["eigenvectors"]) if "eigenvectors" in state else None
     own = _under(state, _VECTORS)
@@ -84,7 +85,7 @@ def _vectors(state: Mapping[str, Any], params: Any, names: Any) -> Any:
     return tuple((own.get(f"{i}.left"), own.get(f"{i}.right")) for i in range(count))
 
 
-def _parameters(params: Any, state: Mapping[str, Any]) -> Any:
+def _parameters(params: PyTree, state: Mapping[str, Any]) -> Any:
     own = _under(state, _PARAMS)
     leaves, treedef = jax.tree_util.tree_flatten_with_path(params)
     wanted = {path_name(path): leaf.shape for path, leaf in leaves}

@@ -37,6 +37,7 @@ from statefulnn.modules.conv import Conv1d, Conv2d, Conv3d
 from statefulnn.modules.linear import Linear
 from statefulnn.modules.sparse import Embedding
 from statefulnn.transforms.functional_call import functional_call
+from statefulnn.transforms.types import PyTree
 
 CONVOLUTIONS = (Conv1d, Conv2d, Conv3d)
 DENSE = (Linear, *CONVOLUTIONS)
@@ -64,7 +65,9 @@ class Layers:
         biases = {f"{weight[:-6]}bias": weight for weight in self.by_weight}
         return {bias: weight for bias, weight in biases.items() if bias in params}
 
-    def run(self, params: Mapping[str, Any], inputs: tuple, visit: Any) -> Any:
+    def run(
+        self, params: Mapping[str, Any], inputs: tuple, visit: Callable[[str, tuple, Any], Any]
+    ) -> Any:
         """Call the twin on one example, with a function of (name, args, out) at each layer."""
         self.tape.visit = visit
         try:
@@ -80,7 +83,7 @@ class _Tape:
         self.visit: Any = None
 
     def hook_for(self, name: str) -> Any:
-        def hook(module: Any, args: tuple, kwargs: dict, out: Any) -> Any:
+        def hook(module: Module, args: tuple, kwargs: dict, out: PyTree) -> Any:
             return out if self.visit is None else self.visit(name, args, out)
 
         return hook
@@ -130,7 +133,7 @@ def _leaf_names(module: Module) -> dict[str, int]:
     return {name: counts[i] for name, i in positions.items()}
 
 
-def _fits(layer: Any) -> bool:
+def _fits(layer: Module) -> bool:
     # A hook may do something else to the output.
     if hooks_of(layer, "_forward_hooks"):
         return False
@@ -147,19 +150,19 @@ def _with_hooks(module: Module, by_weight: dict[str, Module], call: Call) -> Lay
     return Layers(by_weight, twin, tape, call)
 
 
-def _refused(layers: Layers, params: Any, inputs: tuple) -> set[str]:
+def _refused(layers: Layers, params: Mapping[str, Any], inputs: tuple) -> set[str]:
     """Return which layers are called in a way, or whose weight is used elsewhere, that does not fit."""
     refused: set[str] = set()
     used: set[str] = set()
 
-    def survey(params: Any, inputs: tuple) -> None:
+    def survey(params: Mapping[str, Any], inputs: tuple) -> None:
         biases = layers.biases(params)
         owned = {n: params[n] for n in (*layers.by_weight, *biases)}
 
         def outside(some: dict[str, Any]) -> Any:
             here = current_trace()
 
-            def visit(name: str, args: tuple, out: Any) -> Any:
+            def visit(name: str, args: tuple, out: jax.Array) -> Any:
                 if current_trace() is not here or not args:
                     refused.add(name)  # in a scan's body, say, where its input cannot be had
                     return out
@@ -189,7 +192,7 @@ def _refused(layers: Layers, params: Any, inputs: tuple) -> set[str]:
 
 def layer_factors(
     layers: Layers,
-    params: Any,
+    params: Mapping[str, Any],
     inputs: tuple,
     pairs: tuple[int, int],
     outputs: str,
@@ -255,7 +258,7 @@ def probed(
     def of_probes(others: Mapping[str, Any], probes: dict[str, list[Any]]) -> tuple[Any, Any]:
         seen: dict[str, list[Any]] = {name: [] for name in shapes}
 
-        def visit(name: str, args: tuple, out: Any) -> Any:
+        def visit(name: str, args: tuple, out: jax.Array) -> Any:
             probe = probes[name][len(seen[name])]
             seen[name].append(args[0])
             return out + probe
@@ -265,10 +268,10 @@ def probed(
     return jax.vjp(of_probes, others, zeros, has_aux=True)
 
 
-def _probe_shapes(layers: Layers, params: Any, inputs: tuple) -> dict[str, list[Any]]:
+def _probe_shapes(layers: Layers, params: Mapping[str, Any], inputs: tuple) -> dict[str, list[Any]]:
     outs: dict[str, list[Any]] = {}
 
-    def visit(name: str, args: tuple, out: Any) -> Any:
+    def visit(name: str, args: tuple, out: jax.Array) -> Any:
         outs.setdefault(name, []).append(out)
         return out
 
@@ -282,7 +285,7 @@ def all_positions(layer: Module, inputs: list[Any], cotangents: list[Any]) -> tu
     return jnp.concatenate([x for x, _ in calls]), jnp.concatenate([d for _, d in calls], 1)
 
 
-def _positions(layer: Any, x: Any, cotangents: Any) -> tuple[Any, Any]:
+def _positions(layer: Module, x: jax.Array, cotangents: jax.Array) -> tuple[Any, Any]:
     """Return patches and cotangents of one call of a layer."""
     if type(layer) is Embedding:
         cotangents = cotangents.reshape(cotangents.shape[0], -1, cotangents.shape[-1])
@@ -304,7 +307,7 @@ def _positions(layer: Any, x: Any, cotangents: Any) -> tuple[Any, Any]:
     )
 
 
-def patches_of(layer: Any, x: Any, sizes: tuple[int, ...]) -> Any:
+def patches_of(layer: Module, x: jax.Array, sizes: tuple[int, ...]) -> Any:
     """Return the patches of a convolution, (N, K, positions...), for inputs (..., channels, ...)."""
     x = x.reshape(-1, *x.shape[-layer.spatial - 1 :])
     pads = padded(layer.padding, layer.kernel_size, layer.stride, layer.dilation, "conv")

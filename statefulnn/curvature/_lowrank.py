@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from statefulnn.curvature._blocks import fold_blocks
 from statefulnn.curvature._laplace_parts import Likelihood
@@ -18,7 +19,7 @@ _STEPS, _MORE = 4, 40
 
 def lowrank_curvature(
     outputs_of: Callable[[Any, tuple], Any],
-    flat: Any,
+    flat: jax.Array,
     data: tuple,
     likelihood: Likelihood,
     rank: int,
@@ -37,7 +38,7 @@ def lowrank_curvature(
     dtype = wide(flat.dtype)
     rank = min(rank, flat.size)
 
-    def times(vector: Any, data: tuple) -> tuple[Any, Any]:
+    def times(vector: jax.Array, data: tuple) -> tuple[Any, Any]:
         def block(data: tuple) -> tuple[tuple[Any, Any], None]:
             of_all = lambda flat: jax.vmap(outputs_of, (None, 0))(flat, data[0])
             out, push = jax.linearize(of_all, flat)
@@ -61,7 +62,9 @@ def lowrank_curvature(
     return compute(data)
 
 
-def lanczos(matvec: Callable[[Any], Any], size: int, steps: int, dtype: Any) -> tuple[Any, Any]:
+def lanczos(
+    matvec: Callable[[Any], Any], size: int, steps: int, dtype: DTypeLike
+) -> tuple[Any, Any]:
     """Return Ritz values (steps,), in rising order, and vectors (size, steps) of a symmetric matrix.
 
     Each vector is made orthogonal to all before it. Where the matrix leads nowhere new, the next one is
@@ -69,16 +72,16 @@ def lanczos(matvec: Callable[[Any], Any], size: int, steps: int, dtype: Any) -> 
     """
     starts = jax.random.normal(jax.random.key(0), (steps, size), dtype)
 
-    def orthogonal(vector: Any, basis: Any) -> Any:
+    def orthogonal(vector: jax.Array, basis: jax.Array) -> Any:
         for _ in range(2):  # once leaves what was rounded
             along = jnp.matmul(basis, vector, precision="highest")
             vector = vector - jnp.matmul(along, basis, precision="highest")
         return vector
 
-    def unit(vector: Any) -> Any:
+    def unit(vector: jax.Array) -> Any:
         return vector / jnp.linalg.norm(vector)
 
-    def step(carry: tuple, at: Any) -> tuple[tuple, tuple]:
+    def step(carry: tuple, at: jax.Array) -> tuple[tuple, tuple]:
         basis, vector, largest = carry
         basis = basis.at[at].set(vector)
         product = matvec(vector)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -14,6 +14,7 @@ from statefulnn.core.compat import Tracer
 from statefulnn.core.errors import DtypeError, ShapeError, UnusedModuleError, explain
 from statefulnn.core.module import Module
 from statefulnn.transforms.functional_call import functionalize
+from statefulnn.transforms.types import PyTree
 
 # A Module, or `(fn, params)` as `functionalize` returns it, or `(module, params)`.
 Model = Any
@@ -59,7 +60,7 @@ def _with_own(
     return fn({**own, **params}, *args, **kwargs)
 
 
-def _no_model(model: Any, function: str) -> TypeError:
+def _no_model(model: object, function: str) -> TypeError:
     # What `functionalize` returns is a function to its user.
     what = "function" if isinstance(model, functools.partial) else type(model).__name__
     if isinstance(model, tuple):
@@ -73,7 +74,7 @@ def _no_model(model: Any, function: str) -> TypeError:
     )
 
 
-def check_parameters(params: Any, function: str) -> None:
+def check_parameters(params: PyTree, function: str) -> None:
     """Raise unless there are parameters, all of them real floating arrays."""
     leaves = jax.tree_util.tree_leaves_with_path(params)
     if not leaves:
@@ -98,17 +99,17 @@ def check_parameters(params: Any, function: str) -> None:
             )
 
 
-def path_name(path: Any) -> str:
+def path_name(path: Iterable[object]) -> str:
     """Return a leaf's path as users write it: for a dict of names, the name."""
     return ".".join(str(getattr(k, "key", getattr(k, "idx", getattr(k, "name", k)))) for k in path)
 
 
-def inputs_of(x: Any) -> tuple[Any, ...]:
+def inputs_of(x: object) -> tuple[Any, ...]:
     """Return the positional inputs of a model: a tuple is several of them."""
     return x if isinstance(x, tuple) else (x,)
 
 
-def number_of_examples(arrays: Any, function: str) -> int:
+def number_of_examples(arrays: PyTree, function: str) -> int:
     """Return the common length of the first axes of some arrays."""
     sizes: dict[int, str] = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(arrays):
@@ -153,7 +154,7 @@ def one_output(fn: Callable, function: str) -> Callable:
     The model sees a batch of one, so that what it does to a batch does not mix examples.
     """
 
-    def single(params: Any, inputs: tuple[Any, ...]) -> Any:
+    def single(params: PyTree, inputs: tuple[Any, ...]) -> Any:
         out = fn(params, *jax.tree.map(lambda a: a[None], inputs))
         return jnp.reshape(checked_output(out, function), (-1,))
 
@@ -184,7 +185,7 @@ def checked_output(out: Any, function: str) -> Any:
     return out
 
 
-def check_choice(value: Any, choices: tuple[str, ...], option: str, function: str) -> None:
+def check_choice(value: object, choices: tuple[str, ...], option: str, function: str) -> None:
     """Raise unless a value is one of a few words."""
     if value not in choices:
         listed = ", ".join(map(repr, choices))
@@ -197,7 +198,7 @@ def check_choice(value: Any, choices: tuple[str, ...], option: str, function: st
         )
 
 
-def check_batch_size(batch_size: Any, function: str) -> None:
+def check_batch_size(batch_size: object, function: str) -> None:
     """Raise unless a batch size is None or a positive whole number."""
     if batch_size is None:
         return
@@ -211,7 +212,7 @@ def check_batch_size(batch_size: Any, function: str) -> None:
         )
 
 
-def check_finite(values: Any, done: str, why: str, instead: str) -> None:
+def check_finite(values: PyTree, done: str, why: str, instead: str) -> None:
     """Raise if an array that can be looked at holds NaN or infinity; traced values pass."""
     for value in jax.tree.leaves(values):
         if not isinstance(value, Tracer) and not np.isfinite(np.asarray(value)).all():

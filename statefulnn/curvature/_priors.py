@@ -10,11 +10,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike, DTypeLike
 
 from statefulnn.core.compat import Tracer
 from statefulnn.core.errors import ShapeError, UnknownNameError, explain
 from statefulnn.core.names import chosen
 from statefulnn.curvature._models import path_name, wide
+from statefulnn.transforms.types import PyTree
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class Groups:
         each = [prior[k] for k in self.keys] if isinstance(self.keys, tuple) else prior
         return jnp.atleast_1d(jnp.asarray(each))[self.index]
 
-    def collect(self, values: Any) -> Any:
+    def collect(self, values: jax.Array) -> Any:
         """Return the sums of some numbers (P,) over the groups, in the form of the prior precision."""
         if self.keys is None:
             return values.sum()
@@ -43,7 +45,7 @@ class Groups:
         return sums if isinstance(self.keys, int) else dict(zip(self.keys, sums, strict=True))
 
 
-def groups_of(params: Any, prior: Any, function: str) -> Groups:
+def groups_of(params: PyTree, prior: ArrayLike | Mapping[str, Any], function: str) -> Groups:
     """Return the groups that the form of a prior precision makes of parameters.
 
     Args:
@@ -85,21 +87,21 @@ def groups_of(params: Any, prior: Any, function: str) -> Groups:
     return Groups(np.repeat(np.arange(len(leaves)), sizes), len(leaves))
 
 
-def as_arrays(prior: Any, dtype: Any) -> Any:
+def as_arrays(prior: ArrayLike | Mapping[str, Any], dtype: DTypeLike) -> Any:
     """Return a prior precision with its numbers as arrays of a dtype."""
     if isinstance(prior, Mapping):
         return {key: jnp.asarray(value, dtype) for key, value in prior.items()}
     return jnp.asarray(prior, dtype)
 
 
-def squares(params: Any) -> Any:
+def squares(params: PyTree) -> Any:
     """Return the square of every number, (P,), in float32 at least."""
     leaves = jax.tree.leaves(params)
     dtype = wide(*(leaf.dtype for leaf in leaves))
     return jnp.concatenate([jnp.square(leaf.astype(dtype)).reshape(-1) for leaf in leaves])
 
 
-def check_prior(prior: Any, function: str) -> None:
+def check_prior(prior: ArrayLike | Mapping[str, Any], function: str) -> None:
     """Raise unless prior precisions are positive numbers; traced values pass."""
     if isinstance(prior, Mapping):
         for key, value in prior.items():

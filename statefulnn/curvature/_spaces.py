@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from statefulnn.core.errors import DtypeError, ShapeError, explain
 from statefulnn.curvature._models import path_name, wide
+from statefulnn.transforms.types import PyTree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Space:
     order: tuple[int, ...]
 
     @classmethod
-    def of(cls, tree: Any, ordered: Iterable[str] = ()) -> Space:
+    def of(cls, tree: PyTree, ordered: Iterable[str] = ()) -> Space:
         """Return the space of vectors like a tree; names in `ordered` come in that order."""
         paths, treedef = jax.tree_util.tree_flatten_with_path(tree)
         names = tuple(path_name(path) for path, _ in paths)
@@ -55,12 +56,12 @@ class Space:
         """The tree of shapes and dtypes."""
         return jax.tree.unflatten(self.treedef, self.leaves)
 
-    def flatten(self, tree: Any) -> jax.Array:
+    def flatten(self, tree: PyTree) -> jax.Array:
         """Return all numbers of a vector, (size,)."""
         leaves = jax.tree.leaves(tree)
         return jnp.concatenate([leaves[i].reshape(-1).astype(self.dtype) for i in self.order])
 
-    def unflatten(self, flat: Any) -> Any:
+    def unflatten(self, flat: jax.Array) -> Any:
         """Return the vector whose numbers these are."""
         leaves: list[Any] = [None] * len(self.leaves)
         start = 0
@@ -71,7 +72,7 @@ class Space:
             start = stop
         return jax.tree.unflatten(self.treedef, leaves)
 
-    def take(self, vector: Any, many: bool, function: str) -> tuple[Any, bool]:
+    def take(self, vector: PyTree, many: bool, function: str) -> tuple[Any, bool]:
         """Return a vector as a tree, and whether it came flat.
 
         Args:
@@ -103,7 +104,7 @@ class Space:
         ]
         return jax.tree.unflatten(treedef, leaves), False
 
-    def _real(self, array: Any, name: str, function: str) -> Any:
+    def _real(self, array: jax.Array, name: str, function: str) -> Any:
         if jnp.issubdtype(array.dtype, jnp.complexfloating):
             raise DtypeError(
                 explain(
@@ -115,7 +116,14 @@ class Space:
             )
         return array
 
-    def _no_vector(self, given: Any, wanted: Any, seen: Any, many: bool, function: str) -> Any:
+    def _no_vector(
+        self,
+        given: Mapping[str, Any],
+        wanted: Mapping[str, Any],
+        seen: Mapping[str, Any],
+        many: bool,
+        function: str,
+    ) -> Any:
         missing = [n for n in wanted if n not in given]
         unknown = [n for n in given if n not in wanted]
         other = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any
 
 from statefulnn.core.errors import explain
@@ -104,7 +105,7 @@ def _accountant(name: str, function: str) -> Any:
     return part.PLDAccountant() if name == "pld" else part.RdpAccountant()
 
 
-def _event(library: Any, noise_multiplier: float, sample_rate: float, steps: int) -> Any:
+def _event(library: ModuleType, noise_multiplier: float, sample_rate: float, steps: int) -> Any:
     step = library.GaussianDpEvent(noise_multiplier)
     if sample_rate < 1:
         step = library.PoissonSampledDpEvent(sample_rate, step)
@@ -124,7 +125,7 @@ def _check_run(
         raise _out_of_range(function, "delta", delta, "between 0 and 1", "1e-5")
 
 
-def _out_of_range(function: str, name: str, value: Any, wanted: str, example: str) -> ValueError:
+def _out_of_range(function: str, name: str, value: object, wanted: str, example: str) -> ValueError:
     return ValueError(
         explain(f"{function} was given {name}={value!r}", f"it is {wanted}", f"{name}={example}")
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,7 @@ from statefulnn.curvature._laplace_parts import module_in
 from statefulnn.curvature._models import Model
 from statefulnn.curvature.matrices import Loss, problem_of
 from statefulnn.curvature.operators import LinearOperator, Scalar, not_positive_definite, scalar
+from statefulnn.transforms.types import PyTree
 
 
 @shortened
@@ -98,14 +99,14 @@ class _Curved:
     loss: Callable
     shape: tuple[int, ...]
 
-    def of(self, out: Any, target: Any) -> tuple[Any, Any]:
+    def of(self, out: jax.Array, target: PyTree) -> tuple[Any, Any]:
         """Return the loss of an example, and R with R Rᵀ its curvature by the flat outputs."""
         one = lambda out: self.loss(out.reshape(1, *self.shape), _batch_of_one(target))
         values, vectors = jnp.linalg.eigh(jax.hessian(one)(out))
         return one(out), vectors * jnp.sqrt(jnp.maximum(values, 0))
 
 
-def _batch_of_one(tree: Any) -> Any:
+def _batch_of_one(tree: PyTree) -> Any:
     return jax.tree.map(lambda a: a[None], tree)
 
 
@@ -122,8 +123,8 @@ class Kronecker(LinearOperator):
     values: dict[str, Any]
     vectors: dict[str, Pair]
 
-    def _run(self, vector: Any, many: bool) -> Any:
-        def one(name: str, part: Any) -> Any:
+    def _run(self, vector: Mapping[str, Any], many: bool) -> Any:
+        def one(name: str, part: jax.Array) -> Any:
             pair, values = self.vectors[name], self.values[name]
             turned = by_pair(part.reshape(-1).astype(values.dtype), pair, False)
             return by_pair(values * turned, pair, True).reshape(part.shape).astype(part.dtype)

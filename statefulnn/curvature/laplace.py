@@ -52,6 +52,7 @@ from statefulnn.curvature._priors import (
     squares,
 )
 from statefulnn.curvature.operators import Scalar, check_count
+from statefulnn.transforms.types import PyTree
 
 LIKELIHOODS = ("regression", "classification")
 STRUCTURES = ("full", "kron", "diag", "lowrank")
@@ -63,7 +64,7 @@ def _field(static: bool = False) -> Any:
 
 def _curvature(
     outputs_of: Callable[[Any, tuple], Any],
-    flat: Any,
+    flat: jax.Array,
     data: tuple,
     likelihood: Likelihood,
     structure: str,
@@ -79,7 +80,7 @@ def _curvature(
     """
     dtype = wide(flat.dtype)
 
-    def one_example(inputs: tuple, target: Any) -> tuple[Any, Any]:
+    def one_example(inputs: tuple, target: jax.Array) -> tuple[Any, Any]:
         out, pull = jax.vjp(lambda flat: outputs_of(flat, inputs), flat)
         score, root = likelihood.of(out.astype(dtype), target)
         return score, jax.vmap(lambda r: pull(r.astype(out.dtype))[0])(root.T).astype(dtype)
@@ -397,7 +398,7 @@ class Laplace:
             several data, ``(M, T, C)`` and ``(M, T, C, C)``.
         """
 
-        def of_block(mean: Any, roots: Any) -> tuple[Any, Any]:
+        def of_block(mean: jax.Array, roots: jax.Array) -> tuple[Any, Any]:
             return mean, jnp.einsum("m...cp,m...dp->m...cd", roots, roots, precision="highest")
 
         return self._on_examples(x, of_block, batch_size, "Laplace.functional")
@@ -458,7 +459,7 @@ class Laplace:
             return jax.nn.softmax(mean / jnp.sqrt(1 + math.pi / 8 * variance))
         noise = self._noise(rng, samples, "predict_proba(link='mc')")
 
-        def of_block(mean: Any, roots: Any) -> Any:
+        def of_block(mean: jax.Array, roots: jax.Array) -> Any:
             moves = jnp.einsum("m...p,sp->sm...", roots, noise, precision="highest")
             return jax.nn.softmax(mean + moves).mean(0)
 
@@ -588,10 +589,10 @@ class Laplace:
     def _size(self) -> int:
         return sum(leaf.size for leaf in jax.tree.leaves(self._random()))
 
-    def _groups(self, prior: Any, function: str) -> Groups:
+    def _groups(self, prior: ArrayLike | Mapping[str, Any], function: str) -> Groups:
         return groups_of(self._random(), prior, function)
 
-    def _gaussian(self, prior: Any, noise: Any, groups: Groups) -> Any:
+    def _gaussian(self, prior: Any, noise: ArrayLike, groups: Groups) -> Any:
         sizes = [leaf.size for leaf in jax.tree.leaves(self._random())]
         spread, scalar = groups.spread(prior), groups.keys is None
         return gaussian(self.eigenvalues, self.eigenvectors, sizes, noise, spread, scalar)
@@ -600,7 +601,7 @@ class Laplace:
         groups = self._groups(self.prior_precision, "Laplace")
         return self._gaussian(self.prior_precision, self.sigma**2, groups)
 
-    def _noise(self, rng: Any, samples: int, function: str) -> Any:
+    def _noise(self, rng: int | jax.Array | None, samples: int, function: str) -> Any:
         """Draw from the standard normal distribution, (samples, P)."""
         if rng is None:
             raise MissingRngError(
@@ -618,11 +619,11 @@ class Laplace:
             )
         return jax.random.normal(as_key(rng), (samples, self._size()), self.eigenvalues.dtype)
 
-    def _moves(self, noise: Any) -> Any:
+    def _moves(self, noise: jax.Array) -> Any:
         """Return changes of the parameters, (samples, P)."""
         return self._own_gaussian().moves(noise)
 
-    def _log_likelihood(self, log_sigma: Any) -> Any:
+    def _log_likelihood(self, log_sigma: ArrayLike) -> Any:
         if self.likelihood == "classification":
             return self.log_likelihood
         fit = self.log_likelihood * jnp.exp(-2 * log_sigma) / 2
@@ -635,12 +636,12 @@ class Laplace:
         flat, unravel = ravel_pytree(chosen)
         return (lambda flat, inputs: single(with_rest(unravel(flat), rest), inputs)), flat
 
-    def _checked_inputs(self, x: Any, function: str) -> tuple:
+    def _checked_inputs(self, x: PyTree, function: str) -> tuple:
         inputs = jax.tree.map(jnp.asarray, inputs_of(x))
         at_least_one(number_of_examples(inputs, function), function)
         return inputs
 
-    def _on_examples(self, x: Any, function: Callable, size: int | None, name: str) -> Any:
+    def _on_examples(self, x: PyTree, function: Callable, size: int | None, name: str) -> Any:
         """Map a function of means (M, C) and Jacobians times the root of the covariance (M, C, P)."""
         check_batch_size(size, name)
         inputs = self._checked_inputs(x, name)

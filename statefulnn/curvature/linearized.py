@@ -11,6 +11,7 @@ import jax
 from statefulnn.core.errors import ShapeError, explain
 from statefulnn.core.tracebacks import shortened
 from statefulnn.curvature._models import Model, path_name, pure
+from statefulnn.transforms.types import PyTree
 
 
 @shortened
@@ -91,7 +92,7 @@ def taylor_model(model: Model, degree: int = 2) -> tuple[Callable, Any]:
 def _expansion(model: Model, degree: int, function: str) -> tuple[Callable, Any]:
     fn, center = pure(model, function)
 
-    def expansion(params: Any, /, *inputs: Any, **kwargs: Any) -> Any:
+    def expansion(params: PyTree, /, *inputs: Any, **kwargs: Any) -> Any:
         _check_same(params, center, function)
         step = jax.tree.map(lambda p, c: p - c, params, center)
         along: Any = lambda p: (fn(p, *inputs, **kwargs),)
@@ -108,17 +109,17 @@ def _expansion(model: Model, degree: int, function: str) -> tuple[Callable, Any]
     return expansion, center
 
 
-def _with_derivative(terms_of: Callable, step: Any) -> Callable:
+def _with_derivative(terms_of: Callable, step: PyTree) -> Callable:
     """Return (f, f', ..., f⁽ᵏ⁺¹⁾) along a step from (f, f', ..., f⁽ᵏ⁾)."""
 
-    def more(p: Any) -> tuple:
+    def more(p: PyTree) -> tuple:
         terms, derivatives = jax.jvp(terms_of, (p,), (step,))
         return (*terms, derivatives[-1])
 
     return more
 
 
-def _check_same(params: Any, center: Any, function: str) -> None:
+def _check_same(params: PyTree, center: PyTree, function: str) -> None:
     have = {path_name(k): v.shape for k, v in jax.tree_util.tree_leaves_with_path(center)}
     given = {
         path_name(k): getattr(v, "shape", None)

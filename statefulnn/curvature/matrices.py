@@ -32,6 +32,7 @@ from statefulnn.curvature._spaces import Space
 from statefulnn.curvature.operators import Bound, Leaf, LinearOperator, check_count
 from statefulnn.transforms.differentiate import real_scalar
 from statefulnn.transforms.functional_call import functionalize
+from statefulnn.transforms.types import PyTree
 
 LIKELIHOODS = ("categorical", "bernoulli", "gaussian", "poisson")
 REDUCTIONS = ("mean", "sum")
@@ -282,7 +283,7 @@ def tangent_kernel(
 
 
 def examples_jacobian(
-    model: Model, loss: Loss, data: Any, subset: Filter, batch_size: int | None, function: str
+    model: Model, loss: Loss, data: PyTree, subset: Filter, batch_size: int | None, function: str
 ) -> LinearOperator:
     """Return the operator whose rows are the gradients of the examples' losses, (N, P)."""
     problem = problem_of(function, model, data, subset, batch_size, loss)
@@ -346,7 +347,7 @@ class Problem:
         word = "mean or sum" if either else "mean" if self.mean else "sum"
         fail_unless(fine, functools.partial(_not_additive, function, word))
 
-    def with_draws(self, key: Any, likelihood: str, samples: int) -> Problem:
+    def with_draws(self, key: jax.Array, likelihood: str, samples: int) -> Problem:
         """Return the problem with targets drawn from the model's predictions, (n, samples, ...)."""
 
         def of_batch(pair: tuple) -> tuple:
@@ -364,10 +365,10 @@ class Problem:
 def problem_of(
     function: str,
     model: Model,
-    data: Any,
+    data: PyTree,
     subset: Filter,
     batch_size: int | None,
-    loss: Any = None,
+    loss: Loss | None = None,
     reduction: str = "mean",
 ) -> Problem:
     check_choice(reduction, REDUCTIONS, "reduction", function)
@@ -402,7 +403,7 @@ def _order(model: Model, fn: Callable) -> list[str]:
 
 
 def _names(
-    model: Model, params: Any, subset: Filter, ordered: list[str], function: str
+    model: Model, params: PyTree, subset: Filter, ordered: list[str], function: str
 ) -> tuple[str, ...] | None:
     if not isinstance(params, Mapping) or subset == "last_layer":
         return chosen_names(model, params, subset, function)  # type: ignore[arg-type]
@@ -411,7 +412,7 @@ def _names(
     return tuple(chosen(ordered_names, subset, f"{function}: subset", required=True))
 
 
-def _function_of(loss: Any, function: str) -> Any:
+def _function_of(loss: object, function: str) -> Any:
     if isinstance(loss, Module):
         fn, params = functionalize(loss)
         return lambda outputs, targets: fn(params, outputs, targets)
@@ -426,7 +427,7 @@ def _function_of(loss: Any, function: str) -> Any:
     return loss
 
 
-def _check_outputs(problem: Problem, stack: Any, function: str) -> None:
+def _check_outputs(problem: Problem, stack: PyTree, function: str) -> None:
     """Raise unless the outputs are an array of all examples, and the loss of a batch a scalar."""
     batch = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), stack)
     n = examples_in(stack)
@@ -484,7 +485,7 @@ def _adds_up(fn: Callable, loss: Loss, mean: bool, total: bool, operands: tuple)
     return jnp.stack(met).all()
 
 
-def _not_additive(function: str, word: str, fine: Any) -> ReductionError:
+def _not_additive(function: str, word: str, fine: object) -> ReductionError:
     instead = "leave out the examples labelled -100, and take a loss without class weights"
     if function != "influence":
         instead += (
@@ -504,7 +505,7 @@ def _not_additive(function: str, word: str, fine: Any) -> ReductionError:
     )
 
 
-def _joined(params: Any, rest: Any) -> Any:
+def _joined(params: PyTree, rest: Mapping[str, Any] | None) -> Any:
     return params if rest is None else {**rest, **params}
 
 
@@ -512,20 +513,20 @@ def _joined(params: Any, rest: Any) -> Any:
 # Products, each of `operands` and a vector. Functions of all parameters and a batch come first.
 
 
-def _outputs(fn: Callable, params: Any, batch: Any) -> Any:
+def _outputs(fn: Callable, params: PyTree, batch: PyTree) -> Any:
     return fn(params, *batch[0])
 
 
-def _losses(fn: Callable, loss: Loss, params: Any, batch: Any) -> Any:
+def _losses(fn: Callable, loss: Loss, params: PyTree, batch: PyTree) -> Any:
     """Return the loss of each example, (n,)."""
     return jax.vmap(functools.partial(_loss_of_one, loss))(fn(params, *batch[0]), batch[1])
 
 
-def _loss_of_one(loss: Loss, out: Any, target: Any) -> Any:
+def _loss_of_one(loss: Loss, out: jax.Array, target: PyTree) -> Any:
     return loss(out[None], jax.tree.map(lambda a: a[None], target))
 
 
-def _sampled_losses(fn: Callable, likelihood: str, params: Any, batch: Any) -> Any:
+def _sampled_losses(fn: Callable, likelihood: str, params: PyTree, batch: PyTree) -> Any:
     """Return the negative log-likelihood of each drawn target over √samples, (n, samples)."""
     inputs, statistics = batch
     out = fn(params, *inputs)
@@ -535,11 +536,11 @@ def _sampled_losses(fn: Callable, likelihood: str, params: Any, batch: Any) -> A
     return (of_examples[:, None] - fits) / math.sqrt(size)
 
 
-def _hessian_product(fn: Callable, loss: Loss, mean: bool, operands: tuple, vector: Any) -> Any:
+def _hessian_product(fn: Callable, loss: Loss, mean: bool, operands: tuple, vector: PyTree) -> Any:
     params, rest, stacks = operands
 
-    def of_batch(batch: Any) -> Any:
-        def total(params: Any) -> Any:
+    def of_batch(batch: PyTree) -> Any:
+        def total(params: PyTree) -> Any:
             return loss(fn(_joined(params, rest), *batch[0]), batch[1])
 
         return jax.jvp(jax.grad(total), (params,), (vector,))[1]
@@ -548,12 +549,12 @@ def _hessian_product(fn: Callable, loss: Loss, mean: bool, operands: tuple, vect
 
 
 def _sandwich_product(
-    outputs: Callable, loss: Callable, mean: bool, operands: tuple, vector: Any
+    outputs: Callable, loss: Callable, mean: bool, operands: tuple, vector: PyTree
 ) -> Any:
     """Return ``Σ Jᵀ H J v``: J of the outputs of a batch, H of the loss of outputs and batch."""
     params, rest, stacks = operands
 
-    def of_batch(batch: Any) -> Any:
+    def of_batch(batch: PyTree) -> Any:
         out, push = jax.linearize(lambda p: outputs(_joined(p, rest), batch), params)
         inner = jax.jvp(jax.grad(lambda out: loss(out, batch)), (out,), (push(vector),))[1]
         return jax.linear_transpose(push, params)(inner)[0]
@@ -566,16 +567,16 @@ def _all_outputs(outputs: Callable, operands: tuple) -> Any:
     return mapped(lambda batch: outputs(_joined(params, rest), batch), stacks)
 
 
-def _push(outputs: Callable, operands: tuple, vector: Any) -> Any:
+def _push(outputs: Callable, operands: tuple, vector: PyTree) -> Any:
     params, rest, stacks = operands
 
-    def of_batch(batch: Any) -> Any:
+    def of_batch(batch: PyTree) -> Any:
         return jax.jvp(lambda p: outputs(_joined(p, rest), batch), (params,), (vector,))[1]
 
     return mapped(of_batch, stacks)
 
 
-def _pull(outputs: Callable, operands: tuple, vector: Any) -> Any:
+def _pull(outputs: Callable, operands: tuple, vector: PyTree) -> Any:
     params, rest, stacks = operands
 
     def of_batch(pair: tuple) -> Any:
@@ -586,7 +587,7 @@ def _pull(outputs: Callable, operands: tuple, vector: Any) -> Any:
     return _cast(summed(of_batch, pairs, False), params)
 
 
-def _cast(tree: Any, like: Any) -> Any:
+def _cast(tree: PyTree, like: PyTree) -> Any:
     return jax.tree.map(lambda a, p: a.astype(p.dtype), tree, like)
 
 
@@ -594,21 +595,21 @@ def _cast(tree: Any, like: Any) -> Any:
 # Losses of outputs and a batch, and likelihoods
 
 
-def _loss_of_outputs(loss: Loss, out: Any, batch: Any) -> Any:
+def _loss_of_outputs(loss: Loss, out: PyTree, batch: PyTree) -> Any:
     return loss(out, batch[1])
 
 
-def _half_squares(mean: bool, out: Any, batch: Any) -> Any:
+def _half_squares(mean: bool, out: jax.Array, batch: PyTree) -> Any:
     """Return a loss whose Hessian is the identity, over the number of examples for a mean."""
     return jnp.sum(jnp.square(out)) / (2 * (out.shape[0] if mean else 1))
 
 
-def _log_partition(likelihood: str, mean: bool, out: Any, batch: Any) -> Any:
+def _log_partition(likelihood: str, mean: bool, out: jax.Array, batch: PyTree) -> Any:
     """Return a loss whose Hessian is the covariance of the targets, given natural parameters."""
     return _log_partition_of(likelihood, out) / (out.shape[0] if mean else 1)
 
 
-def _log_partition_of(likelihood: str, out: Any) -> Any:
+def _log_partition_of(likelihood: str, out: jax.Array) -> Any:
     if likelihood == "categorical":
         return jnp.sum(jax.nn.logsumexp(out, axis=-1))
     if likelihood == "bernoulli":
@@ -616,7 +617,7 @@ def _log_partition_of(likelihood: str, out: Any) -> Any:
     return jnp.sum(jnp.square(out)) / 2 if likelihood == "gaussian" else jnp.sum(jnp.exp(out))
 
 
-def _drawn(out: Any, key: Any, likelihood: str, samples: int) -> Any:
+def _drawn(out: jax.Array, key: jax.Array, likelihood: str, samples: int) -> Any:
     """Draw sufficient statistics, (n, samples, ...), for natural parameters (n, ...)."""
     shape = (samples, *out.shape)
     if likelihood == "categorical":

@@ -20,6 +20,7 @@ from statefulnn.curvature._models import (
     check_parameters,
     number_of_examples,
 )
+from statefulnn.transforms.types import PyTree
 
 
 class NoiseScale(NamedTuple):
@@ -176,7 +177,7 @@ def _at_least_two(n: int, function: str) -> None:
 
 
 @jax.jit
-def _summary(gradients: Any) -> tuple[Any, Any, list, Any]:
+def _summary(gradients: PyTree) -> tuple[Any, Any, list, Any]:
     """Return the number of examples, an exponent, the mean gradients and the summed squared deviations.
 
     These are of gradients in the unit 2^exponent, in which no square over- or underflows.
@@ -205,17 +206,17 @@ def _merged(one: tuple, two: tuple) -> tuple:
     )
 
 
-def _in_unit(summary: tuple, exponent: Any) -> tuple[Any, list, Any]:
+def _in_unit(summary: tuple, exponent: jax.Array) -> tuple[Any, list, Any]:
     n, own, means, spread = summary
     return n, shifted(means, own - exponent), _of_squares(spread, own - exponent)
 
 
-def _of_squares(value: Any, exponent: Any) -> Any:
+def _of_squares(value: jax.Array, exponent: jax.Array) -> Any:
     return shifted(shifted(value, exponent), exponent)
 
 
 @jax.jit
-def _scale(n: Any, exponent: Any, means: list, spread: Any) -> NoiseScale:
+def _scale(n: jax.Array, exponent: jax.Array, means: list, spread: jax.Array) -> NoiseScale:
     n = n.astype(spread.dtype)
     trace = spread / (n - 1)
     squared = sum(jnp.sum(jnp.square(m)) for m in means) - trace / n
@@ -223,7 +224,7 @@ def _scale(n: Any, exponent: Any, means: list, spread: Any) -> NoiseScale:
     return NoiseScale(ratio, _of_squares(squared, exponent), _of_squares(trace, exponent))
 
 
-def _ratio(squared: Any, trace: Any) -> NoiseScale:
+def _ratio(squared: jax.Array, trace: jax.Array) -> NoiseScale:
     positive = squared > 0
     ratio = jnp.where(positive, trace / jnp.where(positive, squared, 1), jnp.inf)
     return NoiseScale(ratio, squared, trace)

@@ -26,6 +26,7 @@ from statefulnn.curvature._models import (
     pure,
     wide,
 )
+from statefulnn.transforms.types import PyTree
 
 _FUNCTION = "empirical_ntk"
 METHODS = ("auto", "jacobian", "products", "layers")
@@ -144,7 +145,7 @@ def empirical_ntk(
     pairs = (min(block_size, length(first)), min(block_size, length(second)))
 
     @jax.jit
-    def compute(params: Any, first: tuple, other: tuple | None) -> Any:
+    def compute(params: PyTree, first: tuple, other: tuple | None) -> Any:
         if method == "products":
             side = first if other is None else other
             products = lambda block: _by_products(single, params, block, side, outputs)
@@ -182,8 +183,8 @@ def _check_alike(first: tuple, second: tuple) -> None:
         )
 
 
-def _output_shape(fn: Callable, params: Any, inputs: tuple) -> tuple[int, ...]:
-    def batch_of_one(params: Any, inputs: tuple) -> Any:
+def _output_shape(fn: Callable, params: PyTree, inputs: tuple) -> tuple[int, ...]:
+    def batch_of_one(params: PyTree, inputs: tuple) -> Any:
         return fn(params, *jax.tree.map(lambda a: a[:1], inputs))
 
     return checked_output(jax.eval_shape(batch_of_one, params, inputs), _FUNCTION).shape[1:]
@@ -209,13 +210,15 @@ def _by_factors(
     return map_blocks(rows, first, size)
 
 
-def _jacobians(single: Callable, params: Any, inputs: tuple) -> list[tuple[Any]]:
+def _jacobians(single: Callable, params: PyTree, inputs: tuple) -> list[tuple[Any]]:
     """Return the Jacobian of every parameter, each (N, C, size)."""
     jacobians = jax.vmap(jax.jacrev(single), in_axes=(None, 0))(params, inputs)
     return [(j.reshape(*j.shape[:2], -1),) for j in jax.tree.leaves(jacobians)]
 
 
-def _by_products(single: Callable, params: Any, first: tuple, second: tuple, outputs: str) -> Any:
+def _by_products(
+    single: Callable, params: PyTree, first: tuple, second: tuple, outputs: str
+) -> Any:
     """Return the kernel from products with unit vectors, one example of the second side at a time."""
     values, push = jax.linearize(
         lambda p: jax.vmap(single, in_axes=(None, 0))(p, first), params

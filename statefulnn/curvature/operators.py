@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.tree_util import register_dataclass
 from jax.typing import ArrayLike
 
@@ -19,6 +20,7 @@ from statefulnn.core.failures import typed_failures, wait_for
 from statefulnn.core.reports import lanes_of
 from statefulnn.core.tracebacks import shortened
 from statefulnn.curvature._spaces import Space
+from statefulnn.transforms.types import PyTree
 
 Scalar = int | float | jax.Array
 STATIC = {"static": True}
@@ -76,7 +78,7 @@ class LinearOperator:
     target: Space = field(metadata=STATIC)
     symmetric: bool = field(metadata=STATIC)
 
-    def _run(self, vector: Any, many: bool) -> Any:
+    def _run(self, vector: PyTree, many: bool) -> Any:
         """Return the product with a tree, or with many, stacked along a new first axis."""
         raise NotImplementedError
 
@@ -240,7 +242,7 @@ class LinearOperator:
             return self.matmat(other)
         return self.matvec(other)
 
-    def __add__(self, other: Any) -> LinearOperator:
+    def __add__(self, other: object) -> LinearOperator:
         if not isinstance(other, LinearOperator):
             raise TypeError(
                 explain(
@@ -255,7 +257,7 @@ class LinearOperator:
         symmetric = self.symmetric and other.symmetric
         return Sum(self.source, self.target, symmetric, self, other)
 
-    def __mul__(self, factor: Any) -> LinearOperator:
+    def __mul__(self, factor: Scalar) -> LinearOperator:
         factor = scalar(factor, "A * c")
         return Scaled(self.source, self.target, self.symmetric, self, factor)
 
@@ -266,7 +268,7 @@ class LinearOperator:
     def __neg__(self) -> LinearOperator:
         return -1.0 * self
 
-    def __sub__(self, other: Any) -> LinearOperator:
+    def __sub__(self, other: LinearOperator) -> LinearOperator:
         return self + (-other)
 
     def __repr__(self) -> str:
@@ -282,7 +284,7 @@ class Leaf(LinearOperator):
     product: Callable = field(metadata=STATIC)
     adjoint: Callable = field(metadata=STATIC)
 
-    def _run(self, vector: Any, many: bool) -> Any:
+    def _run(self, vector: PyTree, many: bool) -> Any:
         return _compiled(self.product, many, self.operands, vector)
 
     def _transposed(self) -> LinearOperator:
@@ -297,7 +299,7 @@ class Sum(LinearOperator):
     first: LinearOperator
     second: LinearOperator
 
-    def _run(self, vector: Any, many: bool) -> Any:
+    def _run(self, vector: PyTree, many: bool) -> Any:
         return jax.tree.map(jnp.add, self.first._run(vector, many), self.second._run(vector, many))
 
     def _transposed(self) -> LinearOperator:
@@ -312,7 +314,7 @@ class Scaled(LinearOperator):
     operator: LinearOperator
     factor: Any
 
-    def _run(self, vector: Any, many: bool) -> Any:
+    def _run(self, vector: PyTree, many: bool) -> Any:
         out = self.operator._run(vector, many)
         return jax.tree.map(lambda a: a * self.factor.astype(a.dtype), out)
 
@@ -328,7 +330,7 @@ class Product(LinearOperator):
     first: LinearOperator
     second: LinearOperator
 
-    def _run(self, vector: Any, many: bool) -> Any:
+    def _run(self, vector: PyTree, many: bool) -> Any:
         return self.first._run(self.second._run(vector, many), many)
 
     def _transposed(self) -> LinearOperator:
@@ -345,10 +347,10 @@ class Inverse(LinearOperator):
     tol: float | None = field(metadata=STATIC)
     max_steps: int = field(metadata=STATIC)
 
-    def _run(self, vector: Any, many: bool) -> Any:
+    def _run(self, vector: PyTree, many: bool) -> Any:
         return _solved(self, vector, many)
 
-    def solve(self, vector: Any) -> Any:
+    def solve(self, vector: PyTree) -> Any:
         """Return ``A⁻¹ v`` of a tree."""
         A, M, tol = self.operator, self.preconditioner, self.tol
         given = f"tol={tol if tol is None else format(tol, 'g')}, max_steps="
@@ -371,7 +373,7 @@ class Inverse(LinearOperator):
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _compiled(product: Callable, many: bool, operands: Any, vector: Any) -> Any:
+def _compiled(product: Callable, many: bool, operands: PyTree, vector: PyTree) -> Any:
     run = functools.partial(product, operands)
     return jax.vmap(run)(vector) if many else run(vector)
 
@@ -391,15 +393,15 @@ def checked_jit(function: Callable, static_argnums: int | tuple[int, ...] = ()) 
 
 
 @functools.partial(checked_jit, static_argnums=2)
-def _solved(inverse: Inverse, vector: Any, many: bool) -> Any:
+def _solved(inverse: Inverse, vector: PyTree, many: bool) -> Any:
     return jax.vmap(inverse.solve)(vector) if many else inverse.solve(vector)
 
 
-def _transposed(product: Callable, source: Space, operands: Any, vector: Any) -> Any:
+def _transposed(product: Callable, source: Space, operands: PyTree, vector: PyTree) -> Any:
     return jax.linear_transpose(functools.partial(product, operands), source.structure)(vector)[0]
 
 
-def _same(operands: Any, vector: Any) -> Any:
+def _same(operands: PyTree, vector: PyTree) -> Any:
     return vector
 
 
@@ -413,7 +415,7 @@ def flat_product(A: LinearOperator) -> Callable:
     return lambda flat: A.target.flatten(A._run(A.source.unflatten(flat), False))
 
 
-def scalar(value: Any, function: str) -> Any:
+def scalar(value: ArrayLike, function: str) -> Any:
     """Return a number as an array without axes."""
     array = value if isinstance(value, Tracer) else jnp.asarray(value)
     if jnp.shape(array) != () or not jnp.issubdtype(array.dtype, jnp.number):
@@ -435,7 +437,7 @@ def scalar(value: Any, function: str) -> Any:
     return array
 
 
-def check_count(value: Any, least: int, option: str, function: str) -> None:
+def check_count(value: object, least: int, option: str, function: str) -> None:
     """Raise unless a value is a whole number that is large enough."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ValueError(
@@ -447,7 +449,7 @@ def check_count(value: Any, least: int, option: str, function: str) -> None:
         )
 
 
-def require_symmetric(A: Any, function: str, instead: str) -> None:
+def require_symmetric(A: object, function: str, instead: str) -> None:
     """Raise unless A is an operator that is known to be symmetric."""
     if not isinstance(A, LinearOperator):
         raise TypeError(
@@ -467,7 +469,9 @@ def require_symmetric(A: Any, function: str, instead: str) -> None:
         )
 
 
-def not_positive_definite(function: str, fine: Any, smallest: Any) -> ConvergenceError:
+def not_positive_definite(
+    function: str, fine: np.ndarray, smallest: np.ndarray
+) -> ConvergenceError:
     """Return the error about an eigenvalue that is not above zero."""
     return ConvergenceError(
         explain(

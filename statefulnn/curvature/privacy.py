@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from statefulnn.core.compat import Tracer
 from statefulnn.core.errors import MissingRngError, explain, user_stack_level
@@ -31,6 +32,7 @@ from statefulnn.curvature._models import (
     number_of_examples,
 )
 from statefulnn.transforms.functional_call import functionalize
+from statefulnn.transforms.types import PyTree
 
 
 class Clipped(NamedTuple):
@@ -174,7 +176,7 @@ def dp_gradients(
     noiseless = not isinstance(noise_multiplier, Tracer) and noise_multiplier == 0
 
     @shortened
-    def private(params: Any, /, *examples: Any, rng: Any = None) -> Any:
+    def private(params: PyTree, /, *examples: Any, rng: int | jax.Array | None = None) -> Any:
         if rng is None and not noiseless:
             raise MissingRngError(
                 explain(
@@ -256,7 +258,7 @@ def ghost_clip(
     check_batch_size(batch_size, function)
 
     @shortened
-    def clipped(model: Any, /, *examples: Any) -> Clipped:
+    def clipped(model: PyTree, /, *examples: Any) -> Clipped:
         n = check_examples(examples, function)
         arrays = jax.tree.map(jnp.asarray, examples)
         block, like = _ghost_sums(loss, model, arrays, max_norm, function)
@@ -275,7 +277,7 @@ _NOT_FINITE = (
 
 
 def _example_sums(
-    loss: Callable, target: Any, some: tuple, max_norm: Any, function: str
+    loss: Callable, target: PyTree, some: tuple, max_norm: ArrayLike, function: str
 ) -> tuple[Callable, Any]:
     """Return ``f(examples) -> (sum of clipped gradients, norms)``, and what has the gradients' dtypes."""
     gradients_of = gradient_of_examples(loss, target, function)
@@ -291,7 +293,7 @@ def _example_sums(
 
 
 def _ghost_sums(
-    loss: Callable, target: Any, some: tuple, max_norm: Any, function: str
+    loss: Callable, target: PyTree, some: tuple, max_norm: ArrayLike, function: str
 ) -> tuple[Callable, Any]:
     """Return what `_example_sums` does, by ghost clipping."""
     if not isinstance(target, Module):
@@ -333,7 +335,7 @@ def _tell_others(names: list[str], function: str) -> None:
         )
 
 
-def _norms(gradients: Any) -> Any:
+def _norms(gradients: PyTree) -> Any:
     """Return the norm of each example's gradient, without overflow or underflow of the squares."""
     flat = flattened(gradients)
     largest = jnp.max(jnp.stack([jnp.max(jnp.abs(g), axis=1, initial=0) for g in flat]), axis=0)
@@ -343,7 +345,7 @@ def _norms(gradients: Any) -> Any:
 
 
 @jax.jit
-def _clipped_sum(gradients: Any, max_norm: Any) -> tuple[Any, Any]:
+def _clipped_sum(gradients: PyTree, max_norm: ArrayLike) -> tuple[Any, Any]:
     """Return the sum of clipped gradients, in float32 at least, and the norms before clipping."""
     norms = _norms(gradients)
     factors = 1 / jnp.maximum(1, norms / max_norm)
@@ -355,15 +357,15 @@ def _clipped_sum(gradients: Any, max_norm: Any) -> tuple[Any, Any]:
     return jax.tree.unflatten(treedef, shaped), norms
 
 
-def _add(one: Any, two: Any) -> Any:
+def _add(one: PyTree, two: PyTree) -> Any:
     return jax.tree.map(jnp.add, one, two)
 
 
-def _share(norms: Any, max_norm: Any) -> Any:
+def _share(norms: jax.Array, max_norm: ArrayLike) -> Any:
     return jnp.mean((norms > max_norm).astype(norms.dtype))
 
 
-def _with_noise(total: Any, std: Any, rng: Any) -> Any:
+def _with_noise(total: PyTree, std: ArrayLike, rng: Any) -> Any:
     leaves, treedef = jax.tree.flatten(total)
     key = as_key(rng)
     keys = jax.random.split(key, len(leaves))

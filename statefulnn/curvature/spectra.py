@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.tree_util import register_dataclass
 from jax.typing import ArrayLike
 
@@ -150,7 +151,7 @@ class _State(NamedTuple):
 
 @functools.partial(checked_jit, static_argnums=(3, 4, 5, 6))
 def _eigenpairs(
-    A: LinearOperator, key: Any, tol: Any, k: int, which: str, m: int, restarts: int
+    A: LinearOperator, key: jax.Array, tol: ArrayLike, k: int, which: str, m: int, restarts: int
 ) -> _State:
     apply, size = flat_product(A), A.source.size
     # More than those wanted are kept in a restart: what is near them would else be found again.
@@ -214,7 +215,13 @@ def _eigenpairs(
 
 
 def _unconverged(
-    k: int, tol: float | None, m: int, fine: Any, residuals: Any, scale: Any, products: Any
+    k: int,
+    tol: float | None,
+    m: int,
+    fine: np.ndarray,
+    residuals: np.ndarray,
+    scale: np.ndarray,
+    products: np.ndarray,
 ) -> ConvergenceError:
     worst = (residuals / scale[..., None])[~fine].max()
     return ConvergenceError(
@@ -317,11 +324,11 @@ def spectral_density(
 
 
 @functools.partial(checked_jit, static_argnums=3)
-def quadrature(A: LinearOperator, probes: Any, key: Any, steps: int) -> SpectralDensity:
+def quadrature(A: LinearOperator, probes: jax.Array, key: jax.Array, steps: int) -> SpectralDensity:
     """Return nodes and weights for vectors ``(samples, P)``."""
     m, size = min(steps, A.source.size), A.source.size
 
-    def one(probe: Any) -> tuple[Any, Any]:
+    def one(probe: jax.Array) -> tuple[Any, Any]:
         basis = Basis.of(probe / jnp.linalg.norm(probe), m + 1)
         _, matrix, _ = extend(flat_product(A), basis, jnp.zeros((m, m), A.dtype), 0, key)
         nodes, turn = jnp.linalg.eigh(matrix)
@@ -365,14 +372,16 @@ def logdet(
     return spectrum.integral(jnp.log)
 
 
-def random_signs(A: LinearOperator, samples: int, rng: Any, function: str) -> tuple[Any, Any]:
+def random_signs(
+    A: LinearOperator, samples: int, rng: int | jax.Array | None, function: str
+) -> tuple[Any, Any]:
     """Return a key, and vectors of random signs (samples, P)."""
     check_count(samples, 1, "samples", function)
     key, other = jax.random.split(next_key() if rng is None else as_key(rng))
     return other, jax.random.rademacher(key, (samples, A.source.size), A.dtype)
 
 
-def average(each: Any) -> Estimate:
+def average(each: jax.Array) -> Estimate:
     """Return the mean over the first axis and its standard error."""
     n = each.shape[0]
     spread = jnp.std(each, axis=0, ddof=1) / n**0.5 if n > 1 else jnp.full(each.shape[1:], jnp.inf)

@@ -122,7 +122,7 @@ def diagonal(
 # The methods, for given vectors of signs (k, P)
 
 
-def _products(A: LinearOperator, vectors: Any) -> Any:
+def _products(A: LinearOperator, vectors: jax.Array) -> Any:
     """Return the products with vectors (k, P), one after the other."""
     return jax.lax.map(flat_product(A), vectors)
 
@@ -131,14 +131,14 @@ _dot = functools.partial(jnp.matmul, precision="highest")
 
 
 @checked_jit
-def hutchinson(A: LinearOperator, probes: Any) -> Estimate:
+def hutchinson(A: LinearOperator, probes: jax.Array) -> Estimate:
     """Return the estimate of the trace by Hutchinson."""
     product = flat_product(A)
     return average(jax.lax.map(lambda z: _dot(z, product(z)), probes))
 
 
 @checked_jit
-def hutch_plus_plus(A: LinearOperator, sketch: Any, probes: Any) -> Estimate:
+def hutch_plus_plus(A: LinearOperator, sketch: jax.Array, probes: jax.Array) -> Estimate:
     """Return the estimate of the trace by Hutch++."""
     range_of = jnp.linalg.qr(_products(A, sketch).T)[0].T  # (k, P)
     inside = jnp.sum(range_of * _products(A, range_of))
@@ -147,7 +147,7 @@ def hutch_plus_plus(A: LinearOperator, sketch: Any, probes: Any) -> Estimate:
 
 
 @checked_jit
-def xtrace(A: LinearOperator, probes: Any) -> Estimate:
+def xtrace(A: LinearOperator, probes: jax.Array) -> Estimate:
     """Return the estimate of the trace by XTrace."""
     products = _products(A, probes)
     basis, _, out = _ranges(products)
@@ -163,13 +163,13 @@ def xtrace(A: LinearOperator, probes: Any) -> Estimate:
 
 
 @checked_jit
-def hutchinson_diagonal(A: LinearOperator, probes: Any) -> Estimate:
+def hutchinson_diagonal(A: LinearOperator, probes: jax.Array) -> Estimate:
     """Return the estimate of the diagonal by Hutchinson, (P,)."""
     return average(probes * _products(A, probes))
 
 
 @checked_jit
-def xdiag(A: LinearOperator, probes: Any) -> Estimate:
+def xdiag(A: LinearOperator, probes: jax.Array) -> Estimate:
     """Return the estimate of the diagonal by XDiag, (P,)."""
     basis, coordinates, out = _ranges(_products(A, probes))
     of_basis = _products(A.T, basis)
@@ -179,7 +179,7 @@ def xdiag(A: LinearOperator, probes: Any) -> Estimate:
     return average(inside + probes * beside)
 
 
-def _ranges(products: Any) -> tuple[Any, Any, Any]:
+def _ranges(products: jax.Array) -> tuple[Any, Any, Any]:
     """Return an orthonormal basis of k vectors (k, P), and what each vector alone adds to their span.
 
     Returns:
@@ -198,12 +198,12 @@ def _ranges(products: Any) -> tuple[Any, Any, Any]:
     return basis.T, triangle.T, out
 
 
-def exactly(value: Any) -> Estimate:
+def exactly(value: jax.Array) -> Estimate:
     """Return an estimate without error."""
     return Estimate(value, jnp.zeros_like(value))
 
 
-def _require_square(A: Any, function: str) -> None:
+def _require_square(A: object, function: str) -> None:
     if not isinstance(A, LinearOperator) or A.source != A.target:
         what = f"shape {A.shape}" if isinstance(A, LinearOperator) else f"type {type(A).__name__}"
         raise ShapeError(

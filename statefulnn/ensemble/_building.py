@@ -30,7 +30,7 @@ _UNTRACEABLE = (
 _ONE_BY_ONE = "nn.Ensemble.of([make_member() for _ in range(n)]) builds them one by one"
 
 
-def check_factory(make_member: Any) -> None:
+def check_factory(make_member: object) -> None:
     """Raise unless the argument can be called to build a member."""
     if isinstance(make_member, Module) or not callable(make_member):
         raise TypeError(
@@ -42,7 +42,7 @@ def check_factory(make_member: Any) -> None:
         )
 
 
-def first_key(rng: Any) -> Any:
+def first_key(rng: int | jax.Array | None) -> Any:
     """Return the key that the members' keys are folded from."""
     if rng is None:
         generator = drawing_generator()
@@ -53,11 +53,13 @@ def first_key(rng: Any) -> Any:
     return as_key(rng)
 
 
-def _is_key(rng: Any) -> bool:
+def _is_key(rng: jax.Array | np.ndarray) -> bool:
     return jnp.issubdtype(rng.dtype, jax.dtypes.prng_key)
 
 
-def build(make_member: Callable[[], Any], n: int, key: Any) -> tuple[ModuleDef, list[Any]]:
+def build(
+    make_member: Callable[[], Any], n: int, key: jax.Array | np.ndarray
+) -> tuple[ModuleDef, list[Any]]:
     """Return the structure of the members and their stacked arrays, from one compiled call."""
     place = place_in_force()
     if place == META:
@@ -65,7 +67,7 @@ def build(make_member: Callable[[], Any], n: int, key: Any) -> tuple[ModuleDef, 
     found: dict[str, Any] = {}
     eager = current_trace() is EAGER
 
-    def lane(i: Any, key: Any) -> Any:
+    def lane(i: jax.Array | np.ndarray, key: jax.Array) -> Any:
         if not _is_key(key):
             key = jax.random.wrap_key_data(key)
         moduledef, leaves, once_more = _built_twice(make_member, jax.random.fold_in(key, i))
@@ -98,7 +100,7 @@ def build(make_member: Callable[[], Any], n: int, key: Any) -> tuple[ModuleDef, 
 
 
 def _built_twice(
-    make_member: Callable[[], Any], key: Any
+    make_member: Callable[[], Any], key: jax.Array
 ) -> tuple[ModuleDef, list[Any], list[Any]]:
     """Return the structure of a member, its arrays, and those of a second one with the same key."""
     member, again = _built(make_member, key), _built(make_member, key)
@@ -122,7 +124,7 @@ def _built_twice(
     return moduledef, leaves, once_more
 
 
-def _built(make_member: Callable[[], Any], key: Any) -> Module:
+def _built(make_member: Callable[[], Any], key: jax.Array) -> Module:
     with rng_scope(key), elsewhere():
         member = make_member()
     if not isinstance(member, Module):
@@ -149,14 +151,14 @@ def _taken_apart(member: Module) -> tuple[ModuleDef, list[Any]]:
     return plan.moduledef, leaves
 
 
-def _equal(a: Any, b: Any) -> Any:
+def _equal(a: jax.Array, b: jax.Array) -> Any:
     """Say whether two arrays are the same, NaN for NaN."""
     if trace_of(b) is current_trace():
         return jnp.zeros((), bool)
     return ((a == b) | ((a != a) & (b != b))).all()
 
 
-def _alike(a: Any, b: Any) -> bool:
+def _alike(a: object, b: object) -> bool:
     """Compare two frozen structures; objects of unknown classes are alike if their classes are."""
     if isinstance(a, tuple) and isinstance(b, tuple):
         return len(a) == len(b) and all(map(_alike, a, b))
@@ -211,7 +213,7 @@ def stacked(models: list[Any]) -> tuple[ModuleDef, list[Any]]:
     return moduledef, [stack_arrays(values) for values in arrays]
 
 
-def described(value: Any, shape: Any = None) -> str:
+def described(value: object, shape: tuple[int, ...] | None = None) -> str:
     """Say what an object is, for a message."""
     if isinstance(value, type):
         return f"the class {value.__name__}"

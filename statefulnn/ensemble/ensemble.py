@@ -27,6 +27,7 @@ from statefulnn.core.walk import owned
 from statefulnn.ensemble._building import build, check_factory, described, first_key, stacked
 from statefulnn.ensemble._state_dicts import stacked_dicts, unstacked
 from statefulnn.transforms.lift import call_module
+from statefulnn.transforms.types import PyTree
 from statefulnn.transforms.vmap import vmap
 
 
@@ -131,7 +132,7 @@ class Ensemble(Module):
     # ----------------------------------------------------------------------------------------------
     # Calls
 
-    def forward(self, *inputs: object, in_axes: Any = None, **kwargs: object) -> Any:
+    def forward(self, *inputs: object, in_axes: PyTree = None, **kwargs: object) -> Any:
         """Call every member.
 
         Args:
@@ -150,7 +151,7 @@ class Ensemble(Module):
 
     @shortened
     def map(
-        self, fn: Callable[..., Any], /, *inputs: object, in_axes: Any = None, **kwargs: object
+        self, fn: Callable[..., Any], /, *inputs: object, in_axes: PyTree = None, **kwargs: object
     ) -> Any:
         """Call a function with every member, such as one that computes a member's loss.
 
@@ -224,7 +225,7 @@ class Ensemble(Module):
         """
         return jax.tree.map(lambda v: v.var(0), self._outputs(inputs, of, kwargs))
 
-    def _outputs(self, inputs: tuple, of: Any, kwargs: dict) -> Any:
+    def _outputs(self, inputs: tuple, of: Callable | None, kwargs: dict) -> Any:
         outputs = self(*inputs, **kwargs)
         return outputs if of is None else jax.vmap(of)(outputs)
 
@@ -462,7 +463,7 @@ class Ensemble(Module):
 # Votes
 
 
-def _votes(logits: Any, axis: int) -> Any:
+def _votes(logits: jax.Array, axis: int) -> Any:
     """Return how many members choose each class, int32, the classes on the last axis."""
     logits = jnp.moveaxis(logits, axis, -1)  # (n, ..., classes)
     counted = jax.nn.one_hot(logits.argmax(-1), logits.shape[-1], dtype=jnp.int32)
@@ -471,13 +472,13 @@ def _votes(logits: Any, axis: int) -> Any:
 
 
 @functools.partial(jax.jit, static_argnums=1)
-def _most_votes(logits: Any, axis: int) -> Any:
+def _most_votes(logits: jax.Array, axis: int) -> Any:
     counts = _votes(logits, axis)
     return jnp.where(counts.sum(-1) > 0, counts.argmax(-1).astype(jnp.int32), np.int32(-1))
 
 
 @functools.partial(jax.jit, static_argnums=1)
-def _differing_pairs(logits: Any, axis: int) -> Any:
+def _differing_pairs(logits: jax.Array, axis: int) -> Any:
     counts = _votes(logits, axis).astype(jnp.float32)
     votes = counts.sum(-1)
     agreeing = (counts * (counts - 1)).sum(-1)
@@ -488,7 +489,7 @@ def _differing_pairs(logits: Any, axis: int) -> Any:
 # Arguments
 
 
-def _checked_axes(inputs: tuple, in_axes: Any, n: int) -> tuple:
+def _checked_axes(inputs: tuple, in_axes: PyTree, n: int) -> tuple:
     """Return the axis of each input, or raise if an input does not have n entries there."""
     if not isinstance(in_axes, (tuple, list)):
         in_axes = (in_axes,) * len(inputs)
@@ -501,7 +502,7 @@ def _checked_axes(inputs: tuple, in_axes: Any, n: int) -> tuple:
             )
         )
 
-    def leaf(value: Any) -> bool:
+    def leaf(value: object) -> bool:
         return value is None or isinstance(value, Module)
 
     for number, (axis, value) in enumerate(zip(in_axes, inputs, strict=True)):

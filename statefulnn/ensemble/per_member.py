@@ -12,6 +12,7 @@ import numpy as np
 from statefulnn.core.errors import ShapeError, explain
 from statefulnn.core.extras import import_extra
 from statefulnn.ensemble._building import described
+from statefulnn.transforms.types import PyTree
 
 
 def per_member(tx: Any, **hyperparameters: Any) -> Any:
@@ -83,20 +84,20 @@ def per_member(tx: Any, **hyperparameters: Any) -> Any:
             )
         return optax.with_extra_args_support(one)
 
-    def init(params: Any) -> Any:
+    def init(params: PyTree) -> Any:
         values = dict(start)
         _check_members({"parameter": params, "hyperparameter": values})
         state = jax.vmap(lambda values, params: made(values).init(params))(values, params)
         return (values, state) if start else state
 
-    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
+    def update(updates: PyTree, state: PyTree, params: PyTree = None, **extra: Any) -> Any:
         values, inner = state if start else ({}, state)
         leaves, treedef = jax.tree.flatten(extra)
         own = [j for j, leaf in enumerate(leaves) if hasattr(leaf, "shape") and np.ndim(leaf)]
         parts = [leaves[j] for j in own]
         _check_members({"gradient": updates, "hyperparameter": values, "extra argument": parts})
 
-        def one(values: Any, updates: Any, inner: Any, params: Any, parts: list) -> Any:
+        def one(values: PyTree, updates: PyTree, inner: PyTree, params: PyTree, parts: list) -> Any:
             full = list(leaves)
             for j, part in zip(own, parts, strict=True):
                 full[j] = part

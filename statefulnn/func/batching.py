@@ -14,18 +14,19 @@ from statefulnn.core.box import Box
 from statefulnn.core.errors import explain
 from statefulnn.core.ownership import ModuleBase
 from statefulnn.core.tracebacks import shortened
+from statefulnn.transforms.types import PyTree, TreeDef
 from statefulnn.transforms.vmap import vmap as mapped
 
 
 def vmap(
     func: Callable | None = None,
-    in_dims: Any = 0,
-    out_dims: Any = 0,
+    in_dims: PyTree = 0,
+    out_dims: PyTree = 0,
     randomness: str = "error",
     *,
     chunk_size: int | None = None,
-    in_axes: Any = None,
-    out_axes: Any = None,
+    in_axes: PyTree = None,
+    out_axes: PyTree = None,
     axis_size: int | None = None,
     axis_name: Hashable = None,
 ) -> Any:
@@ -105,11 +106,11 @@ def vmap(
     return wrapper
 
 
-def _is_object(x: Any) -> bool:
+def _is_object(x: object) -> bool:
     return isinstance(x, (ModuleBase, Box))
 
 
-def _one_of(dims: Any, axes: Any, torch_name: str, jax_name: str) -> Any:
+def _one_of(dims: PyTree, axes: PyTree, torch_name: str, jax_name: str) -> Any:
     """Return an option that has two names."""
     if axes is None:
         return dims
@@ -118,7 +119,7 @@ def _one_of(dims: Any, axes: Any, torch_name: str, jax_name: str) -> Any:
     return axes
 
 
-def _axes_of(leaves: list, treedef: Any, in_dims: Any, count: int) -> list:
+def _axes_of(leaves: list, treedef: TreeDef, in_dims: PyTree, count: int) -> list:
     """Return the axis of each leaf of ``(args, kwargs)``; a module or a box is one leaf."""
     args, kwargs = jax.tree_util.tree_unflatten(treedef, range(len(leaves)))
     given = tuple(in_dims) if isinstance(in_dims, (tuple, list)) else (in_dims,) * count

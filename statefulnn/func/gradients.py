@@ -10,6 +10,7 @@ from statefulnn.core.errors import ShapeError, explain
 from statefulnn.core.tracebacks import shortened
 from statefulnn.transforms.differentiate import function_name
 from statefulnn.transforms.grad import grad_of_example, value_and_grad
+from statefulnn.transforms.types import PyTree
 from statefulnn.transforms.vmap import vmap
 
 
@@ -51,7 +52,7 @@ def grad_and_value(
 def per_sample_grad(
     loss: Callable,
     argnums: int | tuple[int, ...] = 0,
-    in_dims: Any = None,
+    in_dims: PyTree = None,
     has_aux: bool = False,
     randomness: str = "different",
 ) -> Callable:

@@ -13,6 +13,7 @@ from jax.flatten_util import ravel_pytree
 from statefulnn.core.errors import ShapeError, explain
 from statefulnn.core.tracebacks import shortened
 from statefulnn.transforms.differentiate import Differentiation, function_name, require_argnums
+from statefulnn.transforms.types import PyTree
 
 
 def _all(primals: tuple) -> tuple[int, ...]:
@@ -46,7 +47,7 @@ def vjp(func: Callable, *primals: object, has_aux: bool = False) -> tuple:
     out, pullback, effects = jax.vjp(call, call.values, has_aux=True)
     aux = call.finish(effects)
 
-    def vjp_fn(cotangents: Any) -> tuple:
+    def vjp_fn(cotangents: PyTree) -> tuple:
         return call.show(pullback(_like_output(cotangents, out, "a cotangent"))[0])
 
     return (out, vjp_fn, aux) if has_aux else (out, vjp_fn)
@@ -227,7 +228,9 @@ def hessian(func: Callable, argnums: int | tuple[int, ...] = 0, has_aux: bool = 
     return _jacobian(jax.hessian, func, argnums, has_aux)
 
 
-def _jacobian(transform: Callable, func: Callable, argnums: Any, has_aux: bool) -> Callable:
+def _jacobian(
+    transform: Callable, func: Callable, argnums: int | tuple[int, ...], has_aux: bool
+) -> Callable:
     require_argnums(argnums, f"nn.func.{transform.__name__}")
 
     @shortened
@@ -241,7 +244,7 @@ def _jacobian(transform: Callable, func: Callable, argnums: Any, has_aux: bool) 
     return wrapper
 
 
-def _real(out: Any, func: Callable) -> None:
+def _real(out: PyTree, func: Callable) -> None:
     for leaf in jax.tree_util.tree_leaves(out):
         if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
             raise TypeError(
@@ -253,7 +256,7 @@ def _real(out: Any, func: Callable) -> None:
             )
 
 
-def _like_output(given: Any, out: Any, what: str) -> Any:
+def _like_output(given: PyTree, out: PyTree, what: str) -> Any:
     """Return cotangents as arrays of the output's structure, shapes and dtypes."""
     parts, structure = jax.tree_util.tree_flatten(given)
     wanted = jax.tree_util.tree_structure(out)

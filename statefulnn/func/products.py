@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from statefulnn.core.errors import ShapeError, explain
 from statefulnn.core.tracebacks import shortened
 from statefulnn.transforms.differentiate import Differentiation, function_name, real_scalar
+from statefulnn.transforms.types import PyTree
 
 Tree = TypeVar("Tree")
 
@@ -83,7 +84,7 @@ def ggn_vp(func: Callable, loss: Callable, primals: tuple, vector: Tree) -> Tree
     """
     scalar = real_scalar(loss)
 
-    def curvature(out: Any, tangent: Any) -> Any:
+    def curvature(out: PyTree, tangent: PyTree) -> Any:
         return jax.jvp(jax.grad(lambda o: scalar(loss(o))), (out,), (tangent,))[1]
 
     return _sandwich(func, primals, vector, curvature)
@@ -125,7 +126,7 @@ def fisher_vp(
     if likelihood not in LIKELIHOODS:
         raise ValueError(f"fisher_vp: likelihood must be one of {LIKELIHOODS}, got {likelihood!r}")
 
-    def curvature(out: Any, tangent: Any) -> Any:
+    def curvature(out: PyTree, tangent: PyTree) -> Any:
         rank = 1 if likelihood == "empirical" else 2
         if jnp.ndim(out) != rank:
             raise ShapeError(
@@ -152,7 +153,7 @@ def fisher_vp(
 
 
 def _differentiated(
-    func: Callable, primals: Any, view: Callable = lambda out: out
+    func: Callable, primals: object, view: Callable = lambda out: out
 ) -> Differentiation:
     if not isinstance(primals, (tuple, list)):
         raise TypeError(
@@ -165,7 +166,7 @@ def _differentiated(
     return Differentiation(func, tuple(primals), {}, 0, view=view)
 
 
-def _sandwich(func: Callable, primals: tuple, vector: Any, curvature: Callable) -> Any:
+def _sandwich(func: Callable, primals: tuple, vector: PyTree, curvature: Callable) -> Any:
     """Return ``J' B J v``: B, given by its product, between the Jacobian and its transpose."""
     call = _differentiated(func, primals)
     call.refuse_hooks()

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import enum
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -79,7 +79,7 @@ _WHERE_DEFINED = frozenset(
 _KEPT = frozenset({"p"})
 
 
-def _casts(value: Any) -> bool:
+def _casts(value: object) -> bool:
     if not isinstance(value, (ArrayBox, jax.Array, np.ndarray)):
         return False
     if not jnp.issubdtype(value.dtype, jnp.floating):
@@ -87,7 +87,7 @@ def _casts(value: Any) -> bool:
     return jax.dtypes.canonicalize_dtype(value.dtype) != np.float64
 
 
-def _arrays(value: Any) -> list[Any]:
+def _arrays(value: object) -> list[Any]:
     """Return the arrays in an argument that are cast, those of boxes and of numpy among them."""
     if isinstance(value, (tuple, list, dict)):
         parts = value.values() if isinstance(value, dict) else value
@@ -110,7 +110,7 @@ def _cast(value: Any, dtype: np.dtype, done: dict[int, Any]) -> Any:
     return done[id(value)]
 
 
-def _dtype_of(rule: Rule, low: np.dtype, arguments: Any) -> np.dtype:
+def _dtype_of(rule: Rule, low: np.dtype, arguments: Sequence[object]) -> np.dtype:
     if rule is Rule.PROMOTE:
         dtypes = {np.dtype(x.dtype) for x in _arrays(arguments)}
         if len(dtypes) == 1:
@@ -145,7 +145,7 @@ def ruled(rule: Rule) -> Callable[[_F], _F]:
     return decorate
 
 
-def _choosing(fun: Any, cast: Any) -> Any:
+def _choosing(fun: Any, cast: Callable) -> Any:
     """Return a function of the same arguments that calls `fun`, or `cast` while a block is open.
 
     It is made of text, as those of dataclasses are: with ``*args`` every call of every layer would take 4%

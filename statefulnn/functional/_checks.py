@@ -9,11 +9,12 @@ from __future__ import annotations
 import operator
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, SupportsIndex
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike, DTypeLike
 
 from statefulnn.core.compat import Tracer
 from statefulnn.core.errors import DtypeError, ShapeError, explain, user_stack_level
@@ -23,7 +24,7 @@ from statefulnn.core.refusals import array_of, to_shape
 LOW_PRECISION = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
 
 
-def array(x: Any, name: str, function: str) -> Any:
+def array(x: object, name: str, function: str) -> Any:
     """Return the JAX array in `x`: itself, what a box holds, or a converted number or numpy array."""
     if isinstance(x, ArrayBox):  # the cheaper question: that for jax.Array runs Python
         return x.__jax_array__()
@@ -42,12 +43,12 @@ def array(x: Any, name: str, function: str) -> Any:
     raise DtypeError(explain(f"{function} was given {name}={type(x).__name__}", why, instead))
 
 
-def is_float(dtype: Any) -> bool:
+def is_float(dtype: DTypeLike) -> bool:
     """Say whether a dtype is a real floating one."""
     return jnp.issubdtype(dtype, jnp.floating)
 
 
-def require_float(x: Any, name: str, function: str) -> None:
+def require_float(x: jax.Array, name: str, function: str) -> None:
     """Raise unless an array is of a floating or complex dtype."""
     if not jnp.issubdtype(x.dtype, jnp.inexact):
         raise DtypeError(
@@ -59,7 +60,7 @@ def require_float(x: Any, name: str, function: str) -> None:
         )
 
 
-def require_real_float(x: Any, name: str, function: str) -> None:
+def require_real_float(x: jax.Array, name: str, function: str) -> None:
     """Raise unless an array is of a real floating dtype."""
     if not is_float(x.dtype):
         raise DtypeError(
@@ -90,7 +91,7 @@ def require_same_or_wider(function: str, **arrays: Any) -> None:
             _mixed(function, first, x, name, other)
 
 
-def _mixed(function: str, first: str, x: Any, name: str, other: Any) -> None:
+def _mixed(function: str, first: str, x: jax.Array, name: str, other: jax.Array) -> None:
     raise DtypeError(
         explain(
             f"{function} was given {first} of dtype {x.dtype} and {name} of dtype {other.dtype}",
@@ -100,7 +101,7 @@ def _mixed(function: str, first: str, x: Any, name: str, other: Any) -> None:
     )
 
 
-def cast_advice(x: Any, other: Any, name: str = "input") -> str:
+def cast_advice(x: jax.Array, other: jax.Array, name: str = "input") -> str:
     """Return what to write where an array has another dtype than the parameters."""
     cast = f"cast it: {name}.astype(jnp.{other.dtype})"
     if jnp.issubdtype(x.dtype, jnp.inexact):  # a module does not become one of integers
@@ -120,19 +121,19 @@ def require_rank(x: Any, ranks: Sequence[int], name: str, function: str, layout:
         )
 
 
-def rank_advice(x: Any, ranks: Sequence[int], name: str = "input") -> str:
+def rank_advice(x: jax.Array, ranks: Sequence[int], name: str = "input") -> str:
     """Return what to write where an array has too many axes or too few."""
     if x.ndim + 1 in ranks:
         return f"add the missing axis in front: {name}[None]"
     return f"reshape it to one of these: {', '.join(map(str, ranks))} dimensions"
 
 
-def shape_advice(x: Any, name: str, shape: tuple[int, ...]) -> str:
+def shape_advice(x: jax.Array, name: str, shape: tuple[int, ...]) -> str:
     """Return what to write where an array should have another shape, if that mixes up no numbers."""
     return to_shape(name, tuple(x.shape), shape) or f"a {name} of shape {shape}"
 
 
-def channels_advice(x: Any, expected: int, spatial: int, layer: str) -> str:
+def channels_advice(x: jax.Array, expected: int, spatial: int, layer: str) -> str:
     """Return what to write where an input has other channels than a layer expects.
 
     Args:
@@ -188,7 +189,7 @@ def numbers(value: Any, count: int, name: str, function: str) -> tuple[int, ...]
     return given
 
 
-def _index(value: Any, name: str, function: str) -> int:
+def _index(value: SupportsIndex, name: str, function: str) -> int:
     try:
         return operator.index(value)
     except TypeError:
@@ -201,7 +202,9 @@ def _index(value: Any, name: str, function: str) -> int:
         ) from None
 
 
-def reduction_of(reduction: str, size_average: Any, reduce: Any, function: str) -> str:
+def reduction_of(
+    reduction: str, size_average: bool | None, reduce: bool | None, function: str
+) -> str:
     """Return "mean", "sum" or "none", also from torch's two older arguments."""
     if size_average is not None or reduce is not None:
         legacy = "none" if reduce is False else "sum" if size_average is False else "mean"
@@ -223,7 +226,7 @@ def reduction_of(reduction: str, size_average: Any, reduce: Any, function: str) 
     return reduction
 
 
-def reduced(loss: Any, reduction: str) -> Any:
+def reduced(loss: jax.Array, reduction: str) -> Any:
     """Reduce an array of losses."""
     if reduction == "mean":
         # Written out: jnp.mean divides integers and low precision by its own rules.
@@ -231,12 +234,12 @@ def reduced(loss: Any, reduction: str) -> Any:
     return jnp.sum(loss) if reduction == "sum" else loss
 
 
-def widened(x: Any) -> Any:
+def widened(x: jax.Array) -> Any:
     """Return float16 and bfloat16 arrays as float32, and others as they are."""
     return x.astype(jnp.float32) if x.dtype in LOW_PRECISION else x
 
 
-def concrete_on_cpu(x: Any) -> np.ndarray | None:
+def concrete_on_cpu(x: ArrayLike) -> np.ndarray | None:
     """Return an array's values if looking at them costs no transfer, and None otherwise."""
     if isinstance(x, Tracer):
         return None

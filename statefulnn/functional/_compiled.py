@@ -40,7 +40,7 @@ def _axes(entry: Any) -> set[str]:
     return set(entry) if isinstance(entry, tuple) else {entry} - {None}
 
 
-def _spec_of(x: Any) -> list[Any]:
+def _spec_of(x: jax.Array) -> list[Any]:
     spec = jax.typeof(x).sharding.spec
     return [*spec, *[None] * (x.ndim - len(spec))]
 

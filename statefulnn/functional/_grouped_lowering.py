@@ -8,6 +8,7 @@ group is cut into blocks of a fixed number of rows, and a loop multiplies one bl
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -24,7 +25,7 @@ FEWEST, MOST = 16, 128
 USUAL = 32
 
 
-def rows_by_group(a: Any, w: Any, ends: Any, transposed: bool = False) -> Any:
+def rows_by_group(a: jax.Array, w: jax.Array, ends: jax.Array, transposed: bool = False) -> Any:
     """Multiply runs of rows by one matrix each.
 
     Args:
@@ -58,7 +59,7 @@ def _block_of(rows: int, groups: int) -> int:
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(3, 4))
-def _by_blocks(a: Any, w: Any, ends: Any, size: int, transposed: bool) -> Any:
+def _by_blocks(a: jax.Array, w: jax.Array, ends: jax.Array, size: int, transposed: bool) -> Any:
     table, count = _blocks(a, w, ends, size)
     step = lambda i, out: _with_block(out, a, w, [x[i] for x in table], size, transposed)
     return lax.fori_loop(0, _largest(count), step, _empty(a, w, transposed))
@@ -78,23 +79,25 @@ def _(size: int, transposed: bool, primals: tuple, tangents: tuple) -> tuple[Any
     return out, sum(terms[1:], terms[0]) if terms else jnp.zeros_like(out)
 
 
-def _linear(a: Any, w: Any, ends: Any, size: int, transposed: bool) -> Any:
+def _linear(a: jax.Array, w: jax.Array, ends: jax.Array, size: int, transposed: bool) -> Any:
     table, _ = _blocks(a, w, ends, size)
 
     # What a block reads is read again on the way back: a copy of a matrix for each block is large.
     @functools.partial(jax.checkpoint, prevent_cse=False)
-    def product(out: Any, a: Any, w: Any, block: Any) -> Any:
+    def product(out: jax.Array, a: jax.Array, w: jax.Array, block: Sequence[jax.Array]) -> Any:
         return _with_block(out, a, w, block, size, transposed)
 
     step = lambda out, block: (product(out, a, w, block), None)
     return lax.scan(step, _empty(a, w, transposed), table)[0]
 
 
-def _empty(a: Any, w: Any, transposed: bool) -> Any:
+def _empty(a: jax.Array, w: jax.Array, transposed: bool) -> Any:
     return jnp.zeros((a.shape[0], w.shape[1 if transposed else 2]), a.dtype)
 
 
-def _blocks(a: Any, w: Any, ends: Any, size: int) -> tuple[tuple[Any, Any, Any], Any]:
+def _blocks(
+    a: jax.Array, w: jax.Array, ends: jax.Array, size: int
+) -> tuple[tuple[Any, Any, Any], Any]:
     """Return for each block its group, its first row and the row that ends it, and how many there are."""
     rows, groups = a.shape[0], w.shape[0]
     ends = jnp.clip(ends, 0, rows)
@@ -110,7 +113,14 @@ def _blocks(a: Any, w: Any, ends: Any, size: int) -> tuple[tuple[Any, Any, Any],
     return (group, first, ends[group]), before[-1]
 
 
-def _with_block(out: Any, a: Any, w: Any, block: Any, size: int, transposed: bool) -> Any:
+def _with_block(
+    out: jax.Array,
+    a: jax.Array,
+    w: jax.Array,
+    block: Sequence[jax.Array],
+    size: int,
+    transposed: bool,
+) -> Any:
     """Put the product of one block into the output."""
     group, first, end = block
     at = jnp.minimum(first, a.shape[0] - size)
@@ -125,11 +135,11 @@ def _with_block(out: Any, a: Any, w: Any, block: Any, size: int, transposed: boo
 
 
 @jax.custom_batching.custom_vmap
-def _largest(count: Any) -> Any:
+def _largest(count: jax.Array) -> Any:
     """Return a number that is the same in all lanes of ``jax.vmap``: a loop of so many steps is one loop."""
     return count
 
 
 @_largest.def_vmap
-def _(lanes: int, mapped: list[bool], count: Any) -> tuple[Any, bool]:
+def _(lanes: int, mapped: list[bool], count: jax.Array) -> tuple[Any, bool]:
     return _largest(jnp.max(count, 0)), False

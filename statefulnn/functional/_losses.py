@@ -57,7 +57,9 @@ def _one_shape(arrays: dict[str, Any]) -> str:
     return shape_advice(arrays[name], name, shape)
 
 
-def require_shape(x: Any, shape: tuple[int, ...], name: str, like: str, function: str) -> None:
+def require_shape(
+    x: jax.Array | None, shape: tuple[int, ...], name: str, like: str, function: str
+) -> None:
     """Raise unless an array that is not None has a shape; `like` says what it belongs to."""
     if x is not None and x.shape != shape:
         raise shape_error(
@@ -67,7 +69,7 @@ def require_shape(x: Any, shape: tuple[int, ...], name: str, like: str, function
         )
 
 
-def warn_of_broadcast(x: Any, y: Any, function: str) -> None:
+def warn_of_broadcast(x: jax.Array, y: jax.Array, function: str) -> None:
     """Warn if two arrays that should have one shape are going to be broadcast."""
     if x.shape == y.shape:
         return
@@ -81,18 +83,18 @@ def warn_of_broadcast(x: Any, y: Any, function: str) -> None:
     )
 
 
-def hinge(x: Any) -> Any:
+def hinge(x: jax.Array) -> Any:
     """Return ``max(x, 0)`` with derivative 1 at 0 and 0 at NaN, as torch's ``clamp_min`` has it."""
     return jnp.where(x >= 0, x, lax.stop_gradient(jnp.maximum(x, 0)))
 
 
-def signum(x: Any) -> Any:
+def signum(x: jax.Array) -> Any:
     """Return the sign of real numbers, 0 for NaN, as ``torch.sgn`` has it."""
     return (x > 0).astype(x.dtype) - (x < 0).astype(x.dtype)
 
 
 @jax.custom_jvp
-def absolute(x: Any) -> Any:
+def absolute(x: jax.Array) -> Any:
     """Return the absolute value, with derivative 0 at 0 and NaN; that of ``jnp.abs`` at 0 is 1."""
     return lax.abs(x)
 

@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.typing import ArrayLike, DTypeLike
 
 from statefulnn.functional._checks import shape_error, widened
 
@@ -71,7 +72,7 @@ class Windows:
         starts = np.arange(self.outs[i]) * self.stride[i] - self.padding[i]
         return starts[:, None] + np.arange(self.kernel[i]) * self.dilation[i]
 
-    def shaped(self, i: int, values: Any) -> Any:
+    def shaped(self, i: int, values: np.ndarray) -> Any:
         """Return one number for each window along an axis, in a shape that broadcasts to all."""
         return values.reshape((-1,) + (1,) * (-self.axes[i] - 1))
 
@@ -90,7 +91,7 @@ class Windows:
             every[axis] = value
         return every
 
-    def views(self, x: Any, border: Any) -> list[Any]:
+    def views(self, x: jax.Array, border: ArrayLike) -> list[Any]:
         """Return one element of every window, for each tap."""
         pads = []
         for size, out, k, s, p, d in zip(
@@ -170,7 +171,7 @@ def index_dtype() -> Any:
     return jax.dtypes.canonicalize_dtype(np.int64)
 
 
-def lowest(dtype: Any) -> Any:
+def lowest(dtype: DTypeLike) -> Any:
     """Return what is not larger than any number of a dtype."""
     return -np.inf if jnp.issubdtype(dtype, jnp.floating) else np.iinfo(dtype).min
 
@@ -178,7 +179,7 @@ def lowest(dtype: Any) -> Any:
 # Maxima: the first of equal elements, and the last NaN if there is one.
 
 
-def largest(x: Any, w: Windows) -> Any:
+def largest(x: jax.Array, w: Windows) -> Any:
     """Return the maximum of each window; derivatives go to the element that was taken."""
     if len(w.taps) > MOST_TAPS and w.axes[1:]:
         for i in reversed(range(len(w.axes))):
@@ -189,7 +190,7 @@ def largest(x: Any, w: Windows) -> Any:
     return _unrolled(x, w) if jnp.issubdtype(x.dtype, jnp.floating) else _scan(x, w)
 
 
-def largest_with_index(x: Any, w: Windows) -> tuple[Any, Any]:
+def largest_with_index(x: jax.Array, w: Windows) -> tuple[Any, Any]:
     """Return the maximum of each window and where it was, counted row by row over the axes."""
     value, still = largest(x, w), lax.stop_gradient(x)
     if len(w.taps) <= MOST_TAPS:
@@ -208,7 +209,7 @@ def largest_with_index(x: Any, w: Windows) -> tuple[Any, Any]:
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
-def _unrolled(x: Any, w: Windows) -> Any:
+def _unrolled(x: jax.Array, w: Windows) -> Any:
     return _scan(x, w)
 
 
@@ -222,7 +223,7 @@ def _unrolled_jvp(w: Windows, primals: tuple, tangents: tuple) -> tuple[Any, Any
     return _unrolled(x, w), _picked(dx, taps, w)
 
 
-def _scan(x: Any, w: Windows, taps: bool = False) -> Any:
+def _scan(x: jax.Array, w: Windows, taps: bool = False) -> Any:
     # The maxima, or their taps.
     best: Any = None
     taken: Any = None
@@ -245,7 +246,7 @@ def _scan(x: Any, w: Windows, taps: bool = False) -> Any:
     return taken if taps else best
 
 
-def _index_of(taps: Any, w: Windows) -> Any:
+def _index_of(taps: jax.Array, w: Windows) -> Any:
     dtype = index_dtype()
     taps = taps.astype(dtype)
     index: Any = 0
@@ -258,7 +259,7 @@ def _index_of(taps: Any, w: Windows) -> Any:
     return index
 
 
-def _places_along(x: Any, w: Windows) -> Any:
+def _places_along(x: jax.Array, w: Windows) -> Any:
     # The coordinates of maxima along one axis.
     positions = w.positions(0)
     valid = (positions >= 0) & (positions < w.sizes[0])
@@ -267,14 +268,14 @@ def _places_along(x: Any, w: Windows) -> Any:
     return places(x, np.where(valid, positions, -1), w.axes[0])
 
 
-def winner(x: Any, axis: int) -> Any:
+def winner(x: jax.Array, axis: int) -> Any:
     """Return where along an axis the maximum is: the first one, or the last NaN."""
     nan = x != x
     last = x.shape[axis] - 1 - jnp.argmax(jnp.flip(nan, axis), axis)
     return jnp.where(nan.any(axis), last, jnp.argmax(x, axis))
 
 
-def places(x: Any, positions: np.ndarray, axis: int) -> Any:
+def places(x: jax.Array, positions: np.ndarray, axis: int) -> Any:
     """Return where the maxima of windows along an axis are, as coordinates.
 
     Args:
@@ -301,7 +302,7 @@ def places(x: Any, positions: np.ndarray, axis: int) -> Any:
 # The input is linear here. Only the taps are kept for the transpose: without the checkpoint a mask for
 # each element of a window would be.
 @functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=(2,))
-def _picked(x: Any, taps: Any, w: Windows) -> Any:
+def _picked(x: jax.Array, taps: jax.Array | None, w: Windows) -> Any:
     """Return the sum over each window, or of `x` only the element at its tap."""
     ndim = x.ndim
     blocks_of = [out + q - 1 for out, q in zip(w.outs, w.reach, strict=True)]
@@ -376,7 +377,7 @@ def _codes(shift: tuple[int, ...], w: Windows, inner: tuple[int, ...], ndim: int
 # Sums.
 
 
-def sums(x: Any, w: Windows) -> Any:
+def sums(x: jax.Array, w: Windows) -> Any:
     """Return the sum over each window, whose border counts as zeros; low precision as float32."""
     x = widened(x)
     if len(w.taps) > MOST_TAPS and w.axes[1:]:
@@ -388,7 +389,7 @@ def sums(x: Any, w: Windows) -> Any:
     return _unrolled_sums(x, w) if jnp.issubdtype(x.dtype, jnp.floating) else _added(x, w)
 
 
-def _long_sums(x: Any, w: Windows) -> Any:
+def _long_sums(x: jax.Array, w: Windows) -> Any:
     ((size,), (out,), (k,), (s,), (p,)) = w.sizes, w.outs, w.kernel, w.stride, w.padding
     high = max((out - 1) * s + k - size - p, 0)
     one = lambda value, other: tuple(w.per_axis(x.ndim, [value], other))
@@ -397,12 +398,12 @@ def _long_sums(x: Any, w: Windows) -> Any:
     return lax.reduce_window(padded, zero, lax.add, one(k, 1), one(s, 1), "VALID")
 
 
-def _added(x: Any, w: Windows) -> Any:
+def _added(x: jax.Array, w: Windows) -> Any:
     return functools.reduce(lax.add, w.views(x, 0))
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
-def _unrolled_sums(x: Any, w: Windows) -> Any:
+def _unrolled_sums(x: jax.Array, w: Windows) -> Any:
     return _added(x, w)
 
 

@@ -6,8 +6,10 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import jax
+
 from statefulnn.core.box import unwrap
-from statefulnn.core.generator import advance, drawing_generator
+from statefulnn.core.generator import State, advance, drawing_generator
 from statefulnn.functional._compiled import compiled
 
 
@@ -23,11 +25,11 @@ def drawing(kernel: Callable[..., Any], static_argnums: tuple[int, ...] = ()) ->
     with_key = compiled(kernel, static_argnums=static_argnums)
 
     @functools.partial(compiled, static_argnums=static_argnums)
-    def advancing(state: Any, *args: Any) -> tuple[Any, Any]:
+    def advancing(state: State, *args: Any) -> tuple[Any, Any]:
         key, state = advance(state)
         return kernel(key, *args), state
 
-    def call(rng: Any, *args: Any) -> Any:
+    def call(rng: jax.Array | None, *args: Any) -> Any:
         if rng is not None:
             return with_key(unwrap(rng), *args)
         return drawing_generator().drawn(lambda state: advancing(state, *args))

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.typing import DTypeLike
 
 # Beyond these, shifted copies cost more than an indexed read.
 MOST_PHASES = 4
@@ -115,7 +117,9 @@ def _cubic(part: np.ndarray) -> np.ndarray:
     return np.stack([far(part + 1), near(part), near(1 - part), far(2 - part)])
 
 
-def _table(start: np.ndarray, count: np.ndarray, weight: Any) -> Taps:
+def _table(
+    start: np.ndarray, count: np.ndarray, weight: Callable[[np.ndarray], np.ndarray]
+) -> Taps:
     """Return windows of different widths as taps: what is missing repeats the last, at weight 0."""
     steps = np.arange(max(int(count.max(initial=1)), 1))[:, None]
     inside = steps < count
@@ -167,7 +171,7 @@ def _filtered(how: How) -> Taps:
     return Taps(found.index, found.weight / np.where(total == 0, 1, total))
 
 
-def along_axis(x: Any, axis: int, how: How) -> Any:
+def along_axis(x: jax.Array, axis: int, how: How) -> Any:
     """Resample one axis of a floating array."""
     index, weight = taps(how)
     before, after = how.before, how.after
@@ -182,7 +186,7 @@ def along_axis(x: Any, axis: int, how: How) -> Any:
     return _resampled(x, axis, how)
 
 
-def _repeated(x: Any, axis: int, times: int) -> Any:
+def _repeated(x: jax.Array, axis: int, times: int) -> Any:
     shape = (*x.shape[: axis + 1], times, *x.shape[axis + 1 :])
     axes = tuple(a for a in range(x.ndim + 1) if a != axis + 1)
     out = lax.broadcast_in_dim(x, shape, axes)
@@ -190,7 +194,7 @@ def _repeated(x: Any, axis: int, times: int) -> Any:
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
-def _resampled(x: Any, axis: int, how: How) -> Any:
+def _resampled(x: jax.Array, axis: int, how: How) -> Any:
     index, weight = taps(how)
     period = _period(index, how)
     if period is None:
@@ -199,12 +203,12 @@ def _resampled(x: Any, axis: int, how: How) -> Any:
 
 
 @_resampled.defjvp
-def _resampled_jvp(axis: int, how: How, primals: Any, tangents: Any) -> tuple[Any, Any]:
+def _resampled_jvp(axis: int, how: How, primals: tuple, tangents: tuple) -> tuple[Any, Any]:
     (x,), (slope,) = primals, tangents
     return _resampled(x, axis, how), _scattered(slope, axis, how)
 
 
-def _scattered(x: Any, axis: int, how: How) -> Any:
+def _scattered(x: jax.Array, axis: int, how: How) -> Any:
     """Resample by adding each input to the outputs that read it: what this is the transpose of only reads."""
     index, weight = _readers(how)
     out = jnp.zeros((*x.shape[:axis], how.after, *x.shape[axis + 1 :]), x.dtype)
@@ -247,13 +251,15 @@ def _period(index: np.ndarray, how: How) -> tuple[int, int] | None:
     return (outs, ins) if (base == base[:, :1]).all() else None
 
 
-def _spread(weight: np.ndarray, axis: int, ndim: int, dtype: Any) -> np.ndarray:
+def _spread(weight: np.ndarray, axis: int, ndim: int, dtype: DTypeLike) -> np.ndarray:
     shape = [1] * ndim
     shape[axis] = weight.size
     return weight.reshape(shape).astype(dtype)
 
 
-def _shifted(x: Any, axis: int, index: np.ndarray, weight: Any, period: tuple[int, int]) -> Any:
+def _shifted(
+    x: jax.Array, axis: int, index: np.ndarray, weight: np.ndarray | None, period: tuple[int, int]
+) -> Any:
     """Sum shifted copies: one for each tap of each phase, and the phases laid out in turn."""
     outs, ins = period
     size, count = x.shape[axis], index.shape[1] // outs
@@ -280,7 +286,7 @@ def _shifted(x: Any, axis: int, index: np.ndarray, weight: Any, period: tuple[in
     return out.reshape(*x.shape[:axis], count * outs, *x.shape[axis + 1 :])
 
 
-def _gathered(x: Any, axis: int, index: np.ndarray, weight: Any) -> Any:
+def _gathered(x: jax.Array, axis: int, index: np.ndarray, weight: np.ndarray | None) -> Any:
     """Sum indexed reads, one for each tap; more than a few of them in one read."""
     at = np.clip(index, 0, max(x.shape[axis] - 1, 0)).astype(np.int32)
     if weight is None:
@@ -288,7 +294,7 @@ def _gathered(x: Any, axis: int, index: np.ndarray, weight: Any) -> Any:
     # A tap that repeats the one before at weight 0 is none: infinity times 0 would be NaN.
     none = (np.diff(index, axis=0, prepend=index[:1] - 1) == 0) & (weight == 0)
 
-    def weighted(part: Any, row: np.ndarray, none: np.ndarray) -> Any:
+    def weighted(part: jax.Array, row: np.ndarray, none: np.ndarray) -> Any:
         shape = (*row.shape, *(1,) * (x.ndim - axis - 1))
         part = part * row.reshape(shape).astype(x.dtype)
         return jnp.where(none.reshape(shape), 0, part) if none.any() else part
@@ -299,12 +305,12 @@ def _gathered(x: Any, axis: int, index: np.ndarray, weight: Any) -> Any:
     return functools.reduce(lax.add, map(weighted, parts, weight, none))
 
 
-def _read(x: Any, index: np.ndarray, axis: int) -> Any:
+def _read(x: jax.Array, index: np.ndarray, axis: int) -> Any:
     at = (slice(None),) * axis + (index,)
     return x.at[at].get(mode="promise_in_bounds")
 
 
-def along_axis_of_bytes(x: Any, axis: int, how: How) -> Any:
+def along_axis_of_bytes(x: jax.Array, axis: int, how: How) -> Any:
     """Resample one axis of a uint8 image, in whole numbers: the weights are rounded to 15 bits."""
     index, weight = taps(how)
     if weight is None:

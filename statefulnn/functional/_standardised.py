@@ -22,7 +22,7 @@ def axis_size(axis_name: Hashable) -> int:
         return 1
 
 
-def _average(x: Any, axes: tuple[int, ...], axis_name: Hashable) -> Any:
+def _average(x: jax.Array, axes: tuple[int, ...], axis_name: Hashable) -> Any:
     sharers = axis_size(axis_name)
     total = jnp.sum(x, axes, keepdims=True)
     if sharers > 1:
@@ -32,9 +32,9 @@ def _average(x: Any, axes: tuple[int, ...], axis_name: Hashable) -> Any:
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(3, 4, 5))
 def standardised(
-    x: Any,
-    weight: Any,
-    bias: Any,
+    x: jax.Array,
+    weight: jax.Array | None,
+    bias: jax.Array | None,
     axes: tuple[int, ...],
     eps: float,
     axis_name: Hashable = None,
@@ -54,7 +54,7 @@ def standardised(
 
 
 def _standard(
-    x: Any, axes: tuple[int, ...], eps: float, axis_name: Hashable
+    x: jax.Array, axes: tuple[int, ...], eps: float, axis_name: Hashable
 ) -> tuple[Any, Any, Any]:
     mean = _average(x, axes, axis_name)
     centred = x - mean
@@ -64,7 +64,7 @@ def _standard(
     return (x - shift) * scale, mean, var
 
 
-def _scaled(x: Any, weight: Any, bias: Any) -> Any:
+def _scaled(x: jax.Array, weight: jax.Array | None, bias: jax.Array | None) -> Any:
     if weight is not None:
         x = x * weight
     return x if bias is None else x + bias

@@ -23,12 +23,12 @@ from statefulnn.functional._checks import (
 from statefulnn.functional._compiled import compiled
 
 
-def _as_float(x: Any) -> Any:
+def _as_float(x: jax.Array) -> Any:
     return x if jnp.issubdtype(x.dtype, jnp.inexact) else x.astype(jnp.result_type(float))
 
 
 @compiled
-def _sigmoid(x: Any) -> Any:
+def _sigmoid(x: jax.Array) -> Any:
     return lax.logistic(_as_float(x))
 
 
@@ -49,7 +49,7 @@ def sigmoid(input: ArrayLike) -> jax.Array:
 
 
 @jax.custom_jvp
-def _log_sigmoid(x: Any) -> Any:
+def _log_sigmoid(x: jax.Array) -> Any:
     return jnp.minimum(x, 0) - jnp.log1p(jnp.exp(-jnp.abs(x)))
 
 
@@ -58,7 +58,7 @@ _log_sigmoid.defjvps(lambda tangent, out, x: tangent * lax.logistic(-x))
 
 
 @compiled
-def _logsigmoid(x: Any) -> Any:
+def _logsigmoid(x: jax.Array) -> Any:
     require_real_float(x, "input", "F.logsigmoid")
     return _log_sigmoid(widened(x)).astype(x.dtype)
 
@@ -80,7 +80,7 @@ def logsigmoid(input: ArrayLike) -> jax.Array:
 
 
 @compiled
-def _tanh(x: Any) -> Any:
+def _tanh(x: jax.Array) -> Any:
     return jnp.tanh(_as_float(x))
 
 
@@ -101,7 +101,7 @@ def tanh(input: ArrayLike) -> jax.Array:
 
 
 @compiled
-def _tanhshrink(x: Any) -> Any:
+def _tanhshrink(x: jax.Array) -> Any:
     if x.dtype == jnp.bool_:
         require_float(x, "input", "F.tanhshrink")
     x = _as_float(x)
@@ -125,7 +125,7 @@ def tanhshrink(input: ArrayLike) -> jax.Array:
 
 
 @compiled
-def _softsign(x: Any) -> Any:
+def _softsign(x: jax.Array) -> Any:
     if x.dtype == jnp.bool_:
         require_float(x, "input", "F.softsign")
     x = _as_float(x)
@@ -149,7 +149,7 @@ def softsign(input: ArrayLike) -> jax.Array:
 
 
 @functools.partial(compiled, static_argnums=(1, 2))
-def _softplus(x: Any, beta: float, threshold: float) -> Any:
+def _softplus(x: jax.Array, beta: float, threshold: float) -> Any:
     require_real_float(x, "input", "F.softplus")
     wide = widened(x)
     linear = wide * beta > threshold
@@ -176,7 +176,7 @@ def softplus(input: ArrayLike, beta: float = 1.0, threshold: float = 20.0) -> ja
 
 
 @functools.partial(compiled, static_argnums=1)
-def _gelu(x: Any, approximate: str) -> Any:
+def _gelu(x: jax.Array, approximate: str) -> Any:
     if approximate not in ("none", "tanh"):
         raise RuntimeError(
             explain(
@@ -217,7 +217,7 @@ def gelu(input: ArrayLike, approximate: str = "none") -> jax.Array:
 
 
 @compiled
-def _silu(x: Any) -> Any:
+def _silu(x: jax.Array) -> Any:
     require_float(x, "input", "F.silu")
     wide = widened(x)
     return (wide * lax.logistic(wide)).astype(x.dtype)
@@ -240,7 +240,7 @@ def silu(input: ArrayLike, inplace: bool = False) -> jax.Array:
     return _silu(array(input, "input", "F.silu"))
 
 
-def _mish_parts(x: Any) -> tuple[Any, Any, Any]:
+def _mish_parts(x: jax.Array) -> tuple[Any, Any, Any]:
     # tanh(log(1 + n)) = (n² + 2n) / (n² + 2n + 2) for n = exp(x). From x = 20 on it is 1 in float64,
     # too, and n² would overflow further on.
     flat = x > 20
@@ -250,7 +250,7 @@ def _mish_parts(x: Any) -> tuple[Any, Any, Any]:
 
 
 @jax.custom_jvp
-def _mish_of(x: Any) -> Any:
+def _mish_of(x: jax.Array) -> Any:
     _, a, _ = _mish_parts(x)
     return x * (a / (a + 2))
 
@@ -267,7 +267,7 @@ def _mish_jvp(primals: tuple, tangents: tuple) -> tuple[Any, Any]:
 
 
 @compiled
-def _mish(x: Any) -> Any:
+def _mish(x: jax.Array) -> Any:
     require_real_float(x, "input", "F.mish")
     return _mish_of(widened(x)).astype(x.dtype)
 
@@ -290,7 +290,7 @@ def mish(input: ArrayLike, inplace: bool = False) -> jax.Array:
 
 
 @compiled
-def _hardsigmoid(x: Any) -> Any:
+def _hardsigmoid(x: jax.Array) -> Any:
     require_real_float(x, "input", "F.hardsigmoid")
     wide = widened(x)
     limited = lax.stop_gradient(lax.clamp(jnp.zeros((), wide.dtype), wide + 3, _six(wide)))
@@ -298,7 +298,7 @@ def _hardsigmoid(x: Any) -> Any:
     return (jnp.where(inside, wide + 3, limited) / 6).astype(x.dtype)
 
 
-def _six(like: Any) -> Any:
+def _six(like: jax.Array) -> Any:
     return jnp.asarray(6, like.dtype)
 
 
@@ -320,7 +320,7 @@ def hardsigmoid(input: ArrayLike, inplace: bool = False) -> jax.Array:
 
 
 @compiled
-def _hardswish(x: Any) -> Any:
+def _hardswish(x: jax.Array) -> Any:
     require_real_float(x, "input", "F.hardswish")
     wide = widened(x)
     low, high = wide <= -3, wide >= 3
@@ -350,7 +350,7 @@ def hardswish(input: ArrayLike, inplace: bool = False) -> jax.Array:
 
 
 @functools.partial(compiled, static_argnums=(1, 2, 3))
-def _shrunk(x: Any, lambd: float, shift: float, function: str) -> Any:
+def _shrunk(x: jax.Array, lambd: float, shift: float, function: str) -> Any:
     require_real_float(x, "input", function)
     rest = jnp.where(x == x, jnp.zeros((), x.dtype), lax.stop_gradient(x))  # NaN stays NaN
     return jnp.where(x > lambd, x - shift, jnp.where(x < -lambd, x + shift, rest))
@@ -402,7 +402,7 @@ def softshrink(input: ArrayLike, lambd: float = 0.5) -> jax.Array:
 
 
 @functools.partial(compiled, static_argnums=1)
-def _glu(x: Any, dim: int) -> Any:
+def _glu(x: jax.Array, dim: int) -> Any:
     require_real_float(x, "input", "F.glu")
     if x.ndim == 0:
         raise shape_error(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -15,13 +16,13 @@ from statefulnn.functional._compiled import compiled
 from statefulnn.functional.cross_entropy import losses_of_classes
 
 
-def _logits(x: Any, *weights: Any) -> Any:
+def _logits(x: jax.Array, *weights: Any) -> Any:
     for weight in weights:
         x = lax.dot_general(x, weight, (((1,), (1,)), ((), ())))
     return widened(x)
 
 
-def _head_logits(x: Any, head: tuple[Any, Any]) -> Any:
+def _head_logits(x: jax.Array, head: tuple[Any, Any]) -> Any:
     weight, bias = head
     require_same_dtype("nn.AdaptiveLogSoftmaxWithLoss", input=x, weight=weight)
     logits = _logits(x, weight)
@@ -31,7 +32,11 @@ def _head_logits(x: Any, head: tuple[Any, Any]) -> Any:
 @functools.partial(compiled, static_argnums=4)
 @ruled(Rule.FLOAT32)
 def log_prob_of_targets(
-    x: jax.Array, target: jax.Array, head: Any, tail: Any, cutoffs: tuple[int, ...]
+    x: jax.Array,
+    target: jax.Array,
+    head: tuple[jax.Array, jax.Array | None],
+    tail: Sequence[tuple[jax.Array, jax.Array]],
+    cutoffs: tuple[int, ...],
 ) -> tuple[Any, Any]:
     """Return the log-probability of each target, and the negative of their mean.
 
@@ -63,7 +68,12 @@ def log_prob_of_targets(
     return total.reshape(target.shape).astype(x.dtype), mean.astype(x.dtype)
 
 
-def _all_log_probs(x: Any, head: Any, tail: Any, first: int) -> Any:
+def _all_log_probs(
+    x: jax.Array,
+    head: tuple[jax.Array, jax.Array | None],
+    tail: Sequence[tuple[jax.Array, jax.Array]],
+    first: int,
+) -> Any:
     of_head = jax.nn.log_softmax(_head_logits(x, head), 1)
     parts = [of_head[:, :first]]
     for i, weights in enumerate(tail):
@@ -74,14 +84,24 @@ def _all_log_probs(x: Any, head: Any, tail: Any, first: int) -> Any:
 
 @functools.partial(compiled, static_argnums=3)
 @ruled(Rule.FLOAT32)
-def log_prob(x: jax.Array, head: Any, tail: Any, first: int) -> jax.Array:
+def log_prob(
+    x: jax.Array,
+    head: tuple[jax.Array, jax.Array | None],
+    tail: Sequence[tuple[jax.Array, jax.Array]],
+    first: int,
+) -> jax.Array:
     """Return the log-probabilities of all classes, ``(N, n_classes)``; arguments as above."""
     return _all_log_probs(x, head, tail, first).astype(x.dtype)
 
 
 @functools.partial(compiled, static_argnums=3)
 @ruled(Rule.FLOAT32)
-def predict(x: jax.Array, head: Any, tail: Any, first: int) -> jax.Array:
+def predict(
+    x: jax.Array,
+    head: tuple[jax.Array, jax.Array | None],
+    tail: Sequence[tuple[jax.Array, jax.Array]],
+    first: int,
+) -> jax.Array:
     """Return the most probable class of each row, ``(N,)``; arguments as above."""
     best = jnp.argmax(_all_log_probs(x, head, tail, first), 1)
     return best.astype(jax.dtypes.canonicalize_dtype(jnp.int64))

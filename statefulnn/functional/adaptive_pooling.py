@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 
 from statefulnn.functional import _pool_lowering as lowering
 from statefulnn.functional._checks import array, numbers, rank_advice, shape_error, widened
@@ -25,7 +25,7 @@ OutputSize = int | Sequence[int | None]
 MOST_SLICES = 64
 
 
-def _input(input: Any, n: int, empty_channels: bool, function: str) -> Any:
+def _input(input: ArrayLike, n: int, empty_channels: bool, function: str) -> Any:
     x = array(input, "input", function)
     require_kind(x, function, integers=False)
     if x.ndim not in (n + 1, n + 2) or 0 in x.shape[x.ndim - n if empty_channels else 1 :]:
@@ -39,7 +39,7 @@ def _input(input: Any, n: int, empty_channels: bool, function: str) -> Any:
     return x
 
 
-def _outs(x: Any, output_size: Any, n: int, function: str) -> tuple[int, ...]:
+def _outs(x: jax.Array, output_size: OutputSize, n: int, function: str) -> tuple[int, ...]:
     sizes = x.shape[x.ndim - n :]
     given = output_size
     if n > 1 and isinstance(output_size, (tuple, list)):
@@ -66,13 +66,13 @@ def _spans(size: int, out: int) -> tuple[np.ndarray, np.ndarray]:
     return steps * size // max(out, 1), -(-(steps + 1) * size // max(out, 1))
 
 
-def _even(x: Any, outs: tuple[int, ...]) -> bool:
+def _even(x: jax.Array, outs: tuple[int, ...]) -> bool:
     sizes = x.shape[x.ndim - len(outs) :]
     return all(out and size % out == 0 for size, out in zip(sizes, outs, strict=True))
 
 
 @functools.partial(compiled, static_argnums=1)
-def _avg_kernel(x: Any, outs: tuple[int, ...]) -> Any:
+def _avg_kernel(x: jax.Array, outs: tuple[int, ...]) -> Any:
     n, lead = len(outs), x.shape[: x.ndim - len(outs)]
     total = widened(x)
     if _even(x, outs):
@@ -92,7 +92,7 @@ def _avg_kernel(x: Any, outs: tuple[int, ...]) -> Any:
 # spread NaN and infinities to all windows.
 
 
-def _slices(x: Any, axis: int, out: int) -> list[tuple[int, Any]]:
+def _slices(x: jax.Array, axis: int, out: int) -> list[tuple[int, Any]]:
     starts, ends = _spans(x.shape[axis], out)
     pairs = zip(starts.tolist(), ends.tolist(), strict=True)
     return [(a, lax.slice_in_dim(x, a, b, axis=x.ndim + axis)) for a, b in pairs]
@@ -105,7 +105,7 @@ def _positions(size: int, out: int) -> np.ndarray:
     return np.where(positions < ends[:, None], positions, -1)
 
 
-def _means(x: Any, axis: int, out: int) -> Any:
+def _means(x: jax.Array, axis: int, out: int) -> Any:
     if out == 0:
         return lax.slice_in_dim(x, 0, 0, axis=x.ndim + axis)
     if out <= MOST_SLICES:
@@ -121,7 +121,7 @@ def _means(x: Any, axis: int, out: int) -> Any:
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
-def _maxima(x: Any, axis: int, out: int) -> Any:
+def _maxima(x: jax.Array, axis: int, out: int) -> Any:
     return jnp.stack([v.max(axis) for _, v in _slices(x, axis, out)], x.ndim + axis)
 
 
@@ -138,13 +138,13 @@ def _maxima_jvp(axis: int, out: int, primals: tuple, tangents: tuple) -> tuple[A
     return _maxima(x, axis, out), jnp.stack(picked, x.ndim + axis)
 
 
-def _coordinates(x: Any, start: int, axis: int, dtype: Any) -> Any:
+def _coordinates(x: jax.Array, start: int, axis: int, dtype: DTypeLike) -> Any:
     shape = [1] * x.ndim
     shape[axis] = x.shape[axis]
     return lax.broadcasted_iota(dtype, shape, x.ndim + axis) + np.asarray(start, dtype)
 
 
-def _places(x: Any, axis: int, out: int) -> Any:
+def _places(x: jax.Array, axis: int, out: int) -> Any:
     if out > MOST_SLICES:
         return lowering.places(x, _positions(x.shape[axis], out), axis)
     dtype = lowering.index_dtype()
@@ -159,7 +159,7 @@ def _places(x: Any, axis: int, out: int) -> Any:
 
 
 @functools.partial(compiled, static_argnums=(1, 2))
-def _max_kernel(x: Any, outs: tuple[int, ...], with_indices: bool) -> Any:
+def _max_kernel(x: jax.Array, outs: tuple[int, ...], with_indices: bool) -> Any:
     n = len(outs)
     sizes = x.shape[x.ndim - n :]
     if _even(x, outs):
@@ -186,12 +186,14 @@ def _max_kernel(x: Any, outs: tuple[int, ...], with_indices: bool) -> Any:
     return (x, index) if with_indices else x
 
 
-def _avg(input: Any, output_size: Any, n: int, function: str) -> Any:
+def _avg(input: ArrayLike, output_size: OutputSize, n: int, function: str) -> Any:
     x = _input(input, n, n < 3, function)
     return _avg_kernel(x, _outs(x, output_size, n, function))
 
 
-def _max(input: Any, output_size: Any, with_indices: bool, n: int, function: str) -> Any:
+def _max(
+    input: ArrayLike, output_size: OutputSize, with_indices: bool, n: int, function: str
+) -> Any:
     x = _input(input, n, False, function)
     return _max_kernel(x, _outs(x, output_size, n, function), bool(with_indices))
 

@@ -19,7 +19,7 @@ from jax.typing import ArrayLike, DTypeLike
 from statefulnn.core.box import unwrap
 from statefulnn.core.construction import allowed_backends
 from statefulnn.core.errors import DtypeError, explain
-from statefulnn.core.generator import advance, drawing_generator
+from statefulnn.core.generator import State, advance, drawing_generator
 from statefulnn.functional._autocast import Rule, ruled
 from statefulnn.functional._causal_bias import CausalBias
 from statefulnn.functional._checks import (
@@ -47,7 +47,7 @@ class Form(NamedTuple):
     grouped: bool = False  # each head of keys serves several of queries
 
 
-def _accumulated(x: Any) -> Any:
+def _accumulated(x: jax.Array) -> Any:
     """Return the dtype in which products of arrays like `x` are summed."""
     return jnp.float32 if x.dtype in LOW_PRECISION else x.dtype
 
@@ -78,7 +78,7 @@ def masked_scores(form: Form, query: jax.Array, key: jax.Array, masks: Sequence[
     return out
 
 
-def _exponentials(scores: Any) -> tuple[Any, Any]:
+def _exponentials(scores: jax.Array) -> tuple[Any, Any]:
     """Return ``exp(scores - highest)`` and its sum over S, 1 where everything is masked."""
     if scores.shape[-1]:
         highest = lax.stop_gradient(jnp.max(scores, -1, keepdims=True))
@@ -90,20 +90,20 @@ def _exponentials(scores: Any) -> tuple[Any, Any]:
 
 
 @jax.custom_jvp
-def softmax_of_scores(scores: Any) -> jax.Array:
+def softmax_of_scores(scores: jax.Array) -> jax.Array:
     """Return the softmax over the last axis, or 0 where everything is masked."""
     powers, total = _exponentials(scores)
     return powers / total
 
 
 @softmax_of_scores.defjvp
-def _(primals: Any, tangents: Any) -> tuple[Any, Any]:
+def _(primals: tuple, tangents: tuple) -> tuple[Any, Any]:
     weights = softmax_of_scores(primals[0])  # of the result alone, so that nothing else is kept
     moved = weights * tangents[0]
     return weights, moved - weights * jnp.sum(moved, -1, keepdims=True)
 
 
-def weighted_values(form: Form, weights: Any, value: jax.Array) -> jax.Array:
+def weighted_values(form: Form, weights: jax.Array, value: jax.Array) -> jax.Array:
     """Return ``weights V``, summed at least in float32."""
     wide = _accumulated(value)
     weights = weights.astype(value.dtype)
@@ -116,7 +116,14 @@ def weighted_values(form: Form, weights: Any, value: jax.Array) -> jax.Array:
     return jnp.einsum("...ls,...sd->...ld", weights, value, preferred_element_type=wide)
 
 
-def _by_weights(form: Form, query: Any, key: Any, value: Any, masks: Any, kept: Any) -> Any:
+def _by_weights(
+    form: Form,
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    masks: Sequence[jax.Array],
+    kept: jax.Array | None,
+) -> Any:
     weights = softmax_of_scores(masked_scores(form, query, key, masks))
     if kept is not None:
         weights = weights * kept.astype(weights.dtype)
@@ -125,7 +132,12 @@ def _by_weights(form: Form, query: Any, key: Any, value: Any, masks: Any, kept: 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def attend(
-    form: Form, query: jax.Array, key: jax.Array, value: jax.Array, masks: Any, kept: Any
+    form: Form,
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    masks: Sequence[jax.Array],
+    kept: jax.Array | None,
 ) -> jax.Array:
     """Return ``softmax(scale · Q Kᵀ + masks) V`` for arrays that fit.
 
@@ -145,7 +157,7 @@ def attend(
     return (weighted_values(form, powers, value) / total).astype(value.dtype)
 
 
-def _attend_jvp(form: Form, primals: Any, tangents: Any) -> tuple[Any, Any]:
+def _attend_jvp(form: Form, primals: tuple, tangents: tuple) -> tuple[Any, Any]:
     leaves, tree = jax.tree.flatten(primals)
     moves = jax.tree.leaves(tangents, is_leaf=lambda t: isinstance(t, SymbolicZero))
     # Only what really moves: zeros that are multiplied out would cost products of matrices.
@@ -184,7 +196,9 @@ def with_draw(
     return drawing_generator().drawn(lambda state: kernel(None, state))
 
 
-def kept_weights(key: Any, state: Any, p: float, shape: Any, dtype: DTypeLike) -> tuple[Any, Any]:
+def kept_weights(
+    key: Any, state: State | None, p: ArrayLike, shape: Sequence[int], dtype: DTypeLike
+) -> tuple[Any, Any]:
     """Return the factors of dropout, or None where nothing is drawn, and the state after the draw."""
     if key is None:
         if state is None:
@@ -198,7 +212,12 @@ def kept_weights(key: Any, state: Any, p: float, shape: Any, dtype: DTypeLike) -
 
 
 def cudnn_serves(
-    query: jax.Array, key: jax.Array, value: jax.Array, form: Form, plain: bool, capability: Any
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    form: Form,
+    plain: bool,
+    capability: tuple[int, ...] | None,
 ) -> bool:
     """Say whether cuDNN's flash attention computes this, with the same result.
 
@@ -236,10 +255,10 @@ def _capability() -> tuple[int, ...] | None:
     return tuple(map(int, parts)) if all(p.isdigit() for p in parts) else None
 
 
-def _cudnn(form: Form, query: Any, key: Any, value: Any) -> Any:
+def _cudnn(form: Form, query: jax.Array, key: jax.Array, value: jax.Array) -> Any:
     batch = query.shape[:-3]
 
-    def heads_third(x: Any) -> Any:  # (*, H, L, D) -> (N, L, H, D)
+    def heads_third(x: jax.Array) -> Any:  # (*, H, L, D) -> (N, L, H, D)
         return jnp.swapaxes(x.reshape(-1, *x.shape[-3:]), 1, 2)
 
     out = jax.nn.dot_product_attention(
@@ -259,8 +278,8 @@ def attend_by_platform(
     query: jax.Array,
     key: jax.Array,
     value: jax.Array,
-    masks: Any,
-    kept: Any,
+    masks: Sequence[jax.Array],
+    kept: jax.Array | None,
 ) -> jax.Array:
     """As `attend`, by the platform's own kernel where that is as good and allowed."""
     allowed = backends is None or bool(
@@ -293,13 +312,13 @@ def attend_by_platform(
 @functools.partial(compiled, static_argnums=(7, 8))
 @ruled(Rule.LOW)
 def _attention(
-    query: Any,
-    key: Any,
-    value: Any,
-    mask: Any,
-    rng: Any,
-    state: Any,
-    p: Any,
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    mask: jax.Array | None,
+    rng: jax.Array | None,
+    state: State | None,
+    p: ArrayLike,
     form: Form,
     backends: frozenset[str] | None,
 ) -> tuple[Any, Any]:
@@ -398,7 +417,7 @@ def scaled_dot_product_attention(
 _NAME = "F.scaled_dot_product_attention"
 
 
-def _check_bias(bias: CausalBias, q: Any, k: Any) -> None:
+def _check_bias(bias: CausalBias, q: jax.Array, k: jax.Array) -> None:
     sizes = (*q.shape[-2:-1], *k.shape[-2:-1])
     if bias.offset and sizes != bias.shape:
         raise shape_error(
@@ -408,7 +427,9 @@ def _check_bias(bias: CausalBias, q: Any, k: Any) -> None:
         )
 
 
-def _check_attention(q: Any, k: Any, v: Any, mask: Any, form: Form) -> tuple[Any, ...]:
+def _check_attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None, form: Form
+) -> tuple[Any, ...]:
     """Raise unless the arrays fit; return the shape of the scores."""
     given = f"{_NAME} was given query {q.shape}, key {k.shape} and value {v.shape}"
     if min(q.ndim, k.ndim, v.ndim) < 2 or q.shape[-1] != k.shape[-1] or k.shape[-2] != v.shape[-2]:

@@ -19,7 +19,9 @@ from statefulnn.functional.pooling import Size, require_kind, spatial, windows_o
 
 
 @functools.partial(compiled, static_argnums=(1, 2, 3))
-def _avg_kernel(x: Any, w: lowering.Windows, count_include_pad: bool, divisor: int | None) -> Any:
+def _avg_kernel(
+    x: jax.Array, w: lowering.Windows, count_include_pad: bool, divisor: int | None
+) -> Any:
     return average(x, w, count_include_pad, divisor).astype(x.dtype)
 
 
@@ -44,11 +46,11 @@ def average(
 
 
 def _avg_pool(
-    input: Any,
+    input: ArrayLike,
     n: int,
-    kernel_size: Any,
-    stride: Any,
-    padding: Any,
+    kernel_size: Size,
+    stride: Size | None,
+    padding: Size,
     ceil_mode: bool,
     count_include_pad: bool,
     divisor_override: int | None,

@@ -30,12 +30,12 @@ from statefulnn.functional._standardised import axis_size, standardised
 
 def _require_fit(
     function: str,
-    x: Any,
-    running_mean: Any,
-    running_var: Any,
-    weight: Any,
-    bias: Any,
-    tracked: Any = None,
+    x: jax.Array,
+    running_mean: jax.Array | None,
+    running_var: jax.Array | None,
+    weight: jax.Array | None,
+    bias: jax.Array | None,
+    tracked: jax.Array | None = None,
 ) -> None:
     given = {
         "running_mean": running_mean,
@@ -72,7 +72,7 @@ def _require_fit(
     require_same_or_wider(function, input=x, **given)
 
 
-def _layer_of(x: Any, function: str) -> str:
+def _layer_of(x: jax.Array, function: str) -> str:
     kind = "InstanceNorm" if "instance" in function else "BatchNorm"
     return f"nn.{kind}{max(x.ndim - 2, 1)}d({x.shape[1]})"
 
@@ -89,7 +89,7 @@ def _require_eps(function: str, eps: float, training: bool) -> None:
         )
 
 
-def _require_statistics(function: str, mean: Any) -> None:
+def _require_statistics(function: str, mean: jax.Array | None) -> None:
     if mean is None:
         raise shape_error(
             f"{function} was given no running statistics, and is not to use the input's",
@@ -99,7 +99,9 @@ def _require_statistics(function: str, mean: Any) -> None:
         )
 
 
-def _require_boxes(function: str, running_mean: Any, running_var: Any) -> tuple[Any, Any]:
+def _require_boxes(
+    function: str, running_mean: ArrayLike | None, running_var: ArrayLike | None
+) -> tuple[Any, Any]:
     if running_mean is None or (isinstance(running_mean, Box) and isinstance(running_var, Box)):
         return running_mean, running_var
     raise StateWriteError(
@@ -112,7 +114,7 @@ def _require_boxes(function: str, running_mean: Any, running_var: Any) -> tuple[
     )
 
 
-def _or_none(value: Any, name: str, function: str) -> Any:
+def _or_none(value: ArrayLike | None, name: str, function: str) -> Any:
     return None if value is None else array(value, name, function)
 
 
@@ -120,13 +122,19 @@ def _or_none(value: Any, name: str, function: str) -> Any:
 # Kernels
 
 
-def _per_channel(v: Any, like: Any) -> Any:
+def _per_channel(v: jax.Array | None, like: jax.Array) -> Any:
     return None if v is None else v.astype(like.dtype).reshape(1, -1, *(1,) * (like.ndim - 2))
 
 
 @functools.partial(compiled, static_argnums=(5, 6))
 def _by_running_statistics(
-    x: Any, mean: Any, var: Any, weight: Any, bias: Any, eps: float, function: str
+    x: jax.Array,
+    mean: jax.Array | None,
+    var: Any,
+    weight: jax.Array | None,
+    bias: jax.Array | None,
+    eps: float,
+    function: str,
 ) -> Any:
     _require_fit(function, x, mean, var, weight, bias)
     _require_statistics(function, mean)
@@ -140,13 +148,13 @@ def _by_running_statistics(
     return out.astype(x.dtype)
 
 
-def _moved(running: Any, batch: Any, factor: Any) -> Any:
+def _moved(running: jax.Array, batch: jax.Array, factor: ArrayLike) -> Any:
     batch = lax.stop_gradient(batch)
     wide = running.astype(batch.dtype)
     return ((1 - factor) * wide + factor * batch).astype(running.dtype)
 
 
-def _counted(tracked: Any) -> Any:
+def _counted(tracked: jax.Array) -> Any:
     """Return a count with one more batch; it stays at the largest number that its dtype has."""
     one = jnp.ones((), tracked.dtype)
     if not jnp.issubdtype(tracked.dtype, jnp.integer):
@@ -157,12 +165,12 @@ def _counted(tracked: Any) -> Any:
 
 @functools.partial(compiled, static_argnums=(6, 7, 8, 9))
 def _by_batch_statistics(
-    x: Any,
-    mean: Any,
+    x: jax.Array,
+    mean: jax.Array | None,
     var: Any,
-    tracked: Any,
-    weight: Any,
-    bias: Any,
+    tracked: jax.Array | None,
+    weight: jax.Array | None,
+    bias: jax.Array | None,
     momentum: float | None,
     eps: float,
     function: str,
@@ -203,7 +211,14 @@ def _by_batch_statistics(
 
 @functools.partial(compiled, static_argnums=(5, 6, 7))
 def _by_own_statistics(
-    x: Any, mean: Any, var: Any, weight: Any, bias: Any, momentum: float, eps: float, function: str
+    x: jax.Array,
+    mean: jax.Array | None,
+    var: Any,
+    weight: jax.Array | None,
+    bias: jax.Array | None,
+    momentum: float,
+    eps: float,
+    function: str,
 ) -> tuple[Any, Any, Any]:
     _require_fit(function, x, mean, var, weight, bias)
     count = math.prod(x.shape[2:])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -25,14 +26,14 @@ from statefulnn.functional._losses import broadcast_shape, together
 
 
 @jax.custom_jvp
-def _entropy(x: Any, y: Any) -> Any:
+def _entropy(x: jax.Array, y: jax.Array) -> Any:
     # Logarithms are cut at -100, so that a sure and wrong answer costs much and not infinitely much.
     yes = jnp.maximum(jnp.log(x), -100)
     no = jnp.maximum(jnp.log1p(-x), -100)
     return (y - 1) * no - y * yes
 
 
-def _entropy_jvp(primals: Any, tangents: Any) -> tuple[Any, Any]:
+def _entropy_jvp(primals: tuple, tangents: tuple) -> tuple[Any, Any]:
     x, y = primals
     # Not the derivative of the cut logarithms: it still points back from 0 and from 1.
     of_x = (x - y) / jnp.maximum((1 - x) * x, 1e-12)
@@ -40,7 +41,7 @@ def _entropy_jvp(primals: Any, tangents: Any) -> tuple[Any, Any]:
     return out, _along(out, tangents, (of_x, jnp.log1p(-x) - jnp.log(x)))
 
 
-def _along(out: Any, tangents: Any, slopes: Any) -> Any:
+def _along(out: jax.Array, tangents: tuple, slopes: Sequence[jax.Array]) -> Any:
     """Return the tangent of an output; a slope that is not finite may not meet a tangent of zeros."""
     moved = [
         s * t for s, t in zip(slopes, tangents, strict=True) if not isinstance(t, SymbolicZero)
@@ -52,11 +53,11 @@ _entropy.defjvp(_entropy_jvp, symbolic_zeros=True)
 
 
 @jax.custom_jvp
-def _entropy_of_logits(x: Any, y: Any, positive: Any) -> Any:
+def _entropy_of_logits(x: jax.Array, y: jax.Array, positive: jax.Array) -> Any:
     return (1 - y) * x - ((positive - 1) * y + 1) * jax.nn.log_sigmoid(x)
 
 
-def _entropy_of_logits_jvp(primals: Any, tangents: Any) -> tuple[Any, Any]:
+def _entropy_of_logits_jvp(primals: tuple, tangents: tuple) -> tuple[Any, Any]:
     # As torch has them: the chain rule's subtract infinities.
     x, y, positive = primals
     yes, no = jax.nn.log_sigmoid(x), jax.nn.log_sigmoid(-x)
@@ -69,7 +70,9 @@ _entropy_of_logits.defjvp(_entropy_of_logits_jvp, symbolic_zeros=True)
 
 
 @functools.partial(compiled, static_argnums=3)
-def _binary_cross_entropy(input: Any, target: Any, weight: Any, reduction: str) -> Any:
+def _binary_cross_entropy(
+    input: jax.Array, target: jax.Array, weight: jax.Array | None, reduction: str
+) -> Any:
     function = "F.binary_cross_entropy"
     _check_same_shape(input, target, weight, function)
     dtype, x, y, w = together(function, input=input, target=target, weight=weight)
@@ -77,7 +80,7 @@ def _binary_cross_entropy(input: Any, target: Any, weight: Any, reduction: str) 
     return reduced(loss if w is None else loss * w, reduction).astype(dtype)
 
 
-def _check_same_shape(x: Any, y: Any, w: Any, function: str) -> None:
+def _check_same_shape(x: jax.Array, y: jax.Array, w: jax.Array | None, function: str) -> None:
     require_float(x, "input", function)
     if x.shape != y.shape:
         raise shape_error(
@@ -147,7 +150,11 @@ def binary_cross_entropy(
 
 @functools.partial(compiled, static_argnums=4)
 def _binary_cross_entropy_with_logits(
-    input: Any, target: Any, weight: Any, pos_weight: Any, reduction: str
+    input: jax.Array,
+    target: jax.Array,
+    weight: jax.Array | None,
+    pos_weight: jax.Array | None,
+    reduction: str,
 ) -> Any:
     function = "F.binary_cross_entropy_with_logits"
     _check_same_shape(input, target, None, function)
@@ -205,7 +212,9 @@ def binary_cross_entropy_with_logits(
 
 
 @functools.partial(compiled, static_argnums=3)
-def _multilabel_soft_margin(input: Any, target: Any, weight: Any, reduction: str) -> Any:
+def _multilabel_soft_margin(
+    input: jax.Array, target: jax.Array, weight: jax.Array | None, reduction: str
+) -> Any:
     function = "F.multilabel_soft_margin_loss"
     if not input.ndim:
         raise shape_error(
@@ -260,7 +269,7 @@ def multilabel_soft_margin_loss(
 
 
 @functools.partial(compiled, static_argnums=2)
-def _soft_margin(input: Any, target: Any, reduction: str) -> Any:
+def _soft_margin(input: jax.Array, target: jax.Array, reduction: str) -> Any:
     dtype, x, y = together("F.soft_margin_loss", input=input, target=target)
     return reduced(-jax.nn.log_sigmoid(x * y), reduction).astype(dtype)
 

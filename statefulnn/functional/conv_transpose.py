@@ -32,14 +32,14 @@ from statefulnn.functional.conv import (
 @functools.partial(compiled, static_argnums=(3, 4, 5, 6, 7, 8))
 @ruled(Rule.LOW)
 def _conv_transpose(
-    x: Any,
-    weight: Any,
+    x: jax.Array,
+    weight: jax.Array,
     bias: Any,
-    stride: Any,
-    padding: Any,
-    output_padding: Any,
+    stride: int | Sequence[int],
+    padding: int | Sequence[int],
+    output_padding: int | Sequence[int],
     groups: int,
-    dilation: Any,
+    dilation: int | Sequence[int],
     repeated: bool,
 ) -> Any:
     # Checked here, where the code runs once for each combination of shapes and dtypes: an eager call
@@ -115,11 +115,11 @@ def conv_transpose_nd(
     input: ArrayLike,
     weight: ArrayLike,
     bias: ArrayLike | None,
-    stride: Any,
-    padding: Any,
-    output_padding: Any,
+    stride: int | Sequence[int],
+    padding: int | Sequence[int],
+    output_padding: int | Sequence[int],
     groups: int,
-    dilation: Any,
+    dilation: int | Sequence[int],
 ) -> jax.Array:
     """Convolve, transposed, over `spatial` axes; the public functions fill in the number."""
     function = f"F.conv_transpose{spatial}d"

@@ -29,7 +29,7 @@ from statefulnn.functional._losses import together
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
-def log_sum_exp(x: jax.Array, shift: Any, axis: int) -> jax.Array:
+def log_sum_exp(x: jax.Array, shift: jax.Array, axis: int) -> jax.Array:
     """Return ``log Σ exp(x - shift)`` along an axis, with the softmax as its derivative.
 
     The rule computes the softmax from `x` again: the exponentials need not be kept for it, which for a
@@ -39,7 +39,7 @@ def log_sum_exp(x: jax.Array, shift: Any, axis: int) -> jax.Array:
 
 
 @log_sum_exp.defjvp
-def _log_sum_exp_jvp(axis: int, primals: Any, tangents: Any) -> tuple[Any, Any]:
+def _log_sum_exp_jvp(axis: int, primals: tuple, tangents: tuple) -> tuple[Any, Any]:
     x, shift = primals
     out = log_sum_exp(x, shift, axis)
     share = jnp.exp(x - shift - jnp.expand_dims(out, axis))
@@ -48,7 +48,7 @@ def _log_sum_exp_jvp(axis: int, primals: Any, tangents: Any) -> tuple[Any, Any]:
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
-def picked(x: jax.Array, label: Any, axis: int) -> jax.Array:
+def picked(x: jax.Array, label: jax.Array, axis: int) -> jax.Array:
     """Return the entry at each label along an axis, NaN where there is none.
 
     The derivative is a choice between the cotangent and 0 at each entry, which fuses with what comes
@@ -61,7 +61,7 @@ def picked(x: jax.Array, label: Any, axis: int) -> jax.Array:
 
 
 @picked.defjvp
-def _picked_jvp(axis: int, primals: Any, tangents: Any) -> tuple[Any, Any]:
+def _picked_jvp(axis: int, primals: tuple, tangents: tuple) -> tuple[Any, Any]:
     x, label = primals
     classes = lax.broadcasted_iota(label.dtype, x.shape, axis % x.ndim)
     here = classes == jnp.expand_dims(label, axis)
@@ -78,7 +78,9 @@ def labels_of(target: jax.Array, ignore_index: int, classes: int) -> tuple[Any, 
     return jnp.where(label < 0, classes, label), ignored
 
 
-def shares_of(label: Any, ignored: Any, weight: jax.Array | None, dtype: DTypeLike) -> jax.Array:
+def shares_of(
+    label: jax.Array, ignored: jax.Array, weight: jax.Array | None, dtype: DTypeLike
+) -> jax.Array:
     """Return the weight of each label, 0 where it is ignored."""
     share = jnp.ones((), dtype)
     if weight is not None:
@@ -86,28 +88,28 @@ def shares_of(label: Any, ignored: Any, weight: jax.Array | None, dtype: DTypeLi
     return jnp.where(ignored, jnp.zeros((), dtype), share)
 
 
-def weighted(loss: Any, share: Any, reduction: str) -> jax.Array:
+def weighted(loss: jax.Array, share: jax.Array, reduction: str) -> jax.Array:
     """Reduce losses that are weighted already; the mean is over the weights."""
     if reduction == "mean":
         return jnp.sum(loss) / jnp.sum(share)
     return jnp.sum(loss) if reduction == "sum" else loss
 
 
-def _class_weights(weight: Any, logits: Any, axis: int) -> Any:
+def _class_weights(weight: jax.Array, logits: jax.Array, axis: int) -> Any:
     shape = [1] * logits.ndim
     shape[axis] = -1
     return weight.astype(logits.dtype).reshape(shape)
 
 
-def _class_axis(x: Any) -> int:
+def _class_axis(x: jax.Array) -> int:
     return 0 if x.ndim == 1 else 1
 
 
-def _target_shape(x: Any) -> tuple[int, ...]:
+def _target_shape(x: jax.Array) -> tuple[int, ...]:
     return () if x.ndim == 1 else (x.shape[0], *x.shape[2:])
 
 
-def _check_logits_and_weight(x: Any, w: Any, function: str) -> None:
+def _check_logits_and_weight(x: jax.Array, w: jax.Array | None, function: str) -> None:
     require_float(x, "input", function)
     if x.ndim == 0:
         raise shape_error(
@@ -132,7 +134,7 @@ def _check_logits_and_weight(x: Any, w: Any, function: str) -> None:
         )
 
 
-def _check_order(x: Any, y: Any, function: str) -> None:
+def _check_order(x: jax.Array, y: jax.Array, function: str) -> None:
     if jnp.issubdtype(x.dtype, jnp.integer) and jnp.issubdtype(y.dtype, jnp.floating):
         raise DtypeError(
             explain(
@@ -143,7 +145,7 @@ def _check_order(x: Any, y: Any, function: str) -> None:
         )
 
 
-def _check_target(x: Any, y: Any, function: str) -> None:
+def _check_target(x: jax.Array, y: jax.Array, function: str) -> None:
     if y.shape != _target_shape(x):
         raise _target_of_other_shape(x, y, function)
     if not jnp.issubdtype(y.dtype, jnp.integer):
@@ -157,7 +159,7 @@ def _check_target(x: Any, y: Any, function: str) -> None:
         )
 
 
-def _target_of_other_shape(x: Any, y: Any, function: str) -> ShapeError:
+def _target_of_other_shape(x: jax.Array, y: jax.Array, function: str) -> ShapeError:
     shape, both = _target_shape(x), function == "F.cross_entropy"
     probabilities = f", and probabilities {x.shape}" if both else ""
     instead = f"a target of shape {shape}, with the classes on axis 1 of the input"
@@ -212,9 +214,9 @@ def check_classes(
 
 @functools.partial(compiled, static_argnums=(3, 4, 5))
 def _cross_entropy_indices(
-    input: Any,
-    target: Any,
-    weight: Any,
+    input: jax.Array,
+    target: jax.Array,
+    weight: jax.Array | None,
     ignore_index: int,
     reduction: str,
     smoothing: float,
@@ -259,7 +261,7 @@ def losses_of_classes(
 
 @functools.partial(compiled, static_argnums=(3, 4))
 def _cross_entropy_probabilities(
-    input: Any, target: Any, weight: Any, reduction: str, smoothing: float
+    input: jax.Array, target: jax.Array, weight: jax.Array | None, reduction: str, smoothing: float
 ) -> Any:
     function = "F.cross_entropy"
     _check_logits_and_weight(input, weight, function)
@@ -360,7 +362,9 @@ def cross_entropy(
 
 
 @functools.partial(compiled, static_argnums=(3, 4))
-def _nll(input: Any, target: Any, weight: Any, ignore_index: int, reduction: str) -> Any:
+def _nll(
+    input: jax.Array, target: jax.Array, weight: jax.Array | None, ignore_index: int, reduction: str
+) -> Any:
     function = "F.nll_loss"
     _check_logits_and_weight(input, weight, function)
     _check_target(input, target, function)

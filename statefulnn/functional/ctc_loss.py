@@ -30,10 +30,10 @@ NEVER = -1e30
 
 @functools.partial(compiled, static_argnums=(4, 5, 6, 7))
 def _ctc(
-    log_probs: Any,
-    targets: Any,
-    input_lengths: Any,
-    target_lengths: Any,
+    log_probs: jax.Array,
+    targets: jax.Array,
+    input_lengths: jax.Array,
+    target_lengths: jax.Array,
     blank: int,
     width: int,
     reduction: str,
@@ -98,7 +98,7 @@ def _ctc(
 
 
 @jax.custom_jvp
-def _after_log_softmax(loss: Any, log_probs: Any, running: Any) -> Any:
+def _after_log_softmax(loss: jax.Array, log_probs: jax.Array, running: jax.Array) -> Any:
     """Return the losses, with torch's derivative, which is that of losses after a log_softmax.
 
     With respect to log-probabilities it has their exponentials in addition, which a log_softmax before them
@@ -114,13 +114,13 @@ def _(primals: tuple, tangents: tuple) -> tuple[Any, Any]:
     return loss, tangents[0] + jnp.sum(extra * tangents[1], (0, 2))
 
 
-def _emissions(log_probs: Any, labels: Any) -> Any:
+def _emissions(log_probs: jax.Array, labels: jax.Array) -> Any:
     # The time axis last: what is gathered, and scattered in the derivative, are rows then.
     rows = jnp.take_along_axis(log_probs.transpose(1, 2, 0), labels[:, :, None], 1, mode="fill")
     return rows.transpose(2, 0, 1)
 
 
-def _log_add_three(a: Any, b: Any, c: Any) -> Any:
+def _log_add_three(a: jax.Array, b: jax.Array, c: jax.Array) -> Any:
     top = lax.stop_gradient(jnp.maximum(jnp.maximum(a, b), c))
     return top + jnp.log(jnp.exp(a - top) + jnp.exp(b - top) + jnp.exp(c - top))
 
@@ -199,7 +199,14 @@ def _lengths(lengths: Any, name: str, function: str) -> Any:
     return lengths.reshape(1) if lengths.ndim == 0 else lengths.astype(np.int32)
 
 
-def _checked_width(x: Any, y: Any, steps_of: Any, labels_of: Any, blank: int, function: str) -> int:
+def _checked_width(
+    x: jax.Array,
+    y: jax.Array,
+    steps_of: jax.Array | np.ndarray,
+    labels_of: jax.Array | np.ndarray,
+    blank: int,
+    function: str,
+) -> int:
     steps, examples, classes = x.shape
     if not jnp.issubdtype(y.dtype, jnp.integer):
         raise DtypeError(
@@ -258,7 +265,7 @@ def _checked_width(x: Any, y: Any, steps_of: Any, labels_of: Any, blank: int, fu
     return int(values.max(initial=0))
 
 
-def _require_between(values: Any, most: int, name: str, what: str, function: str) -> None:
+def _require_between(values: np.ndarray, most: int, name: str, what: str, function: str) -> None:
     if (values < 0).any() or (values > most).any():
         raise shape_error(
             f"{function} was given {name} from {values.min()} to {values.max()}",

@@ -45,7 +45,7 @@ def p_norm(x: jax.Array, p: float, axes: tuple[int, ...], function: str) -> jax.
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
-def _norm(x: Any, p: float, axes: tuple[int, ...]) -> Any:
+def _norm(x: jax.Array, p: float, axes: tuple[int, ...]) -> Any:
     total = functools.partial(jnp.sum, axis=axes, keepdims=True)
     size = x if p == 2 and not jnp.iscomplexobj(x) else lax.abs(x)
     if p == 0:
@@ -72,7 +72,7 @@ def _norm_jvp(p: float, axes: tuple[int, ...], primals: tuple, tangents: tuple) 
     return out, jnp.sum(lax.real(moved) if jnp.iscomplexobj(x) else moved, axes, keepdims=True)
 
 
-def _slope(x: Any, out: Any, p: float, axes: tuple[int, ...]) -> Any:
+def _slope(x: jax.Array, out: jax.Array, p: float, axes: tuple[int, ...]) -> Any:
     """Return the derivative of a norm by each number, 0 where it or the norm is 0.
 
     Powers are of 1 there, for the sake of second derivatives. NaN and infinities go where they go in torch.
@@ -89,7 +89,7 @@ def _slope(x: Any, out: Any, p: float, axes: tuple[int, ...]) -> Any:
     return sign if p == 1 else sign * jnp.where(nonzero, size ** (p - 1), 0) * scale
 
 
-def _degree(p: Any, function: str) -> float:
+def _degree(p: float | str, function: str) -> float:
     if p == "fro":  # torch's name of the Euclidean norm
         return 2.0
     try:
@@ -105,13 +105,13 @@ def _degree(p: Any, function: str) -> float:
 
 
 @functools.partial(compiled, static_argnums=(2, 3))
-def _cosine_similarity(x1: Any, x2: Any, dim: int, eps: float) -> Any:
+def _cosine_similarity(x1: jax.Array, x2: jax.Array, dim: int, eps: float) -> Any:
     dtype, x1, x2 = together("F.cosine_similarity", x1=x1, x2=x2)
     x1, x2 = jnp.broadcast_arrays(x1, x2)
     axis = dimension(dim, x1.ndim, "F.cosine_similarity")
     axes = (axis,) if x1.ndim else ()
 
-    def scaled(x: Any) -> Any:
+    def scaled(x: jax.Array) -> Any:
         length = p_norm(x, 2, axes, "F.cosine_similarity")
         # The smallest length bounds the value and not the derivative, as in torch.
         return x / (length + lax.stop_gradient(jnp.where(length < eps, eps - length, 0)))
@@ -148,7 +148,7 @@ def cosine_similarity(x1: ArrayLike, x2: ArrayLike, dim: int = 1, eps: float = 1
 
 
 @functools.partial(compiled, static_argnums=(2, 3, 4))
-def _pairwise_distance(x1: Any, x2: Any, p: float, eps: float, keepdim: bool) -> Any:
+def _pairwise_distance(x1: jax.Array, x2: jax.Array, p: float, eps: float, keepdim: bool) -> Any:
     dtype, x1, x2 = together("F.pairwise_distance", x1=x1, x2=x2)
     difference = x1 - x2 + eps
     axes = (difference.ndim - 1,) if difference.ndim else ()
@@ -188,7 +188,7 @@ def pairwise_distance(
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
-def _all_pairs(x: Any, p: float) -> Any:
+def _all_pairs(x: jax.Array, p: float) -> Any:
     """Return the distances of all pairs of rows, (N, N); their derivatives are torch.pdist's."""
     apart = x[:, None] - x[None]  # XLA never stores the differences
     if p == 0:
@@ -220,7 +220,7 @@ def _all_pairs_jvp(p: float, primals: tuple, tangents: tuple) -> tuple[Any, Any]
 
 
 @functools.partial(compiled, static_argnums=1)
-def _pdist(x: Any, p: float) -> Any:
+def _pdist(x: jax.Array, p: float) -> Any:
     function = "F.pdist"
     require_rank(x, (2,), "input", function, "(N, D)")
     require_float(x, "input", function)
@@ -268,7 +268,7 @@ def pdist(input: ArrayLike, p: float = 2.0) -> jax.Array:
 
 
 @functools.partial(compiled, static_argnums=(1, 2, 3))
-def _normalize(x: Any, p: float, dim: Any, eps: float) -> Any:
+def _normalize(x: jax.Array, p: float, dim: int | tuple[int, ...], eps: float) -> Any:
     function = "F.normalize"
     require_float(x, "input", function)
     dims: Sequence[int] = dim if isinstance(dim, tuple) else (dim,)

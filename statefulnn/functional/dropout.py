@@ -19,11 +19,11 @@ from statefulnn.functional._random import drawing
 from statefulnn.functional.rectifier import SELU_ALPHA, SELU_SCALE
 
 
-def _kept(key: Any, shape: Sequence[int], p: Any) -> Any:
+def _kept(key: jax.Array, shape: Sequence[int], p: ArrayLike) -> Any:
     return traced_unit(key, shape) < 1 - jnp.asarray(p, jnp.float32)
 
 
-def kept_factors(key: jax.Array, shape: Sequence[int], p: float, dtype: DTypeLike) -> jax.Array:
+def kept_factors(key: jax.Array, shape: Sequence[int], p: ArrayLike, dtype: DTypeLike) -> jax.Array:
     """Draw what dropout multiplies by: 0 with probability `p`, else ``1 / (1 - p)``."""
     keep = 1 - jnp.asarray(p, jnp.float32)
     scale = jnp.where(keep > 0, 1 / keep, 0)
@@ -31,28 +31,28 @@ def kept_factors(key: jax.Array, shape: Sequence[int], p: float, dtype: DTypeLik
 
 
 def dropped(
-    x: jax.Array, key: jax.Array, p: float, shape: Sequence[int] | None = None
+    x: jax.Array, key: jax.Array, p: ArrayLike, shape: Sequence[int] | None = None
 ) -> jax.Array:
     """Return x with elements dropped; of a smaller shape that is broadcast, whole parts of it."""
     # A product, not a choice: what is not a number stays visible where it is dropped.
     return x * kept_factors(key, x.shape if shape is None else shape, p, x.dtype)
 
 
-def _by_channel(x: Any) -> tuple[int, ...]:
+def _by_channel(x: jax.Array) -> tuple[int, ...]:
     return (*x.shape[:2], *(1,) * (x.ndim - 2))
 
 
-def _dropout_kernel(key: Any, x: Any, p: Any) -> Any:
+def _dropout_kernel(key: jax.Array, x: jax.Array, p: ArrayLike) -> Any:
     return dropped(x, key, p)
 
 
-def _channels_kernel(key: Any, x: Any, p: Any, batched: bool) -> Any:
+def _channels_kernel(key: jax.Array, x: jax.Array, p: ArrayLike, batched: bool) -> Any:
     if not batched:
         return dropped(x[None], key, p, _by_channel(x[None]))[0]
     return dropped(x, key, p, _by_channel(x))
 
 
-def _alpha_kernel(key: Any, x: Any, p: Any, channels: bool) -> Any:
+def _alpha_kernel(key: jax.Array, x: jax.Array, p: ArrayLike, channels: bool) -> Any:
     keep = 1 - jnp.asarray(p, jnp.float32)
     mask = _kept(key, _by_channel(x) if channels else x.shape, p)
     # A dropped element becomes the limit of selu for very negative inputs; the affine map that
@@ -71,11 +71,11 @@ _alpha_dropout = drawing(_alpha_kernel, static_argnums=(3,))
 
 
 @compiled
-def _all_dropped(x: Any) -> Any:
+def _all_dropped(x: jax.Array) -> Any:
     return x * jnp.zeros((), x.dtype)
 
 
-def _checked(input: Any, p: float, training: Any, function: str) -> tuple[Any, Any]:
+def _checked(input: ArrayLike, p: float, training: Any, function: str) -> tuple[Any, Any]:
     """Return the input, and the output where nothing is drawn (None if something is)."""
     if not 0.0 <= p <= 1.0:
         # Torch tells these apart: what is not a number passes its first question.
@@ -141,7 +141,12 @@ def dropout(
 
 
 def _without_channels(
-    x: Any, out: Any, p: float, rng: Any, function: str, batched: bool = True
+    x: jax.Array,
+    out: jax.Array | None,
+    p: float,
+    rng: jax.Array | None,
+    function: str,
+    batched: bool = True,
 ) -> Any:
     if out is not None:
         return out

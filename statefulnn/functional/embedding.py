@@ -33,7 +33,7 @@ def rows_of(input: jax.Array, weight: jax.Array, by_frequency: bool) -> jax.Arra
 
 
 @jax.custom_jvp
-def _shared(rows: Any, share: Any) -> Any:
+def _shared(rows: jax.Array, share: jax.Array) -> Any:
     return rows
 
 
@@ -43,7 +43,9 @@ def _(primals: tuple, tangents: tuple) -> tuple[Any, Any]:
 
 
 @functools.partial(compiled, static_argnums=(2, 3))
-def _embedding(input: Any, weight: Any, padding_idx: int | None, by_frequency: bool) -> Any:
+def _embedding(
+    input: jax.Array, weight: jax.Array, padding_idx: int | None, by_frequency: bool
+) -> Any:
     out = rows_of(input, weight, by_frequency)
     if padding_idx is not None:
         is_padding = (input == padding_idx)[..., None]
@@ -52,7 +54,7 @@ def _embedding(input: Any, weight: Any, padding_idx: int | None, by_frequency: b
 
 
 @functools.partial(compiled, static_argnums=(2, 3))
-def _renormalised(input: Any, weight: Any, max_norm: float, norm_type: float) -> Any:
+def _renormalised(input: jax.Array, weight: jax.Array, max_norm: float, norm_type: float) -> Any:
     table = lax.stop_gradient(weight)
     norm = jnp.linalg.norm(table, ord=norm_type, axis=1, keepdims=True)
     scale = max_norm / (norm + jnp.asarray(1e-7, norm.dtype))
@@ -63,7 +65,12 @@ def _renormalised(input: Any, weight: Any, max_norm: float, norm_type: float) ->
 
 
 def renormalise(
-    input: jax.Array, table: Any, box: Any, max_norm: float, norm_type: float, function: str
+    input: jax.Array,
+    table: jax.Array,
+    box: object,
+    max_norm: float,
+    norm_type: float,
+    function: str,
 ) -> jax.Array:
     """Shrink the used rows of a table that are too long, in its box, and return the table."""
     if not isinstance(box, Box):

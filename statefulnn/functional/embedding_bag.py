@@ -24,7 +24,9 @@ from statefulnn.functional._compiled import compiled
 from statefulnn.functional.embedding import renormalise, rows_of
 
 
-def _first_maxima(table: Any, index: Any, counted: Any, bag: Any, bags: int) -> Any:
+def _first_maxima(
+    table: jax.Array, index: jax.Array, counted: jax.Array, bag: jax.Array, bags: int
+) -> Any:
     # For each bag and column the place of the first of its largest entries, or -1 for an empty bag.
     rows = lax.stop_gradient(rows_of(index, table, False))  # (n, D)
     place = jnp.arange(index.shape[0], dtype=jnp.int32)[:, None]
@@ -42,7 +44,13 @@ def _first_maxima(table: Any, index: Any, counted: Any, bag: Any, bags: int) -> 
     return jnp.where(first < index.shape[0], first, -1)
 
 
-def _counted_rows(index: Any, table: Any, factors: Any, counted: Any, by_frequency: bool) -> Any:
+def _counted_rows(
+    index: jax.Array,
+    table: jax.Array,
+    factors: jax.Array | None,
+    counted: jax.Array,
+    by_frequency: bool,
+) -> Any:
     """Return rows times their factors, and 0 for padding, whatever its row and factor are."""
     rows = jnp.where(counted[..., None], widened(rows_of(index, table, by_frequency)), 0)
     if factors is None:
@@ -52,10 +60,10 @@ def _counted_rows(index: Any, table: Any, factors: Any, counted: Any, by_frequen
 
 @functools.partial(compiled, static_argnums=(4, 5, 6, 7))
 def _embedding_bag(
-    input: Any,
-    table: Any,
-    offsets: Any,
-    factors: Any,
+    input: jax.Array,
+    table: jax.Array,
+    offsets: jax.Array | None,
+    factors: jax.Array | None,
     mode: str,
     by_frequency: bool,
     padding_idx: int | None,
@@ -178,7 +186,12 @@ def embedding_bag(
 
 
 def _check_shapes(
-    x: Any, w: Any, offsets: Any, factors: Any, include_last_offset: bool, function: str
+    x: jax.Array,
+    w: jax.Array,
+    offsets: jax.Array | None,
+    factors: jax.Array | None,
+    include_last_offset: bool,
+    function: str,
 ) -> None:
     if factors is not None and factors.shape != x.shape:
         raise shape_error(
@@ -230,7 +243,9 @@ def _check_shapes(
     require_same_dtype(function, weight=w, per_sample_weights=factors)
 
 
-def _check_mode(mode: str, factors: Any, by_frequency: bool, sparse: bool, function: str) -> None:
+def _check_mode(
+    mode: str, factors: jax.Array | None, by_frequency: bool, sparse: bool, function: str
+) -> None:
     given = f"{function} was given mode={mode!r}"
     if mode not in ("sum", "mean", "max"):
         raise ValueError(explain(given, "mode has to be one of sum, mean or max", 'mode="mean"'))
@@ -249,7 +264,7 @@ def _check_mode(mode: str, factors: Any, by_frequency: bool, sparse: bool, funct
         )
 
 
-def _check_values(x: Any, offsets: Any, rows: int, function: str) -> None:
+def _check_values(x: jax.Array, offsets: jax.Array | None, rows: int, function: str) -> None:
     values = concrete_on_cpu(x)
     if values is not None and values.size:
         low, high = int(values.min()), int(values.max())

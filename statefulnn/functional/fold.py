@@ -17,7 +17,7 @@ from statefulnn.functional._compiled import compiled
 from statefulnn.functional.conv import static
 
 
-def _pair(value: Any, name: str, function: str) -> tuple[int, ...]:
+def _pair(value: int | Sequence[int], name: str, function: str) -> tuple[int, ...]:
     if isinstance(value, tuple) and len(value) == 1:
         raise shape_error(
             f"{function} was given {name}={value}",
@@ -27,7 +27,13 @@ def _pair(value: Any, name: str, function: str) -> tuple[int, ...]:
     return numbers(value, 2, name, function)
 
 
-def _geometry(kernel: Any, dilation: Any, padding: Any, stride: Any, function: str) -> Any:
+def _geometry(
+    kernel: int | Sequence[int],
+    dilation: int | Sequence[int],
+    padding: int | Sequence[int],
+    stride: int | Sequence[int],
+    function: str,
+) -> list[tuple[int, ...]]:
     """Return the four arguments as pairs, checked."""
     names = ("kernel_size", "dilation", "padding", "stride")
     values = [
@@ -45,7 +51,13 @@ def _geometry(kernel: Any, dilation: Any, padding: Any, stride: Any, function: s
     return values
 
 
-def _places(size: Any, kernel: Any, dilation: Any, padding: Any, stride: Any) -> list[int]:
+def _places(
+    size: Sequence[int],
+    kernel: Sequence[int],
+    dilation: Sequence[int],
+    padding: Sequence[int],
+    stride: Sequence[int],
+) -> list[int]:
     """Return how many places a block has along each axis."""
     return [
         (n + 2 * p - d * (k - 1) - 1) // s + 1
@@ -54,7 +66,13 @@ def _places(size: Any, kernel: Any, dilation: Any, padding: Any, stride: Any) ->
 
 
 @functools.partial(compiled, static_argnums=(1, 2, 3, 4))
-def _unfold(x: Any, kernel: Any, dilation: Any, padding: Any, stride: Any) -> Any:
+def _unfold(
+    x: jax.Array,
+    kernel: int | Sequence[int],
+    dilation: int | Sequence[int],
+    padding: int | Sequence[int],
+    stride: int | Sequence[int],
+) -> Any:
     # Checked here, where the code runs once for each combination of shapes: an eager call like an
     # earlier one pays nothing for it.
     kernel, dilation, padding, stride = _geometry(kernel, dilation, padding, stride, "F.unfold")
@@ -122,7 +140,14 @@ def unfold(
 
 
 @functools.partial(compiled, static_argnums=(1, 2, 3, 4, 5))
-def _fold(x: Any, size: Any, kernel: Any, dilation: Any, padding: Any, stride: Any) -> Any:
+def _fold(
+    x: jax.Array,
+    size: int | Sequence[int],
+    kernel: int | Sequence[int],
+    dilation: int | Sequence[int],
+    padding: int | Sequence[int],
+    stride: int | Sequence[int],
+) -> Any:
     size = _pair(size, "output_size", "F.fold")
     kernel, dilation, padding, stride = _geometry(kernel, dilation, padding, stride, "F.fold")
     given = f"F.fold was given input of shape {x.shape}"
@@ -158,7 +183,7 @@ def _fold(x: Any, size: Any, kernel: Any, dilation: Any, padding: Any, stride: A
 
 
 def _overlapped(
-    x: Any, at: int, axis: int, size: int, dilation: int, padding: int, stride: int
+    x: jax.Array, at: int, axis: int, size: int, dilation: int, padding: int, stride: int
 ) -> Any:
     """Add up what the axis `at` lays side by side; `axis` is that of the positions."""
     zero = jnp.zeros((), x.dtype)

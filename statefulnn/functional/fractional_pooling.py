@@ -15,7 +15,7 @@ from jax.typing import ArrayLike
 
 from statefulnn.core.box import unwrap
 from statefulnn.core.errors import DtypeError, explain
-from statefulnn.core.generator import advance, drawing_generator
+from statefulnn.core.generator import State, advance, drawing_generator
 from statefulnn.functional import _pool_lowering as lowering
 from statefulnn.functional._checks import array, numbers, shape_error, widened
 from statefulnn.functional._compiled import compiled
@@ -24,7 +24,7 @@ from statefulnn.functional.pooling import Size, require_kind, spatial
 Static = tuple[tuple[int, ...], tuple[int, ...], bool]  # kernel, outs, whether indices are wanted
 
 
-def _starts(sample: Any, size: int, kernel: int, out: int) -> Any:
+def _starts(sample: jax.Array, size: int, kernel: int, out: int) -> Any:
     # (N, C) of [0, 1) to (N, C, out): the first coordinate of each window. The last one ends at the
     # edge.
     if out == 1:
@@ -36,7 +36,7 @@ def _starts(sample: Any, size: int, kernel: int, out: int) -> Any:
     return starts.at[..., -1].set(np.int32(size - kernel))
 
 
-def _fractional(x: Any, samples: Any, static: Static) -> Any:
+def _fractional(x: jax.Array, samples: jax.Array, static: Static) -> Any:
     kernel, outs, with_indices = static
     n = len(kernel)
     batch = x if x.ndim == n + 2 else x[None]
@@ -68,36 +68,36 @@ def _fractional(x: Any, samples: Any, static: Static) -> Any:
 
 
 @functools.partial(compiled, static_argnums=2)
-def _with_samples(x: Any, samples: Any, static: Static) -> Any:
+def _with_samples(x: jax.Array, samples: jax.Array, static: Static) -> Any:
     return _fractional(x, samples, static)
 
 
-def _drawn(x: Any, key: Any, static: Static) -> Any:
+def _drawn(x: jax.Array, key: jax.Array, static: Static) -> Any:
     n = len(static[0])
     lead = x.shape[:2] if x.ndim == n + 2 else (1, x.shape[0])
     return _fractional(x, jax.random.uniform(key, (*lead, n)), static)
 
 
 @functools.partial(compiled, static_argnums=2)
-def _with_key(x: Any, key: Any, static: Static) -> Any:
+def _with_key(x: jax.Array, key: jax.Array, static: Static) -> Any:
     return _drawn(x, key, static)
 
 
 @functools.partial(compiled, static_argnums=2)
-def _and_advance(x: Any, state: Any, static: Static) -> tuple[Any, Any]:
+def _and_advance(x: jax.Array, state: State, static: Static) -> tuple[Any, Any]:
     key, state = advance(state)
     return _drawn(x, key, static), state
 
 
 def _fractional_pool(
-    input: Any,
+    input: ArrayLike,
     n: int,
-    kernel_size: Any,
-    output_size: Any,
+    kernel_size: int | Sequence[int],
+    output_size: int | Sequence[int] | None,
     output_ratio: Any,
     with_indices: bool,
-    samples: Any,
-    rng: Any,
+    samples: ArrayLike | None,
+    rng: jax.Array | None,
     function: str,
 ) -> Any:
     if output_size is None and output_ratio is None:
@@ -141,7 +141,7 @@ def _fractional_pool(
     return drawing_generator().drawn(lambda state: _and_advance(x, state, static))
 
 
-def _checked_samples(samples: Any, x: Any, n: int, function: str) -> Any:
+def _checked_samples(samples: Any, x: jax.Array, n: int, function: str) -> Any:
     samples = array(samples, "_random_samples", function)
     batch, channels = (1, x.shape[0]) if x.ndim == n + 1 else x.shape[:2]
     if samples.dtype != x.dtype:

@@ -31,7 +31,7 @@ INTERPOLATIONS = ("bilinear", "nearest", "bicubic")
 PADDINGS = ("zeros", "border", "reflection")
 
 
-def _unnormalized(at: Any, size: int, align_corners: bool, spatial: int) -> Any:
+def _unnormalized(at: jax.Array, size: int, align_corners: bool, spatial: int) -> Any:
     """Return positions in [-1, 1] as positions among pixels, rounded as torch rounds them."""
     if spatial == 2:
         if align_corners:
@@ -43,7 +43,7 @@ def _unnormalized(at: Any, size: int, align_corners: bool, spatial: int) -> Any:
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
-def _clipped(at: Any, size: int) -> Any:
+def _clipped(at: jax.Array, size: int) -> Any:
     # Choices, not minimum and maximum: NaN becomes 0.
     inside = (at > 0) & (at < size - 1)
     return jnp.where(inside, at, jnp.where(at >= size - 1, size - 1, 0).astype(at.dtype))
@@ -58,7 +58,7 @@ def _clipped_jvp(size: int, primals: tuple, tangents: tuple) -> tuple[Any, Any]:
     return _clipped(at, size), slope * moved
 
 
-def _reflected(at: Any, low: float, high: float) -> Any:
+def _reflected(at: jax.Array, low: float, high: float) -> Any:
     span = high - low
     if span == 0:
         return jnp.zeros_like(at)
@@ -69,7 +69,7 @@ def _reflected(at: Any, low: float, high: float) -> Any:
     return jnp.where(odd, span - rest, rest) + low
 
 
-def _padded(at: Any, size: int, padding_mode: str, align_corners: bool) -> Any:
+def _padded(at: jax.Array, size: int, padding_mode: str, align_corners: bool) -> Any:
     """Return positions mapped into the image, where the padding mode does so."""
     if padding_mode == "zeros":
         return at
@@ -82,16 +82,16 @@ def _padded(at: Any, size: int, padding_mode: str, align_corners: bool) -> Any:
 A = -0.75
 
 
-def _near(x: Any) -> Any:
+def _near(x: jax.Array) -> Any:
     return ((A + 2) * x - (A + 3)) * x * x + 1
 
 
-def _far(x: Any) -> Any:
+def _far(x: jax.Array) -> Any:
     return ((A * x - 5 * A) * x + 8 * A) * x - 4 * A
 
 
 @jax.custom_jvp
-def _cubic(part: Any) -> tuple[Any, ...]:
+def _cubic(part: jax.Array) -> tuple[Any, ...]:
     """Return Keys' cubic convolution with A = -0.75 at four taps."""
     return _far(part + 1), _near(part), _near(1 - part), _far(2 - part)
 
@@ -106,7 +106,9 @@ def _cubic_jvp(primals: tuple, tangents: tuple) -> tuple[Any, Any]:
     return _cubic(part), tuple(slope * moved for slope in slopes)
 
 
-def _taps(at: Any, size: int, mode: str, padding_mode: str, align_corners: bool, n: int) -> Any:
+def _taps(
+    at: jax.Array, size: int, mode: str, padding_mode: str, align_corners: bool, n: int
+) -> Any:
     """Return, for one axis, pairs of whole positions (as floats) and weights."""
     at = _unnormalized(at, size, align_corners, n)
     if mode == "bicubic":
@@ -121,7 +123,9 @@ def _taps(at: Any, size: int, mode: str, padding_mode: str, align_corners: bool,
 
 
 @functools.partial(compiled, static_argnums=(2, 3, 4))
-def _grid_sample(x: Any, grid: Any, mode: str, padding_mode: str, align_corners: bool) -> Any:
+def _grid_sample(
+    x: jax.Array, grid: jax.Array, mode: str, padding_mode: str, align_corners: bool
+) -> Any:
     _check(x, grid, mode)
     sizes = x.shape[2:]
     dtype = x.dtype
@@ -153,7 +157,7 @@ def _grid_sample(x: Any, grid: Any, mode: str, padding_mode: str, align_corners:
     return out.swapaxes(1, 2).reshape(*x.shape[:2], *grid.shape[1:-1]).astype(dtype)
 
 
-def _check(x: Any, grid: Any, mode: str) -> None:
+def _check(x: jax.Array, grid: jax.Array, mode: str) -> None:
     given = f"F.grid_sample was given input of shape {x.shape} and grid of shape {grid.shape}"
     if x.ndim not in (4, 5) or grid.ndim != x.ndim:
         raise shape_error(
@@ -254,7 +258,7 @@ def grid_sample(
 
 
 @functools.partial(compiled, static_argnums=(1, 2))
-def _affine_grid(theta: Any, size: tuple[int, ...], align_corners: bool) -> Any:
+def _affine_grid(theta: jax.Array, size: tuple[int, ...], align_corners: bool) -> Any:
     spatial = len(size) - 2
     if not is_float(theta.dtype):
         # ValueError, as in torch; DtypeError is not one.

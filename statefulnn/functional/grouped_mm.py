@@ -18,7 +18,7 @@ from statefulnn.functional._grouped_lowering import rows_by_group
 
 
 @functools.partial(compiled, static_argnums=3)
-def by_group(a: Any, b: Any, offs: Any, transposed: bool = False) -> Any:
+def by_group(a: jax.Array, b: jax.Array, offs: jax.Array | None, transposed: bool = False) -> Any:
     """Multiply as `grouped_mm`; `transposed` says that a `b` with groups was made by transposing."""
     _check(a, b, offs)
     if offs is None:
@@ -36,7 +36,7 @@ def by_group(a: Any, b: Any, offs: Any, transposed: bool = False) -> Any:
     return rows_by_group(b.T, a.swapaxes(1, 2), offs, transposed=True).T
 
 
-def _check(a: Any, b: Any, offs: Any) -> None:
+def _check(a: jax.Array, b: jax.Array, offs: jax.Array | None) -> None:
     given = f"F.grouped_mm was given mat_a of shape {a.shape} and mat_b of shape {b.shape}"
     for name, x in (("mat_a", a), ("mat_b", b)):
         if x.ndim not in (2, 3):

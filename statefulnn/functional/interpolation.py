@@ -37,9 +37,9 @@ Factor = float | Sequence[float] | None
 
 @functools.partial(compiled, static_argnums=(1, 2, 3, 4, 5, 6))
 def _interpolate(
-    x: Any,
-    size: Any,
-    factor: Any,
+    x: jax.Array,
+    size: int | tuple[int, ...] | None,
+    factor: float | tuple[float, ...] | None,
     mode: str,
     align_corners: bool | None,
     recompute: bool | None,
@@ -74,7 +74,7 @@ def _interpolate(
 AVERAGED = ("linear", "bicubic", "lanczos", "area")
 
 
-def _check_mode(x: Any, mode: str, align_corners: bool | None, antialias: bool) -> None:
+def _check_mode(x: jax.Array, mode: str, align_corners: bool | None, antialias: bool) -> None:
     given = f"F.interpolate was given input of shape {x.shape} and mode={mode!r}"
     if mode in ANYWHERE and align_corners is not None:
         raise ValueError(
@@ -131,7 +131,7 @@ def _check_mode(x: Any, mode: str, align_corners: bool | None, antialias: bool) 
 
 
 def _sizes(
-    x: Any, size: Any, factor: Any, mode: str, recompute: bool | None
+    x: jax.Array, size: Any, factor: Any, mode: str, recompute: bool | None
 ) -> tuple[list[int], list[float | None]]:
     """Return the size of each spatial axis afterwards, and the factor to compute positions with."""
     spatial = x.shape[2:]
@@ -152,7 +152,7 @@ def _sizes(
             )
         )
     name, value = ("size", size) if factor is None else ("scale_factor", factor)
-    values = value if isinstance(value, tuple) else (value,) * len(spatial)
+    values: tuple[Any, ...] = value if isinstance(value, tuple) else (value,) * len(spatial)
     if len(values) != len(spatial):
         raise ValueError(
             explain(

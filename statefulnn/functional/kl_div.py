@@ -17,7 +17,7 @@ from statefulnn.functional._losses import together
 
 
 @functools.partial(compiled, static_argnums=(2, 3))
-def _kl_div(input: Any, target: Any, reduction: str, log_target: bool) -> Any:
+def _kl_div(input: jax.Array, target: jax.Array, reduction: str, log_target: bool) -> Any:
     dtype, x, y = together("F.kl_div", input=input, target=target)
     if log_target:
         loss = jnp.exp(y) * (y - x)

@@ -17,12 +17,12 @@ from statefulnn.functional._checks import array, require_rank, require_same_dtyp
 from statefulnn.functional._compiled import compiled
 
 
-def _product(x: Any, weight: Any) -> Any:
+def _product(x: jax.Array, weight: jax.Array) -> Any:
     return lax.dot_general(x, weight, (((x.ndim - 1,), (weight.ndim - 1,)), ((), ())))
 
 
 @jax.custom_jvp
-def _row_product(x: Any, weight: Any) -> Any:
+def _row_product(x: jax.Array, weight: jax.Array) -> Any:
     return _product(x, weight)
 
 
@@ -43,7 +43,7 @@ def _(primals: tuple, tangents: tuple) -> tuple[Any, Any]:
 
 @compiled
 @ruled(Rule.LOW)
-def _linear(input: Any, weight: Any, bias: Any) -> Any:
+def _linear(input: jax.Array, weight: jax.Array, bias: jax.Array | None) -> Any:
     # Checked here, where the code runs once for each combination of shapes and dtypes: an eager call
     # like an earlier one pays nothing for it.
     shape = weight.shape
@@ -86,7 +86,7 @@ def linear(input: ArrayLike, weight: ArrayLike, bias: ArrayLike | None = None) -
     return _linear(x, w, b)
 
 
-def _refuse_linear(x: Any, w: Any, b: Any) -> None:
+def _refuse_linear(x: jax.Array, w: jax.Array, b: Any) -> None:
     given = f"F.linear was given input of shape {x.shape} and weight of shape {w.shape}"
     if w.ndim not in (1, 2):
         raise shape_error(
@@ -125,7 +125,9 @@ def _refuse_linear(x: Any, w: Any, b: Any) -> None:
 
 
 @compiled
-def _bilinear(input1: Any, input2: Any, weight: Any, bias: Any) -> Any:
+def _bilinear(
+    input1: jax.Array, input2: jax.Array, weight: jax.Array, bias: jax.Array | None
+) -> Any:
     batch = input1.shape[:-1]
     left = input1.reshape(-1, input1.shape[-1])  # (N, I)
     right = input2.reshape(-1, input2.shape[-1])  # (N, J)

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 
 from statefulnn.core.errors import explain
 from statefulnn.functional._autocast import product_of_loss
@@ -96,7 +96,7 @@ class LinearCrossEntropyOptions:
             raise _invalid("acc_dtype", self.acc_dtype, "a floating dtype, or None")
 
 
-def _invalid(name: str, value: Any, choices: str) -> ValueError:
+def _invalid(name: str, value: object, choices: str) -> ValueError:
     return ValueError(
         explain(
             f"made nn.LinearCrossEntropyOptions with {name}={value!r}",
@@ -130,7 +130,7 @@ def _rows_of_a_chunk(
     return size
 
 
-def _sums_in(options: LinearCrossEntropyOptions, dtype: Any) -> tuple[Any, bool]:
+def _sums_in(options: LinearCrossEntropyOptions, dtype: DTypeLike) -> tuple[Any, bool]:
     # The dtype of logits, and whether the derivative of the weights is summed in it, too.
     policy = options.acc_policy
     if policy == "auto":
@@ -150,17 +150,17 @@ def _sums_in(options: LinearCrossEntropyOptions, dtype: Any) -> tuple[Any, bool]
 
 @functools.partial(compiled, static_argnums=(5, 6, 7, 8, 9, 10))
 def _chunked(
-    input: Any,
-    linear_weight: Any,
-    linear_bias: Any,
-    target: Any,
-    weight: Any,
+    input: jax.Array,
+    linear_weight: jax.Array,
+    linear_bias: jax.Array | None,
+    target: jax.Array,
+    weight: jax.Array | None,
     reduction: str,
     ignore_index: int,
     chunk: int,
-    acc_dtype: Any,
+    acc_dtype: DTypeLike,
     wide_sums: bool,
-    dtype: Any,
+    dtype: DTypeLike,
 ) -> Any:
     rows, features = input.shape
     chunks = max(1, -(-rows // chunk))
@@ -172,7 +172,7 @@ def _chunked(
     table = linear_weight.astype(acc_dtype) if wide_sums else linear_weight
 
     @jax.checkpoint
-    def losses(rows_of: Any, target_of: Any) -> tuple[Any, Any]:
+    def losses(rows_of: jax.Array, target_of: jax.Array) -> tuple[Any, Any]:
         contracted = (((1,), (1,)), ((), ()))
         logits = lax.dot_general(
             rows_of.astype(table.dtype), table, contracted, preferred_element_type=acc_dtype
@@ -181,7 +181,7 @@ def _chunked(
             logits = logits + linear_bias.astype(acc_dtype)
         return losses_of_classes(logits, target_of, weight, ignore_index, 0.0, 1)
 
-    def step(sums: Any, one: tuple[Any, Any]) -> tuple[Any, Any]:
+    def step(sums: tuple[jax.Array, jax.Array], one: tuple[Any, Any]) -> tuple[Any, Any]:
         loss, share = losses(*one)
         if reduction == "none":
             return sums, loss
@@ -196,15 +196,15 @@ def _chunked(
 
 @functools.partial(compiled, static_argnums=(5, 6, 7, 8))
 def _whole(
-    input: Any,
-    linear_weight: Any,
-    linear_bias: Any,
-    target: Any,
-    weight: Any,
+    input: jax.Array,
+    linear_weight: jax.Array,
+    linear_bias: jax.Array | None,
+    target: jax.Array,
+    weight: jax.Array | None,
     reduction: str,
     ignore_index: int,
     label_smoothing: float,
-    dtype: Any,
+    dtype: DTypeLike,
 ) -> Any:
     classes, *places, features = linear_weight.shape
     table = linear_weight.reshape(-1, features)
@@ -327,7 +327,7 @@ def linear_cross_entropy(
     return _whole(x, table, bias, y, w, reduction, ignored, float(label_smoothing), loss_dtype)
 
 
-def _check(x: Any, table: Any, bias: Any, function: str) -> None:
+def _check(x: jax.Array, table: jax.Array, bias: jax.Array | None, function: str) -> None:
     given = (
         f"{function} was given input of shape {x.shape} and linear_weight of shape {table.shape}"
     )
@@ -353,7 +353,9 @@ def _check(x: Any, table: Any, bias: Any, function: str) -> None:
         )
 
 
-def _misfit(table: Any, x: Any, name: str, wanted: tuple[int, ...], function: str) -> Exception:
+def _misfit(
+    table: jax.Array, x: jax.Array, name: str, wanted: tuple[int, ...], function: str
+) -> Exception:
     return shape_error(
         f"{function} was given linear_weight of shape {table.shape} and {name} of shape {x.shape}",
         f"its shape must be {wanted}: one for each class",

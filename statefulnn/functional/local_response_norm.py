@@ -18,7 +18,7 @@ from statefulnn.functional._compiled import compiled
 _UNROLLED = 16
 
 
-def _sum_of_neighbours(x: Any, before: int, after: int) -> Any:
+def _sum_of_neighbours(x: jax.Array, before: int, after: int) -> Any:
     """Return for each channel (axis 1) the sum over the channels around it, zeros outside."""
     channels = x.shape[1]
     before, after = min(before, channels - 1), min(after, channels - 1)
@@ -35,12 +35,12 @@ def _sum_of_neighbours(x: Any, before: int, after: int) -> Any:
     return functools.reduce(lax.add, shifted)
 
 
-def _powered(scale: Any, beta: float) -> Any:
+def _powered(scale: jax.Array, beta: float) -> Any:
     return lax.pow(scale, jnp.asarray(beta, scale.dtype))
 
 
 @functools.partial(compiled, static_argnums=(1, 2, 3, 4))
-def _local_response_norm(x: Any, size: int, alpha: float, beta: float, k: float) -> Any:
+def _local_response_norm(x: jax.Array, size: int, alpha: float, beta: float, k: float) -> Any:
     if x.ndim < 3:
         raise shape_error(
             f"F.local_response_norm was given input of shape {x.shape}",
@@ -93,7 +93,7 @@ def local_response_norm(
 
 
 @functools.partial(compiled, static_argnums=(1, 2, 3, 4))
-def _cross_map_lrn2d(x: Any, size: int, alpha: float, beta: float, k: float) -> Any:
+def _cross_map_lrn2d(x: jax.Array, size: int, alpha: float, beta: float, k: float) -> Any:
     if x.ndim != 4:
         raise shape_error(
             f"CrossMapLRN2d was given input of shape {x.shape}",

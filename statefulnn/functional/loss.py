@@ -28,9 +28,9 @@ from statefulnn.functional._losses import absolute, require_shape, together, war
 def _of_difference(
     function: str,
     loss_of: Callable[[Any], Any],
-    input: Any,
-    target: Any,
-    weight: Any,
+    input: jax.Array,
+    target: jax.Array,
+    weight: jax.Array | None,
     reduction: str,
     divide_by_weight: bool = True,
 ) -> Any:
@@ -44,13 +44,13 @@ def _of_difference(
     return reduced(loss, reduction).astype(dtype)
 
 
-def _square(difference: Any) -> Any:
+def _square(difference: jax.Array) -> Any:
     return difference * difference
 
 
 @functools.lru_cache  # one function for each number: it is part of what is compiled
 def _smooth_l1_of(beta: float) -> Callable[[Any], Any]:
-    def loss_of(difference: Any) -> Any:
+    def loss_of(difference: jax.Array) -> Any:
         # Inside, near is the difference and the loss is difference² / 2 beta; outside it is ±beta and the
         # loss goes on as a straight line, also in infinity.
         near = jnp.where(jnp.abs(difference) < beta, difference, beta * jnp.sign(difference))
@@ -61,7 +61,7 @@ def _smooth_l1_of(beta: float) -> Callable[[Any], Any]:
 
 @functools.lru_cache
 def _huber_of(delta: float) -> Callable[[Any], Any]:
-    def loss_of(difference: Any) -> Any:
+    def loss_of(difference: jax.Array) -> Any:
         near = jnp.where(jnp.abs(difference) < delta, difference, delta * jnp.sign(difference))
         return near * (difference - 0.5 * near)
 
@@ -250,7 +250,7 @@ def huber_loss(
 
 @functools.partial(compiled, static_argnums=(2, 3, 4, 5))
 def _poisson_nll(
-    input: Any, target: Any, log_input: bool, full: bool, eps: float, reduction: str
+    input: jax.Array, target: jax.Array, log_input: bool, full: bool, eps: float, reduction: str
 ) -> Any:
     dtype, x, y = together("F.poisson_nll_loss", input=input, target=target)
     loss = jnp.exp(x) - y * x if log_input else x - y * jnp.log(x + eps)
@@ -306,7 +306,9 @@ def poisson_nll_loss(
 
 
 @functools.partial(compiled, static_argnums=(3, 4, 5))
-def _gaussian_nll(input: Any, target: Any, var: Any, full: bool, eps: float, reduction: str) -> Any:
+def _gaussian_nll(
+    input: jax.Array, target: jax.Array, var: jax.Array, full: bool, eps: float, reduction: str
+) -> Any:
     function = "F.gaussian_nll_loss"
     dtype, x, y = together(function, input=input, target=target)
     variance = _fitting_variance(input, var).astype(x.dtype)
@@ -319,7 +321,7 @@ def _gaussian_nll(input: Any, target: Any, var: Any, full: bool, eps: float, red
     return reduced(loss, reduction).astype(dtype)
 
 
-def _fitting_variance(x: Any, var: Any) -> Any:
+def _fitting_variance(x: jax.Array, var: jax.Array) -> Any:
     if var.shape == x.shape or var.shape == ():
         return var
     if var.shape == x.shape[:-1]:

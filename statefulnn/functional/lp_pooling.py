@@ -22,7 +22,7 @@ from statefulnn.functional.rectifier import relu
 
 
 @functools.partial(compiled, static_argnums=(1, 2))
-def _lp_kernel(x: Any, norm_type: float, w: lowering.Windows) -> Any:
+def _lp_kernel(x: jax.Array, norm_type: float, w: lowering.Windows) -> Any:
     if norm_type == np.inf:
         return lowering.largest(absolute(x), w)
     if norm_type == -np.inf:
@@ -36,7 +36,7 @@ def _lp_kernel(x: Any, norm_type: float, w: lowering.Windows) -> Any:
     return _power(total, 1 / norm_type).astype(x.dtype)
 
 
-def _power(x: Any, exponent: float) -> Any:
+def _power(x: jax.Array, exponent: float) -> Any:
     if exponent == 0.5:
         return lax.sqrt(x)
     if exponent in (1, 2, 3, 4):
@@ -45,11 +45,11 @@ def _power(x: Any, exponent: float) -> Any:
 
 
 def _lp_pool(
-    input: Any,
+    input: ArrayLike,
     norm_type: float,
     n: int,
-    kernel_size: Any,
-    stride: Any,
+    kernel_size: Size,
+    stride: Size | None,
     ceil_mode: bool,
     function: str,
 ) -> Any:

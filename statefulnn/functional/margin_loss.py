@@ -25,7 +25,9 @@ from statefulnn.functional.cross_entropy import check_classes, picked
 
 
 @functools.partial(compiled, static_argnums=(3, 4))
-def _margin_ranking(input1: Any, input2: Any, target: Any, margin: float, reduction: str) -> Any:
+def _margin_ranking(
+    input1: jax.Array, input2: jax.Array, target: jax.Array, margin: float, reduction: str
+) -> Any:
     function = "F.margin_ranking_loss"
     if not input1.ndim == input2.ndim == target.ndim:
         raise shape_error(
@@ -80,7 +82,7 @@ def margin_ranking_loss(
 
 
 @functools.partial(compiled, static_argnums=(2, 3))
-def _hinge_embedding(input: Any, target: Any, margin: float, reduction: str) -> Any:
+def _hinge_embedding(input: jax.Array, target: jax.Array, margin: float, reduction: str) -> Any:
     dtype, x, y = together("F.hinge_embedding_loss", input=input, target=target)
     # A target that is neither 1 nor -1 counts as both, as in torch.
     loss = jnp.where(y != 1, hinge(margin - x), 0) + jnp.where(y != -1, x, 0)
@@ -127,7 +129,9 @@ def hinge_embedding_loss(
 
 
 @functools.partial(compiled, static_argnums=(3, 4))
-def _cosine_embedding(input1: Any, input2: Any, target: Any, margin: float, reduction: str) -> Any:
+def _cosine_embedding(
+    input1: jax.Array, input2: jax.Array, target: jax.Array, margin: float, reduction: str
+) -> Any:
     function = "F.cosine_embedding_loss"
     rank = target.ndim + 1
     if target.ndim > 1 or input1.ndim != rank or input2.ndim != rank:
@@ -194,7 +198,7 @@ def cosine_embedding_loss(
     return _cosine_embedding(a, b, y, float(margin), reduction)
 
 
-def _check_scores(x: Any, function: str) -> None:
+def _check_scores(x: jax.Array, function: str) -> None:
     require_float(x, "input", function)
     if x.ndim > 2 or (x.ndim and not x.shape[-1]):
         raise shape_error(
@@ -204,7 +208,7 @@ def _check_scores(x: Any, function: str) -> None:
         )
 
 
-def _check_integers(y: Any, function: str) -> None:
+def _check_integers(y: jax.Array, function: str) -> None:
     if not jnp.issubdtype(y.dtype, jnp.integer):
         raise DtypeError(
             explain(
@@ -217,7 +221,12 @@ def _check_integers(y: Any, function: str) -> None:
 
 @functools.partial(compiled, static_argnums=(2, 3, 5))
 def _multi_margin(
-    input: Any, target: Any, p: int, margin: float, weight: Any, reduction: str
+    input: jax.Array,
+    target: jax.Array,
+    p: int,
+    margin: float,
+    weight: jax.Array | None,
+    reduction: str,
 ) -> Any:
     function = "F.multi_margin_loss"
     _check_scores(input, function)
@@ -318,7 +327,7 @@ def check_p(p: float, function: str) -> None:
 
 
 @functools.partial(compiled, static_argnums=2)
-def _multilabel_margin(input: Any, target: Any, reduction: str) -> Any:
+def _multilabel_margin(input: jax.Array, target: jax.Array, reduction: str) -> Any:
     function = "F.multilabel_margin_loss"
     _check_scores(input, function)
     if target.shape != input.shape:

@@ -16,6 +16,7 @@ from jax.typing import ArrayLike
 
 from statefulnn.core.construction import allowed_backends
 from statefulnn.core.errors import DtypeError, explain
+from statefulnn.core.generator import State
 from statefulnn.functional._autocast import Rule, ruled
 from statefulnn.functional._checks import (
     LOW_PRECISION,
@@ -73,7 +74,12 @@ class _Arrays(NamedTuple):
 @functools.partial(compiled, static_argnums=5)
 @ruled(Rule.LOW)
 def _multi_head(
-    query: Any, arrays: _Arrays, rng: Any, state: Any, p: Any, options: _Options
+    query: jax.Array,
+    arrays: _Arrays,
+    rng: jax.Array | None,
+    state: State | None,
+    p: ArrayLike,
+    options: _Options,
 ) -> tuple[Any, Any, Any]:
     key = query if arrays.key is None else arrays.key
     value = key if arrays.value is None else arrays.value
@@ -86,7 +92,7 @@ def _multi_head(
         query, key, value = query[:, None], key[:, None], value[:, None]
     q, k, v = _projected(query, key, value, arrays, options)
 
-    def by_head(x: Any) -> Any:  # (L, N, E) or (N, L, E) -> (N, H, L, D)
+    def by_head(x: jax.Array) -> Any:  # (L, N, E) or (N, L, E) -> (N, H, L, D)
         x = x.reshape(*x.shape[:2], heads, embed // heads)
         return jnp.transpose(x, (0, 2, 1, 3) if batch_axis == 0 else (1, 2, 0, 3))
 
@@ -126,7 +132,9 @@ def _multi_head(
     return out if batched else out[:, 0], weights, state
 
 
-def _projected(query: Any, key: Any, value: Any, arrays: _Arrays, options: _Options) -> Any:
+def _projected(
+    query: jax.Array, key: jax.Array, value: jax.Array, arrays: _Arrays, options: _Options
+) -> Any:
     """Return the three input projections, by one product for inputs that are the same array."""
     embed, bias = options.embed_dim, arrays.in_bias
     if options.separate:
@@ -139,7 +147,7 @@ def _projected(query: Any, key: Any, value: Any, arrays: _Arrays, options: _Opti
         ]
     (weight,) = arrays.in_proj
 
-    def rows(x: Any, first: int, last: int) -> list[Any]:
+    def rows(x: jax.Array, first: int, last: int) -> list[Any]:
         part = slice(first * embed, last * embed)
         out = linear(x, weight[part], None if bias is None else bias[part])
         return jnp.split(out, last - first, -1)
@@ -151,7 +159,7 @@ def _projected(query: Any, key: Any, value: Any, arrays: _Arrays, options: _Opti
     return rows(query, 0, 1) + rows(key, 1, 2) + rows(value, 2, 3)
 
 
-def _one_position(bias: Any, like: Any) -> Any:  # (1, 1, E) -> (N, H, 1, D)
+def _one_position(bias: jax.Array, like: jax.Array) -> Any:  # (1, 1, E) -> (N, H, 1, D)
     batch, heads, _, head = like.shape
     return jnp.broadcast_to(bias.reshape(1, heads, 1, head), (batch, heads, 1, head))
 
@@ -253,7 +261,7 @@ def multi_head_attention_forward(
         ((3, 1, 8), (1, 3, 5))
     """
 
-    def taken(x: Any, name: str) -> Any:
+    def taken(x: ArrayLike | None, name: str) -> Any:
         return x if x is None or isinstance(x, jax.Array) else array(x, name, _NAME)
 
     if use_separate_proj_weight:
@@ -290,7 +298,9 @@ def multi_head_attention_forward(
         allowed_backends.get(),
     )
 
-    def kernel(key: Any, state: Any) -> tuple[tuple[jax.Array, jax.Array | None], Any]:
+    def kernel(
+        key: jax.Array | None, state: State | None
+    ) -> tuple[tuple[jax.Array, jax.Array | None], Any]:
         out, weights, state = _multi_head(q, arrays, key, state, dropout_p, options)
         return (out, weights), state
 
@@ -302,13 +312,13 @@ def multi_head_attention_forward(
 # Checks
 
 
-def _assert(fits: Any, what: str, why: str, instead: str) -> None:
+def _assert(fits: bool, what: str, why: str, instead: str) -> None:
     # torch raises AssertionError for these.
     if not fits:
         raise AssertionError(explain(what, why, instead))
 
 
-def _check(q: Any, k: Any, v: Any, arrays: _Arrays, options: _Options) -> None:
+def _check(q: jax.Array, k: jax.Array, v: jax.Array, arrays: _Arrays, options: _Options) -> None:
     """Raise torch's classes unless everything fits. Runs once for each combination of shapes."""
     given = f"{_NAME} was given query {q.shape}, key {k.shape} and value {v.shape}"
     _assert(
@@ -427,7 +437,7 @@ def _check_static(given: str, arrays: _Arrays, batch: int, heads: int, head: int
 
 def _check_masks(
     given: str,
-    query: Any,
+    query: jax.Array,
     arrays: _Arrays,
     options: _Options,
     sizes: tuple[int, int, int, int],

@@ -25,7 +25,11 @@ from statefulnn.functional._standardised import standardised
 
 
 def _require_last_axes(
-    function: str, x: Any, shape: tuple[int, ...], weight: Any, bias: Any
+    function: str,
+    x: jax.Array,
+    shape: tuple[int, ...],
+    weight: jax.Array | None,
+    bias: jax.Array | None,
 ) -> None:
     if not shape or x.shape[-len(shape) :] != shape:
         raise shape_error(
@@ -44,7 +48,7 @@ def _require_last_axes(
     require_same_or_wider(function, input=x, weight=weight, bias=bias)
 
 
-def _sizes(normalized_shape: Any, function: str) -> tuple[int, ...]:
+def _sizes(normalized_shape: Sequence[int], function: str) -> tuple[int, ...]:
     if type(normalized_shape) is tuple:
         return normalized_shape
     try:
@@ -59,13 +63,19 @@ def _sizes(normalized_shape: Any, function: str) -> tuple[int, ...]:
         ) from None
 
 
-def _like(wide: Any, factor: Any, shape: tuple[int, ...]) -> Any:
+def _like(wide: jax.Array, factor: jax.Array | None, shape: tuple[int, ...]) -> Any:
     return None if factor is None else factor.astype(wide.dtype).reshape(shape)
 
 
 @functools.partial(compiled, static_argnums=(3, 4))
 @ruled(Rule.FLOAT32)
-def _layer_norm(x: Any, weight: Any, bias: Any, shape: tuple[int, ...], eps: float) -> Any:
+def _layer_norm(
+    x: jax.Array,
+    weight: jax.Array | None,
+    bias: jax.Array | None,
+    shape: tuple[int, ...],
+    eps: float,
+) -> Any:
     _require_last_axes("F.layer_norm", x, shape, weight, bias)
     axes = tuple(range(x.ndim - len(shape), x.ndim))
     if x.size == 0:
@@ -114,7 +124,9 @@ def layer_norm(
 
 @functools.partial(compiled, static_argnums=(2, 3))
 @ruled(Rule.FLOAT32)
-def _rms_norm(x: Any, weight: Any, shape: tuple[int, ...], eps: float | None) -> Any:
+def _rms_norm(
+    x: jax.Array, weight: jax.Array | None, shape: tuple[int, ...], eps: float | None
+) -> Any:
     _require_last_axes("F.rms_norm", x, shape, weight, None)
     axes = tuple(range(x.ndim - len(shape), x.ndim))
     wide = widened(x)
@@ -159,7 +171,9 @@ def rms_norm(
     return _rms_norm(x, w, _sizes(normalized_shape, "F.rms_norm"), eps)
 
 
-def _require_groups(x: Any, groups: int, weight: Any, bias: Any) -> None:
+def _require_groups(
+    x: jax.Array, groups: int, weight: jax.Array | None, bias: jax.Array | None
+) -> None:
     given = f"F.group_norm was given input of shape {x.shape} and num_groups={groups}"
     if x.ndim < 2:
         raise shape_error(
@@ -191,7 +205,9 @@ def _require_groups(x: Any, groups: int, weight: Any, bias: Any) -> None:
 
 @functools.partial(compiled, static_argnums=(3, 4))
 @ruled(Rule.FLOAT32)
-def _group_norm(x: Any, weight: Any, bias: Any, groups: int, eps: float) -> Any:
+def _group_norm(
+    x: jax.Array, weight: jax.Array | None, bias: jax.Array | None, groups: int, eps: float
+) -> Any:
     _require_groups(x, groups, weight, bias)
     if x.size == 0:
         return x

@@ -17,7 +17,7 @@ from statefulnn.functional._compiled import compiled
 
 
 @functools.partial(compiled, static_argnums=1)
-def _one_hot(x: Any, num_classes: int) -> Any:
+def _one_hot(x: jax.Array, num_classes: int) -> Any:
     dtype = jax.dtypes.canonicalize_dtype(np.int64)
     return (x[..., None] == jnp.arange(num_classes, dtype=x.dtype)).astype(dtype)
 

@@ -6,6 +6,7 @@ In comments: T the longest length, N sequences, S the sum of all lengths.
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, Self, overload
 
 import jax
@@ -56,9 +57,9 @@ class PackedSequence(_Fields):
     def __new__(
         cls,
         data: Any,
-        batch_sizes: Any = None,
-        sorted_indices: Any = None,
-        unsorted_indices: Any = None,
+        batch_sizes: ArrayLike | Sequence[int] | None = None,
+        sorted_indices: jax.Array | np.ndarray | None = None,
+        unsorted_indices: jax.Array | np.ndarray | None = None,
     ) -> Self:
         if batch_sizes is None:
             if not isinstance(data, (tuple, list)) or len(data) != 2:
@@ -80,7 +81,7 @@ class PackedSequence(_Fields):
 
     __hash__ = object.__hash__
 
-    def _with_data(self, data: Any) -> Self:
+    def _with_data(self, data: jax.Array) -> Self:
         return self if data is self.data else self._replace(data=data)
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
@@ -189,7 +190,7 @@ def _flatten_with_keys(packed: PackedSequence) -> Any:
     return tuple(zip(_KEYS, children, strict=True)), sizes
 
 
-def _unflatten(sizes: Any, children: Any) -> PackedSequence:
+def _unflatten(sizes: tuple[int, ...], children: Iterable[Any]) -> PackedSequence:
     # Without checks: JAX puts other things than arrays in place of leaves.
     data, indices, inverse = children
     return tuple.__new__(PackedSequence, (data, np.array(sizes, np.int64), indices, inverse))
@@ -227,7 +228,7 @@ def static_integers(values: object, name: str) -> np.ndarray:
 
 
 @compiled
-def _inverse(permutation: Any) -> Any:
+def _inverse(permutation: jax.Array) -> Any:
     places = jnp.arange(permutation.shape[0], dtype=permutation.dtype)
     return jnp.zeros_like(permutation).at[permutation].set(places, unique_indices=True)
 
@@ -238,7 +239,7 @@ def invert_permutation(permutation: None) -> None: ...
 def invert_permutation(permutation: np.ndarray) -> np.ndarray: ...
 @overload
 def invert_permutation(permutation: jax.Array) -> jax.Array: ...
-def invert_permutation(permutation: Any) -> jax.Array | np.ndarray | None:
+def invert_permutation(permutation: jax.Array | np.ndarray | None) -> jax.Array | np.ndarray | None:
     """Return the inverse of a permutation, or None for None.
 
     Args:
@@ -277,13 +278,13 @@ def _places(sizes: tuple[int, ...]) -> Places:
     return Places(mask, packed.astype(np.int32), padded.astype(np.int32), mask.sum(0))
 
 
-def places(batch_sizes: Any) -> Places:
+def places(batch_sizes: ArrayLike) -> Places:
     """Return where the elements of packed data lie; the arrays are shared, do not change them."""
     return _places(tuple(np.asarray(batch_sizes).tolist()))
 
 
 @compiled
-def _padded(data: Any, index: Any, value: Any) -> Any:
+def _padded(data: jax.Array, index: jax.Array, value: ArrayLike | None) -> Any:
     # A gather that reads outside the data gives the value for padding, and its derivative is none.
     return (
         data.at[index].get(mode="fill", fill_value=0)
@@ -292,30 +293,32 @@ def _padded(data: Any, index: Any, value: Any) -> Any:
     )
 
 
-def _filled(data: Any, index: Any, value: Any) -> Any:
+def _filled(data: jax.Array, index: jax.Array, value: ArrayLike) -> Any:
     rows = data.at[index].get(mode="fill", fill_value=0)
     inside = (index < data.shape[0]).reshape(*index.shape, *[1] * (data.ndim - 1))
     return jnp.where(inside, rows, value)
 
 
-def padded_data(data: jax.Array, batch_sizes: Any, padding_value: Any = None) -> jax.Array:
+def padded_data(
+    data: jax.Array, batch_sizes: ArrayLike, padding_value: ArrayLike | None = None
+) -> jax.Array:
     """Return packed data ``(S, *)`` as ``(T, N, *)``, with zeros or a value where a sequence has ended."""
     value = None if padding_value is None else np.asarray(padding_value).astype(data.dtype)
     return _padded(data, places(batch_sizes).packed, value)
 
 
 @compiled
-def _taken(x: Any, index: Any) -> Any:
+def _taken(x: jax.Array, index: jax.Array) -> Any:
     return jnp.take(x.reshape(-1, *x.shape[2:]), index, axis=0, unique_indices=True, mode="clip")
 
 
-def packed_data(x: jax.Array, batch_sizes: Any) -> jax.Array:
+def packed_data(x: jax.Array, batch_sizes: ArrayLike) -> jax.Array:
     """Return ``(T, N, *)`` as packed data ``(S, *)``."""
     return _taken(x, places(batch_sizes).padded)
 
 
 @functools.partial(compiled, static_argnums=2)
-def _along(x: Any, indices: Any, axis: int) -> Any:
+def _along(x: Any, indices: jax.Array, axis: int) -> Any:
     return jax.tree.map(lambda s: jnp.take(s, indices, axis=axis), x)
 
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 
 from statefulnn.core.errors import DtypeError, explain
 from statefulnn.functional._checks import array, shape_error
@@ -79,12 +79,12 @@ def continued(x: jax.Array, axis: int, low: int, high: int, mode: str) -> jax.Ar
     return x
 
 
-def _repeated(x: Any, axis: int, times: int) -> Any:
+def _repeated(x: jax.Array, axis: int, times: int) -> Any:
     return jnp.broadcast_to(x, (*x.shape[:axis], times, *x.shape[axis + 1 :]))
 
 
 @functools.partial(compiled, static_argnums=(1, 2))
-def _pad(x: Any, pad: Sequence[int], mode: str, value: Any) -> Any:
+def _pad(x: jax.Array, pad: Sequence[int], mode: str, value: ArrayLike | None) -> Any:
     # Checked here, where the code runs once for each combination of shapes: an eager call like an
     # earlier one pays nothing for it.
     pairs = _pairs(x, pad, mode)
@@ -105,7 +105,7 @@ def _pad(x: Any, pad: Sequence[int], mode: str, value: Any) -> Any:
     return x
 
 
-def _pairs(x: Any, pad: Sequence[int], mode: str) -> list[tuple[int, int]]:
+def _pairs(x: jax.Array, pad: Sequence[int], mode: str) -> list[tuple[int, int]]:
     """Return what is added before and after each axis, the last one first."""
     given = f"F.pad was given pad={pad!r} for an input of shape {x.shape}"
     try:
@@ -201,7 +201,7 @@ def pad(
     return _pad(x, pad if type(pad) is tuple else _tuple(pad), mode, value)
 
 
-def _tuple(pad: Any) -> tuple[int, ...]:
+def _tuple(pad: Sequence[int]) -> tuple[int, ...]:
     try:
         return tuple(pad)
     except TypeError:
@@ -214,7 +214,7 @@ def _tuple(pad: Any) -> tuple[int, ...]:
         ) from None
 
 
-def _check_value(value: Any, dtype: Any) -> None:
+def _check_value(value: Any, dtype: DTypeLike) -> None:
     given = f"F.pad was given value={value!r} for an input of dtype {dtype}"
     numbers: Any = (int, float, np.number, np.bool_)
     if jnp.issubdtype(dtype, jnp.complexfloating):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from typing import Any
+from typing import Any, SupportsIndex
 
 import jax
 from jax.typing import ArrayLike
@@ -14,7 +14,7 @@ from statefulnn.functional._checks import array, shape_error
 from statefulnn.functional._compiled import compiled
 
 
-def _whole(value: Any, name: str, function: str) -> int:
+def _whole(value: SupportsIndex, name: str, function: str) -> int:
     try:
         value = operator.index(value)
     except TypeError:
@@ -28,7 +28,7 @@ def _whole(value: Any, name: str, function: str) -> int:
     return value
 
 
-def _images(x: Any, function: str) -> None:
+def _images(x: jax.Array, function: str) -> None:
     if x.ndim < 3:
         raise shape_error(
             f"{function} was given input of shape {x.shape}",
@@ -38,7 +38,7 @@ def _images(x: Any, function: str) -> None:
 
 
 @functools.partial(compiled, static_argnums=1)
-def _pixel_shuffle(x: Any, r: int) -> Any:
+def _pixel_shuffle(x: jax.Array, r: int) -> Any:
     _images(x, "F.pixel_shuffle")
     *batch, c, h, w = x.shape
     if c % (r * r):
@@ -80,7 +80,7 @@ def pixel_shuffle(input: ArrayLike, upscale_factor: int) -> jax.Array:
 
 
 @functools.partial(compiled, static_argnums=1)
-def _pixel_unshuffle(x: Any, r: int) -> Any:
+def _pixel_unshuffle(x: jax.Array, r: int) -> Any:
     _images(x, "F.pixel_unshuffle")
     *batch, c, h, w = x.shape
     if h % r or w % r:
@@ -121,7 +121,7 @@ def pixel_unshuffle(input: ArrayLike, downscale_factor: int) -> jax.Array:
 
 
 @functools.partial(compiled, static_argnums=1)
-def _channel_shuffle(x: Any, groups: int) -> Any:
+def _channel_shuffle(x: jax.Array, groups: int) -> Any:
     if x.ndim < 3:
         raise shape_error(
             f"F.channel_shuffle was given input of shape {x.shape}",

@@ -18,7 +18,7 @@ from statefulnn.functional._compiled import compiled
 Size = int | Sequence[int]
 
 
-def spatial(input: jax.Array, n: int, function: str) -> jax.Array:
+def spatial(input: ArrayLike, n: int, function: str) -> jax.Array:
     """Return an input of n spatial axes, ``(N, C, *)`` or ``(C, *)``, of which only N may be 0."""
     x = array(input, "input", function)
     if x.ndim not in (n + 1, n + 2) or 0 in x.shape[x.ndim - n - 1 :]:
@@ -47,10 +47,10 @@ def require_kind(x: jax.Array, function: str, *, integers: bool = True) -> None:
 def windows_of(
     x: jax.Array,
     n: int,
-    kernel_size: Any,
-    stride: Any,
-    padding: Any,
-    dilation: Any,
+    kernel_size: Size,
+    stride: Size | None,
+    padding: Size,
+    dilation: Size,
     ceil_mode: bool,
     function: str,
 ) -> lowering.Windows:
@@ -70,17 +70,17 @@ def windows_of(
 
 
 @functools.partial(compiled, static_argnums=(1, 2))
-def _max_kernel(x: Any, w: lowering.Windows, with_indices: bool) -> Any:
+def _max_kernel(x: jax.Array, w: lowering.Windows, with_indices: bool) -> Any:
     return lowering.largest_with_index(x, w) if with_indices else lowering.largest(x, w)
 
 
 def _max_pool(
-    input: Any,
+    input: ArrayLike,
     n: int,
-    kernel_size: Any,
-    stride: Any,
-    padding: Any,
-    dilation: Any,
+    kernel_size: Size,
+    stride: Size | None,
+    padding: Size,
+    dilation: Size,
     ceil_mode: bool,
     with_indices: bool,
     function: str,

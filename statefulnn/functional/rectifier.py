@@ -28,7 +28,7 @@ from statefulnn.functional._compiled import compiled
 from statefulnn.functional._random import drawing
 
 
-def _require_ordered(x: Any, function: str) -> None:
+def _require_ordered(x: jax.Array, function: str) -> None:
     if x.dtype == jnp.bool_ or not jnp.issubdtype(x.dtype, jnp.number) or x.dtype.kind == "c":
         raise DtypeError(
             explain(
@@ -40,7 +40,7 @@ def _require_ordered(x: Any, function: str) -> None:
 
 
 @compiled
-def _relu(x: Any) -> Any:
+def _relu(x: jax.Array) -> Any:
     _require_ordered(x, "F.relu")
     # NaN is not <= 0 and passes through.
     return jnp.where(x <= 0, jnp.zeros((), x.dtype), x)
@@ -64,7 +64,7 @@ def relu(input: ArrayLike, inplace: bool = False) -> jax.Array:
 
 
 @functools.partial(compiled, static_argnums=(1, 2))
-def _threshold(x: Any, threshold: float, value: float) -> Any:
+def _threshold(x: jax.Array, threshold: float, value: float) -> Any:
     _require_ordered(x, "F.threshold")
     if not jnp.issubdtype(x.dtype, jnp.floating):
         threshold, value = int(threshold), int(value)
@@ -91,7 +91,7 @@ def threshold(input: ArrayLike, threshold: float, value: float, inplace: bool = 
 
 
 @functools.partial(compiled, static_argnums=(1, 2))
-def _hardtanh(x: Any, low: float, high: float) -> Any:
+def _hardtanh(x: jax.Array, low: float, high: float) -> Any:
     _require_ordered(x, "F.hardtanh")
     if not jnp.issubdtype(x.dtype, jnp.floating):
         low, high = int(low), int(high)
@@ -158,7 +158,7 @@ def relu6(input: ArrayLike, inplace: bool = False) -> jax.Array:
 
 
 @functools.partial(compiled, static_argnums=1)
-def _leaky_relu(x: Any, slope: float) -> Any:
+def _leaky_relu(x: jax.Array, slope: float) -> Any:
     require_real_float(x, "input", "F.leaky_relu")
     return jnp.where(x > 0, x, (widened(x) * slope).astype(x.dtype))
 
@@ -183,7 +183,7 @@ def leaky_relu(input: ArrayLike, negative_slope: float = 0.01, inplace: bool = F
 
 @compiled
 @ruled(Rule.LOW)
-def _prelu(x: Any, weight: Any) -> Any:
+def _prelu(x: jax.Array, weight: jax.Array) -> Any:
     require_real_float(x, "input", "F.prelu")
     require_same_dtype("F.prelu", input=x, weight=weight)
     channels = x.shape[1] if x.ndim > 1 else 1
@@ -224,7 +224,7 @@ def prelu(input: ArrayLike, weight: ArrayLike) -> jax.Array:
     return _prelu(array(input, "input", "F.prelu"), array(weight, "weight", "F.prelu"))
 
 
-def _noisy_slopes(key: Any, x: Any, lower: float, upper: float) -> Any:
+def _noisy_slopes(key: jax.Array, x: jax.Array, lower: float, upper: float) -> Any:
     require_real_float(x, "input", "F.rrelu")
     dtype = jnp.float64 if x.dtype == jnp.float64 else jnp.float32
     slope = jax.random.uniform(key, x.shape, dtype, lower, upper)
@@ -281,7 +281,7 @@ def rrelu(
 
 
 @functools.partial(compiled, static_argnums=(1, 2, 3, 4))
-def _elu(x: Any, alpha: float, scale: float, steepness: float, function: str) -> Any:
+def _elu(x: jax.Array, alpha: float, scale: float, steepness: float, function: str) -> Any:
     require_real_float(x, "input", function)
     wide = widened(x)
     positive = wide > 0

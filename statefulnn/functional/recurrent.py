@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 
 from statefulnn.core.compat import Tracer
 from statefulnn.core.errors import DtypeError, explain
@@ -53,48 +53,86 @@ class Kind(NamedTuple):
     tangent: Callable[..., Any]
 
 
-def _tanh_step(a: Any, p: Any, b: Any, h: Any, c: Any) -> Any:
+def _tanh_step(
+    a: jax.Array, p: jax.Array, b: jax.Array | None, h: jax.Array, c: jax.Array | None
+) -> Any:
     return jnp.tanh(a + p), None, None
 
 
-def _tanh_slopes(a: Any, e: Any, b: Any, kept: Any, h: Any, c: Any, before: Any) -> Any:
+def _tanh_slopes(
+    a: jax.Array,
+    e: jax.Array,
+    b: jax.Array | None,
+    kept: None,
+    h: jax.Array,
+    c: jax.Array | None,
+    before: tuple[jax.Array, jax.Array | None],
+) -> Any:
     return a + e, 1 - h * h
 
 
-def _relu_step(a: Any, p: Any, b: Any, h: Any, c: Any) -> Any:
+def _relu_step(
+    a: jax.Array, p: jax.Array, b: jax.Array | None, h: jax.Array, c: jax.Array | None
+) -> Any:
     return jax.nn.relu(a + p), None, None
 
 
-def _relu_slopes(a: Any, e: Any, b: Any, kept: Any, h: Any, c: Any, before: Any) -> Any:
+def _relu_slopes(
+    a: jax.Array,
+    e: jax.Array,
+    b: jax.Array | None,
+    kept: None,
+    h: jax.Array,
+    c: jax.Array | None,
+    before: tuple[jax.Array, jax.Array | None],
+) -> Any:
     return a + e, (h > 0).astype(h.dtype)
 
 
-def _rnn_tangent(a: Any, p: Any, slope: Any, h: Any, c: Any) -> Any:
+def _rnn_tangent(
+    a: jax.Array, p: jax.Array, slope: jax.Array, h: jax.Array, c: jax.Array | None
+) -> Any:
     return (a + p) * slope, None
 
 
-def _lstm_step(a: Any, p: Any, b: Any, h: Any, c: Any) -> Any:
+def _lstm_step(a: jax.Array, p: jax.Array, b: jax.Array | None, h: jax.Array, c: jax.Array) -> Any:
     t = jnp.tanh(a + p)
     i, f, g, o = jnp.split(t, 4, -1)
     c = (0.5 * f + 0.5) * c + (0.5 * i + 0.5) * g
     return (0.5 * o + 0.5) * jnp.tanh(c), c, t
 
 
-def _lstm_slopes(a: Any, e: Any, b: Any, kept: Any, h: Any, c: Any, before: Any) -> Any:
+def _lstm_slopes(
+    a: jax.Array,
+    e: jax.Array,
+    b: jax.Array | None,
+    kept: jax.Array,
+    h: jax.Array,
+    c: jax.Array,
+    before: tuple[jax.Array, jax.Array],
+) -> Any:
     i, f, g, o = jnp.split(kept, 4, -1)
     out = jnp.tanh(c)
     inner = jnp.concatenate([0.5 * g, 0.5 * before[1], 0.5 * i + 0.5, 0.5 * out], -1)
     return a + e, ((1 - kept * kept) * inner, 0.5 * f + 0.5, (0.5 * o + 0.5) * (1 - out * out))
 
 
-def _lstm_tangent(a: Any, p: Any, slopes: Any, h: Any, c: Any) -> Any:
+def _lstm_tangent(
+    a: jax.Array,
+    p: jax.Array,
+    slopes: tuple[jax.Array, jax.Array, jax.Array],
+    h: jax.Array,
+    c: jax.Array,
+) -> Any:
     gates, f, out = slopes
     i, j, g, o = jnp.split((a + p) * gates, 4, -1)
     c = f * c + (i + j + g)
     return o + out * c, c
 
 
-def _gru_step(a: Any, p: Any, b: Any, h: Any, c: Any) -> Any:
+def _gru_step(
+    a: jax.Array, p: jax.Array, b: jax.Array | None, h: jax.Array, c: jax.Array | None
+) -> Any:
     size = h.shape[-1]
     t = jnp.tanh(a[..., : 2 * size] + p[..., : 2 * size])
     r, z = jnp.split(t, 2, -1)
@@ -106,7 +144,15 @@ def _gru_step(a: Any, p: Any, b: Any, h: Any, c: Any) -> Any:
     return 0.5 * ((n + h) + z * (h - n)), None, (t, n, q)
 
 
-def _gru_slopes(a: Any, e: Any, b: Any, kept: Any, h: Any, c: Any, before: Any) -> Any:
+def _gru_slopes(
+    a: jax.Array,
+    e: jax.Array,
+    b: jax.Array | None,
+    kept: tuple[jax.Array, jax.Array, jax.Array],
+    h: jax.Array,
+    c: jax.Array | None,
+    before: tuple[jax.Array, jax.Array | None],
+) -> Any:
     t, n, q = kept
     r, z = jnp.split(0.5 * t + 0.5, 2, -1)
     slope_r, slope_z = jnp.split(0.5 * (1 - t * t), 2, -1)
@@ -117,7 +163,13 @@ def _gru_slopes(a: Any, e: Any, b: Any, kept: Any, h: Any, c: Any, before: Any) 
     return a + jnp.concatenate([e_rz, r * e_n], -1), (slopes, r, z)
 
 
-def _gru_tangent(a: Any, p: Any, slopes: Any, h: Any, c: Any) -> Any:
+def _gru_tangent(
+    a: jax.Array,
+    p: jax.Array,
+    slopes: tuple[jax.Array, jax.Array, jax.Array],
+    h: jax.Array,
+    c: jax.Array | None,
+) -> Any:
     gates, r, z = slopes
     p_r, p_z, p_n = jnp.split(p, 3, -1)
     d_r, d_z, d_n = jnp.split((a + jnp.concatenate([p_r, p_z, r * p_n], -1)) * gates, 3, -1)
@@ -139,7 +191,7 @@ def _halves(kind: Kind, size: int) -> Any:
     return factors.reshape(-1)
 
 
-def _biases(mode: str, b_ih: Any, b_hh: Any, size: int) -> tuple[Any, Any]:
+def _biases(mode: str, b_ih: jax.Array | None, b_hh: Any, size: int) -> tuple[Any, Any]:
     """Return the bias beside the input, (G,), and the one that stays with the state, (H,) or None."""
     if b_ih is None:
         return None, None
@@ -150,7 +202,7 @@ def _biases(mode: str, b_ih: Any, b_hh: Any, size: int) -> tuple[Any, Any]:
     return b_ih + jnp.concatenate([b_hh[: 2 * size], jnp.zeros_like(inside)]), inside
 
 
-def _times(h: Any, weight: Any, dtype: Any) -> Any:
+def _times(h: jax.Array, weight: jax.Array, dtype: DTypeLike) -> Any:
     """Return ``h weightᵀ`` in a dtype that may be wider."""
     axes = (((h.ndim - 1,), (1,)), ((), ()))
     return lax.dot_general(h, weight, axes, preferred_element_type=dtype)
@@ -170,14 +222,21 @@ class Weights(NamedTuple):
 
 
 def _run(
-    mode: str, reverse: bool, keep: bool, x: Any, h: Any, c: Any, weights: Weights, mask: Any
+    mode: str,
+    reverse: bool,
+    keep: bool,
+    x: jax.Array,
+    h: jax.Array,
+    c: jax.Array | None,
+    weights: Weights,
+    mask: jax.Array | None,
 ) -> Any:
     """Return all h (T, N, P), the last h, the last c, and what the derivative needs."""
     kind = KINDS[mode]
     wide = widened(h).dtype
     hidden, bias, inside, projection = weights
 
-    def step(state: Any, given: Any) -> Any:
+    def step(state: tuple[jax.Array, jax.Array | None], given: Any) -> Any:
         h, c = state
         a, valid = given
         a = a.astype(wide)
@@ -204,20 +263,26 @@ def _run(
 # higher derivatives and vmap follow from it.
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def _direction(
-    mode: str, reverse: bool, x: Any, h: Any, c: Any, weights: Weights, mask: Any
+    mode: str,
+    reverse: bool,
+    x: jax.Array,
+    h: jax.Array,
+    c: jax.Array | None,
+    weights: Weights,
+    mask: jax.Array | None,
 ) -> Any:
     return _run(mode, reverse, False, x, h, c, weights, mask)[:3]
 
 
 @_direction.defjvp
-def _direction_jvp(mode: str, reverse: bool, primals: Any, tangents: Any) -> Any:
+def _direction_jvp(mode: str, reverse: bool, primals: tuple, tangents: tuple) -> Any:
     x, h0, c0, weights, mask = primals
     dx, dh0, dc0, dweights, _ = tangents
     kind = KINDS[mode]
     wide = widened(h0).dtype
     hs, h, c, (cs, kept, raw) = _run(mode, reverse, True, x, h0, c0, weights, mask)
 
-    def before(states: Any, first: Any) -> Any:
+    def before(states: jax.Array | None, first: Any) -> Any:
         if states is None:
             return None
         if reverse:
@@ -234,7 +299,7 @@ def _direction_jvp(mode: str, reverse: bool, primals: Any, tangents: Any) -> Any
     )
     of_projection = None if raw is None else _times(raw, dweights.projection, hs.dtype)
 
-    def step(state: Any, given: Any) -> Any:
+    def step(state: tuple[jax.Array, jax.Array | None], given: Any) -> Any:
         dh, dc = state
         da, slopes, of_projection, valid = given
         p = _times(dh, weights.hidden, wide)
@@ -257,11 +322,11 @@ def _direction_jvp(mode: str, reverse: bool, primals: Any, tangents: Any) -> Any
 
 @functools.partial(compiled, static_argnames=("mode", "bidirectional", "batch_first", "p"))
 def _network(
-    x: Any,
+    x: jax.Array,
     hx: Any,
-    layers: Any,
-    mask: Any,
-    rng: Any,
+    layers: Sequence[Any],
+    mask: jax.Array | None,
+    rng: jax.Array | None,
     *,
     mode: str,
     bidirectional: bool,
@@ -330,7 +395,7 @@ def recurrent(
     dropout: float = 0.0,
     mask: ArrayLike | None = None,
     rng: jax.Array | None = None,
-    lengths: Any = None,
+    lengths: ArrayLike | Sequence[int] | None = None,
 ) -> tuple[jax.Array, Any]:
     """Run a recurrent network of one or more layers over sequences.
 
@@ -435,7 +500,9 @@ def recurrent(
     return (out if within is None else jnp.where(within, out, 0)), last
 
 
-def _masks(name: str, x: Any, lengths: Any, batch: tuple[int, ...], time: int) -> tuple[Any, Any]:
+def _masks(
+    name: str, x: jax.Array, lengths: ArrayLike | Sequence[int], batch: tuple[int, ...], time: int
+) -> tuple[Any, Any]:
     """Return what lies within the lengths, ``(T, N)`` and as x, or raise unless they fit."""
     steps = x.shape[time]
     found = (
@@ -486,7 +553,7 @@ def _masks(name: str, x: Any, lengths: Any, batch: tuple[int, ...], time: int) -
     return mask, (mask.T if time else mask)[:, :, None]
 
 
-def _checked_state(name: str, mode: str, x: Any, hx: Any, *shapes: tuple[int, ...]) -> Any:
+def _checked_state(name: str, mode: str, x: jax.Array, hx: Any, *shapes: tuple[int, ...]) -> Any:
     """Return the arrays of a state, or raise unless they fit."""
     if mode == "LSTM":
         parts = [array(s, f"hx[{i}]", name) for i, s in enumerate(_pair(name, hx))]
@@ -524,7 +591,14 @@ def _pair(name: str, hx: Any) -> Any:
 
 @functools.partial(compiled, static_argnums=0)
 def _nn_stamp(
-    mode: str, x: Any, h: Any, c: Any, w_ih: Any, w_hh: Any, b_ih: Any, b_hh: Any
+    mode: str,
+    x: jax.Array,
+    h: jax.Array | None,
+    c: jax.Array | None,
+    w_ih: jax.Array,
+    w_hh: jax.Array,
+    b_ih: jax.Array | None,
+    b_hh: jax.Array | None,
 ) -> tuple[Any, Any]:
     kind = KINDS[mode]
     batched = x.ndim == 2
@@ -549,7 +623,13 @@ def _nn_stamp(
 
 @ruled(Rule.LOW)
 def recurrent_cell(
-    mode: str, input: ArrayLike, hx: Any, w_ih: Any, w_hh: Any, b_ih: Any = None, b_hh: Any = None
+    mode: str,
+    input: ArrayLike,
+    hx: Any,
+    w_ih: Any,
+    w_hh: Any,
+    b_ih: ArrayLike | None = None,
+    b_hh: ArrayLike | None = None,
 ) -> Any:
     """Take one step of a recurrent network.
 

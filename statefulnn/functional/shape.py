@@ -17,7 +17,7 @@ from statefulnn.functional._compiled import compiled
 
 
 @functools.partial(compiled, static_argnums=1)
-def _reshape(x: Any, shape: tuple[int, ...]) -> Any:
+def _reshape(x: jax.Array, shape: tuple[int, ...]) -> Any:
     return x.reshape(shape)
 
 

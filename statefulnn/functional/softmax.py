@@ -17,7 +17,7 @@ from statefulnn.functional._compiled import compiled
 from statefulnn.functional._random import drawing
 
 
-def _exponentials(x: Any, axis: int, log: bool) -> Any:
+def _exponentials(x: jax.Array, axis: int, log: bool) -> Any:
     if x.ndim == 0:
         return _exponentials(x[None], 0, log)[0]
     if x.shape[axis] == 0:
@@ -25,13 +25,13 @@ def _exponentials(x: Any, axis: int, log: bool) -> Any:
     return _log_normalised(x, axis) if log else _normalised(x, axis)
 
 
-def _shifted(x: Any, axis: int) -> Any:
+def _shifted(x: jax.Array, axis: int) -> Any:
     # The maximum only keeps exp in range; the result does not depend on it, nor do its derivatives.
     return x - lax.stop_gradient(jnp.max(x, axis, keepdims=True))
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
-def _normalised(x: Any, axis: int) -> Any:
+def _normalised(x: jax.Array, axis: int) -> Any:
     out = jnp.exp(_shifted(x, axis))
     return out / jnp.sum(out, axis, keepdims=True)
 
@@ -45,7 +45,7 @@ def _normalised_jvp(axis: int, primals: tuple, tangents: tuple) -> tuple[Any, An
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
-def _log_normalised(x: Any, axis: int) -> Any:
+def _log_normalised(x: jax.Array, axis: int) -> Any:
     shifted = _shifted(x, axis)
     return shifted - jnp.log(jnp.sum(jnp.exp(shifted), axis, keepdims=True))
 
@@ -58,7 +58,9 @@ def _log_normalised_jvp(axis: int, primals: tuple, tangents: tuple) -> tuple[Any
 
 
 @functools.partial(compiled, static_argnums=(1, 2, 3, 4, 5))
-def _softmax(x: Any, dim: int, dtype: Any, log: bool, negative: bool, function: str) -> Any:
+def _softmax(
+    x: jax.Array, dim: int, dtype: DTypeLike | None, log: bool, negative: bool, function: str
+) -> Any:
     axis = dimension(dim, x.ndim, function)
     if dtype is None:
         require_real_float(x, "input", function)
@@ -67,7 +69,7 @@ def _softmax(x: Any, dim: int, dtype: Any, log: bool, negative: bool, function: 
     return _exponentials(widened(x), axis, log).astype(dtype)
 
 
-def _implicit_dim(x: Any, function: str) -> int:
+def _implicit_dim(x: jax.Array, function: str) -> int:
     dim = 0 if x.ndim in (0, 1, 3) else 1
     warnings.warn(
         f"Implicit dimension choice for {function} has been deprecated: it took dim={dim}, as old "
@@ -156,7 +158,7 @@ def softmin(
     return _softmax(x, dim, dtype, False, True, "F.softmin")
 
 
-def _gumbel_kernel(key: Any, logits: Any, tau: Any, hard: bool, dim: int) -> Any:
+def _gumbel_kernel(key: jax.Array, logits: jax.Array, tau: ArrayLike, hard: bool, dim: int) -> Any:
     require_real_float(logits, "logits", "F.gumbel_softmax")
     axis = dimension(dim, logits.ndim, "F.gumbel_softmax")
     wide = widened(logits)

@@ -17,13 +17,15 @@ from statefulnn.functional._losses import hinge, together
 from statefulnn.functional.distance import p_norm
 
 
-def _distance(a: Any, b: Any, p: float, eps: float) -> Any:
+def _distance(a: jax.Array, b: jax.Array, p: float, eps: float) -> Any:
     difference = a - b + eps
     axes = (difference.ndim - 1,) if difference.ndim else ()
     return p_norm(difference, p, axes, "F.triplet_margin_loss").reshape(difference.shape[:-1])
 
 
-def _check_ranks(anchor: Any, positive: Any, negative: Any, function: str) -> None:
+def _check_ranks(
+    anchor: jax.Array, positive: jax.Array, negative: jax.Array, function: str
+) -> None:
     if not anchor.ndim == positive.ndim == negative.ndim:
         raise shape_error(
             f"{function} was given anchor, positive and negative of shapes {anchor.shape}, "
@@ -47,9 +49,9 @@ def check_margin(margin: float, function: str) -> None:
 
 @functools.partial(compiled, static_argnums=(3, 4, 5, 6, 7))
 def _triplet_margin(
-    anchor: Any,
-    positive: Any,
-    negative: Any,
+    anchor: jax.Array,
+    positive: jax.Array,
+    negative: jax.Array,
     margin: float,
     p: float,
     eps: float,
@@ -117,7 +119,9 @@ def triplet_margin_loss(
 
 
 @functools.partial(compiled, static_argnums=(3, 4))
-def _hinge_of_distances(near: Any, far: Any, swapped: Any, margin: float, reduction: str) -> Any:
+def _hinge_of_distances(
+    near: jax.Array, far: jax.Array, swapped: jax.Array | None, margin: float, reduction: str
+) -> Any:
     dtype, near, far, swapped = together(
         "F.triplet_margin_with_distance_loss", positive=near, negative=far, swapped=swapped
     )

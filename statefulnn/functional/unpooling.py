@@ -19,7 +19,7 @@ from statefulnn.functional.pooling import Size, require_kind
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
-def _placed(x: Any, indices: Any, size: int) -> Any:
+def _placed(x: jax.Array, indices: jax.Array, size: int) -> Any:
     # (rows, L) into (rows, size); what lies outside is dropped.
     rows = jnp.arange(x.shape[0], dtype=indices.dtype)[:, None]
     return jnp.zeros((x.shape[0], size), x.dtype).at[rows, indices].set(x, mode="drop")
@@ -35,7 +35,7 @@ def _placed_jvp(size: int, primals: tuple, tangents: tuple) -> tuple[Any, Any]:
 
 
 @functools.partial(compiled, static_argnums=2)
-def _unpool_kernel(x: Any, indices: Any, sizes: tuple[int, ...]) -> Any:
+def _unpool_kernel(x: jax.Array, indices: jax.Array, sizes: tuple[int, ...]) -> Any:
     lead, size = x.shape[: x.ndim - len(sizes)], math.prod(sizes)
     rows = math.prod(lead)
     count = math.prod(x.shape[len(lead) :])
@@ -46,11 +46,11 @@ def _unpool_kernel(x: Any, indices: Any, sizes: tuple[int, ...]) -> Any:
 
 
 def _sizes(
-    x: Any,
+    x: jax.Array,
     kernel: tuple[int, ...],
     stride: tuple[int, ...],
     padding: tuple[int, ...],
-    output_size: Any,
+    output_size: Sequence[int] | None,
     function: str,
 ) -> tuple[int, ...]:
     n = len(kernel)
@@ -95,13 +95,13 @@ def _sizes(
 
 
 def _unpool(
-    input: Any,
-    indices: Any,
+    input: ArrayLike,
+    indices: ArrayLike,
     n: int,
-    kernel_size: Any,
-    stride: Any,
-    padding: Any,
-    output_size: Any,
+    kernel_size: Size,
+    stride: Size | None,
+    padding: Size,
+    output_size: Sequence[int] | None,
     function: str,
 ) -> Any:
     x = array(input, "input", function)

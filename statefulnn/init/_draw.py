@@ -10,19 +10,21 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike, DTypeLike
 
 from statefulnn.core import threefry
 from statefulnn.core.arrays import host_array
 from statefulnn.core.compat import EAGER, current_trace
 from statefulnn.core.errors import ShapeError, explain
 from statefulnn.core.generator import Generator, drawing_generator
-from statefulnn.core.placement import is_meta
+from statefulnn.core.placement import Value, is_meta
 
 # From this size on an accelerator draws for itself, at one compilation a shape.
 _LARGE = 1 << 24
@@ -37,7 +39,7 @@ _F64 = np.dtype(np.float64)
 # Words
 
 
-def _traced_words(key: Any, shape: Sequence[int], per_number: int) -> list[Any]:
+def _traced_words(key: jax.Array, shape: Sequence[int], per_number: int) -> list[Any]:
     """Return the random words of each position of an array, as arrays of its shape."""
     size = math.prod(shape)
     if size > threefry.PART:
@@ -55,7 +57,7 @@ def _traced_words(key: Any, shape: Sequence[int], per_number: int) -> list[Any]:
 # From words to numbers; `xp` is numpy or jax.numpy
 
 
-def _signed_unit(words: Sequence[Any], xp: Any) -> Any:
+def _signed_unit(words: Sequence[Any], xp: ModuleType) -> Any:
     """Return numbers of a lattice in [-1, 1) that floats represent exactly, from one or two words."""
     if len(words) == 1:
         bits = (words[0] >> np.uint32(9)) | np.uint32(0x40000000)  # in [2, 4)
@@ -70,7 +72,12 @@ def _bitcast(bits: Any, dtype: np.dtype, xp: Any) -> Any:
 
 
 def _traced_uniform(
-    words: Sequence[Any], centre: Any, half: Any, low: Any, high: Any, dtype: Any
+    words: Sequence[Any],
+    centre: ArrayLike,
+    half: ArrayLike,
+    low: ArrayLike,
+    high: ArrayLike,
+    dtype: np.dtype,
 ) -> Any:
     # Where the numbers are constants XLA would rearrange the arithmetic around them, and round
     # differently from code in which they are arguments.
@@ -82,13 +89,13 @@ def _traced_uniform(
 
 def _traced_normal(
     words: Sequence[Any],
-    centre: Any,
-    half: Any,
-    mean: Any,
-    std: Any,
-    low: Any,
-    high: Any,
-    dtype: Any,
+    centre: ArrayLike,
+    half: ArrayLike,
+    mean: ArrayLike,
+    std: ArrayLike,
+    low: ArrayLike,
+    high: ArrayLike,
+    dtype: np.dtype,
 ) -> Any:
     """Return N(mean, std²) between low and high: the inverse of the distribution function."""
     centre, half, mean, std, low, high = jax.lax.optimization_barrier(
@@ -103,13 +110,19 @@ def _traced_normal(
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3, 4))
-def _compiled(draw: Any, key: Any, numbers: Any, shape: Sequence[int], dtype: Any) -> Any:
+def _compiled(
+    draw: Callable[..., jax.Array],
+    key: jax.Array,
+    numbers: tuple,
+    shape: Sequence[int],
+    dtype: np.dtype,
+) -> Any:
     words = _traced_words(key, shape, 2 if dtype == _F64 else 1)
     return draw(words, *numbers, dtype)
 
 
 @functools.partial(jax.jit, static_argnums=2)
-def _normal_of_words(words: Any, numbers: Any, dtype: Any) -> Any:
+def _normal_of_words(words: Sequence[jax.Array], numbers: tuple, dtype: np.dtype) -> Any:
     return _traced_normal(words, *numbers, dtype=dtype)
 
 
@@ -117,12 +130,12 @@ def _normal_of_words(words: Any, numbers: Any, dtype: Any) -> Any:
 # Where to draw
 
 
-def _wide(dtype: Any) -> np.dtype:
+def _wide(dtype: DTypeLike) -> np.dtype:
     """Return the dtype of the draw: half-precision values are rounded float32 draws."""
     return _F64 if dtype == _F64 else _F32
 
 
-def _on_host(generator: Generator, like: Any) -> bool:
+def _on_host(generator: Generator, like: Like | Value) -> bool:
     """Say whether a draw for an array (its shape, and where it is) is made by numpy."""
     if current_trace() is not EAGER or not generator.is_concrete():
         return False
@@ -147,7 +160,7 @@ class Like(NamedTuple):
         return math.prod(self.shape)
 
 
-def _placed(draw: Any, generator: Generator, numbers: tuple, like: Any) -> Any:
+def _placed(draw: Callable[..., jax.Array], generator: Generator, numbers: tuple, like: Any) -> Any:
     """Draw by XLA: inside a trace, or right where the array is."""
     key = generator.next_key()
     shape, dtype = tuple(like.shape), _wide(like.dtype)
@@ -160,7 +173,7 @@ def _placed(draw: Any, generator: Generator, numbers: tuple, like: Any) -> Any:
     return make(jax.random.key_data(key))
 
 
-def uniform(generator: Generator | None, low: float, high: float, like: Any) -> Any:
+def uniform(generator: Generator | None, low: float, high: float, like: Like | Value) -> Any:
     """Draw from U(low, high).
 
     Args:
@@ -183,7 +196,7 @@ def uniform(generator: Generator | None, low: float, high: float, like: Any) -> 
         return _placed(_traced_uniform, generator, (centre, half, bottom, top), like)
     out = host_array((like.size,), dtype)
 
-    def convert(words: Any, part: Any) -> None:
+    def convert(words: np.ndarray, part: np.ndarray) -> None:
         unit = _signed_unit([words] if dtype == _F32 else [words[::2], words[1::2]], np)
         if not centre:
             np.multiply(unit, half, out=part)  # one rounding
@@ -204,7 +217,7 @@ def normal(
     generator: Generator | None,
     mean: float,
     std: float,
-    like: Any,
+    like: Like | Value,
     low: float = -math.inf,
     high: float = math.inf,
 ) -> Any:

@@ -26,7 +26,12 @@ def sizes(shape: object) -> tuple[int, ...]:
     return found
 
 
-def filled(shape: int | Sequence[int], value: float, dtype: Any = None, device: Any = None) -> Any:
+def filled(
+    shape: int | Sequence[int],
+    value: float,
+    dtype: DTypeLike | None = None,
+    device: DeviceLike | None = None,
+) -> Any:
     """Return an array of one value.
 
     Args:

@@ -9,6 +9,7 @@ from typing import Any, Literal, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from statefulnn.core.arrays import from_numpy, host_array
 from statefulnn.core.box import Box
@@ -32,7 +33,7 @@ _LINEAR = (
 )
 
 
-def _box(tensor: Any, function: str) -> Any:
+def _box(tensor: object, function: str) -> Any:
     if not isinstance(tensor, Box):
         raise RegistrationError(
             explain(
@@ -45,7 +46,7 @@ def _box(tensor: Any, function: str) -> Any:
     return tensor
 
 
-def _on_meta(box: Any) -> bool:
+def _on_meta(box: Box) -> bool:
     """Say whether a box has no numbers, which are not drawn then.
 
     Copies of such a box hold the very same struct, and nn.materialize gives them the same numbers; after
@@ -58,7 +59,7 @@ def _on_meta(box: Any) -> bool:
     return True
 
 
-def _write(box: Any, values: Any) -> Any:
+def _write(box: Box, values: object) -> Any:
     """Put values into a box, on the device where it is."""
     if _on_meta(box):
         return box
@@ -72,7 +73,7 @@ def _write(box: Any, values: Any) -> Any:
     return box
 
 
-def _filled(box: Any, value: float) -> Any:
+def _filled(box: Box, value: float) -> Any:
     if _on_meta(box):
         return box
     values = host_array(box.value.shape, box.value.dtype, np.zeros)
@@ -274,7 +275,7 @@ def zeros_(tensor: Tensor) -> Tensor:
     return _filled(_box(tensor, "zeros_"), 0)
 
 
-def _require_axes(box: Any, counts: tuple[int, ...], function: str, layout: str) -> None:
+def _require_axes(box: Box, counts: tuple[int, ...], function: str, layout: str) -> None:
     if box.value.ndim not in counts:
         raise ShapeError(
             explain(
@@ -335,7 +336,7 @@ def dirac_(tensor: Tensor, groups: int = 1) -> Tensor:
     return _write(box, values)
 
 
-def _fans(box: Any, function: str) -> tuple[int, int]:
+def _fans(box: Box, function: str) -> tuple[int, int]:
     """Return how many inputs each output has, and how many outputs each input has."""
     if box.value.ndim < 2:
         raise ShapeError(
@@ -393,7 +394,7 @@ def xavier_normal_(tensor: Tensor, gain: float = 1.0, generator: Generator | Non
     return normal_(box, 0.0, std, generator)
 
 
-def _kaiming_std(box: Any, a: float, mode: str, nonlinearity: str, function: str) -> float | None:
+def _kaiming_std(box: Box, a: float, mode: str, nonlinearity: str, function: str) -> float | None:
     if 0 in box.value.shape:
         warnings.warn("Initializing zero-element tensors is a no-op", stacklevel=3)
         return None
@@ -507,7 +508,7 @@ def orthogonal_(tensor: Tensor, gain: float = 1, generator: Generator | None = N
     return _write(box, q.reshape(box.value.shape).astype(box.value.dtype))
 
 
-def _orthogonal(generator: Generator | None, rows: int, columns: int, dtype: Any) -> Any:
+def _orthogonal(generator: Generator | None, rows: int, columns: int, dtype: DTypeLike) -> Any:
     """Draw a matrix with orthonormal rows or columns, uniformly."""
     wide = jnp.float64 if dtype == jnp.float64 else jnp.float32
     tall = (max(rows, columns), min(rows, columns))

@@ -14,12 +14,14 @@ from typing import Any
 
 from statefulnn.core.box import Box
 from statefulnn.core.errors import ShapeError, UnknownNameError, explain
+from statefulnn.core.module import Module
+from statefulnn.core.parameter import Parameter
 from statefulnn.init import _initializers as draw
 
 Pattern = str | Iterable[str] | Callable[[str], bool] | None
 
 
-def _is(module: Any, *names: str) -> bool:
+def _is(module: Module, *names: str) -> bool:
     return any(cls.__name__ in names for cls in type(module).__mro__)
 
 
@@ -59,25 +61,25 @@ def _matching(names: Iterable[str], pattern: Pattern, default: str, what: str) -
     return found
 
 
-def _norm_to_identity(module: Any) -> None:
+def _norm_to_identity(module: Module) -> None:
     if getattr(module, "weight", None) is not None:
         draw.ones_(module.weight)
     if getattr(module, "bias", None) is not None:
         draw.zeros_(module.bias)
 
 
-def _zero_bias(module: Any) -> None:
+def _zero_bias(module: Module) -> None:
     if getattr(module, "bias", None) is not None:
         draw.zeros_(module.bias)
 
 
-def _attention_weights(module: Any) -> list[Any]:
+def _attention_weights(module: Module) -> list[Any]:
     names = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
     return [module._parameters[n] for n in names if module._parameters.get(n) is not None]
 
 
 def _gpt2(
-    model: Any,
+    model: Module,
     *,
     std: float = 0.02,
     residual: Pattern = None,
@@ -110,7 +112,7 @@ def _gpt2(
             _norm_to_identity(m)
 
 
-def _vit(model: Any, *, std: float = 0.02, head: Pattern = None) -> None:
+def _vit(model: Module, *, std: float = 0.02, head: Pattern = None) -> None:
     """Linear truncated N(0, std²), biases 0; patch convolution LeCun normal; the head 0.
 
     Options: `std`; `head`, the names of the layers that start at zero (``head``, ``heads.*``, ``fc`` and
@@ -139,13 +141,13 @@ def _vit(model: Any, *, std: float = 0.02, head: Pattern = None) -> None:
             _norm_to_identity(m)
 
 
-def _lecun_normal(weight: Any, fan_in: float) -> None:
+def _lecun_normal(weight: Parameter, fan_in: float) -> None:
     # Cut at two standard deviations, and stretched so that the variance is 1/fan_in after the cut.
     std = 1 / math.sqrt(max(fan_in, 1)) / 0.87962566103423978
     draw.trunc_normal_(weight, 0.0, std, -2 * std, 2 * std)
 
 
-def _lecun(model: Any) -> None:
+def _lecun(model: Module) -> None:
     """Linear, Conv and recurrent inputs truncated normal with variance 1/fan_in, biases 0.
 
     Source: LeCun et al. 1998; the default of flax and haiku.
@@ -161,7 +163,7 @@ def _lecun(model: Any) -> None:
             _norm_to_identity(m)
 
 
-def _resnet(model: Any, *, residual: Pattern = None, fc_std: float = 0.01) -> None:
+def _resnet(model: Module, *, residual: Pattern = None, fc_std: float = 0.01) -> None:
     """Conv N(0, 2/fan_out), norms 1 and 0, the last norm of each block 0, Linear N(0, fc_std²), biases 0.
 
     Options: `residual`, the names of the last norms of the blocks (the ``bn`` or ``norm`` of the highest
@@ -198,9 +200,9 @@ def _last_of_each_block(norms: Iterable[str]) -> set[str]:
 
 
 def _mup(
-    model: Any,
+    model: Module,
     *,
-    base: Any = None,
+    base: Module | None = None,
     readout: Pattern = None,
 ) -> dict[str, float]:
     """Hidden weights with variance 1/fan_in, the readout 0, Embedding N(0, 1), biases 0.
@@ -279,7 +281,7 @@ _RANKS = {
 }
 
 
-def _require_unstacked(model: Any) -> None:
+def _require_unstacked(model: Module) -> None:
     """Raise for layers with an axis of members: a scheme would take it for one of features."""
     for name, m in model.named_modules():
         for layer, rank in _RANKS.items():

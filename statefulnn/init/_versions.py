@@ -25,6 +25,8 @@ from statefulnn.core.construction import (
     version_in_force,
 )
 from statefulnn.core.errors import explain
+from statefulnn.core.module import Module
+from statefulnn.core.parameter import Parameter
 from statefulnn.core.placement import is_meta
 from statefulnn.init import _initializers as draw
 from statefulnn.init._schemes import SCHEMES
@@ -39,18 +41,22 @@ class Torch:
     def __init__(self, nonlinearity: str | None = None) -> None:
         self.nonlinearity = nonlinearity
 
-    def linear(self, weight: Any, bias: Any, nonlinearity: str | None = None) -> None:
+    def linear(
+        self, weight: Parameter, bias: Parameter | None, nonlinearity: str | None = None
+    ) -> None:
         """Linear ``(out, in)``: weight and bias U(±1/√in)."""
         self._uniform_by_fan_in(weight, bias)
 
-    def conv(self, weight: Any, bias: Any, nonlinearity: str | None = None) -> None:
+    def conv(
+        self, weight: Parameter, bias: Parameter | None, nonlinearity: str | None = None
+    ) -> None:
         """ConvNd ``(out, in/groups, *k)``: weight and bias U(±1/√fan_in), fan_in = in/groups · k."""
         self._uniform_by_fan_in(weight, bias)
 
     def conv_transpose(
         self,
-        weight: Any,
-        bias: Any,
+        weight: Parameter,
+        bias: Parameter | None,
         groups: int = 1,
         stride: Sequence[int] = (),
         nonlinearity: str | None = None,
@@ -58,7 +64,7 @@ class Torch:
         """ConvTransposeNd ``(in, out/groups, *k)``: U(±1/√n), where n = out/groups · k is no fan-in."""
         self._uniform_by_fan_in(weight, bias)
 
-    def _uniform_by_fan_in(self, weight: Any, bias: Any) -> None:
+    def _uniform_by_fan_in(self, weight: Parameter, bias: Parameter | None) -> None:
         if weight.size:
             # With a = √5 this is U(±1/√fan_in), whose gain is 1/√3: torch's choice, kept for parity.
             draw.kaiming_uniform_(weight, a=math.sqrt(5))
@@ -67,24 +73,29 @@ class Torch:
             bound = 1 / math.sqrt(fan_in) if fan_in else 0.0
             draw.uniform_(bias, -bound, bound)
 
-    def bilinear(self, weight: Any, bias: Any) -> None:
+    def bilinear(self, weight: Parameter, bias: Parameter | None) -> None:
         """Bilinear ``(out, in1, in2)``: weight and bias U(±1/√in1)."""
         bound = 1 / math.sqrt(weight.shape[1])
         draw.uniform_(weight, -bound, bound)
         if bias is not None:
             draw.uniform_(bias, -bound, bound)
 
-    def embedding(self, weight: Any, padding_idx: int | None = None) -> None:
+    def embedding(self, weight: Parameter, padding_idx: int | None = None) -> None:
         """Embedding, EmbeddingBag ``(V, D)``: N(0, 1); the padding row is 0."""
         draw.normal_(weight)
         self._clear(weight, padding_idx)
 
-    def _clear(self, weight: Any, row: int | None) -> None:
+    def _clear(self, weight: Parameter, row: int | None) -> None:
         if row is not None and not is_meta(weight.value):
             weight.value = weight.value.at[row].set(0)
 
     def attention(
-        self, in_proj: Sequence[Any], in_bias: Any, out_proj: Any, bias_k: Any, bias_v: Any
+        self,
+        in_proj: Sequence[Any],
+        in_bias: Parameter | None,
+        out_proj: Module,
+        bias_k: Parameter | None,
+        bias_v: Parameter | None,
     ) -> None:
         """MultiheadAttention: projections xavier_uniform_ (packed: of (3E, E)); output as Linear, bias 0.
 
@@ -109,14 +120,14 @@ class Torch:
         for parameter in parameters.values():
             draw.uniform_(parameter, -bound, bound)
 
-    def transformer(self, model: Any) -> None:
+    def transformer(self, model: Module) -> None:
         """Transformer, once its layers are drawn: xavier_uniform_ for all with more than one axis."""
         for parameter in model.parameters():
             # Without numbers a layer remains a copy of the one that it was copied from.
             if parameter.ndim > 1 and not is_meta(parameter.value):
                 draw.xavier_uniform_(parameter)
 
-    def feedforward(self, first: Any, second: Any, activation: str | None) -> None:
+    def feedforward(self, first: Module, second: Module, activation: str | None) -> None:
         """Transformer layers: the two Linear layers keep what they have drawn."""
 
 
@@ -170,15 +181,17 @@ class V2026_1(Torch):
     def _gain(self, nonlinearity: str | None) -> float:
         return gain_of(nonlinearity or self.nonlinearity or "relu")
 
-    def _scaled(self, weight: Any, fan_in: float, gain: float = 1.0) -> None:
+    def _scaled(self, weight: Parameter, fan_in: float, gain: float = 1.0) -> None:
         bound = gain * math.sqrt(3.0 / max(fan_in, 1))
         draw.uniform_(weight, -bound, bound)
 
-    def _zero(self, bias: Any) -> None:
+    def _zero(self, bias: Parameter | None) -> None:
         if bias is not None:
             draw.zeros_(bias)
 
-    def linear(self, weight: Any, bias: Any, nonlinearity: str | None = None) -> None:
+    def linear(
+        self, weight: Parameter, bias: Parameter | None, nonlinearity: str | None = None
+    ) -> None:
         """Linear: variance gain²/in, gain √2 before a relu; bias 0.
 
         Source: He et al. 2015; zero biases as in flax, haiku and timm; pytorch#18182.
@@ -186,7 +199,9 @@ class V2026_1(Torch):
         self._scaled(weight, weight.shape[1], self._gain(nonlinearity))
         self._zero(bias)
 
-    def conv(self, weight: Any, bias: Any, nonlinearity: str | None = None) -> None:
+    def conv(
+        self, weight: Parameter, bias: Parameter | None, nonlinearity: str | None = None
+    ) -> None:
         """ConvNd: variance gain²/fan_in, fan_in = in/groups · k; bias 0.
 
         Source: He et al. 2015.
@@ -196,8 +211,8 @@ class V2026_1(Torch):
 
     def conv_transpose(
         self,
-        weight: Any,
-        bias: Any,
+        weight: Parameter,
+        bias: Parameter | None,
         groups: int = 1,
         stride: Sequence[int] = (),
         nonlinearity: str | None = None,
@@ -210,7 +225,7 @@ class V2026_1(Torch):
         self._scaled(weight, fan_in, self._gain(nonlinearity))
         self._zero(bias)
 
-    def bilinear(self, weight: Any, bias: Any) -> None:
+    def bilinear(self, weight: Parameter, bias: Parameter | None) -> None:
         """Bilinear: variance 1/(in1 · in2); bias 0.
 
         Source: the sum over both inputs has in1 · in2 terms.
@@ -218,7 +233,7 @@ class V2026_1(Torch):
         self._scaled(weight, weight.shape[1] * weight.shape[2])
         self._zero(bias)
 
-    def embedding(self, weight: Any, padding_idx: int | None = None) -> None:
+    def embedding(self, weight: Parameter, padding_idx: int | None = None) -> None:
         """Embedding, EmbeddingBag: N(0, 1/D), rows of length about 1; the padding row is 0.
 
         Source: flax.nnx.Embed; pytorch#3121, pytorch/translate#220. A tied head then has logits near 1.
@@ -227,7 +242,12 @@ class V2026_1(Torch):
         self._clear(weight, padding_idx)
 
     def attention(
-        self, in_proj: Sequence[Any], in_bias: Any, out_proj: Any, bias_k: Any, bias_v: Any
+        self,
+        in_proj: Sequence[Any],
+        in_bias: Parameter | None,
+        out_proj: Module,
+        bias_k: Parameter | None,
+        bias_v: Parameter | None,
     ) -> None:
         """MultiheadAttention: every projection variance 1/in, packed or not; biases 0.
 
@@ -263,10 +283,10 @@ class V2026_1(Torch):
                 bound = math.sqrt(6.0 / max(rows + columns, 1))
                 draw.uniform_(parameter, -bound, bound)
 
-    def transformer(self, model: Any) -> None:
+    def transformer(self, model: Module) -> None:
         """Transformer: what its layers have drawn, each layer its own."""
 
-    def feedforward(self, first: Any, second: Any, activation: str | None) -> None:
+    def feedforward(self, first: Module, second: Module, activation: str | None) -> None:
         """Transformer layers: variance gain²/in before the activation, 1/in after it; biases 0.
 
         Source: He et al. 2015.
@@ -302,7 +322,7 @@ def _parsed(name: str) -> tuple[str, str | None]:
     return version, nonlinearity or None
 
 
-def rules(module: Any) -> Torch:
+def rules(module: Module) -> Torch:
     """Return the rules by which a module draws its initial values.
 
     Args:

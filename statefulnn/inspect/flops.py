@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax.numpy as jnp
+from jax.extend.core import JaxprEqn, Literal, Var
 
 _MOVES = frozenset(
     """
@@ -24,7 +25,7 @@ _MOVES = frozenset(
 )
 
 
-def inner_jaxprs(eqn: Any) -> Iterator[Any]:
+def inner_jaxprs(eqn: JaxprEqn) -> Iterator[Any]:
     """Yield the jaxprs that an equation runs, such as the body of a loop or the branches of a cond."""
     for value in eqn.params.values():
         for part in value if isinstance(value, (tuple, list)) else (value,):
@@ -33,7 +34,7 @@ def inner_jaxprs(eqn: Any) -> Iterator[Any]:
                 yield jaxpr
 
 
-def turns(eqn: Any) -> int:
+def turns(eqn: JaxprEqn) -> int:
     """Return how often an equation runs its jaxpr: the length of a scan, and 1 of anything else."""
     return eqn.params["length"] if eqn.primitive.name == "scan" else 1
 
@@ -78,10 +79,10 @@ def flops_of(eqn: Any) -> int:
     return most - _size(out) if name.startswith("reduce_") else most
 
 
-def _size(variable: Any) -> int:
+def _size(variable: Var | Literal) -> int:
     return math.prod(getattr(variable.aval, "shape", ()))
 
 
-def _is_floating(variable: Any) -> bool:
+def _is_floating(variable: Var | Literal) -> bool:
     dtype = getattr(variable.aval, "dtype", None)
     return dtype is not None and jnp.issubdtype(dtype, jnp.inexact)

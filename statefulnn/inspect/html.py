@@ -7,8 +7,9 @@ import importlib.resources
 import itertools
 from collections.abc import Iterator
 from html import escape
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from statefulnn.core.box import Box
 from statefulnn.inspect.numbers import in_bytes
 from statefulnn.inspect.statistics import BINS, Statistics, sharding_of, statistics_of
 from statefulnn.inspect.tree import Held, Node, held_of, runs_of_equals, tree_of
@@ -32,7 +33,7 @@ def html_of_module(module: Module) -> str:
     return _wrapped("".join(_Tree(tree_of(module)).lines()))
 
 
-def html_of_array(box: Any) -> str:
+def html_of_array(box: Box) -> str:
     """Return a parameter or buffer: shape, dtype and what its numbers look like."""
     held = held_of(box, "", type(box).__name__)
     return _wrapped(_array(held, None if held.shape is None else statistics_of(box._value)))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +37,7 @@ class Statistics:
     histogram: tuple[int, ...]
 
 
-def statistics_of(value: Any) -> Statistics | str:
+def statistics_of(value: jax.Array | jax.ShapeDtypeStruct) -> Statistics | str:
     """Return statistics of an array, or why there are none; nothing is traced."""
     if isinstance(value, Tracer):
         return "traced: it has no numbers here"
@@ -89,7 +88,7 @@ def _histogram(finite: np.ndarray, low: float, high: float, most: float) -> np.n
     return np.histogram(places, BINS, (0, 1))[0]
 
 
-def sharding_of(value: Any) -> str | None:
+def sharding_of(value: object) -> str | None:
     """Return where an array lies, if that is more than one device."""
     sharding = None if isinstance(value, Tracer) else getattr(value, "sharding", None)
     if sharding is None or len(sharding.device_set) == 1:

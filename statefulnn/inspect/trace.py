@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.xla_metadata import set_xla_metadata
-from jax.extend.core import Var
+from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var
 
 from statefulnn.core.baked_in import probing
 from statefulnn.core.box import Box
@@ -188,7 +188,7 @@ def _is_member(x: object) -> bool:
     return isinstance(x, (Box, ModuleBase))
 
 
-def _read_by(eqn: Any) -> set[Any]:
+def _read_by(eqn: JaxprEqn) -> set[Any]:
     """Return the variables that an equation computes with; a call may be given more than it reads."""
     jaxprs = list(inner_jaxprs(eqn))
     if not jaxprs:
@@ -222,12 +222,12 @@ class _Recorder:
         self.referred = dict(_referred(model))
         self._name_of = {id(m): path for path, m in self.referred.items()}
 
-    def _name(self, module: Any, path: str, root: int | None) -> None:
+    def _name(self, module: Module, path: str, root: int | None) -> None:
         self._kept.append(module)
         for name, m in module.named_modules(remove_duplicate=False):
             self._known.setdefault(id(m), (".".join(filter(None, (path, name))), root))
 
-    def _meet(self, module: Any, number: int) -> None:
+    def _meet(self, module: Module, number: int) -> None:
         """Name a module that is not among those of the model, and mark its boxes."""
         guess = self._equal_of(module)
         if guess is None:
@@ -240,7 +240,7 @@ class _Recorder:
             if isinstance(box._value, jax.Array) and not is_lazy(box):
                 checkpoint_name(box._value, f"{_MARK}whose:{number}:{i}")
 
-    def _equal_of(self, module: Any) -> str | None:
+    def _equal_of(self, module: Module) -> str | None:
         """Return the name of a module of the model that a clone may be a clone of."""
         scope = module._nn_stamp.scope
         if scope is None or scope.birth:  # no clone
@@ -257,7 +257,7 @@ class _Recorder:
         ]
         return next((p for p in equal if p not in called), equal[0] if equal else None)
 
-    def enter(self, module: Any, args: tuple, kwargs: dict) -> None:
+    def enter(self, module: Module, args: tuple, kwargs: dict) -> None:
         number = len(self.calls)
         parent = self._open[-1][1] if self._open else None
         checkpoint_name(np.zeros((), bool), f"{_MARK}enter:{number}")
@@ -270,7 +270,7 @@ class _Recorder:
         self.calls.append(call)
         self._open.append((module, number))
 
-    def leave(self, module: Any, out: Any) -> Any:
+    def leave(self, module: Module, out: Any) -> Any:
         while self._open[-1][0] is not module:  # calls that an exception has ended
             self._open.pop()
         number = self._open.pop()[1]
@@ -278,7 +278,7 @@ class _Recorder:
         call.output = _structs(out)
         call.cls = type(module).__name__  # lazy layers change their class
 
-        def marked(x: Any) -> Any:
+        def marked(x: jax.Array) -> Any:
             if not _is_array(x) or jnp.issubdtype(x.dtype, jax.dtypes.extended):
                 return x
             return checkpoint_name(x, f"{_MARK}out:{number}")
@@ -312,7 +312,7 @@ class _Reader:
         # For each variable, where its value comes from: ends of edges, each with the call it lies in.
         self._sources: dict[Any, frozenset[tuple[int, int | str]]] = {}
 
-    def read(self, jaxpr: Any, names: list[list[str]]) -> dict[int, Call]:
+    def read(self, jaxpr: Jaxpr, names: list[list[str]]) -> dict[int, Call]:
         self.names = names
         self._boxes = {v: i for i, v in enumerate(jaxpr.invars[: len(names)])}
         for variable in jaxpr.invars[len(names) :]:
@@ -330,7 +330,7 @@ class _Reader:
                 calls[call.parent].children.append(call.number)
         return calls
 
-    def _walk(self, jaxpr: Any, current: int, times: int) -> None:
+    def _walk(self, jaxpr: Jaxpr, current: int, times: int) -> None:
         for eqn in jaxpr.eqns:
             mark = eqn.params.get("name", "") if eqn.primitive.name == "name" else ""
             if not mark.startswith(_MARK):
@@ -348,7 +348,7 @@ class _Reader:
             else:
                 self._export(eqn, call)
 
-    def _look_at_box(self, number: int, index: int, variable: Any) -> None:
+    def _look_at_box(self, number: int, index: int, variable: Var | Literal) -> None:
         if isinstance(variable, Var) and variable in self._fed:
             self.foreign.discard(id(self._marked_boxes[number][index][1]))
             if index == 0 and variable in self._boxes:
@@ -373,7 +373,7 @@ class _Reader:
             if call.path is not None or (boxes and not self._is_foreign(call.module)):
                 call.module = None
 
-    def _is_foreign(self, module: Any) -> bool:
+    def _is_foreign(self, module: Module) -> bool:
         boxes = [id(box) for _, box in boxes_of(module)]
         return not boxes or not self.foreign.isdisjoint(boxes)
 
@@ -388,7 +388,7 @@ class _Reader:
         fitting = [o for o in owners if type(self._modules.get(o)).__name__ == call.cls]
         return None if call.path in owners or not fitting else fitting[0]
 
-    def _export(self, eqn: Any, call: Call) -> None:
+    def _export(self, eqn: JaxprEqn, call: Call) -> None:
         (variable,) = eqn.invars
         for source in self._arriving(variable, call.number):
             self._edge(call.number, source, "out", variable)
@@ -396,12 +396,14 @@ class _Reader:
         end = (0, "out") if call.parent is None else (call.parent, call.number)
         self._sources[eqn.outvars[0]] = frozenset({end})
 
-    def _edge(self, where: int, source: int | str, target: int | str, variable: Any) -> None:
+    def _edge(
+        self, where: int, source: int | str, target: int | str, variable: Var | Literal
+    ) -> None:
         if where in self._parents and source != target:
             shape = variable.aval.str_short(short_dtypes=True)
             self._calls[where].edges.setdefault((source, target), shape)
 
-    def _arriving(self, variable: Any, here: int) -> set[int | str]:
+    def _arriving(self, variable: Var | Literal, here: int) -> set[int | str]:
         """Return from where a value comes, as seen in a call; draw the edges on its way into the call."""
         if not isinstance(variable, Var) or _is_random_state(variable):
             return set()
@@ -419,7 +421,7 @@ class _Reader:
             found.add(source)
         return found
 
-    def _equation(self, eqn: Any, current: int, times: int) -> None:
+    def _equation(self, eqn: JaxprEqn, current: int, times: int) -> None:
         jaxprs = list(inner_jaxprs(eqn))
         if any(self._is_marked(j) for j in jaxprs):
             self._inside(eqn, jaxprs, current, times)
@@ -448,14 +450,14 @@ class _Reader:
             self._sources[variable] = ends
 
     @staticmethod
-    def _sign(eqn: Any) -> str | None:
+    def _sign(eqn: JaxprEqn) -> str | None:
         """Return how an operation is drawn at which flows meet; None if it is not."""
         name = eqn.primitive.name
         if name in ("pjit", "jit", "custom_jvp_call", "custom_vjp_call"):
             name = str(eqn.params.get("name", name)).strip("_<>")
         return _MEETING.get(name, None if name in ("select_n", "pjit") else name)
 
-    def _inside(self, eqn: Any, jaxprs: list[Any], current: int, times: int) -> None:
+    def _inside(self, eqn: JaxprEqn, jaxprs: list[Any], current: int, times: int) -> None:
         for jaxpr in jaxprs:
             # Operands lie at the end: before them come the index of a cond, the constants of another body.
             for inner, outer in zip(reversed(jaxpr.invars), reversed(eqn.invars), strict=False):
@@ -473,10 +475,10 @@ class _Reader:
                     self._fed.update((outer,) if inner in self._fed else ())
                     self._sources[outer] = known | self._sources.get(inner, frozenset())
 
-    def _is_marked(self, jaxpr: Any) -> bool:
+    def _is_marked(self, jaxpr: Jaxpr) -> bool:
         return self._summed(jaxpr) is None
 
-    def _summed(self, jaxpr: Any) -> int | None:
+    def _summed(self, jaxpr: Jaxpr) -> int | None:
         """Return the operations of a jaxpr without marks, None for one with marks; JAX shares jaxprs."""
         if id(jaxpr) not in self._unmarked:
             total: int | None = 0
@@ -490,7 +492,7 @@ class _Reader:
             self._unmarked[id(jaxpr)] = (jaxpr, total)
         return self._unmarked[id(jaxpr)][1]
 
-    def _cost(self, eqn: Any, jaxprs: list[Any]) -> int:
+    def _cost(self, eqn: JaxprEqn, jaxprs: list[Any]) -> int:
         """Return the operations of an equation without marks: of branches, those of the dearest."""
         if not jaxprs:
             return flops_of(eqn)

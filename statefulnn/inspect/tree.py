@@ -12,6 +12,7 @@ from typing import Any
 import jax
 from jax.typing import DTypeLike
 
+from statefulnn.core.box import Box
 from statefulnn.core.module import Module
 from statefulnn.core.parameter import Parameter
 from statefulnn.core.uninitialized import is_lazy
@@ -130,7 +131,7 @@ def tree_of(model: Module, trace: Trace | None = None) -> Node:
     stack: list[Node] = []
     root: Node | None = None
 
-    def below(module: Any, path: str) -> list[tuple[str, Any]]:
+    def below(module: Module, path: str) -> list[tuple[str, Any]]:
         children = ((n, m) for n, m in module._nn_shown().items() if m is not None)
         return [(f"{path}.{n}" if path else n, m) for n, m in children]
 
@@ -192,7 +193,7 @@ def _add_strangers(root: Node, trace: Trace, signatures: dict[Any, int]) -> None
         node.signature = signatures.setdefault(_signature(node), len(signatures))
 
 
-def held_of(box: Any, path: str, name: str, first: str = "", trace: Trace | None = None) -> Held:
+def held_of(box: Box, path: str, name: str, first: str = "", trace: Trace | None = None) -> Held:
     """Describe a parameter or buffer; a trace knows the shapes that lazy ones will have."""
     known = (trace.shapes.get(path) if trace else None) if is_lazy(box) else box._value
     trainable = isinstance(box, Parameter) and box.requires_grad
@@ -234,7 +235,7 @@ def runs_of_equals(nodes: list[Node]) -> list[list[Node]]:
     return groups
 
 
-def describe(tree: Any) -> str:
+def describe(tree: object) -> str:
     """Return the shapes in an output, nested as it is: ``(2, 3)``, ``[(2, 3), None]``, ``{a: (2,)}``."""
     if isinstance(tree, jax.ShapeDtypeStruct):
         return str(tree.shape)
@@ -251,7 +252,7 @@ def describe(tree: Any) -> str:
     return f"{type(tree).__name__}({', '.join(map(describe, leaves))})"
 
 
-def bytes_of(tree: Any) -> int:
+def bytes_of(tree: object) -> int:
     """Return how many bytes the arrays of an output take."""
     structs = (x for x in jax.tree_util.tree_leaves(tree) if isinstance(x, jax.ShapeDtypeStruct))
     return sum(math.prod(x.shape) * getattr(x.dtype, "itemsize", 4) for x in structs)

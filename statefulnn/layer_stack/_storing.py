@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from statefulnn.core.generator import Generator
 from statefulnn.core.graph import bare, fill
+from statefulnn.core.module import Module
 from statefulnn.core.moduledef import ModuleDef
 from statefulnn.core.ownership import Scope, real_dict, set_plan, set_stamp
 from statefulnn.core.parameter import Parameter
@@ -50,7 +51,7 @@ class Segment(NamedTuple):
 class Layer:
     """What is known of one layer: its plan, its modules by node number, what tells it from others."""
 
-    def __init__(self, module: Any) -> None:
+    def __init__(self, module: Module) -> None:
         self.plan: Plan = build_plan((module,))
         self.moduledef: ModuleDef = self.plan.moduledef
         self.nodes = nodes_of(module, self.moduledef)
@@ -64,7 +65,7 @@ class Layer:
         return members(self.moduledef), self.moduledef.boxes, self.specs, self.tied
 
 
-def nodes_of(root: Any, moduledef: ModuleDef) -> list[Any]:
+def nodes_of(root: Module, moduledef: ModuleDef) -> list[Any]:
     """Return the modules of a tree in node order."""
     nodes = []
     for path in moduledef.paths:
@@ -155,7 +156,7 @@ class _Storing:
     def _module(self, moduledef: ModuleDef) -> Any:
         return modules_around(moduledef, self._numbered, self._scope, self._given)[0]
 
-    def _attach(self, run: list[Layer], stack: Any) -> None:
+    def _attach(self, run: list[Layer], stack: Module) -> None:
         for layer in run:
             for at in layer.slices:
                 at.module = stack
@@ -165,7 +166,7 @@ class _Storing:
 
 
 def layer_of(
-    segment: Segment, stack: Any, plan: Plan, index: int | slice, scope: Scope | None
+    segment: Segment, stack: Module, plan: Plan, index: int | slice, scope: Scope | None
 ) -> Any:
     """Build a layer that is stored, or a stack of several: a module whose boxes are slices."""
     moduledef, ranks = plan.moduledef, dict(segment.ranks)
@@ -205,7 +206,7 @@ def modules_around(
     return modules
 
 
-def given_nodes(segment: Segment, stack: Any, moduledef: ModuleDef) -> Mapping[int, Any]:
+def given_nodes(segment: Segment, stack: Module, moduledef: ModuleDef) -> Mapping[int, Any]:
     """Return the modules of a stack that are those of the layers too, by node number."""
     if not segment.shared:
         return {}
@@ -236,7 +237,7 @@ def members(moduledef: ModuleDef) -> tuple:
     return tuple((d.cls, d.members, d.references) for d in moduledef.nodes)
 
 
-def share_stamp(module: Any, stamp: Stamp) -> None:
+def share_stamp(module: Module, stamp: Stamp) -> None:
     """Let a change of a module be a change of another one."""
     set_stamp(module, stamp)
     set_plan(module, None)

@@ -7,7 +7,7 @@ import operator
 import re
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Self
+from typing import Any, Self, SupportsIndex
 
 import jax
 import jax.numpy as jnp
@@ -44,6 +44,7 @@ from statefulnn.modules.containers import ModuleList, Sequential, grouped
 from statefulnn.transforms.jit import jit
 from statefulnn.transforms.remat import remat as rematerialized
 from statefulnn.transforms.scan import looped
+from statefulnn.transforms.types import PyTree
 
 # What may differ from layer to layer: layers that have it alike are stored together.
 _PER_LAYER = frozenset({"training", "_hooked", *GLOBAL_HOOKS})
@@ -204,7 +205,7 @@ class LayerStack(Module):
     # ----------------------------------------------------------------------------------------------
     # Calls
 
-    def forward(self, x: Any, *args: object, **kwargs: object) -> Any:
+    def forward(self, x: PyTree, *args: object, **kwargs: object) -> Any:
         """Call the layers one after the other.
 
         Args:
@@ -235,7 +236,7 @@ class LayerStack(Module):
         return (x, *joined) if joined else x
 
     def _in_a_loop(
-        self, segment: Segment, start: int, stop: int, name: str, call: _Call, x: Any
+        self, segment: Segment, start: int, stop: int, name: str, call: _Call, x: PyTree
     ) -> tuple[Any, tuple]:
         stack: Any = self._modules[name]
         if (start, stop) != segment[:2]:
@@ -253,7 +254,7 @@ class LayerStack(Module):
             _name_layers(error, self, "*" if stop - start == len(self) else f"{start}-{stop - 1}")
             raise
 
-    def _one_by_one(self, start: int, stop: int, call: _Call, x: Any) -> tuple[Any, tuple]:
+    def _one_by_one(self, start: int, stop: int, call: _Call, x: PyTree) -> tuple[Any, tuple]:
         outputs = []
         for number in range(start, stop):
             layer = self._layer(number)
@@ -275,7 +276,7 @@ class LayerStack(Module):
         self._nn_settle()
         return iter([self._layer(i) for i in range(len(self))])
 
-    def __getitem__(self, index: Any) -> Any:
+    def __getitem__(self, index: int | slice) -> Any:
         self._nn_settle()
         if isinstance(index, slice):
             return ModuleList(self._layer(i) for i in range(len(self))[index])
@@ -293,7 +294,7 @@ class LayerStack(Module):
     def __contains__(self, module: object) -> bool:
         return any(module is layer for layer in real_dict(self).get("_views", {}).values())
 
-    def _index(self, index: Any) -> int:
+    def _index(self, index: SupportsIndex) -> int:
         number, count = operator.index(index), len(self)
         if not -count <= number < count:
             raise refusals.no_layer(number, count)
@@ -304,7 +305,7 @@ class LayerStack(Module):
             return self[int(name)]
         return super().__getattr__(name)
 
-    def __setattr__(self, name: str, value: Any) -> None:
+    def __setattr__(self, name: str, value: object) -> None:
         if name.isdecimal() and isinstance(value, Module):
             self[int(name)] = value
         else:
@@ -366,7 +367,9 @@ class LayerStack(Module):
                 self._put([self._layer(i) for i in range(len(self))])
             stamp.baked_in = captured
 
-    def _changed(self, view: Any, number: int, segment: Segment, name: str, before: Plan) -> bool:
+    def _changed(
+        self, view: Module, number: int, segment: Segment, name: str, before: Plan
+    ) -> bool:
         """Say whether a layer is no longer as it is stored; let it follow a change of what is stored."""
         stack: Any = self._modules[name]
         own, now, index = plan_of(view), plan_of(stack), number - segment.start
@@ -402,7 +405,7 @@ class LayerStack(Module):
             self._adopt_layer(number, view)
         return view
 
-    def _adopt_layer(self, number: int, layer: Any) -> None:
+    def _adopt_layer(self, number: int, layer: Module) -> None:
         real_dict(self).setdefault("_views", {})[str(number)] = layer
         home = layer._nn_home
         if not isinstance(home, tuple) or home[0]() is None:
@@ -448,7 +451,7 @@ class _Call:
         static: the rest, and what is to be computed again.
     """
 
-    def __init__(self, args: tuple, kwargs: dict[str, Any], remat: Any) -> None:
+    def __init__(self, args: tuple, kwargs: dict[str, Any], remat: bool | Callable) -> None:
         leaves, treedef, found = flatten_collecting((args, kwargs))
         is_array = [hasattr(leaf, "shape") and hasattr(leaf, "dtype") for leaf in leaves]
         self.modules = tuple(found)
@@ -463,16 +466,18 @@ class _Call:
         self.static, self.arrays, self.modules = static, list(arrays), ()
         return self
 
-    def step(self, carry: tuple, layer: Any) -> tuple[tuple, tuple]:
+    def step(self, carry: tuple, layer: Module) -> tuple[tuple, tuple]:
         x, *modules = carry
         x, *ys = self.on(layer, x, modules, True, in_loop=True)
         return (x, *modules), tuple(ys)
 
-    def on(self, layer: Any, x: Any, modules: Any, may_remat: bool, in_loop: bool) -> tuple:
+    def on(
+        self, layer: Module, x: PyTree, modules: Sequence[Module], may_remat: bool, in_loop: bool
+    ) -> tuple:
         """Call a layer: return what the next one takes, and its other outputs."""
         treedef, rest, remat = self.static
 
-        def call(layer: Any, x: Any, modules: Any) -> Any:
+        def call(layer: Module, x: PyTree, modules: Sequence[Module]) -> Any:
             arrays = iter(self.arrays)
             leaves = [next(arrays) if own else value for value, own in rest]
             args, kwargs = unflatten_with(treedef, leaves, modules)
@@ -489,7 +494,7 @@ class _Call:
 
 
 def _run(
-    stack: Any, x: Any, modules: tuple, arrays: Sequence[Any], static: tuple
+    stack: Module, x: PyTree, modules: tuple, arrays: Sequence[Any], static: tuple
 ) -> tuple[Any, tuple]:
     """Run layers that are stored together in a loop."""
     static, ranks, count, unroll, axis = static
@@ -497,7 +502,7 @@ def _run(
     names = zip(plan.moduledef.leaf_names, plan.boxes, strict=True)
     whole = [box for name, box in names if name not in stacked]
 
-    def step(carry: tuple, layer: Any) -> tuple[tuple, tuple]:
+    def step(carry: tuple, layer: Module) -> tuple[tuple, tuple]:
         x, *modules = carry
         return call.step((x if axis is None else split_by_first_axis(x, axis), *modules), layer)
 
@@ -515,7 +520,7 @@ def _name_layers(error: Exception, stack: LayerStack, layers: str) -> None:
         locate(error, stack, layers)
 
 
-def _observed(module: Any) -> bool:
+def _observed(module: Module) -> bool:
     """Say whether somebody is to see the calls of a module or below: hooks, or nn.capture."""
     if active.listeners or active.entering or any(GLOBAL_HOOKS.values()):
         return True

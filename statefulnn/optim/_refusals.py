@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
 import jax
 
@@ -160,7 +159,7 @@ def other_gradients(
     )
 
 
-def gradient_of_no_array(name: str, grad: Any, shape: Shape, dtype: object) -> ArgumentError:
+def gradient_of_no_array(name: str, grad: object, shape: Shape, dtype: object) -> ArgumentError:
     entry = f'grads["{name}"]'
     array = f"jnp.zeros({shape}, jnp.{dtype}), which leaves it as it is"
     array = array if grad is None else array_of(grad, entry)

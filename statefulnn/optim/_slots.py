@@ -26,7 +26,7 @@ class Slots(Module):
 
     scheduled: tuple[str, ...] = ()  # the settings that a schedule sets
 
-    def __setattr__(self, name: str, value: Any) -> None:
+    def __setattr__(self, name: str, value: object) -> None:
         if not (name in self._buffers or name in self._modules or name in self.__dict__):
             habits.refuse_slot(
                 ".".join(self._path()), name, [*self._buffers, *self._modules], value
@@ -42,11 +42,11 @@ class Slots(Module):
     def __getitem__(self, name: str) -> Any:
         return getattr(self, name)
 
-    def __setitem__(self, name: str, value: Any) -> None:
+    def __setitem__(self, name: str, value: object) -> None:
         setattr(self, name, value)
 
 
-def as_setting(box: Box | None, value: Any) -> Any:
+def as_setting(box: Box | None, value: object) -> Any:
     """Return a number, or an array, as one like that in a box, so that nothing is compiled for it."""
     if box is None:
         return strong(value)
@@ -124,7 +124,7 @@ def leaves_of(paths: Sequence[Any], names: Collection[str], several: bool) -> li
     ]
 
 
-def _owner(path: Any, names: Collection[str]) -> int:
+def _owner(path: Sequence[Any], names: Collection[str]) -> int:
     """Return which key of a path is the name of a parameter; 0 if none is."""
     for i in range(len(path) - 1, 0, -1):
         key = path[i]
@@ -154,7 +154,7 @@ def _slot_names(paths: list[Any], prefixes: list[tuple[str, ...]]) -> Iterator[t
         yield found if found != prefix else (*prefix, "slot")
 
 
-def _parts(key: Any) -> list[str]:
+def _parts(key: object) -> list[str]:
     for attribute in ("name", "key", "idx"):
         if hasattr(key, attribute):
             return str(getattr(key, attribute)).split(".")

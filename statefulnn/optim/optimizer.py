@@ -255,7 +255,7 @@ class Optimizer(Module):
     def _has_groups(self) -> bool:
         return isinstance(self.tx, dict)
 
-    def __setattr__(self, name: str, value: Any) -> None:
+    def __setattr__(self, name: str, value: object) -> None:
         if name in habits.SETTINGS_OF_OPTIMIZERS and type(self) is Optimizer:
             getattr(self, name)  # has the answer
         if name in ("only", "accumulate", "reduction") and type(self) is Optimizer:
@@ -476,7 +476,9 @@ class Optimizer(Module):
         self._expect_state([n[len(prefix) :] for n in state_dict if n.startswith(prefix)])
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
-    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
         """Load the slots by name; see `Module.load_state_dict`. Cohorts of `adapt` are those of the dict."""
         before = self._cohorts, self._own, [box.value for box in self._boxes()]
         try:
@@ -540,7 +542,9 @@ class Optimizer(Module):
             return (_step_with_norm if norm else _step)(self, grads, extra)
         return self._step(grads, extra, norm)
 
-    def _step(self, grads: Any, extra: Mapping[str, Any], norm: bool = False) -> jax.Array | None:
+    def _step(
+        self, grads: Mapping[str, Any], extra: Mapping[str, Any], norm: bool = False
+    ) -> jax.Array | None:
         parameters = self._trained()
         self._check_structure(parameters)
         grads = self._checked(grads, parameters)
@@ -562,7 +566,14 @@ class Optimizer(Module):
         self._note_step(next(iter(parameters.values()))._scope, boxes)
         return total
 
-    def _updated(self, values: Any, slots: Any, grads: Any, extra: Any, norm: bool) -> Any:
+    def _updated(
+        self,
+        values: dict[str, jax.Array],
+        slots: list[jax.Array],
+        grads: dict[str, jax.Array],
+        extra: Mapping[str, Any],
+        norm: bool,
+    ) -> Any:
         """Return parameters and slots after a step, and the norm of the gradients if it is asked for."""
         arrays = list(grads.values())
         total = total_norm_of(arrays, 2) if norm or self.clip is not None else None
@@ -585,7 +596,14 @@ class Optimizer(Module):
         slots = [*leaves, *(runs[k][i] for k, i in self._own)]
         return stepped, slots, total if norm else None
 
-    def _run(self, cohort: int, values: Any, slots: Any, grads: Any, extra: Any) -> Any:
+    def _run(
+        self,
+        cohort: int,
+        values: dict[str, jax.Array],
+        slots: list[jax.Array],
+        grads: dict[str, jax.Array],
+        extra: Mapping[str, Any],
+    ) -> Any:
         """Run the transformations of the groups that have a cohort: return updates and leaves of states."""
         states, updates = self._states(slots), {}
         alone = len(states) == 1
@@ -611,17 +629,24 @@ class Optimizer(Module):
                 raise refusals.slot_of_other_shape(leaf.slot, old.shape, jnp.shape(new))
         return updates, leaves
 
-    def _updated_in_turn(self, values: Any, slots: Any, grads: Any, extra: Any, norm: bool) -> Any:
+    def _updated_in_turn(
+        self,
+        values: dict[str, jax.Array],
+        slots: list[jax.Array],
+        grads: dict[str, jax.Array],
+        extra: Mapping[str, Any],
+        norm: bool,
+    ) -> Any:
         """Accumulate gradients, and make an update of them in every so many-th step."""
         count = len(self._leaves) + len(self._own)
         slots, sums, steps = slots[:count], slots[count:-1], slots[-1] + 1
         sums = [s + grads[n] for n, s in zip(self._names, sums, strict=True)]
         scale = 1 / self._every if self._reduction == "mean" else 1.0
 
-        def reduced(sums: Any) -> dict[str, Any]:
+        def reduced(sums: list[jax.Array]) -> dict[str, Any]:
             return {n: s * scale for n, s in zip(self._names, sums, strict=True)}
 
-        def update(carry: Any) -> Any:
+        def update(carry: tuple) -> Any:
             values, slots, sums, steps = carry
             new, after, _ = self._updated(values, slots, reduced(sums), extra, False)
             new, after = jax.tree.map(_of_type, (new, after), (values, slots))
@@ -642,7 +667,7 @@ class Optimizer(Module):
     # ----------------------------------------------------------------------------------------------
     # Checks
 
-    def _check_owner(self, grads: Any) -> None:
+    def _check_owner(self, grads: object) -> None:
         """Warn of gradients that are known to be those of another module."""
         first = self._names[0]
         gradient = grads.get(first) if isinstance(grads, Mapping) else None
@@ -673,7 +698,7 @@ class Optimizer(Module):
             }
         )
 
-    def _checked(self, grads: Any, parameters: Mapping[str, Parameter]) -> dict[str, Any]:
+    def _checked(self, grads: object, parameters: Mapping[str, Parameter]) -> dict[str, Any]:
         if not isinstance(grads, Mapping):
             raise refusals.no_gradients(grads)
         unknown = [n for n in grads if n not in parameters]
@@ -697,12 +722,14 @@ class Optimizer(Module):
 
 
 @jit
-def _step(opt: Optimizer, grads: Any, extra: Mapping[str, Any]) -> None:
+def _step(opt: Optimizer, grads: Mapping[str, Any], extra: Mapping[str, Any]) -> None:
     opt._step(grads, extra)
 
 
 @jit
-def _step_with_norm(opt: Optimizer, grads: Any, extra: Mapping[str, Any]) -> jax.Array:
+def _step_with_norm(
+    opt: Optimizer, grads: Mapping[str, Any], extra: Mapping[str, Any]
+) -> jax.Array:
     return cast(jax.Array, opt._step(grads, extra, True))
 
 

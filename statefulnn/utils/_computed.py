@@ -13,6 +13,7 @@ from __future__ import annotations
 from typing import Any
 
 from statefulnn.core.errors import RegistrationError, explain
+from statefulnn.core.module import Module
 from statefulnn.utils._tensors import numbers_of
 
 
@@ -29,11 +30,11 @@ class Computation:
     # Attributes that are kept for Python code only, as `Module._python_cache` says.
     python_cache: tuple[str, ...] = ()
 
-    def read(self, module: Any) -> Any:
+    def read(self, module: Module) -> Any:
         """Return the array."""
         raise NotImplementedError
 
-    def write(self, module: Any, value: Any) -> None:
+    def write(self, module: Module, value: object) -> None:
         """Take a value that is assigned to the attribute."""
         label = f"{type(module).__name__}.{self.name}"
         raise RegistrationError(
@@ -44,10 +45,10 @@ class Computation:
             )
         )
 
-    def before_saving(self, module: Any, destination: dict, prefix: str) -> None:
+    def before_saving(self, module: Module, destination: dict, prefix: str) -> None:
         """See the dict that the module is about to put its own entries into."""
 
-    def before_loading(self, module: Any, given: Loading) -> None:
+    def before_loading(self, module: Module, given: Loading) -> None:
         """Bring a checkpoint of an older form into the present one."""
 
 
@@ -77,32 +78,32 @@ class Loading:
 _classes: dict[tuple, type] = {}
 
 
-def base_of(module: Any) -> type:
+def base_of(module: Module) -> type:
     """Return the class of a module without its computed attributes."""
     return getattr(type(module), "_computed_base", type(module))
 
 
-def computations(module: Any) -> tuple[Computation, ...]:
+def computations(module: Module) -> tuple[Computation, ...]:
     """Return the computations of a module, by name."""
     return getattr(type(module), "_computations", ())
 
 
-def computation(module: Any, name: str, kind: type) -> Any:
+def computation(module: Module, name: str, kind: type) -> Any:
     """Return the computation of a kind under a name, None if there is none."""
     return next((c for c in computations(module) if c.name == name and isinstance(c, kind)), None)
 
 
-def add_computation(module: Any, new: Computation) -> None:
+def add_computation(module: Module, new: Computation) -> None:
     """Have an attribute computed from here on; its parameter must be gone already."""
     _exchange(module, (*computations(module), new))
 
 
-def remove_computation(module: Any, old: Computation) -> None:
+def remove_computation(module: Module, old: Computation) -> None:
     """Have an attribute no longer computed; the module has none of that name then."""
     _exchange(module, tuple(c for c in computations(module) if c != old))
 
 
-def _exchange(module: Any, wanted: tuple[Computation, ...]) -> None:
+def _exchange(module: Module, wanted: tuple[Computation, ...]) -> None:
     module._check_static_write("__class__", None)
     object.__setattr__(module, "__class__", _class_with(base_of(module), wanted))
     module._nn_stamp.touch()
@@ -121,7 +122,7 @@ def _class_with(base: type, wanted: tuple[Computation, ...]) -> type:
 def _made(base: Any, wanted: tuple[Computation, ...]) -> type:
     by_name = {c.name: c for c in wanted}
 
-    def setattr_(self: Any, name: str, value: Any) -> None:
+    def setattr_(self: Any, name: str, value: object) -> None:
         if name in by_name:
             by_name[name].write(self, value)
         else:
@@ -182,7 +183,7 @@ def _bare(base: type, wanted: tuple[Computation, ...]) -> Any:
 
 
 def _property(c: Computation) -> property:
-    def read(module: Any) -> Any:
+    def read(module: Module) -> Any:
         try:
             return c.read(module)
         except (TypeError, AttributeError) as error:

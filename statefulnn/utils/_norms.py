@@ -7,14 +7,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from statefulnn import init
 from statefulnn.core.errors import explain
+from statefulnn.core.module import Module
 from statefulnn.core.parameter import Buffer
 from statefulnn.modules.conv_transpose import ConvTranspose1d, ConvTranspose2d, ConvTranspose3d
 
 
-def checked_dim(weight: Any, dim: int, function: str) -> int:
+def checked_dim(weight: jax.Array, dim: int, function: str) -> int:
     """Return an axis counted from the front, or raise."""
     if not -weight.ndim <= dim < weight.ndim:
         raise IndexError(
@@ -40,52 +42,52 @@ def require_positive(n_power_iterations: int, function: str) -> None:
         )
 
 
-def norm_except_dim(v: Any, dim: int) -> Any:
+def norm_except_dim(v: jax.Array, dim: int) -> Any:
     """Return the norms of the slices along an axis, in place of the slices; -1: one norm, a scalar."""
     return _norm(v, dim if dim == -1 else checked_dim(v, dim, "weight_norm"))
 
 
-def weight_of(v: Any, g: Any, dim: int) -> Any:
+def weight_of(v: jax.Array, g: jax.Array, dim: int) -> Any:
     """Return v with the norms g along an axis."""
     return _weight(v, g, dim if dim == -1 else checked_dim(v, dim, "weight_norm"))
 
 
-def _wide(x: Any) -> Any:
+def _wide(x: jax.Array) -> Any:
     return x.astype(jnp.float32) if x.dtype.itemsize == 2 else x
 
 
 @functools.partial(jax.jit, static_argnums=1)
-def _norm(v: Any, dim: int) -> Any:
+def _norm(v: jax.Array, dim: int) -> Any:
     axes = None if dim == -1 else tuple(i for i in range(v.ndim) if i != dim)
     squares = jnp.sum(jnp.square(jnp.abs(_wide(v))), axes, keepdims=dim != -1)
     return jnp.sqrt(squares).astype(v.dtype)
 
 
 @functools.partial(jax.jit, static_argnums=2)
-def _weight(v: Any, g: Any, dim: int) -> Any:
+def _weight(v: jax.Array, g: jax.Array, dim: int) -> Any:
     wide = _wide(v)
     return (wide * (_wide(g) / _norm(wide, dim))).astype(v.dtype)
 
 
-def output_dim(module: Any) -> int:
+def output_dim(module: Module) -> int:
     """Return the axis of the outputs in the weight of a layer."""
     return int(isinstance(module, (ConvTranspose1d, ConvTranspose2d, ConvTranspose3d)))
 
 
-def as_matrix(weight: Any, dim: int) -> Any:
+def as_matrix(weight: jax.Array, dim: int) -> Any:
     """Return a weight with an axis in front and the others as one."""
     moved = jnp.moveaxis(weight, dim, 0)
     return moved.reshape(moved.shape[0], -1)
 
 
-def random_vectors(matrix: Any, eps: float) -> tuple[Any, Any]:
+def random_vectors(matrix: jax.Array, eps: float) -> tuple[Any, Any]:
     """Draw a vector for the rows and one for the columns, of norm 1."""
     u, v = (init.normal_(Buffer(jnp.zeros(n, matrix.dtype))).value for n in matrix.shape)
     return normalised(u, eps), normalised(v, eps)
 
 
 @jax.jit
-def normalised(x: Any, eps: float) -> Any:
+def normalised(x: jax.Array, eps: float) -> Any:
     """Return a vector divided by its norm, or by eps if that is larger."""
     wide = _wide(x)
     squares = jnp.sum(jnp.square(wide))
@@ -97,7 +99,7 @@ def normalised(x: Any, eps: float) -> Any:
 
 @functools.partial(jax.jit, static_argnames=("n", "u_first"))
 def power_iterations(
-    matrix: Any, u: Any, v: Any, *, n: int, eps: float, u_first: bool
+    matrix: jax.Array, u: jax.Array, v: jax.Array, *, n: int, eps: float, u_first: bool
 ) -> tuple[Any, Any]:
     """Improve the singular vectors of the largest singular value; nothing is differentiated.
 
@@ -111,7 +113,7 @@ def power_iterations(
     """
     matrix, u, v = jax.lax.stop_gradient((matrix, u, v))
 
-    def step(_: Any, vectors: tuple[Any, Any]) -> tuple[Any, Any]:
+    def step(_: ArrayLike, vectors: tuple[Any, Any]) -> tuple[Any, Any]:
         u, v = vectors
         if u_first:
             u = normalised(matrix @ v, eps)
@@ -124,7 +126,7 @@ def power_iterations(
 
 
 @functools.partial(jax.jit, static_argnums=3)
-def divided_by_sigma(weight: Any, u: Any, v: Any, dim: int) -> Any:
+def divided_by_sigma(weight: jax.Array, u: jax.Array, v: jax.Array, dim: int) -> Any:
     """Return a weight divided by uᴴ W v, through which only the weight is differentiated."""
     u, v = jax.lax.stop_gradient((u, v))
     return weight / jnp.vdot(u, as_matrix(weight, dim) @ v)

@@ -11,7 +11,7 @@ from statefulnn.core.parameter import Parameter
 from statefulnn.core.placement import is_meta
 
 
-def numbers_of(tensor: Any, what: str) -> Any:
+def numbers_of(tensor: object, what: str) -> Any:
     """Return the array of a box, and anything else as it is; raise if it is on the meta device.
 
     Args:

@@ -15,8 +15,8 @@ from __future__ import annotations
 import functools
 import math
 import warnings
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, SupportsFloat
 
 import jax
 import jax.numpy as jnp
@@ -28,13 +28,14 @@ from statefulnn.core.compat import EAGER, Tracer, current_trace
 from statefulnn.core.errors import DtypeError, explain, user_stack_level
 from statefulnn.core.ownership import ModuleBase, check_write
 from statefulnn.core.parameter import Parameter
+from statefulnn.transforms.types import PyTree
 
 
-def _wide(x: Any) -> Any:
+def _wide(x: jax.Array) -> Any:
     return x.astype(jnp.float32) if x.dtype.itemsize == 2 else x
 
 
-def _vector_norm(x: Any, order: float) -> Any:
+def _vector_norm(x: jax.Array, order: float) -> Any:
     size = jnp.abs(_wide(x))  # of any rank: on a mesh a flat one would have to be gathered
     if order == math.inf:
         norm = jnp.max(size, initial=0)
@@ -61,7 +62,7 @@ def total_norm_of(tensors: list[Any], order: float) -> Any:
 
 
 @jax.jit
-def scaled_to(grads: list[Any], max_norm: Any, total_norm: Any) -> list[Any]:
+def scaled_to(grads: list[Any], max_norm: jax.Array, total_norm: jax.Array) -> list[Any]:
     """Return gradients whose norm is at most `max_norm`, an array."""
     total_norm = _wide(total_norm)
     scale = jnp.minimum(max_norm.astype(total_norm.dtype) / (total_norm + 1e-6), 1)
@@ -69,13 +70,13 @@ def scaled_to(grads: list[Any], max_norm: Any, total_norm: Any) -> list[Any]:
 
 
 @functools.partial(jax.jit, static_argnums=2)
-def _scaled_with_norm(grads: list[Any], max_norm: Any, order: float) -> tuple[list[Any], Any]:
+def _scaled_with_norm(grads: list[Any], max_norm: jax.Array, order: float) -> tuple[list[Any], Any]:
     norm = total_norm_of(grads, order)
     return scaled_to(grads, max_norm, norm), norm
 
 
 @jax.jit
-def _clamped(grads: list[Any], limit: Any) -> list[Any]:
+def _clamped(grads: list[Any], limit: jax.Array) -> list[Any]:
     return [jnp.clip(g, -limit.astype(g.dtype), limit.astype(g.dtype)) for g in grads]
 
 
@@ -141,7 +142,7 @@ class _Gradients:
         return None
 
 
-def _listed(given: Any, function: str) -> list[Any]:
+def _listed(given: Iterable[Any], function: str) -> list[Any]:
     """Return the members of an iterable; raise if they are arrays, which nothing could replace there."""
     members = list(given)
     if not members and isinstance(given, Iterator) and function == "clip_grad_norm_":
@@ -161,7 +162,7 @@ def _listed(given: Any, function: str) -> list[Any]:
     return members
 
 
-def _put(old: Any, new: Any) -> None:
+def _put(old: PyTree, new: PyTree) -> None:
     """Put the arrays of a tree into the dicts and lists of another one, as deep as there are any."""
     if type(old) in (dict, list):
         for key, value in old.items() if isinstance(old, dict) else enumerate(old):
@@ -208,7 +209,7 @@ def _require_gradient(value: Any, function: str) -> None:
         )
 
 
-def _require_finite(norm: Any, order: float, function: str) -> None:
+def _require_finite(norm: jax.Array, order: float, function: str) -> None:
     if isinstance(norm, Tracer):
         raise RuntimeError(
             explain(
@@ -311,7 +312,7 @@ def clip_grads_with_norm_(
     return gradients.replaced(scaled_to(gradients.values, _limit(max_norm), unwrap(total_norm)))
 
 
-def _limit(value: Any) -> Any:
+def _limit(value: SupportsFloat) -> Any:
     """Return a limit as something compiled code takes without compiling again for its value."""
     return unwrap(value) if isinstance(value, (jax.Array, Box)) else float(value)
 
@@ -367,7 +368,7 @@ def clip_grad_norm_(
 
 
 def clip_grad_norm(
-    parameters: Any,
+    parameters: object,
     max_norm: float,
     norm_type: float = 2.0,
     error_if_nonfinite: bool = False,

@@ -6,6 +6,7 @@ Source: ``torch.nn.utils.fusion``.
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -19,7 +20,7 @@ from statefulnn.core.parameter import Parameter
 M = TypeVar("M", bound=Module)
 
 
-def _require_fusible(layer: Any, bn: Any, function: str) -> None:
+def _require_fusible(layer: Module, bn: Module, function: str) -> None:
     if layer.training or bn.training:
         raise AssertionError(
             explain(
@@ -39,7 +40,15 @@ def _require_fusible(layer: Any, bn: Any, function: str) -> None:
 
 
 @jax.jit
-def _fused(w: Any, b: Any, mean: Any, var: Any, eps: Any, scale: Any, shift: Any) -> Any:
+def _fused(
+    w: jax.Array,
+    b: jax.Array | None,
+    mean: jax.Array,
+    var: jax.Array,
+    eps: ArrayLike,
+    scale: jax.Array | None,
+    shift: jax.Array | None,
+) -> Any:
     """Return the factor of each channel, and the bias."""
     factor = jax.lax.rsqrt(var + eps)
     if scale is not None:
@@ -50,7 +59,14 @@ def _fused(w: Any, b: Any, mean: Any, var: Any, eps: Any, scale: Any, shift: Any
 
 
 def _parameters(
-    w: Any, b: Any, mean: Any, var: Any, eps: Any, scale: Any, shift: Any, shape: Any
+    w: ArrayLike,
+    b: ArrayLike | None,
+    mean: ArrayLike,
+    var: ArrayLike,
+    eps: float,
+    scale: ArrayLike | None,
+    shift: ArrayLike | None,
+    shape: Sequence[int],
 ) -> tuple[Parameter, Parameter]:
     arrays = [unwrap(x) for x in (w, b, mean, var, eps, scale, shift)]
     factor, bias = _fused(*arrays)

@@ -217,7 +217,7 @@ def _infer_shapes(module: Module, inputs: tuple, kwargs: dict[str, Any]) -> list
     return called
 
 
-def _note_inputs(module: Any, name: str, seen: dict) -> None:
+def _note_inputs(module: Module, name: str, seen: dict) -> None:
     infer = module._infer_parameters
 
     def noting(args: tuple, kwargs: dict) -> None:
@@ -228,7 +228,7 @@ def _note_inputs(module: Any, name: str, seen: dict) -> None:
     object.__setattr__(module, "_infer_parameters", noting)
 
 
-def _struct(x: Any) -> Any:
+def _struct(x: object) -> Any:
     return jax.ShapeDtypeStruct(x.shape, x.dtype) if isinstance(x, jax.Array) else x
 
 
@@ -349,7 +349,7 @@ def _construction_order(
     parents: dict[Module, Module] = {}
     needed: set[Module] = set()
 
-    def below(m: Any, name: str) -> list[tuple[str, Any]]:
+    def below(m: Module, name: str) -> list[tuple[str, Any]]:
         children = [(k, child) for k, child in m._nn_shown().items() if child is not None]
         for _, child in children:
             if child not in parents or _first_home(child) is m:
@@ -366,7 +366,7 @@ def _construction_order(
     return order, parents
 
 
-def _first_home(member: Any) -> Any:
+def _first_home(member: Module | Box) -> Any:
     """Return the module in which a box or module was registered first, if that is known."""
     return member._nn_home[0]() if isinstance(member._nn_home, tuple) else None
 
@@ -381,7 +381,7 @@ def _upwards(module: Module, parents: dict[Module, Module]) -> set[Module]:
     return found
 
 
-def _reset_of(module: Any) -> Callable | None:
+def _reset_of(module: Module) -> Callable | None:
     if isinstance(module, AdaptiveLogSoftmaxWithLoss):
         return None  # its constructor leaves drawing to its children; its reset_parameters asks them again
     for name in ("reset_parameters", "_reset_parameters"):

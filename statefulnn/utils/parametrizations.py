@@ -44,11 +44,11 @@ class _OrthMaps(enum.Enum):
     householder = enum.auto()
 
 
-def _adjoint(x: Any) -> Any:
+def _adjoint(x: jax.Array) -> Any:
     return jnp.conj(jnp.swapaxes(x, -1, -2))
 
 
-def _householder(x: Any) -> Any:
+def _householder(x: jax.Array) -> Any:
     """Return the first columns of the product of the reflections in the columns below the diagonal."""
     n, k = x.shape[-2:]
     one = jnp.eye(n, k, dtype=x.dtype)
@@ -64,7 +64,7 @@ def _householder(x: Any) -> Any:
 
 
 @functools.partial(jax.jit, static_argnames="kind")
-def _orthogonal(x: Any, base: Any, kind: _OrthMaps) -> Any:
+def _orthogonal(x: jax.Array, base: jax.Array | None, kind: _OrthMaps) -> Any:
     transposed = x.shape[-2] < x.shape[-1]
     if transposed:
         x = jnp.swapaxes(x, -1, -2)
@@ -87,21 +87,21 @@ def _orthogonal(x: Any, base: Any, kind: _OrthMaps) -> Any:
 
 
 @jax.jit
-def _orthogonalised(x: Any) -> Any:
+def _orthogonalised(x: jax.Array) -> Any:
     """Return Q of x = QR with a diagonal of R that is real and not negative."""
     q, r = jnp.linalg.qr(x)
     return q * jnp.sign(jnp.diagonal(r, axis1=-2, axis2=-1))[..., None, :]
 
 
 @jax.jit
-def _orthogonalised_if_needed(x: Any) -> Any:
+def _orthogonalised_if_needed(x: jax.Array) -> Any:
     eps = 10 * x.shape[-2] * jnp.finfo(x.dtype).eps
     one = jnp.eye(x.shape[-1], dtype=x.dtype)
     return jnp.where(jnp.allclose(_adjoint(x) @ x, one, atol=eps), x, _orthogonalised(x))
 
 
 @jax.jit
-def _reflections(x: Any) -> Any:
+def _reflections(x: jax.Array) -> Any:
     """Return the reflections of x = QR below a diagonal of signs."""
     h, tau = jnp.linalg.qr(x, mode="raw")
     a = jnp.swapaxes(h, -1, -2)
@@ -118,7 +118,7 @@ class _Orthogonal(Module):
     # Built by `orthogonal`. With a base B the matrix is B·f(X), and X starts where f(X) is the identity
     # ("dynamic trivialization", Lezcano-Casado 2019).
     def __init__(
-        self, weight: Any, orthogonal_map: _OrthMaps, *, use_trivialization: bool = True
+        self, weight: jax.Array, orthogonal_map: _OrthMaps, *, use_trivialization: bool = True
     ) -> None:
         super().__init__()
         complex_ = jnp.issubdtype(weight.dtype, jnp.complexfloating)
@@ -136,11 +136,11 @@ class _Orthogonal(Module):
         if use_trivialization:
             self.register_buffer("base", None)
 
-    def forward(self, X: Any) -> Any:
+    def forward(self, X: jax.Array) -> Any:
         base = self.base if "base" in self._buffers else None
         return _orthogonal(unwrap(X), base, self.orthogonal_map)
 
-    def right_inverse(self, Q: Any) -> Any:
+    def right_inverse(self, Q: jax.Array) -> Any:
         Q = jnp.asarray(unwrap(Q))
         if Q.shape != self.shape:
             raise ShapeError(
@@ -257,10 +257,10 @@ class _WeightNorm(Module):
         super().__init__()
         self.dim = -1 if dim is None else dim
 
-    def forward(self, weight_g: Any, weight_v: Any) -> Any:
+    def forward(self, weight_g: jax.Array, weight_v: jax.Array) -> Any:
         return weight_of(unwrap(weight_v), unwrap(weight_g), self.dim)
 
-    def right_inverse(self, weight: Any) -> tuple[Any, Any]:
+    def right_inverse(self, weight: jax.Array) -> tuple[Any, Any]:
         weight = unwrap(weight)
         return norm_except_dim(weight, self.dim), weight
 
@@ -304,7 +304,7 @@ def weight_norm(module: Module, name: str = "weight", dim: int | None = 0) -> Mo
 class _SpectralNorm(Module):
     # Built by `spectral_norm`.
     def __init__(
-        self, weight: Any, n_power_iterations: int = 1, dim: int = 0, eps: float = 1e-12
+        self, weight: jax.Array, n_power_iterations: int = 1, dim: int = 0, eps: float = 1e-12
     ) -> None:
         super().__init__()
         self.dim = checked_dim(weight, dim, "spectral_norm")
@@ -318,7 +318,7 @@ class _SpectralNorm(Module):
             self.register_buffer("_u", u)
             self.register_buffer("_v", v)
 
-    def forward(self, weight: Any) -> Any:
+    def forward(self, weight: jax.Array) -> Any:
         weight = unwrap(weight)
         if weight.ndim == 1:
             return normalised(weight, self.eps)
@@ -331,7 +331,7 @@ class _SpectralNorm(Module):
             self._u, self._v = u, v
         return divided_by_sigma(weight, u, v, self.dim)
 
-    def right_inverse(self, value: Any) -> Any:
+    def right_inverse(self, value: jax.Array) -> Any:
         return value
 
 

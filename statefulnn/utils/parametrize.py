@@ -129,7 +129,7 @@ def cached() -> Iterator[None]:
         _cache.reset(token)
 
 
-def _is_array(value: Any) -> bool:
+def _is_array(value: object) -> bool:
     return isinstance(value, (jax.Array, np.ndarray, Box))
 
 
@@ -290,7 +290,7 @@ def _names(modules: Sequence[Module]) -> str:
     return ", ".join(type(m).__name__ for m in modules)
 
 
-def _wrong_result(method: str, modules: Sequence[Module], wanted: str, got: Any) -> ValueError:
+def _wrong_result(method: str, modules: Sequence[Module], wanted: str, got: object) -> ValueError:
     return ValueError(
         explain(
             f"{method} of {_names(modules)} must return {wanted}. Got {type(got).__name__}",
@@ -301,7 +301,7 @@ def _wrong_result(method: str, modules: Sequence[Module], wanted: str, got: Any)
 
 
 def _changed(
-    method: str, modules: Sequence[Module], noun: str, before: Any, after: Any
+    method: str, modules: Sequence[Module], noun: str, before: object, after: object
 ) -> ValueError:
     return ValueError(
         explain(
@@ -317,7 +317,9 @@ def _changed(
     )
 
 
-def _require_like(value: Any, shape: Any, dtype: Any, modules: Sequence[Module]) -> None:
+def _require_like(
+    value: Any, shape: tuple[int, ...], dtype: np.dtype, modules: Sequence[Module]
+) -> None:
     if not _is_array(value):
         raise _wrong_result("forward", modules, "an array", value)
     if value.dtype != dtype:
@@ -336,14 +338,14 @@ class Parametrized(Computation):
     def __str__(self) -> str:
         return f"the parametrizations of {self.name!r}"
 
-    def read(self, module: Any) -> Any:
+    def read(self, module: Module) -> Any:
         parametrizations = module.parametrizations._modules[self.name]
         cache = _cache.get()
         if cache is not None and cache.applies():
             return cache.get(parametrizations)
         return parametrizations()
 
-    def write(self, module: Any, value: Any) -> None:
+    def write(self, module: Module, value: object) -> None:
         if isinstance(value, (Parameter, Buffer)):
             raise TakenNameError(
                 explain(
@@ -364,7 +366,7 @@ class Parametrized(Computation):
             )
         module.parametrizations._modules[self.name].right_inverse(value)
 
-    def before_loading(self, module: Any, given: Loading) -> None:
+    def before_loading(self, module: Module, given: Loading) -> None:
         for parametrization in module.parametrizations._modules[self.name]:
             convert = getattr(type(parametrization), "_convert_old_names", None)
             if convert is not None:
@@ -449,7 +451,7 @@ def register_parametrization(
     return module
 
 
-def _check_next(module: Module, name: str, parametrization: Any) -> None:
+def _check_next(module: Module, name: str, parametrization: Module) -> None:
     """Raise unless a further parametrization keeps shape and dtype, there and back."""
     now = getattr(module, name)
     after = parametrization(now)

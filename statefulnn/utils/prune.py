@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import abc
 import numbers
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -205,7 +205,7 @@ class BasePruningMethod(abc.ABC):
         _remove(module, self._name("remove"))
 
 
-def _require_same_shape(scores: Any, t: Any, noun: str) -> None:
+def _require_same_shape(scores: jax.Array, t: jax.Array, noun: str) -> None:
     if scores.shape != t.shape:
         raise AssertionError(
             explain(
@@ -307,7 +307,7 @@ class PruningContainer(BasePruningMethod):
     def __iter__(self) -> Iterator[Any]:
         return iter(self._pruning_methods)
 
-    def __getitem__(self, idx: Any) -> Any:
+    def __getitem__(self, idx: int | slice) -> Any:
         return self._pruning_methods[idx]
 
     def compute_mask(self, t: jax.Array, default_mask: jax.Array) -> jax.Array:
@@ -377,11 +377,11 @@ class _ByAmount(BasePruningMethod):
         return int(self.amount)
 
 
-def _random(shape: Any) -> np.ndarray:
+def _random(shape: Sequence[int]) -> np.ndarray:
     return np.asarray(init.uniform_(Buffer(jnp.zeros(shape))).value)
 
 
-def _without_lowest(values: np.ndarray, number: int, mask: Any) -> Any:
+def _without_lowest(values: np.ndarray, number: int, mask: jax.Array | np.ndarray) -> Any:
     """Return a mask without the positions of the lowest values."""
     lowest = np.argsort(values.reshape(-1), kind="stable")[:number]  # NaN counts as the highest
     flat = np.array(mask).reshape(-1)
@@ -455,12 +455,12 @@ class L1Unstructured(_ByAmount):
         return super().apply(module, name, amount=amount, importance_scores=importance_scores)
 
 
-def _wide(t: Any) -> np.ndarray:
+def _wide(t: ArrayLike) -> np.ndarray:
     t = np.asarray(numbers_of(t, "pruned a parameter by its values"))
     return t.astype(np.float32) if t.dtype.itemsize == 2 else t
 
 
-def _no_such_axis(t: Any, dim: int) -> IndexError:
+def _no_such_axis(t: jax.Array, dim: int) -> IndexError:
     return IndexError(
         explain(
             f"pruned channels along dim={dim}",
@@ -479,7 +479,7 @@ class _Structured(_ByAmount):
         super().__init__(amount)
         self.dim = dim
 
-    def _number_of_channels(self, t: Any) -> int:
+    def _number_of_channels(self, t: jax.Array) -> int:
         if t.ndim <= 1:
             raise ValueError(
                 explain(
@@ -493,7 +493,9 @@ class _Structured(_ByAmount):
             raise _no_such_axis(t, self.dim)
         return self._number(t.shape[self.dim])
 
-    def _without_channels(self, values: np.ndarray, number: int, t: Any, mask: Any) -> Any:
+    def _without_channels(
+        self, values: np.ndarray, number: int, t: jax.Array, mask: jax.Array
+    ) -> Any:
         """Return a mask without the channels of the lowest values."""
         channels = _without_lowest(values, number, np.ones(values.shape))
         shape = [1] * t.ndim
@@ -907,7 +909,7 @@ def remove(module: Module, name: str) -> Module:
     return module
 
 
-def _remove(module: Any, name: str) -> None:
+def _remove(module: Module, name: str) -> None:
     applied = pruned(module, name)
     if applied is None:
         raise ValueError(

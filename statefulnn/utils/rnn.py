@@ -40,7 +40,7 @@ __all__ = [
 __dir__ = listing(globals())
 
 
-def _integers(values: Any) -> Any:
+def _integers(values: ArrayLike) -> Any:
     return jnp.asarray(values, jax.dtypes.canonicalize_dtype(np.int64))
 
 
@@ -124,7 +124,7 @@ def pack_padded_sequence(
 
 
 @jax.jit
-def _swapped(x: Any) -> Any:
+def _swapped(x: jax.Array) -> Any:
     return jnp.swapaxes(x, 0, 1)
 
 

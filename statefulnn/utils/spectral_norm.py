@@ -66,7 +66,7 @@ class SpectralNorm(Computation):
     def __post_init__(self) -> None:
         require_positive(self.n_power_iterations, "spectral_norm")
 
-    def __call__(self, module: Any, inputs: Any) -> None:
+    def __call__(self, module: Module, inputs: tuple) -> None:
         """Iterate; the hook that runs before each call."""
         if module.training:
             u_name, v_name = f"{self.name}_u", f"{self.name}_v"
@@ -82,7 +82,7 @@ class SpectralNorm(Computation):
             setattr(module, u_name, u)
             setattr(module, v_name, v)
 
-    def read(self, module: Any) -> Any:
+    def read(self, module: Module) -> Any:
         weight = unwrap(getattr(module, f"{self.name}_orig"))
         u, v = getattr(module, f"{self.name}_u"), getattr(module, f"{self.name}_v")
         return divided_by_sigma(weight, u, v, self.dim)
@@ -129,13 +129,13 @@ class SpectralNorm(Computation):
         for number in [k for k, entry in hooks.items() if entry[0] == self]:
             del hooks[number]
 
-    def before_saving(self, module: Any, destination: Any, prefix: str) -> None:
+    def before_saving(self, module: Module, destination: dict, prefix: str) -> None:
         metadata = getattr(destination, "_metadata", None)
         if metadata is not None:
             own = metadata.setdefault(prefix[:-1], {})
             own.setdefault("spectral_norm", {})[f"{self.name}.version"] = self._version
 
-    def before_loading(self, module: Any, given: Loading) -> None:
+    def before_loading(self, module: Module, given: Loading) -> None:
         version = given.metadata.get("spectral_norm", {}).get(f"{self.name}.version")
         if version is not None and version >= 1:
             return

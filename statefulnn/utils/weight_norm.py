@@ -43,7 +43,7 @@ class WeightNorm(Computation):
     name: str
     dim: int
 
-    def compute_weight(self, module: Any) -> Any:
+    def compute_weight(self, module: Module) -> Any:
         """Return g · v / ‖v‖."""
         g, v = getattr(module, f"{self.name}_g"), getattr(module, f"{self.name}_v")
         return weight_of(unwrap(v), unwrap(g), self.dim)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch._decomp import decomposition_table
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.node import map_arg
 
 from statefulnn.bridge.torch.tracing import CUSTOM
 
@@ -31,7 +32,7 @@ def decomposed(node: torch.fx.Node) -> torch.fx.GraphModule | None:
 
     def run(*given: Any) -> Any:
         of = dict(zip(nodes, given, strict=True))
-        fill = lambda x: torch.fx.node.map_arg(x, lambda n: of[n])
+        fill = lambda x: map_arg(x, lambda n: of[n])
         return target(*fill(node.args), **fill(node.kwargs))
 
     tables: list[dict[Any, Any]] = [{}]

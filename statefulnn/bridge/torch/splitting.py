@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from statefulnn.bridge.torch.arrays import to_jax
@@ -318,7 +319,7 @@ class Splitter:
         if item.kind in ("read", "write"):
             target = self.attribute(path, target)
         elif item.kind == "constant":
-            if torch._C._functorch.is_functorch_wrapped_tensor(target):
+            if is_functorch_wrapped_tensor(target):
                 raise _transformed(item.where or _label(item.call))
             target = np.asarray(
                 to_jax(target, True, f"a constant ({item.where or _label(item.call)})")
