@@ -14,7 +14,7 @@ PYTEST_ARGS ?= -n 2 --dist worksteal
 # pages in a browser, do not hang on JAX's version; what docstrings show, other tests reach too. jax2onnx is not
 # installed there: it holds orbax-checkpoint back.
 EVERY_NTH ?= 200
-NOT_ON_NEWEST ?= --ignore tests/examples --ignore tests/browser --ignore statefulnn \
+NOT_ON_NEWEST ?= --ignore tests/examples --ignore tests/browser --ignore-glob 'statefulnn/*' \
 	--ignore tests/parallel/test_page.py --ignore tests/parallel/test_on_paper.py
 NEED_JAX2ONNX := --ignore tests/io/test_export_formats.py --ignore tests/examples/test_digits_in_the_browser.py \
 	--ignore tests/examples/test_sentences_in_the_browser.py --ignore tests/browser/test_sentences.py \
