@@ -239,6 +239,31 @@ def test_a_table_that_is_state_is_refused(options):
     assert all(map(torch.equal, before, theirs.state_dict().values()))
 
 
+def test_a_table_made_of_a_buffer_that_nobody_writes_is_a_constant():
+    torch.manual_seed(0)
+    theirs = Table()
+    theirs.of = lambda x: theirs.rows[1] * torch.arange(x.shape[1])
+    ours = from_torch(theirs, X)
+    for x in (X, X[:2] * 3):
+        same(ours(arrays(x)), theirs(x))
+
+
+@pytest.mark.parametrize("persistent", [True, False])
+def test_a_table_made_of_a_buffer_that_calls_write_or_files_have_is_refused(persistent):
+    theirs = Table()
+    theirs.register_buffer("count", torch.zeros(4), persistent=persistent)
+
+    def of(x):
+        if not persistent:
+            theirs.count += 1
+        return theirs.count * 2
+
+    theirs.of = of
+    with pytest.raises(ConversionError, match=r"forward of Table changes self\.table"):
+        from_torch(theirs, X)
+    assert torch.equal(theirs.count, torch.zeros(4))
+
+
 def test_a_table_made_of_weights_is_refused():
     theirs = Table()
     theirs.of = lambda x: theirs.fc.weight.detach().sum(0)

@@ -119,22 +119,33 @@ def tables_of_a_call(
     The attributes that the call set stay; parameters, numbers in buffers and the generator are as before.
 
     Raises:
-        KeptTensorError: if one depends on the numbers in inputs, parameters or buffers, so that it is state;
-            or if one is part of a ``state_dict``, so that a file would be read and not used.
+        KeptTensorError: if one depends on the numbers in inputs, parameters, or buffers that a file has or a
+            call writes to, so that it is state; or if one is part of a ``state_dict``, so that a file would
+            be read and not used.
     """
-    with _put_back(model), torch.no_grad():
-        for tensor in (*model.parameters(), *model.buffers()):
-            _write(tensor, _other_numbers(tensor))
-        given = rebuilt((args, dict(kwargs)), _other_numbers)
-        other = _kept_by_a_call(model, *given)
-    snapshot.restore()
+    stored = {id(t) for t in model.state_dict(keep_vars=True).values()}
+    # What no file has and no call writes to is as constant as the table: slopes of a bias, for example.
+    constants = [b for b in model.buffers() if id(b) not in stored]
+    while True:
+        chosen = {id(b) for b in constants}
+        with _put_back(model), torch.no_grad():
+            for tensor in (*model.parameters(), *model.buffers()):
+                if id(tensor) not in chosen:
+                    _write(tensor, _other_numbers(tensor))
+            given = rebuilt((args, dict(kwargs)), _other_numbers)
+            versions = [b._version for b in constants]
+            other = _kept_by_a_call(model, *given)
+            same = [b for b, v in zip(constants, versions, strict=True) if b._version == v]
+        snapshot.restore()
+        if len(same) == len(constants):
+            break
+        constants = same
     with _put_back(model), torch.no_grad():
         tables = _kept_by_a_call(model, args, kwargs)
-    stored = model.state_dict(keep_vars=True)
+    names = model.state_dict(keep_vars=True)
     for name, table in tables.items():
         path, _, attribute = name.rpartition(".")
-        same = name in other and torch.equal(table, other[name])
-        if name in stored or not same:
+        if name in names or not (name in other and torch.equal(table, other[name])):
             raise kept(model.get_submodule(path), attribute)
     return tables
 
