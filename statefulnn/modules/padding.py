@@ -12,7 +12,7 @@ from jax.typing import ArrayLike
 from statefulnn import functional as F
 from statefulnn.core.errors import DtypeError, explain
 from statefulnn.core.module import Module
-from statefulnn.functional._checks import require_rank
+from statefulnn.functional._checks import array, require_rank
 
 Size = int | Sequence[int]
 
@@ -74,8 +74,10 @@ class _CircularPad(_Pad):
         n = self.spatial
         axes = ", ".join("DHW"[-n:])
         layout = f"(N, C, {axes}) or (C, {axes})"
-        require_rank(input, (n + 1, n + 2), "input", f"nn.{type(self).__name__}", layout)
-        return super().forward(input)
+        name = f"nn.{type(self).__name__}"
+        x = array(input, "input", name)
+        require_rank(x, (n + 1, n + 2), "input", name, layout)
+        return super().forward(x)
 
 
 class ConstantPad1d(_ConstantPad):

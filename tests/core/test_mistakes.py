@@ -576,6 +576,12 @@ def advised(error: Exception) -> list[str]:
     return FRAGMENT.findall(str(error).partition("Instead:")[2])
 
 
+@pytest.mark.parametrize("layer", [nn.CircularPad1d(1), nn.ReflectionPad1d(1), nn.Linear(2, 2)])
+def test_a_layer_given_a_list_says_to_make_an_array_of_it(layer):
+    with pytest.raises(nn.DtypeError, match=r"jnp\.asarray\(input\)"):
+        layer([[1.0, 2.0]])
+
+
 LAYERS = {
     "Linear": lambda c: nn.Linear(c, 4),
     "Conv1d": lambda c: nn.Conv1d(c, 4, 1),
