@@ -10,6 +10,7 @@ import contextlib
 import functools
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 
@@ -38,14 +39,19 @@ def in_repeated_code() -> bool:
 
 
 @contextlib.contextmanager
-def repeated(inside: bool = True) -> Iterator[None]:
-    """Say of what is traced here that it is repeated; False leaves it as it is outside."""
-    before = _state.inside, _state.refused
-    _state.inside, _state.refused = before[0] or inside, before[1] and not inside
+def _saying(**said: bool) -> Iterator[None]:
+    before = dict(vars(_state))
+    vars(_state).update(said)
     try:
         yield
     finally:
-        _state.inside, _state.refused = before
+        vars(_state).clear()
+        vars(_state).update(before)
+
+
+def repeated(inside: bool = True) -> AbstractContextManager[None]:
+    """Say of what is traced here that it is repeated; False leaves it as it is outside."""
+    return _saying(inside=_state.inside or inside, refused=_state.refused and not inside)
 
 
 def in_loss_of_example() -> bool:
@@ -53,24 +59,14 @@ def in_loss_of_example() -> bool:
     return _state.example
 
 
-@contextlib.contextmanager
-def loss_of_example() -> Iterator[None]:
+def loss_of_example() -> AbstractContextManager[None]:
     """Say of what is traced here that it is differentiated for each example by itself."""
-    before, _state.example = _state.example, True
-    try:
-        yield
-    finally:
-        _state.example = before
+    return _saying(example=True)
 
 
-@contextlib.contextmanager
-def straight_code_only() -> Iterator[None]:
+def straight_code_only() -> AbstractContextManager[None]:
     """Stop at the first operation that has another form in repeated code, for whoever can repeat it."""
-    before, _state.refused = _state.refused, True
-    try:
-        yield
-    finally:
-        _state.refused = before
+    return _saying(refused=True)
 
 
 def body_of_loop(step: Callable) -> Callable:

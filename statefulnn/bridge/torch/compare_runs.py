@@ -158,7 +158,10 @@ def run_theirs(
 
 
 def _copied(module: torch.nn.Module) -> torch.nn.Module:
-    """Return a copy without gradients, also of what the old weight_norm computed: that is no leaf."""
+    """Return a copy of a module, without gradients.
+
+    The old weight_norm keeps a computed weight in an attribute, which torch itself cannot copy.
+    """
     computed = {
         id(value): value.detach().clone()
         for sub in module.modules()
