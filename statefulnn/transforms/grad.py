@@ -101,6 +101,7 @@ def grad_of_example(
     fun: Callable, argnums: int | tuple[int, ...] = 0, has_aux: bool = False
 ) -> Callable:
     """Return what `grad` does, for a loss of one example, which is no sum over devices."""
+    _require_function(fun, "nn.func.per_sample_grad", argnums, "model, x, y")
     return _without_value(_with_value(fun, argnums, has_aux, None, of_example=True), fun, has_aux)
 
 
@@ -189,8 +190,8 @@ def grad(
     return _without_value(value_and_grad(fun, argnums, has_aux, only=only), fun, has_aux)
 
 
-def _require_function(fun: object, name: str, argnums: object) -> None:
+def _require_function(fun: object, name: str, argnums: object, given: str = "model") -> None:
     if not callable(fun):
-        example = f"{name}(lambda model: F.mse_loss(model(x), y))(model)"
+        example = f"{name}(lambda {given}: F.mse_loss(model(x), y))({given})"
         raise no_callable(name, type(fun).__name__, example)
     require_argnums(argnums, name)

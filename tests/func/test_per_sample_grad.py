@@ -131,6 +131,13 @@ def test_batch_normalisation_in_training_mode_is_refused():
     assert grads["0.weight"].shape == (4, 2, 2, 1)
 
 
+def test_what_is_no_function_is_refused_where_it_is_given():
+    with pytest.raises(TypeError, match=r"per_sample_grad(.|\n)*Instead: .*lambda model, x, y"):
+        nn.func.per_sample_grad(jnp.ones(3))
+    with pytest.raises(TypeError, match=r"per_sample_grad(.|\n)*argnums"):
+        nn.func.per_sample_grad(lambda model, x: x.sum(), argnums=1.5)
+
+
 def test_bad_input_is_refused():
     model = nn.Linear(3, 1)
     with pytest.raises(nn.ShapeError, match="all differentiated"):
