@@ -11,18 +11,18 @@ PIP_FLAGS := --quiet --disable-pip-version-check --no-compile
 # that the other has left, so no long file is left to one worker at the end.
 PYTEST_ARGS ?= -n 2 --dist worksteal
 # On the newest JAX runs one test in so many, of each file at least one. What the example programs reach, and
-# pages in a browser, do not hang on JAX's version; what docstrings show, other tests reach too. jax2onnx is not
-# installed there: it holds orbax-checkpoint back.
+# pages in a browser, do not hang on JAX's version; what docstrings show, other tests reach too; type checkers
+# look at the oldest. jax2onnx is not installed there: it holds orbax-checkpoint back.
 EVERY_NTH ?= 200
 NOT_ON_NEWEST ?= --ignore tests/examples --ignore tests/browser --ignore-glob 'statefulnn/*' \
-	--ignore tests/parallel/test_page.py --ignore tests/parallel/test_on_paper.py
+	--ignore tests/test_types.py --ignore tests/parallel/test_page.py --ignore tests/parallel/test_on_paper.py
 NEED_JAX2ONNX := --ignore tests/io/test_export_formats.py --ignore tests/examples/test_digits_in_the_browser.py \
 	--ignore tests/examples/test_sentences_in_the_browser.py --ignore tests/browser/test_sentences.py \
 	--ignore tests/browser/test_without_python.py \
 	--deselect "tests/test_docs.py::test_code_of_the_page_runs[docs/export.md]"
 
 .DEFAULT_GOAL := help
-.PHONY: help demo install newest test test-newest test-long docs docs-test lint format types wheel bench clean
+.PHONY: help demo install install-oldest newest test test-newest test-long docs docs-test lint format types wheel bench clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 14
@@ -35,7 +35,9 @@ test test-newest test-long docs-test: export JAX_PERSISTENT_CACHE_MIN_COMPILE_TI
 demo: $(VENV)/.stamp-demo  ## train two models and time the compiled step (3 minutes)
 	$(BIN)/python examples/demo.py
 
-install: $(VENV)/.stamp-test newest  # both environments of the tests
+install: install-oldest newest  # both environments of the tests
+
+install-oldest: $(VENV)/.stamp-test
 
 # Without a Python for it, `make test-newest` says that it is left out.
 newest:
@@ -87,7 +89,7 @@ clean:  ## remove the environments and caches
 
 # On Python 3.11 the oldest supported JAX is installed, so that `make test` guards it.
 $(BIN)/python: .ci/find-python
-	$$(.ci/find-python oldest) -m venv $(VENV)
+	$$(.ci/find-python oldest) -m venv --upgrade-deps $(VENV)
 	@touch $@
 
 $(VENV)/.stamp-demo $(VENV)/.stamp-test $(VENV)/.stamp-docs $(VENV)/.stamp-bench: $(VENV)/.stamp-%: \
@@ -99,7 +101,7 @@ $(VENV)/.stamp-demo $(VENV)/.stamp-test $(VENV)/.stamp-docs $(VENV)/.stamp-bench
 	@touch $@
 
 $(NEWEST)/.stamp-test: pyproject.toml
-	$$(.ci/find-python newest) -m venv $(NEWEST)
+	$$(.ci/find-python newest) -m venv --upgrade-deps $(NEWEST)
 	@echo "installing into $(NEWEST)"
 	@$(NEWEST)/bin/pip install $(PIP_FLAGS) --upgrade -e ".[dev,docs,examples,reference]"
 	@touch $@

@@ -10,7 +10,7 @@ import importlib.metadata
 import os
 import pathlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
 import jax
@@ -56,6 +56,11 @@ if HURRIED:
 
     mlir.make_ir_context = _shared_contexts(mlir.make_ir_context)
 
+# Python and pytest compile what is imported for the first time, and write it for the next process. So every
+# other worker collects from the other end, and finds half of it there.
+WORKER = os.environ.get("PYTEST_XDIST_WORKER", "")
+FROM_THE_END = WORKER.endswith(("1", "3", "5", "7", "9"))
+
 # Mixing dtypes by accident is an error in the package's own code.
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 # Parity with torch is checked in float32: a GPU would otherwise multiply matrices in TensorFloat-32.
@@ -68,6 +73,25 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    gc.disable()  # nothing that is imported is garbage
+    try:
+        return (yield)
+    finally:
+        gc.enable()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(
+    collector: pytest.Collector,
+) -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    report = yield
+    if FROM_THE_END and isinstance(collector, pytest.Session | pytest.Directory):
+        report.result.reverse()
+    return report
+
+
 @pytest.hookimpl(trylast=True)  # of what `-m` and `-k` have left
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Keep a sample of each file's tests, at least one, which the names alone choose."""
@@ -78,6 +102,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     kept = {item for tests in files.values() for item in tests[::step]}
     config.hook.pytest_deselected(items=[item for item in items if item not in kept])
     items[:] = [item for item in items if item in kept]
+    if WORKER:
+        items.sort(key=lambda item: item.path)  # the same order in all workers
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -77,12 +77,14 @@ def code_of_readme() -> str:
 
 def environment(folder: Path, wheel: Path, extra: str) -> Path:
     """Return the Python of a new environment that holds the wheel with one extra."""
-    venv.create(folder, with_pip=True)
+    venv.create(folder)
     python = folder / "bin" / "python"
     oldest = sys.version_info[:2] == (3, 11)
     constraint = ["-c", ROOT / "requirements" / "oldest.txt"] if oldest else []
     wanted = f"{wheel}[{extra}]" if extra else wheel
-    run(python, "-m", "pip", "install", "-q", "--disable-pip-version-check", *constraint, wanted)
+    # This environment's pip is a new one, and Python compiles what is imported by itself.
+    install = ["install", "-q", "--disable-pip-version-check", "--no-compile"]
+    run(sys.executable, "-m", "pip", "--python", python, *install, *constraint, wanted)
     return python
 
 
