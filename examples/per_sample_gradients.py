@@ -177,6 +177,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     """Run the three parts, print the numbers, save the picture; return the numbers."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--epochs", type=int, default=40, help="of private training")
+    parser.add_argument("--plain-epochs", type=int, default=15, help="of training without privacy")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--picture", type=Path, default=Path("out/per_sample_gradients.png"))
     args = parser.parse_args(argv)
@@ -186,7 +187,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     plain, scales = train(
         train_x,
         train_y,
-        15,
+        args.plain_epochs,
         args.seed,
         "noise scale",
         lambda params: noise_scale(params, train_x, train_y),

@@ -23,7 +23,7 @@ FEW = {
     "maml_sinusoid": "--steps 20",
     "mislabelled_digits": "--steps 10",
     "neural_ode": "--steps 2 --lengths 16 32",
-    "per_sample_gradients": "--epochs 1",
+    "per_sample_gradients": "--epochs 1 --plain-epochs 3",
     "pinn_burgers": "--steps 5 --points 50",
     "seq2seq_dates": "--steps 2 --batch-size 8",
 }
