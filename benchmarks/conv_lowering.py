@@ -26,6 +26,9 @@ from statefulnn.functional import _conv_lowering as lowering  # noqa: E402
 CASES = [
     ("3x3, 16->32, 32x32", (32, 16, 32, 32), (32, 16, 3, 3), 1, 1, 1),
     ("3x3, 64->64, 16x16", (32, 64, 16, 16), (64, 64, 3, 3), 1, 1, 1),
+    ("3x3, 64->64, 56x56", (32, 64, 56, 56), (64, 64, 3, 3), 1, 1, 1),
+    ("3x3, 256->256, 14x14", (32, 256, 14, 14), (256, 256, 3, 3), 1, 1, 1),
+    ("3x3, 512->512, 7x7", (32, 512, 7, 7), (512, 512, 3, 3), 1, 1, 1),
     ("3x3 stride 2, 32->64, 32x32", (32, 32, 32, 32), (64, 32, 3, 3), 2, 1, 1),
     ("3x3 of one channel, 1->32, 28x28", (32, 1, 28, 28), (32, 1, 3, 3), 1, 1, 1),
     ("3x3, 512->512, 2x2", (8, 512, 2, 2), (512, 512, 3, 3), 1, 1, 1),
@@ -39,8 +42,10 @@ CASES = [
     ("3x3 depthwise x2, 32->64, 16x16", (32, 32, 16, 16), (64, 1, 3, 3), 1, 1, 32),
     ("7x7 depthwise, 64, 16x16", (32, 64, 16, 16), (64, 1, 7, 7), 1, 3, 64),
     ("1-d width 5, 64->64, 128", (32, 64, 128), (64, 64, 5), 1, 2, 1),
+    ("1-d width 5, 64->64, 1024", (32, 64, 1024), (64, 64, 5), 1, 2, 1),
     ("1-d depthwise width 4, 128, 256", (32, 128, 256), (128, 1, 4), 1, 0, 128),
     ("7x7 stride 2, 3->64, 64x64", (8, 3, 64, 64), (64, 3, 7, 7), 2, 3, 1),
+    ("7x7 stride 2, 3->64, 224x224", (8, 3, 224, 224), (64, 3, 7, 7), 2, 3, 1),
     ("3x3 without border, 32->64, 26x26", (64, 32, 26, 26), (64, 32, 3, 3), 1, 0, 1),
     ("5x5 without border, 32->64, 28x28", (64, 32, 28, 28), (64, 32, 5, 5), 1, 0, 1),
     ("2x2 stride 2, 64->128, 28x28", (32, 64, 28, 28), (128, 64, 2, 2), 2, 0, 1),
@@ -103,10 +108,6 @@ def patches_in_groups(x, w, stride, pads, dilation, groups):
     return jnp.einsum("goc,ngcs->ngos", kernels, stacked).reshape(n, w.shape[0], *sizes)
 
 
-def tap_by_tap(x, w, stride, pads, dilation, groups):
-    return lowering.tap_by_tap(x, w, stride, pads, dilation)
-
-
 def ways(x_shape, w_shape, stride, groups):
     chosen = {"lax": lowering.general, "NHWC": channels_last}
     if all(k == 1 for k in w_shape[2:]):
@@ -117,8 +118,9 @@ def ways(x_shape, w_shape, stride, groups):
             chosen["patches"] = patches_in_groups
     if groups == x_shape[1]:
         chosen["shifted"] = lowering.shifted_sum
-    if groups == 1:
-        chosen["tap by tap"] = tap_by_tap
+    if groups == 1 and all(k > 1 for k in w_shape[2:]):
+        products = lowering.few_at_a_time(lowering.as_one_product, 400)
+        chosen["products"] = lowering.differentiated(lowering.general, lowering.general, products)
     if groups == 1 and tuple(stride) == w_shape[2:]:
         chosen["apart"] = lowering.apart
     chosen["chosen"] = lowering.convolve

@@ -15,12 +15,16 @@ depthwise width 4, 128 channels, 256        0.01       0.04
 3x3 in 4 groups, 64 channels, 16x16         0.34       0.04  one convolution a group
 3x3 in 16 groups, 64 channels, 16x16        0.56       0.03
 1x1, 64 to 128 channels, 16x16              0.62       0.35  a matrix product, for each image
-dense 3x3, 64 channels, 16x16               1.01       1.03  XLA's
-dense 3x3, border of 2, 16 to 32, 32x32     1.46       0.42  XLA's; the weight's gradient tap by tap
+dense 3x3, 64 channels, 16x16               1.00       0.71  XLA's; from 134 million multiplications on
+dense 3x3, 64 channels, 56x56               1.01       0.46  the weight's gradient is a product an image,
+dense 3x3, 256 channels, 14x14              0.99       0.78  or for a few small ones
+dense 3x3, 512 channels, 7x7                1.00       0.94
+dense 7x7, step 2, 3 to 64, 224x224         1.00       0.61
+dense 3x3, border of 2, 16 to 32, 32x32     0.99       0.28  the same, also for less
 dense 3x3, 512 channels, 2x2                0.03       0.08  where the image or the output is smaller than
 dense 3x3, stride 2, 256 to 512, 4x4        0.75       0.15  the kernel: a matrix product of all taps
-dense 3x3, no border, 26x26, batch 64       0.33       0.54  XLA's, with one more row that is cut off
-dense 5x5, no border, 28x28, batch 64       0.32       0.43
+dense 3x3, no border, 26x26, batch 64       0.40       0.40  XLA's, with one more row that is cut off; the
+dense 5x5, no border, 28x28, batch 64       0.39       0.35  weight's gradient as above
 2x2, step 2, 64 to 128, 28x28               0.88       0.70  a matrix product of patches that do not
 2x2, step 2, 96 to 192, batch 128           0.87       0.46  overlap; of many numbers the weight's
 4x4, step 4, 3 to 64, 32x32                 0.81       0.73  gradient image by image
@@ -51,10 +55,9 @@ as one sum for all images. A ConvNeXt-T takes about 290, and took 476.
 Also tried: channels last inside (1.0; for all 1x1 and depthwise ones of a network 1.08 in ResNet-50 and 1.13
 in EfficientNet-B0, since XLA copies between the layouts), groups as a batched matrix product over stacked
 shifts (1.15 and 0.13 in 4 groups), a sum of shifted products for a single input channel (0.3 and 3.7),
-matrix products for the
-gradient by the image (0.7 to 1.5), matrix products image by image forward (0.5 to 3.5), and of patches that
-do not overlap along one axis (1.5 and 1.8 with 64 channels). The weight's gradient of a dense convolution
-took 1.04 to 1.8 of XLA's time tap by tap or image by image, and 1.4 times as long to compile. On other
+matrix products for the gradient by the image (0.7 to 1.5), matrix products image by image forward (0.5 to
+3.5), and of patches that do not overlap along one axis (1.5 and 1.8 with 64 channels). The weight's gradient
+by products takes 0.2 to 0.4 s longer to compile, and along one axis 1.2 to 1.5 of XLA's time. On other
 platforms the library behind XLA's own operation is left to choose.
 """
 
@@ -86,6 +89,12 @@ FEW_TAPS = 25
 CHANNELS_OF_A_TAP = 8
 # From this many numbers on, patches that do not overlap are better laid out for each image by itself.
 LARGE_BATCH = 1 << 23
+# From so many multiplications on, products for the gradient by the kernel are worth their time to compile,
+LONG_GRADIENT = 1 << 27
+# unless an output sees less than so many numbers: there XLA is as fast.
+FEW_SEEN = 128
+# Each product takes as many images as have so many positions.
+POSITIONS_OF_A_PRODUCT = 400
 
 
 def general(
@@ -141,18 +150,37 @@ def differentiated(value: Callable, along_x: Callable, along_w: Callable) -> Cal
     return convolution
 
 
-def image_by_image(way: Callable) -> Callable:
-    """Return `way` for one image after the other.
+def few_at_a_time(way: Callable, positions: int = 1) -> Callable:
+    """Return `way` for one image after the other, or for a few at a time.
 
     The transpose by the kernel then adds up over images, each of which stays in the cache, and makes
     again what the taps see of an image, rather than keeping it for all.
+
+    Args:
+        way: convolves, called as `general`.
+        positions: of how many outputs a channel there are at least in a turn, where one image has less.
     """
 
-    def convolution(x: Any, w: Any, *how: Any) -> Any:
-        one = jax.checkpoint(lambda image, w: way(image[None], w, *how)[0], prevent_cse=False)
-        return lax.map(lambda image: one(image, w), x)
+    def convolution(x: Any, w: Any, stride: Any, pads: Pads, dilation: Any, groups: int) -> Any:
+        how = stride, pads, dilation, groups
+        some = jax.checkpoint(lambda images, w: way(images, w, *how), prevent_cse=False)
+        if not _on_one_device():
+            return some(x, w)
+        made = math.prod(_outputs(x.shape[2:], w.shape[2:], stride, pads, dilation))
+        least = min(-(-positions // made), len(x))
+        few = next((n for n in range(least, 4 * least) if len(x) % n == 0), least)
+        turns, rest = divmod(len(x), few)
+        images = lax.slice_in_dim(x, 0, turns * few).reshape(turns, few, *x.shape[1:])
+        out = lax.map(lambda images: some(images, w), images)
+        out = out.reshape(-1, *out.shape[2:])
+        return lax.concatenate([out, some(x[-rest:], w)], 0) if rest else out
 
     return convolution
+
+
+def _on_one_device() -> bool:
+    # Of several, each may have a part of the batch: a loop over images would bring all of it to all of them.
+    return jax.device_count("cpu") == 1
 
 
 # --------------------------------------------------------------------------------------------------
@@ -196,26 +224,13 @@ def windows(
         yield lax.slice(seen, (0, 0, *starts), (*x.shape[:2], *stops), (1, 1, *stride))
 
 
-def tap_by_tap(
-    x: Any, w: Any, stride: Sequence[int], pads: Pads, dilation: Sequence[int], groups: int = 1
-) -> Any:
-    """Convolve as a matrix product over channels for each point of the kernel, and their sum."""
-    total = None
-    taps = w.reshape(*w.shape[:2], -1)  # (O, C, k)
-    for i, window in enumerate(windows(x.swapaxes(0, 1), w.shape[2:], stride, pads, dilation)):
-        term = lax.dot_general(taps[:, :, i], window, (((1,), (0,)), ((), ())))  # (O, N, *out)
-        total = term if total is None else total + term
-    assert total is not None
-    return total.swapaxes(0, 1)
-
-
 def tap_after_tap(
     x: Any, w: Any, stride: Sequence[int], pads: Pads, dilation: Sequence[int], groups: int = 1
 ) -> Any:
-    """Convolve as `tap_by_tap` in a loop, so that what the taps see is never there for all taps at once.
+    """Convolve as a matrix product over channels for each point of the kernel, and their sum, in a loop.
 
-    Straight code may copy all of it first. The system makes new pages for so many numbers in each call, which
-    takes longer than the products.
+    Straight code may copy what all taps see first. The system makes new pages for so many numbers in each
+    call, which takes longer than the products.
     """
     kernel, made = w.shape[2:], _outputs(x.shape[2:], w.shape[2:], stride, pads, dilation)
     edges = [(0, 0, 0), (0, 0, 0), *((low, high, 0) for low, high in pads)]
@@ -277,17 +292,16 @@ def flat(
     """Convolve over one axis or two by XLA's own operation."""
     how, kernel = (tuple(stride), tuple(pads), tuple(dilation), groups), w.shape[2:]
     grown = any(a + b > d * (k - 1) for (a, b), d, k in zip(pads, dilation, kernel, strict=True))
-    # Where the borders make the output the larger one, XLA's gradient by the kernel takes 30 times as long.
-    way = _of_wide_borders if grown and math.prod(kernel) <= MOST_TAPS else general_with_row
-    return way(x, w, *how)
+    multiplied = len(x) * math.prod(_outputs(x.shape[2:], kernel, *how[:3])) * w.size
+    long = len(kernel) == 2 and multiplied >= LONG_GRADIENT and w[0].size >= FEW_SEEN
+    # XLA's gradient by the kernel takes twice as long, and 30 times where borders make the output the larger.
+    products = math.prod(kernel) <= MOST_TAPS and (grown or long and _on_one_device())
+    return (_with_products if products else general_with_row)(x, w, *how)
 
 
-def _taps_again(x: Any, w: Any, *how: Any) -> Any:
-    # The windows are made again in the backward pass, rather than kept: they are x, once for each tap.
-    return jax.checkpoint(lambda x, w: tap_by_tap(x, w, *how), prevent_cse=False)(x, w)
-
-
-_of_wide_borders = differentiated(general, general, _taps_again)
+_with_products = differentiated(
+    general_with_row, general_with_row, few_at_a_time(as_one_product, POSITIONS_OF_A_PRODUCT)
+)
 
 
 def dense(
@@ -433,6 +447,8 @@ def sum_in_parts(
     channels = x.shape[1]
     if math.prod(w.shape[2:]) <= FEW_TAPS or len(x) == 1 and channels % 2:
         return shifted_sum(x, w, stride, pads, dilation, groups)
+    if len(x) > 1 and not _on_one_device():
+        return shifted_sum(x, w, stride, pads, dilation, groups)
     if len(x) > 1:
         of_one = lambda image: shifted_sum(image[None], w, stride, pads, dilation, groups)[0]
         return lax.map(of_one, x)
@@ -473,13 +489,13 @@ def _product_sum(
     return out.reshape(x.shape[0], w.shape[0], *out.shape[3:])
 
 
-depthwise = differentiated(sum_in_parts, _along_image, image_by_image(_product_sum))
+depthwise = differentiated(sum_in_parts, _along_image, few_at_a_time(_product_sum))
 
 
 # --------------------------------------------------------------------------------------------------
 # The choice
 
-apart_by_image = differentiated(apart, apart, image_by_image(apart))
+apart_by_image = differentiated(apart, apart, few_at_a_time(apart))
 
 
 def convolve(
@@ -576,7 +592,7 @@ def chosen_on_cpu(
     elif repeated and taps <= MOST_TAPS:
         # What the taps see of the input. The backward pass makes it again; where it is long, image by image.
         small = x.size * taps // math.prod(stride) < LARGE_BATCH
-        by_kernel = as_one_product if small else image_by_image(as_one_product)
+        by_kernel = as_one_product if small else few_at_a_time(as_one_product)
     if example and taps > 1 and by_kernel in (dense, along_one_axis):
         by_kernel = of_example(by_kernel)
     if groups > 1:

@@ -13,6 +13,7 @@ import torch
 
 import statefulnn as nn
 import statefulnn.functional as F
+from tests.devices import run_on_devices
 from tests.parity.oracle import array, close, to_jax, to_torch
 from tests.quick import diagonal, quickly
 
@@ -81,6 +82,56 @@ def test_patches_of_a_large_batch_have_torchs_gradients() -> None:
     _cube_sum(torch.nn.functional.conv2d(*tensors, None, 2)).backward()
     for got, tensor in zip(ours(*to_jax((x, w))), tensors, strict=True):
         close(got, tensor.grad, "gradient", 1e-4)
+
+
+# So long that their gradient by the kernel is a product for one image after the other, or for a few.
+LONG = {
+    "image after image": (array(5, 32, 48, 48), array(64, 32, 3, 3), 1, 1, 1, 1),
+    "four images at a time, and a rest": (array(19, 64, 10, 10), array(128, 64, 3, 3), 1, 1, 1, 1),
+    "with steps and distances": (array(12, 32, 61, 63), array(64, 32, 3, 2), 2, (2, 0), (1, 2), 1),
+    "in groups": (array(8, 64, 32, 32), array(128, 32, 3, 3), 1, 1, 1, 2),
+}
+
+
+@pytest.mark.parametrize("case", LONG)
+def test_long_gradients_are_torchs_and_so_are_theirs(case: str) -> None:
+    x, w, *rest = LONG[case]
+    call = f"conv{x.ndim - 2}d"
+
+    about = w[0].size ** 0.5  # the size of an output
+    tx, tw = (to_torch(a).requires_grad_() for a in (x, w))
+    value = torch.tanh(getattr(torch.nn.functional, call)(tx, tw, None, *rest) / about) ** 2
+    first = torch.autograd.grad(value.sum(), (tx, tw), create_graph=True)
+    second = torch.autograd.grad(sum((g * g).sum() for g in first), (tx, tw))
+
+    ours = lambda x, w: (jnp.tanh(getattr(F, call)(x, w, None, *rest) / about) ** 2).sum()
+    gradients = jax.grad(ours, (0, 1))
+    of_gradients = jax.grad(lambda *a: sum((g * g).sum() for g in gradients(*a)), (0, 1))
+    found = quickly(lambda *a: (gradients(*a), of_gradients(*a)))(to_jax(x), to_jax(w))
+    for mine, theirs in zip(jax.tree.leaves(found), [*first, *second], strict=True):
+        theirs = theirs.detach()
+        np.testing.assert_allclose(mine, theirs, rtol=1e-3, atol=1e-5 * float(theirs.abs().max()))
+
+
+def test_no_gradient_by_the_kernel_brings_the_images_of_a_batch_to_every_device() -> None:
+    run_on_devices(
+        2,
+        """
+import jax, jax.numpy as jnp
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+import statefulnn.functional as F
+sizes = {"long": ((8, 32, 40, 40), (64, 32, 3, 3), 1), "depthwise": ((8, 16, 9, 9), (16, 1, 3, 3), 16),
+         "depthwise, many taps": ((8, 8, 9, 9), (8, 1, 7, 7), 8)}
+for kind in (AxisType.Auto, AxisType.Explicit):
+    with jax.set_mesh(jax.make_mesh((2,), ("d",), axis_types=(kind,))) as mesh:
+        for name, (x, w, groups) in sizes.items():
+            x = jax.ShapeDtypeStruct(x, jnp.float32, sharding=NamedSharding(jax.sharding.get_mesh(), P("d")))
+            w = jax.ShapeDtypeStruct(w, jnp.float32, sharding=NamedSharding(jax.sharding.get_mesh(), P()))
+            loss = lambda w, x: (F.conv2d(x, w, padding=1, groups=groups) ** 2).sum()
+            text = jax.jit(jax.grad(loss)).lower(w, x).compile().as_text()
+            assert "all-reduce(" in text and "all-gather(" not in text, (kind, name)
+""",
+    )
 
 
 @pytest.mark.parametrize("way", diagonal(2, list(WAYS)))
