@@ -265,10 +265,16 @@ def as_one_product(
     loop it takes 5 times as long, its gradients 6 to 25 times, and under vmap many kernels make a convolution
     in groups. A product is as fast in all of these as outside.
     """
-    seen = list(windows(x.swapaxes(0, 1), w.shape[2:], stride, pads, dilation))  # each (C, N, *out)
-    rows = lax.concatenate(seen, 0)
-    kernel = jnp.moveaxis(w, 1, -1).reshape(w.shape[0], -1)  # (O, k C), in the order of the rows
-    out = kernel @ rows.reshape(rows.shape[0], -1)
+    made = _outputs(x.shape[2:], w.shape[2:], stride, pads, dilation)
+    edges = [(0, 0, 0), (0, 0, 0), *((low, high, 0) for low, high in pads)]
+    rows = lax.pad(x.swapaxes(0, 1), jnp.zeros((), x.dtype), edges)  # (C, N, *)
+    # What all points see, axis by axis: fewer slices, which takes half as long to compile.
+    for axis, (k, d, s, size) in enumerate(zip(w.shape[2:], dilation, stride, made, strict=True), 2):
+        starts = range(0, d * k, d)
+        seen = [lax.slice_in_dim(rows, a, a + (size - 1) * s + 1, s, axis) for a in starts]
+        rows = lax.concatenate(seen, 0)
+    kernel = jnp.moveaxis(w, range(2, w.ndim), range(w.ndim - 2, 0, -1))  # in the order of the rows
+    out = kernel.reshape(w.shape[0], -1) @ rows.reshape(rows.shape[0], -1)
     return out.reshape(w.shape[0], *rows.shape[1:]).swapaxes(0, 1)
 
 
