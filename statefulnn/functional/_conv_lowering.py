@@ -57,7 +57,7 @@ in EfficientNet-B0, since XLA copies between the layouts), groups as a batched m
 shifts (1.15 and 0.13 in 4 groups), a sum of shifted products for a single input channel (0.3 and 3.7),
 matrix products for the gradient by the image (0.7 to 1.5), matrix products image by image forward (0.5 to
 3.5), and of patches that do not overlap along one axis (1.5 and 1.8 with 64 channels). The weight's gradient
-by products takes 0.2 to 0.4 s longer to compile, and along one axis 1.2 to 1.5 of XLA's time. On other
+by products takes about 0.1 s longer to compile, and along one axis 1.2 to 1.5 of XLA's time. On other
 platforms the library behind XLA's own operation is left to choose.
 """
 
