@@ -269,7 +269,9 @@ def as_one_product(
     edges = [(0, 0, 0), (0, 0, 0), *((low, high, 0) for low, high in pads)]
     rows = lax.pad(x.swapaxes(0, 1), jnp.zeros((), x.dtype), edges)  # (C, N, *)
     # What all points see, axis by axis: fewer slices, which takes half as long to compile.
-    for axis, (k, d, s, size) in enumerate(zip(w.shape[2:], dilation, stride, made, strict=True), 2):
+    for axis, (k, d, s, size) in enumerate(
+        zip(w.shape[2:], dilation, stride, made, strict=True), 2
+    ):
         starts = range(0, d * k, d)
         seen = [lax.slice_in_dim(rows, a, a + (size - 1) * s + 1, s, axis) for a in starts]
         rows = lax.concatenate(seen, 0)
