@@ -166,16 +166,24 @@ def few_at_a_time(way: Callable, positions: int = 1) -> Callable:
         some = jax.checkpoint(lambda images, w: way(images, w, *how), prevent_cse=False)
         if not _on_one_device():
             return some(x, w)
+        number, few, rest = x.shape[0], 1, 0
         made = math.prod(_outputs(x.shape[2:], w.shape[2:], stride, pads, dilation))
-        least = min(-(-positions // made), len(x))
-        few = next((n for n in range(least, 4 * least) if len(x) % n == 0), least)
-        turns, rest = divmod(len(x), few)
+        if not jax.export.is_symbolic_dim(number * made):
+            least = min(-(-positions // made), number)
+            few = next((n for n in range(least, 4 * least) if number % n == 0), least)
+            rest = number % few
+        turns = number // few
         images = lax.slice_in_dim(x, 0, turns * few).reshape(turns, few, *x.shape[1:])
         out = lax.map(lambda images: some(images, w), images)
         out = out.reshape(-1, *out.shape[2:])
         return lax.concatenate([out, some(x[-rest:], w)], 0) if rest else out
 
     return convolution
+
+
+def _at_least(size: Any, least: int) -> bool:
+    # A size that has a name only, in a program for all sizes, is not known to be large.
+    return not jax.export.is_symbolic_dim(size) and size >= least
 
 
 def _on_one_device() -> bool:
@@ -300,8 +308,8 @@ def flat(
     """Convolve over one axis or two by XLA's own operation."""
     how, kernel = (tuple(stride), tuple(pads), tuple(dilation), groups), w.shape[2:]
     grown = any(a + b > d * (k - 1) for (a, b), d, k in zip(pads, dilation, kernel, strict=True))
-    multiplied = len(x) * math.prod(_outputs(x.shape[2:], kernel, *how[:3])) * w.size
-    long = len(kernel) == 2 and multiplied >= LONG_GRADIENT and w[0].size >= FEW_SEEN
+    multiplied = x.shape[0] * math.prod(_outputs(x.shape[2:], kernel, *how[:3])) * w.size
+    long = _at_least(multiplied, LONG_GRADIENT) and len(kernel) == 2 and w[0].size >= FEW_SEEN
     # XLA's gradient by the kernel takes twice as long, and 30 times where borders make the output the larger.
     products = math.prod(kernel) <= MOST_TAPS and (grown or long and _on_one_device())
     return (_with_products if products else general_with_row)(x, w, *how)
@@ -453,11 +461,11 @@ def sum_in_parts(
     The body of a loop stays what it is.
     """
     channels = x.shape[1]
-    if math.prod(w.shape[2:]) <= FEW_TAPS or len(x) == 1 and channels % 2:
+    if math.prod(w.shape[2:]) <= FEW_TAPS or x.shape[0] == 1 and channels % 2:
         return shifted_sum(x, w, stride, pads, dilation, groups)
-    if len(x) > 1 and not _on_one_device():
+    if x.shape[0] != 1 and not _on_one_device():
         return shifted_sum(x, w, stride, pads, dilation, groups)
-    if len(x) > 1:
+    if x.shape[0] != 1:
         of_one = lambda image: shifted_sum(image[None], w, stride, pads, dilation, groups)[0]
         return lax.map(of_one, x)
     halves = x.reshape(2, 1, channels // 2, *x.shape[2:]), w.reshape(2, -1, *w.shape[1:])
@@ -599,8 +607,8 @@ def chosen_on_cpu(
         by_kernel = as_one_product
     elif repeated and taps <= MOST_TAPS:
         # What the taps see of the input. The backward pass makes it again; where it is long, image by image.
-        small = x.size * taps // math.prod(stride) < LARGE_BATCH
-        by_kernel = as_one_product if small else few_at_a_time(as_one_product)
+        large = _at_least(x.size * taps // math.prod(stride), LARGE_BATCH)
+        by_kernel = few_at_a_time(as_one_product) if large else as_one_product
     if example and taps > 1 and by_kernel in (dense, along_one_axis):
         by_kernel = of_example(by_kernel)
     if groups > 1:
@@ -608,7 +616,7 @@ def chosen_on_cpu(
     if taps == 1:
         return pointwise
     if len(stride) > 1 and tuple(stride) == w.shape[2:] and set(dilation) == {1}:
-        return apart if x.size < LARGE_BATCH else apart_by_image
+        return apart_by_image if _at_least(x.size, LARGE_BATCH) else apart
     return by_kernel
 
 

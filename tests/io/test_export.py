@@ -91,6 +91,29 @@ def test_the_outputs_are_those_of_the_module_for_any_size(model, inputs, shapes,
         jax.tree.map(np.testing.assert_array_equal, loaded(*given), nn.jit(model)(*given))
 
 
+# How a convolution is computed hangs on sizes, also on that of the batch where it is known.
+LAYERS = {
+    "patches": (lambda: nn.Conv2d(3, 8, 4, stride=4), (3, 16, 16)),
+    "many taps": (lambda: nn.Conv2d(8, 8, 7, padding=3, groups=8), (8, 14, 14)),
+    "wide border": (lambda: nn.Conv2d(3, 8, 3, padding=2), (3, 8, 8)),
+    "small image": (lambda: nn.Conv2d(3, 8, 5, padding=2), (3, 2, 2)),
+    "groups": (lambda: nn.Conv2d(4, 8, 3, groups=2), (4, 8, 8)),
+    "one axis": (lambda: nn.Conv2d(4, 8, (3, 1)), (4, 8, 8)),
+    "transposed": (lambda: nn.ConvTranspose2d(3, 8, 4, 2, 1), (3, 8, 8)),
+    "3d": (lambda: nn.Conv3d(2, 4, 3, padding=1), (2, 5, 5, 5)),
+}
+
+
+@pytest.mark.parametrize(("layer", "sizes"), LAYERS.values(), ids=LAYERS)
+def test_each_way_of_a_convolution_takes_a_batch_of_any_size(layer, sizes, tmp_path):
+    layer = layer()
+    nn.export(layer, jax.ShapeDtypeStruct((2, *sizes), jnp.float32), tmp_path / "m")
+    loaded = nn.load_exported(tmp_path / "m")
+    for batch in (1, 5):
+        x = floats(batch, *sizes)
+        np.testing.assert_allclose(loaded(x), layer(x), rtol=1e-4, atol=1e-5)
+
+
 def test_shapes_are_enough_and_may_have_names_already(tmp_path):
     model = nn.Linear(3, 2)
     nn.export(model, jax.ShapeDtypeStruct((1, 3), jnp.float32), tmp_path / "a")
