@@ -119,7 +119,7 @@ def ways(x_shape, w_shape, stride, groups):
     if groups == x_shape[1]:
         chosen["shifted"] = lowering.shifted_sum
     if groups == 1 and all(k > 1 for k in w_shape[2:]):
-        products = lowering.few_at_a_time(lowering.as_one_product, 400)
+        products = lowering.few_at_a_time(lowering.as_one_product, lowering.POSITIONS_OF_A_PRODUCT)
         chosen["products"] = lowering.differentiated(lowering.general, lowering.general, products)
     if groups == 1 and tuple(stride) == w_shape[2:]:
         chosen["apart"] = lowering.apart

@@ -207,6 +207,12 @@ def _outputs(
     return [(size + low + high - d * (k - 1) - 1) // s + 1 for size, k, s, (low, high), d in axes]
 
 
+def _bordered(x: Any, pads: Pads) -> Any:
+    """Return x with zeros around its last axes."""
+    edges = [(0, 0, 0), (0, 0, 0), *((low, high, 0) for low, high in pads)]
+    return lax.pad(x, jnp.zeros((), x.dtype), edges)
+
+
 def windows(
     x: Any, kernel: Sequence[int], stride: Sequence[int], pads: Pads, dilation: Sequence[int]
 ) -> Iterator[Any]:
@@ -215,8 +221,7 @@ def windows(
     A point that sees no border reads x itself. So x has two readers, and XLA keeps it as it is: it would
     compute an x that only a copy with borders reads inside of the loop that copies, element by element.
     """
-    edges = [(0, 0, 0), (0, 0, 0), *((low, high, 0) for low, high in pads)]
-    bordered = lax.pad(x, jnp.zeros((), x.dtype), edges)
+    bordered = _bordered(x, pads)
     spans = [
         (size - d * (k - 1) - 1) // s * s + 1
         for size, k, s, d in zip(bordered.shape[2:], kernel, stride, dilation, strict=True)
@@ -241,8 +246,7 @@ def tap_after_tap(
     call, which takes longer than the products.
     """
     kernel, made = w.shape[2:], _outputs(x.shape[2:], w.shape[2:], stride, pads, dilation)
-    edges = [(0, 0, 0), (0, 0, 0), *((low, high, 0) for low, high in pads)]
-    bordered = jnp.moveaxis(lax.pad(x, jnp.zeros((), x.dtype), edges), 1, -1)
+    bordered = jnp.moveaxis(_bordered(x, pads), 1, -1)
     # XLA would copy for the loop, where a batch of one lies before the positions.
     batch = x.shape[:1] if x.shape[0] > 1 else ()
     image = bordered.reshape(*batch, *bordered.shape[1:])  # (N, *, C)
@@ -274,8 +278,7 @@ def as_one_product(
     in groups. A product is as fast in all of these as outside.
     """
     made = _outputs(x.shape[2:], w.shape[2:], stride, pads, dilation)
-    edges = [(0, 0, 0), (0, 0, 0), *((low, high, 0) for low, high in pads)]
-    rows = lax.pad(x.swapaxes(0, 1), jnp.zeros((), x.dtype), edges)  # (C, N, *)
+    rows = _bordered(x.swapaxes(0, 1), pads)  # (C, N, *)
     # What all points see, axis by axis: fewer slices, which takes half as long to compile.
     for axis, (k, d, s, size) in enumerate(
         zip(w.shape[2:], dilation, stride, made, strict=True), 2
@@ -392,8 +395,7 @@ def pointwise(
 ) -> Any:
     """Convolve with a kernel of one point, as a matrix product over channels."""
     if any(low or high for low, high in pads):
-        edges = [(0, 0, 0), (0, 0, 0), *((low, high, 0) for low, high in pads)]
-        x = lax.pad(x, jnp.zeros((), x.dtype), edges)
+        x = _bordered(x, pads)
     if any(s != 1 for s in stride):
         x = lax.slice(x, (0,) * x.ndim, x.shape, (1, 1, *stride))
     batch, channels, *sizes = x.shape
@@ -412,8 +414,7 @@ def apart(
 ) -> Any:
     """Convolve with a kernel as large as its step, as a matrix product of patches that do not overlap."""
     kernel, n = w.shape[2:], len(stride)
-    edges = [(0, 0, 0), (0, 0, 0), *((low, high, 0) for low, high in pads)]
-    x = lax.pad(x, jnp.zeros((), x.dtype), edges)
+    x = _bordered(x, pads)
     counts = [size // k for size, k in zip(x.shape[2:], kernel, strict=True)]
     used = [count * k for count, k in zip(counts, kernel, strict=True)]
     x = lax.slice(x, (0,) * x.ndim, (*x.shape[:2], *used))
@@ -460,12 +461,11 @@ def sum_in_parts(
     channels behind the 7x7 of a ConvNeXt, the taps are read across memory, which takes 3 to 5 times as long.
     The body of a loop stays what it is.
     """
-    channels = x.shape[1]
-    if math.prod(w.shape[2:]) <= FEW_TAPS or x.shape[0] == 1 and channels % 2:
+    channels, alone = x.shape[1], x.shape[0] == 1
+    whole = channels % 2 if alone else not _on_one_device()
+    if whole or math.prod(w.shape[2:]) <= FEW_TAPS:
         return shifted_sum(x, w, stride, pads, dilation, groups)
-    if x.shape[0] != 1 and not _on_one_device():
-        return shifted_sum(x, w, stride, pads, dilation, groups)
-    if x.shape[0] != 1:
+    if not alone:
         of_one = lambda image: shifted_sum(image[None], w, stride, pads, dilation, groups)[0]
         return lax.map(of_one, x)
     halves = x.reshape(2, 1, channels // 2, *x.shape[2:]), w.reshape(2, -1, *w.shape[1:])

@@ -123,10 +123,12 @@ import statefulnn.functional as F
 sizes = {"long": ((8, 32, 40, 40), (64, 32, 3, 3), 1), "depthwise": ((8, 16, 9, 9), (16, 1, 3, 3), 16),
          "depthwise, many taps": ((8, 8, 9, 9), (8, 1, 7, 7), 8)}
 for kind in (AxisType.Auto, AxisType.Explicit):
-    with jax.set_mesh(jax.make_mesh((2,), ("d",), axis_types=(kind,))) as mesh:
+    mesh = jax.make_mesh((2,), ("d",), axis_types=(kind,))
+    split, whole = NamedSharding(mesh, P("d")), NamedSharding(mesh, P())
+    with jax.set_mesh(mesh):
         for name, (x, w, groups) in sizes.items():
-            x = jax.ShapeDtypeStruct(x, jnp.float32, sharding=NamedSharding(jax.sharding.get_mesh(), P("d")))
-            w = jax.ShapeDtypeStruct(w, jnp.float32, sharding=NamedSharding(jax.sharding.get_mesh(), P()))
+            x = jax.ShapeDtypeStruct(x, jnp.float32, sharding=split)
+            w = jax.ShapeDtypeStruct(w, jnp.float32, sharding=whole)
             loss = lambda w, x: (F.conv2d(x, w, padding=1, groups=groups) ** 2).sum()
             text = jax.jit(jax.grad(loss)).lower(w, x).compile().as_text()
             assert "all-reduce(" in text and "all-gather(" not in text, (kind, name)
