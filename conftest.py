@@ -21,6 +21,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 import statefulnn as nn
 import statefulnn.functional as F
+import tests.doctests  # noqa: F401
 
 # Most programs of the tests run once: XLA takes little trouble over them, also in the processes that tests
 # start, and somewhat more where a test says so. On a newer JAX the sample runs what users run.

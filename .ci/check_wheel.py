@@ -59,7 +59,7 @@ def run(*command: object, cwd: Path = ROOT) -> None:
 def code_of_readme() -> str:
     """Return the Python of README.md in its order, as a program; what it shows of a session is a doctest."""
     blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
-    parts = ["import doctest", "names = globals()"]
+    parts = [(ROOT / "tests" / "doctests.py").read_text(), "names = globals()"]
     for block in blocks:
         if ">>>" in block:
             flags = "doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE"

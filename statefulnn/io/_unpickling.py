@@ -32,6 +32,7 @@ _LONGEST_NUMBER = 64
 _LONGEST_KEY, _DEEPEST_KEY = 16, 3  # members of a tuple, and tuples in tuples
 _LONGEST_KEY_BITS = 1024
 _MOST_MEMO_BITS = 31
+_GETATTR = "builtins.getattr", "__builtin__.getattr"
 
 
 class Named:
@@ -51,6 +52,20 @@ class Named:
     def as_key(self) -> Placeholder:
         """What stands for it where it is the key of a dict."""
         return Placeholder(self.name)
+
+
+def _member(function: object, args: tuple) -> str | None:
+    """Return the full name where a pickle asks a foreign class for a member of it, else None.
+
+    Up to protocol 3 a class in a class is written so, and early releases of Python 3.11 write members of
+    an Enum so.
+    """
+    if not (isinstance(function, Placeholder) and function.name in _GETATTR and len(args) == 2):
+        return None
+    owner, name = args
+    if isinstance(owner, Placeholder) and owner.args is None and type(name) is str:
+        return f"{owner.name}.{name}"
+    return None
 
 
 class Machine:
@@ -310,7 +325,10 @@ class Machine:
         if type(args) is not tuple or (kwargs is not None and type(kwargs) is not dict):
             raise _Refused("a call without a tuple of arguments")
         self.budget.spend(8 * len(args))
-        if isinstance(function, Named):
+        if (member := _member(function, args)) is not None:
+            self.budget.spend(len(member))
+            self.push(self.foreign(member))
+        elif isinstance(function, Named):
             made = NotImplemented if kwargs else function.build(self, *args)
             self.push(self.foreign(function.name, args, kwargs) if made is NotImplemented else made)
         elif isinstance(function, Placeholder):

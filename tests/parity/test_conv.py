@@ -179,8 +179,8 @@ def test_each_way_maps_over_weights(way: str) -> None:
 @pytest.mark.parametrize("n", [1, 2, 3])
 @pytest.mark.parametrize("kind", ["Conv", "ConvTranspose"])
 def test_constructor_has_torchs_arguments(kind: str, n: int) -> None:
-    ours = inspect.signature(getattr(nn, f"{kind}{n}d")).parameters
-    theirs = inspect.signature(getattr(torch.nn, f"{kind}{n}d")).parameters
+    ours = inspect.signature(getattr(nn, f"{kind}{n}d").__init__).parameters
+    theirs = inspect.signature(getattr(torch.nn, f"{kind}{n}d").__init__).parameters
     assert [(p.name, p.default) for p in ours.values()] == [
         (p.name, p.default) for p in theirs.values()
     ]
