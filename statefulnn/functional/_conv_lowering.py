@@ -72,14 +72,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
+from jax import Array, lax
 from jax.custom_derivatives import SymbolicZero
 
 from statefulnn.core.compat import own_on_devices
 from statefulnn.core.repeated import in_repeated_code
 from statefulnn.functional._checks import widened
 
-Pads = Sequence[tuple[int, int]]
+PerAxis = Sequence[int]
+Pads = Sequence[tuple[int, int]]  # before and after, along each axis
 
 # Above this many taps no sum over taps is unrolled: it would be long to compile.
 MOST_TAPS = 128
@@ -98,8 +99,8 @@ POSITIONS_OF_A_PRODUCT = 400
 
 
 def general(
-    x: Any, w: Any, stride: Sequence[int], pads: Pads, dilation: Sequence[int], groups: int
-) -> Any:
+    x: Array, w: Array, stride: PerAxis, pads: Pads, dilation: PerAxis, groups: int
+) -> Array:
     """Convolve by XLA's own operation; ``(N, C, *)`` and ``(O, C / groups, *)``."""
     layout = "DHW"[2 - x.ndim :]
     return lax.conv_general_dilated(
@@ -130,13 +131,15 @@ def differentiated(value: Callable, along_x: Callable, along_w: Callable) -> Cal
     """
 
     @functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3, 4, 5))
-    def convolution(x: Any, w: Any, stride: Any, pads: Any, dilation: Any, groups: int) -> Any:
+    def convolution(
+        x: Array, w: Array, stride: PerAxis, pads: Pads, dilation: PerAxis, groups: int
+    ) -> Array:
         return value(x, w, stride, pads, dilation, groups)
 
     @functools.partial(convolution.defjvp, symbolic_zeros=True)
     def _(
-        stride: Any, pads: Any, dilation: Any, groups: int, primals: tuple, tangents: tuple
-    ) -> tuple[Any, Any]:
+        stride: PerAxis, pads: Pads, dilation: PerAxis, groups: int, primals: tuple, tangents: tuple
+    ) -> tuple[Array, Array]:
         (x, w), (dx, dw) = primals, tangents
         how = stride, pads, dilation, groups
         terms = []
@@ -161,7 +164,9 @@ def few_at_a_time(way: Callable, positions: int = 1) -> Callable:
         positions: of how many outputs a channel there are at least in a turn, where one image has less.
     """
 
-    def convolution(x: Any, w: Any, stride: Any, pads: Pads, dilation: Any, groups: int) -> Any:
+    def convolution(
+        x: Array, w: Array, stride: PerAxis, pads: Pads, dilation: PerAxis, groups: int
+    ) -> Array:
         how = stride, pads, dilation, groups
         some = jax.checkpoint(lambda images, w: way(images, w, *how), prevent_cse=False)
         if not _on_one_device():
@@ -181,7 +186,7 @@ def few_at_a_time(way: Callable, positions: int = 1) -> Callable:
     return convolution
 
 
-def _at_least(size: Any, least: int) -> bool:
+def _at_least(size: int, least: int) -> bool:
     # A size that has a name only, in a program for all sizes, is not known to be large.
     return not jax.export.is_symbolic_dim(size) and size >= least
 
@@ -196,26 +201,22 @@ def _on_one_device() -> bool:
 
 
 def _outputs(
-    sizes: Sequence[int],
-    kernel: Sequence[int],
-    stride: Sequence[int],
-    pads: Pads,
-    dilation: Sequence[int],
+    sizes: PerAxis, kernel: PerAxis, stride: PerAxis, pads: Pads, dilation: PerAxis
 ) -> list[int]:
     """Return how many outputs there are along each axis."""
     axes = zip(sizes, kernel, stride, pads, dilation, strict=True)
     return [(size + low + high - d * (k - 1) - 1) // s + 1 for size, k, s, (low, high), d in axes]
 
 
-def _bordered(x: Any, pads: Pads) -> Any:
+def _bordered(x: Array, pads: Pads) -> Array:
     """Return x with zeros around its last axes."""
     edges = [(0, 0, 0), (0, 0, 0), *((low, high, 0) for low, high in pads)]
     return lax.pad(x, jnp.zeros((), x.dtype), edges)
 
 
 def windows(
-    x: Any, kernel: Sequence[int], stride: Sequence[int], pads: Pads, dilation: Sequence[int]
-) -> Iterator[Any]:
+    x: Array, kernel: PerAxis, stride: PerAxis, pads: Pads, dilation: PerAxis
+) -> Iterator[Array]:
     """Yield, for each point of a kernel, what it sees of the last axes of x: ``(A, B, *out)``.
 
     A point that sees no border reads x itself. So x has two readers, and XLA keeps it as it is: it would
@@ -238,8 +239,8 @@ def windows(
 
 
 def tap_after_tap(
-    x: Any, w: Any, stride: Sequence[int], pads: Pads, dilation: Sequence[int], groups: int = 1
-) -> Any:
+    x: Array, w: Array, stride: PerAxis, pads: Pads, dilation: PerAxis, groups: int = 1
+) -> Array:
     """Convolve as a matrix product over channels for each point of the kernel, and their sum, in a loop.
 
     Straight code may copy what all taps see first. The system makes new pages for so many numbers in each
@@ -257,7 +258,7 @@ def tap_after_tap(
 
     # What a tap sees is made again in the backward pass, rather than kept.
     @functools.partial(jax.checkpoint, prevent_cse=False)
-    def step(total: Any, at: tuple[Any, Any]) -> tuple[Any, None]:
+    def step(total: Array, at: tuple[Array, Array]) -> tuple[Array, None]:
         start, tap = at
         seen = lax.dynamic_slice(image, tuple(start), (*batch, *spans, x.shape[1]))
         seen = lax.slice(seen, (0,) * seen.ndim, seen.shape, (*(1 for _ in batch), *stride, 1))
@@ -269,8 +270,8 @@ def tap_after_tap(
 
 
 def as_one_product(
-    x: Any, w: Any, stride: Sequence[int], pads: Pads, dilation: Sequence[int], groups: int = 1
-) -> Any:
+    x: Array, w: Array, stride: PerAxis, pads: Pads, dilation: PerAxis, groups: int = 1
+) -> Array:
     """Convolve as one matrix product for all images, whose derivatives are products as well.
 
     XLA's own operation is slow on CPU where it is not in straight code with one kernel: in the body of a
@@ -292,8 +293,8 @@ def as_one_product(
 
 
 def general_with_row(
-    x: Any, w: Any, stride: Sequence[int], pads: Pads, dilation: Sequence[int], groups: int
-) -> Any:
+    x: Array, w: Array, stride: PerAxis, pads: Pads, dilation: PerAxis, groups: int
+) -> Array:
     """Convolve by XLA's own operation; without borders with one more row, which is cut off again.
 
     Without any border it has a path of its own in JAX 0.10, which is slower, from 30,000 outputs a
@@ -305,9 +306,7 @@ def general_with_row(
     return lax.slice_in_dim(out, 0, out.shape[2] - 1, axis=2)
 
 
-def flat(
-    x: Any, w: Any, stride: Sequence[int], pads: Pads, dilation: Sequence[int], groups: int
-) -> Any:
+def flat(x: Array, w: Array, stride: PerAxis, pads: Pads, dilation: PerAxis, groups: int) -> Array:
     """Convolve over one axis or two by XLA's own operation."""
     how, kernel = (tuple(stride), tuple(pads), tuple(dilation), groups), w.shape[2:]
     grown = any(a + b > d * (k - 1) for (a, b), d, k in zip(pads, dilation, kernel, strict=True))
@@ -323,9 +322,7 @@ _with_products = differentiated(
 )
 
 
-def dense(
-    x: Any, w: Any, stride: Sequence[int], pads: Pads, dilation: Sequence[int], groups: int
-) -> Any:
+def dense(x: Array, w: Array, stride: PerAxis, pads: Pads, dilation: PerAxis, groups: int) -> Array:
     """Convolve by XLA's own operation over one axis or two, over three as a sum of those over two."""
     if len(stride) < 3 or w.shape[2] > MOST_TAPS:
         return flat(x, w, stride, pads, dilation, groups)
@@ -350,7 +347,7 @@ def dense(
     return total.reshape(batch, depth, *total.shape[1:]).swapaxes(1, 2)
 
 
-def _along_kernel_of_example(x: Any, w: Any, *how: Any) -> Any:
+def _along_kernel_of_example(x: Array, w: Array, *how: Any) -> Array:
     if x.shape[1] >= CHANNELS_OF_A_TAP:
         return tap_after_tap(x, w, *how)
     return jax.checkpoint(lambda x, w: as_one_product(x, w, *how), prevent_cse=False)(x, w)
@@ -366,8 +363,8 @@ def of_example(way: Callable) -> Callable:
 
 
 def along_one_axis(
-    x: Any, w: Any, stride: Sequence[int], pads: Pads, dilation: Sequence[int], groups: int
-) -> Any:
+    x: Array, w: Array, stride: PerAxis, pads: Pads, dilation: PerAxis, groups: int
+) -> Array:
     """Convolve with a kernel that is one point wide along one of two axes: positions become a batch."""
     axis = 2 if w.shape[2] > 1 else 3  # along which the kernel is longer
     rows = x.transpose(0, 5 - axis, 1, axis)  # (N, the other axis, C, L)
@@ -382,7 +379,9 @@ def along_one_axis(
 def group_by_group(way: Callable) -> Callable:
     """Return `way` for each group of channels by itself."""
 
-    def convolution(x: Any, w: Any, stride: Any, pads: Pads, dilation: Any, groups: int) -> Any:
+    def convolution(
+        x: Array, w: Array, stride: PerAxis, pads: Pads, dilation: PerAxis, groups: int
+    ) -> Array:
         inputs, kernels = jnp.split(x, groups, axis=1), jnp.split(w, groups, axis=0)
         outs = [way(a, b, stride, pads, dilation, 1) for a, b in zip(inputs, kernels, strict=True)]
         return jnp.concatenate(outs, axis=1)
@@ -391,8 +390,8 @@ def group_by_group(way: Callable) -> Callable:
 
 
 def pointwise(
-    x: Any, w: Any, stride: Sequence[int], pads: Pads, dilation: Sequence[int], groups: int
-) -> Any:
+    x: Array, w: Array, stride: PerAxis, pads: Pads, dilation: PerAxis, groups: int
+) -> Array:
     """Convolve with a kernel of one point, as a matrix product over channels."""
     if any(low or high for low, high in pads):
         x = _bordered(x, pads)
@@ -409,9 +408,7 @@ def pointwise(
     return out.reshape(batch, w.shape[0], *sizes)
 
 
-def apart(
-    x: Any, w: Any, stride: Sequence[int], pads: Pads, dilation: Sequence[int], groups: int
-) -> Any:
+def apart(x: Array, w: Array, stride: PerAxis, pads: Pads, dilation: PerAxis, groups: int) -> Array:
     """Convolve with a kernel as large as its step, as a matrix product of patches that do not overlap."""
     kernel, n = w.shape[2:], len(stride)
     x = _bordered(x, pads)
@@ -432,8 +429,8 @@ def apart(
 
 
 def shifted_sum(
-    x: Any, w: Any, stride: Sequence[int], pads: Pads, dilation: Sequence[int], groups: int
-) -> Any:
+    x: Array, w: Array, stride: PerAxis, pads: Pads, dilation: PerAxis, groups: int
+) -> Array:
     """Convolve each channel with its own kernels, as a sum of shifted products."""
     channels = x.shape[1]
     per_channel = w.shape[0] // channels
@@ -453,8 +450,8 @@ def shifted_sum(
 
 
 def sum_in_parts(
-    x: Any, w: Any, stride: Sequence[int], pads: Pads, dilation: Sequence[int], groups: int
-) -> Any:
+    x: Array, w: Array, stride: PerAxis, pads: Pads, dilation: PerAxis, groups: int
+) -> Array:
     """Convolve as `shifted_sum`; one of many taps for each image by itself, or each half of the channels.
 
     XLA would put the sum inside of the loop that comes next. Where that one transposes, for the norm over
@@ -475,8 +472,8 @@ def sum_in_parts(
 
 
 def _along_image(
-    x: Any, w: Any, stride: Sequence[int], pads: Pads, dilation: Sequence[int], groups: int
-) -> Any:
+    x: Array, w: Array, stride: PerAxis, pads: Pads, dilation: PerAxis, groups: int
+) -> Array:
     how = stride, pads, dilation, groups
     if w.shape[0] > groups or any(s != 1 for s in stride):
         return shifted_sum(x, w, *how)
@@ -493,8 +490,8 @@ def _along_image(
 
 
 def _product_sum(
-    x: Any, w: Any, stride: Sequence[int], pads: Pads, dilation: Sequence[int], groups: int
-) -> Any:
+    x: Array, w: Array, stride: PerAxis, pads: Pads, dilation: PerAxis, groups: int
+) -> Array:
     # `shifted_sum`, by products whose transpose is one as well, and not a product and a sum.
     taps = w.reshape(groups, w.shape[0] // groups, -1)
     out = None
@@ -515,15 +512,15 @@ apart_by_image = differentiated(apart, apart, few_at_a_time(apart))
 
 
 def convolve(
-    x: Any,
-    w: Any,
-    stride: Sequence[int],
+    x: Array,
+    w: Array,
+    stride: PerAxis,
     pads: Pads,
-    dilation: Sequence[int],
+    dilation: PerAxis,
     groups: int,
     repeated: bool = False,
     example: bool = False,
-) -> Any:
+) -> Array:
     """Convolve ``(N, C, *)`` with ``(O, C / groups, *)``, by the lowering that is fastest there.
 
     Args:
@@ -557,11 +554,7 @@ def for_cpu() -> bool:
 
 
 def _smaller_than_kernel(
-    sizes: Sequence[int],
-    kernel: Sequence[int],
-    stride: Sequence[int],
-    pads: Pads,
-    dilation: Sequence[int],
+    sizes: PerAxis, kernel: PerAxis, stride: PerAxis, pads: Pads, dilation: PerAxis
 ) -> bool:
     """Say whether along each axis the image, or the output, is smaller than the kernel.
 
@@ -571,7 +564,7 @@ def _smaller_than_kernel(
     return all(min(a, b) < k for a, b, k in zip(sizes, made, kernel, strict=True))
 
 
-def _one_point_wide(kernel: Sequence[int], stride: Sequence[int], pads: Pads) -> bool:
+def _one_point_wide(kernel: PerAxis, stride: PerAxis, pads: Pads) -> bool:
     """Say whether a kernel over two axes moves along one of them without a width, steps or borders.
 
     There XLA's own operation takes up to 7 times as long as along one axis, most where the image has one
@@ -582,15 +575,15 @@ def _one_point_wide(kernel: Sequence[int], stride: Sequence[int], pads: Pads) ->
 
 
 def chosen_on_cpu(
-    x: Any,
-    w: Any,
-    stride: Sequence[int],
+    x: Array,
+    w: Array,
+    stride: PerAxis,
     pads: Pads,
-    dilation: Sequence[int],
+    dilation: PerAxis,
     groups: int,
     repeated: bool,
     example: bool = False,
-) -> Callable[..., Any]:
+) -> Callable[..., Array]:
     """Return the way to compute a convolution that is fastest on CPU."""
     taps = math.prod(w.shape[2:])
     if x.size == 0 or w.size == 0 or not jnp.issubdtype(x.dtype, jnp.inexact):
@@ -625,14 +618,14 @@ def chosen_on_cpu(
 
 
 def general_transposed(
-    x: Any,
-    w: Any,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
+    x: Array,
+    w: Array,
+    stride: PerAxis,
+    padding: PerAxis,
+    dilation: PerAxis,
     groups: int,
-    sizes: Sequence[int],
-) -> Any:
+    sizes: PerAxis,
+) -> Array:
     """Convolve, transposed, by XLA's own operation with zeros between the input's elements."""
     spatial = w.shape[2:]
     taken, made = w.shape[0] // groups, w.shape[1]
@@ -673,7 +666,7 @@ def _runs(kernel: int, stride: int, dilation: int) -> list[tuple[slice, range]]:
     return [(slice(run[0], run[-1] + 1), j) for j, run in alike]
 
 
-def _split(w: Any, stride: Sequence[int], dilation: Sequence[int]) -> Any:
+def _split(w: Array, stride: PerAxis, dilation: PerAxis) -> Array:
     """Return taps as (J, s) along each of the last axes, zeros where there are none."""
     lead = w.ndim - len(stride)
     filled, shape = [(0, 0, 0)] * lead, [*w.shape[:lead]]
@@ -685,15 +678,15 @@ def _split(w: Any, stride: Sequence[int], dilation: Sequence[int]) -> Any:
 
 
 def by_phases(
-    x: Any,
-    w: Any,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
+    x: Array,
+    w: Array,
+    stride: PerAxis,
+    padding: PerAxis,
+    dilation: PerAxis,
     groups: int,
-    sizes: Sequence[int],
+    sizes: PerAxis,
     repeated: bool,
-) -> Any:
+) -> Array:
     """Convolve, transposed, as convolutions of step 1 that make the outputs between two steps.
 
     Outputs whose taps lie alike come from one convolution with several outputs a channel, and all are
@@ -708,7 +701,7 @@ def by_phases(
     last = [(p + size - 1) // s for p, size, s in zip(padding, sizes, stride, strict=True)]
     counts = [b - a + 1 for a, b in zip(first, last, strict=True)]
 
-    def block(run: Sequence[tuple[slice, range]]) -> Any:  # (N, O, *outputs of the run, *steps)
+    def block(run: Sequence[tuple[slice, range]]) -> Array:  # (N, O, *outputs of the run, *steps)
         backs = [j for _, j in run]
         shape = (batch, groups * made, *(r.stop - r.start for r, _ in run), *counts)
         if not all(backs):
@@ -738,15 +731,15 @@ def by_phases(
 
 
 def convolve_transposed(
-    x: Any,
-    w: Any,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
+    x: Array,
+    w: Array,
+    stride: PerAxis,
+    padding: PerAxis,
+    dilation: PerAxis,
     groups: int,
-    sizes: Sequence[int],
+    sizes: PerAxis,
     repeated: bool = False,
-) -> Any:
+) -> Array:
     """Convolve ``(N, C, *)``, transposed, with ``(C, O / groups, *)`` into ``(N, O, *sizes)``."""
     how = tuple(stride), tuple(padding), tuple(dilation), groups, tuple(sizes)
     if not for_cpu() or not x.size or not w.size:
