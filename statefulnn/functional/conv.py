@@ -40,12 +40,12 @@ def static(value: Any) -> Any:
 @functools.partial(compiled, static_argnums=(3, 4, 5, 6, 7, 8, 9))
 @ruled(Rule.LOW)
 def _conv(
-    x: Any,
-    weight: Any,
-    bias: Any,
-    stride: Any,
-    padding: Any,
-    dilation: Any,
+    x: jax.Array,
+    weight: jax.Array,
+    bias: jax.Array | None,
+    stride: int | Sequence[int],
+    padding: str | int | Sequence[int],
+    dilation: int | Sequence[int],
     groups: int,
     padding_mode: str,
     repeated: bool,
@@ -97,13 +97,18 @@ def _conv(
     return out if batched else out[0]
 
 
-def with_bias(out: Any, bias: jax.Array) -> jax.Array:
+def with_bias(out: jax.Array, bias: jax.Array | None) -> jax.Array:
     """Add a bias for each channel of ``(N, C, *)``."""
     return out if bias is None else out + bias.reshape(1, -1, *(1,) * (out.ndim - 2))
 
 
 def steps(
-    x: jax.Array, weight: jax.Array, stride: Any, dilation: Any, spatial: int, function: str
+    x: jax.Array,
+    weight: jax.Array,
+    stride: int | Sequence[int],
+    dilation: int | Sequence[int],
+    spatial: int,
+    function: str,
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Return stride and dilation as tuples; raise unless they and the sizes are positive."""
     stride = numbers(stride, spatial, "stride", function)
@@ -136,7 +141,7 @@ def check_groups(channels: int, groups: int, does: str, given: str) -> None:
         )
 
 
-def check_bias(bias: jax.Array, channels: int, given: str) -> None:
+def check_bias(bias: jax.Array | None, channels: int, given: str) -> None:
     """Raise unless there is one bias for each output channel, or none at all."""
     if bias is not None and bias.shape != (channels,):
         raise shape_error(
@@ -158,7 +163,7 @@ def check_axes(x: jax.Array, weight: jax.Array, spatial: int, function: str, lay
 
 
 def padded(
-    padding: Any,
+    padding: str | int | Sequence[int],
     kernel: Sequence[int],
     stride: Sequence[int],
     dilation: Sequence[int],
@@ -198,9 +203,9 @@ def conv_nd(
     input: ArrayLike,
     weight: ArrayLike,
     bias: ArrayLike | None,
-    stride: Any,
-    padding: Any,
-    dilation: Any,
+    stride: int | Sequence[int],
+    padding: str | int | Sequence[int],
+    dilation: int | Sequence[int],
     groups: int,
     padding_mode: str = "zeros",
 ) -> jax.Array:

@@ -27,6 +27,7 @@ from statefulnn.modules.dropout import Dropout
 from statefulnn.modules.linear import Linear
 from statefulnn.modules.normalization import LayerNorm
 
+Mask = ArrayLike | None
 Activation = str | Callable[[Any], Any]
 
 
@@ -73,7 +74,13 @@ class _Layer(Module):
         init.rules(self).feedforward(self.linear1, self.linear2, name)
 
     def _attended(
-        self, attention: Module, x: Any, memory: Any, mask: Any, padding: Any, causal: bool
+        self,
+        attention: Module,
+        x: ArrayLike,
+        memory: ArrayLike,
+        mask: Mask,
+        padding: Mask,
+        causal: bool,
     ) -> Any:
         return attention(
             x,
@@ -85,7 +92,7 @@ class _Layer(Module):
             is_causal=causal,
         )[0]
 
-    def _fed_forward(self, x: Any) -> Any:
+    def _fed_forward(self, x: ArrayLike) -> jax.Array:
         return self.linear2(self.dropout(self.activation(self.linear1(x))))
 
 
@@ -163,10 +170,10 @@ class TransformerEncoderLayer(_Layer):
         x = self.norm1(x + self._sa_block(x, *masks))
         return self.norm2(x + self._ff_block(x))
 
-    def _sa_block(self, x: Any, mask: Any, padding: Any, causal: bool) -> Any:
+    def _sa_block(self, x: ArrayLike, mask: Mask, padding: Mask, causal: bool) -> Any:
         return self.dropout1(self._attended(self.self_attn, x, x, mask, padding, causal))
 
-    def _ff_block(self, x: Any) -> Any:
+    def _ff_block(self, x: ArrayLike) -> Any:
         return self.dropout2(self._fed_forward(x))
 
 
@@ -258,13 +265,15 @@ class TransformerDecoderLayer(_Layer):
         x = self.norm2(x + self._mha_block(x, memory, *across))
         return self.norm3(x + self._ff_block(x))
 
-    def _sa_block(self, x: Any, mask: Any, padding: Any, causal: bool) -> Any:
+    def _sa_block(self, x: ArrayLike, mask: Mask, padding: Mask, causal: bool) -> Any:
         return self.dropout1(self._attended(self.self_attn, x, x, mask, padding, causal))
 
-    def _mha_block(self, x: Any, memory: Any, mask: Any, padding: Any, causal: bool) -> Any:
+    def _mha_block(
+        self, x: ArrayLike, memory: ArrayLike, mask: Mask, padding: Mask, causal: bool
+    ) -> Any:
         return self.dropout2(self._attended(self.multihead_attn, x, memory, mask, padding, causal))
 
-    def _ff_block(self, x: Any) -> Any:
+    def _ff_block(self, x: ArrayLike) -> Any:
         return self.dropout3(self._fed_forward(x))
 
 
