@@ -131,7 +131,7 @@ class Tensor:
         return self.storage.key, f"{whole} {self.dtype} {self.conjugated} {self.negated}"
 
 
-def is_count(value: Any) -> bool:
+def is_count(value: object) -> bool:
     """Say whether a value of a file is a number of elements."""
     return type(value) is int and 0 <= value < 1 << 63
 
@@ -162,7 +162,7 @@ def storage_of(key: tuple[Any, ...]) -> Any:
     return Storage(kind.dtype, storage_name(name), numel, first)
 
 
-def storage_name(name: Any) -> str:
+def storage_name(name: object) -> str:
     """Return the name of a storage as a text; in old files it is a number."""
     if is_count(name):
         return str(name)
@@ -175,7 +175,7 @@ def storage_name(name: Any) -> str:
 # What torch builds
 
 
-def _bytes_of(machine: Machine, text: Any, encoding: Any) -> Any:
+def _bytes_of(machine: Machine, text: object, encoding: object) -> Any:
     """How protocol 2 writes bytes."""
     if type(text) is not str or encoding != "latin1":
         return NotImplemented
@@ -190,7 +190,7 @@ def _size(machine: Machine, sizes: Any = ()) -> Any:
     return tuple(sizes)
 
 
-def _device(machine: Machine, kind: Any, index: Any = None) -> Any:
+def _device(machine: Machine, kind: object, index: object = None) -> Any:
     if type(kind) is not str or not (index is None or is_count(index)):
         raise ValueError("a torch.device that is none")
     machine.budget.spend(OBJECT + len(kind))
@@ -199,10 +199,10 @@ def _device(machine: Machine, kind: Any, index: Any = None) -> Any:
 
 def _tensor(
     machine: Machine,
-    storage: Any,
-    offset: Any,
-    size: Any,
-    stride: Any,
+    storage: object,
+    offset: object,
+    size: object,
+    stride: object,
     requires_grad: Any = False,
     hooks: Any = None,
     metadata: Any = None,
@@ -245,7 +245,7 @@ def _typed_tensor(
 
 
 def _parameter(
-    machine: Machine, tensor: Any, requires_grad: Any, hooks: Any, state: Any = None
+    machine: Machine, tensor: object, requires_grad: object, hooks: object, state: object = None
 ) -> Any:
     return tensor if isinstance(tensor, Tensor) else NotImplemented
 
@@ -285,13 +285,13 @@ def _ordered(machine: Machine, pairs: Any = ()) -> Any:
     return made
 
 
-def _defaulting(machine: Machine, *factory: Any) -> Any:
+def _defaulting(machine: Machine, *factory: object) -> Any:
     """A defaultdict without its function: a missing key stays missing."""
     machine.budget.spend(4 * OBJECT)
     return collections.defaultdict(None)
 
 
-def _counter(machine: Machine, counts: Any = None) -> Any:
+def _counter(machine: Machine, counts: object = None) -> Any:
     counts = {} if counts is None else counts
     if type(counts) is not dict:
         return NotImplemented
@@ -307,7 +307,7 @@ def _set(machine: Machine, members: Any = ()) -> Any:
     return machine.join(members, set())
 
 
-def _frozen(machine: Machine, members: Any = ()) -> Any:
+def _frozen(machine: Machine, members: object = ()) -> Any:
     found = _set(machine, members)
     return found if found is NotImplemented else frozenset(found)
 
@@ -322,7 +322,7 @@ def _complex(machine: Machine, real: Any = 0.0, imaginary: Any = 0.0) -> Any:
 def _bytes(kind: type) -> Callable[..., Any]:
     """Bytes, which have no operation of their own in old protocols: empty, or a copy of others."""
 
-    def build(machine: Machine, content: Any = b"", encoding: Any = "latin-1") -> Any:
+    def build(machine: Machine, content: object = b"", encoding: object = "latin-1") -> Any:
         if type(content) is str and encoding == "latin-1":
             content = content.encode("latin1")
         if type(content) is not bytes:
@@ -379,7 +379,7 @@ class NumpyArray(Placeholder):
         super().__init__("numpy.ndarray", ())
         self.array: np.ndarray | None = None
 
-    def take_state(self, machine: Machine, state: Any) -> None:
+    def take_state(self, machine: Machine, state: object) -> None:
         """Take shape, dtype, order and bytes."""
         if type(state) is not tuple or len(state) not in (4, 5):
             raise ValueError("a numpy array that is none")
@@ -392,19 +392,19 @@ class NumpyArray(Placeholder):
             self.state = state
 
 
-def _numpy_dtype(machine: Machine, code: Any, *_: Any) -> Any:
+def _numpy_dtype(machine: Machine, code: object, *_: object) -> Any:
     if type(code) is not str or not _NUMPY_CODES.fullmatch(code):
         return NotImplemented
     machine.budget.spend(2 * OBJECT)
     return NumpyDtype(np.dtype(code))
 
 
-def _empty_array(machine: Machine, kind: Any, *_: Any) -> Any:
+def _empty_array(machine: Machine, kind: object, *_: object) -> Any:
     machine.budget.spend(2 * OBJECT)
     return NumpyArray() if kind is _ARRAY_CLASS else NotImplemented
 
 
-def _from_buffer(machine: Machine, raw: Any, dtype: Any, shape: Any, order: Any) -> Any:
+def _from_buffer(machine: Machine, raw: object, dtype: object, shape: object, order: object) -> Any:
     if type(dtype) is not NumpyDtype or order not in ("C", "F"):
         return NotImplemented
     made = NumpyArray()
@@ -412,7 +412,7 @@ def _from_buffer(machine: Machine, raw: Any, dtype: Any, shape: Any, order: Any)
     return made
 
 
-def _scalar(machine: Machine, dtype: Any, raw: Any = None) -> Any:
+def _scalar(machine: Machine, dtype: object, raw: object = None) -> Any:
     if type(dtype) is not NumpyDtype:
         return NotImplemented
     return _array(machine, raw, dtype, (), "C")[()]
