@@ -35,7 +35,7 @@ eqx = import_extra(
 )
 
 
-def _is_index(x: Any) -> bool:
+def _is_index(x: object) -> bool:
     return isinstance(x, eqx.nn.StateIndex)
 
 
@@ -112,7 +112,7 @@ class _Equinox(Model):
         key = named.get("key")
         keys = None if key is None else jax.random.split(key, size)
 
-        def one(state: dict, key: Any, *inputs: Any) -> Any:
+        def one(state: dict, key: object, *inputs: Any) -> Any:
             keyed = {"key": key} if self.draws else {}
             return self.taken_apart(self.call(module, *inputs, **state, **keyed, **kwargs))
 
@@ -207,7 +207,7 @@ def from_equinox(
     return as_module(model, params, {} if state is None else state, name_of, did)
 
 
-def _names_of_state(module: Any, state: Any) -> dict[tuple, str]:
+def _names_of_state(module: object, state: object) -> dict[tuple, str]:
     """Return the names of the arrays of a state by their path in it."""
     paths = [path for path, _ in jax.tree_util.tree_flatten_with_path(state)[0]]
     # A state of numbers instead of arrays tells where the value of an index is.

@@ -161,7 +161,7 @@ def entry_of(array: Any, index: int | slice, position: int) -> Any:
         return from_numpy(np.asarray(array)[at]) if _on_host(array) else array[at]
 
 
-def _on_host(value: Any) -> bool:
+def _on_host(value: object) -> bool:
     """Say whether an array's numbers are where numpy can read them and JAX would put them."""
     if isinstance(value, Tracer):
         return False

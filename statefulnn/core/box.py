@@ -64,7 +64,7 @@ class Box:
         """Return what a clone needs beside the value."""
         return None
 
-    def _set_static_part(self, like: Any) -> None:
+    def _set_static_part(self, like: object) -> None:
         pass
 
     def out(self) -> Any:

@@ -58,7 +58,7 @@ def note_read(box: Box) -> None:
             copies.bypassed.append(box.label())
 
 
-def _nonzero(value: Any) -> bool:
+def _nonzero(value: object) -> bool:
     return not isinstance(value, jax.Array) or isinstance(value, compat.Tracer) or bool(value.any())
 
 

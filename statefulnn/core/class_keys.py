@@ -110,7 +110,7 @@ def _members(cls: type, watch: Watch) -> list[tuple[str, object]]:
     return found
 
 
-def _part(value: Any, watch: Watch) -> Hashable:
+def _part(value: object, watch: Watch) -> Hashable:
     if find_hidden(value) is not None:
         return Identity(value)
     keys = HookKeyMaker()

@@ -82,7 +82,7 @@ def _private_parts() -> tuple[bool, bool]:
     """Return whether a trace tells what is around it, and a tracer which trace it belongs to."""
     met: list[bool] = []
 
-    def look(x: Any) -> Any:
+    def look(x: object) -> Any:
         met[:] = hasattr(find_top_trace(()), "parent_trace"), hasattr(x, "_trace")
         return x
 
@@ -159,12 +159,12 @@ def varies(values: Sequence[Any], lanes: Any) -> list[bool]:
     return [isinstance(v, Tracer) and _varies(v, lanes) for v in values]
 
 
-def _varies(value: Any, lanes: Any) -> bool:
+def _varies(value: object, lanes: object) -> bool:
     # JAX tells rules of vmap, innermost first, which arguments are mapped.
     answers: list[bool] = []
 
     @jax.custom_batching.custom_vmap
-    def ask(value: Any, lanes: Any) -> Any:
+    def ask(value: object, lanes: object) -> Any:
         return lanes
 
     @ask.def_vmap
@@ -188,14 +188,14 @@ def own_on_devices(values: Any, examples: Any) -> Any:
     """
     axes = frozenset[Hashable]().union(*map(_varying_axes, jax.tree.leaves(examples)))
 
-    def own(value: Any) -> Any:
+    def own(value: object) -> Any:
         more = tuple(axes - _varying_axes(value))
         return jax.lax.pcast(value, more, to="varying") if more else value
 
     return jax.tree.map(own, values) if axes else values
 
 
-def _varying_axes(value: Any) -> frozenset[Hashable]:
+def _varying_axes(value: object) -> frozenset[Hashable]:
     """Return the axes of a mesh along which a value differs, as far as JAX checks that."""
     of = jax.typeof(value) if isinstance(value, Tracer) else None
     return getattr(getattr(of, "manual_axis_type", of), "varying", frozenset())
@@ -220,7 +220,7 @@ def is_forward_mode(trace: Any) -> bool:
     return kind(trace) == "autodiff" and "forward" in _modes().get(type(trace), ())
 
 
-def _jvp(f: Callable, x: Any) -> None:
+def _jvp(f: Callable, x: object) -> None:
     jax.jvp(f, (x,), (x,))
 
 
@@ -239,7 +239,7 @@ def _met() -> dict[type, set[tuple[str, str]]]:
     failed: dict[str, Exception] = {}
     for name, mode, transform in _TRANSFORMATIONS:
 
-        def body(x: Any, what: tuple[str, str] = (name, mode)) -> Any:
+        def body(x: object, what: tuple[str, str] = (name, mode)) -> Any:
             met.setdefault(type(find_top_trace(())), set()).add(what)
             return x
 

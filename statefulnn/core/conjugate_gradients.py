@@ -153,7 +153,7 @@ class Solver:
             )
         )
 
-    def _not_finite(self, fine: Any) -> ConvergenceError:
+    def _not_finite(self, fine: object) -> ConvergenceError:
         return ConvergenceError(
             explain(
                 f"{self.call} met numbers that are not finite{lanes_of(fine, self.noun)}",
@@ -193,10 +193,10 @@ def conjugate_gradients(
     Source: Hestenes and Stiefel 1952.
     """
 
-    def iterate(matvec: Callable, b: Any) -> tuple[Any, Any]:
+    def iterate(matvec: Callable, b: object) -> tuple[Any, Any]:
         return _iterate(matvec, b, solver, tol, steps, precondition)
 
-    def solve(matvec: Callable, b: Any) -> tuple[Any, Any]:
+    def solve(matvec: Callable, b: object) -> tuple[Any, Any]:
         return solver.solve(iterate, matvec, b, tol)
 
     with staging():
@@ -207,7 +207,7 @@ def conjugate_gradients(
 
 def _iterate(
     matvec: Callable,
-    b: Any,
+    b: object,
     solver: Solver,
     tol: float | None,
     steps: int,

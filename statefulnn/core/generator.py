@@ -127,7 +127,7 @@ class Generator(Box):
         else:
             raise threefry.no_key(repr(seed))
 
-    def _set_static_part(self, like: Any) -> None:
+    def _set_static_part(self, like: object) -> None:
         # The seed says nothing of where a stream is; a clone has the state, and what was drawn goes on.
         self._seed = None
 

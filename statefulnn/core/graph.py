@@ -98,7 +98,7 @@ def _stopped(value: object) -> object:
 def fill(module: ModuleBase, d: NodeDef, modules: Sequence[Any], boxes: Sequence[Box]) -> None:
     """Give a bare module the attributes of its node."""
 
-    def bound(value: Any) -> Any:
+    def bound(value: object) -> Any:
         if type(value) is BoundMethod:
             return types.MethodType(value.function, modules[value.node])
         return value

@@ -505,7 +505,7 @@ _ALIASES = {
 _known: dict[Callable, Set[str] | None] = {}
 
 
-def _takes_all(cls: Any, keywords: Set[str]) -> bool:
+def _takes_all(cls: object, keywords: Set[str]) -> bool:
     """Say whether a constructor takes these keywords; its own are looked at once."""
     init = cls.__init__
     if init not in _known:
@@ -584,7 +584,7 @@ def _is_size(x: object) -> bool:
 
 
 def _refuse_arrays(
-    cls: Any, signature: inspect.Signature, args: tuple, kwargs: Mapping[str, object]
+    cls: object, signature: inspect.Signature, args: tuple, kwargs: Mapping[str, object]
 ) -> None:
     """Raise if an array is given for an argument that its annotation says is none."""
     try:

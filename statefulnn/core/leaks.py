@@ -276,7 +276,7 @@ def _new(now: Content, before: Content) -> list[tuple[Any, Any]]:
     return [(name, value) for name, value in items if id(value) not in old]
 
 
-def _put_back(thing: Any, before: Content, left: list[Any]) -> None:
+def _put_back(thing: object, before: Content, left: list[Any]) -> None:
     if type(thing) is not _Globals:
         put(thing, before)
         return

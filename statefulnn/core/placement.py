@@ -381,7 +381,7 @@ def split_by_first_axis(tree: Any, axis: str) -> Any:
     if kind != jax.sharding.AxisType.Auto or axis in inside.manual_axes:
         return tree
 
-    def split(x: Any) -> Any:
+    def split(x: object) -> Any:
         if not isinstance(x, Tracer) or not x.ndim or x.shape[0] % mesh.shape[axis]:
             return x
         free = [jax.sharding.PartitionSpec.UNCONSTRAINED] * (x.ndim - 1)

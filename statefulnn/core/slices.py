@@ -74,7 +74,7 @@ class _Whole:
         return held
 
     @_value.setter
-    def _value(self, new: Any) -> None:
+    def _value(self, new: object) -> None:
         _held.__set__(self, new)
 
 

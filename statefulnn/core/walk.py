@@ -104,7 +104,7 @@ def deepcopied(root: Any, memo: dict[int, Any]) -> Any:
     reduced: dict[int, tuple] = {}
     twins = []
 
-    def below(module: Any, _: str) -> Iterable[tuple[str, Any]]:
+    def below(module: object, _: str) -> Iterable[tuple[str, Any]]:
         reduced[id(module)] = (*module.__reduce_ex__(4), None)[:3]
         state = reduced[id(module)][2]
         if not isinstance(state, dict):

@@ -149,7 +149,7 @@ def _of_layer(
     n, given = length(inputs), sum(leaf.size for leaf in jax.tree.leaves(calls))
     of_pairs, of_gradients = n * a.shape[2] ** 2, n * a.shape[1] * g.shape[1]
 
-    def in_parts(size: int, factors: Any) -> list[Any]:
+    def in_parts(size: int, factors: object) -> list[Any]:
         # The gradient of a convolution wants inputs in another layout: they would be in memory twice.
         def part(of: tuple[list[tuple], Any]) -> list[Any]:
             a, g = jax.vmap(columns)(of[0])

@@ -592,7 +592,7 @@ class Laplace:
     def _groups(self, prior: ArrayLike | Mapping[str, Any], function: str) -> Groups:
         return groups_of(self._random(), prior, function)
 
-    def _gaussian(self, prior: Any, noise: ArrayLike, groups: Groups) -> Any:
+    def _gaussian(self, prior: object, noise: ArrayLike, groups: Groups) -> Any:
         sizes = [leaf.size for leaf in jax.tree.leaves(self._random())]
         spread, scalar = groups.spread(prior), groups.keys is None
         return gaussian(self.eigenvalues, self.eigenvectors, sizes, noise, spread, scalar)

@@ -365,7 +365,7 @@ def _share(norms: jax.Array, max_norm: ArrayLike) -> Any:
     return jnp.mean((norms > max_norm).astype(norms.dtype))
 
 
-def _with_noise(total: PyTree, std: ArrayLike, rng: Any) -> Any:
+def _with_noise(total: PyTree, std: ArrayLike, rng: object) -> Any:
     leaves, treedef = jax.tree.flatten(total)
     key = as_key(rng)
     keys = jax.random.split(key, len(leaves))

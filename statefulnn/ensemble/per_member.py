@@ -110,7 +110,7 @@ def per_member(tx: Any, **hyperparameters: Any) -> Any:
 
 
 def _check_maker(
-    tx: Any, is_made: bool, hyperparameters: Mapping[str, Any], any_arrays: bool
+    tx: object, is_made: bool, hyperparameters: Mapping[str, Any], any_arrays: bool
 ) -> None:
     """Raise unless `tx` is a transformation, or can make one for each member."""
     if is_made and hyperparameters:

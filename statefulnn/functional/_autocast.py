@@ -95,7 +95,7 @@ def _arrays(value: object) -> list[Any]:
     return [value] if _casts(value) else []
 
 
-def _cast(value: Any, dtype: np.dtype, done: dict[int, Any]) -> Any:
+def _cast(value: object, dtype: np.dtype, done: dict[int, Any]) -> Any:
     """Cast the arrays in an argument; what is one array in several of them stays one."""
     if isinstance(value, (tuple, list)):
         parts = (_cast(part, dtype, done) for part in value)

@@ -131,7 +131,7 @@ def _check_mode(x: jax.Array, mode: str, align_corners: bool | None, antialias: 
 
 
 def _sizes(
-    x: jax.Array, size: Any, factor: Any, mode: str, recompute: bool | None
+    x: jax.Array, size: object, factor: object, mode: str, recompute: bool | None
 ) -> tuple[list[int], list[float | None]]:
     """Return the size of each spatial axis afterwards, and the factor to compute positions with."""
     spatial = x.shape[2:]
@@ -201,7 +201,7 @@ def _whole(value: Any) -> Any:
         ) from None
 
 
-def _real(value: Any) -> Any:
+def _real(value: object) -> Any:
     """Return a scale factor as a float or a tuple of floats."""
     if type(value) is float or value is None:
         return value

@@ -553,7 +553,7 @@ def _masks(
     return mask, (mask.T if time else mask)[:, :, None]
 
 
-def _checked_state(name: str, mode: str, x: jax.Array, hx: Any, *shapes: tuple[int, ...]) -> Any:
+def _checked_state(name: str, mode: str, x: jax.Array, hx: object, *shapes: tuple[int, ...]) -> Any:
     """Return the arrays of a state, or raise unless they fit."""
     if mode == "LSTM":
         parts = [array(s, f"hx[{i}]", name) for i, s in enumerate(_pair(name, hx))]
@@ -572,7 +572,7 @@ def _checked_state(name: str, mode: str, x: jax.Array, hx: Any, *shapes: tuple[i
     return tuple(parts) if mode == "LSTM" else parts[0]
 
 
-def _pair(name: str, hx: Any) -> Any:
+def _pair(name: str, hx: object) -> Any:
     if not isinstance(hx, (tuple, list)) or len(hx) != 2:
         given = f"{len(hx)} of them" if isinstance(hx, (tuple, list)) else type(hx).__name__
         raise DtypeError(

@@ -172,7 +172,7 @@ def _is_random_state(variable: Var) -> bool:
     return dtype is None or dtype == jnp.uint32 or jnp.issubdtype(dtype, jax.dtypes.extended)
 
 
-def _structs(tree: Any) -> Any:
+def _structs(tree: object) -> Any:
     return jax.tree_util.tree_map(_struct, tree, is_leaf=_is_member)
 
 

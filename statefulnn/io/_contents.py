@@ -54,7 +54,7 @@ class Contents:
             if budget is not None:
                 budget.spend(_PART * count)
 
-    def _walk(self, path: Path, start: Any, seen: dict[int, int], roots: list[Any]) -> int:
+    def _walk(self, path: Path, start: object, seen: dict[int, int], roots: list[Any]) -> int:
         """Walk a value depth first; what is inside of Placeholders is put off, as further roots.
 
         Args:
@@ -103,7 +103,7 @@ class Contents:
                 unfinished.discard(id(part))
                 self.containers.append(part)
 
-    def _take(self, part: Any, roots: list[Any]) -> None:
+    def _take(self, part: object, roots: list[Any]) -> None:
         if isinstance(part, Placeholder):
             self.containers.append(part)
             inside = (part.args, part.kwargs, part.state, part.content)
@@ -158,7 +158,7 @@ class Contents:
         return done.get(id(self.root), self.root)
 
 
-def _is_plain(value: Any) -> bool:
+def _is_plain(value: object) -> bool:
     return value is None or type(value) in _PLAIN
 
 

@@ -110,7 +110,7 @@ def task_of(module: Any, name: str, settings: dict[str, Any], batch: str | None)
 
 
 def _method(name: str) -> Callable:
-    def call(module: Any, *args: Any, **kwargs: Any) -> Any:
+    def call(module: object, *args: Any, **kwargs: Any) -> Any:
         return getattr(module, name)(*args, **kwargs)
 
     return call
@@ -206,7 +206,7 @@ def _symbolic(
             return leaf
         return jax.ShapeDtypeStruct((b, *leaf.shape[1:]), leaf.dtype)
 
-    def specified(name: str, value: Any) -> Any:
+    def specified(name: str, value: object) -> Any:
         if name not in shapes:
             return jax.tree_util.tree_map(batched, value)
         try:

@@ -93,7 +93,7 @@ def _on_the_host(stored: list[Stored], places: list[Any], mmap: bool, budget: Bu
     return arrays
 
 
-def _is_spread(place: Any, known: bool) -> bool:
+def _is_spread(place: object, known: bool) -> bool:
     return known and isinstance(place, jax.sharding.Sharding)
 
 

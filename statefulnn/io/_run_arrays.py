@@ -153,7 +153,7 @@ def _check_narrowing(label: str, array: Any, dtype: Any) -> None:
         )
 
 
-def _place(device: Any, label: str, shape: tuple[int, ...], value: Any) -> Any:
+def _place(device: object, label: str, shape: tuple[int, ...], value: object) -> Any:
     """Return the sharding an array goes to, None where JAX chooses."""
     if device is not None:
         place = resolve_device(device(label, shape) if callable(device) else device)

@@ -139,7 +139,7 @@ class _Notes:
         for name, value in found.items():
             self._need(fits(value), f"{where}[{shown(name)}]", value, expected)
 
-    def _need(self, fits: bool, where: str, found: Any, expected: str) -> None:
+    def _need(self, fits: bool, where: str, found: object, expected: str) -> None:
         if not fits:
             raise self._wrong(f"{where} is {shown(found)}", expected)
 
@@ -155,7 +155,7 @@ def _is_state(value: Any) -> bool:
     return words and len(value) == 4
 
 
-def _is_metadata(value: Any) -> bool:
+def _is_metadata(value: object) -> bool:
     return isinstance(value, dict) and type(value.get("version")) in (int, type(None))
 
 
@@ -163,7 +163,7 @@ def _is_key(dtype: str) -> bool:
     return re.fullmatch(r"key<\w{1,60}>", dtype) is not None
 
 
-def _is_spec(value: Any) -> bool:
+def _is_spec(value: object) -> bool:
     if not isinstance(value, list) or len(value) != 2 or not isinstance(value[0], str):
         return False
     dtype, shape = stored_dtype(value[0]), value[1]

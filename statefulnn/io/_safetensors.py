@@ -131,7 +131,7 @@ def _parsed(path: Path, header: bytes, budget: Budget) -> dict[str, Any]:
     return entries
 
 
-def _metadata(path: Path, header: bytes, found: Any) -> dict[str, str]:
+def _metadata(path: Path, header: bytes, found: object) -> dict[str, str]:
     if not isinstance(found, dict) or not all(isinstance(v, str) for v in found.values()):
         place = _place(header, "__metadata__")
         raise broken(path, place, "metadata that are no texts", "a dict of text -> text")
@@ -153,7 +153,7 @@ def _in_order(
     return sorted(checked)  # names differ, so dtypes are never compared
 
 
-def _wrong(name: str, entry: Any) -> tuple[str, str] | None:
+def _wrong(name: str, entry: object) -> tuple[str, str] | None:
     """Return what an entry of the header has and what it should have; None if nothing is wrong."""
     if not isinstance(entry, dict) or entry.keys() != _ENTRY:
         return f"the entry {shown(name)}", "a dtype, a shape and data_offsets"

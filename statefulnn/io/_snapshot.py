@@ -252,7 +252,7 @@ def data_of(notes: Mapping[str, Any], arrays: Mapping[str, Any]) -> Any:
 # Parts
 
 
-def _beside(obj: Any) -> Iterator[tuple[str, Box]]:
+def _beside(obj: object) -> Iterator[tuple[str, Box]]:
     """Yield the boxes of a module that its state dict leaves out, and a step may change."""
     if not isinstance(obj, Module):
         return
@@ -267,7 +267,7 @@ def _beside(obj: Any) -> Iterator[tuple[str, Box]]:
                 yield prefix + name, value
 
 
-def _tied(obj: Any) -> dict[str, str]:
+def _tied(obj: object) -> dict[str, str]:
     """Return for each further name of a tied parameter its first name."""
     ties: dict[str, str] = {}
     if isinstance(obj, Module):
@@ -316,7 +316,7 @@ def _storable(label: str, value: Any, name: str, keys: dict[str, str]) -> Any:
     return value if isinstance(value, jax.Array) else np.array(value)
 
 
-def _plain(label: str, value: Any) -> Any:
+def _plain(label: str, value: object) -> Any:
     if is_plain(value):
         return json.loads(json.dumps(value))  # a copy: the value may change before it is written
     raise _unsaved(label, f"it is of type {type(value).__name__}")

@@ -75,7 +75,7 @@ def _evaluated(primitive: Any, values: list[Any], params: dict[str, Any]) -> lis
     return list(out) if primitive.multiple_results else [out]
 
 
-def _inlined_within(param: Any) -> Any:
+def _inlined_within(param: object) -> Any:
     if isinstance(param, tuple):
         return tuple(map(_inlined_within, param))
     return inlined(param) if isinstance(param, ClosedJaxpr) else param

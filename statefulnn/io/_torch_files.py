@@ -209,7 +209,7 @@ def _tarred(source: Source, machine: Machine) -> tuple[Any, Memory]:
     tables.read_storages(*members["storages"])
     tensors = tables.read_tensors(members["tensors"][0])
 
-    def tensor(key: Any) -> Tensor:
+    def tensor(key: object) -> Tensor:
         return tensors[key if type(key) is int else int(key) if type(key) is str else -1]
 
     machine.persistent = tensor

@@ -203,9 +203,9 @@ def _tensor(
     offset: object,
     size: object,
     stride: object,
-    requires_grad: Any = False,
-    hooks: Any = None,
-    metadata: Any = None,
+    requires_grad: object = False,
+    hooks: object = None,
+    metadata: object = None,
 ) -> Any:
     return _typed_tensor(
         machine, storage, offset, size, stride, requires_grad, hooks, None, metadata

@@ -392,7 +392,7 @@ def _full_name(argument: str) -> str:
     return f"{module}.{name}"
 
 
-def _push(machine: Machine, value: Any) -> None:
+def _push(machine: Machine, value: object) -> None:
     machine.stack.append(value)
 
 

@@ -364,9 +364,9 @@ class Checkpointer:
         return Restored(step, dict(content["metrics"]), data, report)
 
     def _arrays(
-        self, step: int, notes: Mapping[str, Any], objects: Mapping[str, Any], device: Any
+        self, step: int, notes: Mapping[str, Any], objects: Mapping[str, Any], device: object
     ) -> dict[str, dict[str, Any]]:
-        def read(tree: Any) -> Any:
+        def read(tree: object) -> Any:
             args = self._orbax.args
             # Only what the tree names is read; its leaves say how.
             item = jax.tree_util.tree_map(

@@ -424,7 +424,7 @@ class ExportedMethod:
             for i in range(len(self._specs))
         ]
 
-    def _take(self, tree: _Tree, value: Any, where: str, flat: dict[int, Any]) -> None:
+    def _take(self, tree: _Tree, value: object, where: str, flat: dict[int, Any]) -> None:
         """Take a value apart as a tree says."""
         if isinstance(tree, int):
             flat[tree] = value

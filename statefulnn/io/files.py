@@ -277,7 +277,7 @@ def _stored(name: str, value: Any) -> np.ndarray:
     return array.astype(array.dtype.newbyteorder("="), copy=False)
 
 
-def _plain(name: str, value: Any) -> Any:
+def _plain(name: str, value: object) -> Any:
     if isinstance(value, Mapping) and any(hasattr(v, "dtype") for v in value.values()):
         raise _unsaved(
             name,
@@ -294,7 +294,7 @@ def _plain(name: str, value: Any) -> Any:
 _SAVED = "save arrays, numbers, texts, and lists and dicts of numbers and texts (not tuples)"
 
 
-def _unsaved(name: Any, why: str, instead: str = _SAVED) -> CheckpointError:
+def _unsaved(name: object, why: str, instead: str = _SAVED) -> CheckpointError:
     return CheckpointError(
         explain(
             f"called nn.save with an entry {name!r} that a file cannot hold",

@@ -87,7 +87,7 @@ class Placeholder:
         )
 
 
-def _outline(value: Any) -> str:
+def _outline(value: object) -> str:
     """Return a short text for a container: its first plain parts."""
     if isinstance(value, dict):
         first = itertools.islice(value.items(), _SHOWN)
@@ -101,7 +101,7 @@ def _outline(value: Any) -> str:
     return _brief(value)
 
 
-def _brief(value: Any) -> str:
+def _brief(value: object) -> str:
     if isinstance(value, Placeholder):
         return f"Placeholder({shown(value.name)})"
     return shown(value)

@@ -551,7 +551,7 @@ def _may_be_joined(segments: Sequence[Segment], plans: Mapping[str, Plan]) -> bo
     )
 
 
-def _built(blocks: Any, n: int | None) -> list[Any]:
+def _built(blocks: object, n: int | None) -> list[Any]:
     if n is None:
         if isinstance(blocks, Module) and not isinstance(blocks, ModuleList):
             raise refusals.no_block(f"one {type(blocks).__name__}")

@@ -168,7 +168,7 @@ def _check(model: Module, specs: Mapping[Target, Spec], name: str, where: str) -
         raise refusals.pissa_of_tied(where, tied)
 
 
-def _check_name(name: Any, where: str) -> None:
+def _check_name(name: object, where: str) -> None:
     taken = Adapters(Layout("weight"))
     if not isinstance(name, str) or not name or "." in name or hasattr(taken, name):
         wanted = "a text without a dot, and no attribute of an nn.ModuleDict"

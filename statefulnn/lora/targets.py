@@ -181,7 +181,7 @@ def parameter_order(layer: Any) -> list[str]:
     return names
 
 
-def _targets_of(path: str, layer: Any, by_reader: bool) -> Iterator[Target]:
+def _targets_of(path: str, layer: object, by_reader: bool) -> Iterator[Target]:
     if isinstance(layer, (LayerNorm, RMSNorm)):
         return
     for name in _weight_names(layer):

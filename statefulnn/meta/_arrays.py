@@ -11,7 +11,7 @@ import jax.numpy as jnp
 def strong_arrays(tree: Any) -> Any:
     """Return a tree of arrays of fixed dtypes: a loop over weakly typed ones is traced twice."""
 
-    def one(v: Any) -> Any:
+    def one(v: object) -> Any:
         if isinstance(v, jax.Array) and not v.weak_type:
             return v
         return jnp.asarray(v, jnp.result_type(v))

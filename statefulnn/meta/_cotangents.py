@@ -93,7 +93,7 @@ def not_backwards(values: Any, refuse: Callable[[], NoReturn]) -> Any:
     return _of_numbers(values, same)
 
 
-def _of_numbers(tree: Any, change: Callable[[list[Any]], list[Any]]) -> Any:
+def _of_numbers(tree: object, change: Callable[[list[Any]], list[Any]]) -> Any:
     """Return a tree of which the arrays that have derivatives are changed."""
     leaves, treedef = jax.tree_util.tree_flatten(tree)
     at = [i for i, v in enumerate(leaves) if jnp.issubdtype(jnp.result_type(v), jnp.inexact)]
@@ -159,7 +159,7 @@ def _looking(names: list[str], tasks: int, say: Callable[..., None]) -> Callable
     return same
 
 
-def _identity(values: Any, back: Callable) -> Any:
+def _identity(values: object, back: Callable) -> Any:
     # As a linear system it has derivatives of all orders, in both modes, and a way back of its own.
     with staging():
         return _together(
@@ -169,7 +169,7 @@ def _identity(values: Any, back: Callable) -> Any:
         )
 
 
-def _together(values: Any) -> Any:
+def _together(values: object) -> Any:
     """Return values that depend on each other: JAX goes back by all of them or by none."""
     nothing = sum(
         v.ravel()[:0].sum().astype(jnp.float32) for v in jax.tree_util.tree_leaves(values)

@@ -137,7 +137,7 @@ def _put(values: Sequence[Any], at: list[int], new: Sequence[Any]) -> list[Any]:
     return values
 
 
-def _no_change(tree: Any) -> Any:
+def _no_change(tree: object) -> Any:
     def zero(v: jax.Array) -> Any:
         real = jnp.issubdtype(v.dtype, jnp.inexact)
         return jnp.zeros_like(v) if real else np.zeros(v.shape, jax.dtypes.float0)

@@ -226,7 +226,7 @@ def _check_functions(function: str, fn: Any, params: Any, loss: Any) -> None:
         return
 
 
-def _check_task(fn: Callable | None, params: Any, data: Any, state: Any) -> None:
+def _check_task(fn: Callable | None, params: object, data: object, state: object) -> None:
     """Raise unless what is adapted is a pure function, with a tuple of data, and state if it takes any."""
     for value, what in ((fn, "fn"), (params, "params")):
         if isinstance(value, Module):
@@ -336,7 +336,7 @@ class Loop:
         data = batch if self.batches else data
         key = None if self.rng is None else jax.random.fold_in(self.rng, i)
 
-        def objective(chosen: Any) -> tuple[Any, Any]:
+        def objective(chosen: object) -> tuple[Any, Any]:
             state = {**carried, **rows_at(rows, i)} if self.has_state else None
             return self.value(self.merged(chosen, fixed, i), state, data, key)
 
@@ -427,7 +427,7 @@ class Loop:
             slots=slots,
         )
 
-    def _path(self, path: Any) -> Any:
+    def _path(self, path: object) -> Any:
         first = self.start[0]
         whole = jax.tree_util.tree_map(
             lambda p, later: jnp.concatenate([p[None], later]), first, path
@@ -548,20 +548,20 @@ def _steps(
     return carry, jax.tree_util.tree_map(lambda a, b: jnp.concatenate([a, b]), out, last)
 
 
-def _part(xs: Any, start: int, stop: int) -> Any:
+def _part(xs: object, start: int, stop: int) -> Any:
     return jax.tree_util.tree_map(lambda v: v[start:stop], xs)
 
 
-def _values(params: Any) -> Any:
+def _values(params: object) -> Any:
     """Return parameters with the arrays of boxes, as ``dict(model.named_parameters())`` has them."""
 
-    def is_box(x: Any) -> bool:
+    def is_box(x: object) -> bool:
         return isinstance(x, Box)
 
     return jax.tree_util.tree_map(lambda v: v.value if is_box(v) else v, params, is_leaf=is_box)
 
 
-def _fitting(slots: Any, fresh: Any) -> Any:
+def _fitting(slots: object, fresh: object) -> Any:
     """Return slots as strong arrays, or raise if they are not what the optimizer would start with."""
     shapes = lambda tree: jax.tree_util.tree_map(jnp.shape, tree)
     same = jax.tree_util.tree_structure(slots) == jax.tree_util.tree_structure(fresh)
@@ -576,7 +576,7 @@ def _fitting(slots: Any, fresh: Any) -> Any:
     return strong_arrays(slots)
 
 
-def _pair(out: Any, what: str, first: str) -> tuple:
+def _pair(out: object, what: str, first: str) -> tuple:
     if not isinstance(out, tuple) or len(out) != 2:
         raise TypeError(
             explain(
@@ -601,7 +601,7 @@ def _scalar(value: Any) -> Any:
     return value
 
 
-def _require_floating(chosen: Any) -> None:
+def _require_floating(chosen: object) -> None:
     for path, leaf in jax.tree_util.tree_leaves_with_path(chosen):
         if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
             raise DtypeError(

@@ -204,7 +204,7 @@ class _Until:
             kept.carry,
         )
 
-        def one(now: _Kept, i: Any) -> tuple[_Kept, None]:
+        def one(now: _Kept, i: object) -> tuple[_Kept, None]:
             carry, value, grads = self.loop.step(constants, now.carry, (i, None))
             after = now._replace(carry=carry, loss=value, size=norm(grads).astype(value.dtype))
             going = i < kept.count
@@ -269,7 +269,7 @@ def _say_diverged(fine: Any, steps: Any) -> None:
     )
 
 
-def _say_no_validation(fine: Any) -> None:
+def _say_no_validation(fine: object) -> None:
     warn(
         explain(
             f"validate returned no finite number to adapt_until{lanes_of(fine)}",

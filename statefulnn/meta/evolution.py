@@ -155,10 +155,10 @@ def pes_gradient(
     return losses.mean(), _estimate(sums, losses, sigma), PES(states, sums)
 
 
-def _at_both_signs(function: Callable, params: Any, noise: Any, *states: Any) -> Any:
+def _at_both_signs(function: Callable, params: object, noise: object, *states: Any) -> Any:
     """Evaluate a function at each perturbation, then at the negative of each, in one batch."""
 
-    def one(noise: Any, *state: Any) -> Any:
+    def one(noise: object, *state: Any) -> Any:
         return function(jax.tree_util.tree_map(jnp.add, params, noise), *state)
 
     both = jax.tree_util.tree_map(lambda e: jnp.concatenate([e, -e]), noise)
@@ -200,7 +200,7 @@ def _estimate(noise: Any, values: Any, sigma: Any) -> Any:
     return jax.tree_util.tree_map(one, noise)
 
 
-def _require_moves(function: str, params: Any, noise: Any) -> None:
+def _require_moves(function: str, params: object, noise: object) -> None:
     """Fail if no perturbation changes any number of the parameters."""
     moved = jax.tree_util.tree_map(lambda p, e: jnp.any(p + e != p), params, noise)
     leaves = jax.tree_util.tree_leaves(moved)
@@ -208,7 +208,7 @@ def _require_moves(function: str, params: Any, noise: Any) -> None:
         fail_unless(jnp.stack(leaves).any(), functools.partial(_no_move, function))
 
 
-def _no_move(function: str, _: Any) -> DtypeError:
+def _no_move(function: str, _: object) -> DtypeError:
     return DtypeError(
         explain(
             f"{function} was given a sigma whose perturbations round to nothing",

@@ -88,13 +88,13 @@ class FixedPoint(Module):
         # A pure function: what a module is asked for in a loop of JAX's, becomes a constant there.
         fn, params = functionalize(self.cell)
 
-        def step(z: Any, params: Any, *inputs: Any) -> Any:
+        def step(z: object, params: object, *inputs: Any) -> Any:
             return fn(params, z, *inputs)
 
         solver = functools.partial(self._iterate, step)
         return implicit_gradient(solver, fixed_point=step, solve=self.solve)(start, params, *inputs)
 
-    def _iterate(self, step: Callable, start: Any, *args: Any) -> Any:
+    def _iterate(self, step: Callable, start: object, *args: Any) -> Any:
         tol = 0.0 if self.tol is None else reachable(self.tol, start)
 
         def more(carry: tuple) -> Any:

@@ -140,7 +140,7 @@ _LOOKS_AT_VALUES = (
 
 
 def _of_closures(
-    solver: Callable, condition: Callable, init: Any, args: tuple
+    solver: Callable, condition: Callable, init: object, args: tuple
 ) -> tuple[tuple[Callable, Callable], tuple]:
     """Return solver and condition as functions of one more argument each, the values of their closures."""
     if current_trace() is EAGER:  # nothing is traced
@@ -152,10 +152,10 @@ def _of_closures(
     except _LOOKS_AT_VALUES:
         return (solver, condition), ()
 
-    def solved(init: Any, *args: Any) -> Any:
+    def solved(init: object, *args: Any) -> Any:
         return solve.call(args[-2], init, *args[:-2])
 
-    def held(x: Any, *args: Any) -> Any:
+    def held(x: object, *args: Any) -> Any:
         return holds.call(args[-1], x, *args[:-2])
 
     return (solved, held), (solve.values, holds.values)
@@ -171,7 +171,7 @@ def _differentiable(
     """Return a solver whose derivative is that of a solution of ``condition(x, *args) = 0``."""
 
     @jax.custom_jvp
-    def solution(init: Any, *args: Any) -> Any:
+    def solution(init: object, *args: Any) -> Any:
         x = solver(init, *args)
         if tolerance is not None:
             size = norm(condition(x, *args))
@@ -186,7 +186,7 @@ def _differentiable(
         def of_args(*args: Any) -> Any:
             return condition(x, *args)
 
-        def matvec(v: Any) -> Any:
+        def matvec(v: object) -> Any:
             return jax.jvp(lambda x: condition(x, *args), (x,), (v,))[1]
 
         _, b = jax.jvp(of_args, tuple(args), tuple(tangents[1:]))
@@ -242,7 +242,7 @@ def cg(steps: int = 100, tol: float | None = 1e-5, damping: float = 0.0) -> Call
     """
     solver = _solver("cg", steps, tol, damping)
 
-    def solve(matvec: Callable, b: Any) -> Any:
+    def solve(matvec: Callable, b: object) -> Any:
         return conjugate_gradients(_damped(matvec, damping), b, solver, tol=tol, steps=steps)[0]
 
     return solve
@@ -264,17 +264,17 @@ def gmres(steps: int = 20, tol: float | None = 1e-5, damping: float = 0.0) -> Ca
     """
     solver = _solver("gmres", steps, tol, damping)
 
-    def restarted(matvec: Callable, b: Any) -> tuple[Any, None]:
+    def restarted(matvec: Callable, b: object) -> tuple[Any, None]:
         # JAX's works with a factorisation that LAPACK does not have in half precision.
         product = lambda v: _wide(matvec(_like(v, b)))
         goal = 0.0 if tol is None else reachable(tol, b)
         x = jax.scipy.sparse.linalg.gmres(product, _wide(b), tol=goal, maxiter=steps)[0]
         return _like(x, b), None
 
-    def scaled(matvec: Callable, b: Any) -> Any:
+    def scaled(matvec: Callable, b: object) -> Any:
         return solver.solve(restarted, matvec, b, tol)[0]
 
-    def solve(matvec: Callable, b: Any) -> Any:
+    def solve(matvec: Callable, b: object) -> Any:
         # So that a right-hand side is scaled in derivatives as well.
         with staging():
             return jax.lax.custom_linear_solve(
@@ -303,7 +303,7 @@ def neumann(steps: int = 10, lr: float = 1.0, tol: float | None = None) -> Calla
     """
     solver = _solver("neumann", steps, tol)
 
-    def series(matvec: Callable, b: Any) -> tuple[Any, None]:
+    def series(matvec: Callable, b: object) -> tuple[Any, None]:
         def term(carry: tuple, _: None) -> tuple[tuple, None]:
             total, power = carry
             power = jax.tree_util.tree_map(lambda p, a: p - lr * a, power, matvec(power))
@@ -312,7 +312,7 @@ def neumann(steps: int = 10, lr: float = 1.0, tol: float | None = None) -> Calla
         (total, _), _ = jax.lax.scan(term, (b, b), length=steps)
         return jax.tree_util.tree_map(lambda v: lr * v, total), None
 
-    def solve(matvec: Callable, b: Any) -> Any:
+    def solve(matvec: Callable, b: object) -> Any:
         return solver.solve(series, matvec, b, tol)[0]
 
     return solve
@@ -338,11 +338,11 @@ def _solver(name: str, steps: int, tol: float | None, damping: Any = 0.0) -> Sol
     )
 
 
-def _like(tree: Any, other: Any) -> Any:
+def _like(tree: object, other: object) -> Any:
     return jax.tree_util.tree_map(lambda v, o: v.astype(jnp.result_type(o)), tree, other)
 
 
-def _wide(tree: Any) -> Any:
+def _wide(tree: object) -> Any:
     """Return arrays of float32 in place of those in half precision."""
     half = lambda v: jnp.finfo(v.dtype).bits < 32
     return jax.tree_util.tree_map(lambda v: v.astype(jnp.float32) if half(v) else v, tree)

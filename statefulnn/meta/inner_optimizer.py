@@ -169,7 +169,7 @@ def updated(optimizer: Any, gradients: Any, slots: Any, params: Any) -> tuple[An
         ) from error
 
 
-def _tried(optimizer: Any, structure: Any, steps: int, shapes: Shapes | None) -> str:
+def _tried(optimizer: object, structure: object, steps: int, shapes: Shapes | None) -> str:
     key = (optimizer, structure, steps, shapes)
     try:
         verdict = _verdicts.get(key)

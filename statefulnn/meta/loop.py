@@ -99,7 +99,7 @@ def _real(v: Any) -> bool:
     return jnp.issubdtype(v.dtype, jnp.inexact)
 
 
-def _length(xs: Any, length: int | None) -> int:
+def _length(xs: object, length: int | None) -> int:
     sizes = {jnp.shape(v)[:1] for v in jax.tree_util.tree_leaves(xs)}
     sizes |= set() if length is None else {(length,)}
     if len(sizes) != 1 or () in sizes:
@@ -113,7 +113,7 @@ def _length(xs: Any, length: int | None) -> int:
     return next(iter(sizes))[0]
 
 
-def _say_diverged(carry: Any, start: int, stop: int) -> None:
+def _say_diverged(carry: object, start: int, stop: int) -> None:
     names = [
         jax.tree_util.keystr(path)
         for path, v in jax.tree_util.tree_leaves_with_path(carry)
@@ -140,7 +140,7 @@ def _bar(steps: int, progress: str | bool) -> Iterator[Callable]:
     label = progress if isinstance(progress, str) else None
     with tqdm(total=steps, desc=label, unit="step", unit_scale=True) as bar:
 
-        def advance(count: int, outs: Any) -> None:
+        def advance(count: int, outs: object) -> None:
             leaves = jax.tree_util.tree_leaves(outs)
             if leaves and leaves[0].ndim == 1:  # a number each step: a loss
                 bar.set_postfix(mean=f"{float(leaves[0].mean()):.4g}")

@@ -126,7 +126,7 @@ def require_rows(tree: Any, steps: int, what: str) -> None:
 def rows_at(tree: Any, step: Any) -> Any:
     """Return a tree with the row of one step in place of each `PerStep`."""
 
-    def one(value: Any) -> Any:
+    def one(value: object) -> Any:
         if not isinstance(value, PerStep):
             return value
         return jax.lax.dynamic_index_in_dim(value.rows, step, keepdims=False)

@@ -86,7 +86,7 @@ def over_tasks(
         )
 
     @shortened
-    def function(shared: Any, *data: Any, rng: Any = None) -> Any:
+    def function(shared: object, *data: Any, rng: object = None) -> Any:
         tasks = _count(data)
         if reduce == "mean" and not tasks:
             raise ShapeError(
@@ -123,7 +123,7 @@ def over_tasks(
     return function
 
 
-def _warn_of_unused(shared: Any, value: Any) -> None:
+def _warn_of_unused(shared: object, value: object) -> None:
     """Warn if somebody differentiates by the shared parameters and no task has used one."""
     traces = {id(trace_of(leaf)) for leaf in jax.tree_util.tree_leaves(shared)}
     trace = current_trace()
@@ -167,7 +167,9 @@ class _Batch(NamedTuple):
             return self._side_by_side(shared, repeated())
         return self._in_a_loop(shared, None if isinstance(vectorize, str) else vectorize)
 
-    def _one(self, shared: Any, tally: Any, key: Any, data: tuple) -> tuple[Any, list[Any]]:
+    def _one(
+        self, shared: object, tally: object, key: object, data: tuple
+    ) -> tuple[Any, list[Any]]:
         key = self.key if key is None else key
         random = {} if key is None else {"rng": key}
         with watched_task(tally) as losses:
@@ -184,8 +186,8 @@ class _Batch(NamedTuple):
             )(tally, self.keys, *self.data)
         return results, losses, tally
 
-    def _in_a_loop(self, shared: Any, chunk: int | None) -> tuple[Any, list[Any], Any]:
-        def task(shared: Any, key: Any, *data: Any) -> tuple[Any, list[Any]]:
+    def _in_a_loop(self, shared: object, chunk: int | None) -> tuple[Any, list[Any], Any]:
+        def task(shared: object, key: object, *data: Any) -> tuple[Any, list[Any]]:
             return self._one(shared, None, key, data)
 
         def look(names: list[str], gradients: list[Any], results: Any) -> None:

@@ -20,7 +20,7 @@ class _Loss(Module):
         name = f"nn.{type(self).__name__}"
         self.reduction = reduction_of(reduction, size_average, reduce, name)
 
-    def _register_weight(self, name: str, weight: Any) -> None:
+    def _register_weight(self, name: str, weight: object) -> None:
         if weight is not None:
             weight = array(weight, name, f"nn.{type(self).__name__}")
         self.register_buffer(name, weight)

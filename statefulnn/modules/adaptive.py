@@ -202,7 +202,7 @@ class AdaptiveLogSoftmaxWithLoss(Module):
         x = self._rows(input, "nn.AdaptiveLogSoftmaxWithLoss.predict")
         return adaptive.predict(x, *self._weights(), self.shortlist_size)
 
-    def _rows(self, input: Any, name: str) -> Any:
+    def _rows(self, input: object, name: str) -> Any:
         x = array(input, "input", name)
         require_rank(x, (2,), "input", name, "(N, in_features)")
         self._check_features(x, name)

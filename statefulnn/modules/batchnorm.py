@@ -115,7 +115,7 @@ class _NormBase(Module):
         )
 
 
-def _zero_count(device: Any = None) -> Any:
+def _zero_count(device: object = None) -> Any:
     return box_filled((), jax.dtypes.canonicalize_dtype(np.int64), resolve_device(device))
 
 

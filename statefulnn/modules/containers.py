@@ -60,7 +60,7 @@ def _index(container: Any, index: Any, length: int) -> int:
     return position % length
 
 
-def _require_module(value: Any, where: str) -> Module:
+def _require_module(value: object, where: str) -> Module:
     if not isinstance(value, Module):
         raise refusals.no_module_in(where, value)
     return value
@@ -104,7 +104,7 @@ class Sequential(Module):
             input = module(input)
         return input
 
-    def _name_at(self, index: Any) -> str:
+    def _name_at(self, index: object) -> str:
         return list(self._modules)[_index(self, index, len(self))]
 
     def __getitem__(self, index: Any) -> Any:
@@ -189,7 +189,7 @@ class Sequential(Module):
         return module
 
 
-def _require_repeat(container: Any, other: Any) -> None:
+def _require_repeat(container: object, other: object) -> None:
     if not isinstance(other, int):
         raise TypeError(f"unsupported operand type(s) for *: {type(container)} and {type(other)}")
     if other <= 0:
@@ -301,7 +301,7 @@ def grouped(name: str, parts: Iterable[tuple[int, int, str]]) -> str:
     return f"{name}(\n  " + "\n  ".join(lines) + "\n)"
 
 
-def _pairs(container: Any, given: Any, noun: str) -> list[tuple[str, Any]]:
+def _pairs(container: object, given: object, noun: str) -> list[tuple[str, Any]]:
     """Return the (name, value) pairs of a mapping or an iterable of pairs."""
     name = type(container).__name__
     if isinstance(given, str) or not isinstance(given, Iterable):
@@ -408,7 +408,7 @@ def _as_parameter(value: Any) -> Any:
     return value
 
 
-def _describe(value: Any) -> str:
+def _describe(value: object) -> str:
     if isinstance(value, Parameter):
         return f"Parameter containing: [{value.dtype} of size {'x'.join(map(str, value.shape))}]"
     return f"Object of type: {type(value).__name__}"
@@ -499,7 +499,7 @@ class ParameterDict(Module):
         if parameters is not None:
             self.update(parameters)
 
-    def _attribute(self, key: Any) -> str:
+    def _attribute(self, key: object) -> str:
         if not isinstance(key, str):
             raise TypeError(
                 f"Index given to ParameterDict cannot be used as a key as it is not a string "

@@ -379,7 +379,7 @@ class _LazyNorm(LazyModuleMixin):
             self.running_mean = UninitializedBuffer(device=device, dtype=dtype)
             self.running_var = UninitializedBuffer(device=device, dtype=dtype)
 
-    def _features_axis(self: Any, input: Any) -> int:
+    def _features_axis(self: object, input: object) -> int:
         return 1
 
     def initialize_parameters(self: Any, input: jax.Array) -> None:

@@ -219,7 +219,7 @@ class RNNBase(Module):
         return ", ".join(parts)
 
 
-def _arrays(hx: Any) -> Any:
+def _arrays(hx: object) -> Any:
     return tuple(map(unwrap, hx)) if isinstance(hx, (tuple, list)) else unwrap(hx)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Self
+from typing import Self
 
 import jax
 from jax.typing import ArrayLike, DTypeLike
@@ -316,7 +316,7 @@ def _row(padding_idx: int | None, rows: int, name: str) -> int | None:
     return padding_idx % rows
 
 
-def _given_table(table: Any, rows: int, size: int, name: str) -> Parameter:
+def _given_table(table: object, rows: int, size: int, name: str) -> Parameter:
     weight = array(table, "_weight", name)
     if weight.shape != (rows, size):
         raise AssertionError(
@@ -329,7 +329,7 @@ def _given_table(table: Any, rows: int, size: int, name: str) -> Parameter:
     return Parameter(weight)
 
 
-def _table_shape(table: Any, name: str) -> tuple[int, int]:
+def _table_shape(table: object, name: str) -> tuple[int, int]:
     shape = array(table, "embeddings", name).shape
     if len(shape) != 2:
         raise AssertionError(

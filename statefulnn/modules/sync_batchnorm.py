@@ -127,7 +127,7 @@ class SyncBatchNorm(_BatchNorm):
 def _converted(
     cls: type[SyncBatchNorm],
     module: Module,
-    process_group: Any,
+    process_group: object,
     axis_name: Hashable,
     done: dict[int, Module],
 ) -> Module:

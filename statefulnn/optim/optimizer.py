@@ -759,13 +759,13 @@ def _distinct(arrays: Sequence[Any], held: set[int]) -> list[jax.Array]:
     return result
 
 
-def _of_type(x: Any, other: jax.Array) -> jax.Array:
+def _of_type(x: object, other: jax.Array) -> jax.Array:
     """Return an array of the dtype of another, which lies on an explicit mesh as the other does."""
     x, sharding = jnp.asarray(x, other.dtype), jax.typeof(other).sharding
     return x if jax.typeof(x).sharding == sharding else jax.sharding.reshard(x, sharding)
 
 
-def _takes_extra(tx: Any) -> bool:
+def _takes_extra(tx: object) -> bool:
     optax = import_extra("optax", "optax", "stepped an nn.Optimizer", "does the arithmetic")
     return isinstance(tx, optax.GradientTransformationExtraArgs)
 

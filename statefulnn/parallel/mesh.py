@@ -52,7 +52,7 @@ def init_device_mesh(
     return jax.make_mesh(shape, names, axis_types=types, devices=devices[: math.prod(shape)])
 
 
-def _tuple(given: Any) -> tuple[Any, ...]:
+def _tuple(given: object) -> tuple[Any, ...]:
     return tuple(given) if isinstance(given, (tuple, list)) else (given,)
 
 

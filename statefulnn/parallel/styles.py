@@ -88,7 +88,7 @@ class SequenceParallel(ParallelStyle):
         """Register a hook that lays out what the module returns."""
         dim = self.sequence_dim
 
-        def split(module: Module, args: Any, output: jax.Array) -> jax.Array:
+        def split(module: Module, args: object, output: jax.Array) -> jax.Array:
             if AxisType.Explicit in mesh.axis_types:
                 now = jax.typeof(output).sharding.spec
                 spec: list[Any] = [*now, *[None] * (output.ndim - len(now))]

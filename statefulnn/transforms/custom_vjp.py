@@ -209,7 +209,7 @@ class _Rule:
         leaves = self._signature.moduledef.num_leaves
         return found[:leaves], found[leaves:]
 
-    def _of_argument(self, mark: Mark, entry: Any) -> Iterator[tuple[int, Any]]:
+    def _of_argument(self, mark: Mark, entry: object) -> Iterator[tuple[int, Any]]:
         """Yield what `bwd` returned for one argument, or a part of one: position, cotangent."""
         moduledef = self._signature.moduledef
         if mark.is_leaf:
@@ -244,7 +244,7 @@ class _Rule:
         )
 
 
-def _readable(treedef: Any, moduledef: ModuleDef, arrays: list[Any], leaves: list[Any]) -> Any:
+def _readable(treedef: object, moduledef: ModuleDef, arrays: list[Any], leaves: list[Any]) -> Any:
     """Return residuals as `fwd` returned them, with modules that can be read only."""
     lost = (
         "a module among the residuals is a copy, which nobody looks at after the backward pass",

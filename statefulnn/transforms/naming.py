@@ -35,7 +35,7 @@ def as_users(pure: Callable, user: Callable, name: str | None = None) -> Callabl
         name: what the compiled code is called.
     """
 
-    def call(leaves: Any, dynamic: Any, *rest: Any) -> Any:
+    def call(leaves: object, dynamic: object, *rest: Any) -> Any:
         return pure(leaves, dynamic, *rest)
 
     call.__name__ = call.__qualname__ = name or getattr(user, "__name__", "f")

@@ -466,7 +466,7 @@ def _holds_nothing(function: Callable) -> bool:
     return not any(held)
 
 
-def _modules_in(function: Any, depth: int = 3) -> list[Any]:
+def _modules_in(function: object, depth: int = 3) -> list[Any]:
     """Return the modules that a function closes over."""
     found = []
     for cell in getattr(function, "__closure__", None) or () if depth else ():

@@ -149,7 +149,7 @@ def _made(base: Any, wanted: tuple[Computation, ...]) -> type:
             self, state_dict, prefix, local_metadata, strict, missing_keys, *lists
         )
 
-    def reduce(self: Any, protocol: int) -> Any:
+    def reduce(self: object, protocol: int) -> Any:
         # The class cannot be found under its name; it is made again from what it was made of.
         return _bare, (base, wanted), self.__getstate__()
 

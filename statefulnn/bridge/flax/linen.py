@@ -215,7 +215,7 @@ def _names(variables: Mapping[str, Any]) -> dict[tuple, str]:
     return names
 
 
-def _thawed(tree: Any) -> Any:
+def _thawed(tree: object) -> Any:
     """Return plain dicts for FrozenDicts, their keys in order: ``flax.core.unfreeze`` would sort them."""
     if isinstance(tree, Mapping):
         return {key: _thawed(value) for key, value in tree.items()}

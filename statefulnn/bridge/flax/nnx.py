@@ -34,7 +34,7 @@ from statefulnn.transforms.functional_call import functionalize
 from statefulnn.transforms.statefulize import kinds_of_state
 
 
-def _is_variable(x: Any) -> bool:
+def _is_variable(x: object) -> bool:
     return isinstance(x, nnx.Variable)
 
 
@@ -278,7 +278,7 @@ class NNXModule(NNXNode):
         return out
 
 
-def _check_free(node: Any, part: str, name: str) -> None:
+def _check_free(node: object, part: str, name: str) -> None:
     if hasattr(node, part):
         raise RegistrationError(
             explain(
