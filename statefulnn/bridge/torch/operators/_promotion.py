@@ -8,7 +8,7 @@ Source: ``torch.result_type``.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.export
@@ -17,11 +17,16 @@ import numpy as np
 
 from statefulnn.core.placement import supported
 
+if TYPE_CHECKING:
+    from typing import TypeGuard
+
+    from jax.typing import ArrayLike, DTypeLike
+
 _CATEGORY = {"b": 0, "u": 1, "i": 1, "f": 2, "V": 2, "c": 3}
 _NARROW = ("float16", "bfloat16")
 
 
-def dtype_of(name: str | None, default: Any = None) -> Any:
+def dtype_of(name: str | None, default: np.dtype | None = None) -> Any:
     """Return JAX's dtype for torch's name of one; integers of 64 bits have 32 where JAX has no others.
 
     Raises:
@@ -33,13 +38,13 @@ def dtype_of(name: str | None, default: Any = None) -> Any:
     return jax.dtypes.canonicalize_dtype(supported(dtype))
 
 
-def category(dtype: Any) -> int:
+def category(dtype: DTypeLike) -> int:
     """Return 0 for truth values, 1 for integers, 2 for floating, 3 for complex numbers."""
     dtype = jnp.dtype(dtype)
     return 2 if jnp.issubdtype(dtype, jnp.floating) else _CATEGORY[dtype.kind]
 
 
-def is_array(x: Any) -> bool:
+def is_array(x: object) -> TypeGuard[jax.Array]:
     """Say whether an argument is an array, and not a number."""
     return hasattr(x, "dtype") and hasattr(x, "shape")
 
@@ -49,27 +54,27 @@ def is_size(x: Any) -> bool:
     return isinstance(x, int) or jax.export.is_symbolic_dim(x)
 
 
-def counted(n: Any) -> Any:
+def counted(n: int) -> np.ndarray | jax.Array:
     """Return 0, 1, ... below a size: numbers of numpy's, if it is a number."""
     return np.arange(n) if isinstance(n, int) else jnp.arange(n)
 
 
-def default_float() -> Any:
+def default_float() -> np.dtype:
     """Return the dtype of floating numbers of Python: torch's default is float32."""
     return jnp.dtype("float32")
 
 
-def wide(dtype: Any) -> Any:
+def wide(dtype: np.dtype) -> np.dtype:
     """Return the dtype that torch adds numbers of a dtype in: half precision in single."""
     return jnp.dtype("float32") if str(dtype) in _NARROW else dtype
 
 
-def integer() -> Any:
+def integer() -> np.dtype:
     """Return the dtype that stands for int64."""
     return jax.dtypes.canonicalize_dtype(np.int64)
 
 
-def _of_number(x: Any) -> Any:
+def _of_number(x: Any) -> np.dtype:
     if isinstance(x, bool):
         return jnp.dtype(bool)
     if is_size(x):
@@ -77,7 +82,7 @@ def _of_number(x: Any) -> Any:
     return jnp.dtype("complex64") if isinstance(x, complex) else default_float()
 
 
-def _joined(one: Any, other: Any) -> Any:
+def _joined(one: np.dtype | None, other: np.dtype | None) -> np.dtype | None:
     """Return the smallest dtype of two on one level: bfloat16 and float16 give float32."""
     if one is None or other is None or one == other:
         return one if other is None else other
@@ -112,20 +117,20 @@ def result_type(*args: Any) -> Any:
     return dtype
 
 
-def cast(x: Any, dtype: Any) -> Any:
+def cast(x: ArrayLike, dtype: DTypeLike) -> jax.Array:
     """Return an array or number as an array of a dtype."""
     if is_array(x):
         return x if x.dtype == dtype else jnp.asarray(x).astype(dtype)
     return jnp.asarray(x, dtype)
 
 
-def promoted(*args: Any) -> list[Any]:
+def promoted(*args: ArrayLike) -> list[jax.Array]:
     """Return arrays of the dtype of the result."""
     dtype = result_type(*args)
     return [cast(x, dtype) for x in args]
 
 
-def floating(*args: Any) -> list[Any]:
+def floating(*args: ArrayLike) -> list[jax.Array]:
     """Return arrays of the dtype of the result, which is floating also for integers."""
     dtype = result_type(*args)
     dtype = default_float() if category(dtype) < 2 else dtype

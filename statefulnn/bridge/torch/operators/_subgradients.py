@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+if TYPE_CHECKING:
+    from statefulnn.bridge.torch.operators._table import Axes
 
-def _apart(x: Any, function: Callable) -> Any:
+
+def _apart(x: jax.Array, function: Callable) -> jax.Array:
     """Return ``function(x)`` with 0 for 0, and the slope 0 there."""
     is_zero = x == 0
     return jnp.where(is_zero, jnp.zeros_like(x), function(jnp.where(is_zero, jnp.ones_like(x), x)))
 
 
-def absolute(x: Any) -> Any:
+def absolute(x: jax.Array) -> jax.Array:
     """Return ``|x|``: the slope at 0 is 0."""
     if jnp.issubdtype(x.dtype, jnp.complexfloating):
         is_zero = x == 0
@@ -28,12 +31,12 @@ def absolute(x: Any) -> Any:
     return x * lax.stop_gradient(jnp.sign(x))
 
 
-def root(x: Any) -> Any:
+def root(x: jax.Array) -> jax.Array:
     """Return the square root: the slope at 0 is 0, and not infinite."""
     return _apart(x, jnp.sqrt)
 
 
-def length(x: Any, power: float, axes: Any, keepdims: bool = False) -> Any:
+def length(x: jax.Array, power: float, axes: Axes, keepdims: bool = False) -> jax.Array:
     """Return ``sum(|x| ** power) ** (1 / power)``: where x is 0, and where all are, the slope is 0."""
     if power == 2:
         squares = jnp.square(jnp.abs(x)) if jnp.iscomplexobj(x) else jnp.square(x)
@@ -48,7 +51,7 @@ def length(x: Any, power: float, axes: Any, keepdims: bool = False) -> Any:
     return _apart(jnp.sum(powers, axes, keepdims=keepdims), lambda s: s ** (1 / exponent))
 
 
-def clamp(x: Any, low: Any = None, high: Any = None) -> Any:
+def clamp(x: jax.Array, low: jax.Array | None = None, high: jax.Array | None = None) -> jax.Array:
     """Return x within bounds of its dtype: on a bound the slope by x is 1."""
     for bound, beyond in ((low, jnp.less), (high, jnp.greater)):
         if bound is not None:
@@ -57,13 +60,15 @@ def clamp(x: Any, low: Any = None, high: Any = None) -> Any:
 
 
 @jax.custom_jvp
-def power(x: Any, exponent: Any) -> Any:
+def power(x: jax.Array, exponent: jax.Array) -> jax.Array:
     """Return ``x ** exponent``: the slope of ``x ** 0`` is 0 also for x of 0."""
     return jnp.power(x, exponent)
 
 
 @power.defjvp
-def _(values: Any, tangents: Any) -> Any:
+def _(
+    values: tuple[jax.Array, jax.Array], tangents: tuple[jax.Array, jax.Array]
+) -> tuple[jax.Array, jax.Array]:
     (x, exponent), (by_x, by_exponent) = values, tangents
     out, zero = power(x, exponent), jnp.zeros((), x.dtype)
     constant = exponent == 0
@@ -75,7 +80,7 @@ def _(values: Any, tangents: Any) -> Any:
     )
 
 
-def angle(y: Any, x: Any) -> Any:
+def angle(y: jax.Array, x: jax.Array) -> jax.Array:
     """Return ``atan2(y, x)``: the slopes at the origin are 0."""
     origin = (y == 0) & (x == 0)
     out = jnp.arctan2(y, jnp.where(origin, jnp.ones_like(x), x))
@@ -95,11 +100,11 @@ def picked(values_and_places: Callable) -> Callable:
     """
 
     @functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
-    def run(x: Any, axis: int, keepdims: bool) -> Any:
+    def run(x: jax.Array, axis: int, keepdims: bool) -> tuple[jax.Array, jax.Array]:
         return values_and_places(x, axis, keepdims)
 
     @run.defjvp
-    def _(axis: int, keepdims: bool, values: Any, tangents: Any) -> Any:
+    def _(axis: int, keepdims: bool, values: tuple[jax.Array], tangents: tuple[jax.Array]) -> Any:
         (x,), (moved,) = values, tangents
         out, places = run(x, axis, keepdims)
         whole = places if places.ndim == x.ndim else jnp.expand_dims(places, axis)

@@ -6,16 +6,25 @@ arguments in ATen's order; dtypes come as texts, and where a tensor would lie is
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from typing import TypeVar
+
+    _Function = TypeVar("_Function", bound=Callable[..., Any])
+
+Scalar = bool | int | float | complex  # a number of Python's
+Size = int | Sequence[int]  # one number, or one for each axis
+Axes = int | Sequence[int] | None  # one, some, or all
 
 OPERATORS: dict[str, Callable[..., Any]] = {}
 
 
-def operator(*names: str) -> Callable[[Any], Any]:
+def operator(*names: str) -> Callable[[_Function], _Function]:
     """Put a function into the table under these names."""
 
-    def put(function: Any) -> Any:
+    def put(function: _Function) -> _Function:
         for name in names:
             OPERATORS[name] = function
         return function

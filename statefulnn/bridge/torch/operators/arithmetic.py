@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,11 @@ from statefulnn.bridge.torch.operators._promotion import (
     result_type,
 )
 from statefulnn.bridge.torch.operators._table import operator
+
+if TYPE_CHECKING:
+    from jax.typing import ArrayLike
+
+    from statefulnn.bridge.torch.operators._table import Scalar
 
 # --------------------------------------------------------------------------------------------------
 # Two arguments
@@ -75,7 +80,7 @@ for _name, _function in {
 
 
 @operator("add")
-def add(a: Any, b: Any, alpha: Any = 1) -> Any:
+def add(a: ArrayLike, b: ArrayLike, alpha: Scalar = 1) -> jax.Array:
     a, b = promoted(a, b)
     if a.dtype == bool:
         return a | b
@@ -83,18 +88,18 @@ def add(a: Any, b: Any, alpha: Any = 1) -> Any:
 
 
 @operator("sub", "subtract")
-def sub(a: Any, b: Any, alpha: Any = 1) -> Any:
+def sub(a: ArrayLike, b: ArrayLike, alpha: Scalar = 1) -> jax.Array:
     a, b = promoted(a, b)
     return a - (b if alpha == 1 else b * cast(alpha, b.dtype))
 
 
 @operator("rsub")
-def rsub(a: Any, b: Any, alpha: Any = 1) -> Any:
+def rsub(a: ArrayLike, b: ArrayLike, alpha: Scalar = 1) -> jax.Array:
     return sub(b, a, alpha)
 
 
 @operator("div", "divide")
-def div(a: Any, b: Any, rounding_mode: str | None = None) -> Any:
+def div(a: ArrayLike, b: ArrayLike, rounding_mode: str | None = None) -> jax.Array:
     if rounding_mode is None:
         return jnp.true_divide(*floating(a, b))
     a, b = promoted(a, b)
@@ -106,7 +111,7 @@ def div(a: Any, b: Any, rounding_mode: str | None = None) -> Any:
 
 
 @operator("pow")
-def power(a: Any, b: Any) -> Any:
+def power(a: ArrayLike, b: ArrayLike) -> jax.Array:
     dtype = result_type(a, b)
     if isinstance(b, (int, float)) and not isinstance(b, bool) and b in (1, 2, 3, 4):
         return lax.integer_pow(cast(a, dtype), int(b))
@@ -118,52 +123,54 @@ def power(a: Any, b: Any) -> Any:
 
 
 @operator("lerp")
-def lerp(start: Any, end: Any, weight: Any) -> Any:
+def lerp(start: jax.Array, end: jax.Array, weight: ArrayLike) -> jax.Array:
     weight = cast(weight, start.dtype)
     return start + weight * (end - start)
 
 
 @operator("addcmul")
-def addcmul(x: Any, a: Any, b: Any, value: Any = 1) -> Any:
+def addcmul(x: jax.Array, a: jax.Array, b: jax.Array, value: Scalar = 1) -> jax.Array:
     x, a, b = promoted(x, a, b)
     return x + cast(value, x.dtype) * a * b
 
 
 @operator("addcdiv")
-def addcdiv(x: Any, a: Any, b: Any, value: Any = 1) -> Any:
+def addcdiv(x: jax.Array, a: jax.Array, b: jax.Array, value: Scalar = 1) -> jax.Array:
     x, a, b = promoted(x, a, b)
     return x + cast(value, x.dtype) * a / b
 
 
 @operator("where")
-def where(condition: Any, a: Any, b: Any) -> Any:
+def where(condition: jax.Array, a: ArrayLike, b: ArrayLike) -> jax.Array:
     return jnp.where(cast(condition, bool), *promoted(a, b))
 
 
 @operator("masked_fill")
-def masked_fill(x: Any, mask: Any, value: Any) -> Any:
+def masked_fill(x: jax.Array, mask: jax.Array, value: ArrayLike) -> jax.Array:
     return jnp.where(mask, cast(value, x.dtype), x)
 
 
 @operator("clamp", "clip")
-def clamp(x: Any, min: Any = None, max: Any = None) -> Any:
+def clamp(x: jax.Array, min: ArrayLike | None = None, max: ArrayLike | None = None) -> jax.Array:
     dtype = result_type(x, min, max)
     low, high = (None if bound is None else cast(bound, dtype) for bound in (min, max))
     return subgradients.clamp(cast(x, dtype), low, high)
 
 
 @operator("clamp_min")
-def clamp_min(x: Any, min: Any) -> Any:
+def clamp_min(x: jax.Array, min: ArrayLike) -> jax.Array:
     return clamp(x, min=min)
 
 
 @operator("clamp_max")
-def clamp_max(x: Any, max: Any) -> Any:
+def clamp_max(x: jax.Array, max: ArrayLike) -> jax.Array:
     return clamp(x, max=max)
 
 
 @operator("isclose")
-def isclose(a: Any, b: Any, rtol: float = 1e-5, atol: float = 1e-8, equal_nan: bool = False) -> Any:
+def isclose(
+    a: jax.Array, b: jax.Array, rtol: float = 1e-5, atol: float = 1e-8, equal_nan: bool = False
+) -> jax.Array:
     return jnp.isclose(a, b, rtol, atol, equal_nan)
 
 
@@ -239,17 +246,17 @@ for _name, _function in {"floor": jnp.floor, "ceil": jnp.ceil, "trunc fix": jnp.
 
 
 @operator("round")
-def round_(x: Any, decimals: int = 0) -> Any:
+def round_(x: jax.Array, decimals: int = 0) -> jax.Array:
     return x if category(x.dtype) < 2 else jnp.round(x, decimals)
 
 
 @operator("frac")
-def frac(x: Any) -> Any:
+def frac(x: jax.Array) -> jax.Array:
     return x - jnp.trunc(x)
 
 
 @operator("logit")
-def logit(x: Any, eps: float | None = None) -> Any:
+def logit(x: jax.Array, eps: float | None = None) -> jax.Array:
     (x,) = floating(x)
     if eps is not None:
         x = clamp(x, eps, 1 - eps)
@@ -258,35 +265,35 @@ def logit(x: Any, eps: float | None = None) -> Any:
 
 @operator("nan_to_num")
 def nan_to_num(
-    x: Any, nan: float | None = None, posinf: float | None = None, neginf: float | None = None
-) -> Any:
+    x: jax.Array, nan: float | None = None, posinf: float | None = None, neginf: float | None = None
+) -> jax.Array:
     return jnp.nan_to_num(x, nan=nan or 0.0, posinf=posinf, neginf=neginf)
 
 
 @operator("xlogy", "special_xlogy")
-def xlogy(a: Any, b: Any) -> Any:
+def xlogy(a: ArrayLike, b: ArrayLike) -> jax.Array:
     return jax.scipy.special.xlogy(*floating(a, b))
 
 
 @operator("polygamma", "special_polygamma")
-def polygamma(n: int, x: Any) -> Any:
+def polygamma(n: int, x: jax.Array) -> jax.Array:
     (x,) = floating(x)
     return jax.scipy.special.polygamma(n, x)
 
 
 @operator("frexp")
-def frexp(x: Any) -> Any:
+def frexp(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     mantissa, exponent = jnp.frexp(x)
     return mantissa, cast(exponent, jnp.int32)
 
 
 @operator("polar")
-def polar(size: Any, angle: Any) -> Any:
+def polar(size: jax.Array, angle: jax.Array) -> jax.Array:
     return lax.complex(size * jnp.cos(angle), size * jnp.sin(angle))
 
 
 @operator("complex")
-def complex_(real: Any, imag: Any) -> Any:
+def complex_(real: jax.Array, imag: jax.Array) -> jax.Array:
     return lax.complex(real, imag)
 
 
@@ -295,54 +302,56 @@ def complex_(real: Any, imag: Any) -> Any:
 
 
 @operator("to.dtype", "to.dtype_layout", "_to_copy")
-def to(x: Any, dtype: str | None = None, *_: Any, **__: Any) -> Any:
+def to(x: jax.Array, dtype: str | None = None, *_: Any, **__: Any) -> jax.Array:
     return cast(x, dtype_of(dtype, x.dtype))
 
 
 @operator("to.device")
-def to_device(x: Any, device: str, dtype: str | None = None, *_: Any, **__: Any) -> Any:
+def to_device(x: jax.Array, device: str, dtype: str | None = None, *_: Any, **__: Any) -> jax.Array:
     return cast(x, dtype_of(dtype, x.dtype))
 
 
 @operator("to.other", "type_as")
-def to_other(x: Any, other: Any, *_: Any, **__: Any) -> Any:
+def to_other(x: jax.Array, other: jax.Array, *_: Any, **__: Any) -> jax.Array:
     return cast(x, other.dtype)
 
 
 @operator("assign")
-def assign(old: Any, new: Any) -> Any:
+def assign(old: jax.Array, new: jax.Array) -> jax.Array:
     """Return `new` as it is after it was written into `old`."""
     return jnp.broadcast_to(cast(new, old.dtype), old.shape)
 
 
 @jax.custom_jvp
-def _unseen(old: Any, new: Any) -> Any:
+def _unseen(old: jax.Array, new: jax.Array) -> jax.Array:
     return new
 
 
 @_unseen.defjvp
-def _(values: Any, tangents: Any) -> Any:
+def _(
+    values: tuple[jax.Array, jax.Array], tangents: tuple[jax.Array, jax.Array]
+) -> tuple[jax.Array, jax.Array]:
     return values[1], tangents[0]
 
 
 @operator("unseen")
-def unseen(old: Any, new: Any) -> Any:
+def unseen(old: jax.Array, new: jax.Array) -> jax.Array:
     """Return `new` as it is after it was written into `old` in a way that gradients do not see."""
     return _unseen(old, new) if category(new.dtype) > 1 else lax.stop_gradient(new)
 
 
 @operator("copy")
-def copy(x: Any, source: Any, non_blocking: bool = False) -> Any:
+def copy(x: jax.Array, source: jax.Array, non_blocking: bool = False) -> jax.Array:
     return assign(x, source)
 
 
 @operator("fill")
-def fill(x: Any, value: Any) -> Any:
+def fill(x: jax.Array, value: ArrayLike) -> jax.Array:
     return assign(x, cast(value, x.dtype))
 
 
 @operator("zero")
-def zero(x: Any) -> Any:
+def zero(x: jax.Array) -> jax.Array:
     return jnp.zeros_like(x)
 
 

@@ -6,7 +6,7 @@ Such a function takes arrays and returns a list of them; the operators return tu
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
 
@@ -14,21 +14,25 @@ from statefulnn.bridge.torch.operators._table import operator
 from statefulnn.transforms import branches, loops
 from statefulnn.transforms import scan as scans
 
+if TYPE_CHECKING:
+    import jax
+    from jax.typing import ArrayLike
+
 _SPACE = "torch.ops.higher_order."
 Body = Callable[..., list[Any]]
 
 
-def _as(arrays: Sequence[Any], likes: Sequence[Any]) -> tuple[Any, ...]:
+def _as(arrays: Sequence[jax.Array], likes: Sequence[ArrayLike]) -> tuple[jax.Array, ...]:
     """Return what goes round in a loop with the dtypes that it had before."""
     return tuple(jnp.asarray(a, jnp.result_type(x)) for a, x in zip(arrays, likes, strict=True))
 
 
-def _arrays(values: Sequence[Any]) -> tuple[Any, ...]:
+def _arrays(values: Sequence[ArrayLike]) -> tuple[jax.Array, ...]:
     return tuple(map(jnp.asarray, values))
 
 
 @operator(_SPACE + "cond")
-def cond(predicate: Any, true: Body, false: Body, operands: Sequence[Any] = ()) -> Any:
+def cond(predicate: ArrayLike, true: Body, false: Body, operands: Sequence[ArrayLike] = ()) -> Any:
     arrays = _arrays(operands)
     return branches.cond(
         jnp.reshape(predicate, ()),
@@ -39,7 +43,9 @@ def cond(predicate: Any, true: Body, false: Body, operands: Sequence[Any] = ()) 
 
 
 @operator(_SPACE + "while_loop")
-def while_loop(condition: Body, body: Body, carried: Sequence[Any], constant: Sequence[Any]) -> Any:
+def while_loop(
+    condition: Body, body: Body, carried: Sequence[ArrayLike], constant: Sequence[ArrayLike]
+) -> Any:
     start, constant = _arrays(carried), _arrays(constant)
     goes_on = lambda carry: jnp.reshape(condition(*carry, *constant)[0], ())
     step = lambda carry: _as(body(*carry, *constant), start)
@@ -47,10 +53,14 @@ def while_loop(condition: Body, body: Body, carried: Sequence[Any], constant: Se
 
 
 @operator(_SPACE + "scan")
-def scan(combine: Body, init: Sequence[Any], xs: Sequence[Any], constant: Sequence[Any]) -> Any:
+def scan(
+    combine: Body, init: Sequence[ArrayLike], xs: Sequence[jax.Array], constant: Sequence[ArrayLike]
+) -> tuple[jax.Array, ...]:
     start, constant = _arrays(init), _arrays(constant)
 
-    def step(carry: Any, x: Any) -> tuple[Any, Any]:
+    def step(
+        carry: tuple[jax.Array, ...], x: tuple[jax.Array, ...]
+    ) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]:
         out = combine(*carry, *x, *constant)
         return _as(out[: len(start)], start), tuple(out[len(start) :])
 
@@ -59,6 +69,6 @@ def scan(combine: Body, init: Sequence[Any], xs: Sequence[Any], constant: Sequen
 
 
 @operator(_SPACE + "map_impl")
-def map_impl(body: Body, xs: Sequence[Any], constant: Sequence[Any]) -> Any:
+def map_impl(body: Body, xs: Sequence[jax.Array], constant: Sequence[ArrayLike]) -> Any:
     constant = _arrays(constant)
     return loops.map(lambda x: tuple(body(*x, *constant)), tuple(xs))

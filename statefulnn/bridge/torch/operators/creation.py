@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -22,76 +22,87 @@ from statefulnn.bridge.torch.operators._promotion import (
 from statefulnn.bridge.torch.operators._table import operator
 from statefulnn.core.generator import next_key
 
+if TYPE_CHECKING:
+    from jax.typing import ArrayLike
+
+    from statefulnn.bridge.torch.operators._table import Scalar
+
 
 @operator("zeros")
-def zeros(size: Sequence[int], *, dtype: str | None = None, **_: Any) -> Any:
+def zeros(size: Sequence[int], *, dtype: str | None = None, **_: Any) -> jax.Array:
     return jnp.zeros(tuple(size), dtype_of(dtype, default_float()))
 
 
 @operator("empty")
-def empty(size: Sequence[int], *, dtype: str | None = None, **_: Any) -> Any:
+def empty(size: Sequence[int], *, dtype: str | None = None, **_: Any) -> jax.Array:
     return zeros(size, dtype=dtype)
 
 
 @operator("empty_strided", "empty_permuted")
-def empty_strided(size: Sequence[int], *_: Any, dtype: str | None = None, **__: Any) -> Any:
+def empty_strided(size: Sequence[int], *_: Any, dtype: str | None = None, **__: Any) -> jax.Array:
     return zeros(size, dtype=dtype)
 
 
 @operator("ones")
-def ones(size: Sequence[int], *, dtype: str | None = None, **_: Any) -> Any:
+def ones(size: Sequence[int], *, dtype: str | None = None, **_: Any) -> jax.Array:
     return jnp.ones(tuple(size), dtype_of(dtype, default_float()))
 
 
 @operator("full")
-def full(size: Sequence[int], value: Any, *, dtype: str | None = None, **_: Any) -> Any:
+def full(size: Sequence[int], value: Scalar, *, dtype: str | None = None, **_: Any) -> jax.Array:
     return jnp.broadcast_to(cast(value, dtype_of(dtype, result_type(value))), tuple(size))
 
 
 @operator("scalar_tensor")
-def scalar_tensor(value: Any, *, dtype: str | None = None, **_: Any) -> Any:
+def scalar_tensor(value: Scalar, *, dtype: str | None = None, **_: Any) -> jax.Array:
     return cast(value, dtype_of(dtype, default_float()))
 
 
 @operator("zeros_like", "empty_like")
-def zeros_like(x: Any, *, dtype: str | None = None, **_: Any) -> Any:
+def zeros_like(x: jax.Array, *, dtype: str | None = None, **_: Any) -> jax.Array:
     return jnp.zeros(x.shape, dtype_of(dtype, x.dtype))
 
 
 @operator("ones_like")
-def ones_like(x: Any, *, dtype: str | None = None, **_: Any) -> Any:
+def ones_like(x: jax.Array, *, dtype: str | None = None, **_: Any) -> jax.Array:
     return jnp.ones(x.shape, dtype_of(dtype, x.dtype))
 
 
 @operator("full_like")
-def full_like(x: Any, value: Any, *, dtype: str | None = None, **_: Any) -> Any:
+def full_like(x: jax.Array, value: Scalar, *, dtype: str | None = None, **_: Any) -> jax.Array:
     return jnp.broadcast_to(cast(value, dtype_of(dtype, x.dtype)), x.shape)
 
 
 @operator("new_zeros", "new_empty", "new_empty_strided")
-def new_zeros(x: Any, size: Sequence[int], *_: Any, dtype: str | None = None, **__: Any) -> Any:
+def new_zeros(
+    x: jax.Array, size: Sequence[int], *_: Any, dtype: str | None = None, **__: Any
+) -> jax.Array:
     return jnp.zeros(tuple(size), dtype_of(dtype, x.dtype))
 
 
 @operator("new_ones")
-def new_ones(x: Any, size: Sequence[int], *, dtype: str | None = None, **_: Any) -> Any:
+def new_ones(x: jax.Array, size: Sequence[int], *, dtype: str | None = None, **_: Any) -> jax.Array:
     return jnp.ones(tuple(size), dtype_of(dtype, x.dtype))
 
 
 @operator("new_full")
-def new_full(x: Any, size: Sequence[int], value: Any, *, dtype: str | None = None, **_: Any) -> Any:
+def new_full(
+    x: jax.Array, size: Sequence[int], value: Scalar, *, dtype: str | None = None, **_: Any
+) -> jax.Array:
     return jnp.broadcast_to(cast(value, dtype_of(dtype, x.dtype)), tuple(size))
 
 
 @operator("arange")
-def arange(*bounds: Any, dtype: str | None = None, **_: Any) -> Any:
+def arange(*bounds: Scalar, dtype: str | None = None, **_: Any) -> jax.Array:
     start, end, step = (0, *bounds, 1) if len(bounds) == 1 else (*bounds, 1)[:3]
     whole = all(map(is_size, bounds))
     return jnp.arange(start, end, step, dtype_of(dtype, integer() if whole else default_float()))
 
 
 @operator("linspace")
-def linspace(start: Any, end: Any, steps: int, *, dtype: Any = None, **_: Any) -> Any:
+def linspace(
+    start: ArrayLike, end: ArrayLike, steps: int, *, dtype: Any = None, **_: Any
+) -> jax.Array:
     dtype = dtype_of(dtype, default_float())
     if isinstance(steps, int) and not is_array(start) and not is_array(end):
         return jnp.linspace(start, end, steps, dtype=dtype)
@@ -103,29 +114,39 @@ def linspace(start: Any, end: Any, steps: int, *, dtype: Any = None, **_: Any) -
 
 @operator("logspace")
 def logspace(
-    start: Any, end: Any, steps: int, base: float = 10.0, *, dtype: Any = None, **_: Any
-) -> Any:
+    start: ArrayLike,
+    end: ArrayLike,
+    steps: int,
+    base: float = 10.0,
+    *,
+    dtype: str | None = None,
+    **_: Any,
+) -> jax.Array:
     exponents = linspace(start, end, steps)
     return cast(jnp.asarray(base, exponents.dtype) ** exponents, dtype_of(dtype, default_float()))
 
 
 @operator("fft_fftfreq")
-def fftfreq(n: int, d: float = 1.0, *, dtype: Any = None, **_: Any) -> Any:
+def fftfreq(n: int, d: float = 1.0, *, dtype: str | None = None, **_: Any) -> jax.Array:
     return jnp.fft.fftfreq(n, d, dtype=dtype_of(dtype, default_float()))
 
 
 @operator("fft_rfftfreq")
-def rfftfreq(n: int, d: float = 1.0, *, dtype: Any = None, **_: Any) -> Any:
+def rfftfreq(n: int, d: float = 1.0, *, dtype: str | None = None, **_: Any) -> jax.Array:
     return jnp.fft.rfftfreq(n, d, dtype=dtype_of(dtype, default_float()))
 
 
 @operator("tril_indices")
-def tril_indices(row: int, col: int, offset: int = 0, *, dtype: Any = None, **_: Any) -> Any:
+def tril_indices(
+    row: int, col: int, offset: int = 0, *, dtype: str | None = None, **_: Any
+) -> jax.Array:
     return cast(np.stack(np.tril_indices(row, offset, col)), dtype_of(dtype, integer()))
 
 
 @operator("triu_indices")
-def triu_indices(row: int, col: int, offset: int = 0, *, dtype: Any = None, **_: Any) -> Any:
+def triu_indices(
+    row: int, col: int, offset: int = 0, *, dtype: str | None = None, **_: Any
+) -> jax.Array:
     return cast(np.stack(np.triu_indices(row, offset, col)), dtype_of(dtype, integer()))
 
 
@@ -133,7 +154,9 @@ def _window(name: str, shape: Callable[..., Any], *defaults: float) -> None:
     """Put a window into the table, a function of places from 0 to 1 and numbers that have defaults."""
 
     @operator(name)
-    def window(n: Any, periodic: bool = True, *given: float, dtype: Any = None, **_: Any) -> Any:
+    def window(
+        n: int, periodic: bool = True, *given: float, dtype: Any = None, **_: Any
+    ) -> jax.Array:
         dtype = dtype_of(dtype, default_float())
         if isinstance(n, int) and n <= 1:
             return jnp.ones(n, dtype)
@@ -142,7 +165,7 @@ def _window(name: str, shape: Callable[..., Any], *defaults: float) -> None:
         return cast(shape(place, *given, *defaults[len(given) :]), dtype)
 
 
-def _cosines(place: Any, *weights: float) -> Any:
+def _cosines(place: jax.Array, *weights: float) -> Any:
     """Return a sum of cosines with weights whose signs alternate."""
     return sum(
         (-1) ** i * weight * jnp.cos(2 * math.pi * i * place) for i, weight in enumerate(weights)
@@ -164,12 +187,12 @@ _window(
 
 
 @operator("eye", "eye.m")
-def eye(n: int, m: int | None = None, *, dtype: str | None = None, **_: Any) -> Any:
+def eye(n: int, m: int | None = None, *, dtype: str | None = None, **_: Any) -> jax.Array:
     return jnp.eye(n, m, dtype=dtype_of(dtype, default_float()))
 
 
 @operator("diag_embed")
-def diag_embed(x: Any, offset: int = 0, dim1: int = -2, dim2: int = -1) -> Any:
+def diag_embed(x: jax.Array, offset: int = 0, dim1: int = -2, dim2: int = -1) -> jax.Array:
     size = x.shape[-1] + abs(offset)
     rows = jnp.arange(x.shape[-1]) + max(0, -offset)
     columns = jnp.arange(x.shape[-1]) + max(0, offset)
@@ -182,75 +205,75 @@ def diag_embed(x: Any, offset: int = 0, dim1: int = -2, dim2: int = -1) -> Any:
 
 
 @operator("rand")
-def rand(size: Sequence[int], *, dtype: str | None = None, **_: Any) -> Any:
+def rand(size: Sequence[int], *, dtype: str | None = None, **_: Any) -> jax.Array:
     return jax.random.uniform(next_key(), tuple(size), dtype_of(dtype, default_float()))
 
 
 @operator("randn")
-def randn(size: Sequence[int], *, dtype: str | None = None, **_: Any) -> Any:
+def randn(size: Sequence[int], *, dtype: str | None = None, **_: Any) -> jax.Array:
     return jax.random.normal(next_key(), tuple(size), dtype_of(dtype, default_float()))
 
 
 @operator("rand_like")
-def rand_like(x: Any, *, dtype: str | None = None, **_: Any) -> Any:
+def rand_like(x: jax.Array, *, dtype: str | None = None, **_: Any) -> jax.Array:
     return jax.random.uniform(next_key(), x.shape, dtype_of(dtype, x.dtype))
 
 
 @operator("randn_like")
-def randn_like(x: Any, *, dtype: str | None = None, **_: Any) -> Any:
+def randn_like(x: jax.Array, *, dtype: str | None = None, **_: Any) -> jax.Array:
     return jax.random.normal(next_key(), x.shape, dtype_of(dtype, x.dtype))
 
 
 @operator("randint")
-def randint(high: int, size: Sequence[int], *, dtype: str | None = None, **_: Any) -> Any:
+def randint(high: int, size: Sequence[int], *, dtype: str | None = None, **_: Any) -> jax.Array:
     return jax.random.randint(next_key(), tuple(size), 0, high, dtype_of(dtype, integer()))
 
 
 @operator("randint.low")
 def randint_low(
     low: int, high: int, size: Sequence[int], *, dtype: str | None = None, **_: Any
-) -> Any:
+) -> jax.Array:
     return jax.random.randint(next_key(), tuple(size), low, high, dtype_of(dtype, integer()))
 
 
 @operator("randperm")
-def randperm(n: int, *, dtype: str | None = None, **_: Any) -> Any:
+def randperm(n: int, *, dtype: str | None = None, **_: Any) -> jax.Array:
     return cast(jax.random.permutation(next_key(), n), dtype_of(dtype, integer()))
 
 
 @operator("bernoulli")
-def bernoulli(x: Any, *_: Any, **__: Any) -> Any:
+def bernoulli(x: jax.Array, *_: Any, **__: Any) -> jax.Array:
     return cast(jax.random.bernoulli(next_key(), x), x.dtype)
 
 
 @operator("bernoulli.p", "bernoulli.float")
-def bernoulli_p(x: Any, p: float = 0.5, **_: Any) -> Any:
+def bernoulli_p(x: jax.Array, p: float = 0.5, **_: Any) -> jax.Array:
     return cast(jax.random.bernoulli(next_key(), p, x.shape), x.dtype)
 
 
 @operator("bernoulli.Tensor")
-def bernoulli_tensor(x: Any, p: Any, **_: Any) -> Any:
+def bernoulli_tensor(x: jax.Array, p: jax.Array, **_: Any) -> jax.Array:
     return cast(jax.random.bernoulli(next_key(), p, x.shape), x.dtype)
 
 
 @operator("uniform")
-def uniform(x: Any, low: float = 0.0, high: float = 1.0, **_: Any) -> Any:
+def uniform(x: jax.Array, low: float = 0.0, high: float = 1.0, **_: Any) -> jax.Array:
     return jax.random.uniform(next_key(), x.shape, x.dtype, low, high)
 
 
 @operator("normal", "normal.functional")
-def normal(x: Any, mean: float = 0.0, std: float = 1.0, **_: Any) -> Any:
+def normal(x: jax.Array, mean: float = 0.0, std: float = 1.0, **_: Any) -> jax.Array:
     drawn = jax.random.normal(next_key(), x.shape, x.dtype)
     return drawn * jnp.asarray(std, x.dtype) + jnp.asarray(mean, x.dtype)
 
 
 @operator("exponential")
-def exponential(x: Any, lambd: float = 1.0, **_: Any) -> Any:
+def exponential(x: jax.Array, lambd: float = 1.0, **_: Any) -> jax.Array:
     return jax.random.exponential(next_key(), x.shape, x.dtype) / jnp.asarray(lambd, x.dtype)
 
 
 @operator("multinomial")
-def multinomial(x: Any, num_samples: int, replacement: bool = False, **_: Any) -> Any:
+def multinomial(x: jax.Array, num_samples: int, replacement: bool = False, **_: Any) -> jax.Array:
     noise = jax.random.gumbel(next_key(), (num_samples if replacement else 1, *x.shape), x.dtype)
     scores = jnp.log(x) + noise
     if replacement:

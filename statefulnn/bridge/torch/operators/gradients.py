@@ -4,24 +4,29 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 
 from statefulnn.bridge.torch.operators._table import OPERATORS, operator
 
+if TYPE_CHECKING:
+    from statefulnn.bridge.torch.operators._table import Size
+
 
 @operator("own_gradient")
-def own_gradient(outputs: Sequence[Any], inputs: Sequence[Any], backward: Callable) -> Any:
+def own_gradient(
+    outputs: Sequence[jax.Array], inputs: Sequence[jax.Array], backward: Callable
+) -> list[jax.Array]:
     """Return outputs as they are; their gradients go to the inputs, as `backward` tells."""
     is_float = lambda x: jnp.issubdtype(x.dtype, jnp.floating)
 
     @jax.custom_vjp
-    def given(outputs: Any, inputs: Any) -> Any:
+    def given(outputs: list[jax.Array], inputs: list[jax.Array]) -> list[jax.Array]:
         return outputs
 
-    def back(inputs: Any, by_output: Any) -> Any:
+    def back(inputs: list[jax.Array], by_output: list[Any]) -> Any:
         floats = [g for g, x in zip(by_output, outputs, strict=True) if is_float(x)]
         slopes = iter(backward(*inputs, *floats))
         by_input = [jnp.asarray(next(slopes), x.dtype) if is_float(x) else None for x in inputs]
@@ -31,25 +36,29 @@ def own_gradient(outputs: Sequence[Any], inputs: Sequence[Any], backward: Callab
     return given([jax.lax.stop_gradient(x) for x in outputs], list(inputs))
 
 
-def _pulled_back(forward: Callable, gradient: Any, *primals: Any) -> tuple[Any, ...]:
+def _pulled_back(
+    forward: Callable, gradient: jax.Array, *primals: jax.Array
+) -> tuple[jax.Array, ...]:
     """Return the gradients of ``forward(*primals)`` by its arguments."""
     _, back = jax.vjp(forward, *primals)
     return back(gradient)
 
 
 @operator("_adaptive_avg_pool2d_backward")
-def adaptive_avg_pool2d_backward(gradient: Any, x: Any) -> Any:
+def adaptive_avg_pool2d_backward(gradient: jax.Array, x: jax.Array) -> jax.Array:
     forward = lambda x: OPERATORS["_adaptive_avg_pool2d"](x, gradient.shape[-2:])
     return _pulled_back(forward, gradient, x)[0]
 
 
 @operator("avg_pool2d_backward")
-def avg_pool2d_backward(gradient: Any, x: Any, *how: Any) -> Any:
+def avg_pool2d_backward(gradient: jax.Array, x: jax.Array, *how: Size | bool | None) -> jax.Array:
     return _pulled_back(lambda x: OPERATORS["avg_pool2d"](x, *how), gradient, x)[0]
 
 
 @operator("max_pool2d_with_indices_backward")
-def max_pool2d_with_indices_backward(gradient: Any, x: Any, *how_and_indices: Any) -> Any:
+def max_pool2d_with_indices_backward(
+    gradient: jax.Array, x: jax.Array, *how_and_indices: Any
+) -> jax.Array:
     indices = how_and_indices[-1]  # of the largest number of each window, in its image
     images = math.prod(x.shape[:-2])
     flat = jnp.zeros((images, math.prod(x.shape[-2:])), gradient.dtype)
@@ -60,9 +69,10 @@ def max_pool2d_with_indices_backward(gradient: Any, x: Any, *how_and_indices: An
 
 @operator("convolution_backward")
 def convolution_backward(
-    gradient: Any, x: Any, weight: Any, bias_sizes: Any, stride: Any, padding: Any, dilation: Any,
-    transposed: bool, output_padding: Any, groups: int, output_mask: Sequence[bool],
-) -> Any:  # fmt: skip
+    gradient: jax.Array, x: jax.Array, weight: jax.Array, bias_sizes: Sequence[int] | None,
+    stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], transposed: bool,
+    output_padding: Sequence[int], groups: int, output_mask: Sequence[bool],
+) -> tuple[jax.Array | None, ...]:  # fmt: skip
     how = (stride, padding, dilation, transposed, output_padding, groups)
     forward = lambda x, weight: OPERATORS["convolution"](x, weight, None, *how)
     by_input, by_weight = _pulled_back(forward, gradient, x, weight)
@@ -72,8 +82,8 @@ def convolution_backward(
 
 @operator("embedding_dense_backward")
 def embedding_dense_backward(
-    gradient: Any, indices: Any, count: int, padding_idx: int, scale_grad_by_freq: bool
-) -> Any:
+    gradient: jax.Array, indices: jax.Array, count: int, padding_idx: int, scale_grad_by_freq: bool
+) -> jax.Array:
     size = gradient.shape[-1]
     indices, rows = indices.ravel(), gradient.reshape(-1, size)
     rows = jnp.where((indices == padding_idx)[:, None], jnp.zeros_like(rows), rows)
@@ -85,9 +95,9 @@ def embedding_dense_backward(
 
 @operator("native_layer_norm_backward")
 def native_layer_norm_backward(
-    gradient: Any, x: Any, shape: Any, mean: Any, inverse: Any, weight: Any, bias: Any,
-    output_mask: Sequence[bool],
-) -> Any:  # fmt: skip
+    gradient: jax.Array, x: jax.Array, shape: Sequence[int], mean: jax.Array, inverse: jax.Array,
+    weight: jax.Array | None, bias: jax.Array | None, output_mask: Sequence[bool],
+) -> tuple[jax.Array | None, ...]:  # fmt: skip
     axes = tuple(range(x.ndim - len(shape), x.ndim))
     outer = tuple(range(x.ndim - len(shape)))
     normal = (x - mean) * inverse
@@ -98,9 +108,9 @@ def native_layer_norm_backward(
 
 @operator("native_group_norm_backward")
 def native_group_norm_backward(
-    gradient: Any, x: Any, mean: Any, inverse: Any, weight: Any, n: Any, c: Any, size: Any,
-    groups: int, output_mask: Sequence[bool],
-) -> Any:  # fmt: skip
+    gradient: jax.Array, x: jax.Array, mean: jax.Array, inverse: jax.Array,
+    weight: jax.Array | None, n: int, c: int, size: int, groups: int, output_mask: Sequence[bool],
+) -> tuple[jax.Array | None, ...]:  # fmt: skip
     parts = (n, groups, c // groups, -1)
     grouped, mean, inverse = x.reshape(parts), mean[..., None, None], inverse[..., None, None]
     normal = (grouped - mean) * inverse
@@ -111,12 +121,14 @@ def native_group_norm_backward(
     return _masked((by_input, by_weight, given.sum((0, 3)).ravel()), output_mask)
 
 
-def _of_normalised(gradient: Any, normal: Any, inverse: Any, axes: tuple[int, ...]) -> Any:
+def _of_normalised(
+    gradient: jax.Array, normal: jax.Array, inverse: jax.Array, axes: tuple[int, ...]
+) -> jax.Array:
     """Return the gradient by what was normalised over some axes."""
     mean = lambda value: value.mean(axes, keepdims=True)
     return inverse * (gradient - mean(gradient) - normal * mean(gradient * normal))
 
 
-def _masked(gradients: Sequence[Any], mask: Sequence[bool]) -> tuple[Any, ...]:
+def _masked(gradients: Sequence[jax.Array], mask: Sequence[bool]) -> tuple[jax.Array | None, ...]:
     """Return the gradients that are wanted, and None for the others, as torch does."""
     return tuple(g if wanted else None for g, wanted in zip(gradients, mask, strict=True))

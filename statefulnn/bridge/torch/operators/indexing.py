@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -21,8 +21,14 @@ from statefulnn.bridge.torch.operators._table import operator
 from statefulnn.bridge.torch.operators.views import chosen, sliced
 from statefulnn.core.errors import ShapeError, explain
 
+if TYPE_CHECKING:
+    import numpy as np
+    from jax.typing import ArrayLike
 
-def _indices(indices: Sequence[Any]) -> tuple[Any, ...]:
+    from statefulnn.bridge.torch.operators._table import Scalar
+
+
+def _indices(indices: Sequence[jax.Array | None]) -> tuple[jax.Array | slice, ...]:
     """Return torch's list of indices as jnp's; None takes a whole axis."""
     for index in indices:
         if index is not None and index.dtype == bool and index.ndim:
@@ -37,14 +43,18 @@ def _indices(indices: Sequence[Any]) -> tuple[Any, ...]:
 
 
 @operator("index")
-def index(x: Any, indices: Sequence[Any]) -> Any:
+def index(x: jax.Array, indices: Sequence[jax.Array | None]) -> jax.Array:
     return x[_indices(indices)]
 
 
 @operator("index_put", "_unsafe_index_put", "_index_put_impl")
 def index_put(
-    x: Any, indices: Sequence[Any], values: Any, accumulate: bool = False, unsafe: bool = False
-) -> Any:
+    x: jax.Array,
+    indices: Sequence[jax.Array | None],
+    values: jax.Array,
+    accumulate: bool = False,
+    unsafe: bool = False,
+) -> jax.Array:
     values = cast(values, x.dtype)
     given = [i for i in indices if i is not None]
     if len(given) == 1 and given[0].dtype == bool:
@@ -64,31 +74,31 @@ def index_put(
 
 
 @operator("_unsafe_index")
-def unsafe_index(x: Any, indices: Sequence[Any]) -> Any:
+def unsafe_index(x: jax.Array, indices: Sequence[jax.Array | None]) -> jax.Array:
     return index(x, indices)
 
 
 @operator("index_select")
-def index_select(x: Any, dim: int, index: Any) -> Any:
+def index_select(x: jax.Array, dim: int, index: jax.Array) -> jax.Array:
     return jnp.take(x, jnp.atleast_1d(index), dim) if x.ndim else x
 
 
 @operator("take")
-def take(x: Any, index: Any) -> Any:
+def take(x: jax.Array, index: jax.Array) -> jax.Array:
     return x.ravel()[index]
 
 
 @operator("take_along_dim")
-def take_along_dim(x: Any, indices: Any, dim: int | None = None) -> Any:
+def take_along_dim(x: jax.Array, indices: jax.Array, dim: int | None = None) -> jax.Array:
     return jnp.take_along_axis(x, indices, dim)
 
 
 @operator("gather")
-def gather(x: Any, dim: int, index: Any, *, sparse_grad: bool = False) -> Any:
+def gather(x: jax.Array, dim: int, index: jax.Array, *, sparse_grad: bool = False) -> jax.Array:
     return x[_along(x, dim, index)] if x.ndim else jnp.broadcast_to(x, index.shape)
 
 
-def _along(x: Any, dim: int, index: Any) -> tuple[Any, ...]:
+def _along(x: jax.Array, dim: int, index: jax.Array) -> tuple[jax.Array, ...]:
     """Return indices that take `index` along one axis, and count along the others."""
     dim %= x.ndim
     places = []
@@ -99,7 +109,7 @@ def _along(x: Any, dim: int, index: Any) -> tuple[Any, ...]:
     return tuple(places)
 
 
-def _source(index: Any, source: Any, dtype: Any) -> Any:
+def _source(index: jax.Array, source: Any, dtype: np.dtype) -> jax.Array:
     """Return the part of a source that belongs to the indices."""
     if not hasattr(source, "shape") or not source.shape:
         return jnp.broadcast_to(cast(source, dtype), index.shape)
@@ -108,21 +118,29 @@ def _source(index: Any, source: Any, dtype: Any) -> Any:
 
 
 @operator("scatter")
-def scatter(x: Any, dim: int, index: Any, source: Any, *, reduce: str | None = None) -> Any:
+def scatter(
+    x: jax.Array, dim: int, index: jax.Array, source: ArrayLike, *, reduce: str | None = None
+) -> jax.Array:
     where = x.at[_along(x, dim, index)]
     source = _source(index, source, x.dtype)
     return {None: where.set, "add": where.add, "multiply": where.multiply}[reduce](source)
 
 
 @operator("scatter_add")
-def scatter_add(x: Any, dim: int, index: Any, source: Any) -> Any:
+def scatter_add(x: jax.Array, dim: int, index: jax.Array, source: jax.Array) -> jax.Array:
     return x.at[_along(x, dim, index)].add(_source(index, source, x.dtype))
 
 
 @operator("scatter_reduce")
 def scatter_reduce(
-    x: Any, dim: int, index: Any, source: Any, reduce: str, *, include_self: bool = True
-) -> Any:
+    x: jax.Array,
+    dim: int,
+    index: jax.Array,
+    source: jax.Array,
+    reduce: str,
+    *,
+    include_self: bool = True,
+) -> jax.Array:
     places = _along(x, dim, index)
     source = _source(index, source, x.dtype)
     if reduce == "mean":
@@ -150,12 +168,15 @@ def scatter_reduce(
 
 
 @jax.custom_jvp
-def _multiplied(x: Any, places: Any, source: Any) -> Any:
+def _multiplied(x: jax.Array, places: tuple[jax.Array, ...], source: jax.Array) -> jax.Array:
     return x.at[places].multiply(source)
 
 
 @_multiplied.defjvp
-def _(values: Any, tangents: Any) -> Any:
+def _(
+    values: tuple[jax.Array, tuple[jax.Array, ...], jax.Array],
+    tangents: tuple[jax.Array, Any, jax.Array],
+) -> tuple[jax.Array, jax.Array]:
     """JAX has this derivative for places that differ only."""
     (x, places, source), (by_x, _, by_source) = values, tangents
     some = lambda a: jnp.where(a == 0, jnp.ones_like(a), a)
@@ -163,7 +184,7 @@ def _(values: Any, tangents: Any) -> Any:
     product = some(x).at[places].multiply(some(source))  # of those that are not zero
     zeros = zero(x).at[places].add(zero(source))
 
-    def others(a: Any, product: Any, zeros: Any) -> Any:
+    def others(a: jax.Array, product: jax.Array, zeros: jax.Array) -> jax.Array:
         """Return the product of the other factors."""
         return jnp.where(zeros == zero(a), product / some(a), jnp.zeros_like(a))
 
@@ -174,8 +195,14 @@ def _(values: Any, tangents: Any) -> Any:
 
 @operator("index_reduce")
 def index_reduce(
-    x: Any, dim: int, index: Any, source: Any, reduce: str, *, include_self: bool = True
-) -> Any:
+    x: jax.Array,
+    dim: int,
+    index: jax.Array,
+    source: jax.Array,
+    reduce: str,
+    *,
+    include_self: bool = True,
+) -> jax.Array:
     shape = [1] * x.ndim
     shape[dim] = -1
     places = jnp.broadcast_to(index.reshape(shape), source.shape)
@@ -183,14 +210,16 @@ def index_reduce(
 
 
 @operator("put")
-def put(x: Any, index: Any, source: Any, accumulate: bool = False) -> Any:
+def put(x: jax.Array, index: jax.Array, source: jax.Array, accumulate: bool = False) -> jax.Array:
     where = x.ravel().at[index.ravel()]
     source = source.ravel()
     return (where.add(source) if accumulate else where.set(source)).reshape(x.shape)
 
 
 @operator("diagonal_scatter")
-def diagonal_scatter(x: Any, source: Any, offset: int = 0, dim1: int = 0, dim2: int = 1) -> Any:
+def diagonal_scatter(
+    x: jax.Array, source: jax.Array, offset: int = 0, dim1: int = 0, dim2: int = 1
+) -> jax.Array:
     moved = jnp.moveaxis(x, (dim1, dim2), (-2, -1))
     n = counted(source.shape[-1])
     out = moved.at[..., n + max(0, -offset), n + max(0, offset)].set(source)
@@ -198,55 +227,66 @@ def diagonal_scatter(x: Any, source: Any, offset: int = 0, dim1: int = 0, dim2: 
 
 
 @operator("index_add")
-def index_add(x: Any, dim: int, index: Any, source: Any, *, alpha: Any = 1) -> Any:
+def index_add(
+    x: jax.Array, dim: int, index: jax.Array, source: jax.Array, *, alpha: Scalar = 1
+) -> jax.Array:
     source = cast(source, x.dtype) * cast(alpha, x.dtype)
     return x.at[(*[slice(None)] * (dim % x.ndim), index)].add(source)
 
 
 @operator("index_copy")
-def index_copy(x: Any, dim: int, index: Any, source: Any) -> Any:
+def index_copy(x: jax.Array, dim: int, index: jax.Array, source: jax.Array) -> jax.Array:
     return x.at[(*[slice(None)] * (dim % x.ndim), index)].set(source)
 
 
 @operator("index_fill")
-def index_fill(x: Any, dim: int, index: Any, value: Any) -> Any:
+def index_fill(x: jax.Array, dim: int, index: jax.Array, value: ArrayLike) -> jax.Array:
     return x.at[(*[slice(None)] * (dim % x.ndim), index)].set(cast(value, x.dtype))
 
 
 @operator("select_scatter")
-def select_scatter(x: Any, source: Any, dim: int, index: int) -> Any:
+def select_scatter(x: jax.Array, source: jax.Array, dim: int, index: int) -> jax.Array:
     return x.at[chosen(x, dim, index)].set(source)
 
 
 @operator("slice_scatter")
 def slice_scatter(
-    x: Any, source: Any, dim: int = 0, start: Any = None, end: Any = None, step: int = 1
-) -> Any:
+    x: jax.Array,
+    source: jax.Array,
+    dim: int = 0,
+    start: int | None = None,
+    end: int | None = None,
+    step: int = 1,
+) -> jax.Array:
     return x.at[sliced(x, dim, start, end, step)].set(source)
 
 
 @operator("one_hot")
-def one_hot(x: Any, num_classes: int = -1) -> Any:
+def one_hot(x: jax.Array, num_classes: int = -1) -> jax.Array:
     return F.one_hot(x, num_classes)
 
 
 @operator("isin")
 def isin(
-    elements: Any, test_elements: Any, *, assume_unique: bool = False, invert: bool = False
-) -> Any:
-    return jnp.isin(*promoted(elements, test_elements), invert=invert)
+    elements: ArrayLike,
+    test_elements: ArrayLike,
+    *,
+    assume_unique: bool = False,
+    invert: bool = False,
+) -> jax.Array:
+    return jnp.isin(*promoted(elements, test_elements), invert=invert)  # type: ignore
 
 
 @operator("searchsorted", "searchsorted.Tensor", "searchsorted.Scalar")
 def searchsorted(
-    ordered: Any,
-    x: Any,
+    ordered: jax.Array,
+    x: ArrayLike,
     *,
     out_int32: bool = False,
     right: bool = False,
-    side: Any = None,
-    sorter: Any = None,
-) -> Any:
+    side: str | None = None,
+    sorter: jax.Array | None = None,
+) -> jax.Array:
     side = side or ("right" if right else "left")
     x = cast(x, ordered.dtype) if not is_array(x) else x
     if sorter is not None:
@@ -266,12 +306,14 @@ def searchsorted(
 
 
 @operator("bucketize", "bucketize.Tensor", "bucketize.Scalar")
-def bucketize(x: Any, ordered: Any, *, out_int32: bool = False, right: bool = False) -> Any:
+def bucketize(
+    x: ArrayLike, ordered: jax.Array, *, out_int32: bool = False, right: bool = False
+) -> jax.Array:
     return searchsorted(ordered, x, out_int32=out_int32, right=right)
 
 
 @operator("masked_scatter")
-def masked_scatter(x: Any, mask: Any, source: Any) -> Any:
+def masked_scatter(x: jax.Array, mask: jax.Array, source: jax.Array) -> jax.Array:
     mask = jnp.broadcast_to(mask, x.shape)
     places = jnp.cumsum(mask.ravel()) - 1
     return jnp.where(mask, cast(source.ravel()[places].reshape(x.shape), x.dtype), x)

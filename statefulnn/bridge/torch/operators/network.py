@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
 
 import statefulnn.functional as F
 from statefulnn.bridge.torch.operators._promotion import cast, dtype_of
 from statefulnn.bridge.torch.operators._table import OPERATORS, operator
+
+if TYPE_CHECKING:
+    import jax
+
+    from statefulnn.bridge.torch.operators._table import Scalar, Size
 
 _REDUCTIONS = ("none", "mean", "sum")
 
@@ -32,25 +37,38 @@ operator("adaptive_max_pool3d")(F.adaptive_max_pool3d_with_indices)
 
 @operator("layer_norm")
 def layer_norm(
-    x: Any, shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5, *_: Any, **__: Any
-) -> Any:
+    x: jax.Array,
+    shape: Sequence[int],
+    weight: jax.Array | None = None,
+    bias: jax.Array | None = None,
+    eps: float = 1e-5,
+    *_: bool,
+    **__: bool,
+) -> jax.Array:
     return F.layer_norm(x, tuple(shape), weight, bias, eps)
 
 
 @operator("group_norm")
 def group_norm(
-    x: Any, groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5, *_: Any
-) -> Any:
+    x: jax.Array,
+    groups: int,
+    weight: jax.Array | None = None,
+    bias: jax.Array | None = None,
+    eps: float = 1e-5,
+    *_: bool,
+) -> jax.Array:
     return F.group_norm(x, groups, weight, bias, eps)
 
 
 @operator("rms_norm")
-def rms_norm(x: Any, shape: Any, weight: Any = None, eps: float | None = None) -> Any:
+def rms_norm(
+    x: jax.Array, shape: Sequence[int], weight: jax.Array | None = None, eps: float | None = None
+) -> jax.Array:
     return F.rms_norm(x, tuple(shape), weight, eps)
 
 
 @operator("elu")
-def elu(x: Any, alpha: float = 1, scale: float = 1, input_scale: float = 1) -> Any:
+def elu(x: jax.Array, alpha: float = 1, scale: float = 1, input_scale: float = 1) -> jax.Array:
     if scale == 1 and input_scale == 1:
         return F.elu(x, alpha)
     inner = jnp.asarray(input_scale, x.dtype) * x
@@ -63,17 +81,17 @@ def elu(x: Any, alpha: float = 1, scale: float = 1, input_scale: float = 1) -> A
 
 
 @operator("softmax", "_softmax")
-def softmax(x: Any, dim: int, dtype: Any = None) -> Any:
+def softmax(x: jax.Array, dim: int, dtype: str | bool | None = None) -> jax.Array:
     return F.softmax(x, dim, dtype=dtype_of(dtype) if isinstance(dtype, str) else None)
 
 
 @operator("log_softmax", "_log_softmax")
-def log_softmax(x: Any, dim: int, dtype: Any = None) -> Any:
+def log_softmax(x: jax.Array, dim: int, dtype: str | bool | None = None) -> jax.Array:
     return F.log_softmax(x, dim, dtype=dtype_of(dtype) if isinstance(dtype, str) else None)
 
 
 @operator("_safe_softmax")
-def safe_softmax(x: Any, dim: int, dtype: Any = None) -> Any:
+def safe_softmax(x: jax.Array, dim: int, dtype: str | bool | None = None) -> jax.Array:
     masked = jnp.all(x == -jnp.inf, dim, keepdims=True)
     out = softmax(jnp.where(masked, jnp.zeros_like(x), x), dim, dtype)
     return jnp.where(masked, jnp.zeros_like(out), out)
@@ -88,7 +106,7 @@ for _name, _function in {
 
 
 @operator("feature_dropout")
-def feature_dropout(x: Any, p: float, train: bool) -> Any:
+def feature_dropout(x: jax.Array, p: float, train: bool) -> jax.Array:
     """Zero whole channels, as F.dropout2d does for (N, C, *)."""
     if not train or p == 0:
         return x
@@ -97,7 +115,7 @@ def feature_dropout(x: Any, p: float, train: bool) -> Any:
 
 
 @operator("native_dropout")
-def native_dropout(x: Any, p: float, train: bool | None) -> Any:
+def native_dropout(x: jax.Array, p: float, train: bool | None) -> tuple[jax.Array, jax.Array]:
     if train is False:
         return x, jnp.ones(x.shape, bool)
     kept = F.dropout(jnp.ones(x.shape, x.dtype), p)
@@ -106,12 +124,12 @@ def native_dropout(x: Any, p: float, train: bool | None) -> Any:
 
 @operator("embedding")
 def embedding(
-    weight: Any,
-    x: Any,
+    weight: jax.Array,
+    x: jax.Array,
     padding_idx: int = -1,
     scale_grad_by_freq: bool = False,
     sparse: bool = False,
-) -> Any:
+) -> jax.Array:
     padding = None if padding_idx < 0 else padding_idx
     return F.embedding(x, weight, padding, scale_grad_by_freq=scale_grad_by_freq)
 
@@ -122,13 +140,13 @@ def embedding(
 
 @operator("conv1d.padding", "conv2d.padding", "conv3d.padding")
 def conv_padded(
-    x: Any, weight: Any, bias: Any = None, stride: Any = 1, padding: Any = "valid", dilation: Any = 1,
-    groups: int = 1,
-) -> Any:  # fmt: skip
+    x: jax.Array, weight: jax.Array, bias: jax.Array | None = None, stride: Size = 1,
+    padding: str = "valid", dilation: Size = 1, groups: int = 1,
+) -> jax.Array:  # fmt: skip
     return _conv(weight)(x, weight, bias, _plain(stride), padding, _plain(dilation), groups)
 
 
-def _conv(weight: Any) -> Callable:
+def _conv(weight: jax.Array) -> Callable:
     return (F.conv1d, F.conv2d, F.conv3d)[weight.ndim - 3]
 
 
@@ -138,17 +156,17 @@ def _plain(value: Any) -> Any:
 
 @operator("conv1d", "conv2d", "conv3d")
 def conv(
-    x: Any, weight: Any, bias: Any = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1,
-    groups: int = 1,
-) -> Any:  # fmt: skip
+    x: jax.Array, weight: jax.Array, bias: jax.Array | None = None, stride: Size = 1,
+    padding: Size = 0, dilation: Size = 1, groups: int = 1,
+) -> jax.Array:  # fmt: skip
     return _conv(weight)(x, weight, bias, _plain(stride), _plain(padding), _plain(dilation), groups)
 
 
 @operator("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
 def conv_transpose(
-    x: Any, weight: Any, bias: Any = None, stride: Any = 1, padding: Any = 0, output_padding: Any = 0,
-    groups: int = 1, dilation: Any = 1,
-) -> Any:  # fmt: skip
+    x: jax.Array, weight: Any, bias: jax.Array | None = None, stride: Size = 1,
+    padding: Size = 0, output_padding: Size = 0, groups: int = 1, dilation: Size = 1,
+) -> jax.Array:  # fmt: skip
     function = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[weight.ndim - 3]
     sizes = map(_plain, (stride, padding, output_padding))
     return function(x, weight, bias, *sizes, groups, _plain(dilation))
@@ -156,16 +174,22 @@ def conv_transpose(
 
 @operator("convolution")
 def convolution(
-    x: Any, weight: Any, bias: Any, stride: Any, padding: Any, dilation: Any, transposed: bool,
-    output_padding: Any, groups: int,
-) -> Any:  # fmt: skip
+    x: jax.Array, weight: jax.Array, bias: jax.Array | None, stride: Size, padding: Size,
+    dilation: Size, transposed: bool, output_padding: Size, groups: int,
+) -> jax.Array:  # fmt: skip
     if transposed:
         return conv_transpose(x, weight, bias, stride, padding, output_padding, groups, dilation)
     return conv(x, weight, bias, stride, padding, dilation, groups)
 
 
 def _pooled(function: Callable) -> Callable:
-    def pool(x: Any, kernel_size: Any, stride: Any = (), *rest: Any, **kwargs: Any) -> Any:
+    def pool(
+        x: jax.Array,
+        kernel_size: Size,
+        stride: Size | None = (),
+        *rest: Size | bool | None,
+        **kwargs: Size | bool | None,
+    ) -> Any:
         stride = _plain(stride) or None  # an empty list stands for the size of the window
         return function(x, _plain(kernel_size), stride, *map(_plain, rest), **kwargs)
 
@@ -180,14 +204,16 @@ operator("_adaptive_avg_pool2d")(lambda x, size: F.adaptive_avg_pool2d(x, _plain
 
 
 @operator("im2col")
-def im2col(x: Any, kernel_size: Any, dilation: Any, padding: Any, stride: Any) -> Any:
+def im2col(
+    x: jax.Array, kernel_size: Size, dilation: Size, padding: Size, stride: Size
+) -> jax.Array:
     return F.unfold(x, *map(_plain, (kernel_size, dilation, padding, stride)))
 
 
 @operator("col2im")
 def col2im(
-    x: Any, output_size: Any, kernel_size: Any, dilation: Any, padding: Any, stride: Any
-) -> Any:
+    x: jax.Array, output_size: Size, kernel_size: Size, dilation: Size, padding: Size, stride: Size
+) -> jax.Array:
     return F.fold(x, *map(_plain, (output_size, kernel_size, dilation, padding, stride)))
 
 
@@ -197,34 +223,34 @@ def col2im(
 
 @operator("batch_norm")
 def batch_norm(
-    x: Any, weight: Any, bias: Any, mean: Any, var: Any, training: bool, momentum: float, eps: float,
-    *_: Any,
-) -> Any:  # fmt: skip
+    x: jax.Array, weight: jax.Array | None, bias: jax.Array | None, mean: jax.Array | None,
+    var: jax.Array | None, training: bool, momentum: float, eps: float, *_: bool,
+) -> jax.Array:  # fmt: skip
     return F.batch_norm(x, mean, var, weight, bias, training, momentum, eps)
 
 
 @operator("batch_norm.updating")
 def batch_norm_updating(
-    x: Any, weight: Any, bias: Any, mean: Any, var: Any, training: bool, momentum: float, eps: float,
-    *_: Any,
-) -> Any:  # fmt: skip
+    x: jax.Array, weight: jax.Array | None, bias: jax.Array | None, mean: jax.Array | None,
+    var: jax.Array | None, training: bool, momentum: float, eps: float, *_: bool,
+) -> tuple[jax.Array, ...]:  # fmt: skip
     """Return the output and the new running mean and variance."""
     return F.batch_norm_with_stats(x, mean, var, weight, bias, momentum, eps)[:3]
 
 
 @operator("instance_norm")
 def instance_norm(
-    x: Any, weight: Any, bias: Any, mean: Any, var: Any, use_input_stats: bool, momentum: float,
-    eps: float, *_: Any,
-) -> Any:  # fmt: skip
+    x: jax.Array, weight: jax.Array | None, bias: jax.Array | None, mean: jax.Array | None,
+    var: jax.Array | None, use_input_stats: bool, momentum: float, eps: float, *_: bool,
+) -> jax.Array:  # fmt: skip
     return F.instance_norm(x, mean, var, weight, bias, use_input_stats, momentum, eps)
 
 
 @operator("instance_norm.updating")
 def instance_norm_updating(
-    x: Any, weight: Any, bias: Any, mean: Any, var: Any, use_input_stats: bool, momentum: float,
-    eps: float, *_: Any,
-) -> Any:  # fmt: skip
+    x: jax.Array, weight: jax.Array | None, bias: jax.Array | None, mean: jax.Array | None,
+    var: jax.Array | None, use_input_stats: bool, momentum: float, eps: float, *_: bool,
+) -> tuple[jax.Array, ...]:  # fmt: skip
     """Return the output and the new running mean and variance."""
     return F.instance_norm_with_stats(x, mean, var, weight, bias, momentum, eps)
 
@@ -234,7 +260,9 @@ def instance_norm_updating(
 
 
 @operator("pad")
-def pad(x: Any, pad: Sequence[int], mode: str = "constant", value: float | None = None) -> Any:
+def pad(
+    x: jax.Array, pad: Sequence[int], mode: str = "constant", value: float | None = None
+) -> jax.Array:
     if all(isinstance(n, int) for n in pad):
         return F.pad(x, tuple(pad), mode, value)
     pairs = list(zip(pad[::2], pad[1::2], strict=True))[::-1]
@@ -245,7 +273,7 @@ def pad(x: Any, pad: Sequence[int], mode: str = "constant", value: float | None 
 
 
 @operator("constant_pad_nd")
-def constant_pad_nd(x: Any, pad: Sequence[int], value: Any = 0) -> Any:
+def constant_pad_nd(x: jax.Array, pad: Sequence[int], value: Scalar = 0) -> jax.Array:
     return OPERATORS["pad"](x, pad, "constant", value)
 
 
@@ -256,7 +284,7 @@ for _mode in ("reflection", "replication"):
 
 
 def _resized(mode: str, aligned: bool, antialias: bool = False) -> None:
-    def resize(x: Any, size: Any, *rest: Any) -> Any:
+    def resize(x: jax.Array, size: Sequence[int] | None, *rest: Any) -> jax.Array:
         corners, factors = (rest[0], rest[1:]) if aligned else (None, rest)
         if len(factors) == 1 and isinstance(factors[0], list):
             factors = factors[0]
@@ -289,13 +317,15 @@ for _mode in ("bilinear", "bicubic"):
 
 
 @operator("grid_sampler", "grid_sampler_2d", "grid_sampler_3d")
-def grid_sampler(x: Any, grid: Any, mode: int, padding_mode: int, align_corners: bool) -> Any:
+def grid_sampler(
+    x: jax.Array, grid: jax.Array, mode: int, padding_mode: int, align_corners: bool
+) -> jax.Array:
     modes, borders = ("bilinear", "nearest", "bicubic"), ("zeros", "border", "reflection")
     return F.grid_sample(x, grid, modes[mode], borders[padding_mode], align_corners)
 
 
 @operator("affine_grid_generator")
-def affine_grid(theta: Any, size: Sequence[int], align_corners: bool) -> Any:
+def affine_grid(theta: jax.Array, size: Sequence[int], align_corners: bool) -> jax.Array:
     return F.affine_grid(theta, tuple(size), align_corners)
 
 
@@ -305,9 +335,9 @@ def affine_grid(theta: Any, size: Sequence[int], align_corners: bool) -> Any:
 
 @operator("cross_entropy_loss")
 def cross_entropy(
-    x: Any, target: Any, weight: Any = None, reduction: int = 1, ignore_index: int = -100,
-    label_smoothing: float = 0.0,
-) -> Any:  # fmt: skip
+    x: jax.Array, target: jax.Array, weight: jax.Array | None = None, reduction: int = 1,
+    ignore_index: int = -100, label_smoothing: float = 0.0,
+) -> jax.Array:  # fmt: skip
     return F.cross_entropy(
         x, target, weight, ignore_index=ignore_index, reduction=_REDUCTIONS[reduction],
         label_smoothing=label_smoothing,
@@ -316,47 +346,63 @@ def cross_entropy(
 
 @operator("nll_loss", "nll_loss_nd", "nll_loss2d")
 def nll_loss(
-    x: Any, target: Any, weight: Any = None, reduction: int = 1, ignore_index: int = -100
-) -> Any:
+    x: jax.Array,
+    target: jax.Array,
+    weight: jax.Array | None = None,
+    reduction: int = 1,
+    ignore_index: int = -100,
+) -> jax.Array:
     return F.nll_loss(
         x, target, weight, ignore_index=ignore_index, reduction=_REDUCTIONS[reduction]
     )
 
 
 @operator("kl_div")
-def kl_div(x: Any, target: Any, reduction: int = 1, *, log_target: bool = False) -> Any:
+def kl_div(
+    x: jax.Array, target: jax.Array, reduction: int = 1, *, log_target: bool = False
+) -> jax.Array:
     return F.kl_div(x, target, reduction=_REDUCTIONS[reduction], log_target=log_target)
 
 
 @operator("mse_loss")
-def mse_loss(x: Any, target: Any, reduction: int = 1) -> Any:
+def mse_loss(x: jax.Array, target: jax.Array, reduction: int = 1) -> jax.Array:
     return F.mse_loss(x, target, reduction=_REDUCTIONS[reduction])
 
 
 @operator("l1_loss")
-def l1_loss(x: Any, target: Any, reduction: int = 1) -> Any:
+def l1_loss(x: jax.Array, target: jax.Array, reduction: int = 1) -> jax.Array:
     return F.l1_loss(x, target, reduction=_REDUCTIONS[reduction])
 
 
 @operator("smooth_l1_loss")
-def smooth_l1_loss(x: Any, target: Any, reduction: int = 1, beta: float = 1.0) -> Any:
+def smooth_l1_loss(
+    x: jax.Array, target: jax.Array, reduction: int = 1, beta: float = 1.0
+) -> jax.Array:
     return F.smooth_l1_loss(x, target, reduction=_REDUCTIONS[reduction], beta=beta)
 
 
 @operator("huber_loss")
-def huber_loss(x: Any, target: Any, reduction: int = 1, delta: float = 1.0) -> Any:
+def huber_loss(
+    x: jax.Array, target: jax.Array, reduction: int = 1, delta: float = 1.0
+) -> jax.Array:
     return F.huber_loss(x, target, reduction=_REDUCTIONS[reduction], delta=delta)
 
 
 @operator("binary_cross_entropy")
-def binary_cross_entropy(x: Any, target: Any, weight: Any = None, reduction: int = 1) -> Any:
+def binary_cross_entropy(
+    x: jax.Array, target: jax.Array, weight: jax.Array | None = None, reduction: int = 1
+) -> jax.Array:
     return F.binary_cross_entropy(x, target, weight, reduction=_REDUCTIONS[reduction])
 
 
 @operator("binary_cross_entropy_with_logits")
 def binary_cross_entropy_with_logits(
-    x: Any, target: Any, weight: Any = None, pos_weight: Any = None, reduction: int = 1
-) -> Any:
+    x: jax.Array,
+    target: jax.Array,
+    weight: jax.Array | None = None,
+    pos_weight: jax.Array | None = None,
+    reduction: int = 1,
+) -> jax.Array:
     target = cast(target, x.dtype)
     return F.binary_cross_entropy_with_logits(
         x, target, weight, pos_weight=pos_weight, reduction=_REDUCTIONS[reduction]
@@ -368,7 +414,9 @@ def binary_cross_entropy_with_logits(
 
 
 @operator("native_layer_norm")
-def native_layer_norm(x: Any, shape: Any, weight: Any, bias: Any, eps: float) -> Any:
+def native_layer_norm(
+    x: jax.Array, shape: Sequence[int], weight: jax.Array | None, bias: jax.Array | None, eps: float
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     axes = tuple(range(x.ndim - len(shape), x.ndim))
     mean, inverse = _moments(x, axes, eps)
     return F.layer_norm(x, tuple(shape), weight, bias, eps), mean, inverse
@@ -376,21 +424,35 @@ def native_layer_norm(x: Any, shape: Any, weight: Any, bias: Any, eps: float) ->
 
 @operator("native_group_norm")
 def native_group_norm(
-    x: Any, weight: Any, bias: Any, n: Any, c: Any, size: Any, groups: int, eps: float
-) -> Any:
+    x: jax.Array,
+    weight: jax.Array | None,
+    bias: jax.Array | None,
+    n: int,
+    c: int,
+    size: int,
+    groups: int,
+    eps: float,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     mean, inverse = _moments(x.reshape(n, groups, -1), (2,), eps)
     return F.group_norm(x, groups, weight, bias, eps), mean[..., 0], inverse[..., 0]
 
 
-def _moments(x: Any, axes: tuple[int, ...], eps: float) -> tuple[Any, Any]:
+def _moments(x: jax.Array, axes: tuple[int, ...], eps: float) -> tuple[jax.Array, jax.Array]:
     variance = jnp.var(x, axes, keepdims=True)
     return jnp.mean(x, axes, keepdims=True), 1 / jnp.sqrt(variance + eps)
 
 
 @operator("_native_batch_norm_legit")
 def native_batch_norm_with_stats(
-    x: Any, weight: Any, bias: Any, mean: Any, var: Any, training: bool, momentum: float, eps: float
-) -> Any:
+    x: jax.Array,
+    weight: jax.Array | None,
+    bias: jax.Array | None,
+    mean: jax.Array,
+    var: jax.Array,
+    training: bool,
+    momentum: float,
+    eps: float,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     if not training:
         return native_batch_norm(x, weight, bias, mean, var, momentum, eps)
     return native_batch_norm_of_batch(x, weight, bias, training, momentum, eps)
@@ -398,7 +460,14 @@ def native_batch_norm_with_stats(
 
 @operator("_native_batch_norm_legit.updating")
 def native_batch_norm_updating(
-    x: Any, weight: Any, bias: Any, mean: Any, var: Any, training: bool, momentum: float, eps: float
+    x: jax.Array,
+    weight: jax.Array | None,
+    bias: jax.Array | None,
+    mean: jax.Array,
+    var: jax.Array,
+    training: bool,
+    momentum: float,
+    eps: float,
 ) -> Any:
     """Return the three outputs, and the new running mean and variance."""
     _, *new = batch_norm_updating(x, weight, bias, mean, var, training, momentum, eps)
@@ -407,32 +476,43 @@ def native_batch_norm_updating(
 
 @operator("_native_batch_norm_legit_no_training")
 def native_batch_norm(
-    x: Any, weight: Any, bias: Any, mean: Any, var: Any, momentum: float, eps: float
-) -> Any:
+    x: jax.Array,
+    weight: jax.Array | None,
+    bias: jax.Array | None,
+    mean: jax.Array,
+    var: jax.Array,
+    momentum: float,
+    eps: float,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     none = jnp.zeros(0, x.dtype)
     return F.batch_norm(x, mean, var, weight, bias, False, momentum, eps), none, none
 
 
 @operator("_native_batch_norm_legit.no_stats")
 def native_batch_norm_of_batch(
-    x: Any, weight: Any, bias: Any, training: bool, momentum: float, eps: float
-) -> Any:
+    x: jax.Array,
+    weight: jax.Array | None,
+    bias: jax.Array | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     mean, inverse = _moments(x, (0, *range(2, x.ndim)), eps)
     out = F.batch_norm(x, None, None, weight, bias, True, momentum, eps)
     return out, mean.ravel(), inverse.ravel()
 
 
 @operator("_adaptive_avg_pool3d")
-def adaptive_avg_pool3d(x: Any, size: Any) -> Any:
+def adaptive_avg_pool3d(x: jax.Array, size: Size) -> jax.Array:
     return F.adaptive_avg_pool3d(x, _plain(size))
 
 
 @operator("embedding_bag", "_embedding_bag", "_embedding_bag_forward_only")
 def embedding_bag(
-    weight: Any, x: Any, offsets: Any, scale_grad_by_freq: bool = False, mode: int = 0,
-    sparse: bool = False, per_sample_weights: Any = None, include_last_offset: bool = False,
-    padding_idx: int | None = None,
-) -> Any:  # fmt: skip
+    weight: jax.Array, x: jax.Array, offsets: jax.Array, scale_grad_by_freq: bool = False,
+    mode: int = 0, sparse: bool = False, per_sample_weights: jax.Array | None = None,
+    include_last_offset: bool = False, padding_idx: int | None = None,
+) -> tuple[jax.Array, ...]:  # fmt: skip
     padding = None if padding_idx is None or padding_idx < 0 else padding_idx
     out = F.embedding_bag(
         x, weight, offsets, mode=("sum", "mean", "max")[mode], include_last_offset=include_last_offset,

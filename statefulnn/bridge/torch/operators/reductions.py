@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -20,41 +20,56 @@ from statefulnn.bridge.torch.operators._promotion import (
 from statefulnn.bridge.torch.operators._subgradients import absolute, length, picked, root
 from statefulnn.bridge.torch.operators._table import operator
 
+if TYPE_CHECKING:
+    from jax.typing import ArrayLike
 
-def axes(dim: Any) -> Any:
+    from statefulnn.bridge.torch.operators._table import Axes, Scalar
+
+
+def axes(dim: Axes) -> Axes:
     """Return JAX's axes for torch's: an empty list stands for all."""
     if dim is None or (isinstance(dim, (list, tuple)) and not dim):
         return None
     return tuple(dim) if isinstance(dim, (list, tuple)) else dim
 
 
-def _summed(x: Any, dtype: str | None) -> Any:
+def _summed(x: jax.Array, dtype: str | None) -> jax.Array:
     if dtype is not None:
         return cast(x, dtype_of(dtype))
     return cast(x, integer()) if category(x.dtype) < 2 else x
 
 
 @operator("sum")
-def sum_(x: Any, dim: Any = None, keepdim: bool = False, *, dtype: str | None = None) -> Any:
+def sum_(
+    x: jax.Array, dim: Axes = None, keepdim: bool = False, *, dtype: str | None = None
+) -> jax.Array:
     return jnp.sum(_summed(x, dtype), axes(dim), keepdims=keepdim)
 
 
 @operator("nansum")
-def nansum(x: Any, dim: Any = None, keepdim: bool = False, *, dtype: str | None = None) -> Any:
+def nansum(
+    x: jax.Array, dim: Axes = None, keepdim: bool = False, *, dtype: str | None = None
+) -> jax.Array:
     return jnp.nansum(_summed(x, dtype), axes(dim), keepdims=keepdim)
 
 
 @operator("mean")
-def mean(x: Any, dim: Any = None, keepdim: bool = False, *, dtype: str | None = None) -> Any:
+def mean(
+    x: jax.Array, dim: Axes = None, keepdim: bool = False, *, dtype: str | None = None
+) -> jax.Array:
     return jnp.mean(cast(x, dtype_of(dtype, x.dtype)), axes(dim), keepdims=keepdim)
 
 
 @operator("prod")
-def prod(x: Any, dim: Any = None, keepdim: bool = False, *, dtype: str | None = None) -> Any:
+def prod(
+    x: jax.Array, dim: Axes = None, keepdim: bool = False, *, dtype: str | None = None
+) -> jax.Array:
     return jnp.prod(_summed(x, dtype), axes(dim), keepdims=keepdim)
 
 
-def _spread(x: Any, dim: Any, unbiased: Any, keepdim: bool, correction: Any) -> Any:
+def _spread(
+    x: jax.Array, dim: Axes, unbiased: bool | None, keepdim: bool, correction: Scalar | None
+) -> jax.Array:
     """Return the variance, with ``n - correction`` in the denominator, not below 0, before it is rounded."""
     if isinstance(dim, bool):
         dim, unbiased = None, dim
@@ -74,33 +89,53 @@ def _spread(x: Any, dim: Any, unbiased: Any, keepdim: bool, correction: Any) -> 
 
 @operator("var", "var.dim", "var.correction")
 def var(
-    x: Any, dim: Any = None, unbiased: Any = None, keepdim: bool = False, *, correction: Any = None
-) -> Any:
+    x: jax.Array,
+    dim: Axes = None,
+    unbiased: bool | None = None,
+    keepdim: bool = False,
+    *,
+    correction: Scalar | None = None,
+) -> jax.Array:
     return cast(_spread(x, dim, unbiased, keepdim, correction), jnp.finfo(x.dtype).dtype)
 
 
 @operator("std", "std.dim", "std.correction")
 def std(
-    x: Any, dim: Any = None, unbiased: Any = None, keepdim: bool = False, *, correction: Any = None
-) -> Any:
+    x: jax.Array,
+    dim: Axes = None,
+    unbiased: bool | None = None,
+    keepdim: bool = False,
+    *,
+    correction: Scalar | None = None,
+) -> jax.Array:
     return cast(root(_spread(x, dim, unbiased, keepdim, correction)), jnp.finfo(x.dtype).dtype)
 
 
-def _middle(x: Any, dim: Any, keepdim: bool) -> Any:
+def _middle(x: jax.Array, dim: Axes, keepdim: bool) -> jax.Array:
     return jnp.mean(x, axes(None if isinstance(dim, bool) else dim), keepdims=keepdim)
 
 
 @operator("var_mean")
 def var_mean(
-    x: Any, dim: Any = None, unbiased: Any = None, keepdim: bool = False, *, correction: Any = None
-) -> Any:
+    x: jax.Array,
+    dim: Axes = None,
+    unbiased: bool | None = None,
+    keepdim: bool = False,
+    *,
+    correction: Scalar | None = None,
+) -> tuple[jax.Array, jax.Array]:
     return var(x, dim, unbiased, keepdim, correction=correction), _middle(x, dim, keepdim)
 
 
 @operator("std_mean")
 def std_mean(
-    x: Any, dim: Any = None, unbiased: Any = None, keepdim: bool = False, *, correction: Any = None
-) -> Any:
+    x: jax.Array,
+    dim: Axes = None,
+    unbiased: bool | None = None,
+    keepdim: bool = False,
+    *,
+    correction: Scalar | None = None,
+) -> tuple[jax.Array, jax.Array]:
     return std(x, dim, unbiased, keepdim, correction=correction), _middle(x, dim, keepdim)
 
 
@@ -113,7 +148,7 @@ for _name, _function in {"max": jnp.max, "min": jnp.min}.items():
 
 
 def _with_place(best: Callable, place: Callable) -> Callable:
-    def reduced(x: Any, axis: int, keepdims: bool) -> Any:
+    def reduced(x: jax.Array, axis: int, keepdims: bool) -> tuple[jax.Array, jax.Array]:
         return best(x, axis, keepdims=keepdims), _index(place(_ordered(x), axis, keepdims=keepdims))
 
     run = picked(reduced)
@@ -122,11 +157,11 @@ def _with_place(best: Callable, place: Callable) -> Callable:
     )
 
 
-def _index(x: Any) -> Any:
+def _index(x: jax.Array) -> jax.Array:
     return cast(x, integer())
 
 
-def _ordered(x: Any) -> Any:
+def _ordered(x: jax.Array) -> jax.Array:
     return cast(x, jnp.int8) if x.dtype == bool else x
 
 
@@ -135,51 +170,58 @@ operator("min.dim")(_with_place(jnp.min, jnp.argmin))
 
 
 @operator("aminmax")
-def aminmax(x: Any, *, dim: Any = None, keepdim: bool = False) -> Any:
+def aminmax(
+    x: jax.Array, *, dim: int | None = None, keepdim: bool = False
+) -> tuple[jax.Array, jax.Array]:
     return jnp.min(x, dim, keepdims=keepdim), jnp.max(x, dim, keepdims=keepdim)
 
 
 @operator("argmax")
-def argmax(x: Any, dim: Any = None, keepdim: bool = False) -> Any:
+def argmax(x: jax.Array, dim: int | None = None, keepdim: bool = False) -> jax.Array:
     return _index(jnp.argmax(_ordered(x), dim, keepdims=keepdim))
 
 
 @operator("argmin")
-def argmin(x: Any, dim: Any = None, keepdim: bool = False) -> Any:
+def argmin(x: jax.Array, dim: int | None = None, keepdim: bool = False) -> jax.Array:
     return _index(jnp.argmin(_ordered(x), dim, keepdims=keepdim))
 
 
 @operator("any")
-def any_(x: Any, dim: Any = None, keepdim: bool = False) -> Any:
+def any_(x: jax.Array, dim: Axes = None, keepdim: bool = False) -> jax.Array:
     return jnp.any(x, axes(dim), keepdims=keepdim)
 
 
 @operator("all")
-def all_(x: Any, dim: Any = None, keepdim: bool = False) -> Any:
+def all_(x: jax.Array, dim: Axes = None, keepdim: bool = False) -> jax.Array:
     return jnp.all(x, axes(dim), keepdims=keepdim)
 
 
 @operator("count_nonzero")
-def count_nonzero(x: Any, dim: Any = None) -> Any:
+def count_nonzero(x: jax.Array, dim: Axes = None) -> jax.Array:
     return _index(jnp.count_nonzero(x, axes(dim)))
 
 
 @operator("logsumexp")
-def logsumexp(x: Any, dim: Any, keepdim: bool = False) -> Any:
+def logsumexp(x: jax.Array, dim: Axes, keepdim: bool = False) -> jax.Array:
     return jax.scipy.special.logsumexp(floating(x)[0], axes(dim), keepdims=keepdim)
 
 
 @operator("norm", "linalg_vector_norm")
 def norm(
-    x: Any, ord: Any = 2, dim: Any = None, keepdim: bool = False, *, dtype: str | None = None
-) -> Any:
+    x: jax.Array,
+    ord: float | None = 2,
+    dim: Axes = None,
+    keepdim: bool = False,
+    *,
+    dtype: str | None = None,
+) -> jax.Array:
     own = dtype_of(dtype, x.dtype)
     x = cast(x, wide(own))  # squares of half precision overflow
     ord = 2 if ord is None else ord
     return cast(_norm(x, ord, axes(dim), keepdim), jnp.finfo(own).dtype)
 
 
-def _norm(x: Any, ord: float, where: Any, keepdim: bool) -> Any:
+def _norm(x: jax.Array, ord: float, where: Axes, keepdim: bool) -> jax.Array:
     if ord in (float("inf"), float("-inf")):
         best = jnp.max if ord > 0 else jnp.min
         return best(absolute(x), where, keepdims=keepdim)
@@ -193,22 +235,22 @@ def _norm(x: Any, ord: float, where: Any, keepdim: bool) -> Any:
 
 
 @operator("cumsum")
-def cumsum(x: Any, dim: int, dtype: str | None = None) -> Any:
+def cumsum(x: jax.Array, dim: int, dtype: str | None = None) -> jax.Array:
     return x if not x.ndim else jnp.cumsum(_summed(x, dtype), dim)
 
 
 @operator("cumprod")
-def cumprod(x: Any, dim: int, dtype: str | None = None) -> Any:
+def cumprod(x: jax.Array, dim: int, dtype: str | None = None) -> jax.Array:
     return x if not x.ndim else jnp.cumprod(_summed(x, dtype), dim)
 
 
 @operator("logcumsumexp")
-def logcumsumexp(x: Any, dim: int) -> Any:
+def logcumsumexp(x: jax.Array, dim: int) -> jax.Array:
     return lax.cumlogsumexp(x, dim % x.ndim)
 
 
 def _running(function: Callable) -> Callable:
-    def run(x: Any, axis: int, _: bool) -> Any:
+    def run(x: jax.Array, axis: int, _: bool) -> tuple[jax.Array, jax.Array]:
         best = function(x, axis)
         places = lax.broadcasted_iota(integer(), x.shape, axis)
         # The last of equal ones, as torch has it.
@@ -224,20 +266,26 @@ operator("cummin")(_running(lax.cummin))
 
 
 @operator("sort", "sort.stable")
-def sort(x: Any, dim: int = -1, descending: bool = False, *, stable: bool = False) -> Any:
+def sort(
+    x: jax.Array, dim: int = -1, descending: bool = False, *, stable: bool = False
+) -> tuple[jax.Array, jax.Array]:
     places = argsort(x, dim, descending)
     return jnp.take_along_axis(x, places, dim) if x.ndim else x, places
 
 
 @operator("argsort", "argsort.stable")
-def argsort(x: Any, dim: int = -1, descending: bool = False, *, stable: bool = False) -> Any:
+def argsort(
+    x: jax.Array, dim: int = -1, descending: bool = False, *, stable: bool = False
+) -> jax.Array:
     if not x.ndim:
         return jnp.zeros((), integer())
     return _index(jnp.argsort(_ordered(x), dim, stable=True, descending=descending))
 
 
 @operator("topk")
-def topk(x: Any, k: int, dim: int = -1, largest: bool = True, sorted: bool = True) -> Any:
+def topk(
+    x: jax.Array, k: int, dim: int = -1, largest: bool = True, sorted: bool = True
+) -> tuple[jax.Array, jax.Array]:
     moved = jnp.moveaxis(x, dim, -1)
     if largest and isinstance(moved.shape[-1], int):
         values, places = lax.top_k(moved, k)
@@ -248,7 +296,9 @@ def topk(x: Any, k: int, dim: int = -1, largest: bool = True, sorted: bool = Tru
     return jnp.moveaxis(values, -1, dim), jnp.moveaxis(_index(places), -1, dim)
 
 
-def _ranked(x: Any, dim: int, keepdim: bool, rank: Callable[[Any], Any]) -> Any:
+def _ranked(
+    x: jax.Array, dim: int, keepdim: bool, rank: Callable[[jax.Array], jax.Array]
+) -> tuple[jax.Array, jax.Array]:
     """Return the number of a rank along an axis, and its place; the rank is chosen when NaNs are marked."""
     if not x.ndim:
         return x, jnp.zeros((), integer())
@@ -264,7 +314,7 @@ def _ranked(x: Any, dim: int, keepdim: bool, rank: Callable[[Any], Any]) -> Any:
 
 
 @operator("median.dim")
-def median(x: Any, dim: int, keepdim: bool = False) -> Any:
+def median(x: jax.Array, dim: int, keepdim: bool = False) -> tuple[jax.Array, jax.Array]:
     n = x.shape[dim] if x.ndim else 1
     count = lambda nan: jnp.sum(nan, dim, keepdims=True)
     # One NaN makes the median NaN: they come last, and the first of them is taken.
@@ -273,29 +323,31 @@ def median(x: Any, dim: int, keepdim: bool = False) -> Any:
 
 
 @operator("nanmedian.dim")
-def nanmedian(x: Any, dim: int, keepdim: bool = False) -> Any:
+def nanmedian(x: jax.Array, dim: int, keepdim: bool = False) -> tuple[jax.Array, jax.Array]:
     n = x.shape[dim] if x.ndim else 1
     rank = lambda nan: jnp.maximum(n - jnp.sum(nan, dim, keepdims=True) - 1, 0) // 2
     return _ranked(x, dim, keepdim, rank)
 
 
 @operator("median.default")
-def median_of_all(x: Any) -> Any:
+def median_of_all(x: jax.Array) -> jax.Array:
     return median(x.ravel(), 0)[0]
 
 
 @operator("nanmedian.default")
-def nanmedian_of_all(x: Any) -> Any:
+def nanmedian_of_all(x: jax.Array) -> jax.Array:
     return nanmedian(x.ravel(), 0)[0]
 
 
 @operator("kthvalue")
-def kthvalue(x: Any, k: int, dim: int = -1, keepdim: bool = False) -> Any:
+def kthvalue(
+    x: jax.Array, k: int, dim: int = -1, keepdim: bool = False
+) -> tuple[jax.Array, jax.Array]:
     return _ranked(x, dim, keepdim, lambda _: jnp.asarray(k - 1))
 
 
 @operator("mode")
-def mode(x: Any, dim: int = -1, keepdim: bool = False) -> Any:
+def mode(x: jax.Array, dim: int = -1, keepdim: bool = False) -> tuple[jax.Array, jax.Array]:
     """Return the most frequent number, of several the smallest, and its last place."""
     if not x.ndim:
         return x, jnp.zeros((), integer())
@@ -317,8 +369,13 @@ def mode(x: Any, dim: int = -1, keepdim: bool = False) -> Any:
 
 def _quantile(skips_nan: bool) -> Callable:
     def run(
-        x: Any, q: Any, dim: Any = None, keepdim: bool = False, *, interpolation: str = "linear"
-    ) -> Any:
+        x: Any,
+        q: ArrayLike,
+        dim: int | None = None,
+        keepdim: bool = False,
+        *,
+        interpolation: str = "linear",
+    ) -> jax.Array:
         q = cast(q, x.dtype)
         whole = x.ravel() if dim is None else jnp.moveaxis(x, dim, -1)
         ordered = jnp.sort(whole, -1)  # NaNs come last
@@ -351,12 +408,18 @@ operator("nanquantile")(_quantile(True))
 
 
 @operator("diff")
-def diff(x: Any, n: int = 1, dim: int = -1, prepend: Any = None, append: Any = None) -> Any:
+def diff(
+    x: jax.Array,
+    n: int = 1,
+    dim: int = -1,
+    prepend: jax.Array | None = None,
+    append: jax.Array | None = None,
+) -> jax.Array:
     return jnp.diff(x, n, dim, prepend, append)
 
 
 @operator("histc")
-def histc(x: Any, bins: int = 100, min: Any = 0, max: Any = 0) -> Any:
+def histc(x: jax.Array, bins: int = 100, min: ArrayLike = 0, max: ArrayLike = 0) -> jax.Array:
     if min == max:  # torch takes the range of the numbers, or one around a single one
         min, max = jnp.min(x), jnp.max(x)
         min, max = jnp.where(min == max, min - 1, min), jnp.where(min == max, max + 1, max)
