@@ -11,7 +11,7 @@ than patches and cotangents, and take their place. All other parameters have gra
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -99,14 +99,14 @@ def ghost_sum(
 
     gradients, seen, cotangents = jax.vmap(one_example)(examples)
     rows = {n: g.reshape(length(examples), -1).astype(dtype) for n, g in gradients.items()}
-    squares = [jnp.sum(jnp.square(g), 1) for g in rows.values()]
+    parts = list(rows.values())
     sums: dict[str, Callable] = {}
     for name, inputs in seen.items():
         own = [params[n] for n in (name, f"{name[:-6]}bias") if n in params]
         found = _of_layer(layers.by_weight[name], own, inputs, cotangents[name], dtype)
-        squares.append(found[0])
+        parts.append(found[0][:, None])
         sums[name] = found[1]
-    norms = jnp.sqrt(sum(squares, jnp.zeros(length(examples), dtype)))
+    norms = norms_of(parts or [jnp.zeros((length(examples), 0), dtype)])
     factors = 1 / jnp.maximum(1, norms / max_norm)
 
     total = {n: jnp.zeros(p.shape, dtype) for n, p in params.items()}
@@ -122,7 +122,7 @@ def ghost_sum(
 def _of_layer(
     layer: Any, params: list[Any], inputs: list[Any], cotangents: list[Any], dtype: Any
 ) -> tuple[Any, Callable[[Any], list[Any]]]:
-    """Return the squared norms of the examples' gradients of a layer, and the sum of shortened ones.
+    """Return the norms of the examples' gradients of a layer, and the sum of shortened ones.
 
     Args:
         layer: a structured layer.
@@ -131,14 +131,14 @@ def _of_layer(
         dtype: of the norms.
 
     Returns:
-        norms squared, (N,), and ``f(factors) -> gradients`` of `params`.
+        norms, (N,), and ``f(factors) -> gradients`` of `params`.
     """
     calls = list(zip(inputs, cotangents, strict=True))
     later = lambda factors: _shortened(layer, params, calls, factors)
     if type(layer) is Embedding:
         positions = lambda x, g: all_positions(layer, x, [d[None] for d in g])
         a, g = jax.vmap(positions)(inputs, cotangents)
-        return jax.vmap(_square_of_rows)(a, g[:, 0].astype(dtype)), later
+        return jax.vmap(_norm_of_rows)(a, g[:, 0].astype(dtype)), later
 
     def columns(calls: list[tuple]) -> tuple[Any, Any]:
         parts = zip(*(_columns(layer, x, g) for x, g in calls), strict=True)
@@ -167,8 +167,8 @@ def _of_layer(
         of_bias = g.sum(2)
         if keep:
             return _einsum("nkt,not->nok", a, g), of_bias
-        squares = _square_of_products(a, g)
-        return squares + jnp.sum(jnp.square(of_bias), 1) if len(params) == 2 else squares
+        norms = _norm_of_products(a, g)
+        return norms_of([norms[:, None], of_bias]) if len(params) == 2 else norms
 
     more = a.size + (0 if keep else min(of_pairs, of_gradients))
     size = _even(n, n * given // more)
@@ -176,9 +176,9 @@ def _of_layer(
     if not keep:
         return found, later if size == n else functools.partial(in_parts, size)
     found = found[: len(params)]
-    squares = [jnp.sum(jnp.square(part.reshape(n, -1)), 1) for part in found]
+    norms = norms_of([part.reshape(n, -1) for part in found])
     both = list(zip(found, params, strict=True))
-    return sum(squares), lambda f: [jnp.tensordot(f, g, 1).reshape(p.shape) for g, p in both]
+    return norms, lambda f: [jnp.tensordot(f, g, 1).reshape(p.shape) for g, p in both]
 
 
 def _even(n: int, most: int) -> int:
@@ -214,23 +214,41 @@ def _columns(layer: Any, x: Any, g: Any) -> tuple[Any, Any]:
     return patches, g
 
 
-def _square_of_products(a: Any, g: Any) -> Any:
-    """Return ``|Σₜ gₜ ⊗ aₜ|²`` for patches (N, K, T) and cotangents (N, out, T)."""
+def _unit(*parts: jax.Array) -> jax.Array:
+    """Return the largest size of each example's numbers, (N,), or 1: by that divided they have squares."""
+    sizes = [jnp.max(jnp.abs(p.reshape(p.shape[0], -1)), 1, initial=0) for p in parts]
+    largest = functools.reduce(jnp.maximum, sizes)
+    return jnp.where(largest > 0, largest, 1)
+
+
+def norms_of(parts: Sequence[jax.Array]) -> jax.Array:
+    """Return the norm of each example's numbers in arrays (N, P), also where squares over- or underflow."""
+    unit = _unit(*parts)
+    squares = [jnp.sum(jnp.square(p / unit[:, None]), 1) for p in parts]
+    return unit * jnp.sqrt(sum(squares[1:], squares[0]))
+
+
+def _norm_of_products(a: jax.Array, g: jax.Array) -> jax.Array:
+    """Return ``|Σₜ gₜ ⊗ aₜ|`` for patches (N, K, T) and cotangents (N, out, T)."""
     (_, k, t), o = a.shape, g.shape[1]
     if t == 1:
-        return jnp.sum(jnp.square(a), (1, 2)) * jnp.sum(jnp.square(g), (1, 2))
+        return norms_of([a[..., 0]]) * norms_of([g[..., 0]])
+    of_a, of_g = _unit(a), _unit(g)
+    a, g = a / of_a[:, None, None], g / of_g[:, None, None]
     if 2 * t * t < k * o:  # the products of pairs of positions are smaller than the gradient
-        of_patches = _einsum("nkt,nks->nts", a, a)
-        return jnp.sum(of_patches * _einsum("not,nos->nts", g, g), (1, 2))
-    return jnp.sum(jnp.square(_einsum("nkt,not->nok", a, g)), (1, 2))
+        pairs = _einsum("nkt,nks->nts", a, a) * _einsum("not,nos->nts", g, g)
+        square = jnp.maximum(jnp.sum(pairs, (1, 2)), 0)  # rounding may leave less than nothing
+    else:
+        square = jnp.sum(jnp.square(_einsum("nkt,not->nok", a, g)), (1, 2))
+    return of_a * jnp.sqrt(square) * of_g
 
 
-def _square_of_rows(index: Any, g: Any) -> Any:
-    """Return the squared norm of the gradient of a table, for rows (T,) and cotangents (T, out)."""
+def _norm_of_rows(index: jax.Array, g: jax.Array) -> jax.Array:
+    """Return the norm of the gradient of a table, for rows (T,) and cotangents (T, out)."""
     order = jnp.argsort(index)
     is_new = jnp.diff(index[order], prepend=index[order][:1] - 1) != 0
     sums = jax.ops.segment_sum(g[order], jnp.cumsum(is_new) - 1, index.size)
-    return jnp.sum(jnp.square(sums))
+    return norms_of([sums.reshape(1, -1)])[0]
 
 
 def _of_weight(layer: Any, weight: Any, x: Any, g: Any) -> Any:

@@ -23,7 +23,7 @@ from statefulnn.curvature._examples import (
     gradient_of_examples,
     without_randomness,
 )
-from statefulnn.curvature._ghost import find_layers, ghost_sum
+from statefulnn.curvature._ghost import find_layers, ghost_sum, norms_of
 from statefulnn.curvature._models import (
     check_batch_size,
     check_choice,
@@ -335,19 +335,10 @@ def _tell_others(names: list[str], function: str) -> None:
         )
 
 
-def _norms(gradients: PyTree) -> Any:
-    """Return the norm of each example's gradient, without overflow or underflow of the squares."""
-    flat = flattened(gradients)
-    largest = jnp.max(jnp.stack([jnp.max(jnp.abs(g), axis=1, initial=0) for g in flat]), axis=0)
-    unit = jnp.where(largest > 0, largest, 1)
-    squares = sum(jnp.sum(jnp.square(g / unit[:, None]), axis=1) for g in flat)
-    return unit * jnp.sqrt(squares)
-
-
 @jax.jit
 def _clipped_sum(gradients: PyTree, max_norm: ArrayLike) -> tuple[Any, Any]:
     """Return the sum of clipped gradients, in float32 at least, and the norms before clipping."""
-    norms = _norms(gradients)
+    norms = norms_of(flattened(gradients))
     factors = 1 / jnp.maximum(1, norms / max_norm)
 
     # A rounded product would let a gradient be a little longer than max_norm.

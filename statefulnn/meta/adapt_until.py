@@ -76,7 +76,8 @@ def adapt_until(
         patience: how many steps without a better value end the loop.
         optimizer, slots, lr, only, state, rng, first_order: as for `adapt`, without `PerStep` values.
         truncate: differentiates through the last `truncate` steps only, in both modes; how many steps are
-            taken has no derivative. The parameters before each of them are kept.
+            taken has no derivative. The parameters before each of them are kept. What came before is a
+            constant: after more steps the derivative by `params` is zero.
 
     Returns:
         `Stopped`. A loss or gradient that is not finite ends the loop too, with a `DivergenceWarning`, which
@@ -146,7 +147,7 @@ class _Until:
             return self._shown(not_backwards(kept, _refuse_reverse_mode))
         stop = jax.lax.stop_gradient
         kept = stop(self._stopped(stop(constants), stop(loop.start)))
-        return self._shown(self._again(constants, kept))
+        return self._shown(self._again(constants, loop.start, kept))
 
     def _stopped(self, constants: tuple, start: Any) -> _Kept:
         """Run the loop to its end."""
@@ -191,17 +192,15 @@ class _Until:
             ring = jax.tree_util.tree_map(lambda r, v: r.at[at].set(v), ring, now.carry)
         return _Kept(carry, ring, now.count + 1, value, norm(grads).astype(value.dtype))
 
-    def _again(self, constants: tuple, kept: _Kept) -> _Kept:
+    def _again(self, constants: tuple, begin: tuple, kept: _Kept) -> _Kept:
         """Take the last steps once more, this time to be differentiated."""
         rows = self.truncate
         if not rows:
             return kept
         first = jnp.maximum(kept.count - rows, 0)
-        # Without any step there is nothing in the ring.
+        # Where all steps are among the last, they are differentiated from what the caller gave.
         start = jax.tree_util.tree_map(
-            lambda r, v: jnp.where(kept.count > 0, r[first % rows], v),
-            kept.ring,
-            kept.carry,
+            lambda r, v: jnp.where(first > 0, r[first % rows], v), kept.ring, begin
         )
 
         def one(now: _Kept, i: object) -> tuple[_Kept, None]:

@@ -274,3 +274,29 @@ def test_what_is_wrong_is_named():
     with pytest.raises(StateWriteError):
         curvature.ghost_clip(lambda m, x: m(jnp.stack([x, x])).sum(), 1.0)(normed, x)
     assert int(normed[1].num_batches_tracked) == 0
+
+
+@pytest.mark.parametrize("scale", [1e-24, 1e22])
+@pytest.mark.parametrize("name", cases())
+def test_gradients_whose_squares_over_or_underflow_are_clipped_too(name, scale):
+    # In float32 the squares are 0, or infinite. The oracle is the loss without the scale.
+    make, x, y = cases()[name]
+    nn.manual_seed(0)
+    model = make()
+    x, y = jnp.asarray(x, None if x.dtype.kind == "i" else jnp.float32), jnp.asarray(y)
+    expected = [nn.grad(loss)(model, a, b) for a, b in zip(x, y, strict=True)]
+    norms = [
+        np.sqrt(sum(np.sum(np.asarray(v, np.float64) ** 2) for v in g.values())) for g in expected
+    ]
+    most = float(np.median(norms))
+    clip = curvature.ghost_clip(lambda m, x, y: scale * loss(m, x, y), scale * most, reduce="sum")
+    found = clip(model, x, y)
+    np.testing.assert_allclose(np.asarray(found.norms, np.float64) / scale, norms, rtol=1e-4)
+    for key, value in found.gradients.items():
+        total = sum(
+            np.asarray(g[key], np.float64) / max(1, n / most)
+            for g, n in zip(expected, norms, strict=True)
+        )
+        np.testing.assert_allclose(
+            np.asarray(value, np.float64) / scale, total, rtol=1e-3, atol=1e-4 * most
+        )
