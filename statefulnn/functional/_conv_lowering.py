@@ -292,18 +292,31 @@ def as_one_product(
     return out.reshape(w.shape[0], *rows.shape[1:]).swapaxes(0, 1)
 
 
-def general_with_row(
+def general_with_more(
     x: Array, w: Array, stride: PerAxis, pads: Pads, dilation: PerAxis, groups: int
 ) -> Array:
-    """Convolve by XLA's own operation; without borders with one more row, which is cut off again.
+    """Convolve by XLA's own operation, along some axes with one more output, which is cut off again.
 
-    Without any border it has a path of its own in JAX 0.10, which is slower, from 30,000 outputs a
-    channel on 2.5 times. In JAX 0.12 both take the same time.
+    Without any border XLA has a path of its own in JAX 0.10, which is slower, from 30,000 outputs a channel
+    on 2.5 times; in JAX 0.12 both take the same time. And with steps, where the first output sees one
+    position alone, compiling the gradient by x can abort the process: for two points, a step of 2, a border
+    of 1 and an even size ("Window dimensions do not match RHS shape").
     """
-    if len(stride) != 2 or x.shape[1] == 1 or any(low or high for low, high in pads):
-        return general(x, w, stride, pads, dilation, groups)
-    out = general(x, w, stride, ((0, stride[0]), (0, 0)), dilation, groups)
-    return lax.slice_in_dim(out, 0, out.shape[2] - 1, axis=2)
+    borders = any(low or high for low, high in pads)
+    axes = [0] if len(stride) == 2 and x.shape[1] > 1 and not borders else []
+    for axis, (k, s, d, (low, _)) in enumerate(
+        zip(w.shape[2:], stride, dilation, pads, strict=True)
+    ):
+        if s > 1 and 0 < low == d * (k - 1):
+            axes.append(axis)
+    grown = [
+        (a, b + s if i in axes else b)
+        for i, ((a, b), s) in enumerate(zip(pads, stride, strict=True))
+    ]
+    out = general(x, w, stride, grown, dilation, groups)
+    for axis in axes:
+        out = lax.slice_in_dim(out, 0, out.shape[2 + axis] - 1, axis=2 + axis)
+    return out
 
 
 def flat(x: Array, w: Array, stride: PerAxis, pads: Pads, dilation: PerAxis, groups: int) -> Array:
@@ -314,11 +327,11 @@ def flat(x: Array, w: Array, stride: PerAxis, pads: Pads, dilation: PerAxis, gro
     long = _at_least(multiplied, LONG_GRADIENT) and len(kernel) == 2 and w[0].size >= FEW_SEEN
     # XLA's gradient by the kernel takes twice as long, and 30 times where borders make the output the larger.
     products = math.prod(kernel) <= MOST_TAPS and (grown or long and _on_one_device())
-    return (_with_products if products else general_with_row)(x, w, *how)
+    return (_with_products if products else general_with_more)(x, w, *how)
 
 
 _with_products = differentiated(
-    general_with_row, general_with_row, few_at_a_time(as_one_product, POSITIONS_OF_A_PRODUCT)
+    general_with_more, general_with_more, few_at_a_time(as_one_product, POSITIONS_OF_A_PRODUCT)
 )
 
 

@@ -237,3 +237,33 @@ def test_fold_undoes_unfold_up_to_the_number_of_blocks() -> None:
     count = F.fold(F.unfold(jnp.ones_like(x), **options), (9, 10), **options)
     both = F.fold(F.unfold(x, **options), (9, 10), **options)
     np.testing.assert_allclose(both, x * count, rtol=1e-5)
+
+
+# Compiling XLA's own gradient by the image aborts the process for each of these (jaxlib 0.10.2).
+ABORTED = [
+    ((2, 3), (2, 2), (1, 0), (4, 6)),
+    ((2, 5), (2, 2), (1, 0), (8, 6)),
+    ((2, 2), (2, 2), (0, 1), (3, 4)),
+    ((2, 3), (2, 1), (1, 1), (8, 2)),
+    ((3, 2), (3, 2), (1, 1), (6, 8)),
+    ((5, 2), (3, 2), (2, 1), (6, 4)),
+    ((4, 2), (2, 2), (0, 1), (7, 6)),
+]
+
+
+@pytest.mark.compiled_with_care
+@pytest.mark.parametrize(("kernel", "stride", "padding", "sizes"), ABORTED)
+@pytest.mark.parametrize("groups", [1, 2])
+def test_two_points_with_a_step_and_a_border_of_one(kernel, stride, padding, sizes, groups):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(2, 4, *sizes)).astype(np.float32)
+    w = rng.normal(size=(6, 4 // groups, *kernel)).astype(np.float32)
+    how = {"stride": stride, "padding": padding, "groups": groups}
+    value, pull = jax.vjp(lambda x, w: F.conv2d(x, w, **how), jnp.asarray(x), jnp.asarray(w))
+    given = [torch.tensor(a, requires_grad=True) for a in (x, w)]
+    expected = torch.nn.functional.conv2d(*given, **how)
+    y = rng.normal(size=value.shape).astype(np.float32)
+    expected.backward(torch.tensor(y))
+    np.testing.assert_allclose(value, expected.detach(), rtol=1e-4, atol=1e-5)
+    for found, tensor in zip(pull(jnp.asarray(y)), given, strict=True):
+        np.testing.assert_allclose(found, tensor.grad, rtol=1e-4, atol=1e-4)
