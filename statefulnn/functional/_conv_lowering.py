@@ -191,6 +191,14 @@ def _at_least(size: int, least: int) -> bool:
     return not jax.export.is_symbolic_dim(size) and size >= least
 
 
+def _at_most(number: int, size: int) -> bool:
+    return jax.export.is_symbolic_dim(size) or number <= size
+
+
+def _surely_within(end: int, size: int) -> bool:
+    return not jax.export.is_symbolic_dim(size - end) and end <= size
+
+
 def _on_one_device() -> bool:
     # Of several, each may have a part of the batch: a loop over images would bring all of it to all of them.
     return jax.device_count("cpu") == 1
@@ -232,7 +240,7 @@ def windows(
         inside = [start - low for start, (low, _) in zip(starts, pads, strict=True)]
         ends = [start + span for start, span in zip(inside, spans, strict=True)]
         seen = bordered
-        if min(inside) >= 0 and all(b <= n for b, n in zip(ends, x.shape[2:], strict=True)):
+        if min(inside) >= 0 and all(map(_surely_within, ends, x.shape[2:])):
             seen, starts = x, inside
         stops = [start + span for start, span in zip(starts, spans, strict=True)]
         yield lax.slice(seen, (0, 0, *starts), (*x.shape[:2], *stops), (1, 1, *stride))
@@ -413,7 +421,7 @@ def pointwise(
     batch, channels, *sizes = x.shape
     positions = math.prod(sizes)
     image, kernel = x.reshape(batch, channels, positions), w.reshape(w.shape[:2])
-    if kernel.size <= (channels + kernel.shape[0]) * positions:
+    if _at_most(kernel.size, (channels + kernel.shape[0]) * positions):
         # A product an image needs no transposing, and copies of the kernel no more memory than x.
         out = jnp.broadcast_to(kernel, (batch, *kernel.shape)) @ image
     else:
@@ -574,6 +582,8 @@ def _smaller_than_kernel(
     There XLA's own operation or its gradient has no fast kernel, and takes up to 60 times as long.
     """
     made = _outputs(sizes, kernel, stride, pads, dilation)
+    if any(map(jax.export.is_symbolic_dim, sizes)):
+        return False  # a size that has a name only is not known to be small
     return all(min(a, b) < k for a, b, k in zip(sizes, made, kernel, strict=True))
 
 

@@ -82,7 +82,7 @@ def _conv_transpose(
     require_same_dtype(function, input=x, weight=weight, bias=bias)
     sizes = transposed_sizes(x.shape[-spatial:], weight.shape[2:], stride, padding, dilation)
     sizes = tuple(size + e for size, e in zip(sizes, extra, strict=True))
-    if min(sizes) < 1:
+    if any(size < 1 for size in sizes):
         raise shape_error(
             f"{given}, padding={padding}, dilation={dilation}",
             f"the output would have the size {sizes}",

@@ -84,7 +84,7 @@ def _unfold(
             given, "only the batch axis may be empty", "a channel and a pixel at least"
         )
     counts = _places(x.shape[-2:], kernel, dilation, padding, stride)
-    if min(counts) < 1:
+    if any(count < 1 for count in counts):
         raise shape_error(
             f"{given}, kernel_size={kernel}, dilation={dilation}, padding={padding}",
             "the kernel reaches beyond the padded input",
@@ -164,7 +164,7 @@ def _fold(
             f"a number of rows that {math.prod(kernel)} divides",
         )
     counts = _places(size, kernel, dilation, padding, stride)
-    if min(counts) < 1 or math.prod(counts) != x.shape[-1]:
+    if any(count < 1 for count in counts) or math.prod(counts) != x.shape[-1]:
         raise shape_error(
             f"{given}, output_size={size}, kernel_size={kernel}, dilation={dilation}, "
             f"padding={padding}, stride={stride}",

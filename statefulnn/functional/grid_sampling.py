@@ -275,7 +275,7 @@ def _affine_grid(theta: jax.Array, size: tuple[int, ...], align_corners: bool) -
             f"one matrix ({spatial}, {spatial + 1}) for each of {size[0]} examples is needed",
             f"theta of shape {(size[0], spatial, spatial + 1)}",
         )
-    if min(size) < 1:
+    if any(n < 1 for n in size):
         raise shape_error(
             f"F.affine_grid was given size={size}",
             "expected non-zero, positive output sizes",

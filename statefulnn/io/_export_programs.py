@@ -198,16 +198,25 @@ def _constraint(error: BaseException) -> str:
     given = re.search(r"constraints=\('(.+?)',\)", str(error))
     found = re.search(r"comparison '(.+?)' (<|>|<=|>=|==|!=) '(.+?)' is inconclusive", str(error))
     if given is not None:
-        said = given[1]
-    elif found is not None:
-        left, sign, right = found.groups()
-        decided = {"<": ">=", ">=": ">=", ">": "<=", "<=": "<="}.get(sign, "==")
-        said = f"{left} {decided} {right}"
-    elif "_DimExpr' object cannot be interpreted" in str(error):
+        return f"say what the sizes obey, constraints=({given[1]!r},); "
+    if found is not None:
+        ways = (f"constraints=({said!r},)" for said in _decided(*found.groups()))
+        return f"say what the sizes obey, {' or '.join(ways)}; "
+    if "_DimExpr' object cannot be interpreted" in str(error):
         return "x.shape[0] in place of len(x), which is a number; "
-    else:
-        return ""
-    return f"say what the sizes obey, constraints=({said!r},); "
+    return ""
+
+
+def _decided(left: str, sign: str, right: str) -> list[str]:
+    """Return the ways to decide a comparison, in the words that JAX takes; larger sizes first."""
+    if sign in ("==", "!="):
+        return [f"{left} == {right}"]
+    beyond = 1 if sign in (">", "<=") else 0  # from which distance on `left` counts as larger
+    more, less = (
+        str(int(right) + d) if right.isdigit() else f"{right} {'+-'[d < 0]} 1" if d else right
+        for d in (beyond, beyond - 1)
+    )
+    return [f"{left} >= {more}", f"{left} <= {less}"]
 
 
 def _reason(error: BaseException) -> str:

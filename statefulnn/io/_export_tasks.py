@@ -93,7 +93,16 @@ def task_of(module: Any, name: str, settings: dict[str, Any], batch: str | None)
     )
     leaves = jax.tree_util.tree_leaves_with_path(fixed)
     constraints: list[str] = list(settings["constraints"] or ())
-    shapes = {_argument(n, positional): s for n, s in (settings["shapes"] or {}).items()}
+    named = settings["shapes"] or {}
+    if not isinstance(named, Mapping):
+        raise TypeError(
+            explain(
+                f"called nn.export with shapes={named!r} for {name!r}",
+                "each input has a shape of its own, by its name",
+                f"shapes={{{(positional or ['input'])[0]!r}: {named!r}}}",
+            )
+        )
+    shapes = {_argument(n, positional): s for n, s in named.items()}
     symbolic = _symbolic(fixed, positional, shapes, constraints, batch, name)
     changed = jax.tree_util.tree_leaves(symbolic) != [leaf for _, leaf in leaves]
     return Task(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -112,6 +114,44 @@ def test_each_way_of_a_convolution_takes_a_batch_of_any_size(layer, sizes, tmp_p
     for batch in (1, 5):
         x = floats(batch, *sizes)
         np.testing.assert_allclose(loaded(x), layer(x), rtol=1e-4, atol=1e-5)
+
+
+ANY_SIZE = {
+    "step": (lambda: nn.Conv2d(4, 4, 3, stride=2, padding=1), 2),
+    "one point": (lambda: nn.Conv2d(4, 4, 1), 2),
+    "one axis": (lambda: nn.Conv1d(4, 4, 5, padding=2), 1),
+    "3d": (lambda: nn.Conv3d(4, 4, 3, stride=2, padding=1), 3),
+    "transposed": (lambda: nn.ConvTranspose2d(4, 4, 3, stride=2, padding=1), 2),
+    "depthwise": (lambda: nn.Conv2d(4, 4, 3, padding=1, groups=4), 2),
+}
+
+
+@pytest.mark.parametrize(("layer", "axes"), ANY_SIZE.values(), ids=ANY_SIZE)
+def test_a_convolution_takes_images_of_any_size(layer, axes, tmp_path):
+    layer, names = layer(), ", ".join("dhw"[:axes])
+    shape = jax.ShapeDtypeStruct((2, 4, *(9,) * axes), jnp.float32)
+    nn.export(layer, shape, tmp_path / "m", shapes={"input": f"b, 4, {names}"})
+    loaded = nn.load_exported(tmp_path / "m")
+    for size in (5, 8):
+        x = floats(3, 4, *range(size, size + axes))
+        np.testing.assert_allclose(loaded(x), layer(x), rtol=1e-4, atol=1e-5)
+
+
+def test_a_comparison_that_sizes_do_not_decide_names_both_answers(tmp_path):
+    layer = nn.Conv1d(4, 4, 5, padding=2, padding_mode="reflect")
+    with pytest.raises(nn.ShapeError) as caught:
+        nn.export(layer, floats(2, 4, 9), tmp_path / "m", shapes={"input": "b, 4, n"})
+    answers = re.findall(r"constraints=(\('n [<>]= \d',\))", str(caught.value))
+    assert answers == ["('n >= 3',)", "('n <= 2',)"]
+    options = {"shapes": {"input": "b, 4, n"}, "constraints": ast.literal_eval(answers[0])}
+    nn.export(layer, floats(2, 4, 9), tmp_path / "m", **options)
+    x = floats(2, 4, 3)
+    np.testing.assert_allclose(nn.load_exported(tmp_path / "m")(x), layer(x), rtol=1e-4, atol=1e-5)
+
+
+def test_one_text_for_all_shapes_is_refused_with_the_dict_to_write(tmp_path):
+    with pytest.raises(TypeError, match=r"shapes=\{'input': 'b, 3'\}"):
+        nn.export(nn.Linear(3, 2), floats(4, 3), tmp_path / "m", shapes="b, 3")
 
 
 def test_shapes_are_enough_and_may_have_names_already(tmp_path):
