@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Self
 
 import jax.numpy as jnp
 from jax.typing import DTypeLike
@@ -50,15 +50,20 @@ class autocast:  # noqa: N801 (torch's name)
         'float32'
     """
 
-    def __init__(self, dtype: DTypeLike = jnp.bfloat16, enabled: bool = True) -> None:
-        if isinstance(dtype, str) and dtype.partition(":")[0] in _DEVICES:
+    def __new__(cls, *given: object, **named: object) -> Self:
+        # torch's autocast("cuda", dtype=...) would be two dtypes to Python, of which __init__ says nothing.
+        device = named.get("device_type", given[0] if given else None)
+        if isinstance(device, str) and device.partition(":")[0] in _DEVICES:
             raise ArgumentError(
                 explain(
-                    f"nn.amp.autocast({dtype!r}) was given a device",
+                    f"nn.amp.autocast({device!r}) was given a device",
                     "JAX computes where its arrays are, so that only the dtype is chosen here",
                     "nn.amp.autocast(jnp.bfloat16)",
                 )
             )
+        return super().__new__(cls)
+
+    def __init__(self, dtype: DTypeLike = jnp.bfloat16, enabled: bool = True) -> None:
         found = as_dtype(dtype)
         if enabled and found not in LOW_PRECISION:
             raise DtypeError(

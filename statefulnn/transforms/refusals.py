@@ -101,14 +101,22 @@ def structure_changed(changes: Sequence[Change]) -> StructureChangeError:
     listed = _indented([f"{name}: {change}" for name, change in changes])
     if len(changes) > 8:
         listed += f"\n    ... and {len(changes) - 8} more"
+    instead = (
+        "make the change outside; keep arrays that change in buffers "
+        "(self.register_buffer(name, array, persistent=False)); collect outputs of "
+        "submodules with nn.capture"
+    )
+    if any(str(change).startswith("class Lazy") for _, change in changes):
+        instead = (
+            "call the model once before, outside: model(x). A lazy layer becomes the layer that it stands "
+            "for in its first call, also where a state dict has brought its weights"
+        )
     return StructureChangeError(
         explain(
             f"a module changed inside a traced function:\n{listed}",
             "only arrays come back from a traced function; this change would be lost, or happen "
             "once and never again",
-            "make the change outside; keep arrays that change in buffers "
-            "(self.register_buffer(name, array, persistent=False)); collect outputs of "
-            "submodules with nn.capture",
+            instead,
         )
     )
 

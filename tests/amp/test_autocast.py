@@ -394,3 +394,18 @@ def test_casts_of_layers_are_traced_with_them_once_for_each_shape():
     assert {e.primitive.name for e in traced.eqns} == {"jit"}
     assert len(traced.eqns) == 10
     assert len({id(e.params["jaxpr"]) for e in traced.eqns}) == 2
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        (("cuda", jnp.bfloat16), {}),
+        (("cuda:0",), {"dtype": jnp.float16}),
+        ((), {"device_type": "cpu"}),
+    ],
+)
+def test_the_device_that_torch_wants_first_is_left_out(given, named):
+    with pytest.raises(
+        nn.ArgumentError, match=r"(?s)given a device.*nn.amp.autocast\(jnp.bfloat16\)"
+    ):
+        nn.amp.autocast(*given, **named)

@@ -237,3 +237,16 @@ def test_compiled_code_follows_the_change_of_class() -> None:
     run(model, jnp.ones((1, 2)))
     run(nn.Sequential(nn.Linear(2, 3)), jnp.ones((1, 2)))
     assert traces == [nn.Linear]
+
+
+def test_a_first_call_in_compiled_code_says_to_call_it_once_before():
+    model = nn.Sequential(nn.LazyLinear(3))
+    model.load_state_dict(nn.Sequential(nn.Linear(4, 3)).state_dict())
+    call = lambda m, x: m(x)
+    for wrap in (nn.jit, nn.grad):
+        with pytest.raises(
+            nn.StructureChangeError, match=r"(?s)Instead: call the model once.*model\(x\)"
+        ):
+            wrap(lambda m, x: call(m, x).sum())(model, jnp.ones((2, 4)))
+    model(jnp.ones((2, 4)))
+    assert nn.jit(call)(model, jnp.ones((2, 4))).shape == (2, 3)
