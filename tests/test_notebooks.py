@@ -54,23 +54,19 @@ def test_every_cell_was_run_in_order_and_has_an_output(notebook):
         assert all(o.get("name", "stdout") == "stdout" for o in cell["outputs"]), "a warning"
 
 
-# Of these notebooks the default run trains for a shorter time, which changes decimals alone.
-SHORTER = {"ensembles.ipynb": [("epochs=60,", "epochs=12,")]}
 # These train many networks. What they call runs in other pages and tests.
-LONG = "maml.ipynb", "meta-learning.ipynb"
+LONG = "ensembles.ipynb", "maml.ipynb", "meta-learning.ipynb"
 
 
 @pytest.mark.parametrize(
-    "notebook, changes",
-    [pytest.param(p, SHORTER.get(p.name, []), id=p.name) for p in NOTEBOOKS if p.name not in LONG]
-    + [
-        pytest.param(ROOT / "notebooks" / name, [], id=f"{name}-full", marks=pytest.mark.long)
-        for name in (*SHORTER, *LONG)
+    "notebook",
+    [
+        pytest.param(p, id=p.name, marks=pytest.mark.long if p.name in LONG else ())
+        for p in NOTEBOOKS
     ],
 )
-def test_a_run_prints_and_draws_what_is_stored(notebook, changes, tmp_path, monkeypatch):
+def test_a_run_prints_and_draws_what_is_stored(notebook, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    left = dict(changes)
     shown: list[int] = []
 
     def show() -> None:
@@ -86,13 +82,10 @@ def test_a_run_prints_and_draws_what_is_stored(notebook, changes, tmp_path, monk
             shown.clear()
             output = io.StringIO()
             source = "".join(cell["source"])
-            for long in [text for text in left if text in source]:
-                source = source.replace(long, left.pop(long))
             with contextlib.redirect_stdout(output):
                 exec(compile(source, f"{notebook.name}, cell {number}", "exec"), names)
             assert comparable(output.getvalue()) == comparable(printed(cell)), number
             assert len(shown) == pictures(cell), f"cell {number} draws {len(shown)}"
-    assert not left, f"the notebook no longer holds {left}"
 
 
 def prose(notebook: Path) -> str:

@@ -277,7 +277,7 @@ def test_what_is_wrong_is_named():
 
 
 @pytest.mark.parametrize("scale", [1e-24, 1e22])
-@pytest.mark.parametrize("name", cases())
+@pytest.mark.parametrize("name", ["convolution", "few positions", "many positions"])
 def test_gradients_whose_squares_over_or_underflow_are_clipped_too(name, scale):
     # In float32 the squares are 0, or infinite. The oracle is the loss without the scale.
     make, x, y = cases()[name]
