@@ -195,10 +195,6 @@ def _at_most(number: int, size: int) -> bool:
     return jax.export.is_symbolic_dim(size) or number <= size
 
 
-def _surely_within(end: int, size: int) -> bool:
-    return not jax.export.is_symbolic_dim(size - end) and end <= size
-
-
 def _on_one_device() -> bool:
     # Of several, each may have a part of the batch: a loop over images would bring all of it to all of them.
     return jax.device_count("cpu") == 1
@@ -240,7 +236,9 @@ def windows(
         inside = [start - low for start, (low, _) in zip(starts, pads, strict=True)]
         ends = [start + span for start, span in zip(inside, spans, strict=True)]
         seen = bordered
-        if min(inside) >= 0 and all(map(_surely_within, ends, x.shape[2:])):
+        if min(inside) >= 0 and all(
+            _at_least(n - b, 0) for b, n in zip(ends, x.shape[2:], strict=True)
+        ):
             seen, starts = x, inside
         stops = [start + span for start, span in zip(starts, spans, strict=True)]
         yield lax.slice(seen, (0, 0, *starts), (*x.shape[:2], *stops), (1, 1, *stride))
